@@ -1,0 +1,41 @@
+# Everything sets itself up: a fresh machine needs Python (3.10 to 3.13) and make.
+#   make test ARGS="-k redis -x"      arguments for pytest
+#   make test PYTHON=python3.13       the interpreter of a new environment
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help test demo check clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+test: $(VENV)/.ready-test ## run the tests; ARGS="-k x" goes to pytest
+	@$(PY) -m pytest $(ARGS)
+
+demo: $(VENV)/.ready-demo ## run the example under faults and count invoices; ARGS="…" goes to it
+	@$(PY) -m example_project.simulate $(ARGS)
+
+check: $(VENV)/.ready-test $(VENV)/.ready-dev ## lint, format, types, import rules
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy --strict celery_idem
+	$(VENV)/bin/lint-imports
+
+clean: ## remove the environment, builds and caches
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The interpreter is the file to look for: a folder alone may be half an environment.
+$(PY):
+	@$(PYTHON) -m venv $(VENV) || { echo "make: '$(PYTHON) -m venv' does not work here: on Debian and Ubuntu \
+	install python3-venv, or name another interpreter: make PYTHON=…" >&2; exit 1; }
+
+# One stamp for each extra; it is older than pyproject.toml when the dependencies have changed.
+$(VENV)/.ready-%: pyproject.toml | $(PY)
+	@echo "installing celery_idem[$*] into $(VENV) …"
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@

@@ -1,0 +1,180 @@
+"""Fixtures: servers for the session, an empty database for each test, workers that are always reaped.
+
+A server that cannot be had here is a skip with the reason; with CELERY_IDEM_REQUIRE_SERVERS=1
+(REQUIRE_DOCKER=1 for the Docker engine) it is a failure, so that no CI passes by skipping.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+import redis
+
+from tests.support.effects import Effects, Gate
+from tests.support.servers import (
+    PostgresServer,
+    RabbitMQServer,
+    RedisServer,
+    Server,
+    ServerMissingError,
+    ValkeyServer,
+)
+from tests.support.workers import CeleryWorker
+
+# What was started for a test and writes a log: shown when the test fails.
+LOGS = pytest.StashKey[list[Callable[[], str]]]()
+
+
+def missing(reason: str, demand: str = "CELERY_IDEM_REQUIRE_SERVERS") -> NoReturn:
+    """Skip the test, or fail it where the environment variable `demand` is 1."""
+    if os.environ.get(demand) == "1":
+        pytest.fail(f"{reason} ({demand}=1 makes this a failure)", pytrace=False)
+    pytest.skip(reason)
+
+
+@contextlib.contextmanager
+def running(make: Callable[[], Server]) -> Iterator[Server]:
+    """Start the server that `make` returns, and end it whatever happens."""
+    try:
+        server = make()
+    except ServerMissingError as error:
+        missing(str(error))
+    with server:
+        yield server
+
+
+# -- one server of each kind for the session ------------------------------------------------------------
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Shared: a test that kills or freezes its server takes `start_redis` instead."""
+    with running(lambda: RedisServer(tmp_path_factory.mktemp("redis"))) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Shared, like `redis_server`."""
+    with running(lambda: ValkeyServer(tmp_path_factory.mktemp("valkey"))) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Shared: give queues names of their own, see `queue_name`."""
+    with running(lambda: RabbitMQServer(tmp_path_factory.mktemp("rabbitmq"))) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Server]:
+    """Shared: `postgres_url` is an empty database in it."""
+    with running(PostgresServer) as server:
+        yield server
+
+
+# -- for one test ---------------------------------------------------------------------------------------
+def empty(server: RedisServer) -> str:
+    assert server.alive, f"an earlier test ended the shared {server}"
+    with redis.Redis.from_url(server.url) as client:
+        client.flushall()
+        client.script_flush()
+    return server.url
+
+
+@pytest.fixture
+def redis_url(redis_server: RedisServer) -> str:
+    """Database 0 of an empty Redis."""
+    return empty(redis_server)
+
+
+@pytest.fixture
+def valkey_url(valkey_server: ValkeyServer) -> str:
+    """Database 0 of an empty Valkey."""
+    return empty(valkey_server)
+
+
+@pytest.fixture
+def postgres_url(postgres: PostgresServer) -> str:
+    """A new, empty database."""
+    return postgres.create_database(f"test_{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def queue_name() -> str:
+    """A queue that no other test uses: RabbitMQ keeps messages between tests."""
+    return f"test-{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def start_redis(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., RedisServer]]:
+    """`start_redis(appendonly=True)`: a Redis of the test's own, to kill and to freeze."""
+    yield from _starter(RedisServer, tmp_path, request)
+
+
+@pytest.fixture
+def start_valkey(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., ValkeyServer]]:
+    """`start_valkey(appendonly=True)`: the same with Valkey."""
+    yield from _starter(ValkeyServer, tmp_path, request)
+
+
+def _starter(
+    kind: type, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[Callable[..., RedisServer]]:
+    with contextlib.ExitStack() as servers:
+
+        def start(**options: object) -> RedisServer:
+            folder = tmp_path / f"{kind.name}-{uuid.uuid4().hex[:8]}"
+            server = servers.enter_context(running(lambda: kind(folder, **options)))
+            _show_log(request, server.program.log_tail)
+            return server
+
+        yield start
+
+
+@pytest.fixture
+def start_worker(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., CeleryWorker]]:
+    """`start_worker("module:app", concurrency=2, env={…})`: a CeleryWorker, ended after the test."""
+    workers: list[CeleryWorker] = []
+
+    def start(app: str, **options: object) -> CeleryWorker:
+        worker = CeleryWorker(app, tmp_path, **options)
+        workers.append(worker)
+        _show_log(request, worker.log_tail)
+        return worker
+
+    yield start
+    # The test is over: nothing that still runs is of interest, so no worker gets time to finish.
+    for worker in workers:
+        worker.kill()
+
+
+@pytest.fixture
+def effects(tmp_path: Path) -> Effects:
+    """The destination: `Effects(path)` with this one's `.path` in a worker is the same ledger."""
+    return Effects(tmp_path / "effects.jsonl")
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    """A closed gate: `Gate(path)` with this one's `.path` in a worker is the same gate."""
+    return Gate(tmp_path / "gate")
+
+
+# -- logs of a failed test ------------------------------------------------------------------------------
+def _show_log(request: pytest.FixtureRequest, tail: Callable[[], str]) -> None:
+    request.node.stash.setdefault(LOGS, []).append(tail)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    if report.failed:
+        for tail in item.stash.get(LOGS, []):
+            report.sections.append(("log of a process", tail()))
+    return report

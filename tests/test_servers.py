@@ -1,0 +1,240 @@
+"""The ground the other tests stand on: servers keep and lose data as they should, nothing is left running."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import kombu
+import psutil
+import psycopg
+import pytest
+import redis
+
+from tests.support.effects import Effects, Gate
+from tests.support.processes import Program
+from tests.support.servers import ServerMissingError, _on_path
+from tests.support.waiting import wait_for
+
+
+def test_wait_for_ends_with_what_it_waited_for():
+    with pytest.raises(AssertionError, match=r"waited 0.05 s for: rain; last seen: 0"):
+        wait_for(lambda: 0, timeout=0.05, message=lambda: "rain")
+
+
+def test_a_missing_program_says_what_to_install():
+    with pytest.raises(ServerMissingError, match="install no-such-package"):
+        _on_path("no-such-program", "no-such-package")
+
+
+@pytest.mark.parametrize(("demand", "outcome"), [("0", "1 skipped"), ("1", "1 error")])
+def test_a_missing_server_is_a_skip_or_where_demanded_a_failure(demand, outcome, tmp_path):
+    (tmp_path / "test_it.py").write_text("def test_it(redis_url): pass\n")
+    (tmp_path / "conftest.py").write_text("from tests.conftest import *\n")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:valkey", "-p", "no:cacheprovider", str(tmp_path)],
+        env={"PATH": "/nowhere", "PYTHONPATH": str(Path.cwd()), "CELERY_IDEM_REQUIRE_SERVERS": demand},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert outcome in run.stdout, run.stdout + run.stderr
+
+
+def test_a_program_that_ends_at_once_shows_its_log(tmp_path):
+    program = Program([sys.executable, "-c", "print('no such thing'); exit(3)"], log=tmp_path / "log")
+    with pytest.raises(AssertionError, match=r"(?s)status 3.*no such thing"):
+        program.wait_until_ready(lambda: False, timeout=30)
+
+
+def test_kill_leaves_no_descendants(tmp_path):
+    code = "import os, time; os.fork() or os.fork(); print('up', flush=True); time.sleep(60)"
+    program = Program([sys.executable, "-c", code], log=tmp_path / "log")
+    wait_for(lambda: program.log_text().count("up") == 3, message=program.log_tail)
+    family = [p.pid for p in program.descendants()]
+    assert len(family) == 2
+    program.kill()
+    assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in family)
+
+
+def test_descendants_of_a_dead_program_are_found(tmp_path):
+    """As after a test's own os.kill of a worker: its pool must not outlive the test."""
+    code = "import os, time; os.fork(); print('up', flush=True); time.sleep(60)"
+    program = Program([sys.executable, "-c", code], log=tmp_path / "log")
+    wait_for(lambda: program.log_text().count("up") == 2, message=program.log_tail)
+    [child] = program.descendants()
+    os.kill(program.pid, 9)
+    wait_for(lambda: not program.alive)
+    assert program.descendants() == [child]
+    program.kill()
+    wait_for(lambda: not child.is_running() or child.status() == "zombie")
+
+
+@pytest.mark.redis
+def test_redis_is_empty_for_each_test(redis_url):
+    client = redis.Redis.from_url(redis_url)
+    assert client.dbsize() == 0
+    client.set("left", "over")
+
+
+@pytest.mark.redis
+def test_redis_is_empty_for_each_test_again(redis_url):
+    assert redis.Redis.from_url(redis_url).dbsize() == 0
+
+
+@pytest.mark.valkey
+def test_valkey(valkey_url):
+    client = redis.Redis.from_url(valkey_url)
+    assert client.dbsize() == 0
+    assert client.info("server")["server_name"] == "valkey"
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize(("appendonly", "kept"), [(True, b"1"), (False, None)])
+def test_redis_killed_and_restarted(start_redis, appendonly, kept):
+    server = start_redis(appendonly=appendonly)
+    port, pid = server.port, server.pid
+    redis.Redis.from_url(server.url).set("a", 1)
+    server.kill()
+    assert not server.alive
+    with pytest.raises(redis.ConnectionError):
+        redis.Redis.from_url(server.url).ping()
+    server.restart()
+    assert server.port == port
+    assert server.pid != pid
+    assert redis.Redis.from_url(server.url).get("a") == kept
+
+
+@pytest.mark.redis
+def test_redis_frozen(start_redis):
+    server = start_redis()
+    client = redis.Redis.from_url(server.url, socket_timeout=0.3)
+    server.pause()
+    with pytest.raises(redis.TimeoutError):
+        client.ping()
+    server.resume()
+    wait_for(client.ping)
+
+
+@pytest.mark.rabbitmq
+def test_rabbitmq_keeps_a_persistent_message_through_a_crash(rabbitmq, queue_name):
+    # Without the confirmation the message may still be in the server's memory when it is killed.
+    confirm = {"confirm_publish": True}
+    with (
+        kombu.Connection(rabbitmq.url, transport_options=confirm) as connection,
+        connection.SimpleQueue(queue_name) as queue,
+    ):
+        queue.put({"n": 1})
+    # Only its own node's epmd knows it, and both listen on loopback alone.
+    addresses = {
+        c.laddr.ip for c in psutil.Process(rabbitmq.pid).net_connections("inet") if c.status == "LISTEN"
+    }
+    assert addresses == {"127.0.0.1"}
+    rabbitmq.kill()
+    rabbitmq.restart()
+    with kombu.Connection(rabbitmq.url) as connection, connection.SimpleQueue(queue_name) as queue:
+        message = queue.get(timeout=30)
+        assert message.payload == {"n": 1}
+        message.ack()
+
+
+@pytest.mark.postgres
+def test_postgres_keeps_what_was_committed_through_a_crash(postgres, postgres_url):
+    with psycopg.connect(postgres_url) as connection:
+        connection.execute("CREATE TABLE t AS SELECT 1 AS n")
+    postgres.kill()
+    postgres.restart()
+    with psycopg.connect(postgres_url) as connection:
+        assert connection.execute("SELECT n FROM t").fetchall() == [(1,)]
+
+
+def test_effects_are_counted_over_processes(effects):
+    code = f"""
+from tests.support.effects import Effects
+for _ in range(50):
+    Effects({str(effects.path)!r}).add("a")
+"""
+    writers = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [writer.wait(60) for writer in writers] == [0, 0]
+    effects.add("b", cents=5)
+    assert effects.counts() == {"a": 100, "b": 1}
+    assert effects.of("b") == [{"intent": "b", "pid": os.getpid(), "cents": 5}]
+    assert Effects(effects.path).count() == 101
+
+
+def test_a_closed_gate_ends_the_wait(gate):
+    with pytest.raises(AssertionError, match="the gate"):
+        gate.wait(timeout=0.05)
+    gate.open()
+    Gate(gate.path).wait(timeout=0)
+
+
+WORKER_APP = """
+import os
+from celery import Celery
+from tests.support.effects import Effects, Gate
+
+app = Celery("app", broker=os.environ["BROKER"], backend=os.environ["BACKEND"])
+app.conf.broker_connection_retry_on_startup = True
+app.conf.task_default_queue = os.environ.get("QUEUE", "celery")
+if app.conf.broker_url.startswith("redis"):
+    app.conf.broker_transport_options = {"visibility_timeout": 3600}
+
+
+@app.task(acks_late=True, reject_on_worker_lost=True)
+def note(intent):
+    Effects("effects.jsonl").add(intent)
+    Gate("gate").wait()
+    return intent
+"""
+
+
+@pytest.fixture
+def app_file(tmp_path, monkeypatch):
+    (tmp_path / "worker_app.py").write_text(WORKER_APP)
+    return "worker_app:app"
+
+
+def _client(broker, backend, queue="celery"):
+    import celery
+
+    app = celery.Celery("client", broker=broker, backend=backend)
+    app.conf.task_default_queue = queue
+    return app
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo", "gevent"])
+def test_a_worker_runs_a_task(start_worker, app_file, redis_url, effects, gate, pool):
+    gate.open()
+    worker = start_worker(app_file, pool=pool, env={"BROKER": redis_url, "BACKEND": redis_url})
+    assert len(worker.child_pids()) == (1 if pool == "prefork" else 0)
+    result = _client(redis_url, redis_url).send_task("worker_app.note", ["x"])
+    assert result.get(timeout=30) == "x"
+    assert effects.counts() == {"x": 1}
+    worker.stop()
+    assert worker.exit_code == 0
+
+
+@pytest.mark.rabbitmq
+@pytest.mark.redis
+def test_a_killed_child_runs_the_task_twice_without_a_guard(
+    start_worker, app_file, rabbitmq, redis_url, effects, gate, queue_name
+):
+    env = {"BROKER": rabbitmq.url, "BACKEND": redis_url, "QUEUE": queue_name}
+    worker = start_worker(app_file, env=env)
+    result = _client(rabbitmq.url, redis_url, queue_name).send_task("worker_app.note", ["x"])
+    [first] = effects.wait("x")
+    assert worker.kill_child() == first["pid"]
+    effects.wait("x", count=2)
+    gate.open()
+    assert result.get(timeout=30) == "x"
+    assert effects.counts() == {"x": 2}
+
+
+def test_a_worker_that_cannot_start_shows_its_log(start_worker):
+    with pytest.raises(AssertionError, match="The module no_such_app was not found"):
+        start_worker("no_such_app")
