@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,6 +77,27 @@ def postgres() -> Iterator[Server]:
     """Shared: `postgres_url` is an empty database in it."""
     with running(PostgresServer) as server:
         yield server
+
+
+# -- containers ---------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def docker_engine() -> str:
+    """The version of the Docker engine that answers."""
+    try:
+        words = ["docker", "version", "--format", "{{.Server.Version}}"]
+        return subprocess.run(words, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        missing(f"no Docker engine answers: {error}", "REQUIRE_DOCKER")
+
+
+@pytest.fixture(scope="session")
+def docker_compose(docker_engine: str) -> list[str]:
+    """The words that call Compose: version 2 is a plugin of docker, version 1 a program of its own."""
+    for words in (["docker", "compose"], ["docker-compose"]):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            subprocess.run([*words, "version"], capture_output=True, timeout=30, check=True)
+            return words
+    missing("neither `docker compose` nor `docker-compose` is here", "REQUIRE_DOCKER")
 
 
 # -- for one test ---------------------------------------------------------------------------------------
