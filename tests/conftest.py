@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
@@ -30,6 +31,12 @@ from tests.support.workers import CeleryWorker
 
 # What was started for a test and writes a log: shown when the test fails.
 LOGS = pytest.StashKey[list[Callable[[], str]]]()
+
+
+def pytest_configure() -> None:
+    # A SIGTERM (a CI job that is cancelled) then ends like Ctrl-C, through the fixtures that
+    # stop the servers. Its default action would leave them running.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def missing(reason: str, demand: str = "CELERY_IDEM_REQUIRE_SERVERS") -> NoReturn:

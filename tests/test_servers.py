@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,38 @@ def test_a_missing_server_is_a_skip_or_where_demanded_a_failure(demand, outcome,
         timeout=60,
     )
     assert outcome in run.stdout, run.stdout + run.stderr
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_no_server(redis_server, tmp_path, number):
+    (tmp_path / "test_it.py").write_text(
+        "import time\n"
+        "def test_it(start_redis, tmp_path):\n"
+        "    server = start_redis()\n"
+        f"    with open({str(tmp_path / 'pid')!r}, 'w') as file:\n"
+        "        file.write(f'{server.pid}.')\n"
+        "    time.sleep(60)\n"
+    )
+    (tmp_path / "conftest.py").write_text("from tests.conftest import *\n")
+    run = Program(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path)],
+        log=tmp_path / "log",
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        cwd=tmp_path,
+    )
+    try:
+        written = tmp_path / "pid"
+        wait_for(lambda: written.exists() and written.read_text().endswith("."), message=run.log_tail)
+        server = psutil.Process(int(written.read_text()[:-1]))
+        run.send(number)
+        wait_for(lambda: not run.alive, message=run.log_tail)
+        left = server.is_running()
+        if left:
+            server.kill()
+        assert not left, run.log_tail()
+    finally:
+        run.kill()
 
 
 def test_a_program_that_ends_at_once_shows_its_log(tmp_path):
