@@ -1,0 +1,40 @@
+"""Celery tasks that take effect once, however often they arrive."""
+
+from __future__ import annotations
+
+from celery_idem.errors import (
+    ConfigurationError,
+    FingerprintMismatch,
+    IdempotencyError,
+    InProgress,
+    IntentConflict,
+    IntentError,
+    LeaseLost,
+    OutcomeUnknown,
+    ResultUnavailable,
+    StoreError,
+)
+from celery_idem.intent import Happened, NotHappened, Unknown
+from celery_idem.keys import ALL_ARGUMENTS
+from celery_idem.ledger import Claim, Ledger
+from celery_idem.task import IdempotentTask
+
+__all__ = [
+    "ALL_ARGUMENTS",
+    "Claim",
+    "ConfigurationError",
+    "FingerprintMismatch",
+    "Happened",
+    "IdempotencyError",
+    "IdempotentTask",
+    "InProgress",
+    "IntentConflict",
+    "IntentError",
+    "LeaseLost",
+    "Ledger",
+    "NotHappened",
+    "OutcomeUnknown",
+    "ResultUnavailable",
+    "StoreError",
+    "Unknown",
+]

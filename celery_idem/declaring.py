@@ -1,0 +1,130 @@
+"""What a task class declares, read off the class: its signature, its intent, its options."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import typing
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+from celery import Task
+from celery.utils.imports import symbol_by_name
+
+from celery_idem import keys
+from celery_idem.errors import ConfigurationError
+from celery_idem.settings import NAMES, Settings, checked, of_app
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+OWN_OPTIONS = (
+    "intent",
+    "must_match",
+    "secret",
+    "intent_version",
+    "reconcile",
+    "no_effect_errors",
+    "ambiguous_errors",
+)
+OPTIONS = OWN_OPTIONS + NAMES
+
+_ALIKE = 0.85
+"""How alike a task's attribute and one of our options must be to be taken for a slip of the pen."""
+
+
+def declaration_of(cls: type[Any], app: Celery) -> keys.Declaration | None:
+    """The checked declaration of a task class; None for an ordinary task.
+
+    Raises:
+        ConfigurationError: it is wrong, or missing where the task asked to be guarded.
+    """
+    try:
+        return _declaration_of(cls, app)
+    except ConfigurationError:
+        app._tasks.pop(cls.name, None)  # Celery registered it already; a wrong one must not run unguarded
+        raise
+
+
+def _declaration_of(cls: type[Any], app: Celery) -> keys.Declaration | None:
+    intent = inspect.getattr_static(cls, "intent", None)
+    if isinstance(intent, staticmethod):
+        intent = intent.__func__
+    _check_spelling(cls)
+    if intent is None:
+        if issubclass(cls, app.Task):  # through task_cls=: its author asked for nothing
+            return None
+        raise ConfigurationError(
+            f"{cls.name} is declared with {cls.__mro__[1].__name__} but without an intent. Say which parameters make "
+            "two calls the same "
+            "action: intent=(…). Parameters: " + (", ".join(_signature(cls).parameters) or "none") + "."
+        )
+    if isinstance(intent, str) and ":" in intent:  # from a configuration file: a function by its path
+        intent = symbol_by_name(intent)
+    settings_of(cls, app)
+    return keys.declare(
+        task=cls.name,
+        signature=_signature(cls),
+        intent=intent,
+        must_match=cls.must_match,
+        secret=cls.secret,
+        version=cls.intent_version,
+        models=_models(cls),
+    )
+
+
+def settings_of(cls: type[Any], app: Celery) -> Settings:
+    """The application's settings with this task's own options.
+
+    Raises:
+        ConfigurationError: a name or a value is wrong.
+    """
+    own = {name: getattr(cls, name) for name in NAMES if hasattr(cls, name)}
+    return checked(of_app(app.conf), own, where=cls.name or cls.__name__)
+
+
+def _signature(cls: type[Any]) -> inspect.Signature:
+    """Of the body, without ``self``."""
+    run = inspect.getattr_static(cls, "run")
+    if isinstance(run, staticmethod):
+        return inspect.signature(run.__func__)
+    signature = inspect.signature(run)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def _models(cls: type[Any]) -> dict[str, Any]:
+    """Parameters annotated with a pydantic model: a dictionary given for one is read as the model,
+    because that is what the body will get, defaults included."""
+    run = inspect.getattr_static(cls, "run")
+    fun = inspect.unwrap(run.__func__ if isinstance(run, staticmethod) else run)
+    try:
+        hints = typing.get_type_hints(fun) if isinstance(fun, FunctionType) else {}
+    except Exception:  # an annotation that cannot be evaluated is somebody else's business
+        return {}
+    models = {}
+    for name, hint in hints.items():
+        for option in (hint, *typing.get_args(hint)):
+            if (
+                isinstance(option, type)
+                and hasattr(option, "model_validate")
+                and hasattr(option, "model_dump")
+            ):
+                models[name] = option
+    models.pop("return", None)
+    return models
+
+
+def _check_spelling(cls: type[Any]) -> None:
+    """An attribute that looks like one of our options and is none would be silently ignored."""
+    for name in vars(cls):
+        if (
+            name.startswith("_")
+            or name in OPTIONS
+            or hasattr(Task, name)
+            or callable(getattr(cls, name, None))
+        ):
+            continue
+        bare = name.removeprefix("idem_")
+        near = difflib.get_close_matches(bare, OPTIONS, n=1, cutoff=_ALIKE)
+        if near:
+            raise ConfigurationError(f"{cls.name}: there is no option {name}=. Did you mean {near[0]}=?")

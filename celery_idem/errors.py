@@ -1,0 +1,131 @@
+"""Everything this package raises, as one tree.
+
+::
+
+    IdempotencyError
+    ├── ConfigurationError      at declaration or start-up; says what to change
+    ├── IntentError             an argument cannot be part of an idempotency key
+    ├── StoreError              the store did not answer, or answered nonsense
+    ├── LeaseLost               somebody took the intent over
+    ├── OutcomeUnknown          in doubt; says how to resolve it
+    ├── ResultUnavailable       done, but the value was not stored
+    └── IntentConflict
+        ├── InProgress          being worked on right now (HTTP 409)
+        └── FingerprintMismatch same intent, other values   (HTTP 422)
+
+Every attribute is also a positional argument, because that is what survives:
+``pickle`` and Celery's JSON result backend both rebuild an exception from
+``type(exc)(*exc.args)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = [
+    "ConfigurationError",
+    "FingerprintMismatch",
+    "IdempotencyError",
+    "InProgress",
+    "IntentConflict",
+    "IntentError",
+    "LeaseLost",
+    "OutcomeUnknown",
+    "ResultUnavailable",
+    "StoreError",
+]
+
+
+class IdempotencyError(Exception):
+    """Base of all errors of this package.
+
+    Args:
+        message: what happened, and what to do next.
+        key: the idempotency key it happened to, where there is one.
+    """
+
+    key: str | None
+
+    def __init__(self, message: str = "", key: str | None = None, *more: object) -> None:
+        super().__init__(message, key, *more)
+        self.message = message
+        self.key = key
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ConfigurationError(IdempotencyError):
+    """A declaration or a setting is wrong. Raised before any work is accepted."""
+
+
+class IntentError(IdempotencyError):
+    """An argument cannot be part of an idempotency key.
+
+    Args:
+        parameter: the name of the parameter that holds the value.
+    """
+
+    def __init__(self, message: str = "", key: str | None = None, parameter: str | None = None) -> None:
+        super().__init__(message, key, parameter)
+        self.parameter = parameter
+
+
+class StoreError(IdempotencyError):
+    """The store did not answer in time, or what it answered is not a record."""
+
+
+class LeaseLost(IdempotencyError):
+    """Somebody else took this intent over, so this execution must not go on."""
+
+
+class OutcomeUnknown(IdempotencyError):
+    """In doubt: the effect may or may not have happened, and nobody here can know.
+
+    Args:
+        reason: why it is unknown.
+    """
+
+    def __init__(self, message: str = "", key: str | None = None, reason: str = "") -> None:
+        super().__init__(message, key, reason)
+        self.reason = reason
+
+
+class ResultUnavailable(IdempotencyError):
+    """The action is done, and will not be done again, but its value was not stored.
+
+    Args:
+        reason: why the value was not stored.
+    """
+
+    def __init__(self, message: str = "", key: str | None = None, reason: str = "") -> None:
+        super().__init__(message, key, reason)
+        self.reason = reason
+
+
+class IntentConflict(IdempotencyError):
+    """This call cannot be answered with the stored outcome of its intent."""
+
+
+class InProgress(IntentConflict):
+    """Somebody is working on this intent right now.
+
+    Args:
+        retry_after: seconds after which asking again makes sense.
+    """
+
+    def __init__(self, message: str = "", key: str | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message, key, retry_after)
+        self.retry_after = retry_after
+
+
+class FingerprintMismatch(IntentConflict):
+    """The same intent came with other values than the first time.
+
+    Args:
+        differs: names of the parameters that differ; never their values.
+    """
+
+    def __init__(self, message: str = "", key: str | None = None, differs: Iterable[str] = ()) -> None:
+        self.differs = tuple(differs)
+        super().__init__(message, key, list(self.differs))

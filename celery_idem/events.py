@@ -1,0 +1,74 @@
+"""The one seam where something that happened is told: to logs, signals and metrics.
+
+Nothing else in the package logs or counts. A listener must be quick, must not raise
+(what it raises is logged and dropped), and gets no argument values.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+logger = logging.getLogger("celery_idem")
+
+LEVELS = {
+    "claimed": logging.DEBUG,
+    "settled": logging.DEBUG,
+    "replayed": logging.INFO,
+    "waiting": logging.INFO,
+    "scheduled": logging.DEBUG,
+    "released": logging.INFO,
+    "mismatch": logging.WARNING,
+    "in_doubt": logging.ERROR,
+    "asked": logging.WARNING,
+    "lease_lost": logging.ERROR,
+    "stale_settle": logging.CRITICAL,
+    "store_error": logging.WARNING,
+    "unguarded": logging.WARNING,
+    "unsettled": logging.ERROR,
+    "lapsed": logging.WARNING,
+    "resolved": logging.WARNING,
+    "forgotten": logging.WARNING,
+}
+"""Every kind of event, and how loudly it is logged. ``stale_settle`` is the alarm: an
+execution finished an effect after another one had taken the intent over."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to an intent.
+
+    Attributes:
+        kind: one of ``LEVELS``.
+        key: the idempotency key.
+        details: more, by name; never an argument's value.
+    """
+
+    kind: str
+    key: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+_listeners: list[Callable[[Event], None]] = []
+
+
+def listen(listener: Callable[[Event], None]) -> Callable[[], None]:
+    """Have ``listener`` called for every event; returns a function that stops it."""
+    _listeners.append(listener)
+    return lambda: _listeners.remove(listener)
+
+
+def emit(kind: str, key: str, **details: Any) -> None:
+    """Tell that something happened."""
+    level = LEVELS[kind]
+    if logger.isEnabledFor(level):
+        logger.log(level, "%s %s %s", kind, key, details or "", extra={"idem_event": kind, "idem_key": key})
+    if _listeners:
+        event = Event(kind, key, details)
+        for listener in _listeners:
+            try:
+                listener(event)
+            except Exception:
+                logger.exception("a listener of celery_idem events failed on %s %s", kind, key)

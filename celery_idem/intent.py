@@ -1,0 +1,257 @@
+"""The values everything else passes around. Frozen data: no I/O, no clock.
+
+Times are integers in microseconds of the *store's* clock; durations are integers
+in microseconds. One unit everywhere, so that no line has to convert in its head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from typing import Any, Literal, NamedTuple
+
+MICROSECONDS = 1_000_000
+"""Microseconds in a second."""
+
+NO_OWNER = bytes(12)
+"""The owner of a record that nobody holds; a minted owner is never all zero."""
+
+OnCrash = Literal["in_doubt", "resume", "rerun"]
+
+
+class State(IntEnum):
+    """Where an intent stands. The numbers are part of the stored format: never reuse one."""
+
+    RUNNING = 1
+    SCHEDULED = 2
+    RELEASED = 3
+    SUCCEEDED = 4
+    FAILED = 5
+    IN_DOUBT = 6
+
+    @property
+    def settled(self) -> bool:
+        """The outcome is known and will not change any more."""
+        return self in (State.SUCCEEDED, State.FAILED)
+
+
+class Outcome(NamedTuple):
+    """How the action ended.
+
+    Attributes:
+        succeeded: False when the body raised.
+        payload: the encoded value or error; None when it could not be stored.
+        missing: why there is no payload; empty when there is one.
+    """
+
+    succeeded: bool
+    payload: bytes | None
+    missing: str = ""
+
+
+class Step(NamedTuple):
+    """A finished part of a body: its name, and its encoded result."""
+
+    name: str
+    payload: bytes
+
+
+class Note(NamedTuple):
+    """One line of a record's audit trail: who decided what, when, and on what evidence."""
+
+    at: int
+    by: str
+    what: str
+    evidence: str
+
+
+class Fingerprint(NamedTuple):
+    """What must be equal whenever the same intent comes back.
+
+    Attributes:
+        names: parameter names, sorted.
+        packed: for each name, in that order, a 4-byte tag of the name and 8 bytes
+            of digest of its value (see ``keys.fingerprint``).
+    """
+
+    names: tuple[str, ...] = ()
+    packed: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """All that is known of one intent.
+
+    Attributes:
+        owner: 12 bytes minted per execution; whoever knows them may settle.
+        task_id: the Celery task id of the latest execution.
+        fence: grows with every new owner; 0 only in a value not yet stamped.
+        attempts: executions so far, the current one included.
+        crashes: how many of them ended without a word.
+        lease: RUNNING, SCHEDULED, and IN_DOUBT while somebody asks: microseconds
+            after the store's stamp at which the hold lapses.
+        asking: the token of the worker that is asking the destination.
+        open_step: the step that began and has not ended; "" for none.
+        reason: why it is in doubt.
+        digests: per-field digests for finding key drift; may be empty.
+    """
+
+    state: State
+    owner: bytes = NO_OWNER
+    task_id: str = ""
+    fence: int = 0
+    attempts: int = 1
+    crashes: int = 0
+    lease: int = 0
+    fingerprint: bytes = b""
+    steps: tuple[Step, ...] = ()
+    open_step: str = ""
+    asking: bytes = b""
+    reason: str = ""
+    notes: tuple[Note, ...] = ()
+    digests: bytes = b""
+    outcome: Outcome | None = None
+
+
+class Stored(NamedTuple):
+    """A value as a store holds it: the bytes, and the store's time of the last write."""
+
+    value: bytes
+    stamp: int
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The author's choices the protocol needs. Durations in microseconds."""
+
+    lease: int
+    result_ttl: int
+    failure_ttl: int
+    on_crash: OnCrash = "in_doubt"
+    asks: bool = False
+    max_attempts: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One execution that wants to claim an intent.
+
+    Attributes:
+        owner: minted for this attempt to claim, and for no other.
+        carried: owners of earlier attempts of the same message whose reply got
+            lost before the body ran.
+    """
+
+    owner: bytes
+    task_id: str
+    fingerprint: Fingerprint
+    policy: Policy
+    carried: tuple[bytes, ...] = ()
+    digests: bytes = b""
+
+
+# --- decisions: a closed set ---------------------------------------------------------
+
+
+class Acquired(NamedTuple):
+    """Run the body: this execution owns the intent."""
+
+    record: Record
+
+
+class Replay(NamedTuple):
+    """Do nothing: here is the outcome."""
+
+    outcome: Outcome
+
+
+class Busy(NamedTuple):
+    """Somebody holds it; it may change after ``retry_after`` microseconds."""
+
+    retry_after: int
+
+
+class Ask(NamedTuple):
+    """Ask the destination, then conclude: this execution holds the right to ask."""
+
+    record: Record
+
+
+class InDoubt(NamedTuple):
+    """Nobody here can know whether the effect happened."""
+
+    reason: str
+
+
+class Mismatch(NamedTuple):
+    """Same intent, other values; ``differs`` names the parameters."""
+
+    differs: tuple[str, ...]
+
+
+Decision = Acquired | Replay | Busy | Ask | InDoubt | Mismatch
+
+
+class Done(NamedTuple):
+    """The owner's write is in, or was in already."""
+
+    record: Record
+
+
+class Refused(NamedTuple):
+    """Not the current owner: nothing was written. ``record`` is what stands there."""
+
+    record: Record | None
+
+
+class StepDone(NamedTuple):
+    """This step ran already: here is its encoded result."""
+
+    payload: bytes
+
+
+class StepOpen(NamedTuple):
+    """The step began in an earlier attempt and never ended."""
+
+    record: Record
+
+
+StepDecision = Done | Refused | StepDone | StepOpen
+
+
+# --- answers of a destination, or of a person ----------------------------------------
+
+
+@dataclass(frozen=True)
+class Happened:
+    """The effect did happen; ``result`` is what every caller will get."""
+
+    result: Any = None
+
+
+@dataclass(frozen=True)
+class NotHappened:
+    """The effect did not happen, and no request for it is still under way."""
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """The destination cannot tell; ``reason`` is for the person who must."""
+
+    reason: str = ""
+
+
+Answer = Happened | NotHappened | Unknown
+
+
+class Raised(Enum):
+    """What kind of exception left the body."""
+
+    RETRY = "retry"
+    IGNORE = "ignore"
+    REJECT = "reject"
+    NO_EFFECT = "no_effect"
+    AMBIGUOUS = "ambiguous"
+    TIME_LIMIT = "time_limit"
+    EXIT = "exit"
+    ERROR = "error"

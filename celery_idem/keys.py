@@ -1,0 +1,408 @@
+"""From a call's arguments to its idempotency key and fingerprint.
+
+Three steps: *bind* the arguments to the signature (so that positional, keyword and
+defaulted calls agree), pick the fields that say what the action *is*, and hash their
+*canonical form*: RFC 8785 JSON over a typed pre-pass. The pre-pass decides which
+values are the same:
+
+* numbers are the same when Python says they are equal (``1``, ``1.0``,
+  ``Decimal("1.00")``); a bool is not a number;
+* text is compared in Unicode normal form C;
+* lists and tuples are the same; an Enum is its value; a dataclass or pydantic model is
+  the dictionary of its fields; integer dictionary keys are text (JSON makes them so);
+* aware datetimes are the same when they are the same instant;
+* bytes, dates, UUIDs, time spans and sets keep their type: ``"2026-11-01"`` is not
+  ``date(2026, 11, 1)``;
+* naive datetimes, NaN, infinities and any other object are refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import inspect
+import math
+import re
+import unicodedata
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from enum import Enum
+from typing import Any, Final
+
+import rfc8785
+
+from celery_idem.errors import ConfigurationError, IntentError
+from celery_idem.intent import Fingerprint
+
+SCHEME = 1
+"""Version of everything below that decides which calls share a key. Part of every key."""
+
+DIGEST = 32
+"""Hex digits of the digest in a key: 128 bits. The chance of one collision among 1e9
+keys is 1e-21; with the 64 bits of many home-made keys it is 2.7 %."""
+
+MAX_DEPTH = 64
+"""Nesting allowed in an argument: far above any sane call, far below Python's own limit."""
+
+MAX_INT_BITS = 14_000
+"""Larger integers are refused: Python itself converts at most 4,300 digits to text."""
+
+_SAFE_INT = 2**53 - 1  # the largest integer every JSON reader keeps exactly (RFC 8785, section 3.2.2.3)
+
+
+class AllArguments:
+    """The type of ``ALL_ARGUMENTS``."""
+
+    def __repr__(self) -> str:
+        return "ALL_ARGUMENTS"
+
+
+ALL_ARGUMENTS: Final = AllArguments()
+"""As ``intent=``: every argument is part of what the action is. Say it only where no
+argument is ever reworded, timestamped or minted anew."""
+
+IntentSpec = Iterable[str] | str | Callable[[dict[str, Any]], Mapping[str, Any]] | AllArguments
+
+
+# --- canonical form ------------------------------------------------------------------
+
+
+def canonical(value: Any) -> Any:
+    """The typed pre-pass: a value that JSON can hold, equal for equal arguments.
+
+    Raises:
+        IntentError: the value cannot be part of a key; the message says why.
+    """
+    return _canonical(value, 0)
+
+
+def _canonical(value: Any, depth: int) -> Any:
+    if value is None or value is True or value is False:
+        return value
+    if isinstance(value, Enum):
+        return _canonical(value.value, depth)
+    if isinstance(value, str):
+        return unicodedata.normalize("NFC", str(value))
+    if isinstance(value, int):
+        return _whole(int(value))
+    if isinstance(value, (float, Decimal)):
+        return _number(value)
+    if depth >= MAX_DEPTH:
+        raise IntentError(f"it is nested more than {MAX_DEPTH} levels deep")
+    if isinstance(value, (list, tuple)):
+        return [_canonical(item, depth + 1) for item in value]
+    if isinstance(value, Mapping):
+        return _mapping(value, depth)
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return {"$bytes": base64.b64encode(bytes(value)).decode()}
+    if isinstance(value, datetime):
+        if value.utcoffset() is None:
+            raise IntentError("it is a naive datetime, which names no instant: give it a timezone")
+        return {"$datetime": value.astimezone(timezone.utc).isoformat()}
+    if isinstance(value, date):
+        return {"$date": value.isoformat()}
+    if isinstance(value, time):
+        if value.tzinfo is not None:
+            raise IntentError("it is a time with a timezone, which is no instant: use a datetime")
+        return {"$time": value.isoformat()}
+    if isinstance(value, timedelta):
+        return {"$timedelta": str(value // timedelta(microseconds=1))}
+    if isinstance(value, uuid.UUID):
+        return {"$uuid": str(value)}
+    if isinstance(value, (set, frozenset)):
+        return {"$set": sorted((_canonical(item, depth + 1) for item in value), key=_dumps)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return _mapping(fields, depth)
+    if hasattr(value, "model_dump") and not isinstance(value, type):  # a pydantic model
+        return _canonical(value.model_dump(mode="json"), depth + 1)
+    raise IntentError(f"a {type(value).__name__} has no canonical form: pass an id, a number or text instead")
+
+
+def _mapping(value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(key, Enum):
+            key = key.value
+        if isinstance(key, int) and not isinstance(key, bool):
+            key = str(_whole(int(key)))  # what JSON transport makes of it
+        if not isinstance(key, str):
+            raise IntentError(f"it has a dictionary key that is a {type(key).__name__}: use text")
+        name = unicodedata.normalize("NFC", key)
+        if name.startswith("$"):  # "$date" and the like are ours
+            name = "$" + name
+        if name in result:
+            raise IntentError(f"it has two dictionary keys that are both {key!r} once normalised")
+        result[name] = _canonical(item, depth + 1)
+    return result
+
+
+def _whole(value: int) -> Any:
+    if -_SAFE_INT <= value <= _SAFE_INT:
+        return value
+    if value.bit_length() > MAX_INT_BITS:
+        raise IntentError(f"it is an integer of more than {MAX_INT_BITS} bits")
+    return _digits(Decimal(value))
+
+
+def _number(value: float | Decimal) -> Any:
+    if isinstance(value, Decimal):
+        if not value.is_finite():
+            raise IntentError("it is NaN or infinite")
+        if -400 < value.adjusted() < 400:  # a float may be equal; beyond, none is
+            number = float(value)
+            if math.isfinite(number) and Decimal(number) == value:
+                return _number(number)
+            if value == value.to_integral_value():
+                return _whole(int(value))
+        return _digits(value)
+    if not math.isfinite(value):
+        raise IntentError("it is NaN or infinite")
+    return _whole(int(value)) if value.is_integer() else float(value)
+
+
+def _digits(value: Decimal) -> dict[str, str]:
+    """A number beyond JSON's: its digits without trailing zeros, and a power of ten."""
+    sign, digits, exponent = value.as_tuple()
+    text = "".join(map(str, digits)).lstrip("0")
+    stripped = text.rstrip("0")
+    power = int(exponent) + len(text) - len(stripped)
+    return {"$number": f"{'-' if sign else ''}{stripped or '0'}E{power if stripped else 0}"}
+
+
+def _dumps(value: Any) -> bytes:
+    return rfc8785.dumps(value)
+
+
+def _hash(value: Any) -> hashlib._Hash:
+    try:
+        return hashlib.sha256(_dumps(value))
+    except (rfc8785.CanonicalizationError, UnicodeEncodeError) as error:
+        raise IntentError(f"it has no canonical JSON form: {error}") from None
+
+
+def _named(parameter: str, value: Any) -> Any:
+    """Canonical form of one argument; the error names the parameter, never the value."""
+    try:
+        form = canonical(value)
+        _dumps(form)
+    except IntentError as error:
+        raise _refused(parameter, error) from None
+    except (rfc8785.CanonicalizationError, UnicodeEncodeError):
+        raise _refused(parameter, "its text is not valid Unicode") from None
+    except Exception as error:  # an object whose own methods fail: still an argument that cannot be used
+        raise _refused(parameter, f"reading it failed with {type(error).__name__}") from error
+    return form
+
+
+def _refused(parameter: str, why: object) -> IntentError:
+    return IntentError(
+        f"The parameter {parameter!r} cannot be part of an idempotency key: {why}.", None, parameter
+    )
+
+
+# --- declaration ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a task's author said about the identity of its actions, checked.
+
+    Build it with ``declare``.
+    """
+
+    task: str
+    signature: inspect.Signature
+    fields: tuple[str, ...] | None
+    compute: Callable[[dict[str, Any]], Mapping[str, Any]] | None
+    must_match: tuple[str, ...]
+    secret: tuple[str, ...]
+    version: int | str
+    models: Mapping[str, Any]
+
+    def bind(self, args: Iterable[Any] | None, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Arguments by parameter name, defaults applied, ``**kwargs`` opened up.
+
+        Raises:
+            TypeError: the call does not fit the signature.
+        """
+        bound = self.signature.bind(*(args or ()), **(kwargs or {}))
+        bound.apply_defaults()
+        arguments = bound.arguments
+        for name, parameter in self.signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                arguments.update(arguments.pop(name))
+        for name, model in self.models.items():
+            if isinstance(arguments.get(name), Mapping):
+                arguments[name] = _validated(model, arguments[name])
+        return arguments
+
+    def intent(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Canonical fields that say what the action is."""
+        if self.compute is not None:
+            fields = self.compute(dict(arguments))
+            if not isinstance(fields, Mapping) or not fields:
+                raise IntentError(
+                    f"intent= of {self.task} returned {type(fields).__name__!r} instead of a dictionary with at "
+                    "least one field."
+                )
+            return {str(name): _named(str(name), value) for name, value in fields.items()}
+        names = arguments if self.fields is None else self.fields
+        missing = [name for name in names if name not in arguments]
+        if missing:
+            raise IntentError(
+                f"{self.task} was called without {missing[0]!r}, which is part of its intent.",
+                None,
+                missing[0],
+            )
+        return {name: _named(name, arguments[name]) for name in names}
+
+    def key(
+        self,
+        namespace: str,
+        arguments: dict[str, Any],
+        scope: str | None = None,
+        occurrence: str | None = None,
+        caller_key: str | None = None,
+    ) -> str:
+        """The idempotency key: the task's name, a colon, and 32 hex digits.
+
+        Args:
+            scope: tenant, conversation: whose action it is.
+            occurrence: which of several meant repetitions.
+            caller_key: the caller's own key; then it is the identity instead of the fields.
+
+        Raises:
+            IntentError: a value cannot be part of a key.
+        """
+        fields = {} if caller_key is not None else self.intent(arguments)
+        identity = [
+            SCHEME,
+            namespace,
+            self.task,
+            str(self.version),
+            _label("scope", scope),
+            _label("occurrence", occurrence),
+            _label("idempotency_key", caller_key),
+            fields,
+        ]
+        return f"{self.task}:{_hash(identity).hexdigest()[:DIGEST]}"
+
+    def fingerprint(self, arguments: dict[str, Any], caller_key: str | None = None) -> Fingerprint:
+        """Digests of what must be equal when the intent comes back: ``must_match``,
+        or every argument when the caller brought the key (as Stripe does)."""
+        names = sorted(arguments) if caller_key is not None else self.must_match
+        if not names:
+            return _NOTHING
+        packed = b"".join(
+            _hash([SCHEME, self.task, name]).digest()[:4]
+            + _hash([SCHEME, self.task, name, _named(name, arguments.get(name))]).digest()[:8]
+            for name in names
+        )
+        return Fingerprint(tuple(names), packed)
+
+
+_NOTHING = Fingerprint()
+
+
+def _label(what: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, (str, int)) or isinstance(value, bool):
+        raise IntentError(f"{what} must be text, not {type(value).__name__}.", None, what)
+    return unicodedata.normalize("NFC", str(value))
+
+
+def _validated(model: Any, value: Mapping[str, Any]) -> Any:
+    """The pydantic model of a dictionary, so that its defaults count; invalid data stays as it is
+    (the task itself will refuse it, in words of its own)."""
+    try:
+        return model.model_validate(value)
+    except ValueError:
+        return value
+
+
+def declare(
+    task: str,
+    signature: inspect.Signature,
+    intent: IntentSpec,
+    must_match: Iterable[str] | str = (),
+    secret: Iterable[str] | str = (),
+    version: int | str = 1,
+    models: Mapping[str, Any] | None = None,
+) -> Declaration:
+    """Check a declaration against the task's signature.
+
+    Raises:
+        ConfigurationError: an unknown name (the message lists the real ones), or an
+            intent that names nothing.
+    """
+    fields: tuple[str, ...] | None = None
+    compute = None
+    if isinstance(intent, AllArguments):
+        pass
+    elif callable(intent):
+        compute = intent
+    else:
+        fields = _names(task, "intent", intent, signature)
+        if not fields:
+            raise ConfigurationError(
+                f"{task}: intent= names no parameter, so every call would be the same action. Name what tells "
+                "two actions apart, or say intent=ALL_ARGUMENTS."
+            )
+    return Declaration(
+        task=task,
+        signature=signature,
+        fields=fields,
+        compute=compute,
+        must_match=tuple(sorted(_names(task, "must_match", must_match, signature))),
+        secret=_names(task, "secret", secret, signature),
+        version=version,
+        models=models or {},
+    )
+
+
+def _names(task: str, option: str, given: Any, signature: inspect.Signature) -> tuple[str, ...]:
+    if isinstance(given, str):
+        given = (given,)
+    try:
+        names = tuple(given)
+    except TypeError:
+        raise ConfigurationError(
+            f"{task}: {option}= must be parameter names, not {type(given).__name__}."
+        ) from None
+    parameters = signature.parameters
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    real = [n for n, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    for name in names:
+        if not isinstance(name, str) or (name not in real and not open_ended):
+            raise ConfigurationError(
+                f"{task}: {option}= names {name!r}, which is not a parameter. It has: {', '.join(real) or 'none'}."
+            )
+    return names
+
+
+_KEY = re.compile(rf"(?P<task>.+):[0-9a-f]{{{DIGEST}}}\Z", re.DOTALL)
+
+
+def task_of(key: str) -> str | None:
+    """The task's name in an idempotency key; None when it is not a key of ours."""
+    match = _KEY.match(key)
+    return match["task"] if match else None
+
+
+def downstream_key(key: str, name: str) -> str:
+    """A key for the service that this action calls: stable, and fit for an HTTP header.
+
+    ASCII, at most 97 characters (Stripe allows 255).
+    """
+    label = re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:64]
+    return f"{label}-{hashlib.sha256(_joined(key, name)).hexdigest()[:DIGEST]}"
+
+
+def _joined(key: str, name: str) -> bytes:
+    return rfc8785.dumps([key, name])

@@ -1,0 +1,643 @@
+"""The protocol over a store: claim, renew, settle, release, resolve, list, purge.
+
+Each operation reads what stands there, asks ``protocol`` what it means, writes the
+record it gives with a compare-and-set, and starts over when somebody was faster. The
+first guess saves the read: a claim begins with *create if absent*, everything else
+with the record as this execution last wrote it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from celery_idem import codec, events, keys, protocol
+from celery_idem.codec import Codec, NotStorable
+from celery_idem.errors import ConfigurationError, IdempotencyError, LeaseLost, OutcomeUnknown, StoreError
+from celery_idem.intent import (
+    MICROSECONDS,
+    Acquired,
+    Answer,
+    Ask,
+    Decision,
+    Done,
+    Happened,
+    Note,
+    NotHappened,
+    Outcome,
+    Policy,
+    Record,
+    Refused,
+    Request,
+    State,
+    StepDone,
+    StepOpen,
+    Stored,
+    Unknown,
+)
+from celery_idem.stores.base import Change, Reply, Store
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+ROUNDS = 50
+"""How often an operation starts over because somebody else wrote in between. Each round
+somebody made progress; fifty in a row means something writes in a loop."""
+
+PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
+"""Seconds between tries to write an outcome; the last one repeats."""
+
+
+class Entry:
+    """One intent as it stands in the store, for people and programs to read.
+
+    Attributes:
+        key: the idempotency key.
+        record: everything that is known.
+        changed_at: the store's time of the last write, in seconds since the epoch.
+        now: the store's time of the reading, in seconds.
+    """
+
+    __slots__ = ("changed_at", "key", "now", "record")
+
+    def __init__(self, key: str, record: Record, stamp: int, now: int) -> None:
+        self.key = key
+        self.record = record
+        self.changed_at = stamp / MICROSECONDS
+        self.now = now / MICROSECONDS
+
+    @property
+    def task(self) -> str:
+        """Name of the task."""
+        return keys.task_of(self.key) or self.key
+
+    @property
+    def state(self) -> str:
+        """Name of the state, in lower case; ``lapsed`` for a RUNNING one whose lease is over."""
+        if self.record.state is State.RUNNING and self.retry_after <= 0:
+            return "lapsed"
+        return self.record.state.name.lower()
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds until whoever holds it must have renewed; 0 or less when nobody does."""
+        return self.changed_at + self.record.lease / MICROSECONDS - self.now
+
+    def __repr__(self) -> str:
+        return f"<Entry {self.key} {self.state}>"
+
+
+class Claim:
+    """One execution's hold on one intent: what a body sees as ``self.claim``.
+
+    Attributes:
+        key: the idempotency key.
+        lost: True once this execution must not start another effect: somebody took
+            over, or the lease could not be renewed in time.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        request: Request,
+        stored: Stored | None,
+        record: Record,
+        before: float,
+    ) -> None:
+        self.key = key
+        self._request = request
+        self._stored = stored
+        self._record = record
+        self._trusted_until = before + protocol.trusted_for(request.policy.lease) / MICROSECONDS
+        self._taken_over = False
+        self._steps_seen: set[str] = set()
+        self._step_running = ""
+        self._step_unrecorded = False
+
+    @classmethod
+    def unguarded(cls, key: str, request: Request) -> Claim:
+        """For a body that runs without a store (``on_store_error="run"``)."""
+        claim = cls(key, request, None, protocol.fresh(request), 0.0)
+        claim._trusted_until = float("inf")
+        return claim
+
+    @property
+    def fence(self) -> int:
+        """Grows with every new owner of the intent: let the destination refuse a smaller one.
+
+        0 while no store stands behind the claim.
+        """
+        return self._record.fence
+
+    @property
+    def attempt(self) -> int:
+        """Which execution of this intent this is; 1 for the first."""
+        return self._record.attempts
+
+    @property
+    def task_id(self) -> str:
+        """Celery's id of this execution's task."""
+        return self._record.task_id
+
+    @property
+    def lost(self) -> bool:
+        return self._taken_over or time.monotonic() > self._trusted_until
+
+    @property
+    def guarded(self) -> bool:
+        """False when the body runs without a store."""
+        return self._stored is not None
+
+    def downstream_key(self, name: str) -> str:
+        """A key for one call this body makes, such as ``"charge"``: the same in every
+        attempt, ASCII, and short enough for an ``Idempotency-Key`` header."""
+        return keys.downstream_key(self.key, name)
+
+    def __repr__(self) -> str:
+        return f"<Claim {self.key} fence={self.fence} attempt={self.attempt}>"
+
+
+class Ledger:
+    """All intents of one namespace in one store.
+
+    Args:
+        store: where they are.
+        namespace: applications with different namespaces do not see each other.
+        codec: how results are written.
+    """
+
+    def __init__(self, store: Store, namespace: str = "idem", codec: Codec | None = None) -> None:
+        self.store = store
+        self.namespace = namespace
+        self.codec = codec or Codec()
+        self._prefix = f"{namespace}:"
+
+    @classmethod
+    def from_app(cls, app: Celery) -> Ledger:
+        """The ledger that an application's tasks use.
+
+        Raises:
+            ConfigurationError: a setting is wrong.
+        """
+        from celery_idem.settings import ledger_of
+
+        return ledger_of(app)
+
+    # --- for an execution -----------------------------------------------------------
+
+    def claim(self, key: str, request: Request) -> tuple[Decision, Claim | None]:
+        """Claim an intent; the second part is there for ``Acquired`` and ``Ask``.
+
+        Raises:
+            StoreError: nobody knows whether the claim was written. The owner in
+                ``request`` does: carry it along.
+        """
+        before = time.monotonic()
+        new = protocol.fresh(request)
+        reply = self.store.create(self._prefix + key, codec.pack(new))
+        if reply.done:
+            assert reply.stored is not None
+            record = _with_fence(new, reply.stored.stamp)
+            return Acquired(record), Claim(key, request, reply.stored, record, before)
+
+        def decide(record: Record, stamp: int, now: int) -> tuple[Decision, Record | None]:
+            return protocol.claim(record, stamp, now, request)
+
+        return self._decide(key, request, reply, decide)
+
+    def conclude(self, claim: Claim, answer: Answer) -> tuple[Decision, Claim | None]:
+        """Write what the destination answered to a question this claim (``Ask``) put."""
+        outcome, reason = None, ""
+        if isinstance(answer, Happened):
+            outcome = self.outcome_of(answer.result)
+        elif isinstance(answer, Unknown):
+            reason = answer.reason or "the destination could not tell"
+
+        def decide(record: Record, stamp: int, now: int) -> tuple[Decision, Record | None]:
+            return protocol.conclude(record, now, claim._request, outcome, reason)
+
+        return self._decide(claim.key, claim._request, Reply(False, claim._stored, 0), decide)
+
+    def settle(self, claim: Claim, outcome: Outcome, patience: float) -> Done | Refused:
+        """Write how the body ended; ``Refused`` when somebody took over.
+
+        Args:
+            patience: seconds to keep trying while the store does not answer.
+
+        Raises:
+            StoreError: it did not answer for that long. The record stays as it is.
+        """
+        held = claim._record
+
+        def decide(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
+            return protocol.settle(record, held, outcome)
+
+        return self._patiently(claim, decide, patience)
+
+    def release(self, claim: Claim, patience: float) -> Done | Refused:
+        """Nothing happened: anybody may claim the intent again."""
+        return self._patiently(
+            claim, _present(lambda record: protocol.release(record, claim._request.owner)), patience
+        )
+
+    def let_go(self, key: str, request: Request) -> None:
+        """Release a claim that may or may not have been written, and whose body did not run."""
+        self.release(Claim.unguarded(key, request), 0.0)
+
+    def schedule(self, claim: Claim, delay: float, patience: float) -> Done | Refused:
+        """Keep the intent for this task id for ``delay`` seconds, until its retry comes."""
+        wait = int(delay * MICROSECONDS)
+        return self._patiently(
+            claim, _present(lambda record: protocol.schedule(record, claim._request.owner, wait)), patience
+        )
+
+    def doubt(self, claim: Claim, reason: str, patience: float) -> Done | Refused:
+        """The body ended in a way that leaves the effect unknown."""
+        return self._patiently(
+            claim, _present(lambda record: protocol.doubt(record, claim._request.owner, reason)), patience
+        )
+
+    def renew(self, claims: Sequence[Claim]) -> None:
+        """Renew the leases of running claims, in one round trip where the store can."""
+        before = time.monotonic()
+        changes = []
+        for claim in claims:
+            ttl = protocol.ttl(claim._record, claim._request.policy)
+            value = codec.pack(claim._record)
+            assert claim._stored is not None  # only claims that were written are watched
+            changes.append(Change(self._prefix + claim.key, claim._stored, value, ttl))
+        for claim, change, reply in zip(claims, changes, self.store.replace_many(changes), strict=True):
+            if reply.done or (reply.stored is not None and reply.stored.value == change.value):
+                assert reply.stored is not None
+                _renewed(claim, claim._record, reply.stored, before)
+            else:
+                self._renew_again(claim, reply)
+
+    def _renew_again(self, claim: Claim, reply: Reply) -> None:
+        """The body itself wrote meanwhile (a step, the outcome), or somebody took over."""
+        if reply.stored is None:
+            return  # the store lost the record; settling will write it again
+        record = self._read(claim.key, reply.stored)
+        decision, _ = protocol.renew(record, claim._request.owner)
+        if isinstance(decision, Done):
+            return  # its own newer write moved the deadline already
+        if record.owner != claim._request.owner and not claim._taken_over:
+            claim._taken_over = True
+            events.emit("lease_lost", claim.key, task_id=claim.task_id, fence=claim.fence)
+
+    # --- steps ----------------------------------------------------------------------
+
+    def step(
+        self,
+        claim: Claim,
+        name: str,
+        run: Callable[[], Any],
+        ask: Callable[[], Answer] | None,
+        patience: float,
+        no_effect: tuple[type[BaseException], ...] = (),
+    ) -> Any:
+        """Run a part of the body once per intent.
+
+        Args:
+            run: the part.
+            ask: asks the destination whether the part happened; None: nobody can.
+            patience: seconds to keep trying to record its result.
+            no_effect: exceptions that prove the part did not happen.
+
+        Raises:
+            LeaseLost: somebody took the intent over.
+            OutcomeUnknown: the part began in an earlier attempt, and nobody knows how it ended.
+        """
+        self._check_step(claim, name)
+
+        def begin(record: Record, stamp: int, now: int) -> tuple[Any, Record | None]:
+            return protocol.begin_step(record, claim._request.owner, name, claim._request.policy)
+
+        try:
+            decision = self._held(claim, begin)
+        except StoreError:
+            claim._step_unrecorded = True
+            raise
+        if isinstance(decision, StepDone):
+            return self.codec.decode(decision.payload, claim.key)
+        if isinstance(decision, StepOpen):
+            answer = ask() if ask is not None else Unknown("the worker stopped inside this step")
+            if isinstance(answer, Happened):
+                return self._end_step(claim, name, answer.result, patience)
+            if isinstance(answer, Unknown):
+                reason = f"step {name!r}: {answer.reason or 'the destination could not tell'}"
+                self.doubt(claim, reason, patience)
+                raise OutcomeUnknown(doubt_message(claim.key, reason), claim.key, reason)
+        elif isinstance(decision, Refused):
+            claim._taken_over = True
+            raise lease_lost(claim)
+        claim._step_running = name
+        try:
+            value = run()
+        except no_effect:
+            self._close_step(claim, name, None, patience)
+            raise
+        finally:
+            claim._step_running = ""
+        return self._end_step(claim, name, value, patience)
+
+    def _check_step(self, claim: Claim, name: str) -> None:
+        if claim._step_running:
+            raise ConfigurationError(
+                f"{claim.key}: step {name!r} was begun inside step {claim._step_running!r}. Steps cannot be nested: "
+                "begin it after the other has ended.",
+                claim.key,
+            )
+        if name in claim._steps_seen:
+            raise ConfigurationError(
+                f"{claim.key}: two steps are called {name!r}. A step's name is what its result is kept under: give "
+                'each its own, such as f"mail-{address}".',
+                claim.key,
+            )
+        if not name or not isinstance(name, str):
+            raise ConfigurationError(f"{claim.key}: a step needs a name.", claim.key)
+        claim._steps_seen.add(name)
+
+    def _end_step(self, claim: Claim, name: str, value: Any, patience: float) -> Any:
+        try:
+            payload = self.codec.encode(value)
+        except NotStorable as why:
+            raise ConfigurationError(
+                f"{claim.key}: the result of step {name!r} cannot be stored ({why}). The step has run; return "
+                "something small and serializable from it, such as an id.",
+                claim.key,
+            ) from None
+        self._close_step(claim, name, payload, patience)
+        return self.codec.as_replayed(value, payload)
+
+    def _close_step(self, claim: Claim, name: str, payload: bytes | None, patience: float) -> None:
+        def end(record: Record) -> tuple[Done | Refused, Record | None]:
+            return protocol.end_step(record, claim._request.owner, name, payload)
+
+        try:
+            done = self._patiently(claim, _present(end), patience)
+        except StoreError:
+            claim._step_unrecorded = True
+            raise
+        if isinstance(done, Refused):
+            claim._taken_over = True
+            raise lease_lost(claim)
+
+    # --- for operators --------------------------------------------------------------
+
+    def get(self, key: str) -> Entry | None:
+        """One intent; None when nothing is stored under the key."""
+        reply = self.store.read(self._prefix + key)
+        if reply.stored is None:
+            return None
+        return Entry(key, self._read(key, reply.stored), reply.stored.stamp, reply.now)
+
+    def list(self, state: str | None = None, task: str | None = None) -> Iterator[Entry]:
+        """Intents, in no order and in bounded memory.
+
+        Args:
+            state: only those in this state (``"in_doubt"``, ``"lapsed"``, …).
+            task: only those of this task.
+        """
+        wanted = state.lower() if state else None
+        prefix = f"{self._prefix}{task}:" if task else self._prefix
+        now = self.store.read(self._prefix).now
+        for stored_key, stored in self.store.scan(prefix):
+            key = stored_key.removeprefix(self._prefix)
+            try:
+                entry = Entry(key, self._read(key, stored), stored.stamp, now)
+            except StoreError:
+                continue  # not a record of ours; `get` says so to whoever asks for it
+            if (task is None or entry.task == task) and (wanted is None or entry.state == wanted):
+                yield entry
+
+    def resolve(
+        self, key: str, answer: Happened | NotHappened, *, by: str, evidence: str = "", keep: float = 86_400.0
+    ) -> Entry:
+        """Settle an intent in doubt by hand. Audited in the record.
+
+        Args:
+            by: who decides.
+            evidence: what they saw.
+            keep: seconds to keep the record; the task's ``result_ttl`` where it is known.
+
+        Raises:
+            IdempotencyError: there is no such intent, somebody works on it right now, or
+                its outcome is known already.
+        """
+        policy = Policy(lease=0, result_ttl=int(keep * MICROSECONDS), failure_ttl=int(keep * MICROSECONDS))
+        outcome = self.outcome_of(answer.result) if isinstance(answer, Happened) else None
+        what = "happened" if outcome is not None else "not happened"
+
+        def decide(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
+            if record is None:
+                return Refused(None), None
+            return protocol.resolve(record, stamp, now, outcome, Note(now, by, what, evidence))
+
+        reply = self.store.read(self._prefix + key)
+        done, stored = self._compare_and_set(key, reply, decide, policy)
+        if isinstance(done, Refused):
+            if done.record is None:
+                raise IdempotencyError(f"There is no intent {key} in {self.store.url}.", key)
+            raise IdempotencyError(
+                f"{key} is {done.record.state.name.lower()}, not in doubt, so there is nothing to resolve. Look at "
+                "it with `idem show`; `idem forget` removes it.",
+                key,
+            )
+        assert stored is not None
+        events.emit("resolved", key, by=by, what=what)
+        return Entry(key, done.record, stored.stamp, stored.stamp)
+
+    def forget(self, key: str) -> bool:
+        """Remove an intent, whatever its state: the next call with this key runs.
+
+        Returns:
+            False when there was none.
+        """
+        reply = self.store.read(self._prefix + key)
+        for _ in range(ROUNDS):
+            if reply.stored is None:
+                return False
+            reply = self.store.replace(self._prefix + key, reply.stored, reply.stored.value, 0)
+            if reply.done:
+                events.emit("forgotten", key)
+                return True
+        raise StoreError(f"{key} changes all the time; nothing was removed. Try again.", key)
+
+    def purge(self, batch: int = 1000) -> int:
+        """Delete what has expired, in batches; how many. Redis expires by itself: 0."""
+        total = 0
+        while True:
+            gone = self.store.purge(batch)
+            total += gone
+            if gone < batch:
+                return total
+
+    def lapse(self, key: str, owner_prefix: bytes, task_id: str) -> Record | None:
+        """A process is known to be dead: end the lease of what it held.
+
+        Returns:
+            The record as it is now, when that process held it; else None.
+        """
+
+        def decide(record: Record | None, stamp: int, now: int) -> tuple[Record | None, Record | None]:
+            new = protocol.lapse(record, owner_prefix, task_id) if record is not None else None
+            return new, new
+
+        reply = self.store.read(self._prefix + key)
+        lapsed: Record | None = self._compare_and_set(key, reply, decide, None)[0]
+        return lapsed
+
+    # --- inside ---------------------------------------------------------------------
+
+    def outcome_of(self, value: Any) -> Outcome:
+        """A value as an outcome; one without payload, and the reason, when it cannot be stored."""
+        try:
+            return Outcome(True, self.codec.encode(value))
+        except NotStorable as why:
+            return Outcome(True, None, str(why))
+
+    def _read(self, key: str, stored: Stored) -> Record:
+        return codec.unpack(stored.value, stored.stamp, key)
+
+    def _decide(
+        self,
+        key: str,
+        request: Request,
+        reply: Reply,
+        decide: Callable[[Record, int, int], tuple[Decision, Record | None]],
+    ) -> tuple[Decision, Claim | None]:
+        """A decision on a record that is there; absent in between: claim it from the start."""
+        before = time.monotonic()
+        for _ in range(ROUNDS):
+            if reply.stored is None:
+                return self.claim(key, request)
+            record = self._read(key, reply.stored)
+            decision, new = decide(record, reply.stored.stamp, reply.now)
+            if new is not None:
+                before = time.monotonic()
+                value = codec.pack(new)
+                reply = self.store.replace(
+                    self._prefix + key, reply.stored, value, protocol.ttl(new, request.policy)
+                )
+                if not reply.done and (reply.stored is None or reply.stored.value != value):
+                    continue
+                assert reply.stored is not None
+            if isinstance(decision, (Acquired, Ask)):
+                stored = reply.stored
+                return decision, Claim(key, request, stored, decision.record, before)
+            return decision, None
+        raise StoreError(f"{key} changes all the time; nothing was run. It will be tried again.", key)
+
+    def _compare_and_set(
+        self,
+        key: str,
+        reply: Reply,
+        decide: Callable[[Record | None, int, int], tuple[Any, Record | None]],
+        policy: Policy | None,
+    ) -> tuple[Any, Stored | None]:
+        for _ in range(ROUNDS):
+            stored = reply.stored
+            record = None if stored is None else self._read(key, stored)
+            decision, new = decide(record, stored.stamp if stored else 0, reply.now)
+            if new is None:
+                return decision, stored
+            value = codec.pack(new)
+            keep = protocol.ttl(new, policy) if policy is not None else None
+            if stored is None:
+                reply = self.store.create(self._prefix + key, value, keep)
+            else:
+                reply = self.store.replace(self._prefix + key, stored, value, keep)
+            if reply.done or (reply.stored is not None and reply.stored.value == value):
+                return decision, reply.stored
+        raise StoreError(f"{key} changes all the time; nothing was written. Try again.", key)
+
+    def _last_seen(self, claim: Claim) -> Reply:
+        """What this claim wrote last: the best guess at what stands there, and it saves the read."""
+        if claim._stored is None:
+            return self.store.read(self._prefix + claim.key)
+        return Reply(False, claim._stored, 0)
+
+    def _held(self, claim: Claim, decide: Callable[[Record, int, int], tuple[Any, Record | None]]) -> Any:
+        """A transition of the record that this claim holds, starting from its own last write."""
+
+        def checked(record: Record | None, stamp: int, now: int) -> tuple[Any, Record | None]:
+            if record is None:
+                return Refused(None), None
+            return decide(record, stamp, now)
+
+        before = time.monotonic()
+        first = self._last_seen(claim)
+        decision, stored = self._compare_and_set(claim.key, first, checked, claim._request.policy)
+        if isinstance(decision, Done) and stored is not None:
+            _renewed(claim, decision.record, stored, before)
+        return decision
+
+    def _patiently(
+        self,
+        claim: Claim,
+        decide: Callable[[Record | None, int, int], tuple[Done | Refused, Record | None]],
+        patience: float,
+    ) -> Done | Refused:
+        """The same, trying again while the store does not answer."""
+        deadline = time.monotonic() + patience
+        tries = 0
+        while True:
+            before = time.monotonic()
+            try:
+                first = self._last_seen(claim)
+                decision, stored = self._compare_and_set(claim.key, first, decide, claim._request.policy)
+            except StoreError as error:
+                pause = PAUSES[min(tries, len(PAUSES) - 1)]
+                tries += 1
+                if time.monotonic() + pause > deadline:
+                    raise
+                if tries == 1:
+                    events.emit("store_error", claim.key, error=str(error), while_="settling")
+                threading.Event().wait(pause)
+                continue
+            if isinstance(decision, Done) and stored is not None:
+                _renewed(claim, decision.record, stored, before)
+            assert isinstance(decision, (Done, Refused))
+            return decision
+
+
+def _present(
+    decide: Callable[[Record], tuple[Done | Refused, Record | None]],
+) -> Callable[[Record | None, int, int], tuple[Done | Refused, Record | None]]:
+    """A transition that means nothing where the record is gone."""
+
+    def checked(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
+        return (Refused(None), None) if record is None else decide(record)
+
+    return checked
+
+
+def _with_fence(record: Record, stamp: int) -> Record:
+    """A first claim's fence is the stamp of its creation."""
+    return replace(record, fence=stamp)
+
+
+def _renewed(claim: Claim, record: Record, stored: Stored, before: float) -> None:
+    claim._record = record
+    claim._stored = stored
+    claim._trusted_until = before + protocol.trusted_for(claim._request.policy.lease) / MICROSECONDS
+
+
+def lease_lost(claim: Claim) -> LeaseLost:
+    return LeaseLost(
+        f"Another execution took {claim.key} over, so this one stopped. What it did before that stays done: if "
+        "that was an effect, look for a second one.",
+        claim.key,
+    )
+
+
+def doubt_message(key: str, reason: str) -> str:
+    return (
+        f"{key} is in doubt: {reason}. The effect may or may not have happened; nothing was run now. Look at the "
+        f"destination, then say what you found: "
+        f"celery -A proj idem resolve {key!r} --happened RESULT or --not-happened."
+    )

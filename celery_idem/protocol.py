@@ -1,0 +1,433 @@
+"""The one state machine. Pure: values in, a decision and the record to write out.
+
+It knows no clock (``now`` and ``stamp`` are the store's, in microseconds), no store
+and no Celery. Whoever calls it writes the record it returns with a compare-and-set,
+and calls again with what stands there when that fails.
+
+Claim (rule numbers are those of ``docs/explanation/state-machine.md``):
+
+===========  ===============================================  =========================
+record       condition, first that holds                      decision, and new state
+===========  ===============================================  =========================
+absent                                                        Acquired, RUNNING      (1)
+any          fingerprint differs                              Mismatch               (2)
+SUCCEEDED                                                     Replay                 (1)
+FAILED                                                        Replay                 (1)
+RELEASED                                                      Acquired, RUNNING      (1)
+SCHEDULED    same task id, or past its deadline               Acquired, RUNNING      (1)
+SCHEDULED    otherwise                                        Busy                   (1)
+RUNNING      own owner (a lost reply)                         Acquired               (7)
+RUNNING      owner carried by this message                    Acquired, RUNNING      (7)
+RUNNING      lease live                                       Busy                   (1)
+RUNNING      lapsed, can ask                                  Ask, IN_DOUBT          (3)
+RUNNING      lapsed, on_crash in_doubt                        InDoubt, IN_DOUBT      (3)
+RUNNING      lapsed, crashes reach max_attempts               InDoubt, IN_DOUBT      (8)
+RUNNING      lapsed, resume or rerun                          Acquired, RUNNING      (3)
+IN_DOUBT     owner carried by this message                    Acquired, RUNNING      (7)
+IN_DOUBT     somebody asks under a live lease                 Busy                   (3)
+IN_DOUBT     can ask                                          Ask, IN_DOUBT          (3)
+IN_DOUBT     otherwise                                        InDoubt                (3)
+===========  ===============================================  =========================
+
+After the body, or between its steps, only the current owner is heard, however late (4):
+
+============  =========================  ==============================================
+transition    from                       to
+============  =========================  ==============================================
+settle        RUNNING, IN_DOUBT, absent  SUCCEEDED or FAILED
+schedule      RUNNING, IN_DOUBT          SCHEDULED until the retry's ETA and a grace (5)
+release       RUNNING, IN_DOUBT          RELEASED (finished steps stay)              (5)
+doubt         RUNNING, IN_DOUBT          IN_DOUBT                                    (5)
+renew         RUNNING                    RUNNING, new lease
+begin_step    RUNNING                    RUNNING with an open step
+end_step      RUNNING, IN_DOUBT          same, the step and its result added
+lapse         RUNNING of a dead process  RUNNING, lease over (says its parent)
+conclude      IN_DOUBT, own question     SUCCEEDED, RUNNING or IN_DOUBT              (3)
+resolve       IN_DOUBT, lapsed RUNNING   SUCCEEDED or RELEASED (says a person)
+============  =========================  ==============================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from celery_idem.intent import (
+    NO_OWNER,
+    Acquired,
+    Ask,
+    Busy,
+    Decision,
+    Done,
+    Fingerprint,
+    InDoubt,
+    Mismatch,
+    Note,
+    Outcome,
+    Policy,
+    Raised,
+    Record,
+    Refused,
+    Replay,
+    Request,
+    State,
+    Step,
+    StepDecision,
+    StepDone,
+    StepOpen,
+)
+
+ENTRY = 12
+"""Bytes per fingerprint entry: 4 of the name's tag, 8 of the value's digest."""
+
+TAG = 4
+"""Bytes of the tag: names only have to differ within one task's parameters."""
+
+MAX_COUNT = 65_535
+"""Attempts are kept in two bytes; a task that retries for ever stops counting there."""
+
+MAX_CRASHES = 255
+"""Crashes are kept in one byte; ``max_attempts`` is refused above it (see settings)."""
+
+ENDINGS: dict[Raised, State] = {
+    Raised.RETRY: State.SCHEDULED,
+    Raised.IGNORE: State.RELEASED,
+    Raised.REJECT: State.RELEASED,
+    Raised.NO_EFFECT: State.RELEASED,
+    Raised.AMBIGUOUS: State.IN_DOUBT,
+    Raised.TIME_LIMIT: State.IN_DOUBT,
+    Raised.EXIT: State.IN_DOUBT,
+    Raised.ERROR: State.FAILED,
+}
+"""Rule 5: where an exception that leaves the body takes the intent."""
+
+
+def ttl(record: Record, policy: Policy) -> int | None:
+    """How long a record is kept, in microseconds; None for evidence, which never expires."""
+    if record.state is State.SUCCEEDED or record.state is State.RELEASED:
+        return policy.result_ttl
+    if record.state is State.FAILED:
+        return policy.failure_ttl
+    return None
+
+
+def trusted_for(lease: int) -> int:
+    """How long, from just before the call that got it, a worker may trust a lease.
+
+    A tenth less than the lease: the store's clock and the worker's may run at
+    different speeds, and a decision to stop takes time to act on.
+    """
+    return lease - lease // 10
+
+
+def fresh(request: Request) -> Record:
+    """The record an intent begins with. Its fence is the stamp the store will give it."""
+    return Record(
+        state=State.RUNNING,
+        owner=request.owner,
+        task_id=request.task_id,
+        lease=request.policy.lease,
+        fingerprint=request.fingerprint.packed,
+        digests=request.digests,
+    )
+
+
+def differing(stored: bytes, fingerprint: Fingerprint) -> tuple[str, ...]:
+    """Names of the parameters whose digests differ.
+
+    Only parameters that both sides know are compared: a parameter that a newer
+    release added is not a difference in what the caller meant.
+    """
+    packed = fingerprint.packed
+    if stored == packed or not stored or not packed:
+        return ()
+    known = {stored[i : i + TAG]: stored[i + TAG : i + ENTRY] for i in range(0, len(stored), ENTRY)}
+    names = []
+    for n, name in enumerate(fingerprint.names):
+        entry = packed[n * ENTRY : (n + 1) * ENTRY]
+        if known.get(entry[:TAG], entry[TAG:]) != entry[TAG:]:
+            names.append(name)
+    return tuple(names)
+
+
+def claim(record: Record, stamp: int, now: int, request: Request) -> tuple[Decision, Record | None]:
+    """Decide on a claim of a record that is there (an absent one is ``fresh``).
+
+    Args:
+        record: what the store holds.
+        stamp: the store's time when it was written.
+        now: the store's time.
+
+    Returns:
+        The decision, and the record that must be written before it counts
+        (None: nothing to write).
+    """
+    differs = differing(record.fingerprint, request.fingerprint)
+    if differs:
+        return Mismatch(differs), None
+    if record.outcome is not None:
+        return Replay(record.outcome), None
+    deadline = stamp + record.lease
+    if record.state is State.RUNNING:
+        if record.owner == request.owner:
+            return Acquired(record), None
+        if record.owner in request.carried:
+            return _take_up_again(record, now, request)
+        if now < deadline:
+            return Busy(deadline - now), None
+        return _crashed(record, now, request)
+    if record.state is State.SCHEDULED:
+        if record.task_id != request.task_id and now < deadline:
+            return Busy(deadline - now), None
+        return _acquire(record, now, request)
+    if record.state is State.RELEASED:
+        return _acquire(record, now, request)
+    return _claim_in_doubt(record, deadline, now, request)
+
+
+def _claim_in_doubt(
+    record: Record, deadline: int, now: int, request: Request
+) -> tuple[Decision, Record | None]:
+    if record.owner in request.carried:
+        return _take_up_again(record, now, request)
+    if record.asking:
+        if record.asking == request.owner:
+            return Ask(record), None
+        if now < deadline:
+            return Busy(deadline - now), None
+    if request.policy.asks:
+        return _ask(record, request)
+    return InDoubt(record.reason), None
+
+
+def _acquire(record: Record, now: int, request: Request) -> tuple[Decision, Record]:
+    """Hand the intent to a new owner; what earlier attempts proved (steps) stays."""
+    new = replace(
+        record,
+        state=State.RUNNING,
+        owner=request.owner,
+        task_id=request.task_id,
+        fence=max(record.fence + 1, now),
+        attempts=min(record.attempts + 1, MAX_COUNT),
+        lease=request.policy.lease,
+        fingerprint=request.fingerprint.packed or record.fingerprint,
+        digests=request.digests or record.digests,
+        asking=b"",
+        reason="",
+    )
+    return Acquired(new), new
+
+
+def _take_up_again(record: Record, now: int, request: Request) -> tuple[Decision, Record]:
+    """Rule 7: the claim of an execution whose body never ran. A new owner all the same,
+    so that a second copy of the message that carries the old one finds nothing to take."""
+    _, new = _acquire(record, now, request)
+    new = replace(new, attempts=record.attempts)
+    return Acquired(new), new
+
+
+def _crashed(record: Record, now: int, request: Request) -> tuple[Decision, Record]:
+    """Rule 3: the lease lapsed and nobody said how it ended."""
+    policy = request.policy
+    record = replace(record, crashes=min(record.crashes + 1, MAX_CRASHES))
+    if policy.asks:
+        return _ask(replace(record, reason=CRASHED), request)
+    if policy.on_crash == "in_doubt":
+        return _doubt(record, CRASHED)
+    if record.crashes >= policy.max_attempts:
+        return _doubt(record, TOO_MANY.format(record.crashes))
+    return _acquire(record, now, request)
+
+
+CRASHED = "the worker stopped without reporting an outcome"
+TOO_MANY = "the worker stopped without reporting an outcome, {} times"
+
+
+def _doubt(record: Record, reason: str) -> tuple[Decision, Record]:
+    new = replace(record, state=State.IN_DOUBT, lease=0, asking=b"", reason=reason)
+    return InDoubt(reason), new
+
+
+def _ask(record: Record, request: Request) -> tuple[Decision, Record]:
+    """One worker at a time may ask. The owner stays, so its late outcome is still heard."""
+    new = replace(record, state=State.IN_DOUBT, asking=request.owner, lease=request.policy.lease)
+    return Ask(new), new
+
+
+def conclude(
+    record: Record, now: int, request: Request, answer: Outcome | None, reason: str
+) -> tuple[Decision, Record | None]:
+    """What the destination's answer makes of the intent.
+
+    Args:
+        answer: the outcome, where the effect happened; None where it did not, or
+            where nobody knows.
+        reason: why nobody knows; "" where the effect did not happen.
+
+    Returns:
+        As ``claim``. A question that somebody else has taken over, or that the owner
+        answered meanwhile, counts for nothing: the record speaks.
+    """
+    if record.outcome is not None:
+        return Replay(record.outcome), None
+    if answer is not None and record.state in (State.IN_DOUBT, State.RELEASED):
+        # Evidence that it happened counts whoever asked, and against a person who said it did not.
+        note = Note(now, "reconcile", "happened", "")
+        new = replace(_settled(record, answer), notes=(*record.notes, note))
+        return Replay(answer), new
+    if record.state is not State.IN_DOUBT or record.asking != request.owner:
+        if record.state is State.RUNNING and record.owner == request.owner:
+            return Acquired(record), None
+        if record.state is State.IN_DOUBT and not record.asking and reason:
+            return InDoubt(record.reason), None
+        return Busy(0), None
+    if reason:
+        return _doubt(record, reason)
+    if record.crashes >= request.policy.max_attempts:
+        return _doubt(record, TOO_MANY.format(record.crashes))
+    return _acquire(replace(record, open_step=""), now, request)
+
+
+def _settled(record: Record, outcome: Outcome) -> Record:
+    """Only what a replay, or a late owner, needs to see stays in a settled record."""
+    return replace(
+        record,
+        state=State.SUCCEEDED if outcome.succeeded else State.FAILED,
+        lease=0,
+        steps=(),
+        open_step="",
+        asking=b"",
+        reason="",
+        outcome=outcome,
+    )
+
+
+def _holds(record: Record, owner: bytes) -> bool:
+    """Rule 4: nobody took over, even if the lease lapsed or it was marked in doubt."""
+    return record.owner == owner and record.state in (State.RUNNING, State.IN_DOUBT)
+
+
+def settle(record: Record | None, held: Record, outcome: Outcome) -> tuple[Done | Refused, Record | None]:
+    """Record how the body ended.
+
+    Args:
+        record: what the store holds; None when it lost the record.
+        held: the record as this execution last wrote it.
+    """
+    if record is None:
+        new = _settled(held, outcome)
+        return Done(new), new
+    if _holds(record, held.owner):
+        new = _settled(record, outcome)
+        return Done(new), new
+    if record.owner == held.owner and record.outcome == outcome:
+        return Done(record), None
+    return Refused(record), None
+
+
+def schedule(record: Record, owner: bytes, delay: int) -> tuple[Done | Refused, Record | None]:
+    """The body asked for a retry: keep the claim for its task id for ``delay`` microseconds."""
+    if _holds(record, owner):
+        new = replace(record, state=State.SCHEDULED, lease=delay, asking=b"", reason="")
+        return Done(new), new
+    if record.owner == owner and record.state is State.SCHEDULED:
+        return Done(record), None
+    return Refused(record), None
+
+
+def release(record: Record, owner: bytes) -> tuple[Done | Refused, Record | None]:
+    """Nothing happened (beyond finished steps): anybody may claim it again."""
+    if _holds(record, owner):
+        new = replace(record, state=State.RELEASED, owner=NO_OWNER, lease=0, asking=b"", reason="")
+        return Done(new), new
+    if record.state is State.RELEASED:
+        return Done(record), None
+    return Refused(record), None
+
+
+def doubt(record: Record, owner: bytes, reason: str) -> tuple[Done | Refused, Record | None]:
+    """The body ended in a way that leaves the effect unknown."""
+    if not _holds(record, owner):
+        return Refused(record), None
+    if record.state is State.IN_DOUBT:
+        return Done(record), None
+    crashes = min(record.crashes + 1, MAX_CRASHES)
+    _, new = _doubt(replace(record, crashes=crashes), reason)
+    return Done(new), new
+
+
+def renew(record: Record, owner: bytes) -> tuple[Done | Refused, Record | None]:
+    """Keep a running claim: the store's new stamp is what moves the deadline."""
+    if record.state is State.RUNNING and record.owner == owner:
+        return Done(record), record
+    return Refused(record), None
+
+
+def lapse(record: Record, owner_prefix: bytes, task_id: str) -> Record | None:
+    """A process is known to be dead: end the lease of what it was running.
+
+    Args:
+        owner_prefix: the part of an owner that names the process (see ``ledger``).
+
+    Returns:
+        The record to write; None when that process holds nothing here.
+    """
+    mine = record.owner.startswith(owner_prefix) and record.task_id == task_id
+    if record.state is State.RUNNING and mine and record.lease:
+        return replace(record, lease=0)
+    return None
+
+
+def begin_step(record: Record, owner: bytes, name: str, policy: Policy) -> tuple[StepDecision, Record | None]:
+    """May this step run? ``Done``: yes, and the record that says so must be written first."""
+    for step in record.steps:
+        if step.name == name:
+            return StepDone(step.payload), None
+    if record.state is not State.RUNNING or record.owner != owner:
+        return Refused(record), None
+    if record.open_step == name and policy.on_crash != "rerun":
+        return StepOpen(record), None
+    new = replace(record, open_step=name)
+    return Done(new), new
+
+
+def end_step(
+    record: Record, owner: bytes, name: str, payload: bytes | None
+) -> tuple[Done | Refused, Record | None]:
+    """Close a step: with its encoded result, or with None when it had no effect."""
+    if not _holds(record, owner):
+        return Refused(record), None
+    if any(step.name == name for step in record.steps):
+        return Done(record), None
+    steps = record.steps if payload is None else (*record.steps, Step(name, payload))
+    new = replace(record, steps=steps, open_step="")
+    return Done(new), new
+
+
+def resolve(
+    record: Record, stamp: int, now: int, outcome: Outcome | None, note: Note
+) -> tuple[Done | Refused, Record | None]:
+    """A person decides: ``outcome`` where it happened, None where it did not.
+
+    Refused while somebody works on it, and once the outcome is known: a settled
+    outcome never changes.
+    """
+    lapsed = record.state is State.RUNNING and now >= stamp + record.lease
+    if record.state is not State.IN_DOUBT and not lapsed:
+        return Refused(record), None
+    notes = (*record.notes, note)
+    if outcome is not None:
+        new = replace(_settled(record, outcome), owner=NO_OWNER, notes=notes)
+    else:
+        new = replace(
+            record,
+            state=State.RELEASED,
+            owner=NO_OWNER,
+            fence=max(record.fence + 1, now),
+            crashes=0,
+            lease=0,
+            open_step="",
+            asking=b"",
+            reason="",
+            notes=notes,
+        )
+    return Done(new), new

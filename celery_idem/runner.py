@@ -1,0 +1,354 @@
+"""Claim, body, settle: the policy of one execution. Knows nothing of Celery.
+
+What it needs of the world outside comes in a ``Job``: the body, how to read its
+exceptions, and how to wait. ``celery_idem.task`` makes jobs of Celery's requests.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from celery_idem import events, owners, protocol
+from celery_idem.codec import NotStorable
+from celery_idem.errors import FingerprintMismatch, LeaseLost, OutcomeUnknown, ResultUnavailable, StoreError
+from celery_idem.intent import (
+    MICROSECONDS,
+    Acquired,
+    Answer,
+    Ask,
+    Busy,
+    Decision,
+    Fingerprint,
+    Happened,
+    InDoubt,
+    Mismatch,
+    NotHappened,
+    Outcome,
+    Policy,
+    Raised,
+    Refused,
+    Replay,
+    Request,
+    State,
+    Unknown,
+)
+from celery_idem.lease import RENEWER
+from celery_idem.ledger import Claim, Ledger, doubt_message
+
+EXIT_PATIENCE = 0.0
+"""Seconds to keep trying to write "in doubt" when the process is told to exit: Celery
+kills it 0.1 s later, and a record left RUNNING says the same once its lease lapses."""
+
+MAX_CARRIED = 16
+"""Owners a message carries along after lost replies. Beyond it the oldest is dropped:
+should that claim have been applied after all, the intent ends in doubt, not twice."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The author's choices the runner needs.
+
+    Attributes:
+        policy: those that the protocol needs as well.
+        on_store_error: what a store that does not answer before the body means.
+        patience: seconds to keep trying to write an outcome.
+        ask_timeout: seconds a destination may take to answer.
+        no_effect_errors: exceptions that prove that nothing happened.
+    """
+
+    policy: Policy
+    on_store_error: Literal["retry", "raise", "run"] = "retry"
+    patience: float = 30.0
+    ask_timeout: float = 10.0
+    no_effect_errors: tuple[type[BaseException], ...] = ()
+
+
+@dataclass
+class Job(ABC):
+    """One execution of one intent."""
+
+    key: str
+    task_id: str
+    fingerprint: Fingerprint
+    options: Options
+    carried: tuple[bytes, ...] = ()
+    digests: bytes = b""
+    waited: int = field(default=0, init=False)
+
+    @abstractmethod
+    def body(self, claim: Claim) -> Any:
+        """Run the author's code."""
+
+    @abstractmethod
+    def kind_of(self, error: BaseException) -> Raised:
+        """What kind of exception left the body."""
+
+    @abstractmethod
+    def retry_delay(self, error: BaseException) -> float:
+        """Seconds until the retry that the body asked for, and a grace."""
+
+    @abstractmethod
+    def ask(self, claim: Claim) -> Answer:
+        """Ask the destination. May raise: that is no answer."""
+
+    @abstractmethod
+    def come_back(self, seconds: float, carried: tuple[bytes, ...], why: str) -> None:
+        """Wait: return when it is time to try again here, or raise to leave."""
+
+
+class Runner:
+    """Runs jobs against one ledger."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+    def run(self, job: Job) -> Any:
+        """The value of the intent: of the body, run now and for the first time, or of the
+        execution that ran it before.
+
+        Raises:
+            OutcomeUnknown: in doubt.
+            FingerprintMismatch: the intent is known with other values.
+            ResultUnavailable: done before, but its value was not stored.
+            LeaseLost: somebody took over while the body ran.
+            StoreError: the store did not answer, and the options say to raise.
+            BaseException: whatever the body raised, now or when it ran, and whatever
+                ``Job.come_back`` raises to leave.
+        """
+        carried = job.carried
+        while True:
+            request = Request(
+                owners.mint(), job.task_id, job.fingerprint, job.options.policy, carried, job.digests
+            )
+            try:
+                decision, claim = self.ledger.claim(job.key, request)
+                while isinstance(decision, Ask):
+                    assert claim is not None
+                    decision, claim = self._ask(job, claim)
+            except StoreError as error:
+                carried = (*carried, request.owner)[-MAX_CARRIED:]
+                self._store_is_down(job, error, carried)
+                if job.options.on_store_error == "run":
+                    return self._unguarded(job, request)
+                continue
+            except BaseException:
+                # A time limit or an exit between our request and its answer: the body did not run.
+                self._let_go(job, request)
+                raise
+            if isinstance(decision, Acquired):
+                assert claim is not None
+                done, value = self._execute(job, claim)
+                if done:
+                    return value
+            elif isinstance(decision, Busy):
+                events.emit("waiting", job.key, task_id=job.task_id)
+                job.come_back(decision.retry_after / MICROSECONDS, carried, "in progress")
+            else:
+                return self._answer(job, decision)
+
+    # --- without running --------------------------------------------------------------
+
+    def _answer(self, job: Job, decision: Decision) -> Any:
+        if isinstance(decision, Replay):
+            events.emit("replayed", job.key, task_id=job.task_id, succeeded=decision.outcome.succeeded)
+            return self.replayed(job.key, decision.outcome)
+        if isinstance(decision, Mismatch):
+            events.emit("mismatch", job.key, task_id=job.task_id, differs=decision.differs)
+            raise mismatch(job.key, decision.differs)
+        assert isinstance(decision, InDoubt)
+        events.emit("in_doubt", job.key, task_id=job.task_id, reason=decision.reason)
+        raise OutcomeUnknown(doubt_message(job.key, decision.reason), job.key, decision.reason)
+
+    def replayed(self, key: str, outcome: Outcome) -> Any:
+        """The stored value, or the stored exception raised."""
+        if outcome.payload is None:
+            raise ResultUnavailable(
+                f"{key} is done and will not be done again, but its result was not stored: {outcome.missing}.",
+                key,
+                outcome.missing,
+            )
+        if outcome.succeeded:
+            return self.ledger.codec.decode(outcome.payload, key)
+        raise self.ledger.codec.decode_error(outcome.payload, key)
+
+    def _store_is_down(self, job: Job, error: StoreError, carried: tuple[bytes, ...]) -> None:
+        """Rule 7, before the body. Returns when the caller should go on."""
+        policy = job.options.on_store_error
+        events.emit("store_error", job.key, error=str(error), while_="claiming", then=policy)
+        if policy == "raise":
+            raise StoreError(f"{error} Nothing was run for {job.key}.", job.key) from error
+        if policy == "retry":
+            job.come_back(0.0, carried, str(error))
+
+    def _unguarded(self, job: Job, request: Request) -> Any:
+        """The author's explicit way to fail open: run without a claim, record it if that works."""
+        events.emit("unguarded", job.key, task_id=job.task_id)
+        value = job.body(Claim.unguarded(job.key, request))
+        claim = Claim.unguarded(job.key, request)
+        try:
+            self.ledger.settle(claim, self.ledger.outcome_of(value), EXIT_PATIENCE)
+        except StoreError as error:
+            events.emit("unsettled", job.key, error=str(error))
+        return value
+
+    def _let_go(self, job: Job, request: Request) -> None:
+        try:
+            self.ledger.let_go(job.key, request)
+        except StoreError as error:
+            events.emit("unsettled", job.key, error=str(error))
+
+    def _ask(self, job: Job, claim: Claim) -> tuple[Decision, Claim | None]:
+        """Rule 3: the destination is asked under a lease, and gets a bounded time to answer."""
+        RENEWER.watch(claim, self.ledger, job.options.policy.lease)
+        try:
+            answer = self.bounded(lambda: job.ask(claim), job.options.ask_timeout)
+        finally:
+            RENEWER.unwatch(claim)
+        events.emit("asked", job.key, task_id=job.task_id, answer=type(answer).__name__)
+        return self.ledger.conclude(claim, answer)
+
+    @staticmethod
+    def bounded(ask: Callable[[], Answer], timeout: float) -> Answer:
+        """Ask on a side thread, so that a destination that hangs cannot hold this one for ever."""
+        answers: list[Answer] = []
+
+        def run() -> None:
+            try:
+                answer: object = ask()
+            except BaseException as error:
+                answers.append(Unknown(f"asking the destination failed: {type(error).__name__}"))
+                events.logger.warning("reconcile failed", exc_info=True)
+            else:
+                if isinstance(answer, (Happened, NotHappened, Unknown)):
+                    answers.append(answer)
+                else:
+                    what = type(answer).__name__
+                    answers.append(
+                        Unknown(f"reconcile returned {what}, not Happened, NotHappened or Unknown")
+                    )
+
+        thread = threading.Thread(target=run, name="celery_idem reconcile", daemon=True)
+        thread.start()
+        thread.join(timeout)
+        return answers[0] if answers else Unknown(f"the destination did not answer within {timeout:g} s")
+
+    # --- running ----------------------------------------------------------------------
+
+    def _execute(self, job: Job, claim: Claim) -> tuple[bool, Any]:
+        """(True, value) when there is one; (False, None): claim again."""
+        RENEWER.watch(claim, self.ledger, job.options.policy.lease)
+        try:
+            try:
+                value = job.body(claim)
+            except BaseException as error:
+                self._ended_by(job, claim, error)
+                return False, None
+            return True, self._settle_value(job, claim, value)
+        finally:
+            RENEWER.unwatch(claim)
+
+    def _settle_value(self, job: Job, claim: Claim, value: Any) -> Any:
+        codec = self.ledger.codec
+        try:
+            payload = codec.encode(value)
+        except NotStorable as why:
+            self._settle(job, claim, Outcome(True, None, str(why)))
+            return value
+        self._settle(job, claim, Outcome(True, payload))
+        return codec.as_replayed(value, payload)
+
+    def _settle(self, job: Job, claim: Claim, outcome: Outcome) -> None:
+        try:
+            try:
+                done = self.ledger.settle(claim, outcome, job.options.patience)
+            except StoreError:
+                raise
+            except BaseException as interrupt:
+                # A soft time limit fires wherever it likes, here in our own write. The body
+                # is done and its outcome known: keep that first.
+                done = self.ledger.settle(claim, outcome, EXIT_PATIENCE)
+                if not isinstance(interrupt, Exception):
+                    raise
+        except StoreError as error:
+            # Rule 7, after the body: this caller gets the truth, which is known here. The
+            # record stays RUNNING, lapses, and is in doubt for everybody else.
+            events.emit("unsettled", job.key, task_id=job.task_id, error=str(error))
+            return
+        if isinstance(done, Refused):
+            self._stale(job, claim, done)
+        events.emit("settled", job.key, task_id=job.task_id, succeeded=outcome.succeeded)
+
+    def _stale(self, job: Job, claim: Claim, refused: Refused) -> None:
+        """Rule 4: somebody took over while this body ran to its end. Its effect may be a second one."""
+        record = refused.record
+        events.emit(
+            "stale_settle",
+            job.key,
+            task_id=job.task_id,
+            fence=claim.fence,
+            current_fence=record.fence if record else 0,
+        )
+        raise LeaseLost(
+            f"This execution of {job.key} finished after another one had taken the intent over, so its outcome was "
+            f"not recorded and the effect may have happened twice. Compare the destination with `celery -A proj "
+            f"idem show {job.key!r}`. A longer idem_lease, or passing self.claim.fence to a destination that "
+            "checks it, prevents this.",
+            job.key,
+        )
+
+    def _ended_by(self, job: Job, claim: Claim, error: BaseException) -> None:
+        """Rule 5: what an exception of the body means. Raises, unless the intent may be claimed again now."""
+        if isinstance(error, LeaseLost) and error.key == job.key:
+            raise error
+        if isinstance(error, StoreError) and claim._step_unrecorded:
+            self._step_is_unrecorded(job, claim, error)
+        kind = job.kind_of(error)
+        ending = protocol.ENDINGS[kind]
+        if isinstance(error, OutcomeUnknown) and error.key == job.key:
+            raise error  # a step in doubt has said so in the record already
+        if ending is State.FAILED:
+            self._settle(job, claim, Outcome(False, self.ledger.codec.encode_error(error)))
+            raise error
+        patience = EXIT_PATIENCE if kind is Raised.EXIT else job.options.patience
+        try:
+            if ending is State.SCHEDULED:
+                self.ledger.schedule(claim, job.retry_delay(error), patience)
+                events.emit("scheduled", job.key, task_id=job.task_id)
+            elif ending is State.RELEASED:
+                self.ledger.release(claim, patience)
+                events.emit("released", job.key, task_id=job.task_id, why=type(error).__name__)
+            else:
+                self._doubt(job, claim, error, patience)
+        except StoreError as silence:
+            events.emit("unsettled", job.key, task_id=job.task_id, error=str(silence))
+        if ending is not State.IN_DOUBT or kind is Raised.EXIT:
+            raise error
+        if kind is Raised.AMBIGUOUS and job.options.policy.asks:
+            return  # claim again: that asks the destination
+        reason = f"the body was interrupted by {type(error).__name__}"
+        raise OutcomeUnknown(doubt_message(job.key, reason), job.key, reason) from error
+
+    def _step_is_unrecorded(self, job: Job, claim: Claim, error: StoreError) -> None:
+        """The store went away around a step. Its record says how far the body came, so a body
+        that may resume does, once the lease has lapsed; any other is in doubt."""
+        if job.options.policy.on_crash == "resume":
+            events.emit("unsettled", job.key, task_id=job.task_id, error=str(error))
+            job.come_back(job.options.policy.lease / MICROSECONDS, (), str(error))
+
+    def _doubt(self, job: Job, claim: Claim, error: BaseException, patience: float) -> None:
+        reason = f"the body was interrupted by {type(error).__name__}"
+        self.ledger.doubt(claim, reason, patience)
+        events.emit("in_doubt", job.key, task_id=job.task_id, reason=reason)
+
+
+def mismatch(key: str, differs: tuple[str, ...]) -> FingerprintMismatch:
+    return FingerprintMismatch(
+        f"{key} is known already, with another value of {', '.join(differs)}. Nothing was run. If this is a different "
+        "action, give it another occurrence (or another value in its intent); if not, repeat it unchanged.",
+        key,
+        differs,
+    )

@@ -1,0 +1,237 @@
+"""``idem_*`` in ``app.conf``, checked; the same as task options without the prefix.
+
+Every default says why. Durations are seconds, as everywhere in Celery's settings.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+from urllib.parse import urlsplit
+from weakref import WeakKeyDictionary
+
+from celery_idem.codec import Codec
+from celery_idem.errors import ConfigurationError
+from celery_idem.intent import MICROSECONDS, OnCrash, Policy
+from celery_idem.ledger import Ledger
+from celery_idem.protocol import MAX_CRASHES
+from celery_idem.stores import Store, open_store
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+PREFIX = "idem_"
+
+OnDuplicate = Literal["wait", "raise"]
+OnStoreError = Literal["retry", "raise", "run"]
+
+_DURABILITY = re.compile(r"none|fsync|replicas:[1-9][0-9]?\Z")
+_RESULT_BACKENDS_WE_CAN_USE = ("redis", "rediss", "redis+socket", "sentinel")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an application, or one task, has chosen.
+
+    Attributes:
+        store: URL of the store; "" for the Redis result backend.
+        namespace: applications with different namespaces do not see each other.
+        lease: how long a running claim is safe without a word from its worker. 30 s:
+            long enough to survive a slow garbage collection or a store that restarts,
+            short enough that a dead host's work is decided within half a minute.
+        result_ttl: how long an outcome is replayed. A day, as Stripe keeps its keys,
+            and longer than the usual visibility timeout, ETA or retry horizon.
+        failure_ttl: the same for a failed outcome; None: as result_ttl.
+        on_duplicate: of something running: "wait" for its result, or "raise" InProgress.
+        on_crash: what a lease that lapsed means (see ``protocol``).
+        on_store_error: before the body: "retry" later, "raise", or "run" without a guard.
+        max_attempts: executions that may end without a word before the intent is
+            parked in doubt. 3, as Celery's own max_retries.
+        max_result_bytes: larger results are not kept. 1 MiB: ten times a large JSON
+            answer, a thousandth of a small Redis.
+        durability: what a write waits for: "none", "replicas:N", "fsync".
+        shadow: count what would have been collapsed, block nothing.
+        settle_patience: how long to keep trying to write an outcome. As long as the
+            default lease: after that the record has lapsed anyway.
+        reconcile_timeout: how long a destination may take to say what happened. 10 s:
+            a slow API call; the worker's slot is held meanwhile.
+    """
+
+    store: str = ""
+    namespace: str = "idem"
+    lease: float = 30.0
+    result_ttl: float = 86_400.0
+    failure_ttl: float | None = None
+    on_duplicate: OnDuplicate = "wait"
+    on_crash: OnCrash = "in_doubt"
+    on_store_error: OnStoreError = "retry"
+    max_attempts: int = 3
+    max_result_bytes: int = 1 << 20
+    durability: str = "none"
+    shadow: bool = False
+    settle_patience: float = 30.0
+    reconcile_timeout: float = 10.0
+
+    def policy(self, asks: bool) -> Policy:
+        """The part the protocol needs.
+
+        Args:
+            asks: the task has a ``reconcile``.
+        """
+        keep_failed = self.result_ttl if self.failure_ttl is None else self.failure_ttl
+        return Policy(
+            lease=int(self.lease * MICROSECONDS),
+            result_ttl=int(self.result_ttl * MICROSECONDS),
+            failure_ttl=int(keep_failed * MICROSECONDS),
+            on_crash=self.on_crash,
+            asks=asks,
+            max_attempts=self.max_attempts,
+        )
+
+
+NAMES = tuple(field.name for field in fields(Settings))
+
+_ONE_OF: dict[str, tuple[Any, ...]] = {
+    "on_duplicate": get_args(OnDuplicate),
+    "on_crash": get_args(OnCrash),
+    "on_store_error": get_args(OnStoreError),
+    "shadow": (True, False),
+}
+_SECONDS = ("lease", "result_ttl", "failure_ttl", "settle_patience", "reconcile_timeout")
+_SHORTEST_LEASE = 0.1  # seconds: a round trip and a thread switch must fit into a sixth of it
+
+
+def of_app(conf: Mapping[str, Any]) -> Settings:
+    """The settings in an application's configuration.
+
+    Raises:
+        ConfigurationError: a name or a value is wrong.
+    """
+    given = {}
+    for key in conf:
+        if isinstance(key, str) and key.startswith(PREFIX):
+            given[_known(key, prefix=PREFIX)] = conf[key]
+    return checked(Settings(), given, PREFIX)
+
+
+def _known(key: str, prefix: str) -> str:
+    name = key.removeprefix(prefix)
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
+        hint = (
+            f" Did you mean {prefix}{near[0]}?"
+            if near
+            else f" There are: {', '.join(prefix + n for n in NAMES)}."
+        )
+        raise ConfigurationError(f"There is no setting {key}.{hint}")
+    return name
+
+
+def checked(base: Settings, given: Mapping[str, Any], prefix: str = "", where: str = "") -> Settings:
+    """``base`` with other values.
+
+    Args:
+        prefix: what the names carry in front where the user wrote them.
+        where: the task they belong to, for the message.
+
+    Raises:
+        ConfigurationError: a value is wrong; the message says what is allowed.
+    """
+    for name, value in given.items():
+        allowed = _allowed(name, value)
+        if allowed:
+            at = f"{where}: " if where else ""
+            shown = "this value" if name == "store" else repr(value)
+            raise ConfigurationError(f"{at}{prefix}{name} cannot be {shown}: {allowed}.")
+    return replace(base, **given)
+
+
+def _allowed(name: str, value: Any) -> str:
+    """What would have been allowed; empty when the value is fine."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if name in _ONE_OF:
+        options = _ONE_OF[name]
+        fits = value in options and (name != "shadow" or isinstance(value, bool))
+        return "" if fits else f"use one of {', '.join(map(repr, options))}"
+    if name in _SECONDS:
+        if name == "failure_ttl" and value is None:
+            return ""
+        least = _SHORTEST_LEASE if name == "lease" else 0
+        return "" if number and value >= least else f"use a number of seconds, {least:g} or more"
+    if name in ("max_attempts", "max_result_bytes"):
+        most = MAX_CRASHES if name == "max_attempts" else 512 << 20  # Redis' largest value
+        return (
+            ""
+            if number and isinstance(value, int) and 1 <= value <= most
+            else f"use a number from 1 to {most}"
+        )
+    if name == "durability":
+        fits = isinstance(value, str) and _DURABILITY.match(value) is not None
+        return "" if fits else 'use "none", "fsync" or "replicas:N"'
+    if name == "namespace":
+        fits = isinstance(value, str) and value != "" and ":" not in value
+        return "" if fits else "use a short name without a colon"
+    return "" if isinstance(value, str) else "use a URL such as redis://localhost:6379/1"
+
+
+def store_url(settings: Settings, conf: Mapping[str, Any]) -> str:
+    """Where the store is: what is set, else the Redis result backend.
+
+    Raises:
+        ConfigurationError: neither is there.
+    """
+    if settings.store:
+        return settings.store
+    backend = conf.get("result_backend") or ""
+    if isinstance(backend, str) and urlsplit(backend).scheme in _RESULT_BACKENDS_WE_CAN_USE:
+        return backend
+    raise ConfigurationError(
+        "celery_idem needs a store to keep its records in, and the result backend is not a Redis it could use. "
+        'Set idem_store, for example app.conf.idem_store = "redis://localhost:6379/1".'
+    )
+
+
+_stores: dict[tuple[str, str], Store] = {}
+"""Stores by URL: one set of connections per process, however many applications and tasks."""
+
+
+def store_of(settings: Settings, conf: Mapping[str, Any]) -> Store:
+    """The store these settings name, opened once per process."""
+    place = (store_url(settings, conf), settings.durability)
+    store = _stores.get(place)
+    if store is None:
+        store = _stores.setdefault(place, open_store(*place))
+    return store
+
+
+def codec_of(settings: Settings, conf: Mapping[str, Any]) -> Codec:
+    """How results are written: as the application's result backend writes them."""
+    serializer = conf.get("result_serializer") or "json"
+    accept = conf.get("result_accept_content") or conf.get("accept_content") or ("json",)
+    return Codec(serializer, frozenset(_short_name(name) for name in accept), settings.max_result_bytes)
+
+
+def _short_name(name: str) -> str:
+    """kombu's name of a serializer, which may be given as a content type."""
+    return name.rpartition("/")[2].removeprefix("x-").replace("python-serialize", "pickle")
+
+
+_ledgers: WeakKeyDictionary[Any, Ledger] = WeakKeyDictionary()
+
+
+def ledger_of(app: Celery, settings: Settings | None = None) -> Ledger:
+    """An application's ledger.
+
+    Args:
+        settings: of one task, where they differ from the application's.
+    """
+    if settings is not None:
+        return Ledger(store_of(settings, app.conf), settings.namespace, codec_of(settings, app.conf))
+    ledger = _ledgers.get(app)
+    if ledger is None:
+        settings = of_app(app.conf)
+        ledger = _ledgers[app] = ledger_of(app, settings)
+    return ledger

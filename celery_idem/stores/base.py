@@ -1,0 +1,89 @@
+"""What a store must be able to do. A store knows no rules: only bytes, keys and its own clock.
+
+Each value is kept together with a *stamp*: the store's time, in microseconds, of the
+last write. Stamps of one key only grow, so the stamp is the version too. Five
+primitives are enough; ``celery_idem.testing.StoreConformance`` tests them all.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, NamedTuple
+
+from celery_idem.intent import Stored
+
+OWNER = 12
+"""Bytes at the start of every value that a replacement compares, together with the stamp."""
+
+
+class Reply(NamedTuple):
+    """Answer of ``create``, ``read`` and ``replace``.
+
+    Attributes:
+        done: this call wrote (``read``: there is a value).
+        stored: what the key holds now; None when it holds nothing.
+        now: the store's time, in microseconds.
+    """
+
+    done: bool
+    stored: Stored | None
+    now: int
+
+
+class Change(NamedTuple):
+    """One replacement: of ``old`` at ``key`` by ``value``, to be kept ``ttl`` microseconds (None: for ever)."""
+
+    key: str
+    old: Stored
+    value: bytes
+    ttl: int | None = None
+
+
+class Store(ABC):
+    """A place for records. Safe to share between threads, and after a fork.
+
+    Every method raises ``StoreError`` when the store did not answer in bounded time.
+    The write may have happened all the same; callers find out by reading.
+    """
+
+    url: str
+    """Where it is, without any secret: for messages."""
+
+    durabilities: ClassVar[tuple[str, ...]] = ()
+    """Values of ``idem_durability`` that it honours beyond "none"."""
+
+    @abstractmethod
+    def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
+        """Write ``value`` if ``key`` holds nothing; else change nothing, and return what it holds."""
+
+    @abstractmethod
+    def read(self, key: str) -> Reply:
+        """What ``key`` holds."""
+
+    @abstractmethod
+    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
+        """Write ``value`` if the stamp and the first ``OWNER`` bytes are still those of ``old``.
+
+        The new stamp is the store's time, or one more than the old stamp where that
+        is later. ``ttl`` counts from this write; None keeps the value for ever.
+        """
+
+    @abstractmethod
+    def scan(self, prefix: str) -> Iterator[tuple[str, Stored]]:
+        """All keys that begin with ``prefix``, in no order, in bounded memory.
+
+        What is written while it runs may be missing; nothing else may. A key may
+        come twice.
+        """
+
+    @abstractmethod
+    def purge(self, limit: int) -> int:
+        """Delete at most ``limit`` expired values; how many. A server that expires by itself: 0."""
+
+    def replace_many(self, changes: Sequence[Change]) -> list[Reply]:
+        """Several independent replacements, in one round trip where the store can."""
+        return [self.replace(*change) for change in changes]
+
+    def close(self) -> None:
+        """Drop connections. The store may be used again; it reconnects."""

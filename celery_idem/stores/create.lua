@@ -1,0 +1,19 @@
+-- Create if absent.
+--   KEYS[1]  the record's key
+--   ARGV[1]  the packed record
+--   ARGV[2]  how long to keep it, in milliseconds; "": for ever
+-- Returns the server's time in microseconds when it was written;
+-- else {the server's time, the value that stands there}.
+local t = redis.call('TIME')
+local now = t[1] * 1000000 + t[2]
+local value = struct.pack('>I8', now) .. ARGV[1]
+local written
+if ARGV[2] == '' then
+  written = redis.call('SET', KEYS[1], value, 'NX')
+else
+  written = redis.call('SET', KEYS[1], value, 'NX', 'PX', ARGV[2])
+end
+if written then
+  return now
+end
+return {now, redis.call('GET', KEYS[1])}

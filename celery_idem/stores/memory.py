@@ -1,0 +1,88 @@
+"""A store in this process: for tests, and for trying things out. Gone with the process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from celery_idem.intent import Stored
+from celery_idem.stores.base import OWNER, Reply, Store
+
+
+def _system_clock() -> int:
+    return time.time_ns() // 1000
+
+
+class MemoryStore(Store):
+    """A dictionary and a lock.
+
+    Args:
+        clock: gives the time in microseconds; tests pass their own.
+    """
+
+    url = "memory://"
+
+    def __init__(self, clock: Callable[[], int] = _system_clock) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._values: dict[str, tuple[Stored, int | None]] = {}
+
+    def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
+        with self._lock:
+            now = self._clock()
+            held = self._held(key, now)
+            if held is not None:
+                return Reply(False, held, now)
+            return Reply(True, self._write(key, value, now, now, ttl), now)
+
+    def read(self, key: str) -> Reply:
+        with self._lock:
+            now = self._clock()
+            held = self._held(key, now)
+            return Reply(held is not None, held, now)
+
+    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
+        with self._lock:
+            now = self._clock()
+            held = self._held(key, now)
+            if held is None or held.stamp != old.stamp or held.value[:OWNER] != old.value[:OWNER]:
+                return Reply(False, held, now)
+            return Reply(True, self._write(key, value, max(now, old.stamp + 1), now, ttl), now)
+
+    def scan(self, prefix: str) -> Iterator[tuple[str, Stored]]:
+        with self._lock:
+            keys = [key for key in self._values if key.startswith(prefix)]
+        for key in keys:
+            stored = self.read(key).stored
+            if stored is not None:
+                yield key, stored
+
+    def purge(self, limit: int) -> int:
+        with self._lock:
+            now = self._clock()
+            gone = [
+                key for key, (_, expires) in self._values.items() if expires is not None and expires <= now
+            ]
+            for key in gone[:limit]:
+                del self._values[key]
+            return len(gone[:limit])
+
+    def _held(self, key: str, now: int) -> Stored | None:
+        stored, expires = self._values.get(key, (None, None))
+        if stored is None or (expires is not None and expires <= now):
+            return None
+        return stored
+
+    def _write(self, key: str, value: bytes, stamp: int, now: int, ttl: int | None) -> Stored:
+        stored = Stored(value, stamp)
+        self._values[key] = (stored, None if ttl is None else now + ttl)
+        return stored
+
+
+_named: dict[str, MemoryStore] = {}
+
+
+def open_memory(url: str, durability: str = "none") -> MemoryStore:
+    """The store of this name in this process: two openings of one URL share their records."""
+    return _named.setdefault(url, MemoryStore())

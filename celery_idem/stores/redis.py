@@ -1,0 +1,274 @@
+"""Redis and Valkey. One key per record: 8 bytes of stamp, then the packed record.
+
+Each primitive is one command and one round trip: a small script that reads the
+server's clock and does a ``SET … NX``, or a compare and a ``SET``. redis-py gives the
+connections (TLS, authentication, Unix sockets); commands are packed here, because
+packing is most of what a call to redis-py costs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from celery_idem.errors import ConfigurationError, StoreError
+from celery_idem.intent import Stored
+from celery_idem.stores.base import OWNER, Change, Reply, Store
+
+TIMEOUT = 5.0
+"""Seconds to wait for a connection or an answer: redis-py's own default for connections
+made by hand. Another value: ``?socket_timeout=1`` in the URL."""
+
+SCAN_COUNT = 500
+"""Keys per SCAN call: about 0.2 ms of the server's time, so others hardly wait."""
+
+_STAMP = struct.Struct(">Q")
+
+
+class _Script:
+    """A script as the start of an EVALSHA command, packed once."""
+
+    def __init__(self, name: str, arguments: int) -> None:
+        self.source = files("celery_idem.stores").joinpath(name).read_bytes()
+        sha = hashlib.sha1(self.source, usedforsecurity=False).hexdigest().encode()
+        count = 3 + 1 + arguments  # EVALSHA sha 1 key arguments…
+        self._head = b"*%d\r\n$7\r\nEVALSHA\r\n$40\r\n%s\r\n$1\r\n1\r\n" % (count, sha)
+        self._eval_head = b"*%d\r\n$4\r\nEVAL\r\n$%d\r\n%s\r\n$1\r\n1\r\n" % (
+            count,
+            len(self.source),
+            self.source,
+        )
+
+    def pack(self, *arguments: bytes) -> bytes:
+        return self._head + _pack(arguments)
+
+    def pack_source(self, *arguments: bytes) -> bytes:
+        """The same with the source, for a server that does not know the script yet."""
+        return self._eval_head + _pack(arguments)
+
+
+def _pack(arguments: Sequence[bytes]) -> bytes:
+    return b"".join([b"$%d\r\n%s\r\n" % (len(a), a) for a in arguments])
+
+
+CREATE = _Script("create.lua", 2)
+REPLACE = _Script("replace.lua", 3)
+READ = _Script("read.lua", 0)
+
+
+class RedisStore(Store):
+    """Records in one Redis or Valkey server.
+
+    Args:
+        url: as redis-py's ``from_url`` takes it.
+        durability: "none"; "replicas:N" and "fsync" wait for it after each write.
+    """
+
+    def __init__(self, url: str, durability: str = "none") -> None:
+        import redis
+
+        self.url = redact(url)
+        self._redis = redis
+        query = parse_qs(urlsplit(url).query)
+        options: dict[str, Any] = {"protocol": 2, "decode_responses": False}
+        for name in ("socket_timeout", "socket_connect_timeout"):
+            if name not in query:
+                options[name] = TIMEOUT
+        try:
+            self._pool = redis.ConnectionPool.from_url(url, **options)
+        except ValueError as error:
+            raise ConfigurationError(f"idem_store: {self.url}: {error}") from None
+        # Idle connections. Taking and giving back are atomic; as many exist as calls run at once.
+        self._idle: deque[Any] = deque()
+        _forget_connections_after_fork(self)
+
+    # --- primitives -----------------------------------------------------------------
+
+    def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
+        reply = self._run(CREATE, key.encode(), value, _milliseconds(ttl))
+        if type(reply) is int:
+            return Reply(True, Stored(value, reply), reply)
+        return _held(reply, key)
+
+    def read(self, key: str) -> Reply:
+        return _held(self._run(READ, key.encode()), key, done=True)
+
+    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
+        reply = self._run(REPLACE, *_replacement(key, old, value, ttl))
+        return _replaced(reply, key, value)
+
+    def replace_many(self, changes: Sequence[Change]) -> list[Reply]:
+        if not changes:
+            return []
+        arguments = [_replacement(*change) for change in changes]
+        replies = self._call(b"".join([REPLACE.pack(*a) for a in arguments]), len(arguments))
+        answers = []
+        for change, reply in zip(changes, replies, strict=True):
+            if isinstance(reply, Exception):  # NOSCRIPT after a restart, for one
+                answers.append(self.replace(*change))
+            else:
+                answers.append(_replaced(reply, change.key, change.value))
+        return answers
+
+    def scan(self, prefix: str) -> Iterator[tuple[str, Stored]]:
+        pattern = "".join("\\" + c if c in "*?[]^\\" else c for c in prefix) + "*"
+        cursor = b"0"
+        while True:
+            command = (b"SCAN", cursor, b"MATCH", pattern.encode(), b"COUNT", b"%d" % SCAN_COUNT)
+            cursor, keys = self._one(_command(command))
+            if keys:
+                values = self._one(_command((b"MGET", *keys)))
+                for key, value in zip(keys, values, strict=True):
+                    if value is not None and len(value) > _STAMP.size:
+                        yield key.decode("utf-8", "replace"), _stored(value)
+            if cursor == b"0":
+                return
+
+    def purge(self, limit: int) -> int:
+        return 0  # the server expires by itself
+
+    def close(self) -> None:
+        while self._idle:
+            self._idle.pop().disconnect()
+
+    def execute(self, *words: bytes | str | int) -> Any:
+        """One command of the caller's own, such as INFO: for diagnosis, not for records."""
+        return self._one(_command([w if isinstance(w, bytes) else str(w).encode() for w in words]))
+
+    # --- the wire -------------------------------------------------------------------
+
+    def _run(self, script: _Script, *arguments: bytes) -> Any:
+        (reply,) = self._call(script.pack(*arguments), 1)
+        if isinstance(reply, self._redis.exceptions.NoScriptError):
+            (reply,) = self._call(script.pack_source(*arguments), 1)
+        if isinstance(reply, Exception):
+            raise self._refusal(reply)
+        return reply
+
+    def _one(self, packed: bytes) -> Any:
+        (reply,) = self._call(packed, 1)
+        if isinstance(reply, Exception):
+            raise self._refusal(reply)
+        return reply
+
+    def _call(self, packed: bytes, replies: int) -> list[Any]:
+        """Send, and read that many replies; an error the server answered is a reply.
+
+        A connection that turns out to be dead is replaced once: every write here
+        may be sent twice, because it is guarded by an owner that only its sender knows.
+        """
+        errors = self._redis.exceptions
+        try:
+            return self._exchange(packed, replies)
+        except errors.TimeoutError as error:
+            raise self._silence(error) from error
+        except errors.AuthenticationError as error:
+            raise self._refusal(error) from error
+        except (errors.ConnectionError, OSError):
+            self.close()  # the other idle ones are as dead
+        try:
+            return self._exchange(packed, replies)
+        except (errors.RedisError, OSError) as error:
+            raise self._silence(error) from error
+
+    def _exchange(self, packed: bytes, replies: int) -> list[Any]:
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self._pool.connection_class(**self._pool.connection_kwargs)
+        answers: list[Any] = []
+        try:
+            connection.send_packed_command((packed,), check_health=False)
+            while len(answers) < replies:
+                try:
+                    answers.append(connection.read_response(disable_decoding=True))
+                except self._redis.exceptions.ResponseError as error:
+                    answers.append(error)
+        except BaseException:
+            # Also a time limit's exception, which may come at any line: a reply may be
+            # under way that belongs to nobody any more.
+            connection.disconnect()
+            raise
+        self._idle.append(connection)
+        return answers
+
+    def _silence(self, error: Exception) -> StoreError:
+        return StoreError(f"The store {self.url} did not answer: {error}")
+
+    def _refusal(self, error: Exception) -> StoreError:
+        if isinstance(error, self._redis.exceptions.ReadOnlyError):
+            self.close()  # a demoted replica: the next call connects anew
+        return StoreError(f"The store {self.url} refused: {error}")
+
+
+def open_redis(url: str, durability: str = "none") -> RedisStore:
+    """The store for kombu's and redis-py's forms of a Redis URL."""
+    if url.startswith("redis+socket://"):  # kombu's spelling of redis-py's unix://
+        path, _, query = url.removeprefix("redis+socket://").partition("?")
+        url = f"unix://{path}?{query.replace('virtual_host=', 'db=')}"
+    return RedisStore(url, durability)
+
+
+def redact(url: str) -> str:
+    """The URL without user, password and query: safe in a log."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{host}{parts.path}"
+
+
+def _command(words: Sequence[bytes]) -> bytes:
+    return b"*%d\r\n" % len(words) + _pack(words)
+
+
+def _replacement(
+    key: str, old: Stored, value: bytes, ttl: int | None = None
+) -> tuple[bytes, bytes, bytes, bytes]:
+    return key.encode(), _STAMP.pack(old.stamp) + old.value[:OWNER], value, _milliseconds(ttl)
+
+
+def _replaced(reply: Any, key: str, value: bytes) -> Reply:
+    if type(reply) is int:
+        return Reply(True, Stored(value, reply), reply)
+    return _held(reply, key)
+
+
+def _held(reply: Any, key: str, done: bool = False) -> Reply:
+    now, value = reply
+    if not value:  # nil, and the empty string GETRANGE makes of nothing
+        return Reply(False, None, now)
+    if len(value) <= _STAMP.size:
+        raise StoreError(f"The store holds something at {key} that is not a record of celery_idem.", key)
+    return Reply(done, _stored(value), now)
+
+
+def _stored(value: bytes) -> Stored:
+    return Stored(value[_STAMP.size :], _STAMP.unpack_from(value)[0])
+
+
+def _milliseconds(ttl: int | None) -> bytes:
+    """Rounded up; empty for ever, 0 for not at all."""
+    return b"" if ttl is None else b"%d" % -(-ttl // 1000)
+
+
+_registered: list[bool] = []
+_stores: weakref.WeakSet[RedisStore] = weakref.WeakSet()
+
+
+def _forget_connections_after_fork(store: RedisStore) -> None:
+    """A child must not talk on its parent's connections; it drops them without closing them."""
+    if not _registered:
+        _registered.append(True)
+        os.register_at_fork(after_in_child=_after_fork)
+    _stores.add(store)
+
+
+def _after_fork() -> None:
+    for store in list(_stores):
+        store._idle = deque()

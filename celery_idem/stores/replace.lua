@@ -1,0 +1,22 @@
+-- Replace if unchanged.
+--   KEYS[1]  the record's key
+--   ARGV[1]  the stamp and owner it must still have (the first 20 bytes of the value)
+--   ARGV[2]  the new packed record
+--   ARGV[3]  how long to keep it, in milliseconds; "": for ever; "0": delete it
+-- Returns the new stamp, in microseconds, when it was written;
+-- else {the server's time, the value that stands there, or false}.
+local t = redis.call('TIME')
+local now = t[1] * 1000000 + t[2]
+if redis.call('GETRANGE', KEYS[1], 0, #ARGV[1] - 1) ~= ARGV[1] then
+  return {now, redis.call('GET', KEYS[1])}
+end
+local stamp = math.max(now, struct.unpack('>I8', ARGV[1]) + 1)
+local value = struct.pack('>I8', stamp) .. ARGV[2]
+if ARGV[3] == '0' then
+  redis.call('DEL', KEYS[1])
+elseif ARGV[3] == '' then
+  redis.call('SET', KEYS[1], value)
+else
+  redis.call('SET', KEYS[1], value, 'PX', ARGV[3])
+end
+return stamp
