@@ -11,9 +11,9 @@ import os
 import signal
 import subprocess
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import pytest
 import redis
@@ -28,6 +28,8 @@ from tests.support.servers import (
     ValkeyServer,
 )
 from tests.support.workers import CeleryWorker
+
+S = TypeVar("S", bound=Server)
 
 # What was started for a test and writes a log: shown when the test fails.
 LOGS = pytest.StashKey[list[Callable[[], str]]]()
@@ -47,7 +49,7 @@ def missing(reason: str, demand: str = "CELERY_IDEM_REQUIRE_SERVERS") -> NoRetur
 
 
 @contextlib.contextmanager
-def running(make: Callable[[], Server]) -> Iterator[Server]:
+def running(make: Callable[[], S]) -> Iterator[S]:
     """Start the server that `make` returns, and end it whatever happens."""
     try:
         server = make()
@@ -59,28 +61,28 @@ def running(make: Callable[[], Server]) -> Iterator[Server]:
 
 # -- one server of each kind for the session ------------------------------------------------------------
 @pytest.fixture(scope="session")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """Shared: a test that kills or freezes its server takes `start_redis` instead."""
     with running(lambda: RedisServer(tmp_path_factory.mktemp("redis"))) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
     """Shared, like `redis_server`."""
     with running(lambda: ValkeyServer(tmp_path_factory.mktemp("valkey"))) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQServer]:
     """Shared: give queues names of their own, see `queue_name`."""
     with running(lambda: RabbitMQServer(tmp_path_factory.mktemp("rabbitmq"))) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[Server]:
+def postgres() -> Iterator[PostgresServer]:
     """Shared: `postgres_url` is an empty database in it."""
     with running(PostgresServer) as server:
         yield server
@@ -153,11 +155,11 @@ def start_valkey(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Cal
 
 
 def _starter(
-    kind: type, tmp_path: Path, request: pytest.FixtureRequest
+    kind: type[RedisServer], tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[Callable[..., RedisServer]]:
     with contextlib.ExitStack() as servers:
 
-        def start(**options: object) -> RedisServer:
+        def start(**options: Any) -> RedisServer:
             folder = tmp_path / f"{kind.name}-{uuid.uuid4().hex[:8]}"
             server = servers.enter_context(running(lambda: kind(folder, **options)))
             _show_log(request, server.program.log_tail)
@@ -171,7 +173,7 @@ def start_worker(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Cal
     """`start_worker("module:app", concurrency=2, env={…})`: a CeleryWorker, ended after the test."""
     workers: list[CeleryWorker] = []
 
-    def start(app: str, **options: object) -> CeleryWorker:
+    def start(app: str, **options: Any) -> CeleryWorker:
         worker = CeleryWorker(app, tmp_path, **options)
         workers.append(worker)
         _show_log(request, worker.log_tail)
@@ -201,7 +203,9 @@ def _show_log(request: pytest.FixtureRequest, tail: Callable[[], str]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.failed:
         for tail in item.stash.get(LOGS, []):

@@ -7,8 +7,7 @@ import contextlib
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -134,10 +133,8 @@ class Program:
         tail = "\n".join(self.log_text().splitlines()[-lines:])
         return f"--- {self.log} (last {lines} lines)\n{tail}"
 
-    def wait_until_ready(self, ready: object, timeout: float) -> None:
+    def wait_until_ready(self, ready: Callable[[], bool], timeout: float) -> None:
         """Wait until `ready()` is true. A process that ends before that is an AssertionError at once."""
-        assert callable(ready)
-        deadline = time.monotonic() + timeout
         wait_for(
             lambda: not self.alive or ready(),
             timeout,
@@ -146,8 +143,8 @@ class Program:
         )
         if not self.alive:
             raise AssertionError(
-                f"{' '.join(self.command)} ended with status {self.exit_code}, "
-                f"{deadline - time.monotonic():.0f} s before its time was up\n{self.log_tail()}"
+                f"{' '.join(self.command)} ended with status {self.exit_code} instead of getting ready\n"
+                f"{self.log_tail()}"
             )
 
 

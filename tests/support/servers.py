@@ -23,8 +23,12 @@ import socket
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.support.processes import Program
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Seconds. Redis needs a tenth of one, RabbitMQ five to ten; both share two cores with other work.
 READY_WITHIN = 60.0
@@ -70,6 +74,9 @@ class Server:
     def _check(self) -> None:
         """Raise ServerMissingError when the program is not here."""
 
+    def _pick_ports(self) -> None:
+        self.port = free_port()
+
     def _launch(self) -> Program:
         raise NotImplementedError
 
@@ -85,7 +92,7 @@ class Server:
         """Start on a new free port and wait until the server answers."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for tries_left in reversed(range(PORT_TRIES)):
-            self.port = free_port()
+            self._pick_ports()
             try:
                 self._run()
                 return
@@ -142,7 +149,7 @@ class Server:
         """End it for good."""
         self.stop()
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         try:
             self.start()
         except BaseException:
@@ -256,7 +263,7 @@ class RabbitMQServer(Server):
             "HOME": str(self.folder),  # the Erlang cookie is made there
             "ERL_EPMD_PORT": str(self._epmd_port),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
-            "RABBITMQ_NODENAME": f"celery-idem-{self._first_port}@localhost",
+            "RABBITMQ_NODENAME": f"celery-idem-{self.port}@localhost",
             "RABBITMQ_DIST_PORT": str(self._dist_port),
             "RABBITMQ_MNESIA_BASE": str(self.folder / "mnesia"),
             "RABBITMQ_LOG_BASE": str(self.folder),
@@ -271,10 +278,11 @@ class RabbitMQServer(Server):
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-noinput -kernel inet_dist_use_interface {127,0,0,1}",
         }
 
-    def start(self) -> None:
-        self._first_port = free_port()  # the node's name, and with it its data, outlive a restart
+    def _pick_ports(self) -> None:
+        super()._pick_ports()
         self._epmd_port, self._dist_port = free_port(), free_port()
-        super().start()
+        if self._epmd is not None:
+            self._epmd.kill()
 
     def _launch(self) -> Program:
         (self.folder / "enabled_plugins").write_text("[].\n")
