@@ -1,0 +1,166 @@
+"""The faults, one function each, which brings its trouble about on a stage and makes sure that it took place.
+
+A fault that did not take place proves nothing about the guard, so `DidNotHappen` makes the whole demo fail.
+Invoice ids begin with the fault's tag: by that the ledger's lines and the workers' deliveries are told apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from example_project.callers import Call, Heard
+from example_project.stage import Stage
+
+Say = Callable[[str], None]
+# Kind and invoice id, as in the billing ledger, and how many lines everybody means to have there.
+Meant = dict[tuple[str, str], int]
+
+# Seconds; longer than the agent's patience of 1.5, shorter than the visibility timeout of 3.
+AGENT_STALL = 2.5
+# Seconds; the redelivery comes 3 to 5 s after the first, and must find it still running.
+VISIBILITY_STALL = 6.5
+# Seconds a worker child is held where it will be killed. The kill comes at once; this is only the upper
+# bound, and less than the client's time limit of 10, so that a missed kill shows as what it is.
+HELD = 9.0
+
+
+class DidNotHappen(Exception):
+    """The fault could not be brought about."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    tag: str
+    title: str
+    intents: int
+    meant: Meant
+    run: Callable[[Stage, Say], None]
+    needs_redis_broker: bool = False
+
+
+def lost_response(stage: Stage, say: Say) -> None:
+    """Billing commits, then drops the connection or answers too late for the agent, which plans again."""
+    goals = [{"customer_id": "acme", "invoice_id": f"lost-{n}", "cents": 4200 + n} for n in range(4)]
+    for goal in goals[:2]:
+        stage.arm("/invoices", str(goal["invoice_id"]), "drop")
+    for goal in goals[2:]:
+        stage.arm("/invoices", str(goal["invoice_id"]), "stall", AGENT_STALL)
+    agent = stage.start_agent("7")
+    agent.tell(goals)
+    calls, ended = 0, 0
+    while ended < len(goals):
+        said = agent.hear()
+        if "outcome" in said:
+            ended, calls = ended + 1, calls + said["calls"]
+            call = Call("billing.send_invoice", goals[said["goal"]])
+            stage.heard.append(Heard(call, said["outcome"], said["answer"]))
+        elif said["goal"] in (0, 2):  # one of each kind; four transcripts at once nobody can read
+            say(f"agent {said['goal']} {said['says']}")
+    if calls < 2 * len(goals):
+        raise DidNotHappen(f"{len(goals)} agents made only {calls} calls; each should have tried again")
+
+
+def two_orchestrators(stage: Stage, say: Say) -> None:
+    """Two orchestrators dispatch the same six intents in the same moment."""
+    invoices = [
+        Call("billing.send_invoice", {"customer_id": "bolt", "invoice_id": f"twice-{n}", "cents": 100 + n})
+        for n in range(4)
+    ]
+    refunds = [
+        Call("billing.refund", {"customer_id": "bolt", "invoice_id": f"twice-{n}", "cents": 50 + n})
+        for n in range(2)
+    ]
+    stage.hear(stage.ask(invoices + refunds, by=2))
+
+
+def still_running(stage: Stage, say: Say) -> None:
+    """Redis redelivers an unacknowledged message while the first worker still waits for its answer."""
+    calls = [
+        Call("billing.send_invoice", {"customer_id": "crane", "invoice_id": f"slow-{n}", "cents": 900})
+        for n in range(2)
+    ]
+    for call in calls:
+        stage.arm("/invoices", call.invoice_id, "stall", VISIBILITY_STALL)
+    stage.hear(stage.ask(calls))
+    for call in calls:
+        if len(stage.deliveries(call.invoice_id)) < 2:
+            raise DidNotHappen(f"the broker did not redeliver {call.invoice_id}")
+
+
+def killed_after_effect(stage: Stage, say: Say) -> None:
+    """A worker child is killed after billing has committed and before the task has returned."""
+    calls = [
+        Call("billing.send_invoice", {"customer_id": "dune", "invoice_id": f"killed-{n}", "cents": 700})
+        for n in range(2)
+    ]
+    for call in calls:
+        stage.arm("/invoices", call.invoice_id, "stall", HELD)
+    asked = stage.ask(calls)
+    for call in calls:
+        stage.kill_child("/invoices", call.invoice_id)
+    stage.hear(asked)
+
+
+def meant_twice(stage: Stage, say: Say) -> None:
+    """The first and the second reminder for the same invoice are two actions; each is dispatched twice."""
+    calls = [
+        Call("billing.send_reminder", {"customer_id": "echo", "invoice_id": f"remind-{n}"}, occurrence)
+        for n in range(2)
+        for occurrence in ("first", "second")
+    ]
+    stage.hear(stage.ask(calls, by=2))
+
+
+def killed_between_steps(stage: Stage, say: Say) -> None:
+    """A task with two effects is killed after its invoice and before its e-mail."""
+    calls = [
+        Call("billing.invoice_and_email", {"customer_id": "fern", "invoice_id": f"steps-{n}", "cents": 300})
+        for n in range(2)
+    ]
+    for call in calls:
+        stage.arm("/letters", call.invoice_id, "stall", HELD)
+    asked = stage.ask(calls)
+    for call in calls:
+        stage.kill_child("/letters", call.invoice_id)
+    stage.hear(asked)
+
+
+def untouched_task(stage: Stage, say: Say) -> None:
+    """A task whose code has never heard of celery_idem, dispatched by two orchestrators."""
+    calls = [Call("legacy.issue_refund", {"order_id": f"legacy-{n}", "cents": 1500}) for n in range(2)]
+    stage.hear(stage.ask(calls, by=2))
+
+
+def _each(tag: str, kind: str, intents: int, times: int = 1) -> Meant:
+    return {(kind, f"{tag}-{n}"): times for n in range(intents)}
+
+
+FAULTS = [
+    Fault("lost", "agent retries a lost response", 4, _each("lost", "invoice", 4), lost_response),
+    Fault(
+        "twice",
+        "two orchestrators at once",
+        6,
+        _each("twice", "invoice", 4) | _each("twice", "refund", 2),
+        two_orchestrators,
+    ),
+    Fault(
+        "slow",
+        "redelivered while running",
+        2,
+        _each("slow", "invoice", 2),
+        still_running,
+        needs_redis_broker=True,
+    ),
+    Fault("killed", "worker killed after the effect", 2, _each("killed", "invoice", 2), killed_after_effect),
+    Fault("remind", "reminder that is meant twice", 4, _each("remind", "reminder", 2, times=2), meant_twice),
+    Fault(
+        "steps",
+        "killed between two steps",
+        2,
+        _each("steps", "invoice", 2) | _each("steps", "email", 2),
+        killed_between_steps,
+    ),
+    Fault("legacy", "untouched task, by settings", 2, _each("legacy", "refund", 2), untouched_task),
+]

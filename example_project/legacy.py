@@ -1,0 +1,20 @@
+"""A module from before, with a task that nobody wants to touch. It has never heard of celery_idem.
+
+`app.py` guards it from the outside: `task_cls` gives every task of the application the guarded class, and
+`task_annotations` names what makes this one's action.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import shared_task
+
+from example_project import billing_client
+
+
+@shared_task(name="legacy.issue_refund")
+def issue_refund(order_id: str, cents: int, memo: str = "") -> dict[str, Any]:
+    return billing_client.post(
+        "/refunds", reference=f"order {order_id}", invoice_id=order_id, cents=cents, memo=memo
+    )

@@ -1,0 +1,74 @@
+"""Dispatches by task name only: it imports no task and knows no task class, as with most real orchestrators.
+
+As a module it gives `dispatch`, which the agent uses too. As a program it reads one call per line from
+standard input, dispatches it at once, and writes one answer per line:
+
+    {"id": 1, "name": "billing.send_invoice", "kwargs": {…}, "occurrence": null}
+    {"id": 1, "outcome": "done", "answer": {"number": "invoice-1"}, "seen": "…"}
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from celery.exceptions import TimeoutError as NoResultYet
+
+from example_project import witness
+from example_project.app import app
+
+# Longer than any fault of the demo lasts, so that an orchestrator hears the end of every story.
+PATIENCE = 25.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a caller has in the end."""
+
+    outcome: str  # "done", "failed", "in_doubt", or "no_answer" when the patience ran out
+    answer: Any  # the task's result when done
+    seen: str  # the words a model would get to read
+
+
+def dispatch(
+    name: str,
+    args: list[Any] | None = None,
+    kwargs: dict[str, Any] | None = None,
+    occurrence: str | None = None,
+    patience: float = PATIENCE,
+) -> Answer:
+    """Send one call and wait up to `patience` seconds for its answer."""
+    result = app.send_task(name, args=args or [], kwargs=kwargs or {})
+    try:
+        value = result.get(timeout=patience)
+    except NoResultYet:
+        return Answer(
+            "no_answer", None, f"The tool did not answer within {patience:g} seconds. Please try again."
+        )
+    except Exception as error:  # whatever the task raised: it is the answer
+        outcome = "in_doubt" if type(error).__name__ == "OutcomeUnknown" else "failed"
+        return Answer(outcome, None, f"An error occurred while running the tool: {error}. Please try again.")
+    return Answer("done", value, json.dumps(value))
+
+
+def main() -> int:
+    with app.connection_for_write() as connection:
+        connection.ensure_connection(max_retries=3)
+    say = threading.Lock()
+
+    def serve(call: dict[str, Any]) -> None:
+        answer = dispatch(call["name"], kwargs=call["kwargs"], occurrence=call["occurrence"])
+        with say:
+            print(json.dumps({"id": call["id"], **asdict(answer)}), flush=True)
+
+    witness.note("ready", who="orchestrator")
+    for line in sys.stdin:
+        threading.Thread(target=serve, args=(json.loads(line),), daemon=True).start()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""Processes that are always cleaned up: each in its own session, stopped by its id, every wait bounded."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+HASTE = 1.0  # seconds of grace when everything must go: nothing here has state worth more
+POLL = 0.05  # seconds between two looks at a condition: short to a person, cheap to the machine
+
+
+class Interrupted(BaseException):
+    """Ctrl-C, SIGTERM or SIGHUP. Not an `Exception`, so nothing swallows it on the way to the clean-up."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class Ended(Exception):
+    """A process has ended that should still run."""
+
+
+class NotInTime(Exception):
+    """A bounded wait ran out."""
+
+
+def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
+    """Wait until `condition()` is true. Raises `NotInTime` after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise NotInTime(f"not within {seconds:g} s: {what}")
+        time.sleep(POLL)
+
+
+class Processes:
+    """Starts processes and stops every one of them, whatever happens in between."""
+
+    def __init__(self) -> None:
+        self._running: dict[subprocess.Popen[str], Path] = {}  # and the log of each
+        self._after: list[Callable[[], None]] = []
+        self._held = False
+        self._signum: int | None = None
+
+    def __enter__(self) -> Processes:
+        """Turn SIGINT, SIGTERM, SIGHUP into `Interrupted`, but never between a fork and its note."""
+        for signum in SIGNALS:
+            signal.signal(signum, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.stop_all()
+        except Interrupted:  # the first signal, in the moment before they are ignored
+            self.stop_all()
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        # Only the first one raises: a second Ctrl-C must not cut the clean-up short.
+        if self._signum is None:
+            self._signum = signum
+            if not self._held:
+                raise Interrupted(signum)
+
+    @contextmanager
+    def _hold(self) -> Iterator[None]:
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+            if self._signum is not None:
+                raise Interrupted(self._signum)
+
+    def start(
+        self, command: Sequence[str], log: Path, env: dict[str, str], *, talk: bool = False
+    ) -> subprocess.Popen[str]:
+        """Start one process in a session of its own: Ctrl-C reaches only us. `talk` gives it pipes."""
+        with self._hold(), log.open("ab") as errors:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE if talk else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if talk else errors,
+                stderr=errors,
+                env=env,
+                text=True,
+                start_new_session=True,
+            )
+            self._running[process] = log
+        return process
+
+    def after(self, action: Callable[[], None]) -> None:
+        """Have something done once, when all processes are stopped."""
+        self._after.append(action)
+
+    def check(self) -> None:
+        """Raise `Ended` when one of them has failed, with the end of its log."""
+        for process, log in self._running.items():
+            if process.poll():  # an agent that is done ends with 0, and may
+                raise Ended(f"{log.stem} ended with status {process.returncode}:\n{_tail(log)}")
+
+    def stop(self, processes: Sequence[subprocess.Popen[str]], grace: float) -> None:
+        """SIGINT to each of them, SIGKILL after `grace` seconds to what is left of its group.
+
+        SIGINT and not SIGTERM, because the launcher of the embedded Valkey takes its server along only
+        then. It is a warm shutdown to a Celery worker too.
+        """
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+        deadline = time.monotonic() + grace
+        while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+            time.sleep(POLL)
+        for process in processes:
+            # The group and not the leader alone: pool children outlive a worker for a moment.
+            _kill_group(process.pid)
+            process.wait(timeout=10)  # a killed process is gone at once, unless the machine is in trouble
+            for pipe in (process.stdin, process.stdout):
+                _close(pipe)
+            self._running.pop(process, None)
+
+    def stop_all(self) -> None:
+        """Stop whatever still runs. From here on signals are ignored: this is the clean-up they ask for."""
+        for signum in SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)
+        self.stop(list(self._running), HASTE)
+        while self._after:
+            self._after.pop()()
+
+
+def _kill_group(pid: int) -> None:
+    # Nobody left in it; macOS says the latter for a group of zombies.
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _tail(log: Path) -> str:
+    # A traceback and what led to it; more would push the message off the screen.
+    return "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+
+
+def _close(pipe: IO[str] | None) -> None:
+    if pipe is not None:
+        with suppress(BrokenPipeError):  # unsent bytes to a dead reader
+            pipe.close()
