@@ -29,6 +29,10 @@ OWN_OPTIONS = (
 )
 OPTIONS = OWN_OPTIONS + NAMES
 
+_CELERYS_OWN = frozenset(dir(Task))
+"""Names that every Celery task has. Looked up by ``dir``, because ``hasattr(Task, "app")`` would bind
+the root class to the current app, and Celery annotates no task below a class that is bound."""
+
 _ALIKE = 0.85
 """How alike a task's attribute and one of our options must be to be taken for a slip of the pen."""
 
@@ -120,7 +124,7 @@ def _check_spelling(cls: type[Any]) -> None:
         if (
             name.startswith("_")
             or name in OPTIONS
-            or hasattr(Task, name)
+            or name in _CELERYS_OWN
             or callable(getattr(cls, name, None))
         ):
             continue
