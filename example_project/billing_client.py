@@ -53,6 +53,12 @@ def arm(path: str, invoice_id: str, fault: str, seconds: float = 0, base: str | 
     _send("POST", "/faults", invoice_id, json.dumps(body).encode(), base)
 
 
+def armed(base: str) -> list[str]:
+    """For the simulator: the faults that wait for their request."""
+    waiting: list[str] = _send("GET", "/faults", "", None, base)
+    return waiting
+
+
 def _send(method: str, path: str, invoice_id: str, body: bytes | None, base: str | None = None) -> Any:
     base = base or os.environ.get("IDEM_DEMO_BILLING", "http://127.0.0.1:8765")
     request = urllib.request.Request(base + path, data=body, method=method)

@@ -9,6 +9,7 @@
 | `GET /letters?invoice_id=…` | the text of a cover letter; changes nothing |
 | `GET /health` | 200 |
 | `POST /faults` | arms a fault for the next request: `{"path", "invoice_id", "fault", "seconds"}` |
+| `GET /faults` | the faults that still wait for their request |
 
 A line holds `invoice_id`, `reference` and whatever else was sent. The service does NOT deduplicate: two
 requests are two lines, as with most services one has to live with. It keeps the caller's reference and can
@@ -85,6 +86,10 @@ class Faults:
         with self._lock:
             self._armed[path, invoice_id] = (fault, seconds)
 
+    def waiting(self) -> list[str]:
+        with self._lock:
+            return [f"{path} {invoice_id}: {fault}" for (path, invoice_id), (fault, _) in self._armed.items()]
+
     def take(self, path: str, invoice_id: str) -> tuple[str, float]:
         """The fault for this request and its seconds; ("", 0) for none."""
         with self._lock:
@@ -121,6 +126,8 @@ class Handler(BaseHTTPRequestHandler):
         asked = dict(urllib.parse.parse_qsl(query))
         if path == "/health":
             self._answer(200, {})
+        elif path == "/faults":
+            self._answer(200, self.faults.waiting())
         elif path in KINDS and "reference" in asked:
             numbers = self.ledger.by_reference(KINDS[path], asked["reference"])
             self._answer(200, [answer_line(KINDS[path], number) for number in numbers])

@@ -41,7 +41,9 @@ def dispatch(
     patience: float = PATIENCE,
 ) -> Answer:
     """Send one call and wait up to `patience` seconds for its answer."""
-    result = app.send_task(name, args=args or [], kwargs=kwargs or {})
+    # A header is all that the guard in the worker needs from a caller; plain Celery does not look at it.
+    headers = {"idem-occurrence": occurrence} if occurrence else {}
+    result = app.send_task(name, args=args or [], kwargs=kwargs or {}, headers=headers)
     try:
         value = result.get(timeout=patience)
     except NoResultYet:

@@ -64,6 +64,8 @@ def run(stage: Stage, faults: list[Fault], progress: Progress) -> dict[str, repo
     for number, fault in enumerate(faults, 1):
         progress.now(f"{NAMES[stage.guarded]}: {fault.title}")
         fault.run(stage, lambda text: progress.say(f"    {text}", "dim"))
+        if armed := stage.armed():
+            raise DidNotHappen(f"{fault.title}: the billing service was never asked for {armed}")
         made = sum(len(numbers) for numbers in stage.lines(f"{fault.tag}-").values())
         meant = sum(fault.meant.values())
         progress.say(

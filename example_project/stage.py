@@ -62,6 +62,10 @@ class Stage:
         """Have the billing service do `fault` on the next request for that path and invoice."""
         billing_client.arm(path, invoice_id, fault, seconds, base=self._env["IDEM_DEMO_BILLING"])
 
+    def armed(self) -> list[str]:
+        """The faults that are still to come: a fault that did not take place proves nothing."""
+        return billing_client.armed(base=self._env["IDEM_DEMO_BILLING"])
+
     def ask(self, calls: list[Call], by: int = 1) -> list[tuple[Caller, Call]]:
         """Have `by` orchestrators dispatch all the calls, at once. Give what it returns to `hear`."""
         asked = [(caller, call) for call in calls for caller in self._orchestrators[:by]]

@@ -121,6 +121,16 @@ def test_the_guard_switched_off_imports_nothing_of_celery_idem() -> None:
     assert subprocess.run([sys.executable, "-c", code], env=env, timeout=60).returncode == 0
 
 
+def test_the_untouched_task_is_guarded_by_configuration_alone() -> None:
+    code = (
+        "from example_project.app import app; app.loader.import_default_modules(); app.finalize()\n"
+        "task = app.tasks['legacy.issue_refund']\n"
+        "assert task.intent_key('o-1', 5) == task.intent_key(memo='x', cents=5, order_id='o-1')"
+    )
+    env = {"PYTHONPATH": str(ROOT), "IDEM_DEMO_GUARD": "1"}
+    subprocess.run([sys.executable, "-c", code], env=env, timeout=60, check=True)
+
+
 def test_the_witness_tells_deliveries_that_acted_from_those_that_did_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
