@@ -17,6 +17,7 @@ from celery_idem.errors import (
 from celery_idem.intent import Happened, NotHappened, Unknown
 from celery_idem.keys import ALL_ARGUMENTS
 from celery_idem.ledger import Claim, Ledger
+from celery_idem.receipts import Receipt, submit
 from celery_idem.task import IdempotentTask
 
 __all__ = [
@@ -34,7 +35,9 @@ __all__ = [
     "Ledger",
     "NotHappened",
     "OutcomeUnknown",
+    "Receipt",
     "ResultUnavailable",
     "StoreError",
     "Unknown",
+    "submit",
 ]

@@ -17,6 +17,7 @@ LEVELS = {
     "claimed": logging.DEBUG,
     "settled": logging.DEBUG,
     "replayed": logging.INFO,
+    "told": logging.INFO,
     "waiting": logging.INFO,
     "scheduled": logging.DEBUG,
     "released": logging.INFO,

@@ -18,6 +18,13 @@ NO_OWNER = bytes(12)
 
 OnCrash = Literal["in_doubt", "resume", "rerun"]
 
+# Message headers. Everything that gives an intent its key travels, so that a worker can
+# derive the key itself; the key travels too, so that it is derived once.
+KEY = "idem-key"
+SCOPE = "idem-scope"
+OCCURRENCE = "idem-occurrence"
+CALLER_KEY = "idempotency-key"
+
 
 class State(IntEnum):
     """Where an intent stands. The numbers are part of the stored format: never reuse one."""

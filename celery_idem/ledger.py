@@ -23,6 +23,7 @@ from celery_idem.intent import (
     Ask,
     Decision,
     Done,
+    Fingerprint,
     Happened,
     Note,
     NotHappened,
@@ -60,13 +61,21 @@ class Entry:
         now: the store's time of the reading, in seconds.
     """
 
-    __slots__ = ("changed_at", "key", "now", "record")
+    __slots__ = ("_now", "_stamp", "key", "record")
 
     def __init__(self, key: str, record: Record, stamp: int, now: int) -> None:
         self.key = key
         self.record = record
-        self.changed_at = stamp / MICROSECONDS
-        self.now = now / MICROSECONDS
+        self._stamp = stamp
+        self._now = now
+
+    @property
+    def changed_at(self) -> float:
+        return self._stamp / MICROSECONDS
+
+    @property
+    def now(self) -> float:
+        return self._now / MICROSECONDS
 
     @property
     def task(self) -> str:
@@ -84,6 +93,10 @@ class Entry:
     def retry_after(self) -> float:
         """Seconds until whoever holds it must have renewed; 0 or less when nobody does."""
         return self.changed_at + self.record.lease / MICROSECONDS - self.now
+
+    def standing(self, fingerprint: Fingerprint, policy: Policy) -> Decision | None:
+        """What a claim would be told; None where it would have something to do (see ``protocol``)."""
+        return protocol.standing(self.record, self._stamp, self._now, fingerprint, policy)
 
     def __repr__(self) -> str:
         return f"<Entry {self.key} {self.state}>"

@@ -189,6 +189,18 @@ def claim(record: Record, stamp: int, now: int, request: Request) -> tuple[Decis
     return _claim_in_doubt(record, deadline, now, request)
 
 
+def standing(
+    record: Record, stamp: int, now: int, fingerprint: Fingerprint, policy: Policy
+) -> Decision | None:
+    """What a claim would be told, where it would change nothing; None where it would act.
+
+    This is what a caller may be told without a delivery: replay, busy, in doubt,
+    mismatch. Where it is None, a delivery has something to do: run, ask, decide on a crash.
+    """
+    decision, new = claim(record, stamp, now, Request(NO_OWNER, "", fingerprint, policy))
+    return decision if new is None else None
+
+
 def _claim_in_doubt(
     record: Record, deadline: int, now: int, request: Request
 ) -> tuple[Decision, Record | None]:

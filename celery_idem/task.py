@@ -23,7 +23,7 @@ from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from celery.utils.imports import symbol_by_name
 
-from celery_idem import declaring, keys
+from celery_idem import declaring, keys, receipts
 from celery_idem.errors import (
     ConfigurationError,
     IdempotencyError,
@@ -32,8 +32,9 @@ from celery_idem.errors import (
     OutcomeUnknown,
     StoreError,
 )
-from celery_idem.intent import Answer, Fingerprint, Raised
+from celery_idem.intent import CALLER_KEY, KEY, OCCURRENCE, SCOPE, Answer, Fingerprint, Raised
 from celery_idem.ledger import Claim, Ledger
+from celery_idem.receipts import Receipt
 from celery_idem.runner import Job, Options, Runner
 from celery_idem.settings import Settings, ledger_of
 
@@ -42,12 +43,7 @@ if TYPE_CHECKING:
     from celery.canvas import Signature
     from celery.result import AsyncResult, EagerResult
 
-# Message headers. Everything that gives an intent its key travels, so that a worker can
-# derive the key itself; the key travels too, so that it is derived once.
-KEY = "idem-key"
-SCOPE = "idem-scope"
-OCCURRENCE = "idem-occurrence"
-CALLER_KEY = "idempotency-key"
+# Message headers between one delivery of a message and the next.
 CARRIED = "idem-carried"
 WAITS = "idem-waits"
 
@@ -150,13 +146,44 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             IntentError: an argument cannot be part of a key.
         """
         declaration = self._declared("intent_key")
-        clash = {"scope", "occurrence"} & set(declaration.signature.parameters)
+        self._refuse_clash("intent_key", "scope", "occurrence")
+        return declaration.key(self.guard.ledger.namespace, declaration.bind(args, kwargs), scope, occurrence)
+
+    def submit(
+        self,
+        *args: Any,
+        scope: str | None = None,
+        occurrence: str | None = None,
+        idempotency_key: str | None = None,
+        **kwargs: Any,
+    ) -> Receipt:
+        """Look the intent up, publish it only when it is new, and say where it stands.
+
+        The door for agents and orchestrators: whatever stands there already (done, in
+        progress, in doubt, known with other values) is a value of the receipt and never
+        an exception. Further options of ``apply_async`` go through ``celery_idem.submit``.
+
+        Args:
+            scope: tenant or conversation that the action belongs to.
+            occurrence: which of several meant repetitions this is.
+            idempotency_key: the caller's own key, see ``apply_async``.
+
+        Raises:
+            TypeError: the call does not fit the task's signature.
+            IntentError: an argument cannot be part of a key.
+            kombu.exceptions.OperationalError: the broker did not take it; nothing is left behind.
+        """
+        self._declared("submit")
+        self._refuse_clash("submit", "scope", "occurrence", "idempotency_key")
+        return receipts.submit_task(self, args, kwargs, scope, occurrence, idempotency_key, {})
+
+    def _refuse_clash(self, method: str, *names: str) -> None:
+        clash = set(names) & set(self._declared(method).signature.parameters)
         if clash:
             raise ConfigurationError(
-                f"{self.name} has a parameter called {clash.pop()!r} of its own, so intent_key() cannot tell which is "
+                f"{self.name} has a parameter called {clash.pop()!r} of its own, so {method}() cannot tell which is "
                 "meant. Rename the parameter."
             )
-        return declaration.key(self.guard.ledger.namespace, declaration.bind(args, kwargs), scope, occurrence)
 
     def _declared(self, what: str) -> keys.Declaration:
         if self.declaration is None:

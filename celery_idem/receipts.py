@@ -1,0 +1,405 @@
+"""The caller's door: look an intent up, publish only what is new, and say where it stands.
+
+Callers here are models and orchestrators that retry whatever looks like an error. So
+everything the ledger knows already is a value: a ``Receipt`` with a status and one
+sentence that says what to do next.
+
+===========  ====================================================================
+status       meaning
+===========  ====================================================================
+accepted     published just now by this call; nothing is known of it yet
+executed     done, by the delivery that this call published
+replayed     done, by another one; this call did nothing
+in_progress  somebody else's delivery holds it
+conflict     the same intent is known with other values; ``differs`` names them
+in_doubt     it may have happened; nobody here can know
+failed       the body failed, or nothing was done: ``next`` says which
+===========  ====================================================================
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date, datetime
+from datetime import time as clock_time
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Literal
+
+from celery_idem import events, keys, protocol
+from celery_idem.errors import (
+    ConfigurationError,
+    FingerprintMismatch,
+    IdempotencyError,
+    InProgress,
+    LeaseLost,
+    OutcomeUnknown,
+    ResultUnavailable,
+    StoreError,
+)
+from celery_idem.intent import (
+    CALLER_KEY,
+    MICROSECONDS,
+    OCCURRENCE,
+    SCOPE,
+    Busy,
+    Fingerprint,
+    InDoubt,
+    Mismatch,
+    Outcome,
+    Policy,
+    Replay,
+    State,
+)
+from celery_idem.ledger import Entry, Ledger
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from celery_idem.task import IdempotentTask
+
+Status = Literal["accepted", "executed", "replayed", "in_progress", "conflict", "in_doubt", "failed"]
+
+PENDING: tuple[Status, ...] = ("accepted", "in_progress")
+"""Statuses that may still change without anybody's doing."""
+
+FIRST_LOOK = 0.02
+"""Seconds until ``wait`` looks again first: the shortest way through a broker and a worker."""
+
+LOOK_GROWTH = 1.5
+"""Growth per look: the answer is seen at most half as long after the end as the body ran."""
+
+LONGEST_LOOK = 1.0
+"""Seconds between looks at most: one small read a second is nothing to a store, and a
+person or a model does not notice a second after a minute."""
+
+ASK_AGAIN = 5.0
+"""Seconds in ``retry_after`` at most. A lease says when a dead worker is decided, not when a
+living one is done, and asking costs one read."""
+
+# What a model is told. Each sentence says whether it may call again.
+RUNNING = "Accepted and running. Do NOT call again, also not with reworded arguments."
+DONE = "Done. Report it as done."
+DONE_EARLIER = "Already done earlier; nothing was done now. Report it as done."
+CONFLICT = (
+    "Key already used with different {differs}. If this is a different action, give it another occurrence; "
+    "otherwise stop."
+)
+MAY_HAVE_HAPPENED = "It may have happened. Do not retry; a person must resolve it."
+WORKER_GONE = "Nobody is working on it any more. Call again once, unchanged: that decides what happened."
+FINAL_FAILURE = "It was tried and failed; calling again unchanged gives this same answer. Report the failure."
+NOTHING_DONE = "Nothing was done. Safe to call again unchanged."
+NO_RESULT = " Its result was not kept."
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a receipt looks again. Not part of its value."""
+
+    app: Celery | None
+    ledger: Ledger | None
+    fingerprint: Fingerprint
+    policy: Policy
+    published: bool
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Where one intent stands, as one caller may know it.
+
+    Attributes:
+        status: see the table above.
+        key: the idempotency key; "" while it is not known here, because the task was
+            submitted by name and only its worker knows its signature.
+        task_id: Celery's id of the delivery that this call published, else of the
+            execution that stands in the record; "" where there is none.
+        result: the value, when done and kept.
+        reason: why there is no result: the error of a body that failed, what makes it
+            doubtful, why the value was not kept; "" otherwise.
+        differs: names of parameters whose values differ from the first call's; never values.
+        retry_after: seconds after which asking again makes sense; None when it does not.
+        next: one sentence that tells a model, or a person, what to do.
+    """
+
+    status: Status
+    key: str
+    task_id: str = ""
+    result: Any = None
+    reason: str = ""
+    differs: tuple[str, ...] = ()
+    retry_after: float | None = None
+    next: str = ""
+    _source: _Source | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def done(self) -> bool:
+        """The action is done, now or earlier."""
+        return self.status in ("executed", "replayed")
+
+    def wait(self, timeout: float = 30.0) -> Receipt:
+        """Wait until the answer is known.
+
+        Args:
+            timeout: seconds. 30 by default: the default lease, after which a dead worker is decided.
+
+        Returns:
+            A new receipt: still ``accepted`` or ``in_progress`` when the time was not enough.
+        """
+        receipt = self
+        deadline = time.monotonic() + timeout
+        pause = FIRST_LOOK
+        while receipt.status in PENDING and self._source is not None:
+            receipt = self._look(self._source)
+            left = deadline - time.monotonic()
+            if receipt.status not in PENDING or left <= 0:
+                break
+            threading.Event().wait(min(pause, left))
+            pause = min(pause * LOOK_GROWTH, LONGEST_LOOK)
+        return receipt
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON values, always with the same fields in the same order."""
+        return {
+            "status": self.status,
+            "key": self.key,
+            "task_id": self.task_id,
+            "result": plain(self.result),
+            "reason": self.reason,
+            "differs": list(self.differs),
+            "retry_after": self.retry_after,
+            "next": self.next,
+        }
+
+    def _look(self, source: _Source) -> Receipt:
+        """One look at the record, and at Celery's result where the record cannot tell."""
+        entry = None
+        if source.ledger is not None:
+            try:
+                entry = source.ledger.get(self.key)
+            except StoreError as error:
+                events.emit("store_error", self.key, error=str(error), while_="waiting")
+            if entry is not None:
+                known = _told(entry, self, source)
+                if known is not None:
+                    return known
+        result = _celery_result(self, source, entry)
+        if result is not None:
+            return result
+        return self if entry is None else _undecided(entry, self)
+
+
+def submit(
+    app: Celery,
+    name: str,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    scope: str | None = None,
+    occurrence: str | None = None,
+    idempotency_key: str | None = None,
+    **options: Any,
+) -> Receipt:
+    """``IdempotentTask.submit`` by the task's name.
+
+    An application that does not have the task (an orchestrator without task classes)
+    cannot derive the key: it does not know the signature. Then everything that the
+    worker needs to derive it is published, every time, and the worker decides. Such a
+    receipt has no ``key``, learns its answer from Celery's result, and calls every
+    success ``executed``, because a replay looks the same from there.
+
+    Args:
+        options: more options of ``apply_async``, such as ``queue``.
+
+    Raises:
+        ConfigurationError: the task is known here, and has no intent.
+        TypeError, IntentError, kombu.exceptions.OperationalError: as ``IdempotentTask.submit``.
+    """
+    task = app.tasks.get(name)
+    if task is not None:
+        if getattr(task, "declaration", None) is None:
+            raise ConfigurationError(
+                f"{name} declares no intent, so submit() means nothing for it. Declare it with "
+                "base=IdempotentTask and intent=(…)."
+            )
+        return submit_task(task, args or (), kwargs or {}, scope, occurrence, idempotency_key, options)
+    given = {SCOPE: scope, OCCURRENCE: occurrence, CALLER_KEY: idempotency_key}
+    headers = {**(options.pop("headers", None) or {}), **{n: v for n, v in given.items() if v is not None}}
+    result = app.send_task(name, args=args, kwargs=kwargs, headers=headers, **options)
+    return _accepted("", result.id, _Source(app, None, Fingerprint(), _PLAIN_POLICY, published=True))
+
+
+def submit_task(
+    task: IdempotentTask,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    scope: str | None,
+    occurrence: str | None,
+    idempotency_key: str | None,
+    options: Mapping[str, Any],
+) -> Receipt:
+    """What ``IdempotentTask.submit`` does. One read for what is known already."""
+    guard = task.guard
+    ledger = guard.ledger
+    arguments = guard.declaration.bind(args, kwargs)
+    key = guard.declaration.key(ledger.namespace, arguments, scope, occurrence, idempotency_key)
+    fingerprint = guard.declaration.fingerprint(arguments, idempotency_key)
+    source = _Source(task.app, ledger, fingerprint, guard.options.policy, published=False)
+    try:
+        entry = ledger.get(key)
+    except StoreError as error:
+        # The worker looks again before it runs anything, so a store that is down here stops nothing.
+        events.emit("store_error", key, error=str(error), while_="submitting", then="published")
+        entry = None
+    if entry is not None:
+        known = _told(entry, Receipt("accepted", key, _source=source), source)
+        if known is not None:
+            events.emit("told", key, status=known.status)
+            return known
+    result = task.apply_async(
+        tuple(args),
+        dict(kwargs),
+        scope=scope,
+        occurrence=occurrence,
+        idempotency_key=idempotency_key,
+        **options,
+    )
+    return _accepted(key, result.id, replace(source, published=True))
+
+
+def look_up(app: Celery, key: str) -> Receipt | None:
+    """Where the intent with this key stands; None when nothing is stored under it.
+
+    Raises:
+        StoreError: the store did not answer.
+    """
+    task = app.tasks.get(keys.task_of(key) or key)
+    guarded = getattr(task, "declaration", None) is not None
+    ledger = task.guard.ledger if guarded else Ledger.from_app(app)
+    policy = task.guard.options.policy if guarded else _PLAIN_POLICY
+    entry = ledger.get(key)
+    if entry is None:
+        return None
+    source = _Source(app, ledger, Fingerprint(), policy, published=False)
+    receipt = Receipt("in_progress", key, _source=source)
+    known = _told(entry, receipt, source)
+    return known if known is not None else _undecided(entry, receipt)
+
+
+_PLAIN_POLICY = Policy(lease=0, result_ttl=0, failure_ttl=0)
+"""For looking only: what is lapsed counts as lapsed, and nobody asks."""
+
+
+def _accepted(key: str, task_id: str, source: _Source) -> Receipt:
+    return Receipt("accepted", key, task_id, retry_after=1.0, next=RUNNING, _source=source)
+
+
+def _told(entry: Entry, receipt: Receipt, source: _Source) -> Receipt | None:
+    """What the record says by itself; None where a delivery has something to do first."""
+    decision = entry.standing(source.fingerprint, source.policy)
+    receipt = replace(receipt, task_id=receipt.task_id or entry.record.task_id, retry_after=None)
+    if isinstance(decision, Mismatch):
+        return _conflict(receipt, decision.differs)
+    if isinstance(decision, Replay):
+        assert source.ledger is not None
+        mine = source.published and entry.record.task_id == receipt.task_id
+        return _outcome(receipt, decision.outcome, mine, source.ledger)
+    if isinstance(decision, InDoubt):
+        return replace(receipt, status="in_doubt", reason=decision.reason, next=MAY_HAVE_HAPPENED)
+    if isinstance(decision, Busy):
+        again = min(ASK_AGAIN, decision.retry_after / MICROSECONDS)
+        return replace(receipt, status="in_progress", retry_after=round(again, 3), next=RUNNING)
+    return None
+
+
+def _outcome(receipt: Receipt, outcome: Outcome, mine: bool, ledger: Ledger) -> Receipt:
+    if not outcome.succeeded:
+        payload = outcome.payload
+        why = outcome.missing if payload is None else _words(ledger.codec.decode_error(payload, receipt.key))
+        return replace(receipt, status="failed", reason=why, next=FINAL_FAILURE)
+    receipt = replace(receipt, status="executed" if mine else "replayed", next=DONE if mine else DONE_EARLIER)
+    if outcome.payload is None:
+        return replace(receipt, reason=outcome.missing, next=receipt.next + NO_RESULT)
+    try:
+        return replace(receipt, result=ledger.codec.decode(outcome.payload, receipt.key))
+    except StoreError as error:  # written with a serializer that is not accepted here: done all the same
+        return replace(receipt, reason=str(error), next=receipt.next + NO_RESULT)
+
+
+def _undecided(entry: Entry, receipt: Receipt) -> Receipt:
+    """Of a record that waits for a delivery, as it stands."""
+    state = entry.record.state
+    receipt = replace(receipt, task_id=receipt.task_id or entry.record.task_id, retry_after=None)
+    if receipt._source is not None and receipt._source.published and state is not State.IN_DOUBT:
+        return receipt  # that delivery is under way
+    if state is State.RELEASED:
+        return replace(receipt, status="failed", next=NOTHING_DONE)
+    reasons = {State.IN_DOUBT: entry.record.reason, State.SCHEDULED: "its retry is overdue"}
+    return replace(receipt, status="in_doubt", reason=reasons.get(state, protocol.CRASHED), next=WORKER_GONE)
+
+
+def _conflict(receipt: Receipt, differs: Sequence[str]) -> Receipt:
+    text = CONFLICT.format(differs=", ".join(differs) or "arguments")
+    return replace(receipt, status="conflict", differs=tuple(differs), next=text)
+
+
+def _celery_result(receipt: Receipt, source: _Source, entry: Entry | None) -> Receipt | None:
+    """What Celery's result backend knows of the delivery that this call published."""
+    if not source.published or source.app is None:
+        return None
+    try:
+        result = source.app.AsyncResult(receipt.task_id)
+        state, value = result.state, result.result
+    except Exception as error:  # no backend, or any error of any driver: it cannot tell
+        events.logger.debug("the result of %s cannot be read: %s", receipt.task_id, error)
+        return None
+    receipt = replace(receipt, retry_after=None)
+    if state == "SUCCESS":
+        return replace(receipt, status="executed", result=value, next=DONE)
+    if state == "REVOKED":
+        return replace(receipt, status="failed", reason="revoked", next=NOTHING_DONE)
+    if state != "FAILURE":
+        return None
+    receipt = replace(receipt, reason=_words(value))
+    if isinstance(value, IdempotencyError) and value.key and not receipt.key:
+        receipt = replace(receipt, key=value.key)
+    if isinstance(value, FingerprintMismatch):
+        return _conflict(receipt, value.differs)
+    if isinstance(value, ResultUnavailable):
+        return replace(receipt, status="replayed", reason=value.reason, next=DONE_EARLIER + NO_RESULT)
+    if isinstance(value, InProgress):
+        return replace(receipt, status="in_progress", retry_after=value.retry_after, next=RUNNING)
+    if isinstance(value, (OutcomeUnknown, LeaseLost)):
+        return replace(receipt, status="in_doubt", next=MAY_HAVE_HAPPENED)
+    released = entry is not None and entry.record.state is State.RELEASED
+    if released or isinstance(value, StoreError):
+        return replace(receipt, status="failed", next=NOTHING_DONE)
+    return replace(receipt, status="failed", next=FINAL_FAILURE)
+
+
+def _words(error: object) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def plain(value: Any) -> Any:
+    """A value as plain JSON: what JSON has no form for becomes text."""
+    if isinstance(value, Enum):
+        return plain(value.value)
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((plain(item) for item in value), key=str)
+    if isinstance(value, (bytes, bytearray)):
+        return base64.b64encode(bytes(value)).decode()
+    if isinstance(value, (datetime, date, clock_time)):
+        return value.isoformat()
+    return str(value)
