@@ -37,6 +37,7 @@ class Fault:
     meant: Meant
     run: Callable[[Stage, Say], None]
     needs_redis_broker: bool = False
+    ends: str = "done"  # what every caller is to hear with the guard; see `orchestrator.Answer`
 
 
 def lost_response(stage: Stage, say: Say) -> None:
@@ -103,6 +104,20 @@ def killed_after_effect(stage: Stage, say: Say) -> None:
     stage.hear(asked)
 
 
+def killed_and_nobody_to_ask(stage: Stage, say: Say) -> None:
+    """The same with a task that has no `reconcile`: nobody can know, so the callers must be told just that."""
+    calls = [
+        Call("billing.send_reminder", {"customer_id": "dune", "invoice_id": f"doubt-{n}"}, "first")
+        for n in range(2)
+    ]
+    for call in calls:
+        stage.arm("/reminders", call.invoice_id, "stall", HELD)
+    asked = stage.ask(calls)
+    for call in calls:
+        stage.kill_child("/reminders", call.invoice_id)
+    stage.hear(asked)
+
+
 def meant_twice(stage: Stage, say: Say) -> None:
     """The first and the second reminder for the same invoice are two actions; each is dispatched twice."""
     calls = [
@@ -138,7 +153,7 @@ def _each(tag: str, kind: str, intents: int, times: int = 1) -> Meant:
 
 
 FAULTS = [
-    Fault("lost", "agent retries a lost response", 4, _each("lost", "invoice", 4), lost_response),
+    Fault("lost", "agent retries a lost reply", 4, _each("lost", "invoice", 4), lost_response),
     Fault(
         "twice",
         "two orchestrators at once",
@@ -154,8 +169,16 @@ FAULTS = [
         still_running,
         needs_redis_broker=True,
     ),
-    Fault("killed", "worker killed after the effect", 2, _each("killed", "invoice", 2), killed_after_effect),
-    Fault("remind", "reminder that is meant twice", 4, _each("remind", "reminder", 2, times=2), meant_twice),
+    Fault("killed", "worker killed after effect", 2, _each("killed", "invoice", 2), killed_after_effect),
+    Fault(
+        "doubt",
+        "same, billing is not asked",
+        2,
+        _each("doubt", "reminder", 2),
+        killed_and_nobody_to_ask,
+        ends="in_doubt",
+    ),
+    Fault("remind", "reminder meant twice", 4, _each("remind", "reminder", 2, times=2), meant_twice),
     Fault(
         "steps",
         "killed between two steps",
@@ -163,5 +186,5 @@ FAULTS = [
         _each("steps", "invoice", 2) | _each("steps", "email", 2),
         killed_between_steps,
     ),
-    Fault("legacy", "untouched task, by settings", 2, _each("legacy", "refund", 2), untouched_task),
+    Fault("legacy", "untouched task, by config", 2, _each("legacy", "refund", 2), untouched_task),
 ]

@@ -20,7 +20,7 @@ class Row:
     exact: bool  # every intent has exactly the lines it means, and there are no others
     executed: int  # deliveries that wrote to the billing service
     replayed: int  # deliveries that were answered from the record
-    in_doubt: int  # deliveries and callers that were told "nobody knows"
+    in_doubt: int  # deliveries that were answered with "nobody knows"
     complaints: tuple[str, ...]  # callers without the one right answer
 
 
@@ -35,19 +35,19 @@ def read(stage: Stage, fault: Fault) -> Row:
         executed=sum(bool(delivery.writes) for delivery in deliveries),
         replayed=sum(not delivery.writes and delivery.state == "SUCCESS" for delivery in deliveries),
         in_doubt=sum(delivery.error == "OutcomeUnknown" for delivery in deliveries),
-        complaints=tuple(_complaints(lines, heard)),
+        complaints=tuple(_complaints(fault, lines, heard)),
     )
 
 
-def _complaints(lines: dict[tuple[str, str], list[int]], heard: list[Heard]) -> list[str]:
+def _complaints(fault: Fault, lines: dict[tuple[str, str], list[int]], heard: list[Heard]) -> list[str]:
     """Callers that ended without an answer, with one unknown to the ledger, or with different ones."""
     found = []
     answers: dict[tuple[str, str, str | None], set[str]] = {}
     known = {f"{kind}-{number}" for (kind, _), numbers in lines.items() for number in numbers}
     for one in heard:
-        if one.outcome != "done" or one.answer is None:
+        if one.outcome != fault.ends:
             found.append(f"a caller of {one.call.name} for {one.call.invoice_id} ended with: {one.outcome}")
-        elif not set(one.answer.values()) <= known:
+        elif one.answer is not None and not set(one.answer.values()) <= known:
             found.append(
                 f"{one.call.name} for {one.call.invoice_id} answered {one.answer}, not in the ledger"
             )
@@ -64,9 +64,13 @@ def table(faults: list[Fault], plain: dict[str, Row], guarded: dict[str, Row]) -
     """Per fault: what was meant, and what each run did, counted at the billing ledger."""
     # Fits 80 columns, which is also what a log file gets.
     result = Table(
-        title="Effects, counted at the billing ledger", title_justify="left", box=SIMPLE, pad_edge=False
+        title="Effects, counted at the billing ledger",
+        title_justify="left",
+        box=SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,
     )
-    result.add_column("fault")
+    result.add_column("fault", no_wrap=True)
     result.add_column("intents", justify="right")
     result.add_column("effects\nmeant", justify="right")
     result.add_column("plain\nCelery", justify="right")

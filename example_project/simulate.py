@@ -7,8 +7,8 @@ workers, two orchestrators and an agent, all of them processes of their own, and
 also on Ctrl-C.
 
 Exit status: 0 when with celery_idem every intent has exactly one effect in the billing ledger and every
-caller has the right answer; 1 when not, or when a fault could not be brought about; 2 when there is no
-server to run on.
+caller has the right answer (which is "in doubt" where nobody can know); 1 when not, or when a fault could
+not be brought about; 2 when there is no server to run on.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def simulate(processes: Processes, folder: Path, progress: Progress) -> int:
         progress.show("[red]FAILED: celery_idem did not keep its promise.[/]")
         return 1
     progress.show(
-        "[green]Every intent happened exactly once with celery_idem, and every caller has its answer.[/]"
+        "[green]With celery_idem every intent took effect exactly once, and every caller has the right answer.\n"
+        "Where nobody can know, the answer is that it is in doubt, and nothing ran again.[/]"
     )
     return 0
 
