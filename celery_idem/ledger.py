@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from celery_idem import codec, events, keys, protocol
 from celery_idem.codec import Codec, NotStorable
@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 ROUNDS = 50
 """How often an operation starts over because somebody else wrote in between. Each round
 somebody made progress; fifty in a row means something writes in a loop."""
+
+DAY = 86_400.0
+"""Seconds; what ``result_ttl`` is where nobody said otherwise."""
 
 PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
 """Seconds between tries to write an outcome; the last one repeats."""
@@ -88,6 +91,11 @@ class Entry:
         if self.record.state is State.RUNNING and self.retry_after <= 0:
             return "lapsed"
         return self.record.state.name.lower()
+
+    @property
+    def age(self) -> float:
+        """Seconds since the last write."""
+        return max(0.0, self.now - self.changed_at)
 
     @property
     def retry_after(self) -> float:
@@ -173,6 +181,18 @@ class Claim:
         return f"<Claim {self.key} fence={self.fence} attempt={self.attempt}>"
 
 
+class Tally(NamedTuple):
+    """The intents of one task in one state.
+
+    Attributes:
+        count: how many.
+        oldest: seconds since the last write to the one that has stood longest.
+    """
+
+    count: int
+    oldest: float
+
+
 class Ledger:
     """All intents of one namespace in one store.
 
@@ -180,10 +200,18 @@ class Ledger:
         store: where they are.
         namespace: applications with different namespaces do not see each other.
         codec: how results are written.
+        result_ttl: seconds to keep an outcome that a person gives, by the task's name.
     """
 
-    def __init__(self, store: Store, namespace: str = "idem", codec: Codec | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        namespace: str = "idem",
+        codec: Codec | None = None,
+        result_ttl: Callable[[str], float] = lambda task: DAY,
+    ) -> None:
         self.store = store
+        self.result_ttl = result_ttl
         self.namespace = namespace
         self.codec = codec or Codec()
         self._prefix = f"{namespace}:"
@@ -430,20 +458,37 @@ class Ledger:
             if (task is None or entry.task == task) and (wanted is None or entry.state == wanted):
                 yield entry
 
+    def stats(self) -> dict[tuple[str, str], Tally]:
+        """How many intents stand in which state, by (task, state). Reads every record once, in bounded memory."""
+        tallies: dict[tuple[str, str], Tally] = {}
+        for entry in self.list():
+            place = (entry.task, entry.state)
+            count, oldest = tallies.get(place, (0, 0.0))
+            tallies[place] = Tally(count + 1, max(oldest, entry.age))
+        return tallies
+
     def resolve(
-        self, key: str, answer: Happened | NotHappened, *, by: str, evidence: str = "", keep: float = 86_400.0
+        self,
+        key: str,
+        answer: Happened | NotHappened,
+        *,
+        by: str,
+        evidence: str = "",
+        keep: float | None = None,
     ) -> Entry:
         """Settle an intent in doubt by hand. Audited in the record.
 
         Args:
             by: who decides.
             evidence: what they saw.
-            keep: seconds to keep the record; the task's ``result_ttl`` where it is known.
+            keep: seconds to keep the outcome; None: the task's ``result_ttl``.
 
         Raises:
             IdempotencyError: there is no such intent, somebody works on it right now, or
                 its outcome is known already.
         """
+        if keep is None:
+            keep = self.result_ttl(keys.task_of(key) or key)
         policy = Policy(lease=0, result_ttl=int(keep * MICROSECONDS), failure_ttl=int(keep * MICROSECONDS))
         outcome = self.outcome_of(answer.result) if isinstance(answer, Happened) else None
         what = "happened" if outcome is not None else "not happened"

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 from urllib.parse import urlsplit
-from weakref import WeakKeyDictionary
 
 from celery_idem.codec import Codec
 from celery_idem.errors import ConfigurationError
@@ -219,7 +219,7 @@ def _short_name(name: str) -> str:
     return name.rpartition("/")[2].removeprefix("x-").replace("python-serialize", "pickle")
 
 
-_ledgers: WeakKeyDictionary[Any, Ledger] = WeakKeyDictionary()
+_ledgers: weakref.WeakKeyDictionary[Any, Ledger] = weakref.WeakKeyDictionary()
 
 
 def ledger_of(app: Celery, settings: Settings | None = None) -> Ledger:
@@ -229,9 +229,23 @@ def ledger_of(app: Celery, settings: Settings | None = None) -> Ledger:
         settings: of one task, where they differ from the application's.
     """
     if settings is not None:
-        return Ledger(store_of(settings, app.conf), settings.namespace, codec_of(settings, app.conf))
+        keep = settings.result_ttl
+        codec = codec_of(settings, app.conf)
+        return Ledger(store_of(settings, app.conf), settings.namespace, codec, lambda task: keep)
     ledger = _ledgers.get(app)
     if ledger is None:
         settings = of_app(app.conf)
         ledger = _ledgers[app] = ledger_of(app, settings)
+        ledger.result_ttl = _result_ttl(weakref.ref(app), settings.result_ttl)
     return ledger
+
+
+def _result_ttl(app: weakref.ref[Any], default: float) -> Callable[[str], float]:
+    """How long outcomes of a task are kept: its own setting, where the application knows the task."""
+
+    def of_task(name: str) -> float:
+        alive = app()
+        task = alive.tasks.get(name) if alive is not None else None
+        return default if getattr(task, "declaration", None) is None else float(task.guard.settings.result_ttl)
+
+    return of_task

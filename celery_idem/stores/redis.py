@@ -29,6 +29,10 @@ made by hand. Another value: ``?socket_timeout=1`` in the URL."""
 SCAN_COUNT = 500
 """Keys per SCAN call: about 0.2 ms of the server's time, so others hardly wait."""
 
+SCAN_READ = 50
+"""Values per MGET while scanning: fifty of the largest results are 50 MiB, so memory stays bounded
+on both sides."""
+
 _STAMP = struct.Struct(">Q")
 
 
@@ -123,9 +127,10 @@ class RedisStore(Store):
         while True:
             command = (b"SCAN", cursor, b"MATCH", pattern.encode(), b"COUNT", b"%d" % SCAN_COUNT)
             cursor, keys = self._one(_command(command))
-            if keys:
-                values = self._one(_command((b"MGET", *keys)))
-                for key, value in zip(keys, values, strict=True):
+            for start in range(0, len(keys), SCAN_READ):
+                some = keys[start : start + SCAN_READ]
+                values = self._one(_command((b"MGET", *some)))
+                for key, value in zip(some, values, strict=True):
                     if value is not None and len(value) > _STAMP.size:
                         yield key.decode("utf-8", "replace"), _stored(value)
             if cursor == b"0":
