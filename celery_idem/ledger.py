@@ -185,11 +185,11 @@ class Tally(NamedTuple):
     """The intents of one task in one state.
 
     Attributes:
-        count: how many.
+        intents: how many.
         oldest: seconds since the last write to the one that has stood longest.
     """
 
-    count: int
+    intents: int
     oldest: float
 
 
