@@ -150,6 +150,30 @@ class Runner:
             else:
                 return self._answer(job, decision)
 
+    def inquire(self, job: Job) -> Decision:
+        """Decide a doubtful intent without running it: ask the destination, as a delivery would.
+
+        Returns:
+            ``Replay``: it happened, and that is recorded. ``Acquired``: it did not, and the intent is
+            released, so the next delivery runs it. ``InDoubt``: the destination could not tell.
+            ``Busy``: somebody else works on it, or asks.
+
+        Raises:
+            StoreError: the store did not answer.
+        """
+        policy = job.options.policy
+        decision, claim = self.ledger.claim(
+            job.key, Request(owners.mint(), job.task_id, job.fingerprint, policy)
+        )
+        while isinstance(decision, Ask):
+            assert claim is not None
+            decision, claim = self._ask(job, claim)
+        if isinstance(decision, Acquired):
+            assert claim is not None
+            self.ledger.release(claim, job.options.patience)
+            events.emit("released", job.key, task_id=job.task_id, why="the destination says it did not happen")
+        return decision
+
     # --- without running --------------------------------------------------------------
 
     def _answer(self, job: Job, decision: Decision) -> Any:
