@@ -132,6 +132,7 @@ class Claim:
         # What stood in the store when this claim last wrote: both parts change together, because
         # the renewing thread reads them while the body's thread writes them.
         self._seen = (stored, record)
+        self._lock = threading.Lock()
         self._trusted_until = before + protocol.trusted_for(request.policy.lease) / MICROSECONDS
         self._taken_over = False
         self._steps_seen: set[str] = set()
@@ -247,7 +248,7 @@ class Ledger:
         def decide(record: Record, stamp: int, now: int) -> tuple[Decision, Record | None]:
             return protocol.claim(record, stamp, now, request)
 
-        return self._decide(key, request, reply, decide)
+        return self._decide(key, request, reply, decide, before)
 
     def conclude(self, claim: Claim, answer: Answer) -> tuple[Decision, Claim | None]:
         """Write what the destination answered to a question this claim (``Ask``) put."""
@@ -260,7 +261,7 @@ class Ledger:
         def decide(record: Record, stamp: int, now: int) -> tuple[Decision, Record | None]:
             return protocol.conclude(record, now, claim._request, outcome, reason)
 
-        return self._decide(claim.key, claim._request, self._last_seen(claim)[0], decide)
+        return self._decide(claim.key, claim._request, self._last_seen(claim)[0], decide, time.monotonic())
 
     def settle(self, claim: Claim, outcome: Outcome, patience: float) -> Done | Refused:
         """Write how the body ended; ``Refused`` when somebody took over.
@@ -313,21 +314,23 @@ class Ledger:
             ttl = protocol.ttl(record, claim._request.policy)
             changes.append(Change(self._prefix + claim.key, stored, codec.pack(record), ttl))
         replies = self.store.replace_many(changes)
-        for claim, record, change, reply in zip(claims, seen, changes, replies, strict=True):
-            if reply.done or (reply.stored is not None and reply.stored.value == change.value):
-                assert reply.stored is not None
-                _renewed(claim, record, reply.stored, before)
+        for claim, record, reply in zip(claims, seen, replies, strict=True):
+            if reply.done:
+                _renewed(claim, record, reply, before)
             else:
-                self._renew_again(claim, reply)
+                self._renew_again(claim, reply, before)
 
-    def _renew_again(self, claim: Claim, reply: Reply) -> None:
+    def _renew_again(self, claim: Claim, reply: Reply, before: float) -> None:
         """The body itself wrote meanwhile (a step, the outcome), or somebody took over."""
         if reply.stored is None:
             return  # the store lost the record; settling will write it again
         record = self._read(claim.key, reply.stored)
         decision, _ = protocol.renew(record, claim._request.owner)
         if isinstance(decision, Done):
-            return  # its own newer write moved the deadline already
+            # Its own newer write moved the deadline already. The next look renews that one,
+            # also where the reply to it got lost and the body's thread does not know it.
+            _renewed(claim, record, reply, before)
+            return
         if record.owner != claim._request.owner and not claim._taken_over:
             claim._taken_over = True
             events.emit("lease_lost", claim.key, task_id=claim.task_id, fence=claim.fence)
@@ -499,7 +502,7 @@ class Ledger:
             return protocol.resolve(record, stamp, now, outcome, Note(now, by, what, evidence))
 
         reply = self.store.read(self._prefix + key)
-        done, stored = self._compare_and_set(key, reply, decide, policy)
+        done, reply = self._compare_and_set(key, reply, decide, policy)
         if isinstance(done, Refused):
             if done.record is None:
                 raise IdempotencyError(f"There is no intent {key} in {self.store.url}.", key)
@@ -508,9 +511,9 @@ class Ledger:
                 "it with `idem show`; `idem forget` removes it.",
                 key,
             )
-        assert stored is not None
+        assert reply.stored is not None
         events.emit("resolved", key, by=by, what=what)
-        return Entry(key, done.record, stored.stamp, stored.stamp)
+        return Entry(key, done.record, reply.stored.stamp, reply.stored.stamp)
 
     def forget(self, key: str) -> bool:
         """Remove an intent, whatever its state: the next call with this key runs.
@@ -570,9 +573,13 @@ class Ledger:
         request: Request,
         reply: Reply,
         decide: Callable[[Record, int, int], tuple[Decision, Record | None]],
+        before: float,
     ) -> tuple[Decision, Claim | None]:
-        """A decision on a record that is there; absent in between: claim it from the start."""
-        before = time.monotonic()
+        """A decision on a record that is there; absent in between: claim it from the start.
+
+        Args:
+            before: the worker's time before the first call: a write whose reply got lost counts from there.
+        """
         for _ in range(ROUNDS):
             if reply.stored is None:
                 return self.claim(key, request)
@@ -588,8 +595,9 @@ class Ledger:
                     continue
                 assert reply.stored is not None
             if isinstance(decision, (Acquired, Ask)):
-                stored = reply.stored
-                return decision, Claim(key, request, stored, decision.record, before)
+                assert reply.stored is not None
+                since = before - _age(reply)
+                return decision, Claim(key, request, reply.stored, decision.record, since)
             return decision, None
         raise StoreError(f"{key} changes all the time; nothing was run. It will be tried again.", key)
 
@@ -600,12 +608,15 @@ class Ledger:
         decide: Callable[[Record | None, int, int], tuple[Any, Record | None]],
         policy: Policy | None,
         record: Record | None = None,
-    ) -> tuple[Any, Stored | None]:
+    ) -> tuple[Any, Reply]:
         """The loop that every write but a claim goes through.
 
         Args:
             reply: what stands there, as far as is known.
             record: the same, read already; None to read it here.
+
+        Returns:
+            The decision, and what stands there now.
         """
         for _ in range(ROUNDS):
             stored = reply.stored
@@ -615,7 +626,7 @@ class Ledger:
                 record = self._read(key, stored)
             decision, new = decide(record, stored.stamp if stored else 0, reply.now)
             if new is None:
-                return decision, stored
+                return decision, reply
             value = codec.pack(new)
             keep = protocol.ttl(new, policy) if policy is not None else None
             if stored is None:
@@ -623,7 +634,7 @@ class Ledger:
             else:
                 reply = self.store.replace(self._prefix + key, stored, value, keep)
             if reply.done or (reply.stored is not None and reply.stored.value == value):
-                return decision, reply.stored
+                return decision, reply
             record = None
         raise StoreError(f"{key} changes all the time; nothing was written. Try again.", key)
 
@@ -644,9 +655,9 @@ class Ledger:
 
         before = time.monotonic()
         reply, seen = self._last_seen(claim)
-        decision, stored = self._compare_and_set(claim.key, reply, checked, claim._request.policy, seen)
-        if isinstance(decision, Done) and stored is not None:
-            _renewed(claim, decision.record, stored, before)
+        decision, reply = self._compare_and_set(claim.key, reply, checked, claim._request.policy, seen)
+        if isinstance(decision, Done):
+            _renewed(claim, decision.record, reply, before)
         return decision
 
     def _patiently(
@@ -662,9 +673,7 @@ class Ledger:
             before = time.monotonic()
             try:
                 reply, seen = self._last_seen(claim)
-                decision, stored = self._compare_and_set(
-                    claim.key, reply, decide, claim._request.policy, seen
-                )
+                decision, reply = self._compare_and_set(claim.key, reply, decide, claim._request.policy, seen)
             except StoreError as error:
                 pause = PAUSES[min(tries, len(PAUSES) - 1)]
                 tries += 1
@@ -674,8 +683,8 @@ class Ledger:
                     events.emit("store_error", claim.key, error=str(error), while_="settling")
                 threading.Event().wait(pause)
                 continue
-            if isinstance(decision, Done) and stored is not None:
-                _renewed(claim, decision.record, stored, before)
+            if isinstance(decision, Done):
+                _renewed(claim, decision.record, reply, before)
             assert isinstance(decision, (Done, Refused))
             return decision
 
@@ -691,9 +700,29 @@ def _present(
     return checked
 
 
-def _renewed(claim: Claim, record: Record, stored: Stored, before: float) -> None:
-    claim._seen = (stored, record)
-    claim._trusted_until = before + protocol.trusted_for(claim._request.policy.lease) / MICROSECONDS
+def _renewed(claim: Claim, record: Record, reply: Reply, before: float) -> None:
+    """Remember what stands in the store, and trust the lease as long as that write allows.
+
+    The renewing thread may be slow to note its write while the body's thread has made the
+    next one. Going back to the older would make every later renewal fail.
+
+    Args:
+        before: the worker's time before the call that ``reply`` answers.
+    """
+    if reply.stored is None or not reply.now:  # nothing was asked: no news
+        return
+    with claim._lock:
+        seen = claim._seen[0]
+        if seen is None or reply.stored.stamp >= seen.stamp:
+            trusted = protocol.trusted_for(claim._request.policy.lease) / MICROSECONDS
+            claim._seen = (reply.stored, record)
+            claim._trusted_until = before - _age(reply) + trusted
+
+
+def _age(reply: Reply) -> float:
+    """Seconds since what stands there was written: more than none where the reply to that write got lost."""
+    assert reply.stored is not None
+    return max(0, reply.now - reply.stored.stamp) / MICROSECONDS
 
 
 def lease_lost(claim: Claim) -> LeaseLost:

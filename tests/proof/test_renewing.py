@@ -1,0 +1,149 @@
+"""The body's thread and the renewing thread write the same record: no order of the two may cost the lease.
+
+Each test forces one order by calling one side from inside the other's store call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from celery_idem import ledger as ledger_module
+from celery_idem.errors import StoreError
+from celery_idem.intent import Acquired, Fingerprint, Policy, Request, State, Stored
+from celery_idem.ledger import Claim, Ledger
+from celery_idem.stores.base import Reply
+from celery_idem.stores.memory import MemoryStore
+
+KEY = "shop.charge:0123456789abcdef0123456789abcdef"
+LEASE = 1_000_000
+POLICY = Policy(lease=LEASE, result_ttl=10**12, failure_ttl=10**12, on_crash="resume")
+
+
+class Clock:
+    """One clock for the store (microseconds) and the worker (seconds)."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000
+
+    def __call__(self) -> int:
+        return self.now
+
+    def monotonic(self) -> float:
+        return self.now / 1e6
+
+
+class Hooked(MemoryStore):
+    """Calls ``after`` once, after the next replacement was applied; may lose its reply."""
+
+    after: Callable[[], None] | None = None
+    lose = False
+
+    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
+        reply = super().replace(key, old, value, ttl)
+        hook, self.after = self.after, None
+        if hook is not None:
+            hook()
+        if self.lose:
+            self.lose = False
+            raise StoreError("the reply got lost")
+        return reply
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(ledger_module.time, "monotonic", clock.monotonic)
+    return clock
+
+
+def begin(clock: Clock) -> tuple[Hooked, Ledger, Claim]:
+    store = Hooked(clock)
+    ledger = Ledger(store)
+    decision, claim = ledger.claim(KEY, Request(b"owner-12-byt", "t1", Fingerprint(), POLICY))
+    assert isinstance(decision, Acquired)
+    assert claim is not None
+    clock.now += 1000
+    return store, ledger, claim
+
+
+def deadline(ledger: Ledger) -> float:
+    entry = ledger.get(KEY)
+    assert entry is not None
+    return entry.changed_at + entry.record.lease / 1e6
+
+
+def assert_renewed(clock: Clock, ledger: Ledger, claim: Claim) -> None:
+    """A renewal from here on moves the deadline, and trust ends before it."""
+    clock.now += 1000
+    ledger.renew([claim])
+    assert deadline(ledger) == pytest.approx(clock.monotonic() + LEASE / 1e6)
+    assert not claim.lost
+    assert claim._trusted_until < deadline(ledger)
+
+
+def test_a_step_that_overtakes_a_renewal_does_not_end_the_renewals(clock: Clock) -> None:
+    store, ledger, claim = begin(clock)
+
+    def step() -> None:
+        clock.now += 1000
+        assert ledger.step(claim, "charge", lambda: "ch_1", None, 0.0) == "ch_1"
+
+    store.after = step
+    ledger.renew([claim])  # its write is in, and before it is noted the body does a whole step
+
+    entry = ledger.get(KEY)
+    assert entry is not None
+    assert [step.name for step in entry.record.steps] == ["charge"]
+    assert_renewed(clock, ledger, claim)
+    entry = ledger.get(KEY)
+    assert entry is not None
+    assert [step.name for step in entry.record.steps] == ["charge"], "a renewal wrote an older record back"
+
+
+def test_a_renewal_that_overtakes_an_outcome_does_not_undo_it(clock: Clock) -> None:
+    store, ledger, claim = begin(clock)
+    store.after = lambda: ledger.renew([claim])
+    ledger.settle(claim, ledger.outcome_of("done"), 0.0)
+    ledger.renew([claim])
+    entry = ledger.get(KEY)
+    assert entry is not None
+    assert entry.record.state is State.SUCCEEDED
+
+
+def test_a_renewal_whose_reply_got_lost_is_trusted_from_when_it_was_written(clock: Clock) -> None:
+    store, ledger, claim = begin(clock)
+    store.lose = True
+    with pytest.raises(StoreError):
+        ledger.renew([claim])
+    written = deadline(ledger)
+    clock.now += LEASE // 2
+    ledger.renew([claim])  # meets its own earlier write
+    assert claim._trusted_until < written
+    assert_renewed(clock, ledger, claim)
+
+
+def test_a_step_whose_reply_got_lost_does_not_end_the_renewals(clock: Clock) -> None:
+    store, ledger, claim = begin(clock)
+    store.lose = True
+    with pytest.raises(StoreError):
+        ledger.step(claim, "charge", lambda: "ch_1", None, 0.0)
+    clock.now += 1000
+    ledger.renew([claim])
+    assert_renewed(clock, ledger, claim)
+
+
+def test_a_claim_whose_reply_got_lost_is_trusted_from_when_it_was_written(clock: Clock) -> None:
+    """A client that sends again after a broken connection meets its own claim."""
+
+    class Resending(MemoryStore):
+        def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
+            super().create(key, value, ttl)
+            clock.now += LEASE // 2  # connecting anew takes its time
+            return super().create(key, value, ttl)
+
+    ledger = Ledger(Resending(clock))
+    _, claim = ledger.claim(KEY, Request(b"owner-12-byt", "t1", Fingerprint(), POLICY))
+    assert claim is not None
+    assert claim._trusted_until < deadline(ledger)
