@@ -55,7 +55,11 @@ class Store(ABC):
 
     @abstractmethod
     def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
-        """Write ``value`` if ``key`` holds nothing; else change nothing, and return what it holds."""
+        """Write ``value`` if ``key`` holds nothing; else change nothing, and return what it holds.
+
+        ``ttl``: microseconds to keep it (a store may round up to milliseconds); None: for
+        ever; 0: the write counts as done and leaves nothing.
+        """
 
     @abstractmethod
     def read(self, key: str) -> Reply:
@@ -66,7 +70,7 @@ class Store(ABC):
         """Write ``value`` if the stamp and the first ``OWNER`` bytes are still those of ``old``.
 
         The new stamp is the store's time, or one more than the old stamp where that
-        is later. ``ttl`` counts from this write; None keeps the value for ever.
+        is later. ``ttl`` as for ``create``; it counts from this write, and 0 deletes.
         """
 
     @abstractmethod

@@ -1,7 +1,7 @@
 -- Create if absent.
 --   KEYS[1]  the record's key
 --   ARGV[1]  the packed record
---   ARGV[2]  how long to keep it, in milliseconds; "": for ever
+--   ARGV[2]  how long to keep it, in milliseconds; "": for ever; "0": not at all
 -- Returns the server's time in microseconds when it was written;
 -- else {the server's time, the value that stands there}.
 local t = redis.call('TIME')
@@ -10,6 +10,8 @@ local value = struct.pack('>I8', now) .. ARGV[1]
 local written
 if ARGV[2] == '' then
   written = redis.call('SET', KEYS[1], value, 'NX')
+elseif ARGV[2] == '0' then -- which SET refuses
+  written = redis.call('EXISTS', KEYS[1]) == 0
 else
   written = redis.call('SET', KEYS[1], value, 'NX', 'PX', ARGV[2])
 end
