@@ -255,6 +255,7 @@ class Raised(Enum):
     """What kind of exception left the body."""
 
     RETRY = "retry"
+    REPLACED = "replaced"
     IGNORE = "ignore"
     REJECT = "reject"
     NO_EFFECT = "no_effect"

@@ -90,6 +90,7 @@ MAX_CRASHES = 255
 
 ENDINGS: dict[Raised, State] = {
     Raised.RETRY: State.SCHEDULED,
+    Raised.REPLACED: State.SUCCEEDED,
     Raised.IGNORE: State.RELEASED,
     Raised.REJECT: State.RELEASED,
     Raised.NO_EFFECT: State.RELEASED,
@@ -104,6 +105,23 @@ ENDINGS: dict[Raised, State] = {
 def replace(record: Record, **changes: Any) -> Record:
     """The record with some parts changed."""
     return record._replace(**changes)
+
+
+_REPLACED = "replaced by task "
+
+
+def replaced_by(task_id: str) -> Outcome:
+    """The outcome of a body that handed its action over to a task without a guard of its own.
+
+    That message must not be published twice, so the intent is done; what stands in for
+    its value is the result of that task.
+    """
+    return Outcome(True, None, _REPLACED + task_id)
+
+
+def replacement(outcome: Outcome) -> str:
+    """Id of the task that has the result; "" where the outcome has its own."""
+    return outcome.missing.removeprefix(_REPLACED) if outcome.missing.startswith(_REPLACED) else ""
 
 
 def ttl(record: Record, policy: Policy) -> int | None:

@@ -305,6 +305,9 @@ def _told(entry: Entry, receipt: Receipt, source: _Source) -> Receipt | None:
         return _conflict(receipt, decision.differs)
     if isinstance(decision, Replay):
         assert source.ledger is not None
+        elsewhere = protocol.replacement(decision.outcome)
+        if elsewhere:
+            return _replaced(receipt, elsewhere, source)
         mine = source.published and entry.record.task_id == receipt.task_id
         return _outcome(receipt, decision.outcome, mine, source.ledger)
     if isinstance(decision, InDoubt):
@@ -327,6 +330,17 @@ def _outcome(receipt: Receipt, outcome: Outcome, mine: bool, ledger: Ledger) -> 
         return replace(receipt, result=ledger.codec.decode(outcome.payload, receipt.key))
     except StoreError as error:  # written with a serializer that is not accepted here: done all the same
         return replace(receipt, reason=str(error), next=receipt.next + NO_RESULT)
+
+
+def _replaced(receipt: Receipt, task_id: str, source: _Source) -> Receipt:
+    """Of a body that handed its action over to another task, whose result is Celery's."""
+    mine = source.published and task_id == receipt.task_id  # a replacement goes by the same id
+    result = _celery_result(replace(receipt, task_id=task_id), replace(source, published=True), None)
+    if result is None:
+        return replace(receipt, status="in_progress", retry_after=ASK_AGAIN, next=RUNNING)
+    if result.status == "executed" and not mine:
+        return replace(result, status="replayed", next=DONE_EARLIER)
+    return result
 
 
 def _undecided(entry: Entry, receipt: Receipt) -> Receipt:

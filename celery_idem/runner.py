@@ -96,6 +96,13 @@ class Job(ABC):
         """Ask the destination. May raise: that is no answer."""
 
     @abstractmethod
+    def follow(self, task_id: str) -> tuple[bool, Any]:
+        """(True, value) of the task that this action was handed over to; (False, None): not known yet.
+
+        Raises what that task raised, ``ResultUnavailable``, or to leave.
+        """
+
+    @abstractmethod
     def come_back(self, seconds: float, carried: tuple[bytes, ...], why: str) -> None:
         """Wait: return when it is time to try again here, or raise to leave."""
 
@@ -147,6 +154,12 @@ class Runner:
             elif isinstance(decision, Busy):
                 events.emit("waiting", job.key, task_id=job.task_id)
                 job.come_back(decision.retry_after / MICROSECONDS, carried, "in progress")
+            elif isinstance(decision, Replay) and protocol.replacement(decision.outcome):
+                known, value = job.follow(protocol.replacement(decision.outcome))
+                if known:
+                    events.emit("replayed", job.key, task_id=job.task_id, succeeded=True)
+                    return value
+                job.come_back(0.0, carried, "in progress")
             else:
                 return self._answer(job, decision)
 
@@ -171,7 +184,9 @@ class Runner:
         if isinstance(decision, Acquired):
             assert claim is not None
             self.ledger.release(claim, job.options.patience)
-            events.emit("released", job.key, task_id=job.task_id, why="the destination says it did not happen")
+            events.emit(
+                "released", job.key, task_id=job.task_id, why="the destination says it did not happen"
+            )
         return decision
 
     # --- without running --------------------------------------------------------------
@@ -334,6 +349,9 @@ class Runner:
         ending = protocol.ENDINGS[kind]
         if isinstance(error, OutcomeUnknown) and error.key == job.key:
             raise error  # a step in doubt has said so in the record already
+        if ending is State.SUCCEEDED:
+            self._settle(job, claim, protocol.replaced_by(job.task_id))
+            raise error
         if ending is State.FAILED:
             self._settle(job, claim, Outcome(False, self.ledger.codec.encode_error(error)))
             raise error

@@ -12,7 +12,7 @@ import inspect
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,6 +21,7 @@ from celery import Task
 from celery._state import _task_stack
 from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
+from celery.states import PROPAGATE_STATES
 from celery.utils.imports import symbol_by_name
 
 from celery_idem import declaring, keys, receipts
@@ -30,6 +31,7 @@ from celery_idem.errors import (
     InProgress,
     LeaseLost,
     OutcomeUnknown,
+    ResultUnavailable,
     StoreError,
 )
 from celery_idem.intent import CALLER_KEY, KEY, OCCURRENCE, SCOPE, Answer, Fingerprint, Raised
@@ -58,6 +60,10 @@ BACKOFF = (0.5, 1.5, 60.0)
 """Seconds until a duplicate comes back first, growth per round, and the most. With a growth
 of half it learns the result at most half as long after the end as the body ran; sixty
 seconds bound that, and bound a day-long body's duplicate to a message a minute."""
+
+MAX_FOLLOWS = 30
+"""How often a duplicate comes back for the result of the task that replaced its body: about 25
+minutes. Celery cannot tell a task that waits from one whose result has expired."""
 
 INLINE_LIMIT = 30.0
 """Seconds an eager or direct call waits for another execution: the default lease, after
@@ -238,6 +244,28 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         if self.declaration is not None:
             signature.options["idem_same_intent"] = True
         return signature
+
+    def replace(self, sig: Signature) -> Any:
+        """As Celery's. The replacement belongs to the same scope and occurrence, and to the same caller's key.
+
+        Where it is guarded itself, this intent is released: another delivery finds the
+        replacement's record. Any other must be published only once, so this intent is
+        done, and its result is that of the task that took its place.
+        """
+        if self.declaration is None:
+            return super().replace(sig)
+        known = self.request.headers or {}
+        given = {name: known[name] for name in (SCOPE, OCCURRENCE, CALLER_KEY) if name in known}
+        guarded = True
+        for leaf in _leaves(sig):
+            leaf.options["headers"] = {**given, **(leaf.options.get("headers") or {})}
+            guarded = guarded and getattr(self.app.tasks.get(leaf.task), "declaration", None) is not None
+        if guarded:
+            return super().replace(sig)
+        try:
+            return super().replace(sig)
+        except Ignore as error:
+            raise _Replaced(*error.args) from None
 
     def _with_key(
         self,
@@ -438,6 +466,19 @@ def _ask_of(task: IdempotentTask) -> Callable[..., Answer] | None:
     return lambda *args, **kwargs: given(task, *args, **kwargs)
 
 
+class _Replaced(Ignore):  # type: ignore[misc]
+    """The body handed its action over to a task that has no guard of its own."""
+
+
+def _leaves(signature: Signature) -> Iterator[Signature]:
+    """The simple signatures in a canvas."""
+    parts = [*(getattr(signature, "tasks", None) or ()), *filter(None, [getattr(signature, "body", None)])]
+    if not parts:
+        yield signature
+    for part in parts:
+        yield from _leaves(part)
+
+
 class Delivery(Job):
     """One request of Celery's as a job for the runner."""
 
@@ -482,9 +523,33 @@ class Delivery(Job):
         finally:
             self.task.request_stack.pop()
 
+    def follow(self, task_id: str) -> tuple[bool, Any]:
+        if task_id == self.task_id:  # the replacement goes by this very id, and will give the answer
+            raise Ignore(f"{self.key}: replaced")
+        try:
+            result = self.task.app.AsyncResult(task_id)
+            state, value = result.state, result.result
+        except Exception as error:  # no result backend, or any error of any driver
+            raise self._unavailable(task_id, str(error)) from error
+        if state == "SUCCESS":
+            return True, value
+        if state in PROPAGATE_STATES:
+            raise value if isinstance(value, BaseException) else self._unavailable(task_id, state)
+        if self._waits >= MAX_FOLLOWS:
+            raise self._unavailable(task_id, state)
+        return False, None
+
+    def _unavailable(self, task_id: str, why: str) -> ResultUnavailable:
+        reason = f"it was replaced by task {task_id}, whose result is not here ({why})"
+        return ResultUnavailable(
+            f"{self.key} is done and will not be done again; {reason}.", self.key, reason
+        )
+
     def kind_of(self, error: BaseException) -> Raised:
         if isinstance(error, Retry):
             return Raised.IGNORE if self.request.called_directly else Raised.RETRY
+        if isinstance(error, _Replaced):
+            return Raised.REPLACED
         if isinstance(error, Ignore):
             return Raised.IGNORE
         if isinstance(error, Reject):
@@ -519,9 +584,7 @@ class Delivery(Job):
         if self.in_place:
             self._wait_in_place(seconds, why)
             return
-        headers = self.request.headers or {}
-        waits = headers.get(WAITS, 0)
-        waits = waits if isinstance(waits, int) and waits >= 0 else 0
+        waits = self._waits
         if busy and waits == 0 and self.waited < SLOT_WAITS:
             self.waited += 1
             threading.Event().wait(FIRST_WAIT * self.waited)
@@ -538,6 +601,12 @@ class Delivery(Job):
         }
         signature.apply_async()
         raise Retry(f"{self.key}: {why}", when=delay, sig=signature)
+
+    @property
+    def _waits(self) -> int:
+        """How often this message has come back already."""
+        waits = (self.request.headers or {}).get(WAITS, 0)
+        return waits if isinstance(waits, int) and waits >= 0 else 0
 
     def _wait_in_place(self, seconds: float, why: str) -> None:
         now = time.monotonic()
