@@ -259,7 +259,8 @@ class Ledger:
             reason = answer.reason or "the destination could not tell"
 
         def decide(record: Record, stamp: int, now: int) -> tuple[Decision, Record | None]:
-            return protocol.conclude(record, now, claim._request, outcome, reason)
+            # The first guess is what this claim wrote itself: then nobody has asked the store for the time.
+            return protocol.conclude(record, now or stamp, claim._request, outcome, reason)
 
         return self._decide(claim.key, claim._request, self._last_seen(claim)[0], decide, time.monotonic())
 

@@ -82,6 +82,10 @@ ENTRY = 12
 TAG = 4
 """Bytes of the tag: names only have to differ within one task's parameters."""
 
+MAX_NOTES = 32
+"""Lines of history in a record: some 100 bytes each, and only a contested intent has any.
+Thirty-two tell a story of ten crashes; a loop of crashes ends at ``max_attempts`` anyway."""
+
 MAX_COUNT = 65_535
 """Attempts are kept in two bytes; a task that retries for ever stops counting there."""
 
@@ -197,14 +201,14 @@ def claim(record: Record, stamp: int, now: int, request: Request) -> tuple[Decis
             return _take_up_again(record, now, request)
         if now < deadline:
             return Busy(deadline - now), None
-        return _crashed(record, now, request)
+        return _crashed(record, stamp, now, request)
     if record.state is State.SCHEDULED:
         if record.task_id != request.task_id and now < deadline:
             return Busy(deadline - now), None
         return _acquire(record, now, request)
     if record.state is State.RELEASED:
         return _acquire(record, now, request)
-    return _claim_in_doubt(record, deadline, now, request)
+    return _claim_in_doubt(record, stamp, now, request)
 
 
 def standing(
@@ -220,8 +224,9 @@ def standing(
 
 
 def _claim_in_doubt(
-    record: Record, deadline: int, now: int, request: Request
+    record: Record, stamp: int, now: int, request: Request
 ) -> tuple[Decision, Record | None]:
+    deadline = stamp + record.lease
     if record.owner in request.carried:
         return _take_up_again(record, now, request)
     if record.asking:
@@ -230,7 +235,7 @@ def _claim_in_doubt(
         if now < deadline:
             return Busy(deadline - now), None
     if request.policy.asks:
-        return _ask(record, request)
+        return _ask(_with_past(record, stamp), now, request)
     return InDoubt(record.reason), None
 
 
@@ -260,17 +265,18 @@ def _take_up_again(record: Record, now: int, request: Request) -> tuple[Decision
     return Acquired(new), new
 
 
-def _crashed(record: Record, now: int, request: Request) -> tuple[Decision, Record]:
+def _crashed(record: Record, stamp: int, now: int, request: Request) -> tuple[Decision, Record]:
     """Rule 3: the lease lapsed and nobody said how it ended."""
     policy = request.policy
-    record = replace(record, crashes=min(record.crashes + 1, MAX_CRASHES))
+    record = replace(_with_past(record, stamp), crashes=min(record.crashes + 1, MAX_CRASHES))
     if policy.asks:
-        return _ask(replace(record, reason=CRASHED), request)
+        return _ask(replace(record, reason=CRASHED), now, request)
     if policy.on_crash == "in_doubt":
         return _doubt(record, CRASHED)
     if record.crashes >= policy.max_attempts:
         return _doubt(record, TOO_MANY.format(record.crashes))
-    return _acquire(record, now, request)
+    note = Note(now, request.owner.hex(), "took over", f"task {request.task_id}")
+    return _acquire(_noted(record, note), now, request)
 
 
 CRASHED = "the worker stopped without reporting an outcome"
@@ -282,8 +288,26 @@ def _doubt(record: Record, reason: str) -> tuple[Decision, Record]:
     return InDoubt(reason), new
 
 
-def _ask(record: Record, request: Request) -> tuple[Decision, Record]:
+def _noted(record: Record, note: Note) -> Record:
+    """With one more line of history. The first line stays, and the latest."""
+    notes = (*record.notes, note)
+    if len(notes) > MAX_NOTES:
+        notes = (notes[0], *notes[1 - MAX_NOTES :])
+    return replace(record, notes=notes)
+
+
+def _with_past(record: Record, stamp: int) -> Record:
+    """Before a contested record is overwritten: who held it last, and when they were last heard of."""
+    what = "left in doubt" if record.state is State.IN_DOUBT else "last heard of"
+    inside = f", inside step {record.open_step!r}" if record.open_step else ""
+    why = f", {record.reason}" if record.reason else ""
+    facts = f"attempt {record.attempts}, task {record.task_id}{inside}{why}"
+    return _noted(record, Note(stamp, record.owner.hex(), what, facts))
+
+
+def _ask(record: Record, now: int, request: Request) -> tuple[Decision, Record]:
     """One worker at a time may ask. The owner stays, so its late outcome is still heard."""
+    record = _noted(record, Note(now, request.owner.hex(), "asks the destination", ""))
     new = replace(record, state=State.IN_DOUBT, asking=request.owner, lease=request.policy.lease)
     return Ask(new), new
 
@@ -306,8 +330,7 @@ def conclude(
         return Replay(record.outcome), None
     if answer is not None and record.state in (State.IN_DOUBT, State.RELEASED):
         # Evidence that it happened counts whoever asked, and against a person who said it did not.
-        note = Note(now, "reconcile", "happened", "")
-        new = replace(_settled(record, answer), notes=(*record.notes, note))
+        new = _settled(_noted(record, Note(now, "reconcile", "happened", "")), answer)
         return Replay(answer), new
     if record.state is not State.IN_DOUBT or record.asking != request.owner:
         if record.state is State.RUNNING and record.owner == request.owner:
@@ -316,7 +339,8 @@ def conclude(
             return InDoubt(record.reason), None
         return Busy(0), None
     if reason:
-        return _doubt(record, reason)
+        return _doubt(_noted(record, Note(now, "reconcile", "cannot tell", reason)), reason)
+    record = _noted(record, Note(now, "reconcile", "did not happen", ""))
     if record.crashes >= request.policy.max_attempts:
         return _doubt(record, TOO_MANY.format(record.crashes))
     return _acquire(replace(record, open_step=""), now, request)
@@ -449,9 +473,9 @@ def resolve(
     lapsed = record.state is State.RUNNING and now >= stamp + record.lease
     if record.state is not State.IN_DOUBT and not lapsed:
         return Refused(record), None
-    notes = (*record.notes, note)
+    record = _noted(_with_past(record, stamp), note)
     if outcome is not None:
-        new = replace(_settled(record, outcome), owner=NO_OWNER, notes=notes)
+        new = replace(_settled(record, outcome), owner=NO_OWNER)
     else:
         new = replace(
             record,
@@ -463,6 +487,5 @@ def resolve(
             open_step="",
             asking=b"",
             reason="",
-            notes=notes,
         )
     return Done(new), new
