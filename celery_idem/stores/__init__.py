@@ -16,6 +16,9 @@ _OPENERS = {
     "rediss": "celery_idem.stores.redis:open_redis",
     "redis+socket": "celery_idem.stores.redis:open_redis",
     "unix": "celery_idem.stores.redis:open_redis",
+    "sqlite": "celery_idem.stores.sql:open_sql",
+    "postgresql": "celery_idem.stores.sql:open_sql",
+    "postgresql+psycopg": "celery_idem.stores.sql:open_sql",
 }
 
 

@@ -81,6 +81,13 @@ class Store(ABC):
         come twice.
         """
 
+    def scan_states(self, prefix: str, states: bytes) -> Iterator[tuple[str, Stored]]:
+        """As ``scan``, for a caller who wants only values whose byte at ``codec.STATE_AT`` is in ``states``.
+
+        A store with an index may leave out the others; the caller looks at each all the same.
+        """
+        return self.scan(prefix)
+
     @abstractmethod
     def purge(self, limit: int) -> int:
         """Delete at most ``limit`` expired values; how many. A server that expires by itself: 0."""
