@@ -1,0 +1,314 @@
+"""One delivery of a message, as a job for the runner: where Celery's words become ours.
+
+``Guard`` is what all executions of one task share; ``Delivery`` is one of them: its
+body, what its exceptions mean, and how it waits (in place for a moment, then by going
+back to the broker).
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+from celery.app.task import Context
+from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
+from celery.states import PROPAGATE_STATES
+from celery.utils.imports import symbol_by_name
+
+from celery_idem import declaring, keys
+from celery_idem.errors import (
+    ConfigurationError,
+    InProgress,
+    LeaseLost,
+    OutcomeUnknown,
+    ResultUnavailable,
+    StoreError,
+)
+from celery_idem.intent import CALLER_KEY, KEY, OCCURRENCE, SCOPE, Answer, Fingerprint, Raised
+from celery_idem.ledger import Claim, Ledger
+from celery_idem.runner import Job, Options, Runner
+from celery_idem.settings import Settings, ledger_of
+
+if TYPE_CHECKING:
+    from celery_idem.task import IdempotentTask
+
+# Message headers between one delivery of a message and the next.
+CARRIED = "idem-carried"
+WAITS = "idem-waits"
+
+FIRST_WAIT = 0.05
+"""Seconds a duplicate first waits inside its worker slot: most bodies that are nearly done end in it."""
+
+SLOT_WAITS = 2
+"""Waits inside the slot, the second twice as long, before the message goes back to the
+broker: 0.15 s of a slot, about what publishing and receiving it again would cost."""
+
+BACKOFF = (0.5, 1.5, 60.0)
+"""Seconds until a duplicate comes back first, growth per round, and the most. With a growth
+of half it learns the result at most half as long after the end as the body ran; sixty
+seconds bound that, and bound a day-long body's duplicate to a message a minute."""
+
+MAX_FOLLOWS = 30
+"""How often a duplicate comes back for the result of the task that replaced its body: about 25
+minutes. Celery cannot tell a task that waits from one whose result has expired."""
+
+INLINE_LIMIT = 30.0
+"""Seconds an eager or direct call waits for another execution: the default lease, after
+which a dead one is decided."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What one task's executions share: its declaration, settings and ledger."""
+
+    declaration: keys.Declaration
+    settings: Settings
+    ledger: Ledger
+    runner: Runner
+    options: Options
+    ambiguous: tuple[type[BaseException], ...]
+    ask: Callable[..., Answer] | None
+
+    @classmethod
+    def of(cls, task: IdempotentTask) -> Guard:
+        declaration = task._declared("a guard")
+        settings = declaring.settings_of(type(task), task.app)
+        ask = _ask_of(task)
+        ledger = ledger_of(task.app, settings)
+        return cls(
+            declaration=declaration,
+            settings=settings,
+            ledger=ledger,
+            runner=Runner(ledger),
+            options=Options(
+                policy=settings.policy(asks=ask is not None),
+                on_store_error=settings.on_store_error,
+                patience=settings.settle_patience,
+                ask_timeout=settings.reconcile_timeout,
+                no_effect_errors=tuple(task.no_effect_errors),
+            ),
+            ambiguous=(*task.ambiguous_errors, OutcomeUnknown, InProgress, StoreError, LeaseLost),
+            ask=ask,
+        )
+
+    def identify(self, request: Context, args: Any, kwargs: Any) -> tuple[str, Fingerprint]:
+        """Key and fingerprint of a delivery: from its headers, else from its arguments."""
+        headers = request.headers or {}
+        caller_key = headers.get(CALLER_KEY)
+        sent = headers.get(KEY)
+        key = sent if isinstance(sent, str) and keys.task_of(sent) == self.declaration.task else None
+        if key is not None and caller_key is None and not self.declaration.must_match:
+            return key, Fingerprint()
+        arguments = self.declaration.bind(args, kwargs)
+        if key is None:
+            key = self.declaration.key(
+                self.ledger.namespace, arguments, headers.get(SCOPE), headers.get(OCCURRENCE), caller_key
+            )
+        return key, self.declaration.fingerprint(arguments, caller_key)
+
+    def step(self, claim: Claim, name: str, run: Callable[[], Any], ask: Callable[[], Answer] | None) -> Any:
+        if not claim.guarded:
+            return run()
+        options = self.options
+        bounded = None if ask is None else (lambda: self.runner.bounded(ask, options.ask_timeout))
+        return self.ledger.step(claim, name, run, bounded, options.patience, options.no_effect_errors)
+
+
+def _ask_of(task: IdempotentTask) -> Callable[..., Answer] | None:
+    """``reconcile`` as a call that gets the delivery's arguments."""
+    given = inspect.getattr_static(type(task), "reconcile", None)
+    if isinstance(given, str):
+        given = symbol_by_name(given)
+    if given is None:
+        return None
+    if isinstance(given, (staticmethod, classmethod)):
+        given = given.__func__
+    if not callable(given):
+        raise ConfigurationError(
+            f"{task.name}: reconcile= must be a function (task, *args, **kwargs), or a method."
+        )
+    return lambda *args, **kwargs: given(task, *args, **kwargs)
+
+
+class Replaced(Ignore):  # type: ignore[misc]
+    """The body handed its action over to a task that has no guard of its own."""
+
+
+class Delivery(Job):
+    """One request of Celery's as a job for the runner."""
+
+    def __init__(
+        self,
+        guard: Guard,
+        task: IdempotentTask,
+        request: Context,
+        args: Any,
+        kwargs: Any,
+        key: str,
+        fingerprint: Fingerprint,
+    ) -> None:
+        self.guard = guard
+        self.task = task
+        self.request = request
+        self.args = args
+        self.kwargs = kwargs
+        headers = request.headers or {}
+        super().__init__(
+            key=key,
+            task_id=request.id or "",
+            fingerprint=fingerprint,
+            options=guard.options,
+            carried=_unhex(headers.get(CARRIED)),
+        )
+        self.in_place = request.is_eager or request.called_directly
+        self.began = 0.0
+
+    def body(self, claim: Claim) -> Any:
+        self.request.idem_claim = claim
+        return self.task.run(*self.args, **self.kwargs)
+
+    def ask(self, claim: Claim) -> Answer:
+        """On the runner's side thread: it gets this request, so that ``task.request`` and ``task.claim`` work."""
+        self.request.idem_claim = claim
+        ask = self.guard.ask
+        assert ask is not None
+        self.task.request_stack.push(self.request)
+        try:
+            return ask(*self.args, **self.kwargs)
+        finally:
+            self.task.request_stack.pop()
+
+    def follow(self, task_id: str) -> tuple[bool, Any]:
+        if task_id == self.task_id:  # the replacement goes by this very id, and will give the answer
+            raise Ignore(f"{self.key}: replaced")
+        try:
+            result = self.task.app.AsyncResult(task_id)
+            state, value = result.state, result.result
+        except Exception as error:  # no result backend, or any error of any driver
+            raise self._unavailable(task_id, str(error)) from error
+        if state == "SUCCESS":
+            return True, value
+        if state in PROPAGATE_STATES:
+            raise value if isinstance(value, BaseException) else self._unavailable(task_id, state)
+        if self._waits >= MAX_FOLLOWS:
+            raise self._unavailable(task_id, state)
+        return False, None
+
+    def _unavailable(self, task_id: str, why: str) -> ResultUnavailable:
+        reason = f"it was replaced by task {task_id}, whose result is not here ({why})"
+        return ResultUnavailable(
+            f"{self.key} is done and will not be done again; {reason}.", self.key, reason
+        )
+
+    def kind_of(self, error: BaseException) -> Raised:
+        if isinstance(error, Retry):
+            return Raised.IGNORE if self.request.called_directly else Raised.RETRY
+        if isinstance(error, Replaced):
+            return Raised.REPLACED
+        if isinstance(error, Ignore):
+            return Raised.IGNORE
+        if isinstance(error, Reject):
+            return Raised.REJECT
+        if isinstance(error, self.options.no_effect_errors):
+            return Raised.NO_EFFECT
+        if isinstance(error, self.guard.ambiguous):
+            return Raised.AMBIGUOUS
+        if isinstance(error, SoftTimeLimitExceeded):
+            return Raised.TIME_LIMIT
+        return Raised.ERROR if isinstance(error, Exception) else Raised.EXIT
+
+    def retry_delay(self, error: BaseException) -> float:
+        """Until the retry's ETA, and one lease more for its way through the queue."""
+        when = getattr(error, "when", None)
+        if isinstance(when, datetime):
+            aware = when if when.tzinfo is not None else when.replace(tzinfo=timezone.utc)
+            seconds = (aware - datetime.now(timezone.utc)).total_seconds()
+        else:
+            seconds = float(when or 0)
+        return max(0.0, seconds) + self.guard.settings.lease
+
+    def come_back(self, seconds: float, carried: tuple[bytes, ...], why: str) -> None:
+        """Try again later: in place for a moment, then by a message that is published anew.
+
+        This is what Celery's own ``retry`` does, less the counting: message id, chord, chain,
+        links and headers stay, and no retry is used up.
+        """
+        busy = why == "in progress"
+        if busy and self.guard.settings.on_duplicate == "raise":
+            raise self._in_progress(seconds)
+        if self.in_place:
+            self._wait_in_place(seconds, why)
+            return
+        waits = self._waits
+        if busy and waits == 0 and self.waited < SLOT_WAITS:
+            self.waited += 1
+            threading.Event().wait(FIRST_WAIT * self.waited)
+            return
+        delay = backoff(waits, seconds)
+        signature = self.task.signature_from_request(
+            self.request, countdown=delay, retries=self.request.retries
+        )
+        signature.options["headers"] = {
+            **(signature.options.get("headers") or {}),
+            KEY: self.key,
+            WAITS: waits + 1,
+            CARRIED: [owner.hex() for owner in carried],
+        }
+        signature.apply_async()
+        raise Retry(f"{self.key}: {why}", when=delay, sig=signature)
+
+    @property
+    def _waits(self) -> int:
+        """How often this message has come back already."""
+        waits = (self.request.headers or {}).get(WAITS, 0)
+        return waits if isinstance(waits, int) and waits >= 0 else 0
+
+    def _wait_in_place(self, seconds: float, why: str) -> None:
+        now = time.monotonic()
+        if not self.began:
+            self.began = now
+        if now - self.began > INLINE_LIMIT:
+            if why == "in progress":
+                raise self._in_progress(seconds)
+            raise StoreError(f"{why} Nothing was run for {self.key}.", self.key)
+        threading.Event().wait(min(backoff(self.waited, seconds), FIRST_WAIT * 2**self.waited, 1.0))
+        self.waited += 1
+
+    def _in_progress(self, seconds: float) -> InProgress:
+        return InProgress(
+            f"{self.key} is being worked on right now. Nothing was started. Ask again in {seconds:.1f} s.",
+            self.key,
+            round(seconds, 3),
+        )
+
+
+def backoff(waits: int, at_most: float) -> float:
+    """Seconds until a duplicate comes back.
+
+    Args:
+        waits: how often it came back already.
+        at_most: seconds after which the holder must have renewed: a dead one is decided
+            then, so nobody waits longer; 0 when that is not known.
+    """
+    first, growth, longest = BACKOFF
+    delay = min(longest, first * growth ** min(waits, 50))
+    if at_most > 0:
+        delay = min(delay, at_most + FIRST_WAIT)
+    return delay * random.uniform(0.9, 1.1)  # noqa: S311  # so that a hundred do not come back at once
+
+
+def _unhex(carried: Any) -> tuple[bytes, ...]:
+    """Owners from a message header; nonsense in it is no owner."""
+    owners = []
+    for text in carried if isinstance(carried, (list, tuple)) else ():
+        try:
+            owners.append(bytes.fromhex(text))
+        except (TypeError, ValueError):
+            continue
+    return tuple(owners)
