@@ -29,7 +29,8 @@ LEVELS = {
     "store_error": logging.WARNING,
     "unguarded": logging.WARNING,
     "unsettled": logging.ERROR,
-    "lapsed": logging.WARNING,
+    "exited": logging.ERROR,
+    "died": logging.ERROR,
     "resolved": logging.WARNING,
     "forgotten": logging.WARNING,
 }

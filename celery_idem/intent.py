@@ -226,6 +226,18 @@ class StepOpen(NamedTuple):
 StepDecision = Done | Refused | StepDone | StepOpen
 
 
+class Again(NamedTuple):
+    """Deliver the message once more: whoever gets it finds in the record what to do."""
+
+
+class Coming(NamedTuple):
+    """The message's own retry is under way already, and will give the answer."""
+
+
+Verdict = InDoubt | Again | Coming
+"""What becomes of a message whose process died."""
+
+
 # --- answers of a destination, or of a person ----------------------------------------
 
 

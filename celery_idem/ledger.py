@@ -37,6 +37,7 @@ from celery_idem.intent import (
     StepOpen,
     Stored,
     Unknown,
+    Verdict,
 )
 from celery_idem.stores.base import Change, Reply, Store
 
@@ -303,6 +304,13 @@ class Ledger:
             claim, _present(lambda record: protocol.doubt(record, claim._request.owner, reason)), patience
         )
 
+    def exited(self, claim: Claim, reason: str, patience: float) -> Done | Refused:
+        """The process was told to exit while the body ran."""
+        owner, policy = claim._request.owner, claim._request.policy
+        return self._patiently(
+            claim, _present(lambda record: protocol.exited(record, owner, policy, reason)), patience
+        )
+
     def renew(self, claims: Sequence[Claim]) -> None:
         """Renew the leases of running claims, in one round trip where the store can."""
         before = time.monotonic()
@@ -453,7 +461,12 @@ class Ledger:
         wanted = state.lower() if state else None
         prefix = f"{self._prefix}{task}:" if task else self._prefix
         now = self.store.read(self._prefix).now
-        for stored_key, stored in self.store.scan(prefix):
+        if wanted is None:
+            found = self.store.scan(prefix)
+        else:
+            name = "RUNNING" if wanted == "lapsed" else wanted.upper()
+            found = self.store.scan_states(prefix, bytes([s for s in State if s.name == name]))
+        for stored_key, stored in found:
             key = stored_key.removeprefix(self._prefix)
             try:
                 entry = Entry(key, self._read(key, stored), stored.stamp, now)
@@ -541,20 +554,22 @@ class Ledger:
             if gone < batch:
                 return total
 
-    def lapse(self, key: str, owner_prefix: bytes, task_id: str) -> Record | None:
-        """A process is known to be dead: end the lease of what it held.
+    def died(
+        self, key: str, owner_prefix: bytes, task_id: str, policy: Policy, again: int
+    ) -> tuple[Verdict | None, Record | None]:
+        """A process is known to be dead: end what it held. See ``protocol.died``.
 
         Returns:
-            The record as it is now, when that process held it; else None.
+            What to tell the caller of the message it was working on, and the record as it is now.
         """
 
-        def decide(record: Record | None, stamp: int, now: int) -> tuple[Record | None, Record | None]:
-            new = protocol.lapse(record, owner_prefix, task_id) if record is not None else None
-            return new, new
+        def decide(record: Record | None, stamp: int, now: int) -> tuple[Any, Record | None]:
+            verdict, new = protocol.died(record, stamp, owner_prefix, task_id, policy, again)
+            return (verdict, new or record), new
 
         reply = self.store.read(self._prefix + key)
-        lapsed: Record | None = self._compare_and_set(key, reply, decide, None)[0]
-        return lapsed
+        decided: tuple[Verdict | None, Record | None] = self._compare_and_set(key, reply, decide, policy)[0]
+        return decided
 
     # --- inside ---------------------------------------------------------------------
 

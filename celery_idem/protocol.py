@@ -41,7 +41,8 @@ doubt         RUNNING, IN_DOUBT          IN_DOUBT                               
 renew         RUNNING                    RUNNING, new lease
 begin_step    RUNNING                    RUNNING with an open step
 end_step      RUNNING, IN_DOUBT          same, the step and its result added
-lapse         RUNNING of a dead process  RUNNING, lease over (says its parent)
+exited        RUNNING                    IN_DOUBT; RUNNING, lease over, where a claim decides (5)
+died          RUNNING of a dead process  the same (says its parent)                      (3)
 conclude      IN_DOUBT, own question     SUCCEEDED, RUNNING or IN_DOUBT              (3)
 resolve       IN_DOUBT, lapsed RUNNING   SUCCEEDED or RELEASED (says a person)
 ============  =========================  ==============================================
@@ -54,8 +55,10 @@ from typing import Any
 from celery_idem.intent import (
     NO_OWNER,
     Acquired,
+    Again,
     Ask,
     Busy,
+    Coming,
     Decision,
     Done,
     Fingerprint,
@@ -74,6 +77,7 @@ from celery_idem.intent import (
     StepDecision,
     StepDone,
     StepOpen,
+    Verdict,
 )
 
 ENTRY = 12
@@ -223,9 +227,7 @@ def standing(
     return decision if new is None else None
 
 
-def _claim_in_doubt(
-    record: Record, stamp: int, now: int, request: Request
-) -> tuple[Decision, Record | None]:
+def _claim_in_doubt(record: Record, stamp: int, now: int, request: Request) -> tuple[Decision, Record | None]:
     deadline = stamp + record.lease
     if record.owner in request.carried:
         return _take_up_again(record, now, request)
@@ -267,19 +269,31 @@ def _take_up_again(record: Record, now: int, request: Request) -> tuple[Decision
 
 def _crashed(record: Record, stamp: int, now: int, request: Request) -> tuple[Decision, Record]:
     """Rule 3: the lease lapsed and nobody said how it ended."""
-    policy = request.policy
-    record = replace(_with_past(record, stamp), crashes=min(record.crashes + 1, MAX_CRASHES))
-    if policy.asks:
+    record = _one_more_crash(_with_past(record, stamp))
+    if request.policy.asks:
         return _ask(replace(record, reason=CRASHED), now, request)
-    if policy.on_crash == "in_doubt":
-        return _doubt(record, CRASHED)
-    if record.crashes >= policy.max_attempts:
-        return _doubt(record, TOO_MANY.format(record.crashes))
+    reason = _why_in_doubt(record, request.policy, CRASHED)
+    if reason:
+        return _doubt(record, reason)
     note = Note(now, request.owner.hex(), "took over", f"task {request.task_id}")
     return _acquire(_noted(record, note), now, request)
 
 
+def _one_more_crash(record: Record) -> Record:
+    return replace(record, crashes=min(record.crashes + 1, MAX_CRASHES))
+
+
+def _why_in_doubt(record: Record, policy: Policy, reason: str) -> str:
+    """Why only a person can decide after this crash; "" where a claim can."""
+    if policy.asks:
+        return ""
+    if policy.on_crash == "in_doubt":
+        return reason
+    return TOO_MANY.format(record.crashes) if record.crashes >= policy.max_attempts else ""
+
+
 CRASHED = "the worker stopped without reporting an outcome"
+CRASHED_UNSEEN = "the worker stopped, and the store did not say whether it had begun"
 TOO_MANY = "the worker stopped without reporting an outcome, {} times"
 
 
@@ -409,8 +423,7 @@ def doubt(record: Record, owner: bytes, reason: str) -> tuple[Done | Refused, Re
         return Refused(record), None
     if record.state is State.IN_DOUBT:
         return Done(record), None
-    crashes = min(record.crashes + 1, MAX_CRASHES)
-    _, new = _doubt(replace(record, crashes=crashes), reason)
+    _, new = _doubt(_one_more_crash(record), reason)
     return Done(new), new
 
 
@@ -421,19 +434,68 @@ def renew(record: Record, owner: bytes) -> tuple[Done | Refused, Record | None]:
     return Refused(record), None
 
 
-def lapse(record: Record, owner_prefix: bytes, task_id: str) -> Record | None:
-    """A process is known to be dead: end the lease of what it was running.
+def exited(record: Record, owner: bytes, policy: Policy, reason: str) -> tuple[Done | Refused, Record | None]:
+    """The process was told to exit while the body ran: a crash that could still say so.
+
+    What the author chose for a crash counts here too: where a claim can decide (by
+    asking, resuming, running again), the lease is over and nothing else changes.
+    """
+    if record.state is not State.RUNNING or record.owner != owner:
+        return doubt(record, owner, reason)
+    _, new = _given_up(record, policy, reason)
+    return Done(new), new
+
+
+def _given_up(record: Record, policy: Policy, reason: str) -> tuple[InDoubt | Again, Record]:
+    counted = _one_more_crash(record)
+    why = _why_in_doubt(counted, policy, reason)
+    if why:
+        _, new = _doubt(counted, why)
+        return InDoubt(why), new
+    return Again(), replace(record, lease=0)  # the claim that decides counts the crash
+
+
+def died(
+    record: Record | None, stamp: int, owner_prefix: bytes, task_id: str, policy: Policy, again: int
+) -> tuple[Verdict | None, Record | None]:
+    """A process is known to be dead: what becomes of the message it was working on.
 
     Args:
-        owner_prefix: the part of an owner that names the process (see ``ledger``).
+        record: what the store holds; None for nothing.
+        stamp: the store's time when it was written.
+        owner_prefix: the part of an owner that names the process (see ``owners``).
+        task_id: of the message. Another copy of it may be running in a live process.
+        again: how often this message was delivered again after a death already.
 
     Returns:
-        The record to write; None when that process holds nothing here.
+        What to tell its caller (None: nothing is known here that Celery does not know),
+        and the record to write (None: that process held nothing).
     """
-    mine = record.owner.startswith(owner_prefix) and record.task_id == task_id
-    if record.state is State.RUNNING and mine and record.lease:
-        return replace(record, lease=0)
-    return None
+    verdict: Verdict = Again()
+    new: Record | None = None
+    if record is not None:
+        mine = record.owner.startswith(owner_prefix) and record.task_id == task_id
+        if record.state is State.SCHEDULED and record.task_id == task_id:
+            return Coming(), None
+        if record.state is State.RUNNING and mine:
+            verdict, new = _given_up(record, policy, CRASHED)
+            if isinstance(verdict, InDoubt):
+                new = replace(new, notes=_with_past(record, stamp).notes)
+        elif record.state is State.IN_DOUBT and not policy.asks:
+            verdict = InDoubt(record.reason)
+        elif record.state is State.IN_DOUBT and record.asking.startswith(owner_prefix):
+            new = replace(record, lease=0)
+    if isinstance(verdict, Again) and again >= policy.max_attempts:
+        doubtful = record is not None and record.state is State.IN_DOUBT
+        return InDoubt(record.reason) if record is not None and doubtful else None, new
+    return verdict, new
+
+
+def died_unseen(policy: Policy) -> Verdict:
+    """The same, where the store does not answer: whether the process held anything is unknown."""
+    if policy.asks or policy.on_crash != "in_doubt":
+        return Again()
+    return InDoubt(CRASHED_UNSEEN)
 
 
 def begin_step(record: Record, owner: bytes, name: str, policy: Policy) -> tuple[StepDecision, Record | None]:

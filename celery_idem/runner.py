@@ -10,7 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from celery_idem import events, owners, protocol
 from celery_idem.codec import NotStorable
@@ -38,6 +38,8 @@ from celery_idem.intent import (
 )
 from celery_idem.lease import RENEWER
 from celery_idem.ledger import Claim, Ledger, doubt_message
+
+T = TypeVar("T")
 
 EXIT_PATIENCE = 0.0
 """Seconds to keep trying to write "in doubt" when the process is told to exit: Celery
@@ -279,39 +281,34 @@ class Runner:
 
     def _execute(self, job: Job, claim: Claim) -> tuple[bool, Any]:
         """(True, value) when there is one; (False, None): claim again."""
-        RENEWER.watch(claim, self.ledger, job.options.policy.lease)
         try:
             try:
+                RENEWER.watch(claim, self.ledger, job.options.policy.lease)
                 value = job.body(claim)
             except BaseException as error:
                 self._ended_by(job, claim, error)
                 return False, None
-            return True, self._settle_value(job, claim, value)
+            patience = job.options.patience
+            return True, _whatever_comes(lambda p: self._settle_value(job, claim, value, p), patience)
         finally:
             RENEWER.unwatch(claim)
 
-    def _settle_value(self, job: Job, claim: Claim, value: Any) -> Any:
+    def _settle_value(self, job: Job, claim: Claim, value: Any, patience: float) -> Any:
         codec = self.ledger.codec
         try:
             payload = codec.encode(value)
         except NotStorable as why:
-            self._settle(job, claim, Outcome(True, None, str(why)))
+            self._settle(job, claim, Outcome(True, None, str(why)), patience)
             return value
-        self._settle(job, claim, Outcome(True, payload))
+        self._settle(job, claim, Outcome(True, payload), patience)
         return codec.as_replayed(value, payload)
 
-    def _settle(self, job: Job, claim: Claim, outcome: Outcome) -> None:
+    def _settle_error(self, job: Job, claim: Claim, error: BaseException, patience: float) -> None:
+        self._settle(job, claim, Outcome(False, self.ledger.codec.encode_error(error)), patience)
+
+    def _settle(self, job: Job, claim: Claim, outcome: Outcome, patience: float) -> None:
         try:
-            try:
-                done = self.ledger.settle(claim, outcome, job.options.patience)
-            except StoreError:
-                raise
-            except BaseException as interrupt:
-                # A soft time limit fires wherever it likes, here in our own write. The body
-                # is done and its outcome known: keep that first.
-                done = self.ledger.settle(claim, outcome, EXIT_PATIENCE)
-                if not isinstance(interrupt, Exception):
-                    raise
+            done = self.ledger.settle(claim, outcome, patience)
         except StoreError as error:
             # Rule 7, after the body: this caller gets the truth, which is known here. The
             # record stays RUNNING, lapses, and is in doubt for everybody else.
@@ -349,13 +346,14 @@ class Runner:
         ending = protocol.ENDINGS[kind]
         if isinstance(error, OutcomeUnknown) and error.key == job.key:
             raise error  # a step in doubt has said so in the record already
+        patience = EXIT_PATIENCE if kind is Raised.EXIT else job.options.patience
         if ending is State.SUCCEEDED:
-            self._settle(job, claim, protocol.replaced_by(job.task_id))
+            self._settle(job, claim, protocol.replaced_by(job.task_id), patience)
             raise error
         if ending is State.FAILED:
-            self._settle(job, claim, Outcome(False, self.ledger.codec.encode_error(error)))
+            _whatever_comes(lambda p: self._settle_error(job, claim, error, p), patience)
             raise error
-        patience = EXIT_PATIENCE if kind is Raised.EXIT else job.options.patience
+        reason = f"the body was interrupted by {type(error).__name__}"
         try:
             if ending is State.SCHEDULED:
                 self.ledger.schedule(claim, job.retry_delay(error), patience)
@@ -363,15 +361,18 @@ class Runner:
             elif ending is State.RELEASED:
                 self.ledger.release(claim, patience)
                 events.emit("released", job.key, task_id=job.task_id, why=type(error).__name__)
+            elif kind is Raised.EXIT:
+                self.ledger.exited(claim, reason, patience)
+                events.emit("exited", job.key, task_id=job.task_id, reason=reason)
             else:
-                self._doubt(job, claim, error, patience)
+                self.ledger.doubt(claim, reason, patience)
+                events.emit("in_doubt", job.key, task_id=job.task_id, reason=reason)
         except StoreError as silence:
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(silence))
         if ending is not State.IN_DOUBT or kind is Raised.EXIT:
             raise error
-        if kind is Raised.AMBIGUOUS and job.options.policy.asks:
+        if job.options.policy.asks:
             return  # claim again: that asks the destination
-        reason = f"the body was interrupted by {type(error).__name__}"
         raise OutcomeUnknown(doubt_message(job.key, reason), job.key, reason) from error
 
     def _step_is_unrecorded(self, job: Job, claim: Claim, error: StoreError) -> None:
@@ -381,10 +382,19 @@ class Runner:
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(error))
             job.come_back(job.options.policy.lease / MICROSECONDS, (), str(error))
 
-    def _doubt(self, job: Job, claim: Claim, error: BaseException, patience: float) -> None:
-        reason = f"the body was interrupted by {type(error).__name__}"
-        self.ledger.doubt(claim, reason, patience)
-        events.emit("in_doubt", job.key, task_id=job.task_id, reason=reason)
+
+def _whatever_comes(settle: Callable[[float], T], patience: float) -> T:
+    """A soft time limit, or the order to exit, fires wherever it likes, here around our own
+    write. The body is done and its outcome known: keep that first. Writing it twice is harmless."""
+    try:
+        return settle(patience)
+    except LeaseLost:
+        raise
+    except BaseException as interrupt:
+        kept = settle(EXIT_PATIENCE)
+        if isinstance(interrupt, Exception):
+            return kept
+        raise
 
 
 def mismatch(key: str, differs: tuple[str, ...]) -> FingerprintMismatch:
