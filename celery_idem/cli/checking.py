@@ -1,0 +1,50 @@
+"""Commands that look at the set-up: schema, copy."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from celery_idem.cli.group import idem
+from celery_idem.cli.records import yes_option
+from celery_idem.cli.screen import Screen, command
+from celery_idem.desk import Desk
+from celery_idem.errors import ConfigurationError
+
+
+@command(idem, "schema")
+@click.argument("dialect", default="postgresql")
+def schema(screen: Screen, desk: Desk, dialect: str) -> None:
+    """The SQL that makes the table of the SQL store: postgresql or sqlite."""
+    text = _of("celery_idem.stores.sql", "schema")(dialect)
+    if screen.as_json:
+        screen.json({"dialect": dialect, "sql": text})
+    else:
+        screen.line(text)
+
+
+@command(idem, "copy")
+@click.argument("source", metavar="FROM")
+@click.argument("target", metavar="TO")
+@yes_option
+def copy(screen: Screen, desk: Desk, source: str, target: str, yes: bool) -> None:
+    """Copy all records from one store (its URL) to another."""
+    screen.confirm(
+        "Records of this application's namespace will be written to the target; what is there already stays. Stop the "
+        "workers first: a record that changes meanwhile may be copied as it was. Go on?",
+        yes,
+    )
+    copied = _of("celery_idem.copying", "copy")(source, target)
+    if screen.as_json:
+        screen.json({"copied": copied})
+    else:
+        screen.line(f"{copied} records copied.")
+
+
+def _of(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise ConfigurationError(f"This command needs {module}: {error}.") from error

@@ -1,0 +1,322 @@
+"""Commands that look at intents and settle them one by one: list, show, resolve, forget, purge, stats, key."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import socket
+from itertools import islice
+from typing import Any
+
+import click
+
+from celery_idem.cli.group import idem
+from celery_idem.cli.screen import Screen, command
+from celery_idem.desk import STATES, Desk, duration, oldest
+from celery_idem.errors import IdempotencyError
+from celery_idem.intent import Happened, NotHappened
+from celery_idem.ledger import Entry
+
+LINES = 50
+"""Entries shown to a person unless told otherwise: about a screen."""
+
+yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask; do it.")
+
+
+def somebody() -> str:
+    """Who is at the keyboard, for the audit trail."""
+    try:
+        return f"{getpass.getuser()}@{socket.gethostname()}"
+    except (KeyError, OSError):  # a container whose user has no name
+        return f"unknown@{socket.gethostname()}"
+
+
+@command(idem, "list")
+@click.option("--state", type=click.Choice(STATES), help="Only those in this state.")
+@click.option("--task", help="Only those of this task.")
+@click.option(
+    "--older-than", type=float, default=0.0, metavar="SECONDS", help="Only those that stand so long."
+)
+@click.option(
+    "--limit", type=int, default=None, help=f"At most so many; people get {LINES}, --json gets all."
+)
+def list_(
+    screen: Screen, desk: Desk, state: str | None, task: str | None, older_than: float, limit: int | None
+) -> None:
+    """List intents, those that have stood longest first.
+
+    With --json: one line for each, in no order, as the store gives them, so any number fits.
+    """
+    found = desk.list(state, task, older_than)
+    if screen.as_json:
+        for entry in islice(found, limit):
+            screen.json(desk.describe(entry))
+        return
+    entries, total = oldest(found, LINES if limit is None else limit)
+    for entry in entries:
+        _print_line(screen, entry)
+    if total > len(entries):
+        screen.line(f"… and {total - len(entries)} more. --limit shows more of them, --json all.")
+    if not total:
+        screen.line("No such intents.")
+    elif state in ("in_doubt", "lapsed", None) and any(e.state in ("in_doubt", "lapsed") for e in entries):
+        screen.line(
+            "Next: `idem show KEY` says what is known; `idem reconcile` asks the destinations for all of them."
+        )
+
+
+def _print_line(screen: Screen, entry: Entry) -> None:
+    reason = f"  {entry.record.reason}" if entry.record.reason else ""
+    screen.state(entry.state, f"{duration(entry.age):>7}  {entry.key}{reason}")
+
+
+@command(idem, "show")
+@click.argument("key")
+def show(screen: Screen, desk: Desk, key: str) -> None:
+    """Everything known about one intent. KEY may be its beginning."""
+    entry = desk.find(key)
+    form = desk.describe(entry)
+    if screen.as_json:
+        screen.json(form)
+        return
+    screen.line(entry.key, "bold")
+    screen.state(entry.state, f"for {duration(entry.age)}, since {form['changed_at']}")
+    for label, value in _facts(form):
+        screen.line(f"  {label:<12} {value}")
+    for note in form["notes"]:
+        evidence = f" ({note['evidence']})" if note["evidence"] else ""
+        screen.line(f"  {note['at']}  {note['by']}: {note['what']}{evidence}")
+    screen.line(advice(entry))
+
+
+def _facts(form: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Only what is there: an empty line tells nobody anything."""
+    labels = {
+        "reason": "why",
+        "task_id": "task id",
+        "attempts": "attempts",
+        "crashes": "crashes",
+        "fence": "fence",
+        "owner": "owner",
+        "lease_left": "lease left, s",
+        "open_step": "open step",
+        "steps": "steps done",
+        "result": "result",
+    }
+    facts = []
+    for name, label in labels.items():
+        value = form[name]
+        if value not in (None, "", 0, 0.0, []):
+            facts.append((label, ", ".join(value) if isinstance(value, list) else value))
+    return facts
+
+
+def advice(entry: Entry) -> str:
+    """What somebody can do about an intent in this state."""
+    key = entry.key
+    if entry.state in ("in_doubt", "lapsed"):
+        return (
+            "Nobody here knows whether it took effect. Look at the destination, then say what you saw:\n"
+            f"  idem resolve '{key}' --happened RESULT --evidence '…'    every caller gets RESULT (JSON)\n"
+            f"  idem resolve '{key}' --not-happened --evidence '…'       the next delivery runs it"
+        )
+    if entry.state == "running":
+        return "A worker is at it and renews its lease. Nothing to do; a dead one shows as lapsed after its lease."
+    if entry.state == "scheduled":
+        return "It waits for its own retry. Nothing to do."
+    if entry.state == "released":
+        return "Nothing happened. The next delivery runs it."
+    return f"Its outcome is known and replayed to every caller. `idem forget '{key}'` lets it happen again."
+
+
+@command(idem, "resolve")
+@click.argument("key")
+@click.option(
+    "--happened", metavar="JSON", help="It took effect; callers get this value, for example '\"inv_7\"'."
+)
+@click.option(
+    "--not-happened", is_flag=True, help="It did not take effect, and no request for it is under way."
+)
+@click.option("--by", default=somebody, show_default="user@host", help="Who decides.")
+@click.option("--evidence", prompt="What did you see, and where", help="What you saw, and where.")
+@yes_option
+def resolve(
+    screen: Screen,
+    desk: Desk,
+    key: str,
+    happened: str | None,
+    not_happened: bool,
+    by: str,
+    evidence: str,
+    yes: bool,
+) -> None:
+    """Settle an intent in doubt: you looked at the destination, and say what happened.
+
+    Kept in the record: who, when, what, and the evidence.
+    """
+    if (happened is None) == (not not_happened):
+        raise click.UsageError("Say one of --happened JSON and --not-happened.")
+    if not evidence.strip():
+        raise click.UsageError("Say what you saw: --evidence 'invoice inv_7 is in the billing system'.")
+    answer: Happened | NotHappened = NotHappened()
+    if happened is not None:
+        try:
+            answer = Happened(json.loads(happened))
+        except ValueError:
+            raise click.UsageError(
+                f"--happened takes JSON, and {happened} is none. Text needs its own quotes: "
+                f"--happened '\"{happened}\"'; no value at all is null."
+            ) from None
+    entry = desk.find(key)
+    if isinstance(answer, Happened):
+        screen.confirm(
+            f"{entry.key} is {entry.state}. It will be SUCCEEDED with {happened}, for every caller, and will not run "
+            "again. A settled outcome cannot be changed. Go on?",
+            yes,
+        )
+    else:
+        screen.confirm(
+            f"{entry.key} is {entry.state}. It will be released: the next delivery RUNS it. If it did take effect "
+            "after all, that is a second time. Go on?",
+            yes,
+        )
+    settled = desk.resolve(entry.key, answer, by, evidence)
+    if screen.as_json:
+        screen.json(desk.describe(settled))
+        return
+    screen.state(settled.state, settled.key)
+    if isinstance(answer, NotHappened):
+        screen.line(
+            "Nobody sends it again by itself: the caller repeats the call, or the broker redelivers it."
+        )
+
+
+@command(idem, "forget")
+@click.argument("key")
+@yes_option
+def forget(screen: Screen, desk: Desk, key: str, yes: bool) -> None:
+    """Remove an intent, whatever its state: the next call with this key RUNS."""
+    entry = desk.find(key)
+    running = (
+        " A WORKER IS AT IT RIGHT NOW, and a second one could start." if entry.state == "running" else ""
+    )
+    screen.confirm(
+        f"{entry.key} is {entry.state}. Its record, and every proof that it ever ran, will be gone, and the next "
+        f"call RUNS.{running} Go on?",
+        yes,
+    )
+    gone = desk.forget(entry.key)
+    if screen.as_json:
+        screen.json({"key": entry.key, "forgotten": gone})
+    else:
+        screen.line(f"Forgotten: {entry.key}" if gone else "It was gone already.")
+
+
+@command(idem, "purge")
+@yes_option
+def purge(screen: Screen, desk: Desk, yes: bool) -> None:
+    """Delete outcomes whose time is over. Redis does that by itself."""
+    screen.confirm(
+        "Outcomes older than their result_ttl will be deleted. Intents that run, wait or are in doubt stay. Go on?",
+        yes,
+    )
+    gone = desk.purge()
+    if screen.as_json:
+        screen.json({"purged": gone})
+    else:
+        screen.line(f"{gone} expired records deleted.")
+
+
+@command(idem, "stats")
+def stats(screen: Screen, desk: Desk) -> None:
+    """How many intents stand in which state, by task."""
+    tallies = sorted(desk.stats().items())
+    if screen.as_json:
+        screen.json(
+            [
+                {"task": task, "state": state, "intents": tally.intents, "oldest": round(tally.oldest, 3)}
+                for (task, state), tally in tallies
+            ]
+        )
+        return
+    for (task, state), tally in tallies:
+        screen.state(state, f"{tally.intents:>9}  oldest {duration(tally.oldest):>7}  {task}")
+    waiting = sum(tally.intents for (_, state), tally in tallies if state in ("in_doubt", "lapsed"))
+    screen.line(
+        f"{sum(t.intents for _, t in tallies)} intents, {waiting} of them wait for somebody to decide."
+    )
+
+
+@command(idem, "key")
+@click.argument("task")
+@click.argument("calls", nargs=-1, metavar="CALL [OTHER_CALL]")
+@click.option("--scope", multiple=True, help="Scope of the call; a second one is the other call's.")
+@click.option("--occurrence", multiple=True, help="Occurrence of the call; a second one is the other call's.")
+def key(
+    screen: Screen,
+    desk: Desk,
+    task: str,
+    calls: tuple[str, ...],
+    scope: tuple[str, ...],
+    occurrence: tuple[str, ...],
+) -> None:
+    """The key of a call, and its canonical form; of two calls, what makes them differ.
+
+    A CALL is JSON: {"kwargs": …} as an object of keyword arguments, or a list of positional ones.
+    """
+    guarded = desk.tasks().get(task)
+    if guarded is None:
+        raise IdempotencyError(
+            f"This application has no guarded task {task}. It has: {', '.join(desk.tasks()) or 'none'}."
+        )
+    if not 1 <= len(calls) <= 2:
+        raise click.UsageError("Give one call, or two to compare.")
+    declaration, namespace = guarded.guard.declaration, guarded.guard.ledger.namespace
+    forms: list[dict[str, Any]] = []
+    wholes: list[dict[str, Any]] = []
+    for n, call in enumerate(calls):
+        args, kwargs = _call(call)
+        labels = {"scope": _nth(scope, n), "occurrence": _nth(occurrence, n)}
+        try:
+            arguments = declaration.bind(args, kwargs)
+        except TypeError as error:
+            raise IdempotencyError(f"{call} is no call of {task}: {error}.") from None
+        fields = {**{k: v for k, v in labels.items() if v is not None}, **declaration.intent(arguments)}
+        made = declaration.key(namespace, arguments, labels["scope"], labels["occurrence"])
+        forms.append({"key": made, "intent": _hidden(fields, declaration.secret)})
+        wholes.append(fields)
+    differs = None
+    if len(forms) == 2:
+        names = dict.fromkeys((*wholes[0], *wholes[1]))
+        differs = [name for name in names if wholes[0].get(name) != wholes[1].get(name)]
+    if screen.as_json:
+        screen.json({"calls": forms, "same": differs is not None and not differs, "differs": differs or []})
+        return
+    for form in forms:
+        screen.line(str(form["key"]), "bold")
+        screen.line(f"  {json.dumps(form['intent'], ensure_ascii=False, sort_keys=True)}")
+    if differs is not None:
+        if differs:
+            screen.line(f"Two different actions: they differ in {', '.join(differs)}.")
+        else:
+            screen.line("The same action: the second call gets the first one's result.")
+
+
+def _call(text: str) -> tuple[list[Any], dict[str, Any]]:
+    try:
+        form = json.loads(text)
+    except ValueError as error:
+        raise click.UsageError(f"A call is JSON, and {text} is none: {error}.") from None
+    if isinstance(form, list):
+        return form, {}
+    if isinstance(form, dict):
+        return [], form
+    raise click.UsageError(f"A call is a JSON object of keyword arguments, or a list; {text} is neither.")
+
+
+def _nth(values: tuple[str, ...], n: int) -> str | None:
+    return values[n] if n < len(values) else None
+
+
+def _hidden(fields: dict[str, Any], secret: tuple[str, ...]) -> dict[str, Any]:
+    return {name: "(secret)" if name in secret else value for name, value in fields.items()}

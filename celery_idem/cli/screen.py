@@ -1,0 +1,126 @@
+"""Where output goes: JSON for programs, rich for people."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from celery.bin.base import CeleryCommand, CeleryOption
+
+from celery_idem.desk import Desk
+from celery_idem.errors import ConfigurationError, IdempotencyError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+COLOURS = {
+    "in_doubt": "bold red",
+    "lapsed": "red",
+    "failed": "yellow",
+    "running": "cyan",
+    "scheduled": "cyan",
+    "released": "blue",
+    "succeeded": "green",
+    "error": "bold red",
+    "warning": "yellow",
+    "note": "blue",
+}
+"""By state, and by severity of a finding. Never the only sign: the word stands beside it."""
+
+PIPE_WIDTH = 200
+"""Columns when the output is no terminal: whole lines, for grep."""
+
+
+class Screen:
+    """One command's output.
+
+    Args:
+        as_json: programs read it; then nothing but JSON goes to standard output.
+    """
+
+    def __init__(self, as_json: bool, no_color: bool = False) -> None:
+        self.as_json = as_json
+        self.no_color = no_color or "NO_COLOR" in os.environ
+        self._console: Console | None = None
+
+    @property
+    def console(self) -> Console:
+        """Standard output, for people.
+
+        Raises:
+            ConfigurationError: rich is not installed.
+        """
+        if self._console is None:
+            try:
+                from rich.console import Console
+            except ImportError:
+                raise ConfigurationError(
+                    "This command prints with rich, which is not installed: pip install 'celery_idem[cli]', or use "
+                    "--json."
+                ) from None
+            tty = sys.stdout.isatty()
+            self._console = Console(
+                no_color=self.no_color, highlight=False, soft_wrap=True, width=None if tty else PIPE_WIDTH
+            )
+        return self._console
+
+    def line(self, text: str = "", style: str = "") -> None:
+        """A line for people; never wrapped in the middle of a key, never read as markup."""
+        self.console.print(text, style=style or None, markup=False)
+
+    def state(self, name: str, rest: str) -> None:
+        """A line that begins with a state or a severity in its colour."""
+        from rich.text import Text
+
+        self.console.print(Text.assemble((f"{name:<10}", COLOURS.get(name, "")), " ", rest))
+
+    def json(self, value: Any) -> None:
+        """One JSON document on one line."""
+        click.echo(json.dumps(value, ensure_ascii=False, default=str))
+
+    def confirm(self, question: str, yes: bool) -> None:
+        """Go on only if a person says so.
+
+        Raises:
+            click.ClickException: there is nobody to ask, and ``--yes`` was not given.
+        """
+        if yes:
+            return
+        try:
+            click.confirm(question, abort=True, err=True)
+        except click.Abort:
+            raise click.ClickException("Nothing was changed. (--yes answers the question.)") from None
+
+
+def command(group: click.Group, name: str) -> Callable[[F], click.Command]:
+    """Make a function ``(screen, desk, **options)`` a command of the group, with ``--json`` and our errors."""
+
+    def decorate(function: F) -> click.Command:
+        @wraps(function)
+        def run(ctx: click.Context, as_json: bool, **options: Any) -> None:
+            app = ctx.obj.app
+            screen = Screen(as_json, getattr(ctx.obj, "no_color", False))
+            try:
+                if not as_json:
+                    _ = screen.console  # says which package is missing before anything is changed
+                app.loader.import_default_modules()
+                function(screen, Desk(app), **options)
+            except IdempotencyError as error:
+                raise click.ClickException(str(error)) from error
+
+        option = click.option(
+            "--json", "as_json", is_flag=True, cls=CeleryOption, help="Print JSON for programs."
+        )
+        register: Any = group.command(name, cls=CeleryCommand)
+        body: Any = option(run)
+        made: click.Command = register(click.pass_context(body))
+        return made
+
+    return decorate

@@ -1,0 +1,103 @@
+"""Settle many at once: ask the destinations, one intent after the other."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+from typing import TextIO
+
+import click
+
+from celery_idem.cli.group import idem
+from celery_idem.cli.records import yes_option
+from celery_idem.cli.screen import Screen, command
+from celery_idem.desk import Desk, read_arguments
+from celery_idem.errors import StoreError
+
+WORDS = {
+    "happened": "happened",
+    "not_happened": "did not happen",
+    "unknown": "still unknown",
+    "skipped": "not asked",
+}
+
+
+@command(idem, "reconcile")
+@click.option("--task", help="Only those of this task.")
+@click.option(
+    "--older-than",
+    type=float,
+    default=0.0,
+    metavar="SECONDS",
+    help="Only those unchanged for so long. A question that got no answer counts as a change, so 600 leaves out "
+    "what was asked in the last ten minutes.",
+)
+@click.option("--limit", type=int, default=None, help="Ask about so many at most.")
+@click.option(
+    "--arguments",
+    type=click.File("r"),
+    help='Arguments of the calls, as JSON lines {"key": …, "args": […], "kwargs": {…}}; "-" for standard input. '
+    "Without it they are looked up in the result backend (result_extended=True keeps them there).",
+)
+@click.option(
+    "--without-arguments",
+    is_flag=True,
+    help="Every reconcile looks at task.claim.key alone, so call it without arguments where they are not known. One "
+    "that looks at its arguments would find nothing, and answer that nothing happened.",
+)
+@click.option("--dry-run", is_flag=True, help="Ask the destinations, change nothing.")
+@yes_option
+def reconcile(
+    screen: Screen,
+    desk: Desk,
+    task: str | None,
+    older_than: float,
+    limit: int | None,
+    arguments: TextIO | None,
+    without_arguments: bool,
+    dry_run: bool,
+    yes: bool,
+) -> None:
+    """Ask the destination about every intent in doubt, and settle what it knows.
+
+    Each is settled as soon as its answer is there. Stop at any time and start again: what is
+    settled is not in doubt any more, so a new run goes on where the last one stopped.
+    """
+    known = {} if arguments is None else read_arguments(iter(arguments))
+    if not dry_run:
+        screen.confirm(
+            "Each intent in doubt whose task has a reconcile= will be asked about. What happened is settled with "
+            "the destination's result; what did not is released, and its next delivery RUNS. "
+            "(--dry-run only asks.) Go on?",
+            yes,
+        )
+    counts: Counter[str] = Counter()
+    try:
+        for entry in islice(desk.doubtful(task, older_than), limit):
+            try:
+                asked = desk.ask(
+                    entry, known.get(entry.key), without_arguments=without_arguments, dry_run=dry_run
+                )
+            except StoreError as error:
+                raise StoreError(f"{error} {_summary(counts, dry_run)} Run it again to go on.") from error
+            counts[asked.verdict] += 1
+            if screen.as_json:
+                screen.json({"key": entry.key, "verdict": asked.verdict, "why": asked.why})
+            else:
+                number = sum(counts.values())
+                screen.line(f"{number:>6}  {WORDS[asked.verdict]:<14}  {entry.key}  {asked.why}")
+    except KeyboardInterrupt:
+        raise click.ClickException(f"Stopped. {_summary(counts, dry_run)} Run it again to go on.") from None
+    if screen.as_json:
+        screen.json({"summary": {verdict: counts[verdict] for verdict in WORDS}, "dry_run": dry_run})
+    else:
+        screen.line(_summary(counts, dry_run))
+        if counts["unknown"] or counts["skipped"]:
+            screen.line("The rest is for a person: `idem list --state in_doubt`, then `idem resolve`.")
+    if counts["unknown"] or counts["skipped"]:
+        raise SystemExit(1)
+
+
+def _summary(counts: Counter[str], dry_run: bool) -> str:
+    said = ", ".join(f"{counts[verdict]} {word}" for verdict, word in WORDS.items())
+    return f"{said}.{' Nothing was changed.' if dry_run else ''}"

@@ -1,0 +1,362 @@
+"""The operator's view of an application: every ledger its tasks use, and what the tasks say about them.
+
+The command line and the inbox both stand on this; neither talks to a store. A task may have a
+store or a namespace of its own, so a key is looked up in the ledger of the task it names.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from celery.app.task import Context
+
+from celery_idem import keys
+from celery_idem.delivery import Delivery, Guard
+from celery_idem.errors import IdempotencyError, StoreError
+from celery_idem.intent import (
+    NO_OWNER,
+    Acquired,
+    Answer,
+    Fingerprint,
+    Happened,
+    InDoubt,
+    NotHappened,
+    Replay,
+    Request,
+    State,
+    Unknown,
+)
+from celery_idem.ledger import Claim, Entry, Ledger, Tally
+from celery_idem.settings import ledger_of
+from celery_idem.task import IdempotentTask
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+DOUBTFUL = ("in_doubt", "lapsed")
+"""States that wait for somebody to find out. ``lapsed`` becomes ``in_doubt`` at its next delivery,
+and when none comes it stays: both need an eye."""
+
+STATES = (*(state.name.lower() for state in State), "lapsed")
+"""Names of all states an entry can be in."""
+
+
+class Arguments(NamedTuple):
+    """What a call was made with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Asked(NamedTuple):
+    """What came of asking a destination.
+
+    Attributes:
+        verdict: ``happened`` and ``not_happened`` are settled (in a dry run: would be);
+            ``unknown``: the destination could not tell; ``skipped``: it was not asked.
+        why: one sentence.
+    """
+
+    verdict: Literal["happened", "not_happened", "unknown", "skipped"]
+    why: str
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Everything an operator may do with the intents of one application."""
+
+    app: Celery
+
+    # --- where things are -------------------------------------------------------------
+
+    def tasks(self) -> dict[str, IdempotentTask]:
+        """The guarded tasks by name."""
+        return {
+            name: task
+            for name, task in sorted(self.app.tasks.items())
+            if isinstance(task, IdempotentTask) and task.declaration is not None
+        }
+
+    def task_of(self, key: str) -> IdempotentTask | None:
+        """The task a key names; None when this application does not have it."""
+        return self.tasks().get(keys.task_of(key) or "")
+
+    def ledger_of(self, key: str) -> Ledger:
+        """Where the record of a key is."""
+        task = self.task_of(key)
+        return ledger_of(self.app) if task is None else task.guard.ledger
+
+    def ledgers(self) -> list[Ledger]:
+        """Every place where this application's tasks keep records, each once."""
+        found: dict[tuple[int, str], Ledger] = {}
+        tasks = self.tasks().values()
+        for ledger in [task.guard.ledger for task in tasks] or [ledger_of(self.app)]:
+            found.setdefault((id(ledger.store), ledger.namespace), ledger)
+        return list(found.values())
+
+    # --- reading ----------------------------------------------------------------------
+
+    def list(
+        self, state: str | None = None, task: str | None = None, older_than: float = 0.0
+    ) -> Iterator[Entry]:
+        """Intents, in no order and in bounded memory.
+
+        Args:
+            state: one of ``STATES``.
+            older_than: only those whose last write is at least that many seconds ago.
+        """
+        for ledger in self.ledgers():
+            for entry in ledger.list(state, task):
+                if entry.age >= older_than:
+                    yield entry
+
+    def doubtful(self, task: str | None = None, older_than: float = 0.0) -> Iterator[Entry]:
+        """Intents in doubt, and those whose worker fell silent."""
+        return (entry for entry in self.list(None, task, older_than) if entry.state in DOUBTFUL)
+
+    def find(self, key: str) -> Entry:
+        """One intent, by its key or by the beginning of one that is unambiguous.
+
+        Raises:
+            IdempotencyError: there is none, or there are several.
+        """
+        entry = self.ledger_of(key).get(key)
+        if entry is not None:
+            return entry
+        if keys.task_of(key) is None:  # not a whole key
+            found = {entry.key: entry for entry in self._beginning_with(key)}
+            if len(found) == 1:
+                return next(iter(found.values()))
+            if found:
+                raise IdempotencyError(
+                    f"Several intents begin with {key!r}, such as {min(found)}. Give more of the key."
+                )
+        places = ", ".join(f"{ledger.store.url} (namespace {ledger.namespace})" for ledger in self.ledgers())
+        raise IdempotencyError(
+            f"There is no intent {key} in {places}. It may have expired after its result_ttl, or it never ran.",
+            key,
+        )
+
+    def _beginning_with(self, start: str) -> Iterator[Entry]:
+        for ledger in self.ledgers():
+            for n, (stored_key, _) in enumerate(ledger.store.scan(f"{ledger.namespace}:{start}")):
+                entry = ledger.get(stored_key.partition(":")[2])
+                if entry is not None:
+                    yield entry
+                if n:  # two are enough to know that it is ambiguous
+                    break
+
+    def stats(self) -> dict[tuple[str, str], Tally]:
+        """Counts by (task, state) over all ledgers."""
+        total: dict[tuple[str, str], Tally] = {}
+        for ledger in self.ledgers():
+            for place, tally in ledger.stats().items():
+                before = total.get(place, Tally(0, 0.0))
+                total[place] = Tally(before.intents + tally.intents, max(before.oldest, tally.oldest))
+        return total
+
+    # --- deciding ---------------------------------------------------------------------
+
+    def resolve(self, key: str, answer: Happened | NotHappened, by: str, evidence: str) -> Entry:
+        """See ``Ledger.resolve``."""
+        return self.ledger_of(key).resolve(key, answer, by=by, evidence=evidence)
+
+    def forget(self, key: str) -> bool:
+        """See ``Ledger.forget``."""
+        return self.ledger_of(key).forget(key)
+
+    def purge(self) -> int:
+        """See ``Ledger.purge``; each store once."""
+        stores = {id(ledger.store): ledger for ledger in self.ledgers()}
+        return sum(ledger.purge() for ledger in stores.values())
+
+    def ask(
+        self,
+        entry: Entry,
+        arguments: Arguments | None = None,
+        *,
+        without_arguments: bool = False,
+        dry_run: bool = False,
+    ) -> Asked:
+        """Let the task's ``reconcile`` find out, as a redelivery would; the body is never run.
+
+        Args:
+            arguments: of the call, where the caller knows them.
+            without_arguments: every reconcile looks at ``task.claim.key`` alone, so it may be
+                called without arguments. Somebody must say so: one that looks for invoice None
+                finds nothing and answers "did not happen".
+            dry_run: ask the destination, and write nothing.
+        """
+        task = self.task_of(entry.key)
+        if task is None:
+            return Asked("skipped", f"this application has no task {entry.task}")
+        guard = task.guard
+        if guard.ask is None:
+            return Asked("skipped", f"{entry.task} declares no reconcile=")
+        known = arguments or self.arguments_of(entry)
+        if known is None and not without_arguments:
+            return Asked(
+                "skipped",
+                "its arguments are not known, a record holds none: give them in a file, or set result_extended=True, "
+                "so that the result backend keeps those of the next ones",
+            )
+        if known is not None and not _fit(task, known):
+            return Asked("skipped", f"the arguments known for it are no call of {entry.task}")
+        known = known or Arguments((), {})
+        request = Context(id=entry.record.task_id, args=known.args, kwargs=known.kwargs, headers={})
+        delivery = Delivery(guard, task, request, known.args, known.kwargs, entry.key, Fingerprint())
+        if dry_run:
+            return _would(guard, delivery)
+        decision = guard.runner.inquire(delivery)
+        if isinstance(decision, Replay):
+            return Asked(
+                "happened", "the destination says it happened: settled, every caller gets this result"
+            )
+        if isinstance(decision, Acquired):
+            return Asked(
+                "not_happened", "the destination says it did not happen: released, the next delivery runs"
+            )
+        if isinstance(decision, InDoubt):
+            return Asked("unknown", decision.reason)
+        return Asked("skipped", "somebody else works on it right now")
+
+    def arguments_of(self, entry: Entry) -> Arguments | None:
+        """What the call was made with, as Celery's result backend knows it (``result_extended``)."""
+        try:
+            result = self.app.AsyncResult(entry.record.task_id)
+            args, kwargs = result.args, result.kwargs
+        except Exception:  # no backend, or one that does not answer: then the arguments are not known
+            return None
+        if args is None and kwargs is None:
+            return None
+        return Arguments(tuple(args or ()), dict(kwargs or {}))
+
+    # --- showing ----------------------------------------------------------------------
+
+    def describe(self, entry: Entry) -> dict[str, Any]:
+        """An intent as plain JSON values. Times are ISO 8601 in UTC, durations seconds."""
+        record = entry.record
+        return {
+            "key": entry.key,
+            "task": entry.task,
+            "state": entry.state,
+            "changed_at": iso(entry.changed_at),
+            "age": round(entry.age, 3),
+            "attempts": record.attempts,
+            "crashes": record.crashes,
+            "fence": record.fence,
+            "task_id": record.task_id,
+            "owner": "" if record.owner == NO_OWNER else record.owner.hex(),
+            "lease_left": round(max(0.0, entry.retry_after), 3) if record.lease else 0.0,
+            "reason": record.reason,
+            "steps": [step.name for step in record.steps],
+            "open_step": record.open_step,
+            "result": self.result_of(entry),
+            "notes": [
+                {"at": iso(note.at / 1e6), "by": note.by, "what": note.what, "evidence": note.evidence}
+                for note in record.notes
+            ],
+        }
+
+    def result_of(self, entry: Entry) -> str | None:
+        """A settled outcome in words; None where there is none.
+
+        A task with ``secret`` parameters may well return them, so its results are not shown.
+        """
+        outcome = entry.record.outcome
+        if outcome is None:
+            return None
+        if outcome.payload is None:
+            return f"not stored: {outcome.missing}"
+        task = self.task_of(entry.key)
+        if task is None or (task.declaration is not None and task.declaration.secret):
+            why = (
+                "this application does not have the task"
+                if task is None
+                else "the task has secret parameters"
+            )
+            return f"{len(outcome.payload)} bytes, not shown: {why}"
+        codec = task.guard.ledger.codec
+        try:
+            if outcome.succeeded:
+                return json.dumps(codec.decode(outcome.payload, entry.key), default=str, ensure_ascii=False)
+            error = codec.decode_error(outcome.payload, entry.key)
+            return f"{type(error).__name__}: {error}"
+        except StoreError as error:
+            return str(error)
+
+
+def oldest(entries: Iterator[Entry], limit: int) -> tuple[list[Entry], int]:
+    """The ``limit`` entries that have stood longest, oldest first, and how many there were in all."""
+    total = 0
+    heap: list[tuple[float, int, Entry]] = []
+    for entry in entries:
+        total += 1
+        item = (-entry.changed_at, total, entry)
+        if len(heap) < limit:
+            heapq.heappush(heap, item)
+        elif heap and item > heap[0]:
+            heapq.heapreplace(heap, item)
+    return [entry for _, _, entry in sorted(heap, key=lambda item: -item[0])], total
+
+
+def iso(seconds: float) -> str:
+    """A time in seconds since the epoch as ISO 8601 in UTC."""
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: ``45s``, ``12m``, ``3h 5m``, ``2d 4h``."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m"
+    if whole < 86_400:
+        return f"{whole // 3600}h {whole % 3600 // 60}m"
+    return f"{whole // 86_400}d {whole % 86_400 // 3600}h"
+
+
+def read_arguments(lines: Iterator[str]) -> dict[str, Arguments]:
+    """Arguments by key, from JSON lines ``{"key": …, "args": […], "kwargs": {…}}``.
+
+    Raises:
+        IdempotencyError: a line is not that.
+    """
+    known = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            form: Mapping[str, Any] = json.loads(line)
+            known[str(form["key"])] = Arguments(tuple(form.get("args") or ()), dict(form.get("kwargs") or {}))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise IdempotencyError(
+                f'Line {number} is not {{"key": …, "args": […], "kwargs": {{…}}}}: {error}'
+            ) from None
+    return known
+
+
+def _fit(task: IdempotentTask, arguments: Arguments) -> bool:
+    """Are these arguments a call of the task?"""
+    try:
+        task.guard.declaration.bind(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
+def _would(guard: Guard, delivery: Delivery) -> Asked:
+    request = Request(NO_OWNER, delivery.task_id, delivery.fingerprint, guard.options.policy)
+    claim = Claim.unguarded(delivery.key, request)
+    answer: Answer = guard.runner.bounded(lambda: delivery.ask(claim), guard.options.ask_timeout)
+    if isinstance(answer, Unknown):
+        return Asked("unknown", answer.reason or "the destination could not tell")
+    if isinstance(answer, Happened):
+        return Asked("happened", "the destination says it happened")
+    return Asked("not_happened", "the destination says it did not happen")

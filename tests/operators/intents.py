@@ -1,0 +1,29 @@
+"""Intents in every state, made through the ledger as workers make them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from celery_idem import Ledger, owners
+from celery_idem.intent import MICROSECONDS, Acquired, Fingerprint, Outcome, Policy, Request
+
+KEEP = 3600 * MICROSECONDS
+
+
+def claimed(ledger: Ledger, key: str, lease: float = 30.0, **policy: Any) -> Any:
+    """A running claim."""
+    rules = Policy(lease=int(lease * MICROSECONDS), result_ttl=KEEP, failure_ttl=KEEP, **policy)
+    decision, claim = ledger.claim(key, Request(owners.mint(), f"task-of-{key[-8:]}", Fingerprint(), rules))
+    assert isinstance(decision, Acquired)
+    return claim
+
+
+def succeeded(ledger: Ledger, key: str, value: object = "ok") -> None:
+    ledger.settle(claimed(ledger, key), Outcome(True, b"j" + json.dumps(value).encode()), 0.0)
+
+
+def in_doubt(
+    ledger: Ledger, key: str, reason: str = "the worker stopped without reporting an outcome"
+) -> None:
+    ledger.doubt(claimed(ledger, key), reason, 0.0)

@@ -1,0 +1,247 @@
+"""The command line: what it says, what it changes, and that it changes nothing else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from celery_idem import Ledger
+from tests.operators.conftest import Idem
+from tests.operators.intents import claimed, in_doubt, succeeded
+from tests.operators.shop import remind, send_invoice
+
+ROOT = Path(__file__).parents[2]
+
+
+def rows(output: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def key(customer: str) -> str:
+    return send_invoice.intent_key(customer, 7)
+
+
+# --- looking ---------------------------------------------------------------------------
+
+
+def test_list_filters_by_state_and_task(idem: Idem, ledger: Ledger) -> None:
+    in_doubt(ledger, key("a"))
+    succeeded(ledger, key("b"))
+    claimed(ledger, key("c"))
+    claimed(ledger, key("d"), lease=0)
+    succeeded(ledger, remind.intent_key("b"))
+
+    assert len(rows(idem("list", "--json").output)) == 5
+    assert [row["key"] for row in rows(idem("list", "--json", "--state", "in_doubt").output)] == [key("a")]
+    assert [row["key"] for row in rows(idem("list", "--json", "--state", "lapsed").output)] == [key("d")]
+    assert len(rows(idem("list", "--json", "--task", "shop.remind").output)) == 1
+    assert idem("list", "--older-than", "60").output == "No such intents.\n"
+
+
+def test_list_shows_people_the_oldest_and_counts_the_rest(idem: Idem, ledger: Ledger) -> None:
+    for n in range(6):
+        in_doubt(ledger, key(f"c{n}"))
+    output = idem("list", "--limit", "2").output
+    assert [line.split()[2] for line in output.splitlines()[:2]] == [key("c0"), key("c1")]
+    assert "and 4 more" in output
+
+
+def test_show_takes_the_beginning_of_a_key(idem: Idem, ledger: Ledger) -> None:
+    in_doubt(ledger, key("a"), "the body was interrupted by TimeoutError")
+    shown = idem("show", key("a")[:-20]).output
+    assert key("a") in shown
+    assert "TimeoutError" in shown
+    assert "--not-happened" in shown  # what to do next
+    in_doubt(ledger, key("b"))
+    ambiguous = idem("show", "shop.send_invoice:")
+    assert ambiguous.exit_code == 1
+    assert "Give more of the key" in ambiguous.output
+
+
+def test_show_says_where_it_looked(idem: Idem) -> None:
+    missing = idem("show", key("a"))
+    assert missing.exit_code == 1
+    assert "memory://" in missing.output
+
+
+def test_a_task_with_secrets_does_not_show_its_result(idem: Idem, ledger: Ledger) -> None:
+    succeeded(ledger, remind.intent_key("a"), "with s3cret")
+    for words in (("show", remind.intent_key("a")), ("list", "--json")):
+        output = idem(*words).output
+        assert "s3cret" not in output
+        assert "not shown" in output or words[0] == "list"
+
+
+def test_stats_counts_by_task_and_state(idem: Idem, ledger: Ledger) -> None:
+    for n in range(3):
+        in_doubt(ledger, key(f"c{n}"))
+    succeeded(ledger, remind.intent_key("a"))
+    counted = {
+        (row["task"], row["state"]): row["intents"] for row in json.loads(idem("stats", "--json").output)
+    }
+    assert counted == {("shop.send_invoice", "in_doubt"): 3, ("shop.remind", "succeeded"): 1}
+    assert "3 of them wait" in idem("stats").output
+
+
+def test_key_says_what_makes_two_calls_differ(idem: Idem) -> None:
+    same = json.loads(
+        idem(
+            "key", "shop.send_invoice", '{"customer_id": "a", "invoice_id": 7}', '["a", 7.0, 500]', "--json"
+        ).output
+    )
+    assert same["same"]
+    assert same["calls"][0]["key"] == key("a")
+    other = idem("key", "shop.send_invoice", '["a", 7]', '["a", 8]').output
+    assert "they differ in invoice_id" in other
+    scoped = idem("key", "shop.send_invoice", '["a", 7]', '["a", 7]', "--scope", "x", "--scope", "y").output
+    assert "they differ in scope" in scoped
+
+
+# --- changing --------------------------------------------------------------------------
+
+
+def test_resolve_happened_gives_every_caller_the_result(idem: Idem, ledger: Ledger) -> None:
+    in_doubt(ledger, key("a"))
+    words = ("resolve", key("a"), "--happened", '"inv-9"', "--by", "ann", "--evidence", "saw it in billing")
+    assert idem(*words, "--yes").exit_code == 0
+    assert send_invoice.apply(("a", 7)).get() == "inv-9"
+    entry = ledger.get(key("a"))
+    assert entry is not None
+    assert (entry.record.notes[-1].by, entry.record.notes[-1].evidence) == ("ann", "saw it in billing")
+
+
+def test_resolve_not_happened_lets_the_next_delivery_run(idem: Idem, ledger: Ledger) -> None:
+    in_doubt(ledger, key("a"))
+    assert idem("resolve", key("a"), "--not-happened", "--evidence", "nothing there", "--yes").exit_code == 0
+    assert send_invoice.apply(("a", 7)).get() == "inv-a-7"
+
+
+def test_nothing_is_changed_without_a_yes(idem: Idem, ledger: Ledger) -> None:
+    in_doubt(ledger, key("a"))
+    for words in (
+        ("resolve", key("a"), "--not-happened", "--evidence", "x"),
+        ("forget", key("a")),
+        ("reconcile",),
+        ("purge",),
+    ):
+        for answer in ("n\n", ""):
+            refused = idem(*words, input=answer)
+            assert refused.exit_code == 1
+            assert "Nothing was changed" in refused.output
+    entry = ledger.get(key("a"))
+    assert entry is not None
+    assert entry.state == "in_doubt"
+
+
+def test_resolve_wants_evidence_and_json(idem: Idem, ledger: Ledger) -> None:
+    in_doubt(ledger, key("a"))
+    assert idem("resolve", key("a"), "--not-happened", "--evidence", " ", "--yes").exit_code == 2
+    wrong = idem("resolve", key("a"), "--happened", "inv-9", "--evidence", "x", "--yes")
+    assert wrong.exit_code == 2
+    assert "--happened '\"inv-9\"'" in wrong.output
+    assert idem("resolve", key("a"), "--evidence", "x", "--yes").exit_code == 2
+
+
+@pytest.mark.parametrize("settle", [succeeded, claimed])
+def test_only_what_is_in_doubt_is_resolved(idem: Idem, ledger: Ledger, settle: Any) -> None:
+    settle(ledger, key("a"))
+    refused = idem("resolve", key("a"), "--not-happened", "--evidence", "x", "--yes")
+    assert refused.exit_code == 1
+    assert "not in doubt" in refused.output
+
+
+def test_forget_lets_it_happen_again(idem: Idem, ledger: Ledger) -> None:
+    succeeded(ledger, key("a"))
+    assert idem("forget", key("a"), "--yes").exit_code == 0
+    assert ledger.get(key("a")) is None
+
+
+# --- in bulk ---------------------------------------------------------------------------
+
+
+def arguments_file(tmp_path: Path, *customers: str) -> str:
+    path = tmp_path / "arguments.jsonl"
+    path.write_text("".join(json.dumps({"key": key(c), "args": [c, 7]}) + "\n" for c in customers))
+    return str(path)
+
+
+def test_reconcile_asks_and_settles(idem: Idem, ledger: Ledger, billing_knows: Any, tmp_path: Path) -> None:
+    billing_knows(a="inv-from-billing")
+    for customer in ("a", "b", "nobody-knows", "no-arguments"):
+        in_doubt(ledger, key(customer))
+    in_doubt(ledger, remind.intent_key("a"))  # has no reconcile
+    given = arguments_file(tmp_path, "a", "b", "nobody-knows")
+
+    dry = rows(idem("reconcile", "--json", "--dry-run", "--arguments", given).output)
+    assert dry[-1]["summary"] == {"happened": 1, "not_happened": 1, "unknown": 1, "skipped": 2}
+    assert sum(row["state"] == "in_doubt" for row in rows(idem("list", "--json").output)) == 5
+
+    done = idem("reconcile", "--yes", "--arguments", given)
+    assert done.exit_code == 1  # something is left for a person
+    states = {row["key"]: row["state"] for row in rows(idem("list", "--json").output)}
+    assert states[key("a")] == "succeeded"
+    assert states[key("b")] == "released"
+    assert states[key("nobody-knows")] == states[key("no-arguments")] == "in_doubt"
+    assert send_invoice.apply(("a", 7)).get() == "inv-from-billing"
+
+
+def test_reconcile_goes_on_where_it_stopped(
+    idem: Idem, ledger: Ledger, billing_knows: Any, tmp_path: Path
+) -> None:
+    customers = [f"c{n}" for n in range(10)]
+    billing_knows(**dict.fromkeys(customers, "inv"))
+    for customer in customers:
+        in_doubt(ledger, key(customer))
+    given = arguments_file(tmp_path, *customers)
+    for settled in (4, 8, 10):
+        idem("reconcile", "--yes", "--limit", "4", "--arguments", given)
+        assert len(rows(idem("list", "--json", "--state", "succeeded").output)) == settled
+
+
+def test_reconcile_finds_arguments_in_the_result_backend(
+    idem: Idem, app: Celery, ledger: Ledger, billing_knows: Any
+) -> None:
+    billing_knows(a="inv")
+    in_doubt(ledger, key("a"))
+    entry = ledger.get(key("a"))
+    assert entry is not None
+    app.conf.result_extended = True
+    try:
+        from celery.app.task import Context
+
+        request = Context(id=entry.record.task_id, args=["a", 7], kwargs={}, task="shop.send_invoice")
+        app.backend.mark_as_failure(entry.record.task_id, RuntimeError("in doubt"), request=request)
+        assert idem("reconcile", "--yes").exit_code == 0
+    finally:
+        app.conf.result_extended = False
+    assert send_invoice.apply(("a", 7)).get() == "inv"
+
+
+# --- without rich, and as celery runs it -----------------------------------------------
+
+
+def test_without_rich_json_works_and_the_rest_names_the_extra(
+    idem: Idem, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    succeeded(ledger, key("a"))
+    for name in [name for name in sys.modules if name.split(".")[0] == "rich"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert len(rows(idem("list", "--json").output)) == 1
+    refused = idem("forget", key("a"), "--yes")
+    assert refused.exit_code == 1
+    assert "celery_idem[cli]" in refused.output
+    assert ledger.get(key("a")) is not None
+
+
+def test_celery_finds_the_command() -> None:
+    words = [sys.executable, "-m", "celery", "-A", "tests.operators.shop", "idem", "stats", "--json"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []
