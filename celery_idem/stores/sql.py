@@ -6,8 +6,8 @@ prepared statement is needed. The table is made at first use, or by hand from th
 ``schema.*.sql``. SQLAlchemy gives the pool and the drivers; the statements are written
 out below, because they have to run on an author's own connection too (``sql_transaction``).
 
-The clock is PostgreSQL's ``clock_timestamp()``. SQLite runs inside this process and has no
-clock but the machine's, so there the machine's is the store's.
+The clock is PostgreSQL's ``clock_timestamp()``, and SQLite's ``julianday('now')``, which counts
+milliseconds: a stamp is one more than the one before where the clock has not moved.
 """
 
 from __future__ import annotations
@@ -50,10 +50,11 @@ sessions that do it at once would get an error otherwise."""
 
 
 # --- statements: `:name` is a parameter, {now} the store's time in microseconds ----------
+# SQLite's 'now' stands still during a statement; PostgreSQL's clock does not, so it is read once.
 
 _NOW = {
     "postgresql": "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)",
-    "sqlite": ":now",
+    "sqlite": "CAST(round((julianday('now') - 2440587.5) * 86400000) AS integer) * 1000",
 }
 _GREATEST = {"postgresql": "greatest", "sqlite": "max"}
 _BYTE_4 = {"postgresql": r"'\x04'::bytea", "sqlite": "x'04'"}
@@ -79,11 +80,11 @@ FROM clock LEFT JOIN written ON true LEFT JOIN held ON true
 """
 
 _CREATE_SQLITE = """
-INSERT INTO celery_idem AS there (key, stamp, value, expires) VALUES (:key, :now, :value, :now + :ttl)
+INSERT INTO celery_idem AS there (key, stamp, value, expires) VALUES (:key, {now}, :value, {now} + :ttl)
 ON CONFLICT (key) DO UPDATE
 SET stamp = max(excluded.stamp, there.stamp + 1), value = excluded.value, expires = excluded.expires
 WHERE there.expires <= excluded.stamp
-RETURNING :now, stamp, NULL, NULL
+RETURNING stamp, stamp, NULL, NULL
 """
 
 _READ = """
@@ -119,7 +120,7 @@ ORDER BY key LIMIT :page
 
 _PURGE = """
 DELETE FROM celery_idem WHERE key IN (
-  SELECT key FROM celery_idem WHERE expires <= :now ORDER BY expires LIMIT :limit
+  SELECT key FROM celery_idem WHERE expires <= {now} ORDER BY expires LIMIT :limit
 )
 """
 
@@ -191,7 +192,7 @@ class SqlPrimitives(Store):
 
     def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
         for _ in range(TRIES):
-            parameters = {"key": key, "value": value, "ttl": ttl, "now": _machine_time()}
+            parameters = {"key": key, "value": value, "ttl": ttl}
             for now, written, stamp, held in self._rows(self._sql.create, parameters):
                 if written is not None:
                     return Reply(True, Stored(value, written), now)
@@ -204,7 +205,7 @@ class SqlPrimitives(Store):
         raise StoreError(f"{key} changes all the time in {self.url}; nothing was written. Try again.", key)
 
     def read(self, key: str) -> Reply:
-        ((now, stamp, value),) = self._rows(self._sql.read, {"key": key, "now": _machine_time()})
+        ((now, stamp, value),) = self._rows(self._sql.read, {"key": key})
         if stamp is None:
             return Reply(False, None, now)
         return Reply(True, Stored(bytes(value), stamp), now)
@@ -217,7 +218,6 @@ class SqlPrimitives(Store):
             "stamp": old.stamp,
             "owner": old.value[:OWNER],
             "length": OWNER,
-            "now": _machine_time(),
         }
         for (stamp,) in self._rows(self._sql.replace, parameters):
             return Reply(True, Stored(value, stamp), stamp)
@@ -237,7 +237,7 @@ class SqlPrimitives(Store):
         """Page by page, each beginning at the last key of the one before: no cursor is held open."""
         after, seen = prefix, False
         while True:
-            given = {**parameters, "after": after, "page": PAGE, "now": _machine_time()}
+            given = {**parameters, "after": after, "page": PAGE}
             rows = self._rows(statement, given)
             for key, stamp, value in rows:
                 if not key.startswith(prefix):
@@ -249,7 +249,7 @@ class SqlPrimitives(Store):
             after, seen = rows[-1][0], True
 
     def purge(self, limit: int) -> int:
-        return self._count(self._sql.purge, {"limit": limit, "now": _machine_time()})
+        return self._count(self._sql.purge, {"limit": limit})
 
     def _count(self, statement: str, parameters: dict[str, Any]) -> int:
         """Run a statement; how many rows it wrote."""
@@ -373,11 +373,6 @@ def no_table(error: BaseException) -> bool:
     """A driver's error says that the table is not there (and not that another one is missing)."""
     code = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)  # psycopg 3, psycopg 2
     return "celery_idem" in str(error) and (code == "42P01" or "no such table" in str(error))
-
-
-def _machine_time() -> int:
-    """SQLite's time, in microseconds; PostgreSQL's statements do not look at it."""
-    return time.time_ns() // 1000
 
 
 # --- connections -------------------------------------------------------------------------
