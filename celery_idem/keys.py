@@ -86,7 +86,7 @@ def _canonical(value: Any, depth: int) -> Any:
     if isinstance(value, Enum):
         return _canonical(value.value, depth)
     if isinstance(value, str):
-        return unicodedata.normalize("NFC", str(value))
+        return unicodedata.normalize("NFC", str.__str__(value))  # a subclass may print something else
     if isinstance(value, int):
         return _whole(int(value))
     if isinstance(value, (float, Decimal)):

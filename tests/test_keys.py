@@ -1,0 +1,571 @@
+"""From arguments to keys: which calls are the same action, and which arguments are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import math
+import re
+import subprocess
+import sys
+import uuid
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from enum import Enum, IntEnum
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import pydantic
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from celery_idem import ALL_ARGUMENTS, ConfigurationError, IntentError, keys
+from celery_idem.keys import Declaration, canonical, declare
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def send(customer_id: Any, invoice_id: Any = "first", *, cents: int = 0, note: str = "") -> None: ...
+
+
+def a_task(intent: Any = ("customer_id", "invoice_id"), fun: Any = send, **options: Any) -> Declaration:
+    return declare("shop.send", inspect.signature(fun), intent, **options)
+
+
+def key_of(declaration: Declaration, *args: Any, **kwargs: Any) -> str:
+    return declaration.key("idem", declaration.bind(args, kwargs))
+
+
+def key_for(value: Any) -> str:
+    """The key of a task whose action is `value`."""
+    return key_of(a_task(("customer_id",)), value)
+
+
+# --- binding -----------------------------------------------------------------------------
+
+
+def test_positional_keyword_and_defaulted_calls_agree() -> None:
+    task = a_task()
+    same = {
+        key_of(task, 1, "first"),
+        key_of(task, 1),
+        key_of(task, customer_id=1),
+        key_of(task, invoice_id="first", customer_id=1),
+        key_of(task, 1, note="reworded", cents=5),
+    }
+    assert len(same) == 1
+    assert key_of(task, 1, "second") not in same
+    assert key_of(task, 2) not in same
+
+
+def test_none_and_nothing_bind_alike() -> None:
+    task = a_task(("a",), lambda a=1: None)
+    assert task.bind(None, None) == task.bind((), {}) == {"a": 1}
+
+
+def test_a_call_that_does_not_fit_is_a_type_error() -> None:
+    for args, kwargs in [((), {}), ((1, 2, 3), {}), ((1,), {"unknown": 2}), ((1,), {"customer_id": 2})]:
+        with pytest.raises(TypeError):
+            a_task().bind(args, kwargs)
+
+
+def test_open_ended_signatures() -> None:
+    def fun(a: int, *rest: int, **more: int) -> None: ...
+
+    task = a_task(("a", "rest", "extra"), fun)
+    arguments = task.bind((1, 2, 3), {"extra": 4})
+    assert arguments == {"a": 1, "rest": (2, 3), "extra": 4}
+    assert key_of(task, 1, 2, 3, extra=4) != key_of(task, 1, 2, extra=4)
+    with pytest.raises(IntentError, match="without 'extra'") as caught:
+        key_of(task, 1)
+    assert caught.value.parameter == "extra"
+
+
+def test_fields_do_not_run_into_each_other() -> None:
+    task = a_task()
+    assert key_of(task, "a|b", "c") != key_of(task, "a", "b|c")
+    assert key_of(task, '","', "") != key_of(task, "", '","')
+
+
+def test_a_missing_value_is_not_none() -> None:
+    assert key_for([]) != key_for(None) != key_for("") != key_for("None")
+
+
+# --- canonical form ------------------------------------------------------------------------
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+class Level(IntEnum):
+    HIGH = 3
+
+
+class Text(str, Enum):
+    RED = "red"
+
+
+@dataclasses.dataclass
+class Money:
+    cents: int
+    currency: str = "EUR"
+
+
+class Invoice(pydantic.BaseModel):
+    id: int
+    due: date | None = None
+
+
+class Shouting(str):
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "other text"
+
+
+NOON = datetime(2026, 11, 1, 12, tzinfo=timezone.utc)
+
+SAME = [
+    (1, 1.0),
+    (1, Decimal("1.00")),
+    (0, -0.0),
+    (0, Decimal("-0.00")),
+    (0.5, Decimal("0.50")),
+    (10**20, 1e20),
+    (10**20, Decimal("1E+20")),
+    (2**53 + 1, Decimal(2**53 + 1)),
+    (Decimal("1E+400"), 10**400),
+    (Decimal("0.10"), Decimal("0.1")),
+    ("größe", "gro\u0308ße"),
+    ([1, 2], (1, 2)),
+    ("red", Colour.RED),
+    ("red", Text.RED),
+    (3, Level.HIGH),
+    ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
+    ({1: "x"}, {"1": "x"}),
+    ({"gro\u0308ße": 1}, {"größe": 1}),
+    ({"cents": 5, "currency": "EUR"}, Money(5)),
+    ({"id": 1, "due": None}, Invoice(id=1)),
+    (b"ab", bytearray(b"ab")),
+    (b"ab", memoryview(b"ab")),
+    ({3, 1, 2}, frozenset([2, 3, 1])),
+    (NOON, NOON.astimezone(ZoneInfo("Asia/Tokyo"))),
+    (NOON, datetime(2026, 11, 1, 13, tzinfo=timezone(timedelta(hours=1)))),
+    (timedelta(minutes=1), timedelta(seconds=60)),
+]
+
+DIFFERENT = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    2,
+    0.1,
+    Decimal("0.1"),  # the float is not a tenth
+    -1,
+    2**53 - 1,
+    2**53,
+    2**53 + 1,
+    10**400,
+    "",
+    "1",
+    "true",
+    "null",
+    "A",
+    "a",
+    "a ",
+    [],
+    [None],
+    [[]],
+    {},
+    {"a": None},
+    {"a": {}},
+    ["a", None],
+    b"",
+    b"1",
+    {"$bytes": "MQ=="},  # written by hand, it is not the bytes
+    date(2026, 11, 1),
+    "2026-11-01",
+    {"$date": "2026-11-01"},
+    {"$$date": "2026-11-01"},
+    NOON,
+    NOON + timedelta(microseconds=1),
+    NOON.isoformat(),
+    time(12),
+    timedelta(seconds=1),
+    timedelta(microseconds=1),
+    uuid.UUID(int=1),
+    str(uuid.UUID(int=1)),
+    {1},
+    {1, 2},
+    [1, 2],
+    [2, 1],
+    {"1": 1, "2": 2},
+]
+
+
+@pytest.mark.parametrize(("one", "other"), SAME, ids=[type(one).__name__ for one, _ in SAME])
+def test_equal_values_share_a_key(one: Any, other: Any) -> None:
+    assert key_for(one) == key_for(other)
+
+
+def test_different_values_do_not() -> None:
+    by_key: dict[str, Any] = {}
+    for value in DIFFERENT:
+        key = key_for(value)
+        assert key not in by_key, f"{value!r} and {by_key[key]!r} share a key"
+        by_key[key] = value
+
+
+def test_a_bool_is_not_a_number_also_inside_of_collections() -> None:
+    assert key_for([True]) != key_for([1])
+    assert key_for({"a": False}) != key_for({"a": 0})
+
+
+def test_text_of_a_subclass_is_its_own_text() -> None:
+    # Its __str__ may say anything: the characters are what a message would carry.
+    assert key_for(Shouting("a")) != key_for(Shouting("b"))
+
+
+REFUSED = [
+    (datetime(2026, 11, 1), "naive datetime"),  # noqa: DTZ001
+    (math.nan, "NaN"),
+    (math.inf, "infinite"),
+    (Decimal("NaN"), "NaN"),
+    (Decimal("sNaN"), "NaN"),
+    (Decimal("-Infinity"), "infinite"),
+    (time(12, tzinfo=timezone.utc), "time with a timezone"),
+    (object(), "a object has no canonical form"),
+    (lambda: None, "a function has no canonical form"),
+    (Money, "a type has no canonical form"),
+    (1j, "a complex has no canonical form"),
+    ({(1, 2): 3}, "dictionary key that is a tuple"),
+    ({True: 1}, "dictionary key that is a bool"),
+    ({1: "a", "1": "b"}, "two dictionary keys"),
+    ({"größe": 1, "gro\u0308ße": 2}, "two dictionary keys"),
+    ("\ud800", "valid Unicode"),
+    ({"\ud800": 1}, "valid Unicode"),
+    (1 << 20_000, "more than 14000 bits"),
+    ([object()], "a object has no canonical form"),
+    ({"a": {"b": math.nan}}, "NaN"),
+]
+
+
+@pytest.mark.parametrize(("value", "why"), REFUSED, ids=[why for _, why in REFUSED])
+def test_what_has_no_meaning_is_refused_by_the_parameters_name(value: Any, why: str) -> None:
+    with pytest.raises(IntentError, match=re.escape(why)) as caught:
+        key_for(value)
+    assert caught.value.parameter == "customer_id"
+    assert "'customer_id'" in str(caught.value)
+
+
+def test_a_refusal_does_not_show_the_value() -> None:
+    class Secret:
+        def __repr__(self) -> str:
+            return "hunter2"
+
+    with pytest.raises(IntentError) as caught:
+        key_for({"card": Secret()})
+    assert "hunter2" not in str(caught.value)
+
+
+def test_nesting_is_bounded() -> None:
+    deep: Any = 1
+    for _ in range(keys.MAX_DEPTH):
+        deep = [deep]
+    key_for(deep)
+    with pytest.raises(IntentError, match="nested"):
+        key_for([deep])
+    loop: list[Any] = []
+    loop.append(loop)
+    with pytest.raises(IntentError, match="nested"):
+        key_for(loop)
+
+
+def test_an_object_that_cannot_be_read_is_refused() -> None:
+    class Broken(dict[str, Any]):
+        def items(self) -> Any:
+            raise RuntimeError("hunter2")
+
+    with pytest.raises(IntentError, match="RuntimeError") as caught:
+        key_for(Broken())
+    assert caught.value.parameter == "customer_id"
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(json_values)
+def test_what_json_carries_keeps_its_key(value: Any) -> None:
+    """The publisher's arguments and what a worker gets out of the message agree."""
+    try:
+        key = key_for(value)
+    except IntentError:
+        return
+    assert key_for(json.loads(json.dumps(value))) == key
+
+
+@given(json_values, json_values)
+def test_equal_means_same_canonical_form(one: Any, other: Any) -> None:
+    try:
+        forms = keys._dumps(canonical(one)), keys._dumps(canonical(other))
+    except Exception:
+        return
+    if forms[0] == forms[1]:
+        assert key_for(one) == key_for(other)
+    else:
+        assert key_for(one) != key_for(other)
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False))
+def test_a_decimal_is_its_value_and_not_its_spelling(value: Decimal) -> None:
+    sign, digits, exponent = value.as_tuple()
+    assert isinstance(exponent, int)
+    assert key_for(value) == key_for(Decimal((sign, (*digits, 0, 0), exponent - 2)))
+
+
+# --- what else is part of a key ---------------------------------------------------------------
+
+
+def test_everything_that_tells_intents_apart_is_in_the_key() -> None:
+    arguments = a_task().bind((1,), {})
+    variants = [
+        a_task().key("idem", arguments),
+        a_task().key("other", arguments),
+        a_task(version=2).key("idem", arguments),
+        a_task().key("idem", arguments, scope="acme"),
+        a_task().key("idem", arguments, occurrence="acme"),
+        a_task().key("idem", arguments, caller_key="acme"),
+        a_task().key("idem", arguments, scope="a", occurrence="b"),
+        a_task().key("idem", arguments, scope="b", occurrence="a"),
+        a_task().key("idem", arguments, scope=""),
+        declare("shop.refund", inspect.signature(send), ("customer_id", "invoice_id")).key("idem", arguments),
+        a_task(("customer_id",)).key("idem", arguments),
+    ]
+    assert len(set(variants)) == len(variants)
+
+
+def test_labels_are_text_and_numbers() -> None:
+    task, arguments = a_task(), a_task().bind((1,), {})
+    assert task.key("idem", arguments, scope=7) == task.key("idem", arguments, scope="7")  # type: ignore[arg-type]
+    assert task.key("idem", arguments, scope="größe") == task.key("idem", arguments, scope="gro\u0308ße")
+    for name in ("scope", "occurrence", "caller_key"):
+        with pytest.raises(IntentError, match="must be text") as caught:
+            task.key("idem", arguments, **{name: True})  # type: ignore[arg-type]
+        assert caught.value.parameter == name.replace("caller_key", "idempotency_key")
+
+
+def test_the_version_may_be_a_number_or_text() -> None:
+    arguments = a_task().bind((1,), {})
+    assert a_task(version=2).key("idem", arguments) == a_task(version="2").key("idem", arguments)
+
+
+def test_a_callers_key_is_the_identity_and_every_argument_must_match() -> None:
+    task = a_task()
+    one, other = task.bind((1,), {"note": "a"}), task.bind((2,), {"note": "b"})
+    assert task.key("idem", one, caller_key="k") == task.key("idem", other, caller_key="k")
+    assert task.key("idem", one, caller_key="k") != task.key("idem", one, caller_key="l")
+    assert task.fingerprint(one, "k").names == ("cents", "customer_id", "invoice_id", "note")
+    assert task.fingerprint(one, "k") != task.fingerprint(other, "k")
+    assert task.fingerprint(one).names == ()
+
+
+def test_all_arguments() -> None:
+    task = a_task(ALL_ARGUMENTS)
+    assert key_of(task, 1) == key_of(task, 1, "first", cents=0, note="")
+    assert key_of(task, 1, note="a") != key_of(task, 1, note="b")
+    assert repr(ALL_ARGUMENTS) == "ALL_ARGUMENTS"
+
+
+def test_an_intent_may_be_computed() -> None:
+    task = a_task(lambda arguments: {"customer": str(arguments["customer_id"]).strip().lower()})
+    assert key_of(task, " ACME ") == key_of(task, "acme")
+    assert key_of(task, "acme") != key_of(task, "other")
+
+
+def test_a_computed_intent_cannot_change_the_arguments() -> None:
+    def compute(arguments: dict[str, Any]) -> dict[str, Any]:
+        return {"customer": arguments.pop("customer_id")}
+
+    task = a_task(compute)
+    arguments = task.bind((1,), {})
+    task.key("idem", arguments)
+    assert arguments["customer_id"] == 1
+
+
+@pytest.mark.parametrize("wrong", [None, {}, [], "customer"])
+def test_a_computed_intent_must_say_something(wrong: Any) -> None:
+    with pytest.raises(IntentError, match="instead of a dictionary"):
+        key_of(a_task(lambda arguments: wrong), 1)
+
+
+def test_a_computed_field_that_is_refused_is_named() -> None:
+    with pytest.raises(IntentError) as caught:
+        key_of(a_task(lambda arguments: {"when": datetime(2026, 1, 1)}), 1)  # noqa: DTZ001
+    assert caught.value.parameter == "when"
+
+
+# --- declaration ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["intent", "must_match", "secret"])
+def test_an_unknown_name_lists_the_real_ones(option: str) -> None:
+    options: dict[str, Any] = {"intent": ("customer_id",), option: ("customer",)}
+    with pytest.raises(ConfigurationError) as caught:
+        a_task(**options)
+    assert option in str(caught.value)
+    assert "'customer'" in str(caught.value)
+    assert "customer_id, invoice_id, cents, note" in str(caught.value)
+
+
+@pytest.mark.parametrize("nothing", [(), [], set()])
+def test_an_intent_that_names_nothing_is_refused(nothing: Any) -> None:
+    with pytest.raises(ConfigurationError, match="ALL_ARGUMENTS"):
+        a_task(nothing)
+
+
+@pytest.mark.parametrize("wrong", [5, 1.5, True])
+def test_an_intent_that_is_no_name_is_refused(wrong: Any) -> None:
+    with pytest.raises(ConfigurationError, match="parameter names"):
+        a_task(wrong)
+    with pytest.raises(ConfigurationError):
+        a_task((wrong,))
+
+
+def test_one_name_may_stand_alone() -> None:
+    assert a_task("customer_id").fields == ("customer_id",)
+    assert a_task("customer_id", must_match="cents").must_match == ("cents",)
+
+
+def test_the_order_of_names_does_not_matter() -> None:
+    one = a_task(("customer_id", "invoice_id"), must_match=("cents", "note"))
+    other = a_task(["invoice_id", "customer_id"], must_match=("note", "cents"))
+    assert key_of(one, 1) == key_of(other, 1)
+    assert one.fingerprint(one.bind((1,), {})) == other.fingerprint(other.bind((1,), {}))
+
+
+# --- fingerprint --------------------------------------------------------------------------------
+
+
+def test_a_fingerprint_holds_digests_of_what_must_match() -> None:
+    task = a_task(must_match=("cents", "note"))
+    one = task.fingerprint(task.bind((1,), {"cents": 5, "note": "visible text"}))
+    assert one.names == ("cents", "note")
+    assert len(one.packed) == 2 * 12
+    assert b"visible" not in one.packed
+    other = task.fingerprint(task.bind((1,), {"cents": 6, "note": "visible text"}))
+    assert one.packed[:4] == other.packed[:4]
+    assert one.packed[4:12] != other.packed[4:12]
+    assert one.packed[12:] == other.packed[12:]
+
+
+def test_equal_arguments_have_equal_fingerprints() -> None:
+    task = a_task(must_match=("cents",))
+    prints = {
+        task.fingerprint(task.bind((1,), {"cents": cents})).packed for cents in (5, 5.0, Decimal("5.00"))
+    }
+    assert len(prints) == 1
+
+
+def test_a_fingerprint_names_the_parameter_it_cannot_hold() -> None:
+    task = a_task(must_match=("note",))
+    with pytest.raises(IntentError) as caught:
+        task.fingerprint(task.bind((1,), {"note": object()}))
+    assert caught.value.parameter == "note"
+
+
+# --- the key's form -------------------------------------------------------------------------------
+
+
+def test_a_key_is_the_tasks_name_and_at_least_128_bits() -> None:
+    key = key_for(1)
+    assert re.fullmatch(r"shop\.send:[0-9a-f]{32,}", key)
+    assert keys.task_of(key) == "shop.send"
+
+
+def test_task_of() -> None:
+    digest = "0" * 32
+    assert keys.task_of(f"with:colon:{digest}") == "with:colon"
+    for no_key in ("", "shop.send", f":{digest}", f"shop.send:{digest}0", f"shop.send:{digest[1:]}G", digest):
+        assert keys.task_of(no_key) is None
+
+
+def test_a_downstream_key_is_stable_and_fits_a_header() -> None:
+    key = key_for(1)
+    one = keys.downstream_key(key, "charge")
+    assert one == keys.downstream_key(key, "charge")
+    assert one != keys.downstream_key(key, "mail")
+    assert one != keys.downstream_key(key_for(2), "charge")
+    for name in ("charge", "größe \n", "x" * 500, ""):
+        text = keys.downstream_key(key, name)
+        assert text.isascii()
+        assert text.isprintable()
+        assert " " not in text
+        assert len(text) <= 97
+    assert keys.downstream_key(key, "a b") != keys.downstream_key(key, "a_b")
+
+
+# --- scheme 1 ----------------------------------------------------------------------------------------
+
+# Digests of SCHEME 1. A change of any of them makes every intent that is on its way, or done, look new,
+# so it needs a new SCHEME: and then new values here.
+GOLDEN = {
+    "null": (None, "9738159f340450301bfd24ce1d1fb7dd"),
+    "true": (True, "e6acc5bba3f0feae9a1ece8c5c2134a2"),
+    "int": (7, "efb9c07cd0e33cb46507634781cb352f"),
+    "negative": (-7, "3fd1bf7e71f666acfa795238e2dc7c4b"),
+    "big int": (2**64, "03983c88aee44ead251f3e255c5f35e6"),
+    "float": (0.1, "05e4b3a05eda25ea6bbc367f92477011"),
+    "decimal": (Decimal("19.99"), "00cb9a6183d0f262bc849fbf4fcb99e3"),
+    "huge decimal": (Decimal("1E+500"), "7cab63759ea92257ef2f5ef8968706ec"),
+    "text": ("größe 💶", "4921a867d2ddb74c9633db786504022e"),
+    "bytes": (b"\x00\xff", "dea1767f1534bab08c93e171498c0e5d"),
+    "date": (date(2026, 11, 1), "da04c5b25b57dcc55b6a4f4111455164"),
+    "datetime": (NOON, "acc4a92d6304b18cd0c225b4380b7a95"),
+    "time": (time(12, 30), "c0b8d32cef0fcafdae8d89fdac61ecd5"),
+    "timedelta": (timedelta(days=1, microseconds=1), "309deb386e6234248d3ee2747a6d1274"),
+    "uuid": (uuid.UUID(int=42), "e7eff92d0f857a0a07e599d1ff65431e"),
+    "list": ([1, [2, None]], "e67dfe5ee4e87ac3d76e2153e7ca5f5d"),
+    "set": ({3, 1, 2}, "36b329abac8d332362a61a1daeec2c8f"),
+    "dict": ({"b": 1, "a": {"$x": 2}, "€": 3}, "1bcdc9ce15f99f40551107baca0dc7d3"),
+    "enum": (Colour.RED, "61f7aae3b82b93c2a632bf1cdda9a377"),
+    "dataclass": (Money(5), "aef5a3cca441ab883f69859763d73137"),
+    "model": (Invoice(id=1, due=date(2026, 11, 1)), "2970cd99d3a585a17ee1cf7251b11739"),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_digests_of_scheme_1_never_change(name: str) -> None:
+    assert keys.SCHEME == 1
+    value, digest = GOLDEN[name]
+    assert key_for(value) == f"shop.send:{digest}"
+
+
+def test_the_labels_and_fingerprints_of_scheme_1_never_change() -> None:
+    task = a_task(must_match=("cents",))
+    arguments = task.bind((1,), {"cents": 5})
+    assert task.key("shop", arguments, "acme", "2026-11") == "shop.send:487b23f2aa45c58fcee3dea185f6447e"
+    assert task.key("shop", arguments, caller_key="order-7") == "shop.send:64be8eaff8b5548aae5b64ca1e79cc92"
+    assert task.fingerprint(arguments).packed.hex() == "ded9a2fb9d0eb6dba07f96e4"
+    assert keys.downstream_key("shop.send:0", "charge") == "charge-28a262361bcf76cac8e90290a5b9f09b"
+
+
+def test_a_key_is_the_same_in_every_process() -> None:
+    """Sets and dictionaries are iterated in an order that differs from process to process."""
+    program = "from tests.test_keys import key_for\nprint(key_for({'a', 'b', 'c', 'd', 'e', 'f'}))"
+    found = set()
+    for seed in ("1", "2"):
+        words = [sys.executable, "-c", program]
+        env = {"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(filter(None, sys.path)) or "."}
+        found.add(
+            subprocess.run(words, env=env, capture_output=True, text=True, timeout=60, check=True).stdout
+        )
+    assert len(found) == 1
