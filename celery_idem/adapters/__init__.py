@@ -1,0 +1,1 @@
+"""Doors for callers that do not speak Celery. Each module needs its own extra; importing this one needs none."""

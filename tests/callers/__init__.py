@@ -1,0 +1,1 @@
+"""The caller's door: everything that may call a task, with a real worker and counted effects."""

@@ -1,0 +1,58 @@
+"""One Redis, one worker and one shop for all callers of this folder."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from celery import Celery
+
+from tests.callers import shop as shops
+from tests.conftest import running
+from tests.support.effects import Effects
+from tests.support.servers import RedisServer
+from tests.support.workers import CeleryWorker
+
+
+@pytest.fixture(scope="package")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """Its own: the session's is emptied by every test that uses it, below this folder's worker."""
+    with running(lambda: RedisServer(tmp_path_factory.mktemp("callers-redis"))) as server:
+        yield server
+
+
+@pytest.fixture(scope="package")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("callers")
+
+
+@pytest.fixture(scope="package")
+def shop_env(redis: RedisServer, folder: Path) -> dict[str, str]:
+    return {"CALLERS_URL": redis.url, "CALLERS_FOLDER": str(folder)}
+
+
+@pytest.fixture(scope="package")
+def worker(shop_env: dict[str, str], folder: Path) -> Iterator[CeleryWorker]:
+    worker = CeleryWorker("tests.callers.shop:app", folder, concurrency=4, env=shop_env)
+    yield worker
+    worker.kill()
+
+
+@pytest.fixture(scope="package")
+def shop(redis: RedisServer, folder: Path) -> Celery:
+    """The caller's side, in this process."""
+    return shops.make(redis.url, folder)
+
+
+@pytest.fixture(scope="package")
+def done(folder: Path) -> Effects:
+    """What the worker did."""
+    return Effects(folder / "effects.jsonl")
+
+
+@pytest.fixture
+def name() -> str:
+    """A name that no other test uses: the store is shared."""
+    return uuid.uuid4().hex[:12]

@@ -1,0 +1,290 @@
+"""`submit` and its receipt: every status, seen through a real worker."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis as redis_py
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+import celery_idem
+from celery_idem import ConfigurationError, IntentError, Receipt, submit
+from tests.callers import shop as shops
+from tests.support.effects import Effects, Gate
+from tests.support.servers import RedisServer, free_port
+from tests.support.waiting import wait_for
+from tests.support.workers import CeleryWorker
+
+pytestmark = pytest.mark.redis
+
+FIELDS = ["status", "key", "task_id", "result", "reason", "differs", "retry_after", "next"]
+
+
+def test_new_then_known(shop: Celery, worker: CeleryWorker, done: Effects, name: str) -> None:
+    pay = shop.tasks["shop.pay"]
+    first = pay.submit(name, "7", 4200, note="please")
+    assert (first.status, first.result, first.done) == ("accepted", None, False)
+    assert first.key == pay.intent_key(name, "7", cents=4200)
+    assert "Do NOT call again" in first.next
+    answer = first.wait(20)
+    assert (answer.status, answer.result) == ("executed", {"paid": 4200, "invoice": "7"})
+    assert answer.task_id == first.task_id
+    assert first.status == "accepted"  # a receipt is a value: waiting makes a new one
+
+    again = pay.submit(cents=4200, invoice="7", customer=name, note="in other words")
+    assert (again.status, again.result) == ("replayed", {"paid": 4200, "invoice": "7"})
+    assert again.next == "Already done earlier; nothing was done now. Report it as done."
+    assert again.wait(0) is again
+    assert done.count(f"pay-{name}-7") == 1
+
+
+def test_scope_occurrence_and_own_keys_are_other_intents(
+    shop: Celery, worker: CeleryWorker, done: Effects, name: str
+) -> None:
+    pay = shop.tasks["shop.pay"]
+    calls: list[dict[str, str]] = [
+        {},
+        {"scope": "acme"},
+        {"occurrence": "second"},
+        {"idempotency_key": f"mine-{name}"},
+    ]
+    receipts = [pay.submit(name, "7", 1, **call) for call in calls]
+    assert [receipt.status for receipt in receipts] == ["accepted"] * 4
+    assert {receipt.wait(20).status for receipt in receipts} == {"executed"}
+    assert {pay.submit(name, "7", 1, **call).status for call in calls} == {"replayed"}
+    assert done.count(f"pay-{name}-7") == 4
+    # With the caller's own key every argument must match, the free text too.
+    other = pay.submit(name, "7", 1, note="reworded", idempotency_key=f"mine-{name}")
+    assert (other.status, other.differs) == ("conflict", ("note",))
+
+
+def test_conflict_names_and_never_shows(shop: Celery, worker: CeleryWorker, done: Effects, name: str) -> None:
+    pay = shop.tasks["shop.pay"]
+    pay.submit(name, "7", 987654).wait(20)
+    other = pay.submit(name, "7", 1)
+    assert (other.status, other.differs, other.result) == ("conflict", ("cents",), None)
+    assert other.next.startswith("Key already used with different cents. If this is a different action")
+    assert "987654" not in json.dumps(other.to_dict())
+    assert done.count(f"pay-{name}-7") == 1
+
+
+def test_in_progress_resolves_to_the_winner(
+    shop: Celery, worker: CeleryWorker, folder: Path, done: Effects, name: str
+) -> None:
+    slow = shop.tasks["shop.slow"]
+    first = slow.submit(name)
+    done.wait(f"slow-{name}")
+    second = slow.submit(name)
+    assert (second.status, second.task_id) == ("in_progress", first.task_id)
+    assert second.retry_after is not None
+    assert 0 < second.retry_after <= 5
+    assert second.next == "Accepted and running. Do NOT call again, also not with reworded arguments."
+    assert second.wait(0.1).status == "in_progress"
+    Gate(folder / f"gate-{name}").open()
+    assert (second.wait(20).status, second.wait(20).result) == ("replayed", f"slow {name}")
+    assert (first.wait(20).status, first.wait(20).result) == ("executed", f"slow {name}")
+    assert done.count(f"slow-{name}") == 1
+
+
+def test_failed_is_final_and_known(shop: Celery, worker: CeleryWorker, done: Effects, name: str) -> None:
+    fails = shop.tasks["shop.fails"]
+    answers = [fails.submit(name).wait(20), fails.submit(name).wait(20)]
+    for answer in answers:
+        assert (answer.status, answer.reason) == ("failed", "ValueError: error")
+        assert "calling again unchanged gives this same answer" in answer.next
+    assert done.count(f"fails-{name}") == 1
+
+
+def test_nothing_was_done(shop: Celery, worker: CeleryWorker, done: Effects, name: str) -> None:
+    fails = shop.tasks["shop.fails"]
+    for count in (1, 2):  # it may be tried again, and then it is
+        answer = fails.submit(name, how="brief").wait(20)
+        assert (answer.status, answer.reason) == ("failed", "Brief: brief")
+        assert answer.next == "Nothing was done. Safe to call again unchanged."
+        assert done.count(f"fails-{name}") == count
+
+
+def test_in_doubt(shop: Celery, worker: CeleryWorker, done: Effects, name: str) -> None:
+    fails = shop.tasks["shop.fails"]
+    answers = [fails.submit(name, how="doubt").wait(20), fails.submit(name, how="doubt")]
+    for answer in answers:
+        assert answer.status == "in_doubt"
+        assert "NoAnswer" in answer.reason
+        assert answer.next == "It may have happened. Do not retry; a person must resolve it."
+    assert done.count(f"fails-{name}") == 1
+
+
+def test_done_without_a_kept_value(shop: Celery, worker: CeleryWorker, done: Effects, name: str) -> None:
+    large = shop.tasks["shop.large"]
+    large.submit(name).wait(20)
+    again = large.submit(name)
+    assert (again.status, again.result) == ("replayed", None)
+    assert "idem_max_result_bytes" in again.reason
+    assert again.next.endswith("Its result was not kept.")
+    assert done.count(f"large-{name}") == 1
+
+
+def test_to_dict_is_plain_json(shop: Celery, worker: CeleryWorker, name: str) -> None:
+    pay = shop.tasks["shop.pay"]
+    receipt = pay.submit(name, "7", 1)
+    for stage in (receipt, receipt.wait(20), pay.submit(name, "7", 2)):
+        told = stage.to_dict()
+        assert list(told) == FIELDS
+        assert json.loads(json.dumps(told)) == told
+        assert told == stage.to_dict()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        receipt.status = "executed"
+
+
+def test_odd_values_become_text() -> None:
+    import datetime as dt
+    import decimal
+    import uuid
+
+    one = uuid.UUID(int=1)
+    day = dt.date(2026, 11, 1)
+    value = {"a": decimal.Decimal("1.10"), "b": one, "c": day, "d": (1, b"x"), "e": {3}, 5: float("nan")}
+    told = Receipt("executed", "k", result=value).to_dict()["result"]
+    assert told == {"a": "1.10", "b": str(one), "c": "2026-11-01", "d": [1, "eA=="], "e": [3], "5": "nan"}
+    json.dumps(told, allow_nan=False)
+
+
+# --- cost ------------------------------------------------------------------------------
+
+
+def calls_of(client: Any) -> dict[str, int]:
+    """Commands by name as the server counted them; those inside a script count as well."""
+    stats = client.info("commandstats")
+    return {name.removeprefix("cmdstat_"): entry["calls"] for name, entry in stats.items()}
+
+
+def test_a_duplicate_costs_one_store_command_and_no_message(
+    start_redis: Callable[..., RedisServer], start_worker: Callable[..., CeleryWorker], tmp_path: Path
+) -> None:
+    """Broker, results and store on three servers, which count for themselves."""
+    broker, results, store = (start_redis() for _ in range(3))
+    app = shops.make(broker.url, tmp_path, result_backend=results.url, idem_store=store.url)
+    env = {"CALLERS_URL": broker.url, "CALLERS_FOLDER": str(tmp_path)}
+    env |= {"CALLERS_RESULTS": results.url, "CALLERS_STORE": store.url}
+    worker = start_worker("tests.callers.apart:app", env=env)
+    pay = app.tasks["shop.pay"]
+    assert pay.submit("acme", "7", 1).wait(20).status == "executed"
+    worker.stop()  # its own heartbeats and polls would count too
+    clients = [redis_py.Redis.from_url(server.url) for server in (broker, results, store)]
+    before = [calls_of(client) for client in clients]
+    assert pay.submit("acme", "7", 1, note="reworded").status == "replayed"
+    assert submit(app, "shop.pay", ("acme", "7", 1)).status == "replayed"
+    grown = [
+        {
+            command: count - old.get(command, 0)
+            for command, count in calls_of(client).items()
+            if count != old.get(command, 0) and command != "info"
+        }
+        for client, old in zip(clients, before, strict=True)
+    ]
+    assert grown[0] == {}
+    assert grown[1] == {}
+    assert grown[2].pop("evalsha") == 2  # one each; what the script itself calls is no round trip
+    assert set(grown[2]) <= {"time", "get", "getrange"}
+    for client in clients:
+        client.close()
+
+
+# --- servers that are away -------------------------------------------------------------
+
+
+def test_a_store_that_is_down_does_not_stop_the_publish(
+    redis: RedisServer, shop: Celery, worker: CeleryWorker, folder: Path, done: Effects, name: str
+) -> None:
+    away = f"redis://127.0.0.1:{free_port()}/0"
+    app = shops.make(redis.url, folder, idem_store=away)
+    receipt = app.tasks["shop.pay"].submit(name, "7", 1)
+    assert receipt.status == "accepted"
+    # Its own store does not answer, so Celery's result tells.
+    assert (receipt.wait(20).status, receipt.wait(20).result) == ("executed", {"paid": 1, "invoice": "7"})
+    assert app.tasks["shop.pay"].submit(name, "7", 1).wait(20).result == {"paid": 1, "invoice": "7"}
+    assert done.count(f"pay-{name}-7") == 1
+
+
+def test_a_failed_publish_leaves_nothing_behind(
+    redis: RedisServer, shop: Celery, worker: CeleryWorker, folder: Path, done: Effects, name: str
+) -> None:
+    away = f"redis://127.0.0.1:{free_port()}/0"
+    app = shops.make(away, folder, result_backend=redis.url, task_publish_retry=False)
+    with pytest.raises(OperationalError):
+        app.tasks["shop.pay"].submit(name, "7", 1)
+    assert celery_idem.Ledger.from_app(shop).get(shop.tasks["shop.pay"].intent_key(name, "7", 1)) is None
+    assert shop.tasks["shop.pay"].submit(name, "7", 1).wait(20).status == "executed"
+    assert done.count(f"pay-{name}-7") == 1
+
+
+# --- by name ---------------------------------------------------------------------------
+
+
+def test_by_name_with_the_task_at_hand(shop: Celery, worker: CeleryWorker, done: Effects, name: str) -> None:
+    first = submit(shop, "shop.pay", kwargs={"customer": name, "invoice": "7", "cents": 1}, scope="acme")
+    assert first.key == shop.tasks["shop.pay"].intent_key(name, "7", 1, scope="acme")
+    assert first.wait(20).status == "executed"
+    assert submit(shop, "shop.pay", (name, "7", 1), scope="acme", priority=3).status == "replayed"
+    assert done.count(f"pay-{name}-7") == 1
+
+
+def test_by_name_without_any_task(redis: RedisServer, worker: CeleryWorker, done: Effects, name: str) -> None:
+    app = Celery("orchestrator", broker=redis.url, backend=redis.url, set_as_current=False)
+    call: dict[str, Any] = {"kwargs": {"customer": name, "invoice": "7", "cents": 1}, "occurrence": "x"}
+    receipts = [submit(app, "shop.pay", **call) for _ in range(3)]
+    assert {receipt.status for receipt in receipts} == {"accepted"}
+    assert {receipt.key for receipt in receipts} == {""}  # nobody here knows the signature
+    answers = [receipt.wait(20) for receipt in receipts]
+    assert {answer.status for answer in answers} == {"executed"}
+    assert [answer.result for answer in answers] == [{"paid": 1, "invoice": "7"}] * 3
+    assert done.count(f"pay-{name}-7") == 1
+
+    other = submit(app, "shop.pay", (name, "7", 2), occurrence="x").wait(20)
+    assert (other.status, other.differs) == ("conflict", ("cents",))
+    assert other.key.startswith("shop.pay:")  # what the worker said about it
+    doubtful = submit(app, "shop.fails", (name, "doubt")).wait(20)
+    assert doubtful.status == "in_doubt"
+    assert submit(app, "shop.fails", (f"{name}-2",)).wait(20).status == "failed"
+
+
+# --- mistakes --------------------------------------------------------------------------
+
+
+def test_mistakes_are_told(shop: Celery) -> None:
+    with pytest.raises(TypeError):
+        shop.tasks["shop.pay"].submit("acme")
+    with pytest.raises(IntentError, match="customer"):
+        shop.tasks["shop.pay"].submit(object(), "7", 1)
+    with pytest.raises(ConfigurationError, match=r"shop\.plain declares no intent"):
+        submit(shop, "shop.plain", ("x",))
+
+    @shop.task(base=celery_idem.IdempotentTask, name="shop.scoped", intent=("scope",))
+    def scoped(scope: str) -> None: ...
+
+    try:
+        with pytest.raises(ConfigurationError, match="parameter called 'scope'"):
+            shop.tasks["shop.scoped"].submit("x")
+    finally:
+        del shop.tasks["shop.scoped"]
+
+
+def test_waiting_is_bounded_without_a_worker(start_redis: Callable[..., RedisServer], tmp_path: Path) -> None:
+    app = shops.make(start_redis().url, tmp_path)
+    assert app.tasks["shop.pay"].submit("a", "1", 1).wait(0.3).status == "accepted"
+
+
+def test_revoked(shop: Celery, worker: CeleryWorker, done: Effects, name: str) -> None:
+    receipt = submit(shop, "shop.pay", (name, "7", 1), countdown=2)
+    shop.control.revoke(receipt.task_id)
+    answer = receipt.wait(20)
+    assert (answer.status, answer.reason) == ("failed", "revoked")
+    assert answer.next == "Nothing was done. Safe to call again unchanged."
+    assert submit(shop, "shop.pay", (name, "7", 1)).wait(20).status == "executed"
+    assert wait_for(lambda: done.count(f"pay-{name}-7")) == 1
