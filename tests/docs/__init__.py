@@ -1,0 +1,1 @@
+"""The documentation, executed: what a page says is what happens."""

@@ -1,0 +1,168 @@
+"""Runs one page of the documentation: ``python -m tests.docs.page README.md redis://127.0.0.1:6379``.
+
+Blocks run from top to bottom, in a process and a folder of their own:
+
+* ``python``: in one module. A worker (threads, in this process) serves every Celery application that a
+  block called ``app`` and its tasks, also those that come later.
+* ``python title="shop.py"``: becomes that file.
+* ``console``: each line ``$ python …`` and ``$ celery …`` runs, and must print what stands below it;
+  ``…`` stands for anything. ``celery … worker`` is started, and ended with the page. Lines with other
+  commands are not run.
+
+``localhost:6379`` in a block is replaced by the server's address. What a page cannot show, such as a service
+to talk to, stands in a comment: ``<!-- setup`` to ``-->`` is Python that runs too. A block below a comment
+``<!-- not run: reason -->`` is only compiled. ``after/README.py`` runs at the end of README.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from tests.docs.billing import Billing
+from tests.support.workers import CeleryWorker
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Seconds that one line of a console block may take: a start of Python and Celery, a lapsed lease, a slow machine.
+PATIENCE = 60.0
+
+_BLOCK = re.compile(
+    r"^<!-- setup\n(?P<setup>.*?)^-->$"
+    r"|^(?P<skip><!-- not run:[^>]*-->\n+)?(?P<indent> *)```(?P<language>python|console)\b(?P<info>[^\n]*)\n"
+    r"(?P<code>.*?)^ *```$",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+class Block(NamedTuple):
+    """A piece of a page. ``line`` is that of its first line of code."""
+
+    language: str
+    code: str
+    line: int
+    title: str
+    skip: bool
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """The blocks of a page that are to be run, in order."""
+    text = page.read_text()
+    for found in _BLOCK.finditer(text):
+        part = "setup" if found["setup"] is not None else "code"
+        line = text.count("\n", 0, found.start(part)) + 1
+        indent = found["indent"] or ""
+        code = "".join(row.removeprefix(indent) for row in found[part].splitlines(keepends=True))
+        title = re.search(r'title="([^"]+)"', found["info"] or "")
+        yield Block(
+            "python" if part == "setup" else found["language"],
+            code,
+            line,
+            title[1] if title else "",
+            found["skip"] is not None,
+        )
+
+
+class Page:
+    """One run of one page."""
+
+    def __init__(self, path: Path, server: str, folder: Path) -> None:
+        self.path = path
+        self.address = urlsplit(server).netloc
+        self.folder = folder
+        self.ending = contextlib.ExitStack()
+        self.workers: dict[int, object] = {}
+        self.module = types.ModuleType("page")
+        self.module.__dict__["billing"] = Billing()
+        sys.modules["page"] = self.module
+        sys.path.insert(0, str(folder))
+
+    def run(self, block: Block) -> None:
+        code = block.code.replace("localhost:6379", self.address)
+        if block.skip:
+            if block.language == "python":
+                compile(code, str(self.path), "exec")
+        elif block.language == "console":
+            self.console(code, block.line)
+        elif block.title:
+            (self.folder / block.title).write_text(code)
+        else:
+            self.python(code, block.line, self.path)
+
+    def python(self, code: str, line: int, source: Path) -> None:
+        self.serve()
+        # Empty lines in front: a traceback then shows the page's own line numbers.
+        exec(compile("\n" * (line - 1) + code, str(source), "exec"), self.module.__dict__)  # noqa: S102  # the point
+
+    def serve(self) -> None:
+        """A worker for the page's current application, which knows all tasks that are there by now."""
+        from celery.contrib.testing.worker import start_worker
+
+        app = self.module.__dict__.get("app")
+        if app is None or not hasattr(app, "tasks"):
+            return
+        worker = self.workers.get(id(app))
+        if worker is None:
+            worker = self.workers[id(app)] = self.ending.enter_context(
+                start_worker(
+                    app, pool="threads", concurrency=4, perform_ping_check=False, shutdown_timeout=30
+                )
+            )
+        worker.consumer.update_strategies()
+
+    def console(self, text: str, line: int) -> None:
+        lines = text.splitlines()
+        at = [n for n, row in enumerate(lines) if row.startswith("$ ")] + [len(lines)]
+        for here, there in pairwise(at):
+            expected = "\n".join(lines[here + 1 : there])
+            self.command(lines[here].removeprefix("$ "), expected, line + here)
+
+    def command(self, command: str, expected: str, line: int) -> None:
+        words = shlex.split(command)
+        if words[0] not in ("python", "celery"):
+            return
+        if words[0] == "celery" and "worker" in words:
+            app = words[words.index("-A") + 1]
+            worker = CeleryWorker(app, self.folder, concurrency=2, name=f"line{line}")
+            self.ending.callback(worker.kill)
+            return
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(self.folder)]), "NO_COLOR": "1"}
+        words = [sys.executable, *(["-m", "celery", *words[1:]] if words[0] == "celery" else words[1:])]
+        done = subprocess.run(
+            words, cwd=self.folder, env=env, capture_output=True, text=True, timeout=PATIENCE
+        )
+        printed = (done.stdout + done.stderr).strip()
+        assert re.fullmatch(_pattern(expected), printed, re.DOTALL), (
+            f"{self.path.name}:{line}: $ {command}\nthe page says:\n{expected}\nit printed:\n{printed}"
+        )
+
+
+def _pattern(expected: str) -> str:
+    return ".*".join(re.escape(part) for part in expected.strip().split("…"))
+
+
+def main() -> None:
+    path = Path(sys.argv[1]).resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        page = Page(path, sys.argv[2], Path(folder))
+        with page.ending:
+            for block in blocks(path):
+                page.run(block)
+            more = Path(__file__).parent / "after" / f"{path.stem}.py"
+            if more.exists():
+                page.python(more.read_text(), 1, more)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Every page's code runs, in order, against a real server and real workers. See ``page.py``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.docs.page import ROOT, blocks
+from tests.support.processes import Program
+from tests.support.waiting import wait_for
+
+PATIENCE = 100.0  # seconds: below pytest's own limit, so that the page's output is shown
+
+PAGES = [
+    page
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    if any(not block.skip for block in blocks(page))
+]
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_says_is_what_happens(page: Path, redis_url: str, tmp_path: Path) -> None:
+    # As a Program: whatever the page has started ends with it, also when it hangs.
+    run = Program(
+        [sys.executable, "-m", "tests.docs.page", page, redis_url],
+        log=tmp_path / "page.log",
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+    )
+    try:
+        wait_for(lambda: not run.alive, PATIENCE, lambda: f"{page.name}\n{run.log_tail()}")
+        assert run.exit_code == 0, f"{page.relative_to(ROOT)}\n{run.log_tail()}"
+    finally:
+        run.kill()
+
+
+def test_the_readme_is_among_them() -> None:
+    """A change of the way blocks are found must not make the test above an empty one."""
+    assert PAGES[0].name == "README.md"
+    assert len(list(blocks(PAGES[0]))) >= 7
