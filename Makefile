@@ -22,7 +22,7 @@ demo: $(VENV)/.ready-demo ## run the example under faults and count invoices; AR
 check: $(VENV)/.ready-test $(VENV)/.ready-dev ## lint, format, types, import rules
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy --strict celery_idem
+	$(PY) -m mypy --strict celery_idem tests/typing
 	$(VENV)/bin/lint-imports
 
 clean: ## remove the environment, builds and caches

@@ -19,6 +19,7 @@ from celery_idem.keys import ALL_ARGUMENTS
 from celery_idem.ledger import Claim, Ledger
 from celery_idem.receipts import Receipt, submit
 from celery_idem.task import IdempotentTask
+from celery_idem.typed import idempotent_task
 
 __all__ = [
     "ALL_ARGUMENTS",
@@ -39,5 +40,6 @@ __all__ = [
     "ResultUnavailable",
     "StoreError",
     "Unknown",
+    "idempotent_task",
     "submit",
 ]
