@@ -88,6 +88,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         if cls.declaration is None:  # an ordinary task: as if this class were not there
             setattr(cls, "__call__", Task.__call__)  # noqa: B010  # mypy takes an assignment for a mistake
             cls.Request = Task.Request
+        else:
+            app.steps["worker"].add("celery_idem.doctor:AtStart")  # by name: it is loaded by workers only
 
     @property
     def guard(self) -> Guard:
