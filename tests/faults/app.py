@@ -1,0 +1,133 @@
+"""The application under faults: one task per policy, and crash points named by a call's arguments.
+
+A point inside the body is reached by the body itself; a point around the record is put into the
+store by a `CrashingStore`. Whatever the point, the crash happens once per intent: what comes after it
+is what is to be seen.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from celery import Celery
+from celery.signals import task_prerun
+
+from celery_idem import Happened, IdempotentTask, NotHappened, Unknown
+from celery_idem.stores import open_store
+from celery_idem.testing import CrashingStore, use_store
+from tests.support.effects import Effects, Gate
+
+# Without an environment the module is here for its names only: a test asks it for keys.
+FOLDER = Path(os.environ.get("FAULTS_FOLDER", "."))
+STORE_URL = os.environ.get("FAULTS_STORE", "memory://faults")
+BROKER = os.environ.get("FAULTS_BROKER", "memory://")
+
+EFFECTS = Effects(FOLDER / "effects.jsonl")
+STORE = CrashingStore(open_store(STORE_URL))
+use_store(STORE_URL, STORE)
+
+POLICIES = ("in_doubt", "resume", "rerun", "reconcile")
+
+# What happens to a pool process' message, as Celery lets its users choose.
+ACKS = {
+    "early": {"acks_late": False},
+    "late": {"acks_late": True},
+    "late+reject": {"acks_late": True, "reject_on_worker_lost": True},
+}
+
+# A crash around the record: where in the store it happens. The claim is the create, the outcome the
+# last replace; a body with a step writes two more before it.
+AROUND = {
+    "before claim": "before create",
+    "after claim": "after create",
+    "before settle": "before replace",
+    "after settle": "after replace",
+}
+STEP_WRITES = 2
+
+app = Celery("faults", broker=BROKER, backend=os.environ.get("FAULTS_BACKEND"), set_as_current=False)
+app.conf.update(
+    idem_store=STORE_URL,
+    idem_lease=float(os.environ.get("FAULTS_LEASE", "30")),
+    idem_settle_patience=float(os.environ.get("FAULTS_PATIENCE", "30")),
+    task_default_queue=os.environ.get("FAULTS_QUEUE", "faults"),
+    task_track_started=True,
+    worker_prefetch_multiplier=1,
+    broker_connection_retry_on_startup=True,
+    broker_transport_options={
+        "visibility_timeout": float(os.environ.get("FAULTS_VISIBILITY", "3600")),
+        "unacked_restore_interval": 1,
+        "unacked_restore_throttle": 1,
+    }
+    if BROKER.startswith("redis")
+    else {},
+)
+
+
+def first(intent: str, what: str) -> bool:
+    """True for the first process that asks, of all processes ever."""
+    try:
+        os.close(os.open(FOLDER / f"{what}-{intent}".replace(" ", "-"), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def gate(intent: str) -> Gate:
+    return Gate(FOLDER / f"gate-{intent}")
+
+
+def crash(intent: str, how: str) -> None:
+    """`how`: "kill", "exit", or "hang" until the intent's gate opens or somebody ends the process."""
+    if how == "kill":
+        (FOLDER / f"died-{intent}").write_text(f"{os.getpid()} {time.time()}")
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif how == "exit":
+        raise SystemExit(1)
+    else:
+        (FOLDER / f"hangs-{intent}").write_text(str(os.getpid()))
+        gate(intent).wait(120)
+
+
+@task_prerun.connect
+def set_crash(kwargs: dict[str, str], **_: object) -> None:
+    """Celery's last word before it calls the task: a crash around the record is set here."""
+    point, how = kwargs.get("at", ""), kwargs.get("how", "")
+    STORE.heal()
+    if point in AROUND and first(kwargs["intent"], "crash"):
+        intent = kwargs["intent"]
+        steps = STEP_WRITES if kwargs["policy"] == "resume" and "settle" in point else 0
+        STORE.crash(AROUND[point], lambda: crash(intent, how), skip=steps)
+
+
+def effect(intent: str, at: str, how: str) -> str:
+    crashes = at in ("before effect", "after effect") and first(intent, "crash")
+    if crashes and at == "before effect":
+        crash(intent, how)
+    EFFECTS.add(intent)
+    if crashes and at == "after effect":
+        crash(intent, how)
+    return f"done: {intent}"
+
+
+def ask(_task: object, intent: str, **_: object) -> Happened | NotHappened | Unknown:
+    """What the destination knows."""
+    return Happened(f"done: {intent}") if EFFECTS.count(intent) else NotHappened()
+
+
+def body(self: IdempotentTask, intent: str, policy: str, at: str = "", how: str = "") -> str:
+    if policy == "resume":
+        done: str = self.step("effect", effect, intent, at, how)
+        return done
+    return effect(intent, at, how)
+
+
+for policy in POLICIES:
+    for acks, options in ACKS.items():
+        crashes = {"reconcile": ask} if policy == "reconcile" else {"on_crash": policy}
+        app.task(
+            base=IdempotentTask, bind=True, name=f"{policy}.{acks}", intent=("intent",), **crashes, **options
+        )(body)
