@@ -1,0 +1,650 @@
+"""The state machine against the two tables in its own docstring: neither can change without the other.
+
+The tables are parsed. Each row's condition has a predicate here, under the row's own words; then every
+combination of what a claim can meet is tried, and the first row that holds must say what came out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+
+from celery_idem import protocol
+from celery_idem.intent import (
+    NO_OWNER,
+    Acquired,
+    Ask,
+    Busy,
+    Done,
+    Fingerprint,
+    InDoubt,
+    Mismatch,
+    Note,
+    Outcome,
+    Policy,
+    Raised,
+    Record,
+    Refused,
+    Replay,
+    Request,
+    State,
+    StepDone,
+    StepOpen,
+)
+
+OWN, CARRIED, OTHER = b"own---owner-", b"carry-owner-", b"other-owner-"
+LEASE = 30_000_000
+STAMP = 1_000_000_000
+DEADLINE = STAMP + LEASE
+MAX_ATTEMPTS = 3
+OUTCOME = Outcome(True, b"j1")
+ERROR = Outcome(False, b"j{}")
+PRINT = Fingerprint(("cents",), b"tag.valuedig")
+OTHER_PRINT = Fingerprint(("cents",), b"tag.VALUEDIG")
+FENCE = 77
+
+
+def tables() -> list[list[list[str]]]:
+    """The tables of the docstring: rows of stripped cells, without the heads."""
+    found: list[list[list[str]]] = []
+    columns: list[tuple[int, int | None]] = []
+    rules = 0
+    for line in (protocol.__doc__ or "").splitlines():
+        if re.fullmatch(r"=+( +=+)+", line):
+            rules = rules % 3 + 1
+            if rules == 1:
+                starts = [match.start() for match in re.finditer(r"=+", line)]
+                columns = list(zip(starts, [*starts[1:], None], strict=True))
+                found.append([])
+        elif rules == 2:
+            found[-1].append([line[start:end].strip() for start, end in columns])
+    return found
+
+
+CLAIM, TRANSITIONS = tables()
+
+
+def states_in(text: str) -> set[State]:
+    return {State[name] for name in re.findall(r"[A-Z_]{4,}", text)}
+
+
+# --- claim -------------------------------------------------------------------------------------------
+
+
+class Meeting(NamedTuple):
+    """What a claim meets."""
+
+    state: State | None
+    print: str
+    owner: str
+    same_task: bool
+    now: int
+    on_crash: str
+    asks: bool
+    crashes: int
+    asking: str
+
+    @property
+    def record(self) -> Record | None:
+        if self.state is None:
+            return None
+        outcome = {State.SUCCEEDED: OUTCOME, State.FAILED: ERROR}.get(self.state)
+        return Record(
+            state=self.state,
+            owner=OWNERS[self.owner],
+            task_id="task" if self.same_task else "another task",
+            fence=FENCE,
+            attempts=2,
+            crashes=self.crashes,
+            lease=LEASE if outcome is None else 0,
+            fingerprint=PRINTS[self.print].packed,
+            asking=ASKING[self.asking],
+            reason="because",
+            outcome=outcome,
+        )
+
+    @property
+    def request(self) -> Request:
+        policy = Policy(LEASE, 1, 2, self.on_crash, self.asks, MAX_ATTEMPTS)  # type: ignore[arg-type]
+        return Request(OWN, "task", PRINT, policy, (b"first-owner-", CARRIED))
+
+
+OWNERS = {"own": OWN, "carried": CARRIED, "other": OTHER}
+PRINTS = {"same": PRINT, "none": Fingerprint(), "differs": OTHER_PRINT}
+ASKING = {"nobody": b"", "own": OWN, "other": OTHER}
+
+
+def meetings() -> Iterator[Meeting]:
+    yield Meeting(None, "none", "other", True, STAMP, "in_doubt", False, 0, "nobody")
+    yield from itertools.starmap(
+        Meeting,
+        itertools.product(
+            State,
+            PRINTS,
+            OWNERS,
+            (True, False),
+            (STAMP, DEADLINE - 1, DEADLINE, DEADLINE + LEASE),
+            ("in_doubt", "resume", "rerun"),
+            (True, False),
+            (0, MAX_ATTEMPTS - 1),
+            ASKING,
+        ),
+    )
+
+
+def live(met: Meeting) -> bool:
+    return met.now < DEADLINE
+
+
+CONDITIONS: dict[str, Callable[[Meeting], bool]] = {
+    "": lambda met: True,
+    "otherwise": lambda met: True,
+    "fingerprint differs": lambda met: met.print == "differs",
+    "same task id, or past its deadline": lambda met: met.same_task or not live(met),
+    "own owner (a lost reply)": lambda met: met.owner == "own",
+    "owner carried by this message": lambda met: met.owner == "carried",
+    "lease live": live,
+    "lapsed, can ask": lambda met: met.asks,
+    "lapsed, on_crash in_doubt": lambda met: met.on_crash == "in_doubt",
+    "lapsed, crashes reach max_attempts": lambda met: met.crashes + 1 >= MAX_ATTEMPTS,
+    "lapsed, resume or rerun": lambda met: met.on_crash in ("resume", "rerun"),
+    "own question (a lost reply)": lambda met: met.asking == "own",
+    "somebody asks under a live lease": lambda met: met.asking != "nobody" and live(met),
+    "can ask": lambda met: met.asks,
+}
+"""Conditions by their words in the table. "First that holds": those above it need not be repeated."""
+
+
+def row_of(met: Meeting) -> int:
+    for n, (state, condition, _) in enumerate(CLAIM):
+        if state == "absent":
+            fits = met.state is None
+        else:
+            fits = met.state is not None and (state == "any" or State[state] is met.state)
+        if fits and CONDITIONS[condition](met):
+            return n
+    raise AssertionError(f"no row for {met}")
+
+
+def test_every_condition_of_the_table_is_known_here_and_none_is_left_over() -> None:
+    assert {condition for _, condition, _ in CLAIM} == set(CONDITIONS)
+    assert {state for state, _, _ in CLAIM} == {"absent", "any", *(state.name for state in State)}
+
+
+def test_every_claim_ends_as_its_row_says() -> None:
+    used = set()
+    for met in meetings():
+        row = row_of(met)
+        used.add(row)
+        decision_name, _, rest = CLAIM[row][2].partition(",")
+        decision_name = decision_name.split()[0]
+        states = states_in(rest)
+        if met.record is None:  # an absent one is created, and acquired by having been
+            new: Record | None = protocol.fresh(met.request)
+            name = "Acquired"
+        else:
+            decision, new = protocol.claim(met.record, STAMP, met.now, met.request)
+            name = type(decision).__name__
+        assert name == decision_name, (met, CLAIM[row])
+        if new is None:
+            assert not states, (met, CLAIM[row])
+        else:
+            assert states == {new.state}, (met, CLAIM[row])
+    assert used == set(range(len(CLAIM))), "a row that nothing can meet"
+
+
+def test_a_new_owner_always_gets_a_larger_fence_and_nothing_else_moves_it_back() -> None:
+    for met in meetings():
+        record = met.record
+        if record is None:
+            continue
+        for fence in (FENCE, STAMP + 10 * LEASE):  # the second: a store whose clock was set back
+            old = record._replace(fence=fence)
+            decision, new = protocol.claim(old, STAMP, met.now, met.request)
+            if new is None:
+                continue
+            assert new.fence >= old.fence
+            if isinstance(decision, Acquired):
+                assert new.fence > old.fence
+                assert new.fence >= met.now
+                assert (new.owner, new.task_id, new.lease) == (OWN, "task", LEASE)
+                assert new.asking == b""
+                assert new.outcome is None
+
+
+def test_attempts_count_executions_and_crashes_those_without_a_word() -> None:
+    def claimed(state: State, owner: str = "other") -> Record:
+        met = Meeting(state, "same", owner, True, DEADLINE, "rerun", False, 0, "nobody")
+        assert met.record is not None
+        _, new = protocol.claim(met.record, STAMP, met.now, met.request)
+        assert new is not None
+        return new
+
+    assert (claimed(State.RELEASED).attempts, claimed(State.RELEASED).crashes) == (3, 0)
+    assert (claimed(State.SCHEDULED).attempts, claimed(State.SCHEDULED).crashes) == (3, 0)
+    assert (claimed(State.RUNNING).attempts, claimed(State.RUNNING).crashes) == (3, 1)
+    # A body that never ran is no attempt.
+    assert (claimed(State.RUNNING, "carried").attempts, claimed(State.RUNNING, "carried").crashes) == (2, 0)
+
+
+def test_a_busy_answer_says_how_long() -> None:
+    met = Meeting(State.RUNNING, "same", "other", True, DEADLINE - 5, "rerun", False, 0, "nobody")
+    assert met.record is not None
+    decision, _ = protocol.claim(met.record, STAMP, met.now, met.request)
+    assert decision == Busy(5)
+
+
+def test_the_fingerprint_comes_before_the_state_and_shows_names_only() -> None:
+    for state in State:
+        met = Meeting(state, "differs", "own", True, DEADLINE, "rerun", True, 0, "own")
+        assert met.record is not None
+        decision, new = protocol.claim(met.record, STAMP, met.now, met.request)
+        assert decision == Mismatch(("cents",))
+        assert new is None
+
+
+def test_a_parameter_that_only_one_release_knows_is_no_difference() -> None:
+    def entry(name: str, value: str) -> bytes:
+        return name[:4].ljust(4).encode() + value[:8].ljust(8).encode()
+
+    stored = entry("a", "1") + entry("b", "2")
+    assert protocol.differing(stored, Fingerprint(("a", "c"), entry("a", "1") + entry("c", "3"))) == ()
+    assert protocol.differing(stored, Fingerprint(("a", "b"), entry("a", "1") + entry("b", "3"))) == ("b",)
+    assert protocol.differing(b"", Fingerprint(("a",), entry("a", "1"))) == ()
+    assert protocol.differing(stored, Fingerprint()) == ()
+
+
+def test_a_takeover_keeps_what_earlier_attempts_proved() -> None:
+    record = Record(
+        State.RUNNING,
+        OTHER,
+        fence=FENCE,
+        lease=LEASE,
+        fingerprint=PRINT.packed,
+        steps=(protocol.Step("charge", b"j1"),),
+        open_step="mail",
+        notes=(Note(1, "me", "x", "y"),),
+    )
+    policy = Policy(LEASE, 1, 2, "resume")
+    _, new = protocol.claim(record, STAMP, DEADLINE, Request(OWN, "task", Fingerprint(), policy))
+    assert new is not None
+    assert (new.steps, new.open_step) == (record.steps, "mail")
+    assert new.fingerprint == PRINT.packed  # also against a claim that brought none
+    assert set(record.notes) <= set(new.notes)
+
+
+def test_counters_do_not_run_over() -> None:
+    policy = Policy(LEASE, 1, 2, "rerun", max_attempts=protocol.MAX_CRASHES + 1)
+    full = Record(
+        State.RUNNING, OTHER, attempts=protocol.MAX_COUNT, crashes=protocol.MAX_CRASHES, lease=LEASE
+    )
+    _, new = protocol.claim(full, STAMP, DEADLINE, Request(OWN, "task", Fingerprint(), policy))
+    assert new is not None
+    assert (new.attempts, new.crashes) == (protocol.MAX_COUNT, protocol.MAX_CRASHES)
+
+
+def test_standing_is_what_a_claim_would_be_told_and_nothing_where_it_would_act() -> None:
+    for met in meetings():
+        if met.record is None or met.owner == "own" or met.asking == "own" or met.owner == "carried":
+            continue  # a caller has no owner
+        if met.same_task and met.state is State.SCHEDULED:
+            continue  # nor a task id
+        told = protocol.standing(met.record, STAMP, met.now, PRINT, met.request.policy)
+        decision, new = protocol.claim(met.record, STAMP, met.now, met.request)
+        assert told == (decision if new is None else None), met
+
+
+# --- after the body ------------------------------------------------------------------------------------
+
+
+def held(state: State | None, **changes: Any) -> Record | None:
+    met = Meeting(state, "same", "own", True, STAMP, "in_doubt", False, 0, "nobody")
+    return met.record._replace(**changes) if met.record is not None else None
+
+
+def a_request(owner: bytes = OWN, **policy: Any) -> Request:
+    return Request(
+        owner, "task", PRINT, Policy(**{"lease": LEASE, "result_ttl": 1, "failure_ttl": 2, **policy})
+    )
+
+
+Result = tuple[Any, Record | None]
+
+NOTE = Note(STAMP, "jo", "happened", "invoice 7")
+LAPSED = DEADLINE
+
+APPLY: dict[str, list[Callable[[Record], Result]]] = {
+    "settle": [
+        lambda r: protocol.settle(r, r._replace(owner=OWN), OUTCOME),
+        lambda r: protocol.settle(r, r._replace(owner=OWN), ERROR),
+    ],
+    "schedule": [lambda r: protocol.schedule(r, OWN, 5)],
+    "release": [lambda r: protocol.release(r, OWN)],
+    "doubt": [lambda r: protocol.doubt(r, OWN, "why")],
+    "renew": [lambda r: protocol.renew(r, OWN)],
+    "begin_step": [lambda r: protocol.begin_step(r, OWN, "charge", a_request().policy)],
+    "end_step": [lambda r: protocol.end_step(r, OWN, "charge", b"j1")],
+    "exited": [
+        lambda r: protocol.exited(r, OWN, a_request().policy, "why"),
+        lambda r: protocol.exited(r, OWN, a_request(on_crash="rerun").policy, "why"),
+    ],
+    "died": [
+        lambda r: protocol.died(r, STAMP, OWN[:7], "task", a_request().policy, 0),
+        lambda r: protocol.died(r, STAMP, OWN[:7], "task", a_request(on_crash="rerun").policy, 0),
+    ],
+    "conclude": [
+        lambda r: protocol.conclude(r, STAMP, a_request(asks=True), OUTCOME, ""),
+        lambda r: protocol.conclude(r, STAMP, a_request(asks=True), None, ""),
+        lambda r: protocol.conclude(r, STAMP, a_request(asks=True), None, "it cannot tell"),
+    ],
+    "resolve": [
+        lambda r: protocol.resolve(r, STAMP, LAPSED, OUTCOME, NOTE),
+        lambda r: protocol.resolve(r, STAMP, LAPSED, None, NOTE),
+    ],
+}
+"""Each transition by its name in the table, in each of its ways."""
+
+TO = {name: to for name, _, to in TRANSITIONS}
+FROM = {name: states_in(text) for name, text, _ in TRANSITIONS}
+
+
+def reached_by(name: str, record: Record) -> set[State]:
+    """States written by a transition of this record, in all its ways."""
+    return {new.state for new in (apply(record)[1] for apply in APPLY[name]) if new is not None}
+
+
+def test_every_transition_of_the_table_is_known_here_and_none_is_left_over() -> None:
+    assert [name for name, _, _ in TRANSITIONS] == list(APPLY)
+    for name in APPLY:
+        assert callable(getattr(protocol, name))
+
+
+@pytest.mark.parametrize("name", APPLY)
+def test_a_transition_goes_where_its_row_says_and_from_nowhere_else(name: str) -> None:
+    to = TO["exited"] if TO[name].startswith("the same") else TO[name]
+    expected = states_in(to)
+    reached = set()
+    for state in State:
+        asking = OWN if name == "conclude" and state is State.IN_DOUBT else b""
+        record = held(state, asking=asking)
+        assert record is not None
+        there = reached_by(name, record)
+        if name == "exited" and state is State.IN_DOUBT:
+            there = set()  # said already: nothing to write
+        if name == "conclude" and state is State.RELEASED:
+            there = set()  # evidence counts against a person's "not happened", see below
+        assert bool(there) == (state in FROM[name] and not said_already(name, state)), (state, there)
+        if to.startswith("same"):
+            assert there <= {state}
+        reached |= there
+    if not to.startswith("same"):
+        assert reached == expected
+
+
+def said_already(name: str, state: State) -> bool:
+    return name == "doubt" and state is State.IN_DOUBT
+
+
+OWNERS_ONLY = ["settle", "schedule", "release", "doubt", "renew", "begin_step", "end_step", "exited"]
+
+
+@pytest.mark.parametrize("name", OWNERS_ONLY)
+@pytest.mark.parametrize("state", State)
+def test_a_stale_owner_is_refused(name: str, state: State) -> None:
+    record = held(state, owner=OTHER)
+    assert record is not None
+    for apply in APPLY[name]:
+        decision, new = apply(record)
+        assert new is None
+        if not (name == "release" and state is State.RELEASED):  # nothing is held: that is what was wanted
+            assert isinstance(decision, Refused)
+
+
+@pytest.mark.parametrize("name", ["settle", "schedule", "release", "end_step"])
+@pytest.mark.parametrize("state", [State.RUNNING, State.IN_DOUBT])
+def test_the_owner_is_heard_however_late(name: str, state: State) -> None:
+    record = held(state, lease=0, asking=OTHER if state is State.IN_DOUBT else b"")
+    assert record is not None
+    for apply in APPLY[name]:
+        decision, new = apply(record)
+        assert isinstance(decision, Done)
+        assert new is not None
+        assert decision.record == new
+
+
+@pytest.mark.parametrize("name", ["settle", "schedule", "release", "doubt", "end_step"])
+def test_a_write_whose_reply_was_lost_is_done(name: str) -> None:
+    record = held(State.RUNNING)
+    assert record is not None
+    for apply in APPLY[name]:
+        _, new = apply(record)
+        assert new is not None
+        again, nothing = apply(new)
+        assert isinstance(again, Done), name
+        assert nothing is None
+
+
+def test_a_settled_outcome_never_changes() -> None:
+    for state in (State.SUCCEEDED, State.FAILED):
+        record = held(state)
+        assert record is not None
+        for name, ways in APPLY.items():
+            for apply in ways:
+                _, new = apply(record)
+                assert new is None, name
+    record = held(State.SUCCEEDED)
+    decision, new = protocol.settle(record, record, ERROR)  # type: ignore[arg-type]
+    assert isinstance(decision, Refused)
+    assert new is None
+
+
+def test_settling_a_record_that_the_store_lost_writes_it_again() -> None:
+    mine = held(State.RUNNING, steps=(protocol.Step("charge", b"j1"),))
+    assert mine is not None
+    decision, new = protocol.settle(None, mine, OUTCOME)
+    assert isinstance(decision, Done)
+    assert new is not None
+    assert (new.state, new.outcome, new.owner, new.fingerprint) == (
+        State.SUCCEEDED,
+        OUTCOME,
+        OWN,
+        PRINT.packed,
+    )
+
+
+def test_a_settled_record_carries_nothing_that_no_replay_needs() -> None:
+    record = held(State.IN_DOUBT, steps=(protocol.Step("charge", b"j1"),), open_step="mail", asking=OTHER)
+    assert record is not None
+    _, new = protocol.settle(record, record, OUTCOME)
+    assert new is not None
+    assert (new.steps, new.open_step, new.asking, new.reason, new.lease) == ((), "", b"", "", 0)
+    assert new.fingerprint == PRINT.packed
+
+
+def test_release_keeps_finished_steps_and_forgets_the_owner() -> None:
+    record = held(State.RUNNING, steps=(protocol.Step("charge", b"j1"),))
+    assert record is not None
+    _, new = protocol.release(record, OWN)
+    assert new is not None
+    assert (new.owner, new.steps, new.lease) == (NO_OWNER, record.steps, 0)
+
+
+def test_fences_grow_across_release_resolution_and_schedule() -> None:
+    request, now = a_request(OTHER), STAMP
+    record = protocol.fresh(a_request())._replace(fence=FENCE)
+    fences = [record.fence]
+    for end in (
+        lambda r: protocol.release(r, r.owner),
+        lambda r: protocol.schedule(r, r.owner, 0),
+        lambda r: protocol.resolve(r, 0, LAPSED, None, NOTE),
+    ):
+        _, ended = end(record)
+        assert ended is not None
+        _, taken = protocol.claim(ended, STAMP, now, request)
+        assert taken is not None
+        fences.append(taken.fence)
+        record, request = taken, a_request(OWN if request.owner == OTHER else OTHER)
+    assert fences == sorted(set(fences))
+
+
+# --- steps --------------------------------------------------------------------------------------------------
+
+
+def test_steps_run_once() -> None:
+    record = held(State.RUNNING)
+    assert record is not None
+    policy = a_request(on_crash="resume").policy
+    decision, begun = protocol.begin_step(record, OWN, "charge", policy)
+    assert isinstance(decision, Done)
+    assert begun is not None
+    assert begun.open_step == "charge"
+    decision, _ = protocol.begin_step(begun, OWN, "charge", policy)
+    assert isinstance(decision, StepOpen)
+    decision, _ = protocol.begin_step(begun, OWN, "charge", a_request(on_crash="rerun").policy)
+    assert isinstance(decision, Done)  # its destination is idempotent by itself
+    _, ended = protocol.end_step(begun, OWN, "charge", b"j1")
+    assert ended is not None
+    assert ended.open_step == ""
+    decision, nothing = protocol.begin_step(ended, OWN, "charge", policy)
+    assert decision == StepDone(b"j1")
+    assert nothing is None
+    _, without = protocol.end_step(begun, OWN, "charge", None)  # it proved that nothing happened
+    assert without is not None
+    assert (without.steps, without.open_step) == ((), "")
+
+
+# --- the destination, and people ------------------------------------------------------------------------------
+
+
+def asked(**changes: Any) -> Record:
+    record = held(State.IN_DOUBT, owner=OTHER, asking=OWN, crashes=1, **changes)
+    assert record is not None
+    return record
+
+
+def test_what_a_destination_answers() -> None:
+    request = a_request(asks=True)
+    decision, new = protocol.conclude(asked(), STAMP, request, OUTCOME, "")
+    assert decision == Replay(OUTCOME)
+    assert new is not None
+    assert new.notes[-1].by == "reconcile"
+    decision, new = protocol.conclude(asked(open_step="charge"), STAMP, request, None, "")
+    assert isinstance(decision, Acquired)
+    assert new is not None
+    assert (new.state, new.owner, new.open_step) == (State.RUNNING, OWN, "")
+    decision, new = protocol.conclude(asked(), STAMP, request, None, "it cannot tell")
+    assert decision == InDoubt("it cannot tell")
+    assert new is not None
+    assert (new.asking, new.lease) == (b"", 0)
+
+
+def test_a_destination_that_says_no_too_often_ends_in_doubt() -> None:
+    decision, _ = protocol.conclude(
+        asked()._replace(crashes=MAX_ATTEMPTS), STAMP, a_request(asks=True), None, ""
+    )
+    assert isinstance(decision, InDoubt)
+
+
+def test_an_answer_to_a_question_that_somebody_else_took_over_runs_nothing() -> None:
+    request = a_request(asks=True)
+    taken_over = asked()._replace(asking=OTHER)
+    decision, new = protocol.conclude(taken_over, STAMP, request, None, "")
+    assert isinstance(decision, Busy)
+    assert new is None
+    decision, new = protocol.conclude(taken_over, STAMP, request, OUTCOME, "")
+    assert decision == Replay(OUTCOME)  # evidence counts, whoever asked
+    for state in (State.SUCCEEDED, State.FAILED):
+        settled = held(state, owner=OTHER)
+        assert settled is not None
+        decision, new = protocol.conclude(settled, STAMP, request, None, "")
+        assert isinstance(decision, Replay)
+        assert new is None
+
+
+def test_evidence_counts_against_a_person_who_said_it_did_not_happen() -> None:
+    released = held(State.RELEASED, owner=NO_OWNER)
+    assert released is not None
+    decision, new = protocol.conclude(released, STAMP, a_request(asks=True), OUTCOME, "")
+    assert decision == Replay(OUTCOME)
+    assert new is not None
+    decision, new = protocol.conclude(released, STAMP, a_request(asks=True), None, "")
+    assert new is None
+
+
+def test_a_question_does_not_silence_the_owner() -> None:
+    record = held(State.RUNNING, owner=OTHER, lease=LEASE)
+    assert record is not None
+    decision, question = protocol.claim(record, STAMP, LAPSED, a_request(asks=True))
+    assert isinstance(decision, Ask)
+    assert question is not None
+    decision, settled = protocol.settle(question, record, OUTCOME)
+    assert isinstance(decision, Done)
+    assert settled is not None
+
+
+def test_a_person_resolves_what_is_in_doubt_and_it_is_written_down() -> None:
+    for state in (State.IN_DOUBT, State.RUNNING):
+        record = held(state, owner=OTHER)
+        assert record is not None
+        _, happened = protocol.resolve(record, STAMP, LAPSED, OUTCOME, NOTE)
+        assert happened is not None
+        assert (happened.state, happened.outcome, happened.owner) == (State.SUCCEEDED, OUTCOME, NO_OWNER)
+        assert NOTE in happened.notes
+        _, not_happened = protocol.resolve(record, STAMP, LAPSED, None, NOTE)
+        assert not_happened is not None
+        assert (not_happened.state, not_happened.crashes) == (State.RELEASED, 0)
+        assert not_happened.fence > record.fence
+        assert NOTE in not_happened.notes
+
+
+def test_nobody_resolves_over_a_live_lease() -> None:
+    record = held(State.RUNNING)
+    assert record is not None
+    decision, new = protocol.resolve(record, STAMP, DEADLINE - 1, OUTCOME, NOTE)
+    assert isinstance(decision, Refused)
+    assert new is None
+
+
+def test_a_late_owner_is_refused_once_a_person_has_decided() -> None:
+    record = held(State.IN_DOUBT)
+    assert record is not None
+    for outcome in (OUTCOME, None):
+        _, resolved = protocol.resolve(record, STAMP, LAPSED, outcome, NOTE)
+        assert resolved is not None
+        decision, new = protocol.settle(resolved, record, Outcome(True, b"j2"))
+        assert isinstance(decision, Refused)
+        assert new is None
+
+
+# --- policy -----------------------------------------------------------------------------------------------------
+
+
+def test_every_way_a_body_can_end_has_an_ending() -> None:
+    assert set(protocol.ENDINGS) == set(Raised)
+    assert protocol.ENDINGS[Raised.ERROR] is State.FAILED
+    assert protocol.ENDINGS[Raised.RETRY] is State.SCHEDULED
+    for kind in (Raised.IGNORE, Raised.REJECT, Raised.NO_EFFECT):
+        assert protocol.ENDINGS[kind] is State.RELEASED
+    for kind in (Raised.AMBIGUOUS, Raised.TIME_LIMIT, Raised.EXIT):
+        assert protocol.ENDINGS[kind] is State.IN_DOUBT
+
+
+def test_evidence_does_not_expire() -> None:
+    policy = Policy(LEASE, result_ttl=1, failure_ttl=2)
+    kept = {state: protocol.ttl(Record(state), policy) for state in State}
+    assert kept == {
+        State.RUNNING: None,
+        State.SCHEDULED: None,
+        State.IN_DOUBT: None,
+        State.RELEASED: 1,
+        State.SUCCEEDED: 1,
+        State.FAILED: 2,
+    }
+
+
+def test_a_worker_trusts_its_lease_less_a_margin() -> None:
+    assert 0 < protocol.trusted_for(LEASE) < LEASE
