@@ -24,6 +24,7 @@ RUNNING      lapsed, on_crash in_doubt                        InDoubt, IN_DOUBT 
 RUNNING      lapsed, crashes reach max_attempts               InDoubt, IN_DOUBT      (8)
 RUNNING      lapsed, resume or rerun                          Acquired, RUNNING      (3)
 IN_DOUBT     owner carried by this message                    Acquired, RUNNING      (7)
+IN_DOUBT     own question (a lost reply)                      Ask                    (7)
 IN_DOUBT     somebody asks under a live lease                 Busy                   (3)
 IN_DOUBT     can ask                                          Ask, IN_DOUBT          (3)
 IN_DOUBT     otherwise                                        InDoubt                (3)
