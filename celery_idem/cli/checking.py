@@ -1,4 +1,4 @@
-"""Commands that look at the set-up: schema, copy."""
+"""Commands about the set-up: doctor, schema, copy."""
 
 from __future__ import annotations
 
@@ -12,6 +12,34 @@ from celery_idem.cli.records import yes_option
 from celery_idem.cli.screen import Screen, command
 from celery_idem.desk import Desk
 from celery_idem.errors import ConfigurationError
+
+
+@command(idem, "doctor")
+@click.option(
+    "--pool",
+    default="",
+    help="The pool your workers run with (--pool), where the configuration does not say.",
+)
+@click.option("--strict", is_flag=True, help="Warnings fail too.")
+def doctor(screen: Screen, desk: Desk, pool: str, strict: bool) -> None:
+    """What in this set-up will go wrong, and the exact setting to change.
+
+    Exit status 1 when there is an error (with --strict: a warning), so that a CI can stop.
+    """
+    from celery_idem.doctor import examine, gather
+
+    found = examine(gather(desk.app, pool=pool))
+    if screen.as_json:
+        screen.json([finding._asdict() for finding in found])
+    else:
+        for finding in found:
+            screen.state(finding.severity, f"{finding.code}: {finding.where}")
+            screen.line(f"    {finding.wrong}")
+            screen.line(f"    -> {finding.change}")
+        screen.line(f"{len(found)} findings." if found else "Nothing found. This is a good set-up.")
+    fatal = ("error", "warning") if strict else ("error",)
+    if any(finding.severity in fatal for finding in found):
+        raise SystemExit(1)
 
 
 @command(idem, "schema")

@@ -31,6 +31,7 @@ def ask_billing(task: Any, customer_id: str, invoice_id: int, cents: int = 0, no
 
 @app.task(
     base=IdempotentTask,
+    shared=False,
     name="shop.send_invoice",
     intent=("customer_id", "invoice_id"),
     must_match=("cents",),
@@ -41,6 +42,6 @@ def send_invoice(customer_id: str, invoice_id: int, cents: int = 0, note: str = 
     return f"inv-{customer_id}-{invoice_id}"
 
 
-@app.task(base=IdempotentTask, name="shop.remind", intent=("customer_id",), secret=("token",))
+@app.task(base=IdempotentTask, shared=False, name="shop.remind", intent=("customer_id",), secret=("token",))
 def remind(customer_id: str, token: str = "") -> str:
     return f"reminded {customer_id} with {token}"

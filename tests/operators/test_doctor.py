@@ -1,0 +1,220 @@
+"""Deliberately wrong set-ups, each an application, and the fault that ``doctor`` must name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+import pytest
+import redis as redis_py
+from celery import Celery
+
+from celery_idem import ALL_ARGUMENTS, IdempotentTask, doctor
+from tests.operators.conftest import Idem, command_line
+from tests.support.servers import RedisServer
+from tests.support.waiting import wait_for
+from tests.support.workers import CeleryWorker
+
+GOOD: dict[str, Any] = {
+    "broker_url": "redis://localhost:1/0",
+    "result_backend": "redis://localhost:1/0",
+    "task_acks_late": True,
+    "task_reject_on_worker_lost": True,
+}
+
+
+def an_app(
+    body: Callable[..., Any] | None = None, *, conf: dict[str, Any] | None = None, **options: Any
+) -> Celery:
+    """An application with one guarded task and nothing wrong, but for what the test puts in."""
+
+    def send(customer_id: str, cents: int = 0) -> None: ...
+
+    app = Celery("checked", set_as_current=False)
+    app.conf.update({**GOOD, **(conf or {})})
+    options = {"intent": ("customer_id",), **options}
+    app.task(name="shop.send", shared=False, base=IdempotentTask, **options)(body or send)
+    return without_others(app)
+
+
+def without_others(app: Celery) -> Celery:
+    """Plugins of this test run share tasks with every application; they are none of ours."""
+    app.finalize()
+    for name in list(app.tasks):
+        if not name.startswith(("shop.", "celery.")):
+            app.tasks.pop(name)
+    return app
+
+
+def with_timestamp(customer_id: str, requested_at: str) -> None: ...
+def with_instant(customer_id: str, when: datetime) -> None: ...
+def with_text(customer_id: str, note: str) -> None: ...
+
+
+def codes(app: Celery, **options: Any) -> dict[str, str]:
+    """Codes of what was found, without asking any store, and what to change."""
+    found = doctor.examine(doctor.gather(app, ask=False, **options), doctor.CHEAP)
+    return {finding.code: finding.change for finding in found}
+
+
+def test_a_good_set_up_has_no_finding() -> None:
+    assert codes(an_app()) == {}
+
+
+BEAT = {"tick": {"task": "shop.send", "schedule": 60.0, "args": ("a",)}}
+WRONG: dict[str, tuple[Callable[[], Celery], str]] = {
+    "retention": (lambda: an_app(result_ttl=1800), "idem_result_ttl"),
+    "retention-result": (lambda: an_app(result_ttl=7200), "idem_result_ttl"),
+    "eta": (
+        lambda: an_app(conf={"beat_schedule": {"t": {"task": "x", "options": {"countdown": 9000}}}}),
+        '"visibility_timeout": 18000',
+    ),
+    "short-lease": (lambda: an_app(lease=0.5), "idem_lease = 30"),
+    "long-lease": (lambda: an_app(conf={"idem_lease": 7200.0}), "idem_lease = 30"),
+    "lease-visibility": (
+        lambda: an_app(conf={"broker_transport_options": {"visibility_timeout": 20}}),
+        "idem_lease below 20",
+    ),
+    "limits-ignored": (lambda: an_app(time_limit=60, conf={"worker_pool": "threads"}), "--pool prefork"),
+    "acks-early": (lambda: an_app(conf={"task_acks_late": False}), "task_acks_late = True"),
+    "worker-lost": (
+        lambda: an_app(conf={"task_reject_on_worker_lost": False}),
+        "task_reject_on_worker_lost = True",
+    ),
+    "volatile-intent": (
+        lambda: an_app(with_timestamp, intent=("customer_id", "requested_at")),
+        "'requested_at' out of intent=",
+    ),
+    "text-intent": (lambda: an_app(with_text, intent=("customer_id", "note")), "'note' out of intent="),
+    "all-arguments": (lambda: an_app(with_text, intent=ALL_ARGUMENTS), "intent=('customer_id',)"),
+    "memory-store": (lambda: an_app(conf={"idem_store": "memory://"}), "redis://"),
+    "fail-open": (lambda: an_app(on_store_error="run"), 'idem_on_store_error = "retry"'),
+    "pickle": (
+        lambda: an_app(conf={"result_accept_content": ["json", "pickle"]}),
+        'result_accept_content = ["json"]',
+    ),
+    "beat": (lambda: an_app(conf={"beat_schedule": BEAT}), "beat_scheduler"),
+    "reconcile-limit": (
+        lambda: an_app(soft_time_limit=5, reconcile=lambda task, **kwargs: None),
+        "idem_reconcile_timeout below 5",
+    ),
+}
+
+
+@pytest.mark.parametrize("code", WRONG)
+def test_each_fault_is_named_with_the_setting_to_change(code: str) -> None:
+    make, change = WRONG[code]
+    found = codes(make())
+    assert change in found[code]
+    # Nothing else is wrong with it, apart from what the same value makes wrong too.
+    assert set(found) <= {code, "retention-result", "hard-limit", "lease-visibility"}
+
+
+def test_an_annotation_says_what_the_name_does_not() -> None:
+    assert "volatile-intent" in codes(an_app(with_instant, intent=("customer_id", "when")))
+
+
+@pytest.mark.parametrize(
+    "name", ["order_id", "order_uuid", "customer_id", "due_date", "context", "subject_id"]
+)
+def test_stable_names_are_left_alone(name: str) -> None:
+    assert not doctor.VOLATILE.search(name)
+    assert not doctor.FREE_TEXT.search(name)
+
+
+def test_an_application_without_any_intent() -> None:
+    app = Celery("plain", set_as_current=False)
+    app.conf.update(GOOD)
+
+    @app.task(name="shop.plain", shared=False)
+    def plain() -> None: ...
+
+    found = codes(without_others(app))
+    assert "intent=" in found["no-intent"]
+    assert "intent=" in found["unguarded-acks-late"]
+
+
+def test_beat_with_our_scheduler_is_fine() -> None:
+    assert (
+        codes(an_app(conf={"beat_schedule": BEAT, "beat_scheduler": "celery_idem.adapters.beat:Scheduler"}))
+        == {}
+    )
+
+
+# --- real servers ------------------------------------------------------------------------
+
+
+def asked(server: RedisServer, **conf: Any) -> dict[str, doctor.Finding]:
+    app = an_app(conf={"idem_store": server.url, **conf})
+    return {finding.code: finding for finding in doctor.examine(doctor.gather(app))}
+
+
+@pytest.mark.redis
+def test_a_redis_that_forgets(start_redis: Callable[..., RedisServer]) -> None:
+    server = start_redis()
+    with redis_py.Redis.from_url(server.url) as client:
+        client.config_set("maxmemory", "100mb")
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        client.config_set("save", "")
+        found = asked(server)
+        assert found["eviction"].severity == found["persistence"].severity == "error"
+        assert "maxmemory-policy noeviction" in found["eviction"].change
+
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("appendonly", "yes")
+        assert asked(server) == {}
+        assert "replicas:0" in asked(server, idem_durability="replicas:1")["replicas"].change
+
+
+@pytest.mark.redis
+def test_a_replica_and_its_primary(start_redis: Callable[..., RedisServer]) -> None:
+    primary, replica = start_redis(appendonly=True), start_redis(appendonly=True)
+    with redis_py.Redis.from_url(replica.url) as client, redis_py.Redis.from_url(primary.url) as other:
+        client.replicaof("127.0.0.1", str(primary.port))
+        wait_for(lambda: int(other.info("replication")["connected_slaves"]) == 1, message="the replica")
+        assert 'idem_durability = "replicas:1"' in asked(primary)["replicas"].change
+        assert asked(replica)["read-only"].severity == "error"
+
+
+def test_a_store_that_is_away(idem: Idem) -> None:
+    app = an_app(conf={"idem_store": "redis://localhost:1/0"})
+    answer = command_line(app)("doctor", "--json")
+    assert answer.exit_code == 1
+    assert [row["code"] for row in json.loads(answer.output)] == ["store-down"]
+
+
+def test_skew_beyond_the_limit() -> None:
+    store = doctor.StoreFacts("redis://x", skew=doctor.SKEW_LIMIT + 1)
+    found = doctor.examine(doctor.Snapshot(stores=(store,)), doctor.ASKING)
+    assert [finding.code for finding in found] == ["clock-skew"]
+    assert not doctor.examine(doctor.Snapshot(stores=(replace(store, skew=0.2),)), doctor.ASKING)
+
+
+# --- the command, and a worker ---------------------------------------------------------------
+
+
+def test_exit_status_for_a_ci(idem: Idem) -> None:
+    warning = an_app(conf={"idem_store": "redis://localhost:1/0"}, lease=0.5)
+    run = command_line(warning)
+    assert run("doctor").exit_code == 1  # the store is away
+    assert "short-lease" in run("doctor").output
+    fine = command_line(an_app(conf={"idem_store": "memory://doctor"}, lease=0.5))
+    assert fine("doctor").exit_code == 1  # memory://
+
+
+@pytest.mark.redis
+def test_strict_fails_on_a_warning(start_redis: Callable[..., RedisServer]) -> None:
+    server = start_redis(appendonly=True)
+    run = command_line(an_app(conf={"idem_store": server.url}, lease=0.5))
+    assert run("doctor").exit_code == 0
+    assert run("doctor", "--strict").exit_code == 1
+
+
+@pytest.mark.redis
+def test_a_worker_says_so_when_it_starts(redis_url: str, start_worker: Callable[..., CeleryWorker]) -> None:
+    worker = start_worker("tests.operators.wrong", env={"IDEM_TEST_REDIS": redis_url})
+    assert "volatile-intent: wrong.send" in worker.log_text()
+    assert "acks-early: wrong.send" in worker.log_text()
