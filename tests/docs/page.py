@@ -27,11 +27,14 @@ import types
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from tests.docs.billing import Billing
 from tests.support.workers import CeleryWorker
+
+if TYPE_CHECKING:
+    from celery.contrib.testing.worker import TestWorkController
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,7 +85,8 @@ class Page:
         self.address = urlsplit(server).netloc
         self.folder = folder
         self.ending = contextlib.ExitStack()
-        self.workers: dict[int, object] = {}
+        self.workers: dict[int, TestWorkController] = {}  # in this process, by application
+        self.started: dict[str, CeleryWorker] = {}  # by a page's own command
         self.module = types.ModuleType("page")
         self.module.__dict__["billing"] = Billing()
         sys.modules["page"] = self.module
@@ -134,7 +138,9 @@ class Page:
             return
         if words[0] == "celery" and "worker" in words:
             app = words[words.index("-A") + 1]
-            worker = CeleryWorker(app, self.folder, concurrency=2, name=f"line{line}")
+            if app in self.started:  # "stop the worker, start it again"
+                self.started.pop(app).stop()
+            worker = self.started[app] = CeleryWorker(app, self.folder, concurrency=2, name=f"line{line}")
             self.ending.callback(worker.kill)
             return
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(self.folder)]), "NO_COLOR": "1"}
