@@ -1,7 +1,11 @@
 """The one seam where something that happened is told: to logs, signals and metrics.
 
 Nothing else in the package logs or counts. A listener must be quick, must not raise
-(what it raises is logged and dropped), and gets no argument values.
+(what it raises is logged and dropped), and gets no argument values. Listeners that come
+with the package: ``celery_idem.signals`` and ``celery_idem.telemetry``.
+
+A log record carries ``idem_event``, ``idem_key``, ``idem_task`` and ``idem_details``, for
+formatters that write JSON.
 """
 
 from __future__ import annotations
@@ -10,6 +14,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from celery_idem import keys
 
 logger = logging.getLogger("celery_idem")
 
@@ -33,6 +39,8 @@ LEVELS = {
     "died": logging.ERROR,
     "resolved": logging.WARNING,
     "forgotten": logging.WARNING,
+    "shadow": logging.INFO,
+    "varied": logging.INFO,
 }
 """Every kind of event, and how loudly it is logged. ``stale_settle`` is the alarm: an
 execution finished an effect after another one had taken the intent over."""
@@ -52,6 +60,11 @@ class Event:
     key: str
     details: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def task(self) -> str:
+        """Name of the task; "" where the key is not known."""
+        return keys.task_of(self.key) or ""
+
 
 _listeners: list[Callable[[Event], None]] = []
 
@@ -66,7 +79,13 @@ def emit(kind: str, key: str, **details: Any) -> None:
     """Tell that something happened."""
     level = LEVELS[kind]
     if logger.isEnabledFor(level):
-        logger.log(level, "%s %s %s", kind, key, details or "", extra={"idem_event": kind, "idem_key": key})
+        extra = {
+            "idem_event": kind,
+            "idem_key": key,
+            "idem_task": keys.task_of(key) or "",
+            "idem_details": details,
+        }
+        logger.log(level, "%s %s %s", kind, key, details or "", extra=extra)
     if _listeners:
         event = Event(kind, key, details)
         for listener in _listeners:
