@@ -7,7 +7,7 @@ sentence that says what to do next.
 ===========  ====================================================================
 status       meaning
 ===========  ====================================================================
-accepted     published just now by this call; nothing is known of it yet
+accepted     published by this call, and not done yet
 executed     done, by the delivery that this call published
 replayed     done, by another one; this call did nothing
 in_progress  somebody else's delivery holds it
@@ -139,6 +139,11 @@ class Receipt:
     def done(self) -> bool:
         """The action is done, now or earlier."""
         return self.status in ("executed", "replayed")
+
+    @property
+    def final(self) -> bool:
+        """The answer stays the same however often the call is repeated."""
+        return self.done or (self.status == "failed" and self.next == FINAL_FAILURE)
 
     def wait(self, timeout: float = 30.0) -> Receipt:
         """Wait until the answer is known.
@@ -301,6 +306,7 @@ def _told(entry: Entry, receipt: Receipt, source: _Source) -> Receipt | None:
     """What the record says by itself; None where a delivery has something to do first."""
     decision = entry.standing(source.fingerprint, source.policy)
     receipt = replace(receipt, task_id=receipt.task_id or entry.record.task_id, retry_after=None)
+    mine = source.published and entry.record.task_id == receipt.task_id
     if isinstance(decision, Mismatch):
         return _conflict(receipt, decision.differs)
     if isinstance(decision, Replay):
@@ -308,21 +314,19 @@ def _told(entry: Entry, receipt: Receipt, source: _Source) -> Receipt | None:
         elsewhere = protocol.replacement(decision.outcome)
         if elsewhere:
             return _replaced(receipt, elsewhere, source)
-        mine = source.published and entry.record.task_id == receipt.task_id
         return _outcome(receipt, decision.outcome, mine, source.ledger)
     if isinstance(decision, InDoubt):
         return replace(receipt, status="in_doubt", reason=decision.reason, next=MAY_HAVE_HAPPENED)
     if isinstance(decision, Busy):
         again = min(ASK_AGAIN, decision.retry_after / MICROSECONDS)
-        return replace(receipt, status="in_progress", retry_after=round(again, 3), next=RUNNING)
+        status: Status = "accepted" if mine else "in_progress"
+        return replace(receipt, status=status, retry_after=round(again, 3), next=RUNNING)
     return None
 
 
 def _outcome(receipt: Receipt, outcome: Outcome, mine: bool, ledger: Ledger) -> Receipt:
     if not outcome.succeeded:
-        payload = outcome.payload
-        why = outcome.missing if payload is None else _words(ledger.codec.decode_error(payload, receipt.key))
-        return replace(receipt, status="failed", reason=why, next=FINAL_FAILURE)
+        return replace(receipt, status="failed", reason=_why(outcome, receipt, ledger), next=FINAL_FAILURE)
     receipt = replace(receipt, status="executed" if mine else "replayed", next=DONE if mine else DONE_EARLIER)
     if outcome.payload is None:
         return replace(receipt, reason=outcome.missing, next=receipt.next + NO_RESULT)
@@ -330,6 +334,15 @@ def _outcome(receipt: Receipt, outcome: Outcome, mine: bool, ledger: Ledger) -> 
         return replace(receipt, result=ledger.codec.decode(outcome.payload, receipt.key))
     except StoreError as error:  # written with a serializer that is not accepted here: done all the same
         return replace(receipt, reason=str(error), next=receipt.next + NO_RESULT)
+
+
+def _why(outcome: Outcome, receipt: Receipt, ledger: Ledger) -> str:
+    if outcome.payload is None:
+        return outcome.missing
+    try:
+        return _words(ledger.codec.decode_error(outcome.payload, receipt.key))
+    except StoreError as error:
+        return str(error)
 
 
 def _replaced(receipt: Receipt, task_id: str, source: _Source) -> Receipt:

@@ -1,0 +1,429 @@
+"""HTTP: chosen tasks behind ``POST /tasks/{name}``, with ``Idempotency-Key`` as the IETF draft has it.
+
+::
+
+    from celery_idem.adapters.http import door
+
+    api.mount("/actions", door(celery_app, ["shop.send_invoice"], token=os.environ["ACTIONS_TOKEN"]))
+
+An ASGI application (Starlette), by itself or mounted into another one. Without ``token``
+or ``authenticate`` it does not open. A caller that repeats a request gets:
+
+======  ==========================================================================
+status  meaning
+======  ==========================================================================
+200     done; a repetition gets the same body, and ``Idempotent-Replayed: true``
+202     published by this request, and still running: look at ``Location``
+400     the request is malformed, or lacks ``Idempotency-Key`` where one is required
+401     who are you?
+404     no such task here, or nothing known of that intent
+409     somebody else's request for it is running (``Retry-After``), or it is in doubt
+413     the body is too large
+415     the body is not JSON
+422     known already, with other arguments; the answer names them
+500     it was tried and failed; a repetition gets the same answer
+503     nothing was done; repeat it (``Retry-After``)
+======  ==========================================================================
+
+Everything but 200 and 202 is ``application/problem+json`` (RFC 9457) with the
+receipt's ``next``: one sentence that says what to do.
+"""
+
+from __future__ import annotations
+
+import hmac
+import inspect
+import json
+import math
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from celery_idem.adapters.tools import OCCURRENCE_MAX, BadArguments, Tool, answer, tool_of
+from celery_idem.errors import ConfigurationError, StoreError
+from celery_idem.keys import task_of
+from celery_idem.receipts import Receipt, look_up, plain
+
+try:
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
+except ImportError as error:
+    raise ConfigurationError(
+        "The HTTP door needs Starlette and pydantic: pip install 'celery_idem[http]'."
+    ) from error
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+MAX_BODY = 1 << 20
+"""Bytes of a request's body: as much as a result may have by default, and far more than arguments need."""
+
+WAIT = 10.0
+"""Seconds a request waits for the answer: most proxies give up after 30 or 60."""
+
+PROBLEM = "application/problem+json"
+
+Authenticate = Callable[[Request], "str | Awaitable[str | None] | None"]
+"""Who is calling: a scope ("" for none), or None to refuse."""
+
+_QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')
+_BARE = re.compile(r"[!#-~]+")
+_STATUS = {"conflict": 422, "in_doubt": 409, "in_progress": 409, "accepted": 202}
+_TITLES = {
+    "conflict": "Known already, with other arguments",
+    "in_doubt": "It may have happened",
+    "in_progress": "In progress",
+    "failed": "Failed",
+    "nothing_done": "Nothing was done",
+    "invalid": "The request cannot be understood",
+    "key_required": "Idempotency-Key is required",
+    "unauthorized": "Who are you?",
+    "not_found": "Not found",
+    "too_large": "The body is too large",
+    "not_json": "The body is not JSON",
+    "error": "The request failed",
+}
+
+
+def door(
+    app: Celery,
+    tasks: Iterable[str],
+    *,
+    token: str | Mapping[str, str] | None = None,
+    authenticate: Authenticate | None = None,
+    require_key: bool = False,
+    wait: float = WAIT,
+    max_body: int = MAX_BODY,
+) -> Starlette:
+    """The ASGI application.
+
+    Args:
+        app: the Celery application that the tasks belong to.
+        tasks: names of the tasks that may be called; no other one can be seen.
+        token: the bearer token; or a mapping from tokens to scopes, so that two
+            callers' intents never meet.
+        authenticate: instead: the host's own way, ``(request) -> scope``, ``""`` for no
+            scope, None to refuse. May be a coroutine function.
+        require_key: whether a request must bring an ``Idempotency-Key``. Without one
+            the task's own intent is the identity.
+        wait: seconds to wait for the answer. ``Prefer: wait=5`` of a request shortens it.
+        max_body: bytes.
+
+    Raises:
+        ConfigurationError: neither ``token`` nor ``authenticate``, or a task that cannot be offered.
+    """
+    if (token is None) == (authenticate is None) or token in ("", {}):
+        raise ConfigurationError(
+            "The HTTP door is closed until you say who may use it: give either token=… or authenticate=…."
+        )
+    check = authenticate if authenticate is not None else _bearer(token or "")
+    tools = {name: tool_of(app, name) for name in tasks}
+    rooms = _Rooms(app, tools, check, require_key, wait, max_body)
+    return Starlette(
+        routes=[
+            Route("/tasks/{name}", rooms.call, methods=["POST"]),
+            Route("/intents/{key}", rooms.look, methods=["GET"]),
+            Route("/openapi.json", rooms.document, methods=["GET"]),
+        ],
+        exception_handlers={
+            _Problem: lambda request, problem: problem.response(),
+            HTTPException: _http_problem,
+            Exception: _internal_problem,
+        },
+    )
+
+
+class _Problem(Exception):
+    """An answer that is no success, as RFC 9457 wants it."""
+
+    def __init__(
+        self,
+        status: int,
+        kind: str,
+        detail: str = "",
+        headers: Mapping[str, str] | None = None,
+        **more: Any,
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.headers = dict(headers or {})
+        body = {"type": f"urn:celery-idem:{kind}", "title": _TITLES[kind], "status": status, "detail": detail}
+        self.body = {**body, **more}
+
+    def response(self) -> Response:
+        return JSONResponse(self.body, self.status, self.headers, media_type=PROBLEM)
+
+
+async def _http_problem(request: Request, error: Exception) -> Response:
+    """Starlette's own 404 and 405."""
+    assert isinstance(error, HTTPException)
+    kind = "not_found" if error.status_code == 404 else "error"
+    return _Problem(error.status_code, kind, str(error.detail), error.headers).response()
+
+
+async def _internal_problem(request: Request, error: Exception) -> Response:
+    """Ours, and logged by the server. Calling again is safe whatever it was: the intent is guarded."""
+    return _Problem(500, "error", "Something went wrong here. It is safe to call again unchanged.").response()
+
+
+class _Rooms:
+    """The three endpoints."""
+
+    def __init__(
+        self,
+        app: Celery,
+        tools: Mapping[str, Tool],
+        authenticate: Authenticate,
+        require_key: bool,
+        wait: float,
+        max_body: int,
+    ) -> None:
+        self._app = app
+        self._tools = tools
+        self._authenticate = authenticate
+        self._require_key = require_key
+        self._wait = wait
+        self._max_body = max_body
+        self._openapi = _openapi(tools, require_key)
+
+    async def call(self, request: Request) -> Response:
+        """POST /tasks/{name}"""
+        scope = await self._scope(request)
+        tool = self._tools.get(request.path_params["name"])
+        if tool is None:
+            raise _Problem(404, "not_found", "There is no such task here.")
+        key = _text_header(request, "idempotency-key")
+        if key is None and self._require_key:
+            raise _Problem(
+                400, "key_required", "Send Idempotency-Key: a new one per action, the same one per retry."
+            )
+        occurrence = _text_header(request, "idem-occurrence")
+        body = await self._body(request)
+        try:
+            # Parsing is bounded by the body's limit, so it does not need a thread; the store does.
+            arguments = tool.parse(body)
+            receipt = await run_in_threadpool(tool.submit, arguments, scope, occurrence, key)
+        except BadArguments as error:
+            raise _Problem(
+                400, "invalid", "The arguments do not fit the task.", errors=list(error.problems)
+            ) from None
+        receipt = await answer(receipt, min(self._wait, _preferred_wait(request)))
+        return _response(receipt, request)
+
+    async def look(self, request: Request) -> Response:
+        """GET /intents/{key}"""
+        await self._scope(request)
+        key = request.path_params["key"]
+        receipt = None
+        if task_of(key) in self._tools:
+            try:
+                receipt = await run_in_threadpool(look_up, self._app, key)
+            except StoreError as error:
+                raise _Problem(503, "error", str(error), {"Retry-After": "1"}) from None
+        if receipt is None:
+            raise _Problem(404, "not_found", "Nothing is known of that intent.")
+        return JSONResponse(receipt.to_dict(), headers={"Cache-Control": "no-store"})
+
+    async def document(self, request: Request) -> Response:
+        """GET /openapi.json"""
+        await self._scope(request)
+        base = str(request.scope.get("root_path", "")) or "/"
+        return JSONResponse({**self._openapi, "servers": [{"url": base}]})
+
+    async def _scope(self, request: Request) -> str | None:
+        scope = self._authenticate(request)
+        if inspect.isawaitable(scope):
+            scope = await scope
+        if scope is None:
+            raise _Problem(
+                401, "unauthorized", "Send Authorization: Bearer …", {"WWW-Authenticate": "Bearer"}
+            )
+        return scope or None
+
+    async def _body(self, request: Request) -> bytes:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise _Problem(415, "not_json", "Send the arguments as application/json.")
+        parts = []
+        size = 0
+        try:
+            async for part in request.stream():
+                size += len(part)
+                if size > self._max_body:
+                    raise _Problem(
+                        413, "too_large", f"At most {self._max_body} bytes.", {"Connection": "close"}
+                    )
+                parts.append(part)
+        except ClientDisconnect:
+            raise _Problem(400, "invalid", "The request ended early.") from None
+        return b"".join(parts)
+
+
+def _bearer(token: str | Mapping[str, str]) -> Authenticate:
+    known = {token: ""} if isinstance(token, str) else dict(token)
+
+    def check(request: Request) -> str | None:
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        found = None
+        for secret, scope in known.items():  # all of them, so that time tells nothing
+            if hmac.compare_digest(secret.encode(), given.strip().encode("utf-8", "replace")):
+                found = scope
+        return found if kind.lower() == "bearer" else None
+
+    return check
+
+
+def _text_header(request: Request, name: str) -> str | None:
+    """A header that is text: quoted, as the draft has it, or bare, as most clients send it."""
+    values = request.headers.getlist(name)
+    if not values:
+        return None
+    value = values[0].strip()
+    quoted = _QUOTED.fullmatch(value)
+    if quoted:
+        value = re.sub(r"\\(.)", r"\1", quoted[1])
+    if len(values) > 1 or not value or len(value) > OCCURRENCE_MAX or not (quoted or _BARE.fullmatch(value)):
+        raise _Problem(
+            400, "invalid", f"{name} must be one text of 1 to {OCCURRENCE_MAX} printable characters."
+        )
+    return value
+
+
+def _preferred_wait(request: Request) -> float:
+    """Seconds in ``Prefer: wait=…`` (RFC 7240)."""
+    found = re.search(
+        r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})", request.headers.get("prefer", ""), re.IGNORECASE
+    )
+    return float(found[1]) if found else math.inf
+
+
+def _response(receipt: Receipt, request: Request) -> Response:
+    headers = {"Cache-Control": "no-store"}
+    if receipt.key:
+        headers["Location"] = f"{request.scope.get('root_path', '')}/intents/{receipt.key}"
+    if receipt.retry_after is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(receipt.retry_after)))
+    if receipt.done:
+        if receipt.status == "replayed":
+            headers["Idempotent-Replayed"] = "true"
+        # The same body for every caller: nothing in it says who was first.
+        return JSONResponse({"key": receipt.key, "result": plain(receipt.result)}, headers=headers)
+    if receipt.status == "accepted":
+        return JSONResponse(receipt.to_dict(), 202, headers)
+    status, kind = _STATUS.get(receipt.status, 500), str(receipt.status)
+    if receipt.status == "failed" and not receipt.final:
+        status, kind = 503, "nothing_done"
+        headers["Retry-After"] = "1"
+    told = {name: value for name, value in receipt.to_dict().items() if name not in ("status", "result")}
+    raise _Problem(status, kind, receipt.reason or receipt.next, headers, **told)
+
+
+# --- the document ----------------------------------------------------------------------
+
+
+def _openapi(tools: Mapping[str, Tool], require_key: bool) -> dict[str, Any]:
+    """OpenAPI 3.1 of exactly what is offered here."""
+    problem = {"description": "Says what to do next.", "content": {PROBLEM: {"schema": _ref("Problem")}}}
+    receipt = {"content": {"application/json": {"schema": _ref("Receipt")}}}
+    text = {"type": "string", "minLength": 1, "maxLength": OCCURRENCE_MAX, "pattern": "^[!#-~]+$"}
+    parameters = [
+        {"name": "Idempotency-Key", "in": "header", "required": require_key, "schema": text},
+        {
+            "name": "Idem-Occurrence",
+            "in": "header",
+            "schema": text,
+            "description": "Only for a meant repetition of the same action, such as second-reminder.",
+        },
+    ]
+    schemas = {"Receipt": _RECEIPT, "Problem": _PROBLEM}
+    paths: dict[str, Any] = {}
+    for name, tool in tools.items():
+        schema = tool.schema()
+        for inner, definition in schema.pop("$defs", {}).items():
+            schemas[f"{name}.{inner}"] = _moved(definition, name)
+        done = {
+            "type": "object",
+            "properties": {"key": {"type": "string"}, "result": {}},
+            "required": ["key", "result"],
+        }
+        paths[f"/tasks/{name}"] = {
+            "post": {
+                "operationId": name,
+                "description": tool.description,
+                "parameters": parameters,
+                "requestBody": {
+                    "required": True,
+                    "content": {"application/json": {"schema": _moved(schema, name)}},
+                },
+                "responses": {
+                    "200": {"description": "Done.", "content": {"application/json": {"schema": done}}},
+                    "202": {"description": "Published, and running.", **receipt},
+                    **dict.fromkeys(("400", "401", "409", "413", "415", "422", "500", "503"), problem),
+                },
+            }
+        }
+    paths["/intents/{key}"] = {
+        "get": {
+            "operationId": "intent",
+            "parameters": [{"name": "key", "in": "path", "required": True, "schema": {"type": "string"}}],
+            "responses": {
+                "200": {"description": "Where it stands.", **receipt},
+                **dict.fromkeys(("401", "404", "503"), problem),
+            },
+        }
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Actions that happen once", "version": "1"},
+        "security": [{"bearer": []}],
+        "paths": paths,
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _ref(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _moved(schema: Any, name: str) -> Any:
+    """The same schema where its definitions are components, under the task's name."""
+    text = json.dumps(schema).replace('"#/$defs/', f'"#/components/schemas/{name}.')
+    return json.loads(text)
+
+
+_RECEIPT = {
+    "type": "object",
+    "properties": {
+        "status": {
+            "enum": ["accepted", "executed", "replayed", "in_progress", "conflict", "in_doubt", "failed"]
+        },
+        "key": {"type": "string"},
+        "task_id": {"type": "string"},
+        "result": {},
+        "reason": {"type": "string"},
+        "differs": {"type": "array", "items": {"type": "string"}},
+        "retry_after": {"type": ["number", "null"]},
+        "next": {"type": "string"},
+    },
+    "required": ["status", "key", "task_id", "result", "reason", "differs", "retry_after", "next"],
+}
+
+_PROBLEM = {
+    "type": "object",
+    "properties": {
+        "type": {"type": "string"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+        "next": {"type": "string"},
+        "errors": {"type": "array", "items": {"type": "string"}},
+    },
+    "required": ["type", "title", "status", "detail"],
+}

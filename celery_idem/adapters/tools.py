@@ -1,0 +1,218 @@
+"""A task as a tool: a schema for its arguments, words for a model, and a call that answers with values.
+
+What the HTTP, MCP and agent doors have in common. Needs pydantic, which each of their extras brings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+from celery_idem import events
+from celery_idem.errors import ConfigurationError, IntentError
+from celery_idem.keys import Declaration
+from celery_idem.receipts import FIRST_LOOK, LONGEST_LOOK, LOOK_GROWTH, PENDING, Receipt, submit_task
+from celery_idem.task import IdempotentTask
+
+if TYPE_CHECKING:
+    from celery import Celery
+    from pydantic import BaseModel
+
+OCCURRENCE_MAX = 255
+"""Characters in an occurrence or a key that comes from outside: as Stripe's keys. Enough for any id."""
+
+NOT_SENT = "It could not be handed over. Safe to call again unchanged."
+
+ROLES = {
+    "intent": "Says which action this is. Repeat it unchanged when you repeat the call.",
+    "must_match": "Must be the same whenever the same action is repeated.",
+    "free": "Free: other words here do not make it another action.",
+}
+"""What a model is told of each parameter."""
+
+ADVICE = (
+    "Safe to call again: the same action takes effect once, and the answer says whether it was done now or "
+    "earlier. Do what `next` in the answer says."
+)
+
+
+class BadArguments(Exception):
+    """The arguments do not fit the task. Nothing was done.
+
+    Args:
+        problems: one line for each, with the parameter's name and never its value.
+    """
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(self.problems))
+
+
+@dataclass(frozen=True)
+class Tool:
+    """One task, ready to be offered. Make it with ``tool_of``."""
+
+    task: IdempotentTask
+    declaration: Declaration
+    model: type[BaseModel]
+
+    @property
+    def name(self) -> str:
+        return str(self.task.name)
+
+    @property
+    def description(self) -> str:
+        """The task's docstring, and what a model should know about repeating it."""
+        return "\n\n".join(filter(None, [inspect.getdoc(self.task.run), ADVICE]))
+
+    def schema(self) -> dict[str, Any]:
+        """JSON schema of the arguments, an object. Each parameter says what part it plays (``x-idem``)."""
+        schema = self.model.model_json_schema(mode="validation")
+        schema.pop("title", None)
+        schema.setdefault("properties", {})
+        for name, entry in schema["properties"].items():
+            entry.pop("title", None)
+            role = self.role(name)
+            if role:
+                entry["description"] = " ".join(filter(None, [entry.get("description"), ROLES[role]]))
+                entry["x-idem"] = role
+        return schema
+
+    def role(self, parameter: str) -> str:
+        """``intent``, ``must_match`` or ``free``; "" where a function computes the intent."""
+        if parameter in self.declaration.must_match:
+            return "must_match"
+        if self.declaration.compute is not None:
+            return ""
+        fields = self.declaration.fields
+        return "intent" if fields is None or parameter in fields else "free"
+
+    def parse(self, arguments: str | bytes) -> dict[str, Any]:
+        """JSON text as arguments of the task's own types.
+
+        Raises:
+            BadArguments: it is no JSON, or it does not fit. Text is never taken for a number.
+        """
+        from pydantic import ValidationError
+
+        try:
+            parsed = self.model.model_validate_json(arguments, strict=True)
+        except ValidationError as error:
+            raise BadArguments(
+                f"{'.'.join(map(str, problem['loc'])) or 'arguments'}: {problem['msg']}"
+                for problem in error.errors(include_input=False, include_context=False, include_url=False)
+            ) from None
+        return parsed.model_dump(by_alias=True, exclude_unset=True)
+
+    def submit(
+        self,
+        arguments: Mapping[str, Any],
+        scope: str | None = None,
+        occurrence: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> Receipt:
+        """``IdempotentTask.submit`` where a broker that does not answer is a value too.
+
+        Raises:
+            BadArguments: an argument is missing, or cannot be part of a key.
+        """
+        args, kwargs = self._split(arguments)
+        try:
+            return submit_task(self.task, args, kwargs, scope, occurrence, idempotency_key, {})
+        except (TypeError, IntentError) as error:
+            raise BadArguments([str(error)]) from None
+        except Exception as error:  # of any driver: there is no receipt, but there must be an answer
+            events.logger.exception("%s could not be published", self.name)
+            return Receipt("failed", "", reason=type(error).__name__, next=NOT_SENT)
+
+    def _split(self, arguments: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Positional-only parameters have no other way in."""
+        kwargs = dict(arguments)
+        args = []
+        for name, parameter in self.declaration.signature.parameters.items():
+            if parameter.kind is inspect.Parameter.POSITIONAL_ONLY and name in kwargs:
+                args.append(kwargs.pop(name))
+        return args, kwargs
+
+
+def tool_of(app: Celery, name: str) -> Tool:
+    """The task of this name as a tool.
+
+    Raises:
+        ConfigurationError: there is no such task, it declares no intent, or it cannot
+            be called with named arguments.
+    """
+    task = app.tasks.get(name)
+    if task is None:
+        raise ConfigurationError(f"There is no task {name!r}. Import its module before you offer it.")
+    declaration = getattr(task, "declaration", None)
+    if declaration is None:
+        raise ConfigurationError(
+            f"{name} declares no intent, so a caller that repeats it would do it twice. Add intent=(…) to the task."
+        )
+    tool = Tool(task, declaration, _model_of(task, declaration))
+    try:
+        tool.schema()
+    except Exception as error:
+        raise ConfigurationError(f"The parameters of {name} have no JSON schema: {error}") from error
+    return tool
+
+
+def _model_of(task: IdempotentTask, declaration: Declaration) -> type[BaseModel]:
+    try:
+        from pydantic import ConfigDict, Field, create_model
+    except ImportError:
+        raise ConfigurationError(
+            "Offering a task as a tool needs pydantic: pip install 'celery_idem[agents]'."
+        ) from None
+
+    hints = _hints(task)
+    fields: dict[str, Any] = {}
+    open_ended = False
+    for number, (name, parameter) in enumerate(declaration.signature.parameters.items()):
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            open_ended = True
+            continue
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            raise ConfigurationError(
+                f"{task.name} takes *{name}, which has no place among named arguments. Give it a list parameter."
+            )
+        default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+        # Under an alias, because pydantic keeps some names to itself and a task may use any.
+        fields[f"p{number}"] = (hints.get(name, Any), Field(default, alias=name))
+    config = ConfigDict(extra="allow" if open_ended else "forbid", arbitrary_types_allowed=True)
+    title = task.name.replace(".", "_")
+    return create_model(title, __config__=config, **fields)
+
+
+def _hints(task: IdempotentTask) -> dict[str, Any]:
+    run = inspect.getattr_static(type(task), "run")
+    function = inspect.unwrap(run.__func__ if isinstance(run, staticmethod) else run)
+    try:
+        return (
+            typing.get_type_hints(function, include_extras=True) if isinstance(function, FunctionType) else {}
+        )
+    except Exception as error:
+        raise ConfigurationError(
+            f"The annotations of {task.name} cannot be evaluated ({error}), so there is no schema for them."
+        ) from error
+
+
+async def answer(receipt: Receipt, timeout: float) -> Receipt:
+    """``Receipt.wait`` that blocks neither the event loop nor a thread while it waits."""
+    deadline = time.monotonic() + timeout
+    pause = FIRST_LOOK
+    while receipt.status in PENDING:
+        latest = await asyncio.to_thread(receipt.wait, 0)
+        left = deadline - time.monotonic()
+        if latest.status not in PENDING or left <= 0:
+            return latest
+        await asyncio.sleep(min(pause, left))
+        pause = min(pause * LOOK_GROWTH, LONGEST_LOOK)
+    return receipt
