@@ -35,6 +35,7 @@ LEVELS = {
     "store_error": logging.WARNING,
     "unguarded": logging.WARNING,
     "unsettled": logging.ERROR,
+    "late_error": logging.ERROR,
     "exited": logging.ERROR,
     "died": logging.ERROR,
     "resolved": logging.WARNING,

@@ -16,7 +16,7 @@ MICROSECONDS = 1_000_000
 NO_OWNER = bytes(12)
 """The owner of a record that nobody holds; a minted owner is never all zero."""
 
-OnCrash = Literal["in_doubt", "resume", "rerun"]
+OnCrash = Literal["in_doubt", "resume", "rerun", "transaction"]
 
 # Message headers. Everything that gives an intent its key travels, so that a worker can
 # derive the key itself; the key travels too, so that it is derived once.

@@ -39,7 +39,7 @@ from celery_idem.intent import (
     Unknown,
     Verdict,
 )
-from celery_idem.stores.base import Change, Reply, Store
+from celery_idem.stores.base import Change, Reply, Store, elsewhere
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -136,6 +136,8 @@ class Claim:
         self._lock = threading.Lock()
         self._trusted_until = before + protocol.trusted_for(request.policy.lease) / MICROSECONDS
         self._taken_over = False
+        # What a transaction of the author's is to commit: the outcome, and its value as the body gave it.
+        self._promised: tuple[Outcome, Any] | None = None
         self._steps_seen: set[str] = set()
         self._step_running = ""
         self._step_unrecorded = False
@@ -280,6 +282,43 @@ class Ledger:
             return protocol.settle(record, held, outcome)
 
         return self._patiently(claim, decide, patience)
+
+    def settle_within(self, claim: Claim, inside: Store, value: Any) -> None:
+        """Write the outcome in a transaction of the author's own (``Store.inside``), to be committed by the author.
+
+        Raises:
+            LeaseLost: somebody took over: the transaction must roll back.
+            ConfigurationError: the record is not in that database.
+        """
+        outcome = self.outcome_of(value)
+        held = claim._seen[1]
+        settle = _present(lambda record: protocol.settle(record, held, outcome))
+        there = Ledger(inside, self.namespace, self.codec)
+        reply, _ = self._last_seen(claim)
+        done, _ = there._compare_and_set(claim.key, reply, settle, claim._request.policy)
+        if isinstance(done, Done):
+            claim._promised = (outcome, value)
+        elif done.record is None:
+            raise elsewhere(self.store.url)
+        elif done.record.owner == held.owner:
+            raise IdempotencyError(
+                f"{claim.key} has its outcome already: an execution settles once. Use one settle_in.",
+                claim.key,
+            )
+        else:
+            claim._taken_over = True
+            raise lease_lost(claim)
+
+    def committed(self, claim: Claim, patience: float) -> Done | Refused:
+        """After ``settle_within``: what became of it. See ``protocol.committed``.
+
+        Raises:
+            StoreError: the store did not answer for ``patience`` seconds.
+        """
+        owner = claim._request.owner
+        return self._patiently(
+            claim, lambda record, stamp, now: protocol.committed(record, owner), patience, fresh=True
+        )
 
     def release(self, claim: Claim, patience: float) -> Done | Refused:
         """Nothing happened: anybody may claim the intent again."""
@@ -681,14 +720,22 @@ class Ledger:
         claim: Claim,
         decide: Callable[[Record | None, int, int], tuple[Done | Refused, Record | None]],
         patience: float,
+        fresh: bool = False,
     ) -> Done | Refused:
-        """The same, trying again while the store does not answer."""
+        """The same, trying again while the store does not answer.
+
+        Args:
+            fresh: begin by reading: what this claim wrote last is not what stands there.
+        """
         deadline = time.monotonic() + patience
         tries = 0
         while True:
             before = time.monotonic()
             try:
-                reply, seen = self._last_seen(claim)
+                if fresh:
+                    reply, seen = self.store.read(self._prefix + claim.key), None
+                else:
+                    reply, seen = self._last_seen(claim)
                 decision, reply = self._compare_and_set(claim.key, reply, decide, claim._request.policy, seen)
             except StoreError as error:
                 pause = PAUSES[min(tries, len(PAUSES) - 1)]

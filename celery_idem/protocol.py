@@ -22,7 +22,7 @@ RUNNING      lease live                                       Busy              
 RUNNING      lapsed, can ask                                  Ask, IN_DOUBT          (3)
 RUNNING      lapsed, on_crash in_doubt                        InDoubt, IN_DOUBT      (3)
 RUNNING      lapsed, crashes reach max_attempts               InDoubt, IN_DOUBT      (8)
-RUNNING      lapsed, resume or rerun                          Acquired, RUNNING      (3)
+RUNNING      lapsed, resume, rerun or transaction             Acquired, RUNNING      (3)
 IN_DOUBT     owner carried by this message                    Acquired, RUNNING      (7)
 IN_DOUBT     own question (a lost reply)                      Ask                    (7)
 IN_DOUBT     somebody asks under a live lease                 Busy                   (3)
@@ -36,6 +36,7 @@ After the body, or between its steps, only the current owner is heard, however l
 transition    from                       to
 ============  =========================  ==============================================
 settle        RUNNING, IN_DOUBT, absent  SUCCEEDED or FAILED
+committed     SUCCEEDED                  nothing: an author's transaction settled it     (9)
 schedule      RUNNING, IN_DOUBT          SCHEDULED until the retry's ETA and a grace (5)
 release       RUNNING, IN_DOUBT          RELEASED (finished steps stay)              (5)
 doubt         RUNNING, IN_DOUBT          IN_DOUBT                                    (5)
@@ -109,6 +110,14 @@ ENDINGS: dict[Raised, State] = {
     Raised.ERROR: State.FAILED,
 }
 """Rule 5: where an exception that leaves the body takes the intent."""
+
+
+def ending(kind: Raised, policy: Policy) -> State:
+    """Rule 5, and rule 9: a body whose effects are all in one transaction, which has not
+    settled the intent, has had none. An exit is left to ``exited``."""
+    state = ENDINGS[kind]
+    in_transaction = policy.on_crash == "transaction" and kind is not Raised.EXIT
+    return State.RELEASED if state is State.IN_DOUBT and in_transaction else state
 
 
 def replace(record: Record, **changes: Any) -> Record:
@@ -396,6 +405,20 @@ def settle(record: Record | None, held: Record, outcome: Outcome) -> tuple[Done 
     if record.owner == held.owner and record.outcome == outcome:
         return Done(record), None
     return Refused(record), None
+
+
+def committed(record: Record | None, owner: bytes) -> tuple[Done | Refused, Record | None]:
+    """After a transaction that was to settle (rule 9): did it?
+
+    ``Done`` with an outcome in its record: it committed. ``Done`` without, once the
+    rewritten record is in: it did not, and never will. The rewriting is what makes that
+    sure: it waits for a commit that is still under way.
+    """
+    if record is None or record.owner != owner:
+        return Refused(record), None
+    if _holds(record, owner):
+        return Done(record), record
+    return (Done(record) if record.outcome is not None else Refused(record)), None
 
 
 def schedule(record: Record, owner: bytes, delay: int) -> tuple[Done | Refused, Record | None]:

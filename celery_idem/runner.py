@@ -37,7 +37,7 @@ from celery_idem.intent import (
     Unknown,
 )
 from celery_idem.lease import RENEWER
-from celery_idem.ledger import Claim, Ledger, doubt_message
+from celery_idem.ledger import Claim, Ledger, doubt_message, lease_lost
 
 T = TypeVar("T")
 
@@ -48,6 +48,10 @@ kills it 0.1 s later, and a record left RUNNING says the same once its lease lap
 MAX_CARRIED = 16
 """Owners a message carries along after lost replies. Beyond it the oldest is dropped:
 should that claim have been applied after all, the intent ends in doubt, not twice."""
+
+
+SIGNALS = (Raised.RETRY, Raised.REPLACED, Raised.IGNORE, Raised.REJECT)
+"""What a body raises to tell Celery something, and not because something went wrong."""
 
 
 @dataclass(frozen=True)
@@ -286,8 +290,12 @@ class Runner:
                 RENEWER.watch(claim, self.ledger, job.options.policy.lease)
                 value = job.body(claim)
             except BaseException as error:
+                if self._committed(job, claim, error):
+                    return True, self._promised(job, claim)
                 self._ended_by(job, claim, error)
                 return False, None
+            if claim._promised is not None:
+                return self._transacted(job, claim)
             patience = job.options.patience
             return True, _whatever_comes(lambda p: self._settle_value(job, claim, value, p), patience)
         finally:
@@ -302,6 +310,55 @@ class Runner:
             return value
         self._settle(job, claim, Outcome(True, payload), patience)
         return codec.as_replayed(value, payload)
+
+    # --- in a transaction of the author's own (rule 9) ------------------------------------
+
+    def _transacted(self, job: Job, claim: Claim) -> tuple[bool, Any]:
+        """The body returned after ``settle_in``: the outcome is in, if its transaction committed."""
+        if not self._committed(job, claim, None):
+            error = StoreError(
+                f"settle_in wrote the outcome of {job.key}, but its transaction was rolled back, or is not "
+                "committed yet: commit it before the body returns. Nothing was recorded.",
+                job.key,
+            )
+            self._ended_by(job, claim, error)
+            return False, None
+        return True, self._promised(job, claim)
+
+    def _committed(self, job: Job, claim: Claim, error: BaseException | None) -> bool:
+        """Whether a transaction has settled the intent; raises where the error counts all the same.
+
+        What a body raises after its outcome is committed cannot change that outcome. It is
+        logged, and every caller gets the value; only Celery's own signals go on.
+        """
+        if claim._promised is None or (isinstance(error, LeaseLost) and error.key == job.key):
+            return False
+        exits = error is not None and job.kind_of(error) is Raised.EXIT
+        try:
+            done = self.ledger.committed(claim, EXIT_PATIENCE if exits else job.options.patience)
+        except StoreError as silence:
+            events.emit("unsettled", job.key, task_id=job.task_id, error=str(silence))
+            if error is not None:
+                raise error from None  # settled or not, the record knows: a redelivery replays or runs
+            return True  # its commit returned
+        if isinstance(done, Refused):
+            raise lease_lost(claim)
+        if done.record.outcome is None:
+            return False
+        events.emit("settled", job.key, task_id=job.task_id, succeeded=True)
+        if error is not None:
+            if exits or job.kind_of(error) in SIGNALS:
+                raise error
+            events.emit("late_error", job.key, task_id=job.task_id, error=type(error).__name__)
+            events.logger.error("%s failed after its outcome was committed", job.key, exc_info=error)
+        return True
+
+    def _promised(self, job: Job, claim: Claim) -> Any:
+        assert claim._promised is not None
+        outcome, value = claim._promised
+        if outcome.payload is None:
+            return value
+        return self.ledger.codec.as_replayed(value, outcome.payload)
 
     def _settle_error(self, job: Job, claim: Claim, error: BaseException, patience: float) -> None:
         self._settle(job, claim, Outcome(False, self.ledger.codec.encode_error(error)), patience)
@@ -343,7 +400,7 @@ class Runner:
         if isinstance(error, StoreError) and claim._step_unrecorded:
             self._step_is_unrecorded(job, claim, error)
         kind = job.kind_of(error)
-        ending = protocol.ENDINGS[kind]
+        ending = protocol.ending(kind, job.options.policy)
         if isinstance(error, OutcomeUnknown) and error.key == job.key:
             raise error  # a step in doubt has said so in the record already
         patience = EXIT_PATIENCE if kind is Raised.EXIT else job.options.patience

@@ -9,6 +9,8 @@ and chord.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from celery import Task
@@ -18,7 +20,7 @@ from celery.exceptions import Ignore
 
 from celery_idem import declaring, keys, receipts
 from celery_idem.delivery import Delivery, Guard, Replaced
-from celery_idem.errors import ConfigurationError, IdempotencyError
+from celery_idem.errors import ConfigurationError, IdempotencyError, StoreError
 from celery_idem.intent import CALLER_KEY, KEY, OCCURRENCE, SCOPE, Answer
 from celery_idem.ledger import Claim
 from celery_idem.receipts import Receipt
@@ -348,6 +350,47 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         return self.guard.step(
             self.claim, name, lambda: fn(*args, **kwargs), reconcile and _later(reconcile, args, kwargs)
         )
+
+    @contextmanager
+    def settle_in(self, connection: Any) -> Iterator[Settlement]:
+        """Commit the outcome in a transaction of your own, together with the rows you write: exactly once.
+
+        ::
+
+            with engine.begin() as connection, self.settle_in(connection) as outcome:
+                connection.execute(insert(invoices).values(…))
+                outcome.result = {"id": 7}
+
+        The outcome is written at the end of the block; it counts once you commit. What the
+        body returns afterwards is ignored: every caller gets ``outcome.result``. A task whose
+        effects are all in such a transaction says ``on_crash="transaction"``: a crash then
+        leaves no doubt.
+
+        Args:
+            connection: a SQLAlchemy session or connection, a psycopg connection, or Django's
+                ``connection``, to the database that ``idem_store`` names.
+
+        Raises:
+            LeaseLost: somebody took the intent over. The transaction must roll back, as it
+                does when this error leaves it.
+            ConfigurationError: another database, or no transaction.
+        """
+        ledger, claim = self.guard.ledger, self.claim
+        if not claim.guarded:
+            raise StoreError(
+                f"{claim.key} runs without a store (on_store_error='run'), so its outcome cannot be committed."
+            )
+        inside = ledger.store.inside(connection)
+        settlement = Settlement()
+        yield settlement
+        ledger.settle_within(claim, inside, settlement.result)
+
+
+@dataclass
+class Settlement:
+    """What a ``settle_in`` block gives: put the value that every caller will get into ``result``."""
+
+    result: Any = None
 
 
 def _later(call: Callable[..., Answer], args: Any, kwargs: Any) -> Callable[[], Answer]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+from celery_idem.errors import ConfigurationError
 from celery_idem.intent import Stored
 
 OWNER = 12
@@ -38,6 +39,14 @@ class Change(NamedTuple):
     old: Stored
     value: bytes
     ttl: int | None = None
+
+
+def elsewhere(url: str) -> ConfigurationError:
+    """The error of a connection on which the store's records cannot be seen."""
+    return ConfigurationError(
+        f"settle_in: the record of this intent is in {url}, and cannot be seen on your connection. Nothing was "
+        "written. Point idem_store at the database (and, in PostgreSQL, the schema) that your connection uses."
+    )
 
 
 class Store(ABC):
@@ -95,6 +104,17 @@ class Store(ABC):
     def replace_many(self, changes: Sequence[Change]) -> list[Reply]:
         """Several independent replacements, in one round trip where the store can."""
         return [self.replace(*change) for change in changes]
+
+    def inside(self, connection: Any) -> Store:
+        """The same records, read and written within the transaction of a connection of the author's own.
+
+        Raises:
+            ConfigurationError: they are not in the database of that connection.
+        """
+        raise ConfigurationError(
+            f"settle_in: the records are in {self.url}, which cannot take part in a transaction of your database. "
+            "Point idem_store at that database: postgresql://… or sqlite:///…"
+        )
 
     def close(self) -> None:
         """Drop connections. The store may be used again; it reconnects."""

@@ -291,6 +291,11 @@ class SqlStore(SqlPrimitives):
         self._making = threading.Lock()
         _forget_connections_after_fork(self)
 
+    def inside(self, connection: Any) -> Store:
+        from celery_idem.stores.sql_transaction import InsideTransaction
+
+        return InsideTransaction(self, connection)
+
     def close(self) -> None:
         self._engine.dispose()
 

@@ -1,0 +1,128 @@
+"""The SQL store's records, seen from inside a transaction of the author's own.
+
+Takes a SQLAlchemy session or connection, a psycopg connection, Django's
+``connections["default"]`` or a ``sqlite3`` connection, and runs the store's own statements
+on it. Drivers are recognised by what they can do and not imported: whoever hands in a
+connection has imported its driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from celery_idem.errors import ConfigurationError
+from celery_idem.stores.base import elsewhere
+from celery_idem.stores.sql import SqlPrimitives, no_table, statements
+
+
+class InsideTransaction(SqlPrimitives):
+    """The primitives on an author's connection: what they write is there once the author commits.
+
+    Args:
+        store: the store that keeps the records.
+        connection: where to run.
+
+    Raises:
+        ConfigurationError: not a connection that this knows, another kind of database, or
+            one that commits every statement by itself.
+    """
+
+    def __init__(self, store: SqlPrimitives, connection: Any) -> None:
+        self.url = store.url
+        self._at = _opened(connection)
+        self.dialect = self._at.dialect
+        if self.dialect != store.dialect:
+            raise ConfigurationError(
+                f"settle_in: this connection is to {self.dialect}, and the records are in {store.url}. The outcome can "
+                "only be committed with your rows when both are in one database."
+            )
+        self._sql = statements(self.dialect, self._at.paramstyle)
+
+    def _rows(self, statement: str, parameters: dict[str, Any]) -> Sequence[Any]:
+        if not _in_transaction(self._at.driver()):
+            raise ConfigurationError(
+                "settle_in: this connection has no transaction open and commits every statement by itself, so the "
+                "outcome would not be committed together with your rows. Use settle_in inside a transaction: "
+                "engine.begin(), connection.transaction(), transaction.atomic()."
+            )
+        try:
+            return self._at.run(statement, parameters)
+        except Exception as error:  # of whichever driver it is; the author's code knows it
+            if no_table(getattr(error, "orig", None) or error.__cause__ or error):
+                raise elsewhere(self.url) from error
+            raise
+
+
+class _At(NamedTuple):
+    """Where statements run: the kind of database, the style of parameters, how to run one, and
+    how to get at the driver's own connection."""
+
+    dialect: str
+    paramstyle: str
+    run: Callable[[str, dict[str, Any]], Sequence[Any]]
+    driver: Callable[[], Any]
+
+
+def _opened(given: Any) -> _At:
+    if hasattr(given, "flush") and callable(getattr(given, "connection", None)):
+        return _of_session(given)
+    if hasattr(given, "exec_driver_sql"):
+        return _of_sqlalchemy(given.dialect, lambda: given)
+    if hasattr(given, "vendor") and hasattr(given, "in_atomic_block"):  # Django's
+        return _At(given.vendor, "pyformat", _by_cursor(given.cursor), lambda: given.connection)
+    kinds = {kind.__module__.partition(".")[0] for kind in type(given).__mro__}
+    if "psycopg" in kinds and not hasattr(given, "__aenter__"):
+        from psycopg.rows import tuple_row
+
+        by_tuples = _by_cursor(lambda: given.cursor(row_factory=tuple_row))
+        return _At("postgresql", "pyformat", by_tuples, lambda: given)
+    if "psycopg2" in kinds:
+        return _At("postgresql", "pyformat", _by_cursor(given.cursor), lambda: given)
+    if "sqlite3" in kinds:
+        return _At("sqlite", "named", _by_cursor(given.cursor), lambda: given)
+    raise ConfigurationError(
+        f"settle_in: a {type(given).__name__} is no connection that it knows. Give it a SQLAlchemy session or "
+        "connection, a psycopg connection, or Django's django.db.connection."
+    )
+
+
+def _of_session(session: Any) -> _At:
+    def connection() -> Any:
+        # Its rows go first: an error in one is the author's, and no lock of ours is held while they do.
+        session.flush()
+        return session.connection()
+
+    return _of_sqlalchemy(connection().dialect, connection)
+
+
+def _of_sqlalchemy(dialect: Any, connection: Callable[[], Any]) -> _At:
+    return _At(
+        dialect.name,
+        "named" if dialect.name == "sqlite" else dialect.paramstyle,
+        lambda statement, parameters: connection().exec_driver_sql(statement, parameters).all(),
+        lambda: connection().connection.dbapi_connection,
+    )
+
+
+def _by_cursor(open_cursor: Callable[[], Any]) -> Callable[[str, dict[str, Any]], Sequence[Any]]:
+    def run(statement: str, parameters: dict[str, Any]) -> Sequence[Any]:
+        cursor = open_cursor()
+        try:
+            cursor.execute(statement, parameters)
+            rows: Sequence[Any] = cursor.fetchall()
+            return rows
+        finally:
+            cursor.close()
+
+    return run
+
+
+def _in_transaction(driver: Any) -> bool:
+    """Whether the next statement of a driver's connection belongs to a transaction that somebody commits."""
+    if hasattr(driver, "in_transaction"):  # sqlite3, which may also begin one before the next write
+        begins = getattr(driver, "autocommit", -1)  # from Python 3.12 on; -1: as isolation_level says
+        return (
+            driver.in_transaction or begins is False or (begins == -1 and driver.isolation_level is not None)
+        )
+    return not driver.autocommit or int(driver.info.transaction_status) != 0  # psycopg; 0: idle
