@@ -1,0 +1,83 @@
+"""The hand-written half of the reference says what the code says. (The other half is made from the docstrings.)"""
+
+from __future__ import annotations
+
+import ast
+import logging
+import re
+from dataclasses import fields
+
+import pytest
+
+import celery_idem
+from celery_idem import errors, events
+from celery_idem.declaring import OWN_OPTIONS
+from celery_idem.settings import Settings
+from celery_idem.stores import _OPENERS
+from tests.docs.page import ROOT
+
+REFERENCE = ROOT / "docs" / "reference"
+
+
+def rows(page: str) -> list[list[str]]:
+    """The cells of every row of every table on a page; `\\|` is no border."""
+    lines = (REFERENCE / page).read_text().splitlines()
+    return [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in lines
+        if line.startswith("| ")
+    ]
+
+
+SETTINGS = {row[0].strip("`"): row[1] for row in rows("settings.md") if row[0].startswith("`idem_")}
+
+
+def test_every_setting_is_there_and_no_other() -> None:
+    assert list(SETTINGS) == [f"idem_{field.name}" for field in fields(Settings)]
+
+
+@pytest.mark.parametrize("field", fields(Settings), ids=lambda field: field.name)
+def test_its_default_is_the_true_one(field) -> None:
+    said = SETTINGS[f"idem_{field.name}"]
+    literal = re.fullmatch(r"`([^`]+)`", said)
+    if literal:
+        assert ast.literal_eval(literal[1]) == field.default
+    else:  # in words: "the result backend, …", "as `idem_result_ttl`"
+        assert field.default in ("", None)
+
+
+def test_every_option_of_a_task_is_there() -> None:
+    words = {row[0].strip("`") for row in rows("settings.md")}
+    assert set(OWN_OPTIONS) <= words
+
+
+def test_every_kind_of_store_is_there() -> None:
+    text = (REFERENCE / "settings.md").read_text()
+    spellings = {"unix", "postgresql+psycopg"}  # of redis-py and of SQLAlchemy: accepted, not recommended
+    assert [scheme for scheme in _OPENERS if f"{scheme}://" not in text and scheme not in spellings] == []
+
+
+def test_no_store_is_there_that_cannot_be_opened() -> None:
+    said = {
+        cell.split("://")[0].strip("` ")
+        for row in rows("settings.md")
+        for cell in row[0].split(",")
+        if "://" in cell
+    }
+    assert said <= set(_OPENERS)
+
+
+def test_every_event_is_there_with_its_level() -> None:
+    said = {row[0].strip("`"): row[1] for row in rows("events.md") if row[0].startswith("`")}
+    assert said == {kind: logging.getLevelName(level) for kind, level in events.LEVELS.items()}
+
+
+def test_every_error_is_there() -> None:
+    text = (REFERENCE / "errors.md").read_text()
+    assert [name for name in errors.__all__ if name not in text] == []
+
+
+def test_every_public_name_has_a_place() -> None:
+    text = "".join(page.read_text() for page in REFERENCE.glob("*.md"))
+    documented = [name for name in celery_idem.__all__ if f"::: celery_idem.{name}\n" in text]
+    assert sorted({*documented, *errors.__all__}) == sorted(celery_idem.__all__)
