@@ -313,14 +313,15 @@ class Codec:
     def encode_error(self, error: BaseException) -> bytes:
         """The payload of an exception: its class and arguments, in JSON whatever the serializer."""
         cls = type(error)
-        form: dict[str, Any] = {"module": cls.__module__, "type": cls.__qualname__, "text": str(error)}
+        text = _text_of(error)
+        form: dict[str, Any] = {"module": cls.__module__, "type": cls.__qualname__, "text": text}
         try:
             data = kombu_json.dumps({**form, "args": error.args})
         except Exception:  # arguments that JSON does not take: their text is what can be kept
-            data = kombu_json.dumps({**form, "args": [str(error)]})
+            data = kombu_json.dumps({**form, "args": [text]})
         payload: bytes = b"j" + data.encode("utf-8", "surrogatepass")
         if len(payload) > self.max_bytes:
-            short = str(error)[:1000]
+            short = text[:1000]
             return b"j" + str(kombu_json.dumps({**form, "text": short, "args": [short]})).encode()
         return payload
 
@@ -348,3 +349,10 @@ class Codec:
             exc.args = tuple(args)
         assert isinstance(exc, BaseException)
         return exc
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # an author's __str__ that fails must not cost the record of how the body ended
+        return f"a {type(error).__name__} that cannot say what happened"
