@@ -267,11 +267,13 @@ def by_django(shop: Shop, task: Any, customer: str) -> None:
 
 def django_connection(url: str) -> Any:
     """Django's connection to the database, as ``django.db.connection`` would be."""
+    import django
     import django.conf
     import django.db
 
     if not django.conf.settings.configured:
-        django.conf.settings.configure(DATABASES={})
+        django.conf.settings.configure(DATABASES={}, LOGGING_CONFIG=None)
+        django.setup()
     parsed = sa.make_url(url)
     engine = "postgresql" if parsed.drivername == "postgresql" else "sqlite3"
     django.db.connections.databases[url] = django.db.connections.databases["default"] | {
