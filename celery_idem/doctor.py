@@ -23,6 +23,7 @@ from celery_idem.desk import Desk, duration
 from celery_idem.errors import IdempotencyError, StoreError
 from celery_idem.intent import MICROSECONDS
 from celery_idem.settings import Settings, of_app, store_url
+from celery_idem.telemetry import celery_events
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -704,6 +705,8 @@ class AtStart(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def __init__(self, parent: Any, **_: Any) -> None:
         super().__init__(parent)
+        if getattr(parent, "task_events", False):  # -E. Before the pool forks, so that its children send too.
+            celery_events.install(parent.app)
 
     def start(self, parent: Any) -> None:
         try:

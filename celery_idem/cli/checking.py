@@ -1,4 +1,4 @@
-"""Commands about the set-up: doctor, schema, copy."""
+"""Commands about the set-up: doctor, metrics, schema, copy."""
 
 from __future__ import annotations
 
@@ -40,6 +40,31 @@ def doctor(screen: Screen, desk: Desk, pool: str, strict: bool) -> None:
     fatal = ("error", "warning") if strict else ("error",)
     if any(finding.severity in fatal for finding in found):
         raise SystemExit(1)
+
+
+@command(idem, "metrics")
+@click.option("--port", type=int, default=9808, show_default=True)
+@click.option("--address", default="127.0.0.1", show_default=True)
+@click.option(
+    "--every", type=float, default=30.0, show_default=True, help="Seconds between looks at the store."
+)
+@click.option("--once", is_flag=True, help="Print what would be served, and end.")
+def metrics(screen: Screen, desk: Desk, port: int, address: str, every: float, once: bool) -> None:
+    """Serve metrics for Prometheus: counts of intents by state, and what the workers counted.
+
+    The workers' own counts are there when they and this command share PROMETHEUS_MULTIPROC_DIR.
+    """
+    from celery_idem.telemetry.prometheus import exporter_registry
+
+    registry = exporter_registry(desk.app, every)
+    import prometheus_client
+
+    if once:
+        click.echo(prometheus_client.generate_latest(registry).decode(), nl=False)
+        return
+    _, thread = prometheus_client.start_http_server(port, address, registry)
+    click.echo(f"http://{address}:{port}/metrics", err=True)
+    thread.join()
 
 
 @command(idem, "schema")

@@ -1,0 +1,1 @@
+"""Listeners for what ``celery_idem.events`` tells. Install the ones you want, where your application is made."""

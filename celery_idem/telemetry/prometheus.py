@@ -1,0 +1,138 @@
+"""Metrics for Prometheus. Labels are the task's name and the kind of event or state, never a key.
+
+Two sources. ``install`` counts events where they happen, in the workers; with a prefork pool set
+``PROMETHEUS_MULTIPROC_DIR``, so that children write what they count to files. ``Intents`` looks
+at the store when it is scraped: how many intents stand in which state, and for how long.
+``celery -A proj idem metrics`` serves both.
+
+==================================  =========  ===========  ==============================
+metric                              type       labels       meaning
+==================================  =========  ===========  ==============================
+``celery_idem_events_total``        counter    task, kind   what happened (``events.LEVELS``)
+``celery_idem_intents``             gauge      task, state  intents in that state now
+``celery_idem_oldest_seconds``      gauge      task, state  how long the oldest stands
+``celery_idem_store_up``            gauge                   1 when the store answered
+==================================  =========  ===========  ==============================
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from celery_idem import events
+from celery_idem.desk import Desk
+from celery_idem.errors import ConfigurationError, StoreError
+
+if TYPE_CHECKING:
+    from celery import Celery
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.metrics_core import GaugeMetricFamily
+
+    from celery_idem.ledger import Tally
+
+EVENTS = "celery_idem_events"  # Prometheus' client adds _total
+INTENTS = "celery_idem_intents"
+OLDEST = "celery_idem_oldest_seconds"
+STORE_UP = "celery_idem_store_up"
+
+EVERY = 30.0
+"""Seconds between looks at the store, however often it is scraped: a look reads every record."""
+
+
+def _client() -> Any:
+    try:
+        import prometheus_client
+    except ImportError:
+        raise ConfigurationError(
+            "Prometheus metrics need a package that is not installed: pip install 'celery_idem[prometheus]'."
+        ) from None
+    return prometheus_client
+
+
+def install(registry: CollectorRegistry | None = None) -> Callable[[], None]:
+    """Count events; returns a function that stops it. Call it before the worker forks, for
+    example in the module that makes the application.
+
+    Args:
+        registry: where the counter is registered; Prometheus' default one without it.
+    """
+    client = _client()
+    counter = client.Counter(
+        EVENTS, "What happened to intents.", ("task", "kind"), registry=registry or client.REGISTRY
+    )
+
+    def count(event: events.Event) -> None:
+        counter.labels(event.task, event.kind).inc()
+
+    stop = events.listen(count)
+
+    def uninstall() -> None:
+        stop()
+        (registry or client.REGISTRY).unregister(counter)
+
+    return uninstall
+
+
+class Intents:
+    """A collector that looks at the store. Register it in one process only.
+
+    Args:
+        every: seconds between looks.
+    """
+
+    def __init__(self, app: Celery, every: float = EVERY) -> None:
+        self._desk = Desk(app)
+        self._every = every
+        self._lock = threading.Lock()
+        self._looked_at = float("-inf")
+        self._tallies: dict[tuple[str, str], Tally] = {}
+        self._up = False
+        _client()
+
+    def describe(self) -> list[GaugeMetricFamily]:
+        """Nothing is looked at when the collector is registered."""
+        return []
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        from prometheus_client.metrics_core import GaugeMetricFamily
+
+        with self._lock:
+            if time.monotonic() - self._looked_at >= self._every:
+                self._look()
+            tallies, up = self._tallies, self._up
+        intents = GaugeMetricFamily(INTENTS, "Intents by task and state.", labels=("task", "state"))
+        oldest = GaugeMetricFamily(
+            OLDEST, "Seconds since the last change of the oldest intent.", labels=("task", "state")
+        )
+        for (task, state), tally in sorted(tallies.items()):
+            intents.add_metric((task, state), tally.intents)
+            oldest.add_metric((task, state), tally.oldest)
+        yield intents
+        yield oldest
+        yield GaugeMetricFamily(STORE_UP, "1 when the store answered at the last look.", value=float(up))
+
+    def _look(self) -> None:
+        try:
+            self._tallies = self._desk.stats()
+            self._up = True
+        except StoreError:
+            self._tallies = {}
+            self._up = False
+        self._looked_at = time.monotonic()
+
+
+def exporter_registry(app: Celery, every: float = EVERY) -> CollectorRegistry:
+    """Everything there is to scrape: what the workers counted, where they write it to
+    ``PROMETHEUS_MULTIPROC_DIR``, and the state of the store."""
+    client = _client()
+    registry: CollectorRegistry = client.CollectorRegistry()
+    if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        from prometheus_client.multiprocess import MultiProcessCollector
+
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call,unused-ignore]
+    registry.register(Intents(app, every))  # type: ignore[arg-type,unused-ignore]
+    return registry
