@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +14,9 @@ from celery import Celery
 from tests.callers import shop as shops
 from tests.conftest import running
 from tests.support.effects import Effects
-from tests.support.servers import RedisServer
-from tests.support.workers import CeleryWorker
+from tests.support.processes import Program
+from tests.support.servers import RedisServer, free_port
+from tests.support.workers import READY_WITHIN, ROOT, CeleryWorker
 
 
 @pytest.fixture(scope="package")
@@ -38,6 +41,20 @@ def worker(shop_env: dict[str, str], folder: Path) -> Iterator[CeleryWorker]:
     worker = CeleryWorker("tests.callers.shop:app", folder, concurrency=4, env=shop_env)
     yield worker
     worker.kill()
+
+
+@pytest.fixture(scope="package")
+def http_url(worker: CeleryWorker, shop_env: dict[str, str], folder: Path) -> Iterator[str]:
+    """A real server with the HTTP door."""
+    port = free_port()
+    words = [sys.executable, "-m", "uvicorn", "tests.callers.http_app:app", "--host", "127.0.0.1"]
+    env = {**os.environ, **shop_env}
+    server = Program([*words, "--port", str(port)], log=folder / "http.log", env=env, cwd=ROOT)
+    try:
+        server.wait_until_ready(lambda: "Uvicorn running" in server.log_text(), READY_WITHIN)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.kill()
 
 
 @pytest.fixture(scope="package")

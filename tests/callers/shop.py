@@ -15,6 +15,10 @@ URL = os.environ.get("CALLERS_URL", "memory://")
 FOLDER = Path(os.environ.get("CALLERS_FOLDER", "."))
 
 
+NO_BROKER = {"task_publish_retry": False, "broker_transport_options": {"max_retries": 1, "interval_start": 0}}
+"""Settings for an application whose broker is away: kombu would try for six seconds."""
+
+
 class Brief(Exception):
     """The service said no before anything happened."""
 

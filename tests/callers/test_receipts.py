@@ -216,7 +216,7 @@ def test_a_failed_publish_leaves_nothing_behind(
     redis: RedisServer, shop: Celery, worker: CeleryWorker, folder: Path, done: Effects, name: str
 ) -> None:
     away = f"redis://127.0.0.1:{free_port()}/0"
-    app = shops.make(away, folder, result_backend=redis.url, task_publish_retry=False)
+    app = shops.make(away, folder, result_backend=redis.url, **shops.NO_BROKER)
     with pytest.raises(OperationalError):
         app.tasks["shop.pay"].submit(name, "7", 1)
     assert celery_idem.Ledger.from_app(shop).get(shop.tasks["shop.pay"].intent_key(name, "7", 1)) is None
