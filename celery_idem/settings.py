@@ -185,7 +185,8 @@ def store_url(settings: Settings, conf: Mapping[str, Any]) -> str:
     """
     if settings.store:
         return settings.store
-    backend = conf.get("result_backend") or ""
+    # Celery's property, not the entry: CELERY_RESULT_BACKEND and `celery --result-backend` go before it.
+    backend = getattr(conf, "result_backend", "")
     if isinstance(backend, str) and urlsplit(backend).scheme in _RESULT_BACKENDS_WE_CAN_USE:
         return backend
     raise ConfigurationError(

@@ -1,0 +1,132 @@
+"""pytest-celery with this project's own image as the worker, on a Redis and on a RabbitMQ broker.
+
+Its fixtures that are overridden here would pull newest images, build a worker image of 1 GB, and leave volumes.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import docker
+import pytest
+import pytest_docker_tools.wrappers.container as tools
+from pytest_celery import (
+    CELERY_RABBITMQ_BROKER,
+    CELERY_REDIS_BACKEND,
+    CELERY_REDIS_BROKER,
+    RABBITMQ_CONTAINER_TIMEOUT,
+    REDIS_CONTAINER_TIMEOUT,
+    CeleryBackendCluster,
+    CeleryTestBackend,
+    CeleryTestBroker,
+    CeleryTestSetup,
+    CeleryWorkerContainer,
+    RabbitMQContainer,
+    RedisContainer,
+)
+from pytest_docker_tools import build, container, fxtr
+
+from tests.containers import shop
+from tests.containers.test_compose import ROOT
+from tests.support.servers import free_port
+
+
+# -- the engine -----------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def docker_client(docker_engine: str) -> docker.DockerClient:
+    """Skips, or fails under REQUIRE_DOCKER=1, where no engine answers."""
+    return docker.from_env()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def published_ports() -> Any:
+    """On a machine that is a container itself pytest-docker-tools would call containers by their own addresses and
+    ports, but pytest-celery asks it for a port alone and calls localhost: only published ports can work."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tools, "tests_inside_container", lambda: False)
+        yield
+
+
+# -- brokers and the result backend ---------------------------------------------------------------------
+# The images' VOLUME would leave an anonymous volume behind each time: memory takes its place. Ports of our
+# own choice, because those that the engine picks change when a container starts again.
+def _redis(image: str, ports: str, command: str) -> Any:
+    return container(
+        image=image,
+        ports=fxtr(ports),
+        command=fxtr(command),
+        network="{default_pytest_celery_network.name}",
+        tmpfs={"/data": ""},
+        wrapper_class=RedisContainer,
+        timeout=REDIS_CONTAINER_TIMEOUT,
+    )
+
+
+default_redis_broker = _redis("redis:7", "default_redis_broker_ports", "default_redis_broker_command")
+default_redis_backend = _redis("redis:7", "default_redis_backend_ports", "default_redis_backend_command")
+default_rabbitmq_broker = container(
+    image="rabbitmq:3",
+    ports=fxtr("default_rabbitmq_broker_ports"),
+    network="{default_pytest_celery_network.name}",
+    tmpfs={"/var/lib/rabbitmq": ""},
+    wrapper_class=RabbitMQContainer,
+    timeout=RABBITMQ_CONTAINER_TIMEOUT,
+)
+
+
+@pytest.fixture
+def default_redis_broker_ports() -> dict[str, tuple[str, int]]:
+    return {"6379/tcp": ("127.0.0.1", free_port())}
+
+
+@pytest.fixture
+def default_redis_backend_ports() -> dict[str, tuple[str, int]]:
+    return {"6379/tcp": ("127.0.0.1", free_port())}
+
+
+@pytest.fixture
+def default_rabbitmq_broker_ports() -> dict[str, tuple[str, int]]:
+    return {"5672/tcp": ("127.0.0.1", free_port())}
+
+
+# pytest-celery's own lists come out of a set: the order, and so the tests' names, would differ from run to run.
+@pytest.fixture(params=[CELERY_REDIS_BROKER, CELERY_RABBITMQ_BROKER])
+def celery_broker(request: pytest.FixtureRequest) -> CeleryTestBroker:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=[CELERY_REDIS_BACKEND])
+def celery_backend(request: pytest.FixtureRequest) -> CeleryTestBackend:
+    return request.getfixturevalue(request.param)
+
+
+# -- the worker -----------------------------------------------------------------------------------------
+# The image of the project's own Dockerfile: what users build is what is tested.
+celery_base_worker_image = build(path=str(ROOT), tag="celery-idem-test-worker")
+
+
+@pytest.fixture
+def default_worker_app_module() -> ModuleType:
+    return shop
+
+
+@pytest.fixture
+def default_worker_env(
+    celery_worker_cluster_config: dict[str, Any], celery_backend_cluster: CeleryBackendCluster
+) -> dict[str, str]:
+    destination = celery_backend_cluster[0].config(vhost=shop.DATABASE)["url"]
+    return CeleryWorkerContainer.initial_env(celery_worker_cluster_config, {"SHOP": destination})
+
+
+@pytest.fixture
+def default_worker_command() -> list[str]:
+    # Four at once: the tests hold three and leave one free.
+    return CeleryWorkerContainer.command("--concurrency", "4", "--without-gossip", "--without-mingle")
+
+
+@pytest.fixture
+def destination(celery_setup: CeleryTestSetup) -> shop.Shop:
+    """The worker's destination, from outside the containers."""
+    assert celery_setup.backend is not None
+    return shop.Shop(celery_setup.backend.config(vhost=shop.DATABASE)["host_url"])

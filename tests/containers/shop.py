@@ -1,0 +1,95 @@
+"""The application in the worker's container: pytest-celery copies this file into it as `app.py`.
+
+The destination of its charges, and the gate that holds a task half way, are keys in a database of the result
+backend's Redis that neither Celery nor the store uses.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import redis
+from celery import Celery
+
+from celery_idem import Happened, IdempotentTask, NotHappened
+
+DATABASE = 9
+
+# Seconds. Short, so that a dead worker's message and claim come free while a test waits.
+VISIBILITY = 3
+LEASE = 2.0
+
+# Seconds that a task waits at the gate: longer than any test, so that none gets by unseen.
+AT_THE_GATE = 120.0
+
+# Tests import this file too, and must not find it to be their current application. Broker and result backend,
+# which is the store as well, come from the container's environment.
+app = Celery("shop", set_as_current=False)
+app.conf.update(
+    task_acks_late=True,
+    task_reject_on_worker_lost=True,
+    worker_prefetch_multiplier=1,
+    broker_connection_retry_on_startup=True,
+    idem_lease=LEASE,
+)
+if os.environ.get("CELERY_BROKER_URL", "").startswith("redis"):
+    app.conf.broker_transport_options = {
+        "visibility_timeout": VISIBILITY,
+        "unacked_restore_interval": 1,
+        "unacked_restore_throttle": 1,
+    }
+
+
+class Shop:
+    """Where charges land."""
+
+    def __init__(self, url: str) -> None:
+        self.redis = redis.Redis.from_url(url, decode_responses=True)
+
+    def charge(self, invoice: str, hold: str) -> str:
+        """Charge an invoice; stop at the gate "before" or "after" that, where `hold` says so."""
+        self.redis.incr(f"bodies:{invoice}")
+        if hold == "before":
+            self.wait()
+        self.redis.incr(f"charges:{invoice}")
+        if hold == "after":
+            self.wait()
+        return f"receipt for {invoice}"
+
+    def charges(self, invoice: str) -> int:
+        return int(self.redis.get(f"charges:{invoice}") or 0)
+
+    def bodies(self, invoice: str) -> int:
+        """How often a body began."""
+        return int(self.redis.get(f"bodies:{invoice}") or 0)
+
+    def open_gate(self) -> None:
+        self.redis.set("gate", "open")
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + AT_THE_GATE
+        while not self.redis.exists("gate"):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"the gate stayed closed for {AT_THE_GATE:g} s")
+            time.sleep(0.05)
+
+
+def _shop() -> Shop:
+    return Shop(os.environ["SHOP"])
+
+
+def ask(task: Any, invoice: str, hold: str = "") -> Happened | NotHappened:
+    return Happened(f"receipt for {invoice}") if _shop().charges(invoice) else NotHappened()
+
+
+@app.task(base=IdempotentTask, name="shop.charge", intent=("invoice",), reconcile=ask)
+def charge(invoice: str, hold: str = "") -> str:
+    return _shop().charge(invoice, hold)
+
+
+@app.task(base=IdempotentTask, name="shop.charge_blindly", intent=("invoice",))
+def charge_blindly(invoice: str, hold: str = "") -> str:
+    """The same where nobody can be asked whether it happened."""
+    return _shop().charge(invoice, hold)
