@@ -173,9 +173,14 @@ class Replay(NamedTuple):
 
 
 class Busy(NamedTuple):
-    """Somebody holds it; it may change after ``retry_after`` microseconds."""
+    """Somebody holds it; it may change after ``retry_after`` microseconds.
+
+    Attributes:
+        holder: the owner that runs it, or asks; empty when it waits for its own retry.
+    """
 
     retry_after: int
+    holder: bytes = b""
 
 
 class Ask(NamedTuple):

@@ -593,6 +593,14 @@ class Ledger:
             if gone < batch:
                 return total
 
+    def lapse(self, key: str, holder: bytes) -> None:
+        """The process that minted this owner is known to be dead: end what it holds."""
+
+        def decide(record: Record | None, stamp: int, now: int) -> tuple[None, Record | None]:
+            return None, protocol.lapse(record, holder) if record is not None else None
+
+        self._compare_and_set(key, self.store.read(self._prefix + key), decide, None)
+
     def died(
         self, key: str, owner_prefix: bytes, task_id: str, policy: Policy, again: int
     ) -> tuple[Verdict | None, Record | None]:

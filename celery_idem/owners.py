@@ -38,5 +38,21 @@ def mint() -> bytes:
     return _mine[0] + os.urandom(5)
 
 
+def gone(owner: bytes) -> bool:
+    """True when the process that minted it was of this worker, and is no more.
+
+    A process of another worker, or one that cannot be asked about, is not known to be gone.
+    """
+    if owner[:4] != _NEST:
+        return False
+    try:
+        os.kill(int.from_bytes(owner[4:7], "big"), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 _new_prefix()
 os.register_at_fork(after_in_child=_new_prefix)

@@ -44,6 +44,7 @@ renew         RUNNING                    RUNNING, new lease
 begin_step    RUNNING                    RUNNING with an open step
 end_step      RUNNING, IN_DOUBT          same, the step and its result added
 exited        RUNNING                    IN_DOUBT; RUNNING, lease over, where a claim decides (5)
+lapse         RUNNING, IN_DOUBT          same, lease over: its process is dead            (3)
 died          RUNNING of a dead process  the same (says its parent)                      (3)
 conclude      IN_DOUBT, own question     SUCCEEDED, RUNNING or IN_DOUBT              (3)
 resolve       IN_DOUBT, lapsed RUNNING   SUCCEEDED or RELEASED (says a person)
@@ -214,7 +215,7 @@ def claim(record: Record, stamp: int, now: int, request: Request) -> tuple[Decis
         if record.owner in request.carried:
             return _take_up_again(record, now, request)
         if now < deadline:
-            return Busy(deadline - now), None
+            return Busy(deadline - now, record.owner), None
         return _crashed(record, stamp, now, request)
     if record.state is State.SCHEDULED:
         if record.task_id != request.task_id and now < deadline:
@@ -245,7 +246,7 @@ def _claim_in_doubt(record: Record, stamp: int, now: int, request: Request) -> t
         if record.asking == request.owner:
             return Ask(record), None
         if now < deadline:
-            return Busy(deadline - now), None
+            return Busy(deadline - now, record.asking), None
     if request.policy.asks:
         return _ask(_with_past(record, stamp), now, request)
     return InDoubt(record.reason), None
@@ -477,6 +478,17 @@ def _given_up(record: Record, policy: Policy, reason: str) -> tuple[InDoubt | Ag
         _, new = _doubt(counted, why)
         return InDoubt(why), new
     return Again(), replace(record, lease=0)  # the claim that decides counts the crash
+
+
+def lapse(record: Record, holder: bytes) -> Record | None:
+    """The process that minted this owner is known to be dead: its hold is over.
+
+    Returns:
+        The record to write; None when it holds nothing any more.
+    """
+    runs = record.state is State.RUNNING and record.owner == holder
+    asks = record.state is State.IN_DOUBT and record.asking == holder
+    return replace(record, lease=0) if (runs or asks) and record.lease else None
 
 
 def died(

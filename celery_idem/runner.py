@@ -158,6 +158,8 @@ class Runner:
                 if done:
                     return value
             elif isinstance(decision, Busy):
+                if self._lapsed(job, decision):
+                    continue
                 events.emit("waiting", job.key, task_id=job.task_id)
                 job.come_back(decision.retry_after / MICROSECONDS, carried, "in progress")
             elif isinstance(decision, Replay) and protocol.replacement(decision.outcome):
@@ -219,6 +221,20 @@ class Runner:
         if outcome.succeeded:
             return self.ledger.codec.decode(outcome.payload, key)
         raise self.ledger.codec.decode_error(outcome.payload, key)
+
+    def _lapsed(self, job: Job, busy: Busy) -> bool:
+        """The holder was a process of this very worker and is dead: no need to wait for its lease.
+
+        Its parent says so too, but Celery may have this message run again first.
+        """
+        if not owners.gone(busy.holder):
+            return False
+        try:
+            self.ledger.lapse(job.key, busy.holder)
+        except StoreError:
+            return False  # its lease will lapse
+        events.emit("lapsed", job.key, task_id=job.task_id)
+        return True
 
     def _store_is_down(self, job: Job, error: StoreError, carried: tuple[bytes, ...]) -> None:
         """Rule 7, before the body. Returns when the caller should go on."""

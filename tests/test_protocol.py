@@ -235,7 +235,7 @@ def test_a_busy_answer_says_how_long() -> None:
     met = Meeting(State.RUNNING, "same", "other", True, DEADLINE - 5, "rerun", False, 0, "nobody")
     assert met.record is not None
     decision, _ = protocol.claim(met.record, STAMP, met.now, met.request)
-    assert decision == Busy(5)
+    assert decision == Busy(5, met.record.owner)
 
 
 def test_the_fingerprint_comes_before_the_state_and_shows_names_only() -> None:
@@ -332,6 +332,7 @@ APPLY: dict[str, list[Callable[[Record], Result]]] = {
         lambda r: protocol.exited(r, OWN, a_request().policy, "why"),
         lambda r: protocol.exited(r, OWN, a_request(on_crash="rerun").policy, "why"),
     ],
+    "lapse": [lambda r: (None, protocol.lapse(r, OWN))],
     "died": [
         lambda r: protocol.died(r, STAMP, OWN[:7], "task", a_request().policy, 0),
         lambda r: protocol.died(r, STAMP, OWN[:7], "task", a_request(on_crash="rerun").policy, 0),
@@ -369,7 +370,7 @@ def test_a_transition_goes_where_its_row_says_and_from_nowhere_else(name: str) -
     expected = states_in(to)
     reached = set()
     for state in State:
-        asking = OWN if name == "conclude" and state is State.IN_DOUBT else b""
+        asking = OWN if name in ("conclude", "lapse") and state is State.IN_DOUBT else b""
         record = held(state, asking=asking)
         assert record is not None
         there = reached_by(name, record)
