@@ -45,6 +45,11 @@ GRACE = 0.1
 LAST_BREATH = 1.0
 """Seconds a killed process gets to be gone: it takes longer only while it hangs in the kernel."""
 
+REAP_EVERY = 0.25
+"""Seconds between looks for dead processes. Celery looks when a process closes its pipes, but then
+the kernel may not have finished with it, and Celery's next look is 5 s later. One look costs a
+system call for each process."""
+
 _DEATHS = (WorkerLostError, TimeLimitExceeded, Terminated, SystemExit, KeyboardInterrupt)
 
 
@@ -138,7 +143,10 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             KEY: key,
             DEATHS: again,
         }
-        signature.apply_async(retry=False)
+        # On a connection of its own: those in the application's pool are shared with the children
+        # forked since, and a child that drops its copy shuts the socket down for everybody.
+        with self.task.app.connection_for_write() as connection:
+            signature.apply_async(connection=connection, retry=False)
 
     def _tell(self, error: OutcomeUnknown) -> None:
         """The failure that Celery would have reported, with what is known here in place of its error."""
@@ -163,6 +171,15 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             einfo=info,
         )
         self.send_event("task-failed", exception=saferepr(error), traceback=info.traceback)
+
+
+def _look_often(sender: Any = None, **_: Any) -> None:
+    """Where the worker runs an event loop (not so with transports that block, such as SQS)."""
+    if getattr(sender, "hub", None) is not None:
+        sender.hub.call_repeatedly(REAP_EVERY, sender.pool.maintain_pool)
+
+
+signals.worker_ready.connect(_look_often)
 
 
 def _unwrapped(exc_info: Any) -> BaseException:
