@@ -22,6 +22,7 @@ from celery.states import PROPAGATE_STATES
 from celery.utils.imports import symbol_by_name
 
 from celery_idem import declaring, keys
+from celery_idem.digests import LABELS, Digester
 from celery_idem.errors import (
     ConfigurationError,
     InProgress,
@@ -34,6 +35,7 @@ from celery_idem.intent import CALLER_KEY, KEY, OCCURRENCE, SCOPE, Answer, Finge
 from celery_idem.ledger import Claim, Ledger
 from celery_idem.runner import Job, Options, Runner
 from celery_idem.settings import Settings, ledger_of
+from celery_idem.shadow import ShadowRunner
 
 if TYPE_CHECKING:
     from celery_idem.task import IdempotentTask
@@ -74,6 +76,7 @@ class Guard:
     options: Options
     ambiguous: tuple[type[BaseException], ...]
     ask: Callable[..., Answer] | None
+    digester: Digester | None
 
     @classmethod
     def of(cls, task: IdempotentTask) -> Guard:
@@ -85,7 +88,7 @@ class Guard:
             declaration=declaration,
             settings=settings,
             ledger=ledger,
-            runner=Runner(ledger),
+            runner=ShadowRunner(ledger) if settings.shadow else Runner(ledger),
             options=Options(
                 policy=settings.policy(asks=ask is not None),
                 on_store_error=settings.on_store_error,
@@ -95,6 +98,7 @@ class Guard:
             ),
             ambiguous=(*task.ambiguous_errors, OutcomeUnknown, InProgress, StoreError, LeaseLost),
             ask=ask,
+            digester=Digester(declaration, ledger.namespace, settings.audit_key) if settings.audit else None,
         )
 
     def identify(self, request: Context, args: Any, kwargs: Any) -> tuple[str, Fingerprint]:
@@ -136,6 +140,9 @@ def _ask_of(task: IdempotentTask) -> Callable[..., Answer] | None:
     return lambda *args, **kwargs: given(task, *args, **kwargs)
 
 
+_LABELS = tuple(zip(LABELS, (SCOPE, OCCURRENCE, CALLER_KEY), strict=True))
+
+
 class Replaced(Ignore):  # type: ignore[misc]
     """The body handed its action over to a task that has no guard of its own."""
 
@@ -166,6 +173,9 @@ class Delivery(Job):
             options=guard.options,
             carried=_unhex(headers.get(CARRIED)),
         )
+        if guard.digester is not None:
+            labels = {name: headers[header] for name, header in _LABELS if header in headers}
+            self.digests = guard.digester.of(args, kwargs, labels)
         self.in_place = request.is_eager or request.called_directly
         self.began = 0.0
 

@@ -48,6 +48,9 @@ ROUNDS = 50
 """How often an operation starts over because somebody else wrote in between. Each round
 somebody made progress; fifty in a row means something writes in a loop."""
 
+SHADOW = "~shadow"
+"""What the namespace of shadow records has behind it; a namespace itself ends before the colon."""
+
 DAY = 86_400.0
 """Seconds; what ``result_ttl`` is where nobody said otherwise."""
 
@@ -230,6 +233,12 @@ class Ledger:
         from celery_idem.settings import ledger_of
 
         return ledger_of(app)
+
+    def shadow(self) -> Ledger:
+        """The same place, with records of its own that no claim here ever sees."""
+        twin = Ledger(self.store, self.namespace, self.codec, self.result_ttl)
+        twin._prefix = f"{self.namespace}{SHADOW}:"
+        return twin
 
     # --- for an execution -----------------------------------------------------------
 
@@ -583,6 +592,16 @@ class Ledger:
                 events.emit("forgotten", key)
                 return True
         raise StoreError(f"{key} changes all the time; nothing was removed. Try again.", key)
+
+    def note_shadow(self, key: str, would: str, evidence: str, request: Request) -> None:
+        """Note in a shadow record what a guard would have done to a call."""
+
+        def decide(record: Record | None, stamp: int, now: int) -> tuple[None, Record | None]:
+            if record is None:
+                return None, None
+            return None, protocol.shadowed(record, Note(now, request.task_id, would, evidence), request)
+
+        self._compare_and_set(key, self.store.read(self._prefix + key), decide, request.policy)
 
     def purge(self, batch: int = 1000) -> int:
         """Delete what has expired, in batches; how many. Redis expires by itself: 0."""

@@ -55,6 +55,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from celery_idem import digests
 from celery_idem.intent import (
     NO_OWNER,
     Acquired,
@@ -207,7 +208,7 @@ def claim(record: Record, stamp: int, now: int, request: Request) -> tuple[Decis
     if differs:
         return Mismatch(differs), None
     if record.outcome is not None:
-        return Replay(record.outcome), None
+        return Replay(record.outcome), _varied(record, request)
     deadline = stamp + record.lease
     if record.state is State.RUNNING:
         if record.owner == request.owner:
@@ -250,6 +251,21 @@ def _claim_in_doubt(record: Record, stamp: int, now: int, request: Request) -> t
     if request.policy.asks:
         return _ask(_with_past(record, stamp), now, request)
     return InDoubt(record.reason), None
+
+
+def _varied(record: Record, request: Request) -> Record | None:
+    """A replay whose free arguments differ leaves a mark, once per argument: the audit finds it.
+
+    The outcome stays what it is, and is kept a ``result_ttl`` longer.
+    """
+    marked = digests.marked(record.digests, request.digests)
+    return None if marked == record.digests else replace(record, digests=marked)
+
+
+def shadowed(record: Record, note: Note, request: Request) -> Record:
+    """A shadow record, with a note of what a guard would have done to this call."""
+    marked = digests.marked(record.digests, request.digests)
+    return _noted(replace(record, digests=marked), note)
 
 
 def _acquire(record: Record, now: int, request: Request) -> tuple[Decision, Record]:

@@ -54,6 +54,10 @@ class Settings:
             answer, a thousandth of a small Redis.
         durability: what a write waits for: "none", "replicas:N", "fsync".
         shadow: count what would have been collapsed, block nothing.
+        audit: keep digests of the arguments in the record, 6 bytes each, so that ``idem audit``
+            can say which of them vary. On: it costs microseconds (docs/adr/audit-digests.md).
+        audit_key: a secret that those digests are keyed with. Without one, parameters
+            declared ``secret`` have no digest.
         settle_patience: how long to keep trying to write an outcome. As long as the
             default lease: after that the record has lapsed anyway.
         reconcile_timeout: how long a destination may take to say what happened. 10 s:
@@ -72,6 +76,8 @@ class Settings:
     max_result_bytes: int = 1 << 20
     durability: str = "none"
     shadow: bool = False
+    audit: bool = True
+    audit_key: str = ""
     settle_patience: float = 30.0
     reconcile_timeout: float = 10.0
 
@@ -99,6 +105,7 @@ _ONE_OF: dict[str, tuple[Any, ...]] = {
     "on_crash": get_args(OnCrash),
     "on_store_error": get_args(OnStoreError),
     "shadow": (True, False),
+    "audit": (True, False),
 }
 _SECONDS = ("lease", "result_ttl", "failure_ttl", "settle_patience", "reconcile_timeout")
 _SHORTEST_LEASE = 0.1  # seconds: a round trip and a thread switch must fit into a sixth of it
@@ -144,7 +151,7 @@ def checked(base: Settings, given: Mapping[str, Any], prefix: str = "", where: s
         allowed = _allowed(name, value)
         if allowed:
             at = f"{where}: " if where else ""
-            shown = "this value" if name == "store" else repr(value)
+            shown = "this value" if name in ("store", "audit_key") else repr(value)
             raise ConfigurationError(f"{at}{prefix}{name} cannot be {shown}: {allowed}.")
     return replace(base, **given)
 
@@ -154,7 +161,7 @@ def _allowed(name: str, value: Any) -> str:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if name in _ONE_OF:
         options = _ONE_OF[name]
-        fits = value in options and (name != "shadow" or isinstance(value, bool))
+        fits = value in options and (True not in options or isinstance(value, bool))
         return "" if fits else f"use one of {', '.join(map(repr, options))}"
     if name in _SECONDS:
         if name == "failure_ttl" and value is None:
@@ -174,6 +181,8 @@ def _allowed(name: str, value: Any) -> str:
     if name == "namespace":
         fits = isinstance(value, str) and value != "" and ":" not in value
         return "" if fits else "use a short name without a colon"
+    if name == "audit_key":
+        return "" if isinstance(value, str) else "use text that nobody can guess"
     return "" if isinstance(value, str) else "use a URL such as redis://localhost:6379/1"
 
 
