@@ -100,7 +100,9 @@ class Page:
         elif block.language == "console":
             self.console(code, block.line)
         elif block.title:
-            (self.folder / block.title).write_text(code)
+            file = self.folder / block.title
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(code)
         else:
             self.python(code, block.line, self.path)
 
