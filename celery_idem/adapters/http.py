@@ -39,7 +39,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from celery_idem.adapters.tools import OCCURRENCE_MAX, BadArguments, Tool, answer, tool_of
+from celery_idem.adapters.tools import OCCURRENCE_MAX, RECEIPT, BadArguments, Tool, answer, tool_of
 from celery_idem.errors import ConfigurationError, StoreError
 from celery_idem.keys import task_of
 from celery_idem.receipts import Receipt, look_up, plain
@@ -339,7 +339,7 @@ def _openapi(tools: Mapping[str, Tool], require_key: bool) -> dict[str, Any]:
             "description": "Only for a meant repetition of the same action, such as second-reminder.",
         },
     ]
-    schemas = {"Receipt": _RECEIPT, "Problem": _PROBLEM}
+    schemas = {"Receipt": RECEIPT, "Problem": _PROBLEM}
     paths: dict[str, Any] = {}
     for name, tool in tools.items():
         schema = tool.schema()
@@ -397,23 +397,6 @@ def _moved(schema: Any, name: str) -> Any:
     text = json.dumps(schema).replace('"#/$defs/', f'"#/components/schemas/{name}.')
     return json.loads(text)
 
-
-_RECEIPT = {
-    "type": "object",
-    "properties": {
-        "status": {
-            "enum": ["accepted", "executed", "replayed", "in_progress", "conflict", "in_doubt", "failed"]
-        },
-        "key": {"type": "string"},
-        "task_id": {"type": "string"},
-        "result": {},
-        "reason": {"type": "string"},
-        "differs": {"type": "array", "items": {"type": "string"}},
-        "retry_after": {"type": ["number", "null"]},
-        "next": {"type": "string"},
-    },
-    "required": ["status", "key", "task_id", "result", "reason", "differs", "retry_after", "next"],
-}
 
 _PROBLEM = {
     "type": "object",

@@ -36,10 +36,34 @@ ROLES = {
 }
 """What a model is told of each parameter."""
 
+OCCURRENCE_WORDS = (
+    "Leave it out, also when you repeat a call. Only for one more action that is meant to be like an earlier "
+    "one: a name for it, such as second-reminder."
+)
+
 ADVICE = (
     "Safe to call again: the same action takes effect once, and the answer says whether it was done now or "
     "earlier. Do what `next` in the answer says."
 )
+
+
+RECEIPT: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "status": {
+            "enum": ["accepted", "executed", "replayed", "in_progress", "conflict", "in_doubt", "failed"]
+        },
+        "key": {"type": "string"},
+        "task_id": {"type": "string"},
+        "result": {},
+        "reason": {"type": "string"},
+        "differs": {"type": "array", "items": {"type": "string"}},
+        "retry_after": {"type": ["number", "null"]},
+        "next": {"type": "string"},
+    },
+    "required": ["status", "key", "task_id", "result", "reason", "differs", "retry_after", "next"],
+}
+"""JSON schema of ``Receipt.to_dict()``."""
 
 
 class BadArguments(Exception):
@@ -61,6 +85,7 @@ class Tool:
     task: IdempotentTask
     declaration: Declaration
     model: type[BaseModel]
+    occurrences: bool
 
     @property
     def name(self) -> str:
@@ -71,6 +96,12 @@ class Tool:
         """The task's docstring, and what a model should know about repeating it."""
         return "\n\n".join(filter(None, [inspect.getdoc(self.task.run), ADVICE]))
 
+    @property
+    def idempotent(self) -> bool:
+        """False where the settings let a repetition through: in shadow, without memory, failing open."""
+        settings = self.task.guard.settings
+        return not settings.shadow and settings.result_ttl > 0 and settings.on_store_error != "run"
+
     def schema(self) -> dict[str, Any]:
         """JSON schema of the arguments, an object. Each parameter says what part it plays (``x-idem``)."""
         schema = self.model.model_json_schema(mode="validation")
@@ -78,6 +109,9 @@ class Tool:
         schema.setdefault("properties", {})
         for name, entry in schema["properties"].items():
             entry.pop("title", None)
+            if self.occurrences and name == "occurrence":
+                entry["description"] = OCCURRENCE_WORDS
+                continue
             role = self.role(name)
             if role:
                 entry["description"] = " ".join(filter(None, [entry.get("description"), ROLES[role]]))
@@ -119,10 +153,15 @@ class Tool:
     ) -> Receipt:
         """``IdempotentTask.submit`` where a broker that does not answer is a value too.
 
+        Args:
+            occurrence: the host's, where the caller gives none among the arguments.
+
         Raises:
             BadArguments: an argument is missing, or cannot be part of a key.
         """
         args, kwargs = self._split(arguments)
+        if self.occurrences:
+            occurrence = kwargs.pop("occurrence", None) or occurrence
         try:
             return submit_task(self.task, args, kwargs, scope, occurrence, idempotency_key, {})
         except (TypeError, IntentError) as error:
@@ -141,8 +180,12 @@ class Tool:
         return args, kwargs
 
 
-def tool_of(app: Celery, name: str) -> Tool:
+def tool_of(app: Celery, name: str, occurrences: bool = False) -> Tool:
     """The task of this name as a tool.
+
+    Args:
+        occurrences: offer ``occurrence`` as one more argument, for actions that are
+            meant to be repeated ("second reminder").
 
     Raises:
         ConfigurationError: there is no such task, it declares no intent, or it cannot
@@ -156,7 +199,9 @@ def tool_of(app: Celery, name: str) -> Tool:
         raise ConfigurationError(
             f"{name} declares no intent, so a caller that repeats it would do it twice. Add intent=(…) to the task."
         )
-    tool = Tool(task, declaration, _model_of(task, declaration))
+    if occurrences and "occurrence" in declaration.signature.parameters:
+        raise ConfigurationError(f"{name} has a parameter called 'occurrence' of its own. Rename it.")
+    tool = Tool(task, declaration, _model_of(task, declaration, occurrences), occurrences)
     try:
         tool.schema()
     except Exception as error:
@@ -164,7 +209,7 @@ def tool_of(app: Celery, name: str) -> Tool:
     return tool
 
 
-def _model_of(task: IdempotentTask, declaration: Declaration) -> type[BaseModel]:
+def _model_of(task: IdempotentTask, declaration: Declaration, occurrences: bool) -> type[BaseModel]:
     try:
         from pydantic import ConfigDict, Field, create_model
     except ImportError:
@@ -186,6 +231,9 @@ def _model_of(task: IdempotentTask, declaration: Declaration) -> type[BaseModel]
         default = ... if parameter.default is inspect.Parameter.empty else parameter.default
         # Under an alias, because pydantic keeps some names to itself and a task may use any.
         fields[f"p{number}"] = (hints.get(name, Any), Field(default, alias=name))
+    if occurrences:
+        limited = Field(None, alias="occurrence", min_length=1, max_length=OCCURRENCE_MAX)
+        fields["occurrence"] = (typing.Optional[str], limited)  # noqa: UP045  # a value, not an annotation
     config = ConfigDict(extra="allow" if open_ended else "forbid", arbitrary_types_allowed=True)
     title = task.name.replace(".", "_")
     return create_model(title, __config__=config, **fields)
