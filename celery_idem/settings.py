@@ -28,7 +28,7 @@ PREFIX = "idem_"
 OnDuplicate = Literal["wait", "raise"]
 OnStoreError = Literal["retry", "raise", "run"]
 
-_DURABILITY = re.compile(r"none|fsync|replicas:[1-9][0-9]?\Z")
+_DURABILITY = re.compile(r"none|fsync|replicas:[1-9][0-9]?")
 _RESULT_BACKENDS_WE_CAN_USE = ("redis", "rediss", "redis+socket", "sentinel")
 
 
@@ -108,6 +108,7 @@ _ONE_OF: dict[str, tuple[Any, ...]] = {
     "audit": (True, False),
 }
 _SECONDS = ("lease", "result_ttl", "failure_ttl", "settle_patience", "reconcile_timeout")
+_LONGEST = 3e9  # seconds, about a century: in microseconds it still fits what every store keeps
 _SHORTEST_LEASE = 0.1  # seconds: a round trip and a thread switch must fit into a sixth of it
 
 
@@ -117,11 +118,24 @@ def of_app(conf: Mapping[str, Any]) -> Settings:
     Raises:
         ConfigurationError: a name or a value is wrong.
     """
-    given = {}
-    for key in conf:
-        if isinstance(key, str) and key.startswith(PREFIX):
-            given[_known(key, prefix=PREFIX)] = conf[key]
+    given = {_known(key, prefix=PREFIX): conf[key] for key in _ours(conf)}
     return checked(Settings(), given, PREFIX)
+
+
+def _ours(conf: Mapping[str, Any]) -> set[str]:
+    """Keys that begin with our prefix. Django's namespace spells them CELERY_IDEM_…: a
+    configuration lists what is written, and looks it up by ``idem_…``."""
+    found = set()
+    for key in conf:
+        if not isinstance(key, str):
+            continue
+        if key.startswith(PREFIX):
+            found.add(key)
+        else:
+            before, prefix, name = key.lower().partition(PREFIX)
+            if prefix and before.endswith("_") and PREFIX + name in conf:
+                found.add(PREFIX + name)
+    return found
 
 
 def _known(key: str, prefix: str) -> str:
@@ -167,7 +181,8 @@ def _allowed(name: str, value: Any) -> str:
         if name == "failure_ttl" and value is None:
             return ""
         least = _SHORTEST_LEASE if name == "lease" else 0
-        return "" if number and value >= least else f"use a number of seconds, {least:g} or more"
+        fits = number and least <= value <= _LONGEST
+        return "" if fits else f"use a number of seconds from {least:g} to {_LONGEST:g}"
     if name in ("max_attempts", "max_result_bytes"):
         most = MAX_CRASHES if name == "max_attempts" else 512 << 20  # Redis' largest value
         return (
@@ -176,7 +191,7 @@ def _allowed(name: str, value: Any) -> str:
             else f"use a number from 1 to {most}"
         )
     if name == "durability":
-        fits = isinstance(value, str) and _DURABILITY.match(value) is not None
+        fits = isinstance(value, str) and _DURABILITY.fullmatch(value) is not None
         return "" if fits else 'use "none", "fsync" or "replicas:N"'
     if name == "namespace":
         fits = isinstance(value, str) and value != "" and ":" not in value

@@ -1,0 +1,250 @@
+"""``idem_*`` in app.conf and the same as task options: every way they get there, and every slip of the pen."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from celery_idem import ConfigurationError, IdempotentTask, Ledger, settings
+from celery_idem.intent import Policy
+from celery_idem.settings import NAMES, Settings, ledger_of, of_app, store_url
+
+
+def an_app(**conf: Any) -> Celery:
+    app = Celery("settings", set_as_current=False)
+    app.conf.update(conf)
+    return app
+
+
+def body(a: int) -> None: ...
+
+
+# --- where they come from ------------------------------------------------------------------
+
+
+def test_the_defaults() -> None:
+    assert of_app(an_app().conf) == Settings() == Settings(
+        store="",
+        namespace="idem",
+        lease=30.0,
+        result_ttl=86_400.0,
+        failure_ttl=None,
+        on_duplicate="wait",
+        on_crash="in_doubt",
+        on_store_error="retry",
+        max_attempts=3,
+        max_result_bytes=1024 * 1024,
+        durability="none",
+        shadow=False,
+    )  # fmt: skip
+
+
+def test_the_constructor_and_update() -> None:
+    assert of_app(Celery("a", set_as_current=False, idem_lease=7).conf).lease == 7
+    assert of_app(an_app(idem_lease=8).conf).lease == 8
+
+
+def test_attributes_of_the_configuration() -> None:
+    app = an_app()
+    app.conf.idem_lease = 9
+    assert of_app(app.conf).lease == 9
+
+
+def test_a_configuration_object() -> None:
+    app = Celery("a", set_as_current=False)
+    app.config_from_object(SimpleNamespace(idem_lease=10))
+    assert of_app(app.conf).lease == 10
+
+
+def test_djangos_namespace() -> None:
+    app = Celery("a", set_as_current=False)
+    app.config_from_object(
+        SimpleNamespace(CELERY_IDEM_LEASE=11, CELERY_IDEM_ON_CRASH="rerun"), namespace="CELERY"
+    )
+    found = of_app(app.conf)
+    assert (found.lease, found.on_crash) == (11, "rerun")
+
+
+def test_a_misspelt_one_in_djangos_namespace() -> None:
+    app = Celery("a", set_as_current=False)
+    app.config_from_object(SimpleNamespace(CELERY_IDEM_LAESE=11), namespace="CELERY")
+    with pytest.raises(ConfigurationError, match="lease"):
+        of_app(app.conf)
+
+
+# --- slips of the pen -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("idem_leese", "idem_lease"),
+        ("idem_on_crashed", "idem_on_crash"),
+        ("idem_results_ttl", "idem_result_ttl"),
+    ],
+)
+def test_a_misspelt_setting_is_an_error_that_offers_the_nearest(written: str, meant: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"Did you mean {meant}\\?"):
+        of_app(an_app(**{written: 1}).conf)
+
+
+def test_one_like_nothing_we_have_lists_them_all() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        of_app(an_app(idem_zzzzqqqq=1).conf)
+    for name in NAMES:
+        assert f"idem_{name}" in str(caught.value)
+
+
+def test_a_misspelt_setting_stops_a_task_from_being_declared() -> None:
+    app = an_app(idem_leese=1, idem_store="memory://")
+    with pytest.raises(ConfigurationError, match="idem_lease"):
+
+        @app.task(base=IdempotentTask, intent=("a",), lazy=False)
+        def pay(a: int) -> None: ...
+
+    assert "pay" not in str(list(app._tasks))
+
+
+def test_a_misspelt_option_of_a_task_is_an_error() -> None:
+    app = an_app(idem_store="memory://")
+    for slip, meant in [
+        ("must_mach", "must_match"),
+        ("on_crahs", "on_crash"),
+        ("idem_lease", "lease"),
+        ("intents", "intent"),
+    ]:
+        with pytest.raises(ConfigurationError, match=f"Did you mean {meant}="):
+            app.task(base=IdempotentTask, intent=("a",), lazy=False, name=f"slip.{slip}", **{slip: ("a",)})(
+                body
+            )
+        assert f"slip.{slip}" not in app._tasks
+
+
+# --- values -------------------------------------------------------------------------------------
+
+WRONG: dict[str, list[Any]] = {
+    "store": [5, None],
+    "namespace": ["", "a:b", 5, None],
+    "lease": [0, -1, 0.01, "30", None, True, math.nan],
+    "result_ttl": [-1, "day", None, math.nan, math.inf],
+    "failure_ttl": [-1, "day", math.inf],
+    "on_duplicate": ["waits", None, True],
+    "on_crash": ["retry", None],
+    "on_store_error": ["ignore", None],
+    "max_attempts": [0, -1, 1.5, 256, None, True],
+    "max_result_bytes": [0, -1, 1.5, None, 1 << 40],
+    "durability": ["", "replicas:0", "replicas:-1", "replicas", "disk", None, "fsync "],
+    "shadow": [1, 0, "yes", None],
+    "settle_patience": [-1, None, math.inf],
+    "reconcile_timeout": [-1, None, math.inf],
+}
+
+
+def test_every_setting_is_checked_here() -> None:
+    assert set(WRONG) == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values]
+)
+def test_a_wrong_value_is_an_error_that_says_what_is_allowed(name: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=f"idem_{name} cannot be .*: use "):
+        of_app(an_app(**{f"idem_{name}": value}).conf)
+
+
+def test_a_stores_password_is_not_shown() -> None:
+    app = an_app(idem_store="radis://:s3cret@host/1")
+    with pytest.raises(ConfigurationError) as caught:
+        ledger_of(app)
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["none", "fsync", "replicas:1", "replicas:2"])
+def test_right_values(value: str) -> None:
+    assert of_app(an_app(idem_durability=value).conf).durability == value
+    assert of_app(an_app(idem_failure_ttl=None, idem_result_ttl=0, idem_shadow=True, idem_lease=0.1).conf)
+
+
+def test_a_tasks_options_come_before_the_applications() -> None:
+    app = an_app(idem_store="memory://options", idem_lease=7, idem_on_crash="rerun")
+
+    @app.task(base=IdempotentTask, intent=("a",), lease=2, max_attempts=9, lazy=False)
+    def pay(a: int) -> None: ...
+
+    found = pay.guard.settings
+    assert (found.lease, found.max_attempts, found.on_crash) == (2, 9, "rerun")
+    assert pay.guard.options.policy.lease == 2_000_000
+
+
+def test_a_wrong_option_of_a_task_names_the_task() -> None:
+    app = an_app(idem_store="memory://")
+    with pytest.raises(ConfigurationError, match=r"shop\.pay: lease cannot be 'long'"):
+        app.task(base=IdempotentTask, intent=("a",), lease="long", lazy=False, name="shop.pay")(body)
+
+
+def test_annotations_are_options() -> None:
+    app = an_app(
+        idem_store="memory://annotated",
+        task_annotations={"shop.pay": {"intent": ("a",), "lease": 3, "must_match": ("b",)}},
+    )
+    app.Task = IdempotentTask
+
+    @app.task(name="shop.pay", lazy=False)
+    def pay(a: int, b: int) -> None: ...
+
+    assert pay.guard.settings.lease == 3
+    assert pay.declaration.fields == ("a",)
+    assert pay.declaration.must_match == ("b",)
+
+
+# --- what becomes of them --------------------------------------------------------------------------
+
+
+def test_the_policy_is_in_microseconds() -> None:
+    chosen = Settings(lease=1.5, result_ttl=2, failure_ttl=3, on_crash="resume", max_attempts=4)
+    assert chosen.policy(asks=True) == Policy(1_500_000, 2_000_000, 3_000_000, "resume", True, 4)
+    assert dataclasses.replace(chosen, failure_ttl=None).policy(asks=False).failure_ttl == 2_000_000
+
+
+def test_the_store_is_the_redis_result_backend_unless_it_is_set() -> None:
+    conf = an_app(result_backend="redis://host/3").conf
+    assert store_url(Settings(), conf) == "redis://host/3"
+    assert store_url(Settings(store="redis://other/1"), conf) == "redis://other/1"
+    conf = an_app(result_backend="sentinel://a;sentinel://b").conf
+    assert store_url(Settings(), conf) == "sentinel://a;sentinel://b"
+    for nothing in (None, "rpc://", "db+sqlite:///x"):
+        with pytest.raises(ConfigurationError, match="Set idem_store"):
+            store_url(Settings(), an_app(result_backend=nothing).conf)
+
+
+def test_one_store_per_place_and_process() -> None:
+    one, other = an_app(idem_store="memory://shared"), an_app(idem_store="memory://shared")
+    assert ledger_of(one).store is ledger_of(other).store
+    assert ledger_of(one).store is not ledger_of(an_app(idem_store="memory://elsewhere")).store
+
+
+def test_a_ledger_knows_the_applications_namespace_and_serializers() -> None:
+    app = an_app(
+        idem_store="memory://",
+        idem_namespace="shop",
+        idem_max_result_bytes=99,
+        result_serializer="pickle",
+        accept_content=["application/json", "application/x-python-serialize", "application/x-yaml"],
+    )
+    ledger = Ledger.from_app(app)
+    assert ledger.namespace == "shop"
+    assert ledger.codec.serializer == "pickle"
+    assert set(ledger.codec.accept) == {"json", "pickle", "yaml"}
+    assert ledger.codec.max_bytes == 99
+    app = an_app(idem_store="memory://", accept_content=["pickle"], result_accept_content=["json"])
+    assert set(Ledger.from_app(app).codec.accept) == {"json"}
+
+
+def test_names_are_the_fields() -> None:
+    assert tuple(field.name for field in dataclasses.fields(Settings)) == NAMES
+    assert settings.PREFIX == "idem_"
