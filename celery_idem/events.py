@@ -38,10 +38,10 @@ LEVELS = {
     "late_error": logging.ERROR,
     "exited": logging.ERROR,
     "died": logging.ERROR,
+    "lapsed": logging.WARNING,
     "resolved": logging.WARNING,
     "forgotten": logging.WARNING,
     "shadow": logging.INFO,
-    "varied": logging.INFO,
 }
 """Every kind of event, and how loudly it is logged. ``stale_settle`` is the alarm: an
 execution finished an effect after another one had taken the intent over."""
