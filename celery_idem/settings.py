@@ -127,8 +127,6 @@ def _ours(conf: Mapping[str, Any]) -> set[str]:
     configuration lists what is written, and looks it up by ``idem_…``."""
     found = set()
     for key in conf:
-        if not isinstance(key, str):
-            continue
         if key.startswith(PREFIX):
             found.add(key)
         else:

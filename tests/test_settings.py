@@ -140,6 +140,8 @@ WRONG: dict[str, list[Any]] = {
     "max_result_bytes": [0, -1, 1.5, None, 1 << 40],
     "durability": ["", "replicas:0", "replicas:-1", "replicas", "disk", None, "fsync "],
     "shadow": [1, 0, "yes", None],
+    "audit": [1, 0, "yes", None],
+    "audit_key": [5, None],
     "settle_patience": [-1, None, math.inf],
     "reconcile_timeout": [-1, None, math.inf],
 }

