@@ -271,7 +271,7 @@ class SqlStore(SqlPrimitives):
         self._sa = _sqlalchemy()
         try:
             parsed: URL = self._sa.make_url(url)
-        except self._sa.exc.ArgumentError:
+        except (self._sa.exc.ArgumentError, ValueError):
             raise ConfigurationError(
                 "idem_store: this is no database URL. Write postgresql://user@host/database or sqlite:///file.db."
             ) from None
