@@ -217,7 +217,7 @@ def _model_of(task: IdempotentTask, declaration: Declaration, occurrences: bool)
             "Offering a task as a tool needs pydantic: pip install 'celery_idem[agents]'."
         ) from None
 
-    hints = _hints(task)
+    hints = annotations_of(task)
     fields: dict[str, Any] = {}
     open_ended = False
     for number, (name, parameter) in enumerate(declaration.signature.parameters.items()):
@@ -239,12 +239,19 @@ def _model_of(task: IdempotentTask, declaration: Declaration, occurrences: bool)
     return create_model(title, __config__=config, **fields)
 
 
-def _hints(task: IdempotentTask) -> dict[str, Any]:
+def annotations_of(task: IdempotentTask) -> dict[str, Any]:
+    """The body's annotations, evaluated.
+
+    Raises:
+        ConfigurationError: one of them cannot be.
+    """
     run = inspect.getattr_static(type(task), "run")
     function = inspect.unwrap(run.__func__ if isinstance(run, staticmethod) else run)
     try:
         return (
-            typing.get_type_hints(function, include_extras=True) if isinstance(function, FunctionType) else {}
+            typing.get_typeannotations_of(function, include_extras=True)
+            if isinstance(function, FunctionType)
+            else {}
         )
     except Exception as error:
         raise ConfigurationError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import uuid
@@ -43,18 +44,30 @@ def worker(shop_env: dict[str, str], folder: Path) -> Iterator[CeleryWorker]:
     worker.kill()
 
 
-@pytest.fixture(scope="package")
-def http_url(worker: CeleryWorker, shop_env: dict[str, str], folder: Path) -> Iterator[str]:
-    """A real server with the HTTP door."""
+@contextlib.contextmanager
+def served(app: str, env: dict[str, str], folder: Path) -> Iterator[str]:
+    """An ASGI application behind a real server; its address."""
     port = free_port()
-    words = [sys.executable, "-m", "uvicorn", "tests.callers.http_app:app", "--host", "127.0.0.1"]
-    env = {**os.environ, **shop_env}
-    server = Program([*words, "--port", str(port)], log=folder / "http.log", env=env, cwd=ROOT)
+    words = [sys.executable, "-m", "uvicorn", app, "--host", "127.0.0.1", "--port", str(port)]
+    log = folder / f"{app.partition(':')[0]}.log"
+    server = Program(words, log=log, env={**os.environ, **env}, cwd=ROOT)
     try:
         server.wait_until_ready(lambda: "Uvicorn running" in server.log_text(), READY_WITHIN)
         yield f"http://127.0.0.1:{port}"
     finally:
         server.kill()
+
+
+@pytest.fixture(scope="package")
+def http_url(worker: CeleryWorker, shop_env: dict[str, str], folder: Path) -> Iterator[str]:
+    with served("tests.callers.http_app:app", shop_env, folder) as url:
+        yield url
+
+
+@pytest.fixture(scope="package")
+def mcp_url(worker: CeleryWorker, shop_env: dict[str, str], folder: Path) -> Iterator[str]:
+    with served("tests.callers.mcp_app:app", shop_env, folder) as url:
+        yield f"{url}/mcp"
 
 
 @pytest.fixture(scope="package")

@@ -1,0 +1,108 @@
+"""Agent frameworks: a task as a plain function with types and words, for whatever turns functions into tools.
+
+::
+
+    from celery_idem.adapters.agents import function
+
+    send_invoice = function(celery_app, "shop.send_invoice", scope="acme")
+
+    StructuredTool.from_function(send_invoice)   # LangChain, LangGraph
+    function_tool(send_invoice)                  # OpenAI Agents SDK
+    Agent(…, tools=[send_invoice])               # pydantic-ai
+
+The function never raises: frameworks answer an exception with "please try again". It
+returns the receipt as a dictionary, and blocks while it waits; frameworks run such
+functions in a thread.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+from celery_idem.adapters.tools import BadArguments, Tool, annotations_of, tool_of
+from celery_idem.receipts import Receipt
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+WAIT = 30.0
+"""Seconds to wait for the answer: ``Receipt.wait``'s own."""
+
+CORRECT = "Nothing was done. Correct the arguments and call again."
+
+
+def function(
+    app: Celery,
+    task: str,
+    *,
+    scope: str | Callable[[], str | None] | None = None,
+    occurrences: bool = False,
+    wait: float = WAIT,
+) -> Callable[..., dict[str, Any]]:
+    """A function that submits the task and waits for its answer.
+
+    Its name, docstring, signature and annotations are those of the task; each
+    annotation also says what part the parameter plays, for a model to read.
+
+    Args:
+        scope: whose action it is: a text, or a function that knows (a ``ContextVar``'s
+            ``get``). Never an argument that a model could choose.
+        occurrences: let the model name a repetition that is meant (see ``tool_of``).
+        wait: seconds to wait.
+
+    Raises:
+        ConfigurationError: the task cannot be offered.
+    """
+    tool = tool_of(app, task, occurrences)
+    signature = _signature(tool)
+
+    def call(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        whose = scope() if callable(scope) else scope
+        try:
+            receipt = tool.submit(_named(signature, args, kwargs), whose)
+        except BadArguments as error:
+            return Receipt("failed", "", reason=str(error), next=CORRECT).to_dict()
+        return receipt.wait(wait).to_dict()
+
+    call.__name__ = call.__qualname__ = tool.name.replace(".", "_")
+    call.__doc__ = tool.description
+    call.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}
+    call.__annotations__["return"] = dict[str, Any]
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    return call
+
+
+def _signature(tool: Tool) -> inspect.Signature:
+    from pydantic import Field
+
+    words = {name: entry.get("description") for name, entry in tool.schema()["properties"].items()}
+    hints = annotations_of(tool.task)
+    parameters = []
+    for name, parameter in tool.declaration.signature.parameters.items():
+        hint = hints.get(name, Any)
+        if words.get(name):
+            hint = Annotated[hint, Field(description=words[name])]
+        kind = parameter.kind
+        if kind is inspect.Parameter.POSITIONAL_ONLY:
+            kind = inspect.Parameter.POSITIONAL_OR_KEYWORD  # a tool's arguments have names
+        parameters.append(parameter.replace(kind=kind, annotation=hint))
+    if tool.occurrences:
+        hint = Annotated[str | None, Field(description=words["occurrence"])]
+        kind = inspect.Parameter.KEYWORD_ONLY
+        extra = inspect.Parameter("occurrence", kind, default=None, annotation=hint)
+        parameters.append(extra)
+        parameters.sort(key=lambda each: each.kind)  # behind it only **kwargs
+    return inspect.Signature(parameters, return_annotation=dict[str, Any])
+
+
+def _named(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
+    try:
+        arguments = signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise BadArguments([str(error)]) from None
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(name, {}))
+    return arguments
