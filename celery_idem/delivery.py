@@ -260,7 +260,7 @@ class Delivery(Job):
             self.waited += 1
             threading.Event().wait(FIRST_WAIT * self.waited)
             return
-        delay = backoff(waits, seconds)
+        delay = max(backoff(waits, seconds), self._shortest_delay())
         signature = self.task.signature_from_request(
             self.request, countdown=delay, retries=self.request.retries
         )
@@ -272,6 +272,11 @@ class Delivery(Job):
         }
         signature.apply_async()
         raise Retry(f"{self.key}: {why}", when=delay, sig=signature)
+
+    def _shortest_delay(self) -> float:
+        """Seconds. With quorum queues Celery lets RabbitMQ do the waiting: whole seconds, and an error for none."""
+        driver = self.task.app.connection_for_write().transport.driver_type
+        return 1.0 if driver == "amqp" else 0.0
 
     @property
     def _waits(self) -> int:
