@@ -249,9 +249,7 @@ def annotations_of(task: IdempotentTask) -> dict[str, Any]:
     function = inspect.unwrap(run.__func__ if isinstance(run, staticmethod) else run)
     try:
         return (
-            typing.get_typeannotations_of(function, include_extras=True)
-            if isinstance(function, FunctionType)
-            else {}
+            typing.get_type_hints(function, include_extras=True) if isinstance(function, FunctionType) else {}
         )
     except Exception as error:
         raise ConfigurationError(
