@@ -81,13 +81,16 @@ def gate(intent: str) -> Gate:
 
 
 def crash(intent: str, how: str) -> None:
-    """`how`: "kill", "exit", or "hang" until the intent's gate opens or somebody ends the process."""
+    """`how`: "kill", "exit", "soft" (what a soft time limit does), or "hang" until the intent's gate opens."""
     if how == "kill":
         (FOLDER / f"died-{intent}").write_text(f"{os.getpid()} {time.time()}")
         os.kill(os.getpid(), signal.SIGKILL)
     elif how == "exit":
         raise SystemExit(1)
+    elif how == "soft":
+        os.kill(os.getpid(), signal.SIGUSR1)
     else:
+        assert how == "hang", how
         (FOLDER / f"hangs-{intent}").write_text(str(os.getpid()))
         gate(intent).wait(120)
 

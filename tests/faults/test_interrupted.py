@@ -1,0 +1,107 @@
+"""A body is interrupted: by time limits, by an exit, by a revocation; and a process ends after its work."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from tests.faults.app import ACKS, POLICIES
+from tests.faults.conftest import Stage
+from tests.support.waiting import wait_for
+from tests.support.workers import CeleryWorker
+
+# Of a body that is interrupted after its effect, inside its step where it has one: what the caller
+# sees, and the effects there are in the end.
+AFTER_EFFECT = {
+    "in_doubt": ("OutcomeUnknown", 1),
+    "resume": ("OutcomeUnknown", 1),
+    "rerun": ("the result", 2),
+    "reconcile": ("the result", 1),
+}
+
+LIMIT = 1.0  # seconds: time enough to get to the effect, whatever else the machine does
+
+
+@pytest.fixture(scope="module")
+def worker(stage: Stage) -> CeleryWorker:
+    return stage.start_worker(concurrency=4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _worker(worker: CeleryWorker) -> None:
+    """Every test here needs it."""
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_hard_time_limit(stage: Stage, policy: str) -> None:
+    cases = {
+        acks: stage.call(f"{policy}.{acks}", at="after effect", how="hang", time_limit=LIMIT) for acks in ACKS
+    }
+    for acks, case in cases.items():
+        sees = case.wait_answer()
+        assert (sees, case.effects) == AFTER_EFFECT[policy], acks
+        case.wait_state("succeeded" if sees == "the result" else "in_doubt")
+        case.row("hard time limit after effect", acks, sees)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_soft_time_limit(stage: Stage, policy: str) -> None:
+    """It is the author's own order to stop: nothing is run again for it, only asked about."""
+    case = stage.call(f"{policy}.late", at="after effect", how="hang", soft_time_limit=LIMIT)
+    sees = case.wait_answer()
+    assert (sees, case.effects) == ("the result" if policy == "reconcile" else "OutcomeUnknown", 1)
+    case.wait_state("succeeded" if policy == "reconcile" else "in_doubt")
+    case.row("soft time limit after effect", "late", sees)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("point", ["before settle", "after settle"])
+def test_soft_time_limit_inside_our_own_settle(stage: Stage, point: str, policy: str) -> None:
+    case = stage.call(f"{policy}.late", at=point, how="soft")
+    sees = case.wait_answer()
+    assert (sees, case.effects, case.state) == ("the result", 1, "succeeded")
+    case.row(f"soft time limit {point}", "late", sees)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_exit(stage: Stage, policy: str) -> None:
+    cases = {acks: stage.call(f"{policy}.{acks}", at="after effect", how="exit") for acks in ACKS}
+    for acks, case in cases.items():
+        sees = case.wait_answer()
+        assert (sees, case.effects) == AFTER_EFFECT[policy], acks
+        case.wait_state("succeeded" if sees == "the result" else "in_doubt")
+        case.row("SystemExit after effect", acks, sees)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGKILL"])
+def test_revoked(stage: Stage, number: str, policy: str) -> None:
+    """Its caller gets what it asked for, a revoked task; the next one gets the truth."""
+    cases = {
+        acks: stage.call(f"{policy}.{acks}", at="after effect", how="hang") for acks in ("early", "late")
+    }
+    for case in cases.values():
+        case.wait_hanging()
+        stage.publisher.control.revoke(case.result.id, terminate=True, signal=number)
+    for acks, case in cases.items():
+        assert case.wait_answer() == "TaskRevokedError"
+        lapsed = policy != "in_doubt"
+        case.wait_state("lapsed" if lapsed else "in_doubt")
+        again = case.again()
+        sees = again.wait_answer()
+        assert (sees, case.effects) == AFTER_EFFECT[policy], acks
+        case.row(f"revoked with {number} after effect", acks, f"TaskRevokedError; the next caller: {sees}")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_killed_after_its_work(stage: Stage, worker: CeleryWorker, policy: str) -> None:
+    case = stage.call(f"{policy}.late")
+    assert case.wait_answer() == "the result"
+    wait_for(lambda: f"[{case.result.id}] succeeded" in worker.log_text(), message="the end of the task")
+    (effect,) = stage.effects.of(case.intent)
+    os.kill(int(str(effect["pid"])), signal.SIGKILL)
+    sees = case.again().wait_answer()
+    assert (sees, case.effects, case.state) == ("the result", 1, "succeeded")
+    case.row("child killed after ack", "late", sees)
