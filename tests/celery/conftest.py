@@ -1,0 +1,123 @@
+"""One Redis for this folder, and workers by stage: a pool, a broker, and when it acknowledges."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from celery import Celery
+from celery.result import AsyncResult
+
+from tests.celery import apps
+from tests.conftest import LOGS, running
+from tests.support.effects import Effects, Gate
+from tests.support.servers import RabbitMQServer, RedisServer
+from tests.support.workers import CeleryWorker
+
+SOON = 30.0
+"""Seconds until an answer that has not come is a failure. Most come within one."""
+
+
+class Kind(NamedTuple):
+    pool: str
+    broker: str
+    acks_late: bool
+    concurrency: int = 4
+
+    def __str__(self) -> str:
+        return f"{self.pool}-{self.broker}-{'late' if self.acks_late else 'early'}"
+
+
+KINDS = [
+    Kind("prefork", "redis", False),
+    Kind("prefork", "redis", True),
+    Kind("prefork", "rabbitmq", False),
+    Kind("prefork", "rabbitmq", True),
+    Kind("threads", "redis", True),
+    Kind("gevent", "redis", True, 20),
+    Kind("solo", "redis", False, 1),
+]
+
+
+@dataclass
+class Stage:
+    """A running worker, and the same application in this process."""
+
+    kind: Kind
+    app: Celery
+    worker: CeleryWorker
+    effects: Effects
+    folder: Path
+
+    def __getattr__(self, name: str) -> Any:
+        """A task by its name."""
+        try:
+            return self.app.tasks[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def gate(self, name: str) -> Gate:
+        return Gate(self.folder / f"gate-{name}")
+
+    def answers(self, *results: AsyncResult) -> list[Any]:
+        return [result.get(timeout=SOON) for result in results]
+
+
+@pytest.fixture(scope="package")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """Its own: the session's is emptied by tests that use it, below this folder's workers."""
+    with running(lambda: RedisServer(tmp_path_factory.mktemp("celery-redis"))) as server:
+        yield server
+
+
+def start(kind: Kind, broker: str, backend: str, folder: Path, **conf: Any) -> Stage:
+    place = {
+        "broker": broker,
+        "backend": backend,
+        "folder": str(folder),
+        "queue": f"q-{uuid.uuid4().hex}",
+        "conf": {"task_acks_late": kind.acks_late, **conf},
+    }
+    worker = CeleryWorker(
+        "tests.celery.apps:app",
+        folder,
+        pool=kind.pool,
+        concurrency=kind.concurrency,
+        env={apps.ENV: json.dumps(place)},
+    )
+    effects = Effects(folder / "effects.jsonl")
+    return Stage(kind, apps.make(**place), worker, effects, folder)
+
+
+@pytest.fixture(scope="module")
+def stage(
+    request: pytest.FixtureRequest, redis: RedisServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Stage]:
+    """Of the kind in the parameter (`indirect`); prefork on Redis with late acknowledgement without one."""
+    kind: Kind = getattr(request, "param", Kind("prefork", "redis", True))
+    broker = redis.url
+    if kind.broker == "rabbitmq":
+        server: RabbitMQServer = request.getfixturevalue("rabbitmq")
+        broker = server.url
+    stage = start(kind, broker, redis.url_for(1), tmp_path_factory.mktemp(str(kind)))
+    yield stage
+    stage.worker.kill()
+    stage.app.close()
+
+
+@pytest.fixture(autouse=True)
+def _log(request: pytest.FixtureRequest) -> None:
+    if "stage" in request.fixturenames:
+        stage: Stage = request.getfixturevalue("stage")
+        request.node.stash.setdefault(LOGS, []).append(stage.worker.log_tail)
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    """An intent that no other test has."""
+    return f"{request.node.originalname}-{uuid.uuid4().hex[:8]}"
