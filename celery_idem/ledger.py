@@ -415,10 +415,11 @@ class Ledger:
             LeaseLost: somebody took the intent over.
             OutcomeUnknown: the part began in an earlier attempt, and nobody knows how it ended.
         """
+        begun = frozenset(claim._steps_seen)
         self._check_step(claim, name)
 
         def begin(record: Record, stamp: int, now: int) -> tuple[Any, Record | None]:
-            return protocol.begin_step(record, claim._request.owner, name, claim._request.policy)
+            return protocol.begin_step(record, claim._request.owner, name, claim._request.policy, begun)
 
         try:
             decision = self._held(claim, begin)
@@ -428,11 +429,18 @@ class Ledger:
         if isinstance(decision, StepDone):
             return self.codec.decode(decision.payload, claim.key)
         if isinstance(decision, StepOpen):
-            answer = ask() if ask is not None else Unknown("the worker stopped inside this step")
+            left = decision.record.open_step
+            answer: Answer = Unknown("the worker stopped inside this step")
+            if left != name:
+                answer = Unknown(
+                    f"the worker stopped inside this step, and this time {name!r} comes before it"
+                )
+            elif ask is not None:
+                answer = ask()
             if isinstance(answer, Happened):
                 return self._end_step(claim, name, answer.result, patience)
             if isinstance(answer, Unknown):
-                reason = f"step {name!r}: {answer.reason or 'the destination could not tell'}"
+                reason = f"step {left!r}: {answer.reason or 'the destination could not tell'}"
                 self.doubt(claim, reason, patience)
                 raise OutcomeUnknown(doubt_message(claim.key, reason), claim.key, reason)
         elif isinstance(decision, Refused):

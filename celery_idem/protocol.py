@@ -53,6 +53,7 @@ resolve       IN_DOUBT, lapsed RUNNING   SUCCEEDED or RELEASED (says a person)
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from celery_idem import digests
@@ -550,14 +551,23 @@ def died_unseen(policy: Policy) -> Verdict:
     return InDoubt(CRASHED_UNSEEN)
 
 
-def begin_step(record: Record, owner: bytes, name: str, policy: Policy) -> tuple[StepDecision, Record | None]:
-    """May this step run? ``Done``: yes, and the record that says so must be written first."""
+def begin_step(
+    record: Record, owner: bytes, name: str, policy: Policy, begun: Collection[str] = ()
+) -> tuple[StepDecision, Record | None]:
+    """May this step run? ``Done``: yes, and the record that says so must be written first.
+
+    A step that an earlier attempt left open comes first: beginning another one would
+    overwrite the evidence that it may have happened.
+
+    Args:
+        begun: steps that this execution began itself; how those ended, its body knows.
+    """
     for step in record.steps:
         if step.name == name:
             return StepDone(step.payload), None
     if record.state is not State.RUNNING or record.owner != owner:
         return Refused(record), None
-    if record.open_step == name and policy.on_crash != "rerun":
+    if record.open_step and record.open_step not in begun and policy.on_crash != "rerun":
         return StepOpen(record), None
     new = replace(record, open_step=name)
     return Done(new), new

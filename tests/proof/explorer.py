@@ -1,0 +1,936 @@
+"""Every interleaving of a few deliveries of one intent, on the real runner, ledger, protocol and memory store.
+
+Each delivery runs in a greenlet and stops before every store primitive, before its body, its effect and its
+question to the destination. A scheduler then chooses: let one of them go on, crash it, keep its primitive from
+the store (the reply is an error), let the store apply it later (the reply is an error too), let the clock run
+past the lease. `explore` takes every choice everywhere, depth first, by running the whole world again with
+another choice (greenlets cannot be copied).
+
+Two ways that lead to the same state have the same futures, so the second is cut off. *Same* is exact: store,
+clock, destination, what is still under way, the faults left, what the invariants remember, and for each
+greenlet everything it was ever told, which determines where it stands, as it is given nothing else.
+
+What is modelled: a body starts no effect once `claim.lost` is true, and the check and the effect are one step.
+Without that, or a destination that checks the fence, a process that sleeps between the two does the effect
+whatever a lock says. A destination that says "did not happen" has nothing under way for the same reason. A
+person who resolves looks at the destination and at the record in one step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from greenlet import GreenletExit, getcurrent, greenlet
+
+from celery_idem import codec, events, owners
+from celery_idem import ledger as ledger_module
+from celery_idem import runner as runner_module
+from celery_idem.errors import (
+    FingerprintMismatch,
+    IdempotencyError,
+    LeaseLost,
+    OutcomeUnknown,
+    StoreError,
+)
+from celery_idem.intent import (
+    NO_OWNER,
+    Answer,
+    Fingerprint,
+    Happened,
+    NotHappened,
+    OnCrash,
+    Policy,
+    Raised,
+    Record,
+    State,
+    Stored,
+    Unknown,
+)
+from celery_idem.ledger import Claim, Ledger
+from celery_idem.runner import Job, Options, Runner
+from celery_idem.stores.base import Reply
+from celery_idem.stores.memory import MemoryStore
+
+KEY = "shop.charge:0123456789abcdef0123456789abcdef"
+STORED = f"idem:{KEY}"
+LEASE = 1_000_000
+AGES = 1_000 * LEASE
+"""Outcomes are kept longer than any run of the clock here."""
+
+START = 1_000_000_000
+STEPS_AT_MOST = 400
+"""A schedule longer than this is a livelock: the longest honest one has about ninety steps."""
+
+
+class Violation(AssertionError):  # noqa: N818  # says what happened
+    """An invariant does not hold."""
+
+
+class Declined(Exception):
+    """The body's own error: an outcome."""
+
+
+class NoEffect(Exception):
+    """The body's error that proves that nothing happened."""
+
+
+class Ambiguous(Exception):
+    """The body's error after which nobody knows."""
+
+
+class Again(Exception):
+    """The body asks for a retry."""
+
+
+class Left(Exception):
+    """The delivery ended by publishing its message again."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What may happen in one world, and how often.
+
+    Attributes:
+        actors: deliveries of the intent, each a message of its own.
+        same_message: the deliveries are copies of one message.
+        endings: how a body may end besides well.
+        odd: how many bodies may end so.
+        crashes: processes that die; their message is delivered again.
+        down: primitives that never reach the store.
+        late: primitives whose reply is an error, and which the store applies at any later time.
+        lapses: how often the clock jumps, by ``jump`` of a lease.
+        reconcile: the destination is asked, and says the truth, or that it cannot tell.
+        operators: people who look at the destination and resolve, once each, at any time.
+        renewals: renewals per claim, by a thread of its own.
+        steps: the body is two steps, each with an effect.
+        order: the second execution runs the steps in another order.
+        copies: how many re-published messages arrive twice.
+        mismatch: the last delivery means the same intent with another value.
+        parent: the worker's main process reports that a child died.
+        patience: seconds to keep trying to write an outcome.
+        hops: how often a message may come back before it waits for the end of the schedule.
+    """
+
+    name: str
+    actors: int = 2
+    same_message: bool = False
+    on_crash: OnCrash = "in_doubt"
+    max_attempts: int = 3
+    endings: tuple[str, ...] = ()
+    odd: int = 0
+    crashes: int = 0
+    down: int = 0
+    late: int = 0
+    lapses: int = 1
+    jump: float = 1.1
+    reconcile: str = ""
+    operators: int = 0
+    renewals: int = 0
+    steps: bool = False
+    order: bool = False
+    copies: int = 0
+    mismatch: bool = False
+    parent: bool = False
+    patience: float = 1.0
+    hops: int = 2
+
+
+class Message(NamedTuple):
+    """What travels through the broker. ``lineage`` names it whatever the order of events."""
+
+    lineage: tuple[int, ...]
+    task_id: str
+    value: str
+    carried: tuple[bytes, ...] = ()
+    waits_for: tuple[Any, int] | None = None
+
+
+class Point(NamedTuple):
+    """Where a greenlet stands: what it is about to do, and the choices for it."""
+
+    kind: str
+    options: tuple[str, ...] = ("go",)
+
+
+@dataclass
+class Actor:
+    """A greenlet and all that it was told."""
+
+    name: tuple[Any, ...]
+    script: Callable[[Actor], None]
+    message: Message | None = None
+    let: greenlet | None = None
+    at: Point | None = None
+    told: int = 0
+    pauses: int = 0
+    minted: list[bytes] = field(default_factory=list)
+    claim: Claim | None = None
+    answer: Any = None
+    atomic: bool = False
+    dead: bool = False
+    done: bool = False
+    unsettled: bool = False
+    refused: bool = False
+    parent: Actor | None = None
+    knows_dead: bytes = b""
+
+    @property
+    def carried(self) -> tuple[bytes, ...]:
+        return self.message.carried if self.message else ()
+
+
+class Clock:
+    """One clock for everything: microseconds for the store, seconds for the worker."""
+
+    def __init__(self) -> None:
+        self.now = START
+
+    def __call__(self) -> int:
+        return self.now
+
+    def monotonic(self) -> float:
+        return self.now / 1e6
+
+
+class _Threading:
+    """What the ledger uses of ``threading``; waiting takes no time, faults are counted anyway."""
+
+    class Event:
+        def wait(self, timeout: float) -> None:
+            pass
+
+    class Lock:
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+
+class Watching(MemoryStore):
+    """The real memory store, with a stop before each primitive and the invariants after each write."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world.clock)
+        self.world = world
+
+    def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
+        return self.world.primitive(
+            "create", (value, ttl), lambda: super(Watching, self).create(key, value, ttl)
+        )
+
+    def read(self, key: str) -> Reply:
+        return self.world.primitive("read", (), lambda: super(Watching, self).read(key))
+
+    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
+        return self.world.primitive(
+            "replace", (old, value, ttl), lambda: super(Watching, self).replace(key, old, value, ttl)
+        )
+
+    def held(self) -> Stored | None:
+        """What stands there, without a stop."""
+        return self._held(STORED, self.world.clock.now)
+
+
+class ModelRunner(Runner):
+    """The destination is asked on this thread: the scheduler knows no other."""
+
+    @staticmethod
+    def bounded(ask: Callable[[], Answer], timeout: float) -> Answer:
+        return ask()
+
+
+class ModelJob(Job):
+    """One delivery's job in a world."""
+
+    def __init__(self, world: World, actor: Actor, message: Message) -> None:
+        super().__init__(
+            KEY,
+            message.task_id,
+            Fingerprint(("cents",), b"cent" + message.value.encode().ljust(8)),
+            world.options,
+            message.carried,
+        )
+        self.world = world
+        self.actor = actor
+
+    def body(self, claim: Claim) -> Any:
+        return self.world.body(self.actor, claim)
+
+    def kind_of(self, error: BaseException) -> Raised:
+        kinds: dict[type[BaseException], Raised] = {
+            Again: Raised.RETRY,
+            NoEffect: Raised.NO_EFFECT,
+            Ambiguous: Raised.AMBIGUOUS,
+            StoreError: Raised.AMBIGUOUS,
+            OutcomeUnknown: Raised.AMBIGUOUS,
+            LeaseLost: Raised.AMBIGUOUS,
+            GreenletExit: Raised.EXIT,
+        }
+        return kinds.get(type(error), Raised.ERROR)
+
+    def retry_delay(self, error: BaseException) -> float:
+        return LEASE / 1e6
+
+    def ask(self, claim: Claim) -> Answer:
+        self.world.pause(Point("ask"))
+        answer = self.world.truth() if self.world.scenario.reconcile == "truth" else Unknown("no idea")
+        self.world.tell(self.actor, repr(answer))
+        self.actor.answer = answer
+        return answer
+
+    def follow(self, task_id: str) -> tuple[bool, Any]:
+        raise AssertionError("nothing is handed over here")
+
+    def come_back(self, seconds: float, carried: tuple[bytes, ...], why: str) -> None:
+        self.world.publish_again(self.actor, carried, why == "in progress")
+        raise Left
+
+
+class World:
+    """One run of one scenario."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.clock = Clock()
+        self.store = Watching(self)
+        self.ledger = Ledger(self.store)
+        self.runner = ModelRunner(self.ledger)
+        self.options = Options(
+            policy=Policy(
+                lease=LEASE,
+                result_ttl=AGES,
+                failure_ttl=AGES,
+                on_crash=scenario.on_crash,
+                asks=bool(scenario.reconcile),
+                max_attempts=scenario.max_attempts,
+            ),
+            patience=scenario.patience,
+            no_effect_errors=(NoEffect,),
+        )
+        self.hub = getcurrent()
+        self.left = {
+            "odd": scenario.odd,
+            "crashes": scenario.crashes,
+            "down": scenario.down,
+            "late": scenario.late,
+            "lapses": scenario.lapses,
+            "copies": scenario.copies,
+        }
+        self.actors: list[Actor] = []
+        self.graveyard: list[greenlet] = []
+        self.ghosts: list[tuple[Any, Actor, Callable[[], Reply]]] = []
+        self.effects: list[tuple[str, str]] = []
+        self.answers: set[Any] = set()
+        self.bodies: dict[bytes, str] = {}
+        self.highest_fence = 0
+        self.asked_to_stop = False
+        self.excused = False
+        self.closing = False
+        self.replaying = False  # what happens has been judged before
+        self.steps = 0
+        self.trace: list[str] = []
+        for n in range(scenario.actors):
+            number = 0 if scenario.same_message else n
+            value = "2" if scenario.mismatch and n == scenario.actors - 1 else "1"
+            self.deliver(Message((n,), f"task-{number}", value))
+        for n in range(scenario.operators):
+            self.begin(Actor(("operator", n), self.operate))
+
+    # --- the scheduler's side ---------------------------------------------------------
+
+    def begin(self, actor: Actor) -> None:
+        """Run a new greenlet up to its first stop, where it has done nothing yet."""
+        actor.let = greenlet(lambda _: self._script(actor), parent=self.hub)
+        actor.let.actor = actor
+        self.actors.append(actor)
+
+    def _script(self, actor: Actor) -> None:
+        actor.script(actor)
+        actor.done = True
+
+    def start_new(self) -> None:
+        for actor in list(self.actors):
+            if actor.at is None and not actor.done and not actor.dead:
+                self.resume(actor, None)
+
+    def resume(self, actor: Actor, choice: str | None) -> None:
+        assert actor.let is not None
+        actor.at = None
+        self.tell(actor, choice)
+        actor.let.switch(choice)
+        if actor.done and actor in self.actors:
+            self.actors.remove(actor)
+
+    def tell(self, actor: Actor, what: Any) -> None:
+        """Remember what a greenlet learns: its past is a number, the same for the same past."""
+        actor.told = PASTS.setdefault((actor.told, what, self.clock.now), len(PASTS))
+
+    def enabled(self) -> list[tuple[Any, str]]:
+        """All choices here, always in the same order."""
+        choices: list[tuple[Any, str]] = []
+        left = self.left
+        for actor in self.actors:
+            point = actor.at
+            if point is None or not self.may_go(actor):
+                continue
+            choices += [(actor, option) for option in point.options]
+            if point.kind == "body" and left["odd"]:
+                choices += [(actor, ending) for ending in self.scenario.endings]
+            if point.kind in ("create", "replace", "read") and actor.name[0] != "operator":
+                if left["down"]:
+                    choices.append((actor, "down"))
+                if left["late"] and point.kind != "read":
+                    choices.append((actor, "late"))
+            if left["crashes"] and actor.message is not None and actor.pauses > 1:
+                choices.append((actor, "crash"))
+        choices += [(None, f"ghost {n}") for n in range(len(self.ghosts))]
+        if left["lapses"] and self.actors:
+            choices.append((None, "lapse"))
+        return choices
+
+    def may_go(self, actor: Actor) -> bool:
+        """A message that met a busy intent, or has come back too often, waits."""
+        message = actor.message
+        if message is None or actor.pauses > 1:
+            return True
+        if len(message.lineage) - 1 > self.scenario.hops and not self.closing:
+            return False
+        return message.waits_for is None or message.waits_for != (self.store.held(), self.clock.now)
+
+    def named(self, choice: tuple[Any, str]) -> tuple[Any, str]:
+        name, what = choice
+        return next((a for a in self.actors if a.name == name), None), what
+
+    def do(self, choice: tuple[Any, str]) -> None:
+        actor, what = choice
+        self.steps += 1
+        self.trace.append(f"{what} {actor.name} {actor.at.kind}" if actor else what)
+        if self.steps > STEPS_AT_MOST:
+            raise Violation("livelock")
+        if what == "lapse":
+            self.left["lapses"] -= 1
+            self.clock.now += int(LEASE * self.scenario.jump)
+        elif what.startswith("ghost"):
+            _, ghost, call = self.ghosts.pop(int(what.split()[1]))
+            self.apply(ghost, call)
+        elif what == "crash":
+            self.left["crashes"] -= 1
+            self.crash(actor)
+        else:
+            if what in ("down", "late"):
+                self.left[what] -= 1
+            elif what in self.scenario.endings:
+                self.left["odd"] -= 1
+            self.resume(actor, what)
+        self.start_new()
+
+    def state(self) -> tuple[Any, ...]:
+        """Everything the future depends on."""
+        return (
+            self.store.held(),
+            self.clock.now,
+            tuple(self.left.values()),
+            tuple(sorted(((a.name, a.told, a.message) for a in self.actors), key=repr)),
+            tuple(what for what, _, _ in self.ghosts),
+            tuple(self.effects),
+            frozenset(self.answers),
+            tuple(sorted(self.bodies.items())),
+            self.highest_fence,
+            self.excused,
+        )
+
+    def crash(self, actor: Actor) -> None:
+        """The process dies; the broker delivers its message again; its worker may report the death."""
+        assert actor.message is not None
+        self.kill(actor)
+        self.excused = True
+        self.deliver(actor.message._replace(lineage=(*actor.message.lineage, 0), waits_for=None))
+        if self.scenario.parent and actor.minted:
+            prefix = actor.minted[0][:7]
+            self.begin(Actor(("parent", actor.name), self.report_death, knows_dead=prefix, parent=actor))
+
+    def kill(self, actor: Actor) -> None:
+        for child in [a for a in self.actors if a.parent is actor and a.name[0] == "renewer"]:
+            self.kill(child)
+        actor.dead = True
+        self.actors.remove(actor)
+        if actor.let is not None:
+            self.graveyard.append(actor.let)
+
+    def bury(self) -> None:
+        """Free the greenlets; whatever they still try meets `pause`, which ends them."""
+        for actor in list(self.actors):
+            actor.dead = True
+            if actor.let is not None:
+                self.graveyard.append(actor.let)
+        for let in self.graveyard:
+            with contextlib.suppress(BaseException):
+                let.throw(GreenletExit)
+
+    # --- the greenlets' side ----------------------------------------------------------
+
+    def current(self) -> Actor:
+        actor: Actor = getcurrent().actor  # type: ignore[attr-defined]
+        return actor
+
+    def pause(self, point: Point) -> str:
+        actor = self.current()
+        if actor.dead:
+            raise GreenletExit
+        if actor.atomic:
+            actor.atomic = False
+            return "go"
+        actor.at = point
+        actor.pauses += 1
+        choice: str = self.hub.switch()
+        if actor.dead:
+            raise GreenletExit
+        return choice
+
+    def primitive(self, kind: str, arguments: Any, call: Callable[[], Reply]) -> Reply:
+        actor = self.current()
+        choice = self.pause(Point(kind))
+        if choice == "late":
+            self.ghosts.append(((kind, arguments), actor, call))
+        if choice in ("down", "late"):
+            raise StoreError("the store did not answer")
+        reply = self.apply(actor, call)
+        self.tell(actor, reply)
+        return reply
+
+    def apply(self, actor: Actor, call: Callable[[], Reply]) -> Reply:
+        before = self.store.held()
+        reply = call()
+        if reply.done and not self.replaying and self.store.held() is not before:
+            self.written(actor, before, reply.stored)
+        return reply
+
+    def deliver(self, message: Message) -> None:
+        self.begin(Actor(message.lineage, self.execute, message))
+
+    def publish_again(self, actor: Actor, carried: tuple[bytes, ...], busy: bool) -> None:
+        message = actor.message
+        assert message is not None
+        waits_for = (self.store.held(), self.clock.now) if busy else None
+        self.deliver(message._replace(lineage=(*message.lineage, 1), carried=carried, waits_for=waits_for))
+        if self.left["copies"] and carried:
+            self.left["copies"] -= 1
+            self.deliver(
+                message._replace(lineage=(*message.lineage, 2), carried=carried, waits_for=waits_for)
+            )
+
+    def execute(self, actor: Actor) -> None:
+        """A delivery, from its arrival to its answer."""
+        message = actor.message
+        assert message is not None
+        job = ModelJob(self, actor, message)
+        try:
+            value = self.runner.run(job)
+        except Left:
+            pass
+        except Again:
+            self.publish_again(actor, (), False)
+        except (NoEffect, Ambiguous):
+            pass  # its caller may call again: the other deliveries, and the closing one, are such calls
+        except FingerprintMismatch:
+            if message.value == "1" and not self.scenario.mismatch:
+                raise Violation("a mismatch with equal values") from None
+        except Declined as error:
+            if (
+                not actor.unsettled
+            ):  # an error that could not be recorded may be followed by a run that ends well
+                self.answered(actor, ("raised", str(error)))
+        except LeaseLost:
+            if actor.refused:
+                self.check_refusal(actor)
+            self.excused = True
+        except OutcomeUnknown:
+            if self.closing and not self.excused and not self.asked_to_stop:
+                raise Violation("in doubt for ever without a crash or an ambiguous end") from None
+        else:
+            self.answered(actor, ("returned", value))
+
+    def answered(self, actor: Actor, answer: Any) -> None:
+        assert actor.message is not None
+        self.answers.add((actor.message.value, *_frozen(answer)))
+        if len({a for a in self.answers}) > 1:
+            raise Violation(f"different answers: {self.answers}")
+
+    def check_refusal(self, actor: Actor) -> None:
+        """Rule 4: an owner that nobody succeeded must be heard."""
+        record = self.record()
+        if record is not None and actor.claim is not None and record.owner == actor.claim._request.owner:
+            if not record.state.settled:
+                raise Violation("the rightful owner was refused")
+
+    def body(self, actor: Actor, claim: Claim) -> Any:
+        self.began(actor, claim)
+        how = self.pause(Point("body"))
+        claim_number = len(self.bodies)
+        if how == "no_effect":
+            self.over(claim)
+            raise NoEffect
+        if how == "error":
+            self.over(claim)
+            raise Declined(f"declined {claim_number}")
+        if how == "ambiguous_before":
+            self.excused = True
+            self.over(claim)
+            raise Ambiguous
+        if how == "retry":
+            self.over(claim)
+            raise Again
+        try:
+            if self.scenario.steps:
+                value = self.in_steps(actor, claim, how)
+            else:
+                value = self.effect(actor, claim, "charge")
+        finally:
+            self.over(claim)
+        if how == "error_after":
+            raise Declined(f"declined after {value}")
+        if how == "ambiguous_after":
+            self.excused = True
+            raise Ambiguous
+        return value
+
+    def in_steps(self, actor: Actor, claim: Claim, how: str) -> list[str]:
+        names = ["charge", "mail"]
+        if self.scenario.order and claim.attempt > 1:
+            names.reverse()
+        values = {}
+        for name in names:
+
+            def run(name: str = name) -> str:
+                self.pause(Point("effect"))
+                if how == "no_effect_in_step" and name == "mail":
+                    raise NoEffect
+                return self.effect(actor, claim, name)
+
+            values[name] = self.ledger.step(claim, name, run, None, self.options.patience, (NoEffect,))
+        return [values["charge"], values["mail"]]
+
+    def effect(self, actor: Actor, claim: Claim, part: str) -> str:
+        """The destination takes the effect, unless this execution knows that it is late."""
+        if claim.lost:
+            raise LeaseLost("too late to begin", KEY)
+        known = [receipt for name, receipt in self.effects if name == part]
+        if self.scenario.on_crash == "rerun" and known:  # a destination that is idempotent by itself
+            return known[0]
+        receipt = f"{part} {len(known) + 1}"
+        self.effects.append((part, receipt))
+        if known:
+            raise Violation(f"{len(known) + 1} effects of {part}")
+        return receipt
+
+    def truth(self) -> Answer:
+        """What the destination says: in a model with steps, of the last of them."""
+        return Happened(self.effects[0][1]) if self.effects else NotHappened()
+
+    def operate(self, actor: Actor) -> None:
+        """A person looks at the destination and the record, and decides."""
+        self.pause(Point("operator"))
+        answer = self.truth()
+        assert isinstance(answer, (Happened, NotHappened))
+        self.tell(actor, repr(answer))
+        actor.answer = answer
+        actor.atomic = True
+        with contextlib.suppress(IdempotencyError):
+            self.ledger.resolve(KEY, answer, by="somebody", keep=AGES / 1e6)
+
+    def report_death(self, actor: Actor) -> None:
+        """The worker's main process saw a child die."""
+        assert actor.parent is not None
+        assert actor.parent.message is not None
+        with contextlib.suppress(StoreError):
+            self.ledger.died(KEY, actor.knows_dead, actor.parent.message.task_id, self.options.policy, 0)
+
+    def watch(self, claim: Claim, ledger: Ledger, lease: int) -> None:
+        actor = self.current()
+        if self.scenario.renewals and not self.closing:
+
+            def renew(me: Actor) -> None:
+                for _ in range(self.scenario.renewals):
+                    with contextlib.suppress(StoreError):
+                        self.ledger.renew([claim])
+
+            self.begin(Actor(("renewer", actor.name), renew, parent=actor, minted=actor.minted))
+
+    def unwatch(self, claim: Claim) -> None:
+        actor = self.current()
+        for child in [a for a in self.actors if a.parent is actor and a.name[0] == "renewer"]:
+            self.kill(child)
+
+    def mint(self) -> bytes:
+        """Unique, the same in every run of the same past, with the process in its first seven bytes."""
+        actor = self.current()
+        place = bytes([*(n + 1 for n in actor.name), *bytes(9)])[:9]  # the lineage
+        owner = b"!" + place + bytes(1) + bytes([len(actor.minted) + 1])
+        actor.minted.append(owner)
+        return owner
+
+    # --- invariants -------------------------------------------------------------------
+
+    def record(self) -> Record | None:
+        stored = self.store.held()
+        return None if stored is None else codec.unpack(stored.value, stored.stamp, KEY)
+
+    def began(self, actor: Actor, claim: Claim) -> None:
+        """A body begins: nobody else may believe that it holds the intent, and the fence has grown."""
+        actor.claim = claim
+        if claim.fence <= self.highest_fence:
+            raise Violation(f"fence {claim.fence} after {self.highest_fence}")
+        self.highest_fence = claim.fence
+        self.bodies[claim._request.owner] = "running"
+        for other in self.actors:
+            if other is not actor and other.claim is not None and other.message is not None:
+                running = self.bodies.get(other.claim._request.owner) == "running"
+                if running and not other.claim.lost and not claim.lost:
+                    raise Violation("two bodies run, and both trust their lease")
+
+    def over(self, claim: Claim) -> None:
+        self.bodies[claim._request.owner] = "over"
+
+    def written(self, who: Actor, before: Stored | None, after: Stored | None) -> None:
+        """The rules that can be seen from a single write, said again in other words than the protocol's."""
+        assert after is not None
+        new = codec.unpack(after.value, after.stamp, KEY)
+        expires = self.store._values[STORED][1]
+        if not (new.state.settled or new.state is State.RELEASED) and expires is not None:
+            raise Violation(f"{new.state.name} expires: evidence would be lost")
+        if before is None:
+            return
+        old = codec.unpack(before.value, before.stamp, KEY)
+        live = self.clock.now < before.stamp + old.lease
+        mine = old.owner in who.minted
+        taken = new.owner not in (old.owner, NO_OWNER)
+        carried = old.owner in who.carried
+        asked = old.asking in who.minted and old.asking != b""
+        person = who.name[0] == "operator"
+        parent = who.name[0] == "parent" and old.owner.startswith(who.knows_dead)
+        if old.outcome is not None and (new.outcome != old.outcome or new.state is not old.state):
+            raise Violation("a settled outcome changed")
+        if new.fence < old.fence or (taken and new.fence <= old.fence):
+            raise Violation(f"fence {old.fence} -> {new.fence}")
+        if not new.state.settled and not set(old.steps) <= set(new.steps):
+            raise Violation("a finished step was lost")
+        if old.state is State.RUNNING and live and not (mine or carried or parent):
+            raise Violation("somebody wrote over a live claim")
+        if old.state is State.SCHEDULED and live:
+            if who.message is None or who.message.task_id != old.task_id:
+                raise Violation("somebody wrote over a retry that is not due")
+        if old.state is State.IN_DOUBT and old.asking and live and new.asking not in (old.asking, b""):
+            raise Violation("two workers ask")
+        if taken and carried and old.owner in self.bodies:
+            raise Violation("a claim whose body had begun was taken up as if it had not")
+        if taken and new.state is State.RUNNING and not carried:
+            self.taken_over(who, old, asked)
+        if new.state.settled and old.outcome is None and not mine:
+            if not (person or isinstance(who.answer, Happened)):
+                raise Violation("a stale owner's outcome was recorded")
+        if new.state in (State.RELEASED, State.SCHEDULED) and old.state is not new.state:
+            if not (mine or person):
+                raise Violation(f"{new.state.name} by somebody who is not the owner")
+        if new.state is State.IN_DOUBT and old.state is State.RUNNING and live and not mine:
+            raise Violation("a live claim was put in doubt")
+
+    def taken_over(self, who: Actor, old: Record, asked: bool) -> None:
+        scenario = self.scenario
+        if old.state is State.IN_DOUBT and not (asked and isinstance(who.answer, NotHappened)):
+            raise Violation("an intent in doubt was run without an answer")
+        if old.state is State.RUNNING:
+            if scenario.on_crash == "in_doubt" or scenario.reconcile:
+                raise Violation("an intent in doubt was run")
+            if old.crashes + 1 >= scenario.max_attempts:
+                raise Violation("more attempts than max_attempts")
+
+    def close(self) -> None:
+        """Let everything that is under way come to its end, without more faults, then call once more."""
+        self.closing = True
+        self.left = dict.fromkeys(self.left, 0)
+        while self.ghosts:
+            self.do((None, "ghost 0"))
+        self.drain()
+        self.clock.now += 3 * LEASE
+        for number, value in enumerate(("1", "2") if self.scenario.mismatch else ("1",)):
+            self.deliver(Message((99, number), "task-last", value))
+            self.drain()
+        self.judge()
+
+    def drain(self) -> None:
+        self.start_new()
+        while self.actors:
+            choices = [c for c in self.enabled() if c[1] == "go"]
+            if choices:
+                self.do(choices[0])
+            else:
+                self.steps += 1
+                if self.steps > STEPS_AT_MOST:
+                    raise Violation("a message waits for ever")
+                self.clock.now += LEASE
+
+    def judge(self) -> None:
+        record = self.record()
+        if record is None:
+            raise Violation("the intent is lost")
+        if record.state in (State.RUNNING, State.SCHEDULED):
+            raise Violation(f"the last caller left it {record.state.name}")
+        if record.state is State.SUCCEEDED and not self.effects:
+            raise Violation("done, without an effect")
+        if record.state is State.RELEASED and self.effects and not self.scenario.steps:
+            raise Violation("released, with an effect")
+
+
+def _frozen(answer: tuple[str, Any]) -> tuple[Any, ...]:
+    return tuple(tuple(part) if isinstance(part, list) else part for part in answer)
+
+
+PASTS: dict[tuple[Any, ...], int] = {}
+"""Numbers of what greenlets were told: equal numbers, equal pasts."""
+
+
+class Watcher:
+    """In place of the renewing thread."""
+
+    world: World
+
+    def watch(self, claim: Claim, ledger: Ledger, lease: int) -> None:
+        self.world.watch(claim, ledger, lease)
+
+    def unwatch(self, claim: Claim) -> None:
+        self.world.unwatch(claim)
+
+
+@contextlib.contextmanager
+def modelled() -> Iterator[Callable[[World], None]]:
+    """Clock, threads, tokens and the renewing thread of the package are the world's; yields what names the world."""
+    watcher = Watcher()
+    now: list[World] = []
+
+    def enter(world: World) -> None:
+        now[:] = [world]
+        watcher.world = world
+
+    def heard(event: events.Event) -> None:
+        actor = getattr(getcurrent(), "actor", None)
+        if actor is None or actor.dead:
+            return
+        if event.kind == "unsettled":
+            actor.unsettled = True
+            now[0].excused = True
+        if event.kind == "stale_settle":
+            actor.refused = True
+
+    class Time:
+        @staticmethod
+        def monotonic() -> float:
+            return now[0].clock.monotonic()
+
+    saved = (ledger_module.time, ledger_module.threading, runner_module.RENEWER, owners.mint)
+    pure = (codec.unpack, codec.pack)
+    codec.unpack, codec.pack = lru_cache(100_000)(codec.unpack), lru_cache(100_000)(codec.pack)
+    level = events.logger.level
+    deaf = events.listen(heard)
+    ledger_module.time = Time  # type: ignore[assignment]
+    ledger_module.threading = _Threading  # type: ignore[assignment]
+    runner_module.RENEWER = watcher  # type: ignore[assignment]
+    owners.mint = lambda: now[0].mint()
+    events.logger.setLevel(logging.CRITICAL + 1)
+    PASTS.clear()
+    try:
+        yield enter
+    finally:
+        ledger_module.time, ledger_module.threading, runner_module.RENEWER, owners.mint = saved  # type: ignore[assignment]
+        codec.unpack, codec.pack = pure
+        events.logger.setLevel(level)
+        deaf()
+
+
+@dataclass
+class Coverage:
+    """What one scenario came to.
+
+    Attributes:
+        schedules: runs to the end.
+        cut: runs that came to a state known already, whose futures had all been run.
+        states: different states.
+    """
+
+    schedules: int = 0
+    cut: int = 0
+    states: int = 0
+    steps: int = 0
+    violation: str = ""
+    trace: tuple[str, ...] = ()
+
+
+def explore(scenario: Scenario, at_most: int = 10_000_000) -> Coverage:
+    """Every schedule of a scenario, or until one breaks an invariant.
+
+    Args:
+        at_most: runs; more are an error: the scenario is too large to be exhausted.
+    """
+    seen: set[Any] = set()
+    coverage = Coverage()
+    path: list[Fork] = []
+    with modelled() as enter:
+        while True:
+            world = World(scenario)
+            enter(world)
+            try:
+                world.start_new()
+                if _run(world, path, seen):
+                    world.close()
+                    coverage.schedules += 1
+                else:
+                    coverage.cut += 1
+            except Violation as violation:
+                coverage.violation = str(violation)
+                coverage.trace = tuple(world.trace)
+            finally:
+                world.bury()
+            coverage.steps += world.steps
+            coverage.states = len(seen)
+            if coverage.violation:
+                return coverage
+            if coverage.schedules + coverage.cut >= at_most:
+                raise AssertionError(f"{scenario.name}: more than {at_most} runs")
+            while path and path[-1].taken + 1 >= len(path[-1].choices):
+                path.pop()
+            if not path:
+                return coverage
+            path[-1].taken += 1
+
+
+@dataclass
+class Fork:
+    """The choices at one point of the schedule, by the actor's name, and which is taken."""
+
+    choices: list[tuple[Any, str]]
+    taken: int = 0
+
+
+def _run(world: World, path: list[Fork], seen: set[Any]) -> bool:
+    """Along the path, then on to the end of one schedule; False when it is cut off at a known state."""
+    world.replaying = True
+    for fork in path[:-1]:
+        world.do(world.named(fork.choices[fork.taken]))
+    world.replaying = False
+    if path:
+        world.do(world.named(path[-1].choices[path[-1].taken]))
+    while True:
+        choices = world.enabled()
+        if not choices:
+            return True
+        state = world.state()
+        if state in seen:
+            return False
+        seen.add(state)
+        path.append(Fork([(actor.name if actor else None, what) for actor, what in choices]))
+        world.do(choices[0])
