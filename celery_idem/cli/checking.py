@@ -1,4 +1,4 @@
-"""Commands about the set-up: doctor, metrics, schema, copy."""
+"""Commands about the set-up: doctor, audit, shadow, metrics, schema, copy."""
 
 from __future__ import annotations
 
@@ -40,6 +40,74 @@ def doctor(screen: Screen, desk: Desk, pool: str, strict: bool) -> None:
     fatal = ("error", "warning") if strict else ("error",)
     if any(finding.severity in fatal for finding in found):
         raise SystemExit(1)
+
+
+@command(idem, "audit")
+@click.option("--task", help="Only this task.")
+@click.option(
+    "--within", type=float, default=300.0, show_default=True, help="Seconds between retries of one action."
+)
+def audit(screen: Screen, desk: Desk, task: str | None, within: float) -> None:
+    """Find keys that do not mean what their author thinks.
+
+    Drift: calls that differ in one value of their intent only, so that retries run again. Spread:
+    replays whose free arguments differ, so that a second action may never have happened.
+    """
+    from celery_idem.audit import audit as look
+
+    found = look(desk.list(None, task), desk.tasks(), within)
+    if screen.as_json:
+        screen.json([{**suspicion._asdict(), "says": suspicion.says} for suspicion in found])
+        return
+    for suspicion in found:
+        screen.state("warning" if suspicion.likely else "note", f"{suspicion.kind}: {suspicion.task}")
+        screen.line(f"    {suspicion.says}")
+        screen.line(f"    for example {', '.join(suspicion.example)}")
+    if not found:
+        screen.line("Nothing suspicious. (Only records with digests are looked at: idem_audit = True.)")
+
+
+@command(idem, "shadow")
+@click.option("--clear", is_flag=True, help="Remove the shadow records, once they have served.")
+@yes_option
+def shadow(screen: Screen, desk: Desk, clear: bool, yes: bool) -> None:
+    """What shadow mode (idem_shadow) has seen, and which tasks are ready for the real thing."""
+    from celery_idem.readiness import readiness
+
+    ledgers = [ledger.shadow() for ledger in desk.ledgers()]
+    if clear:
+        screen.confirm("All shadow records will be removed; records of real guards stay. Go on?", yes)
+        gone = sum(ledger.forget(entry.key) for ledger in ledgers for entry in ledger.list())
+        if screen.as_json:
+            screen.json({"removed": gone})
+        else:
+            screen.line(f"{gone} shadow records removed.")
+        return
+    report = readiness((entry for ledger in ledgers for entry in ledger.list()), desk.tasks())
+    if screen.as_json:
+        screen.json(
+            [
+                {
+                    "task": task.task,
+                    "verdict": task.verdict,
+                    "why": task.why,
+                    "calls": task.calls,
+                    "intents": task.intents,
+                    "would": dict(task.would),
+                    "differs": dict(task.differs),
+                }
+                for task in report
+            ]
+        )
+        return
+    for task in report:
+        would = ", ".join(f"{number} {what}" for what, number in sorted(task.would.items())) or "nothing"
+        screen.state(
+            task.verdict, f"{task.task}: {task.calls} calls of {task.intents} intents; would: {would}"
+        )
+        screen.line(f"    {task.why}")
+    if not report:
+        screen.line("No shadow records. Set idem_shadow = True (or shadow=True on a task), and let it run.")
 
 
 @command(idem, "metrics")

@@ -31,6 +31,9 @@ COLOURS = {
     "error": "bold red",
     "warning": "yellow",
     "note": "blue",
+    "ready": "bold green",
+    "look": "bold yellow",
+    "wait": "blue",
 }
 """By state, and by severity of a finding. Never the only sign: the word stands beside it."""
 
