@@ -1,0 +1,164 @@
+"""A process that knocks at doors: reads one order per line, does its calls when told, writes the answers.
+
+    {"door": "http", "calls": [{"args": […], "kwargs": {…}}], "gate": "/tmp/…/go"}
+    [{"paid": 1, "invoice": "7"}, …]
+
+Every door answers with the value that the caller got in the end. Calls of one order are made at once, each
+on a thread of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+from celery import Celery
+
+import celery_idem
+from tests.callers.shop import URL
+from tests.callers.shop import app as shop
+from tests.support.effects import Gate
+
+WITHIN = 30.0  # seconds for one answer
+NAMES = ("customer", "invoice", "cents", "currency", "note")
+pay = shop.tasks["shop.pay"]
+stranger = Celery("stranger", broker=URL, backend=URL, set_as_current=False)  # knows no task
+
+Args = list[Any]
+Kwargs = dict[str, Any]
+
+
+def named(args: Args, kwargs: Kwargs) -> Kwargs:
+    """Doors with JSON objects have names only; their order stays the caller's."""
+    return {**kwargs, **dict(zip(NAMES, args, strict=False))}
+
+
+def submit(args: Args, kwargs: Kwargs) -> Any:
+    return pay.submit(*args, **kwargs).wait(WITHIN).to_dict()["result"]
+
+
+def submit_by_name(args: Args, kwargs: Kwargs) -> Any:
+    return celery_idem.submit(stranger, "shop.pay", args, kwargs).wait(WITHIN).result
+
+
+def delay(args: Args, kwargs: Kwargs) -> Any:
+    return pay.delay(*args, **kwargs).get(WITHIN)
+
+
+def send_task(args: Args, kwargs: Kwargs) -> Any:
+    return stranger.send_task("shop.pay", args, kwargs).get(WITHIN)
+
+
+def chain(args: Args, kwargs: Kwargs) -> Any:
+    after = shop.tasks["shop.after"]
+    return (pay.si(*args, **kwargs) | after.s(named(args, kwargs)["customer"])).apply_async().get(WITHIN)
+
+
+def http(args: Args, kwargs: Kwargs) -> Any:
+    import httpx
+
+    url = f"{os.environ['CALLERS_HTTP']}/actions/tasks/shop.pay"
+    headers = {"authorization": "Bearer secret-a"}
+    for _ in range(20):  # a client that follows the rules: 409 with Retry-After is no answer yet
+        answer = httpx.post(url, json=named(args, kwargs), headers=headers, timeout=WITHIN)
+        if answer.status_code not in (202, 409):
+            break
+    return answer.json()["result"]
+
+
+def mcp(args: Args, kwargs: Kwargs) -> Any:
+    from tests.callers.test_mcp import over_http
+
+    async def call() -> Any:
+        async with over_http(os.environ["CALLERS_MCP"]) as client:
+            answer = await client.call_tool("shop_pay", named(args, kwargs))
+            return answer.structured_content["result"]
+
+    return asyncio.run(asyncio.wait_for(call(), WITHIN))
+
+
+@cache
+def tool() -> Callable[..., Any]:
+    from celery_idem.adapters.agents import function
+
+    return function(shop, "shop.pay")
+
+
+def langgraph(args: Args, kwargs: Kwargs) -> Any:
+    from langchain_core.tools import StructuredTool
+
+    return StructuredTool.from_function(tool()).invoke(named(args, kwargs))["result"]
+
+
+def openai_agents(args: Args, kwargs: Kwargs) -> Any:
+    from agents import function_tool
+    from agents.tool_context import ToolContext
+
+    text = json.dumps(named(args, kwargs))
+    context = ToolContext(
+        context=None, tool_name="shop_pay", tool_call_id="new every time", tool_arguments=text
+    )
+    answer = asyncio.run(asyncio.wait_for(function_tool(tool()).on_invoke_tool(context, text), WITHIN))
+    return answer["result"]
+
+
+def pydantic_ai(args: Args, kwargs: Kwargs) -> Any:
+    from pydantic_ai import Agent
+    from pydantic_ai.messages import ModelResponse, TextPart, ToolCallPart
+    from pydantic_ai.models.function import FunctionModel
+
+    answers: list[Any] = []
+
+    def model(messages: Any, info: Any) -> ModelResponse:
+        returned = [part for part in messages[-1].parts if part.part_kind == "tool-return"]
+        answers.extend(part.content for part in returned)
+        if returned:
+            return ModelResponse(parts=[TextPart("done")])
+        return ModelResponse(parts=[ToolCallPart(info.function_tools[0].name, named(args, kwargs))])
+
+    asyncio.run(asyncio.wait_for(Agent(FunctionModel(model), tools=[tool()]).run("Pay."), WITHIN))
+    return answers[0]["result"]
+
+
+DOORS = {
+    door.__name__: door
+    for door in (
+        submit,
+        submit_by_name,
+        delay,
+        send_task,
+        chain,
+        http,
+        mcp,
+        langgraph,
+        openai_agents,
+        pydantic_ai,
+    )
+}
+
+
+def main() -> None:
+    with ThreadPoolExecutor(4) as threads:
+        for line in sys.stdin:
+            order = json.loads(line)
+            knock = DOORS[order["door"]]
+            Gate(order["gate"]).wait()
+            answers = [threads.submit(knock, call["args"], call["kwargs"]) for call in order["calls"]]
+            print(json.dumps([_said(answer.result) for answer in answers]), flush=True)
+
+
+def _said(result: Callable[[], Any]) -> Any:
+    try:
+        return result()
+    except BaseException as error:  # the test shows it
+        return repr(error)
+
+
+if __name__ == "__main__":
+    main()
