@@ -292,8 +292,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
 
     def _run_guarded(self, request: Context, args: Any, kwargs: Any) -> Any:
         guard = self.guard
-        if self.typing:
-            self.__header__(*args, **kwargs)  # a call that does not fit claims nothing
+        if self.typing:  # a call that does not fit claims nothing; a class-based task has no __header__
+            getattr(self, "__header__", guard.declaration.signature.bind)(*args, **kwargs)
         key, fingerprint = guard.identify(request, args, kwargs)
         if len(self.request_stack) > 1 and self._holds(key):
             return self.run(*args, **kwargs)

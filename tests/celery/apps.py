@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,18 @@ def add_tasks(app: Celery, effects: Effects, folder: Path) -> None:
         effects.add(name, task_id=self.request.id)
         Gate(folder / f"gate-{name}").wait(60)
         return f"slow {name}"
+
+    @task("slow_pay", must_match=("cents",))
+    def slow_pay(name: str, cents: int) -> int:
+        effects.add(name)
+        Gate(folder / f"gate-{name}").wait(60)
+        return cents
+
+    @task("longer_than_its_lease", lease=0.6)
+    def longer_than_its_lease(name: str) -> str:
+        effects.add(name)
+        time.sleep(1.8)  # three leases: this is the work
+        return "done"
 
     @task("refuses_to_wait", on_duplicate="raise")
     def refuses_to_wait(name: str) -> str:
@@ -204,7 +217,7 @@ def add_tasks(app: Celery, effects: Effects, folder: Path) -> None:
 
         def run(self, name: str, note: str = "") -> str:
             effects.add(name)
-            return f"{type(self).__name__} {self.claim.attempt}"
+            return f"shipped at attempt {self.claim.attempt}"
 
     app.register_task(Shipping())
 

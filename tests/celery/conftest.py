@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import uuid
 from collections.abc import Iterator
@@ -107,6 +108,7 @@ def stage(
     stage = start(kind, broker, redis.url_for(1), tmp_path_factory.mktemp(str(kind)))
     yield stage
     stage.worker.kill()
+    gc.collect()  # results say goodbye to the backend, so they must not outlive its server
     stage.app.close()
 
 
