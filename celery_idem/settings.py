@@ -209,8 +209,12 @@ def store_url(settings: Settings, conf: Mapping[str, Any]) -> str:
         return settings.store
     # Celery's property, not the entry: CELERY_RESULT_BACKEND and `celery --result-backend` go before it.
     backend = getattr(conf, "result_backend", "")
-    if isinstance(backend, str) and urlsplit(backend).scheme in _RESULT_BACKENDS_WE_CAN_USE:
-        return backend
+    scheme = urlsplit(backend).scheme if isinstance(backend, str) else ""
+    if scheme == "sentinel" and "master_name=" not in backend:
+        master = (conf.get("result_backend_transport_options") or {}).get("master_name")
+        return f"{backend}{'&' if '?' in backend else '?'}master_name={master}" if master else backend
+    if scheme in _RESULT_BACKENDS_WE_CAN_USE:
+        return str(backend)
     raise ConfigurationError(
         "celery_idem needs a store to keep its records in, and the result backend is not a Redis it could use. "
         'Set idem_store, for example app.conf.idem_store = "redis://localhost:6379/1".'

@@ -86,12 +86,16 @@ class RedisStore(Store):
             if name not in query:
                 options[name] = TIMEOUT
         try:
-            self._pool = redis.ConnectionPool.from_url(url, **options)
+            self._pool = self._open_pool(url, options)
         except ValueError as error:
             raise ConfigurationError(f"idem_store: {self.url}: {error}") from None
         # Idle connections. Taking and giving back are atomic; as many exist as calls run at once.
         self._idle: deque[Any] = deque()
         _forget_connections_after_fork(self)
+
+    def _open_pool(self, url: str, options: dict[str, Any]) -> Any:
+        """redis-py's pool: here only for what it knows of making a connection."""
+        return self._redis.ConnectionPool.from_url(url, **options)
 
     # --- primitives -----------------------------------------------------------------
 
@@ -129,12 +133,15 @@ class RedisStore(Store):
             cursor, keys = self._one(_command(command))
             for start in range(0, len(keys), SCAN_READ):
                 some = keys[start : start + SCAN_READ]
-                values = self._one(_command((b"MGET", *some)))
-                for key, value in zip(some, values, strict=True):
+                for key, value in zip(some, self._values(some), strict=True):
                     if value is not None and len(value) > _STAMP.size:
                         yield key.decode("utf-8", "replace"), _stored(value)
             if cursor == b"0":
                 return
+
+    def _values(self, keys: Sequence[bytes]) -> Sequence[Any]:
+        values: Sequence[Any] = self._one(_command((b"MGET", *keys)))
+        return values
 
     def purge(self, limit: int) -> int:
         return 0  # the server expires by itself
@@ -188,6 +195,7 @@ class RedisStore(Store):
             connection = self._idle.pop()
         except IndexError:
             connection = self._pool.connection_class(**self._pool.connection_kwargs)
+            connection.connect()  # not left to the first command: that would not ask a sentinel for the address
         answers: list[Any] = []
         try:
             connection.send_packed_command((packed,), check_health=False)

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+import redis
+
 from tests.support.processes import Program
-from tests.support.servers import PostgresServer, Server, _listens, _on_path, _unprivileged_user
+from tests.support.servers import (
+    PostgresServer,
+    RedisServer,
+    Server,
+    _listens,
+    _on_path,
+    _unprivileged_user,
+    free_port,
+)
+from tests.support.waiting import wait_for
 
 
 class PgBouncer(Server):
@@ -50,3 +64,142 @@ class PgBouncer(Server):
 
     def url_for(self, database: str) -> str:
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
+
+
+class SentinelServer(RedisServer):
+    """`redis-server --sentinel`, watching a master under the name "shop"."""
+
+    name = "sentinel"
+
+    def __init__(self, folder: Path, master: RedisServer) -> None:
+        self._master = master
+        super().__init__(folder)
+
+    def _launch(self) -> Program:
+        settings = self.folder / "sentinel.conf"
+        if not settings.exists():  # it writes what it has learnt into it
+            settings.write_text(
+                f"port {self.port}\nbind 127.0.0.1\ndir {self.folder}\n"
+                f"sentinel monitor shop 127.0.0.1 {self._master.port} 2\n"
+                "sentinel down-after-milliseconds shop 500\nsentinel failover-timeout shop 3000\n"
+            )
+        command = [self._binary(), settings, "--sentinel"]
+        return Program(command, log=self.folder / "sentinel.log", cwd=self.folder)
+
+
+class Watched:
+    """A master, a replica, and three sentinels: two of which agree on a failover."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Watched:
+        with contextlib.ExitStack() as stack:
+            # Without a disk: a failover is about what the replica has.
+            quick = ("--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1")
+            self.master = stack.enter_context(RedisServer(self._folder / "master", options=quick))
+            follow = (*quick, "--replicaof", "127.0.0.1", str(self.master.port))
+            self.replica = stack.enter_context(RedisServer(self._folder / "replica", options=follow))
+            self.sentinels = [
+                stack.enter_context(SentinelServer(self._folder / f"sentinel-{n}", self.master))
+                for n in range(3)
+            ]
+            wait_for(self._ready, 30, "the sentinels to know each other and the replica")
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def url(self) -> str:
+        hosts = ";".join(f"sentinel://127.0.0.1:{s.port}" for s in self.sentinels)
+        return f"{hosts}/0?master_name=shop"
+
+    def master_port(self) -> int:
+        """Of the server that the sentinels call the master."""
+        with client(self.sentinels[0]) as sentinel:
+            return int(sentinel.sentinel_get_master_addr_by_name("shop")[1])
+
+    def _ready(self) -> bool:
+        for server in self.sentinels:
+            with client(server) as sentinel:
+                state = sentinel.sentinel_masters()["shop"]
+                if state["num-slaves"] != 1 or state["num-other-sentinels"] != 2:
+                    return False
+        with client(self.replica) as replica:
+            return bool(replica.info("replication")["master_link_status"] == "up")
+
+
+class Cluster:
+    """Three masters that share the slots."""
+
+    def __init__(self, folder: Path, size: int = 3) -> None:
+        self._folder = folder
+        self._size = size
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Cluster:
+        options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000")
+        with contextlib.ExitStack() as stack:
+            self.nodes = [
+                stack.enter_context(ClusterServer(self._folder / f"node-{n}", options=options))
+                for n in range(self._size)
+            ]
+            hosts = [f"127.0.0.1:{node.port}" for node in self.nodes]
+            made = subprocess.run(
+                ["redis-cli", "--cluster", "create", *hosts, "--cluster-yes"],
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+            assert made.returncode == 0, made.stdout + made.stderr
+            wait_for(self._ready, 30, "every node to know every slot")
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def url(self) -> str:
+        return f"redis-cluster://127.0.0.1:{self.nodes[0].port}"
+
+    def _ready(self) -> bool:
+        for node in self.nodes:
+            with client(node) as one:
+                info = one.execute_command("CLUSTER INFO")
+                known = one.execute_command("CLUSTER SLOTS")
+                if info["cluster_state"] != "ok" or len(known) != self._size:
+                    return False
+        return True
+
+    def move(self, slot: int, source: RedisServer, target: RedisServer, pause: Callable[[], None]) -> None:
+        """Move one slot as `redis-cli --cluster reshard` does; `pause` is called while it is half moved."""
+        with client(source) as giving, client(target) as taking:
+            ids = [one.execute_command("CLUSTER MYID") for one in (giving, taking)]
+            source_id, target_id = [i.decode() if isinstance(i, bytes) else i for i in ids]
+            taking.execute_command(f"CLUSTER SETSLOT {slot} IMPORTING", source_id)
+            giving.execute_command(f"CLUSTER SETSLOT {slot} MIGRATING", target_id)
+            pause()
+            while keys := giving.execute_command("CLUSTER GETKEYSINSLOT", slot, 10):
+                for key in keys:
+                    giving.execute_command("MIGRATE", "127.0.0.1", target.port, key, 0, 5000)
+                pause()
+            taking.execute_command(f"CLUSTER SETSLOT {slot} NODE", target_id)
+            giving.execute_command(f"CLUSTER SETSLOT {slot} NODE", target_id)
+
+
+class ClusterServer(RedisServer):
+    """A node: besides its port it has one for the other nodes, which must be below 65536 too."""
+
+    name = "node"
+
+    def _launch(self) -> Program:
+        self.options = (*self.options[:4], "--cluster-port", str(free_port()))
+        return super()._launch()
+
+
+def client(server: RedisServer) -> redis.Redis:
+    return redis.Redis(port=server.port, socket_timeout=5)

@@ -1,0 +1,86 @@
+"""Redis or Valkey behind Sentinel: whichever server is the master now.
+
+A connection asks the sentinels for the master when it is opened. When a failover ends
+the old ones, the next call opens new ones, and so finds the new master.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import parse_qs, urlencode, urlsplit
+
+from celery_idem.errors import ConfigurationError, StoreError
+from celery_idem.stores.redis import RedisStore, redact
+
+SENTINEL_TIMEOUT = 1.0
+"""Seconds to wait for one sentinel: they have nothing else to do, and there is another one to ask."""
+
+SENTINEL_PORT = 26379
+"""The port of a sentinel that names none: Redis' own default."""
+
+
+class SentinelStore(RedisStore):
+    """Records in the master of a group that sentinels watch.
+
+    Args:
+        url: kombu's form, ``sentinel://user:password@host:port;sentinel://host:port/db?master_name=…``.
+            User, password and database are those of Redis. Further options as in redis-py's
+            URLs, and ``ssl=true``, ``sentinel_username`` and ``sentinel_password``.
+        durability: as for one server.
+    """
+
+    def _open_pool(self, url: str, options: dict[str, Any]) -> Any:
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+        from redis.sentinel import Sentinel, SentinelConnectionPool
+
+        redis_url, sentinels, query = _parsed(url)
+        self.url = _shown(url)
+        master = query.pop("master_name", "")
+        if not master:
+            raise ConfigurationError(
+                f"idem_store: {self.url} does not name the master. Add ?master_name=…, or set it in "
+                "result_backend_transport_options where the result backend is the store."
+            )
+        asking: dict[str, Any] = {
+            "socket_timeout": SENTINEL_TIMEOUT,
+            "socket_connect_timeout": SENTINEL_TIMEOUT,
+            "retry": Retry(NoBackoff(), 0),
+        }
+        for name in ("username", "password"):
+            if f"sentinel_{name}" in query:
+                asking[name] = query.pop(f"sentinel_{name}")
+        encrypted = query.pop("ssl", "") == "true"
+        url = f"{redis_url}?{urlencode(query)}" if query else redis_url
+        given = self._redis.connection.parse_url(url)
+        for name in ("host", "port"):  # the sentinels say
+            given.pop(name, None)
+        manager = Sentinel(sentinels, sentinel_kwargs=asking | ({"ssl": True} if encrypted else {}))
+        return SentinelConnectionPool(master, manager, ssl=encrypted, **{**options, **given})
+
+    def _silence(self, error: Exception) -> StoreError:
+        self.close()  # whoever does not answer may be the master no more: ask again
+        return super()._silence(error)
+
+
+def _parsed(url: str) -> tuple[str, list[tuple[str, int]], dict[str, str]]:
+    """(redis:// URL with user, password and database; the sentinels; options)."""
+    sentinels = []
+    user, path = "", ""
+    query: dict[str, str] = {}
+    for part in url.split(";"):
+        parts = urlsplit(part if "://" in part else f"sentinel://{part}")
+        sentinels.append((parts.hostname or "localhost", parts.port or SENTINEL_PORT))
+        user = user or parts.netloc.rpartition("@")[0]
+        path = path or parts.path
+        query |= {name: values[0] for name, values in parse_qs(parts.query).items()}
+    return f"redis://{user}@localhost{path}" if user else f"redis://localhost{path}", sentinels, query
+
+
+def _shown(url: str) -> str:
+    return ";".join(redact(part) for part in url.split(";"))
+
+
+def open_sentinel(url: str, durability: str = "none") -> SentinelStore:
+    """The store for kombu's form of a Sentinel URL."""
+    return SentinelStore(url, durability)
