@@ -226,6 +226,12 @@ def add_tasks(app: Celery, effects: Effects, folder: Path) -> None:
         effects.add(name)
         return "done"
 
+    @task("impatient", settle_patience=0.3, lease=1.0)
+    def impatient(name: str) -> str:
+        effects.add(name)
+        Gate(folder / f"gate-{name}").wait(60)
+        return "done"
+
     @task("on_store_error_run", on_store_error="run")
     def on_store_error_run(name: str) -> str:
         effects.add(name)

@@ -76,7 +76,9 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
         yield server
 
 
-def start(kind: Kind, broker: str, backend: str, folder: Path, **conf: Any) -> Stage:
+def start(
+    kind: Kind, broker: str, backend: str, folder: Path, module: str = "tests.celery.apps:app", **conf: Any
+) -> Stage:
     place = {
         "broker": broker,
         "backend": backend,
@@ -85,7 +87,7 @@ def start(kind: Kind, broker: str, backend: str, folder: Path, **conf: Any) -> S
         "conf": {"task_acks_late": kind.acks_late, **conf},
     }
     worker = CeleryWorker(
-        "tests.celery.apps:app",
+        module,
         folder,
         pool=kind.pool,
         concurrency=kind.concurrency,
