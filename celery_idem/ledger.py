@@ -343,20 +343,22 @@ class Ledger:
         """Keep the intent for this task id for ``delay`` seconds, until its retry comes."""
         wait = int(delay * MICROSECONDS)
         return self._patiently(
-            claim, _present(lambda record: protocol.schedule(record, claim._request.owner, wait)), patience
+            claim,
+            _kept(claim, lambda record: protocol.schedule(record, claim._request.owner, wait)),
+            patience,
         )
 
     def doubt(self, claim: Claim, reason: str, patience: float) -> Done | Refused:
         """The body ended in a way that leaves the effect unknown."""
         return self._patiently(
-            claim, _present(lambda record: protocol.doubt(record, claim._request.owner, reason)), patience
+            claim, _kept(claim, lambda record: protocol.doubt(record, claim._request.owner, reason)), patience
         )
 
     def exited(self, claim: Claim, reason: str, patience: float) -> Done | Refused:
         """The process was told to exit while the body ran."""
         owner, policy = claim._request.owner, claim._request.policy
         return self._patiently(
-            claim, _present(lambda record: protocol.exited(record, owner, policy, reason)), patience
+            claim, _kept(claim, lambda record: protocol.exited(record, owner, policy, reason)), patience
         )
 
     def renew(self, claims: Sequence[Claim]) -> None:
@@ -379,8 +381,15 @@ class Ledger:
 
     def _renew_again(self, claim: Claim, reply: Reply, before: float) -> None:
         """The body itself wrote meanwhile (a step, the outcome), or somebody took over."""
-        if reply.stored is None:
-            return  # the store lost the record; settling will write it again
+        if reply.stored is None:  # the store lost the record
+            held = claim._seen[1]
+            if held.state is not State.RUNNING:
+                return  # ended meanwhile
+            reply = self.store.create(self._prefix + claim.key, codec.pack(held))
+            if reply.done:
+                _renewed(claim, held, reply, before)
+                return
+            assert reply.stored is not None
         record = self._read(claim.key, reply.stored)
         decision, _ = protocol.renew(record, claim._request.owner)
         if isinstance(decision, Done):
@@ -490,7 +499,7 @@ class Ledger:
             return protocol.end_step(record, claim._request.owner, name, payload)
 
         try:
-            done = self._patiently(claim, _present(end), patience)
+            done = self._patiently(claim, _kept(claim, end), patience)
         except StoreError:
             claim._step_unrecorded = True
             raise
@@ -587,6 +596,8 @@ class Ledger:
 
     def forget(self, key: str) -> bool:
         """Remove an intent, whatever its state: the next call with this key runs.
+
+        An execution under way keeps its hold: its next renewal or its outcome writes the record anew.
 
         Returns:
             False when there was none.
@@ -739,9 +750,7 @@ class Ledger:
         """A transition of the record that this claim holds, starting from its own last write."""
 
         def checked(record: Record | None, stamp: int, now: int) -> tuple[Any, Record | None]:
-            if record is None:
-                return Refused(None), None
-            return decide(record, stamp, now)
+            return decide(protocol.restored(record, claim._seen[1]), stamp, now)
 
         before = time.monotonic()
         reply, seen = self._last_seen(claim)
@@ -796,6 +805,13 @@ def _present(
         return (Refused(None), None) if record is None else decide(record)
 
     return checked
+
+
+def _kept(
+    claim: Claim, decide: Callable[[Record], tuple[Done | Refused, Record | None]]
+) -> Callable[[Record | None, int, int], tuple[Done | Refused, Record | None]]:
+    """A transition that has something to say also where the store has lost the record."""
+    return lambda record, stamp, now: decide(protocol.restored(record, claim._seen[1]))
 
 
 def _renewed(claim: Claim, record: Record, reply: Reply, before: float) -> None:

@@ -407,6 +407,12 @@ def _holds(record: Record, owner: bytes) -> bool:
     return record.owner == owner and record.state in (State.RUNNING, State.IN_DOUBT)
 
 
+def restored(record: Record | None, held: Record) -> Record:
+    """The record, or what its holder last wrote where the store has lost it: a holder's next
+    write (renewal, step, outcome) creates it anew, unless somebody else has begun from nothing."""
+    return held if record is None else record
+
+
 def settle(record: Record | None, held: Record, outcome: Outcome) -> tuple[Done | Refused, Record | None]:
     """Record how the body ended.
 
@@ -414,9 +420,7 @@ def settle(record: Record | None, held: Record, outcome: Outcome) -> tuple[Done 
         record: what the store holds; None when it lost the record.
         held: the record as this execution last wrote it.
     """
-    if record is None:
-        new = _settled(held, outcome)
-        return Done(new), new
+    record = restored(record, held)
     if _holds(record, held.owner):
         new = _settled(record, outcome)
         return Done(new), new
