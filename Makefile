@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo check clean
+.PHONY: help test demo check docs matrix clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -25,8 +25,15 @@ check: $(VENV)/.ready-test $(VENV)/.ready-dev ## lint, format, types, import rul
 	$(PY) -m mypy --strict celery_idem tests/typing
 	$(VENV)/bin/lint-imports
 
+docs: $(VENV)/.ready-docs ## build the documentation into build/site; it needs no network
+	@$(PY) -m mkdocs build --strict
+	@echo "build/site/index.html"
+
+matrix: $(VENV)/.ready-dev ## every version of Python, Celery and redis-py; ARGS="-l" goes to nox
+	@$(PY) -m nox $(ARGS)
+
 clean: ## remove the environment, builds and caches
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .nox build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The interpreter is the file to look for: a folder alone may be half an environment.

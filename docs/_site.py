@@ -1,13 +1,35 @@
-"""MkDocs hook: the page of the command line is written from the commands themselves."""
+"""MkDocs hooks: the menu is made from the folders, the page of the command line from the commands."""
 
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import click
 
 MARK = "<!-- commands -->"
+
+FIRST = ("index.md", "tutorial.md", "guarantees.md")
+"""Pages that come before the others of the top folder."""
+
+SECTIONS = {"how-to": "How to", "explanation": "Explanation", "reference": "Reference", "adr": "Decisions"}
+"""Folders in the order of the menu. A page is in the menu because it is in one of them."""
+
+
+def on_config(config: Any) -> Any:
+    """Make the menu."""
+    root = Path(config.docs_dir)
+    top = sorted(
+        (p.name for p in root.glob("*.md")),
+        key=lambda name: (name not in FIRST, FIRST.index(name) if name in FIRST else 0, name),
+    )
+    sections = [
+        {title: sorted(f"{folder}/{p.name}" for p in (root / folder).glob("*.md"))}
+        for folder, title in SECTIONS.items()
+    ]
+    config.nav = [*top, *sections]
+    return config
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
