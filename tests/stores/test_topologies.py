@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import itertools
+import re
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+from celery import Celery
 
-from celery_idem.intent import MICROSECONDS
+from celery_idem.errors import ConfigurationError, StoreError
+from celery_idem.intent import MICROSECONDS, Stored
+from celery_idem.settings import Settings, store_url
 from celery_idem.stores import open_store
-from celery_idem.stores.base import Store
+from celery_idem.stores.base import OWNER, Reply, Store
+from celery_idem.stores.redis_cluster import ClusterStore, _slot
+from celery_idem.stores.redis_sentinel import SentinelStore
 from celery_idem.testing import StoreConformance
 from tests.conftest import running
-from tests.stores.servers import Cluster, Watched
+from tests.stores.servers import Cluster, Watched, client
+from tests.support.servers import RedisServer
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.redis
 
@@ -47,3 +60,260 @@ class TestCluster(StoreConformance):
 
     def make_store(self) -> Store:
         return open_store(self.url)
+
+
+# --- slots that move ---------------------------------------------------------------------------
+
+
+class Load:
+    """Threads that claim the same keys one after the other and settle what they won, until told to stop."""
+
+    def __init__(self, url: str, key: Callable[[int], str], threads: int = 3) -> None:
+        self.url = url
+        self.key = key
+        self.winners: dict[str, list[int]] = {}
+        self.failures: list[BaseException] = []
+        self.errors = 0
+        self.done = 0
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(threads)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(60)
+        assert not any(thread.is_alive() for thread in self._threads)
+        if self.failures:
+            raise self.failures[0]
+
+    def wait_for(self, more: int) -> None:
+        target = self.done + more
+        wait_for(lambda: self.done >= target or self.failures, 60, lambda: f"{target} claims, at {self.done}")
+
+    def _run(self, me: int) -> None:
+        store = open_store(self.url)
+        owner = b"owner-%06d" % me
+        try:
+            for n in itertools.count():
+                if self._stop.is_set():
+                    return
+                key = self.key(n)
+                held = self._insist(lambda key=key: store.create(key, owner + b"1"), owner)
+                if held is None:
+                    continue
+                with self._lock:
+                    self.winners.setdefault(key, []).append(me)
+                    self.done += 1
+                self._insist(lambda key=key, held=held: store.replace(key, held, owner + b"2", DAY), owner)
+        except BaseException as error:
+            self.failures.append(error)
+        finally:
+            store.close()
+
+    def _insist(self, call: Callable[[], Reply], owner: bytes) -> Stored | None:
+        """Again until the store answers; what then holds our own owner is our own lost write."""
+        while True:
+            try:
+                reply = call()
+            except StoreError:
+                self.errors += 1
+                self._stop.wait(0.02)
+                continue
+            stored = reply.stored
+            return stored if stored is not None and stored.value.startswith(owner) else None
+
+
+def test_a_slot_moves_under_load_and_every_key_has_one_winner(cluster: Cluster) -> None:
+    tag = uuid.uuid4().hex
+    slot = _slot(f"{{{tag}}}")
+    owner = next(n for n in cluster.nodes if owns(n, slot))
+    target = next(n for n in cluster.nodes if n is not owner)
+    # Every second key lies in the slot that moves.
+    with Load(cluster.url, lambda n: f"{{{tag}}}:{n}" if n % 2 else f"{tag}:{n}") as load:
+        load.wait_for(50)
+        cluster.move(slot, owner, target, lambda: load.wait_for(20))
+        load.wait_for(50)
+    assert load.errors == 0
+    assert all(len(winners) == 1 for winners in load.winners.values())
+    store = open_store(cluster.url)
+    assert owns(target, slot)
+    seen = dict(store.scan(f"{{{tag}}}")) | dict(store.scan(tag))
+    assert set(load.winners) <= set(seen)
+    assert {seen[key].value[OWNER:] for key in load.winners} == {b"2"}
+
+
+def test_a_scan_while_slots_move_says_so(cluster: Cluster) -> None:
+    tag = uuid.uuid4().hex
+    slot = _slot(f"{{{tag}}}")
+    owner = next(n for n in cluster.nodes if owns(n, slot))
+    target = next(n for n in cluster.nodes if n is not owner)
+    store = open_store(cluster.url)
+    store.create(f"{{{tag}}}:1", MINE)
+
+    def look() -> None:
+        with pytest.raises(StoreError, match="being moved"):
+            list(store.scan(tag))
+
+    cluster.move(slot, owner, target, look)
+    assert [key for key, _ in store.scan(f"{{{tag}}}")] == [f"{{{tag}}}:1"]
+
+
+def owns(node: RedisServer, slot: int) -> bool:
+    with client(node) as one:
+        text = one.execute_command("CLUSTER NODES")
+    lines = text.values() if isinstance(text, dict) else ()
+    for entry in lines:
+        if "myself" in entry["flags"]:
+            return any(int(r[0]) <= slot <= int(r[-1]) for r in entry["slots"])
+    return False
+
+
+def test_a_node_that_is_down_is_an_error_for_its_keys_only(tmp_path: Path) -> None:
+    with running(lambda: Cluster(tmp_path / "cluster")) as cluster:
+        for node in cluster.nodes:
+            with client(node) as one:  # the rest of a cluster may go on without
+                one.config_set("cluster-require-full-coverage", "no")
+        store = open_store(cluster.url)
+        assert all(store.create(str(n), MINE).done for n in range(30))
+        cluster.nodes[0].kill()
+        answered = 0
+        for n in range(30):
+            with contextlib.suppress(StoreError):
+                answered += store.read(str(n)).done
+        assert 0 < answered < 30
+        cluster.nodes[0].restart()
+        wait_for(lambda: answers_all(store), 30, "the node to be back")
+
+
+def answers_all(store: Store) -> bool:
+    with contextlib.suppress(StoreError):
+        return len([store.read(str(n)) for n in range(30)]) == 30
+    return False
+
+
+# --- a master that fails --------------------------------------------------------------------------
+
+
+def test_a_failover_under_load(tmp_path: Path) -> None:
+    with running(lambda: Watched(tmp_path / "watched")) as servers:
+        store = open_store(servers.url)
+        known = {f"known:{n}": store.create(f"known:{n}", MINE).stored for n in range(50)}
+        with client(servers.master) as master:
+            assert master.execute_command("WAIT", 1, 5000) == 1  # the replica has these
+        with Load(servers.url, lambda n: f"load:{n}") as load:
+            load.wait_for(50)
+            servers.master.kill()
+            wait_for(lambda: servers.master_port() == servers.replica.port, 30, "the failover")
+            load.wait_for(200)
+        assert load.errors > 0  # they did notice
+        assert {key: store.read(key).stored for key in known} == known
+        servers.master.restart()  # it comes back as a replica of the other, and is not written to
+        wait_for(lambda: role(servers.master) == "slave", 30, "the old master to follow the new one")
+        assert store.create("after", MINE).done
+        assert open_store(servers.url).read("after").done
+
+
+def role(server: RedisServer) -> str:
+    with client(server) as one:
+        return str(one.info("replication")["role"])
+
+
+def test_a_master_that_only_slept_is_left_alone(tmp_path: Path) -> None:
+    """Its connections are still there when it wakes up, demoted: nobody may go on writing to it."""
+    with running(lambda: Watched(tmp_path / "watched")) as servers:
+        store = open_store(f"{servers.url}&socket_timeout=0.5")
+        assert store.create("a", MINE).done
+        servers.master.pause()
+        try:
+            wait_for(lambda: servers.master_port() == servers.replica.port, 30, "the failover")
+            with contextlib.suppress(StoreError):  # the sleeper's silence
+                store.read("a")
+            assert wait_for(lambda: written(store, "b"), 30)
+        finally:
+            servers.master.resume()
+        wait_for(lambda: role(servers.master) == "slave", 30, "the sleeper to learn that it is demoted")
+        assert store.create("c", MINE).done
+        with client(servers.replica) as promoted:
+            assert promoted.exists("b", "c") == 2
+
+
+def written(store: Store, key: str) -> bool:
+    try:
+        return store.create(key, MINE).stored is not None
+    except StoreError:
+        return False
+
+
+# --- forms of the URL -------------------------------------------------------------------------------
+
+
+def test_sentinel_urls() -> None:
+    with pytest.raises(ConfigurationError, match="master_name"):
+        open_store("sentinel://localhost:26379/0")
+    store = open_store(
+        "sentinel://me:s3cret@a:1;sentinel://b/2?master_name=shop&sentinel_password=hush&socket_timeout=7"
+    )
+    assert store.url == "sentinel://a:1;sentinel://b/2"
+    assert isinstance(store, SentinelStore)
+    given = store._pool.connection_kwargs
+    assert (given["username"], given["password"], given["db"], given["socket_timeout"]) == (
+        "me",
+        "s3cret",
+        2,
+        7.0,
+    )
+    manager = store._pool.sentinel_manager
+    assert [
+        (s.connection_pool.connection_kwargs["host"], s.connection_pool.connection_kwargs["port"])
+        for s in manager.sentinels
+    ] == [("a", 1), ("b", 26379)]
+    assert manager.sentinel_kwargs["password"] == "hush"
+
+
+def test_the_masters_name_may_come_with_the_result_backend() -> None:
+    app = Celery("shop", backend="sentinel://a:1;sentinel://b:2/3", set_as_current=False)
+    app.conf.result_backend_transport_options = {"master_name": "shop"}
+    assert store_url(Settings(), app.conf) == "sentinel://a:1;sentinel://b:2/3?master_name=shop"
+
+
+def test_cluster_urls() -> None:
+    store = open_store("rediss-cluster://me:s3cret@a:1,b/?socket_timeout=7")
+    assert isinstance(store, ClusterStore)
+    assert "s3cret" not in store.url
+    assert store._seeds == [("a", 1), ("b", 6379)]
+    given = store._node(("a", 1), False)._pool.connection_kwargs
+    assert (given["username"], given["password"], given["socket_timeout"]) == ("me", "s3cret", 7.0)
+    for wrong in ("redis-cluster://", "redis-cluster://a:port", "redis-cluster://a:1/3"):
+        with pytest.raises(ConfigurationError):
+            open_store(wrong)
+
+
+# --- rights -------------------------------------------------------------------------------------------
+
+
+def test_a_user_with_the_documented_rights_can_do_everything(start_redis: Callable[..., RedisServer]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "redis.md").read_text()
+    (rule,) = re.findall(r"^ACL SETUSER celery_idem (.*)$", page, re.MULTILINE)
+    server = start_redis()
+    with client(server) as admin:
+        admin.execute_command("ACL", "SETUSER", "celery_idem", *rule.replace("PASSWORD", "s3cret").split())
+    store = open_store(f"redis://celery_idem:s3cret@127.0.0.1:{server.port}/0")
+    created = store.create("idem:a", MINE)
+    assert created.stored is not None
+    assert store.create("idem:a", MINE).stored == created.stored
+    assert store.read("idem:a").done
+    replaced = store.replace("idem:a", created.stored, MINE, DAY)
+    assert replaced.stored is not None
+    assert dict(store.scan("idem:")) == {"idem:a": replaced.stored}
+    assert store.replace("idem:a", replaced.stored, MINE, 0).done  # forget
+    with pytest.raises(StoreError, match=r"(?i)no permissions"):
+        store.create("other:a", MINE)
+    for command in ("FLUSHALL", "KEYS *", "CONFIG GET *"):
+        with pytest.raises(StoreError, match=r"(?i)no permissions"):
+            store.execute(*command.split())  # type: ignore[attr-defined]
