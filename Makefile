@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo check docs matrix clean
+.PHONY: help test demo check docs matrix clean bench
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,12 @@ docs: $(VENV)/.ready-docs ## build the documentation into build/site; it needs n
 
 matrix: $(VENV)/.ready-dev ## every version of Python, Celery and redis-py; ARGS="-l" goes to nox
 	@$(PY) -m nox $(ARGS)
+
+bench: $(VENV)/.ready-test ## what the guard costs, as ratios measured side by side (about four minutes)
+	@$(PY) -m benchmarks.worker --pool solo
+	@$(PY) -m benchmarks.worker --pool prefork
+	@$(PY) -m benchmarks.store
+	@$(PY) -m benchmarks.imports
 
 clean: ## remove the environment, builds and caches
 	rm -rf $(VENV) .nox build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -47,8 +47,27 @@ def measure(url: str, variants: list[str], pool: str, rounds: int, count: int) -
     try:
         for variant in variants:
             env = {**os.environ, "BENCH_URL": url, "BENCH_VARIANT": variant}
-            command = [sys.executable, "-m", "celery", "-A", "benchmarks.apps", "worker", "-P", pool, "-c", "1"]
-            command += ["--without-gossip", "--without-mingle", "--without-heartbeat", "-l", "WARNING", "-n", variant]
+            command = [
+                sys.executable,
+                "-m",
+                "celery",
+                "-A",
+                "benchmarks.apps",
+                "worker",
+                "-P",
+                pool,
+                "-c",
+                "1",
+            ]
+            command += [
+                "--without-gossip",
+                "--without-mingle",
+                "--without-heartbeat",
+                "-l",
+                "WARNING",
+                "-n",
+                variant,
+            ]
             log = (logs / variant).open("wb")
             workers[variant] = (subprocess.Popen(command, env=env, stdout=log, stderr=log), env)
         first = 0
@@ -93,7 +112,9 @@ def main() -> None:
     with RedisServer(Path(tempfile.mkdtemp())) as server:
         began = time.monotonic()
         results = measure(server.url, variants, options.pool, options.rounds, options.count)
-        print(f"{options.pool}: {options.rounds} rounds of {options.count} tasks in {time.monotonic() - began:.0f} s")
+        print(
+            f"{options.pool}: {options.rounds} rounds of {options.count} tasks in {time.monotonic() - began:.0f} s"
+        )
         bare = statistics.median(results[variants[0]])
         for variant in variants:
             median = statistics.median(results[variant])
