@@ -154,6 +154,23 @@ def ttl(record: Record, policy: Policy) -> int | None:
     return None
 
 
+KEPT = (State.SUCCEEDED, State.FAILED, State.RELEASED)
+"""States whose records expire (see ``ttl``)."""
+
+
+def supersedes(record: Record, other: Record) -> bool:
+    """Of two copies of one intent, ``record`` is the later state.
+
+    A settled one is never superseded. Otherwise the greater fence has the later owner;
+    with equal fences an outcome counts for more than a doubt, and a doubt more than a hold.
+    """
+
+    def rank(one: Record) -> tuple[int, int]:
+        return one.fence, 2 if one.outcome is not None else one.state is State.IN_DOUBT
+
+    return other.outcome is None and rank(record) > rank(other)
+
+
 def trusted_for(lease: int) -> int:
     """How long, from just before the call that got it, a worker may trust a lease.
 

@@ -1,0 +1,136 @@
+"""Copying records from one store to another: complete, repeatable, and never a step back."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+import pytest
+
+from celery_idem import owners
+from celery_idem.copying import Copied, copy
+from celery_idem.errors import ConfigurationError
+from celery_idem.intent import (
+    MICROSECONDS,
+    Acquired,
+    Busy,
+    Fingerprint,
+    InDoubt,
+    Outcome,
+    Policy,
+    Replay,
+    Request,
+)
+from celery_idem.ledger import Claim, Ledger
+from celery_idem.stores import open_store
+
+DAY = 86_400 * MICROSECONDS
+DONE = Outcome(True, b"j1")
+
+
+def request(lease: int = DAY) -> Request:
+    return Request(owners.mint(), str(uuid.uuid4()), Fingerprint(), Policy(lease, DAY, DAY))
+
+
+def claim(ledger: Ledger, key: str, lease: int = DAY) -> Claim:
+    decision, claimed = ledger.claim(key, request(lease))
+    assert isinstance(decision, Acquired)
+    assert claimed is not None
+    return claimed
+
+
+def opened(url: str) -> Ledger:
+    return Ledger(open_store(url), "shop")
+
+
+@pytest.fixture
+def source() -> Ledger:
+    return opened(f"memory://{uuid.uuid4()}")
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Ledger:
+    return opened(f"sqlite:///{tmp_path}/idem.db")
+
+
+def test_every_state_arrives(source: Ledger, target: Ledger) -> None:
+    source.settle(claim(source, "a:done"), DONE, 0.0)
+    running = claim(source, "a:running")
+    source.doubt(claim(source, "a:doubt"), "who knows", 0.0)
+    source.release(claim(source, "a:free"), 0.0)
+    source.store.create("other:a", b"another application's".ljust(40))
+    source.store.create("shop:not ours", b"x" * 50)
+    reports: list[Copied] = []
+    counts = copy(source, target, reports.append)
+    assert counts == Copied(seen=5, written=4, unreadable=1) == reports[-1]
+    assert target.claim("a:done", request())[0] == Replay(DONE)
+    assert isinstance(target.claim("a:running", request())[0], Busy)
+    assert isinstance(target.claim("a:doubt", request())[0], InDoubt)
+    before = source.get("a:free")
+    after = claim(target, "a:free")
+    assert before is not None
+    assert after.fence > before.record.fence  # fences go on growing
+    assert after.attempt == 2
+    there = target.get("a:running")
+    assert there is not None
+    assert there.record.fence == running.fence
+    assert target.store.read("other:a").stored is None
+
+
+def test_run_again_it_goes_on_and_brings_up_to_date(source: Ledger, target: Ledger) -> None:
+    running = claim(source, "a:running")
+    source.settle(claim(source, "a:done"), DONE, 0.0)
+    copy(source, target)
+    assert copy(source, target) == Copied(seen=2, there=2)
+    source.settle(running, DONE, 0.0)
+    claim(source, "a:new")
+    assert copy(source, target) == Copied(seen=3, written=2, there=1)
+    assert target.claim("a:running", request())[0] == Replay(DONE)
+
+
+def test_stopped_half_way_it_can_be_run_again(source: Ledger, target: Ledger) -> None:
+    for n in range(450):
+        source.settle(claim(source, f"a:{n}"), DONE, 0.0)
+
+    def stop(counts: Copied) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        copy(source, target, stop)
+    assert copy(source, target) == Copied(seen=450, written=250, there=200)
+    assert len(list(target.list())) == 450
+
+
+def test_what_moved_on_in_the_target_stays(source: Ledger, target: Ledger) -> None:
+    held = claim(source, "a:taken over", lease=0)
+    copy(source, target)
+    for _ in range(2):  # in doubt, resolved by a person, and run again over there
+        target.claim("a:taken over", request())
+    from celery_idem.intent import NotHappened
+
+    target.resolve("a:taken over", NotHappened(), by="me")
+    again = claim(target, "a:taken over")
+    source.settle(held, DONE, 0.0)
+    assert copy(source, target) == Copied(seen=1, there=1)
+    there = target.get("a:taken over")
+    assert there is not None
+    assert there.record.fence == again.fence
+    target.settle(again, Outcome(True, b"j2"), 0.0)
+    assert copy(source, target) == Copied(seen=1, there=1)
+    assert target.claim("a:taken over", request())[0] == Replay(Outcome(True, b"j2"))
+
+
+def test_outcomes_keep_what_is_left_of_their_time(tmp_path: Path) -> None:
+    store = open_store(f"memory://{uuid.uuid4()}")
+    brief = Ledger(store, "shop", None, lambda task: 0.0 if task.startswith("brief") else 3600.0)
+    for key in ("brief:1", "long:1"):
+        brief.settle(claim(brief, key), DONE, 0.0)
+    target = opened(f"sqlite:///{tmp_path}/idem.db")
+    assert copy(brief, target) == Copied(seen=2, written=1, expired=1)
+    [(expires, stamp)] = target.store._rows("SELECT expires, stamp FROM celery_idem", {})  # type: ignore[attr-defined]
+    assert 3500 * MICROSECONDS < expires - stamp <= 3600 * MICROSECONDS
+
+
+def test_namespaces_must_be_equal(source: Ledger) -> None:
+    with pytest.raises(ConfigurationError, match="namespaces"):
+        copy(source, Ledger(open_store("memory://x"), "another"))
