@@ -104,7 +104,7 @@ def test_a_misspelt_setting_stops_a_task_from_being_declared() -> None:
     app = an_app(idem_leese=1, idem_store="memory://")
     with pytest.raises(ConfigurationError, match="idem_lease"):
 
-        @app.task(base=IdempotentTask, intent=("a",), lazy=False)
+        @app.task(base=IdempotentTask, intent=("a",), lazy=False, shared=False)
         def pay(a: int) -> None: ...
 
     assert "pay" not in str(list(app._tasks))
@@ -119,9 +119,14 @@ def test_a_misspelt_option_of_a_task_is_an_error() -> None:
         ("intents", "intent"),
     ]:
         with pytest.raises(ConfigurationError, match=f"Did you mean {meant}="):
-            app.task(base=IdempotentTask, intent=("a",), lazy=False, name=f"slip.{slip}", **{slip: ("a",)})(
-                body
-            )
+            app.task(
+                base=IdempotentTask,
+                shared=False,
+                intent=("a",),
+                lazy=False,
+                name=f"slip.{slip}",
+                **{slip: ("a",)},
+            )(body)
         assert f"slip.{slip}" not in app._tasks
 
 
@@ -175,7 +180,7 @@ def test_right_values(value: str) -> None:
 def test_a_tasks_options_come_before_the_applications() -> None:
     app = an_app(idem_store="memory://options", idem_lease=7, idem_on_crash="rerun")
 
-    @app.task(base=IdempotentTask, intent=("a",), lease=2, max_attempts=9, lazy=False)
+    @app.task(base=IdempotentTask, intent=("a",), lease=2, max_attempts=9, lazy=False, shared=False)
     def pay(a: int) -> None: ...
 
     found = pay.guard.settings
@@ -186,7 +191,9 @@ def test_a_tasks_options_come_before_the_applications() -> None:
 def test_a_wrong_option_of_a_task_names_the_task() -> None:
     app = an_app(idem_store="memory://")
     with pytest.raises(ConfigurationError, match=r"shop\.pay: lease cannot be 'long'"):
-        app.task(base=IdempotentTask, intent=("a",), lease="long", lazy=False, name="shop.pay")(body)
+        app.task(base=IdempotentTask, shared=False, intent=("a",), lease="long", lazy=False, name="shop.pay")(
+            body
+        )
 
 
 def test_annotations_are_options() -> None:
@@ -196,7 +203,7 @@ def test_annotations_are_options() -> None:
     )
     app.Task = IdempotentTask
 
-    @app.task(name="shop.pay", lazy=False)
+    @app.task(name="shop.pay", lazy=False, shared=False)
     def pay(a: int, b: int) -> None: ...
 
     assert pay.guard.settings.lease == 3
