@@ -117,7 +117,8 @@ class Desk:
 
     def doubtful(self, task: str | None = None, older_than: float = 0.0) -> Iterator[Entry]:
         """Intents in doubt, and those whose worker fell silent."""
-        return (entry for entry in self.list(None, task, older_than) if entry.state in DOUBTFUL)
+        for state in DOUBTFUL:
+            yield from self.list(state, task, older_than)
 
     def find(self, key: str) -> Entry:
         """One intent, by its key or by the beginning of one that is unambiguous.

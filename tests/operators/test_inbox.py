@@ -1,0 +1,330 @@
+"""The inbox: closed, harmless to look at, and usable by keyboard, on a phone, in the dark."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.testclient import TestClient
+
+from celery_idem import ConfigurationError, Ledger
+from celery_idem.adapters.inbox import inbox
+from tests.conftest import missing
+from tests.operators.browser import BrowserMissingError, chromium, served
+from tests.operators.intents import claimed, in_doubt, succeeded
+from tests.operators.shop import remind, send_invoice
+from tests.operators.test_thousand import TOKEN, sign_in
+
+PICTURES = Path(__file__).parents[2] / "docs" / "img"
+
+
+def key(customer: str) -> str:
+    return send_invoice.intent_key(customer, 7)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[webdriver.Chrome]:
+    try:
+        with chromium() as started:
+            yield started
+    except BrowserMissingError as error:
+        missing(str(error))
+
+
+@pytest.fixture
+def client(app: Celery) -> TestClient:
+    """A browser that ann has signed in with."""
+    client = TestClient(inbox(app, token=TOKEN))
+    assert post(client, "/sign-in", name="ann", token=TOKEN).url.path == "/"
+    return client
+
+
+def csrf(client: TestClient) -> str:
+    client.get("/")
+    return client.cookies.get("idem_csrf") or ""
+
+
+def post(client: TestClient, path: str, **form: str) -> Any:
+    return client.post(path, data={"csrf": csrf(client), **form})
+
+
+# --- closed -----------------------------------------------------------------------------
+
+
+def test_it_does_not_open_without_a_token_or_the_hosts_word(app: Celery) -> None:
+    for wrong in ({}, {"token": "short"}, {"token": TOKEN, "authenticate": lambda request: "x"}):
+        with pytest.raises(ConfigurationError):
+            inbox(app, **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", ["/", "/intent?key=x", "/intent", "/?settled=x"])
+def test_a_stranger_sees_nothing(app: Celery, ledger: Ledger, path: str) -> None:
+    in_doubt(ledger, key("a"))
+    stranger = TestClient(inbox(app, token=TOKEN))
+    page = stranger.get(path)
+    assert page.url.path == "/sign-in"
+    assert "shop." not in page.text
+
+
+def test_a_stranger_changes_nothing(app: Celery, ledger: Ledger) -> None:
+    in_doubt(ledger, key("a"))
+    stranger = TestClient(inbox(app, token=TOKEN))
+    for cookies in (
+        {},
+        {"idem_session": "9999999999.YW5u.forged"},
+        {"idem_session": "."},
+    ):
+        stranger.cookies.update(cookies)
+        form = {"key": key("a"), "decision": "not_happened", "evidence": "x", "csrf": csrf(stranger)}
+        assert stranger.post("/resolve", data=form).status_code == 401
+    assert state(ledger, "a") == "in_doubt"
+
+
+def test_a_wrong_token(app: Celery) -> None:
+    client = TestClient(inbox(app, token=TOKEN))
+    assert post(client, "/sign-in", name="ann", token="wrong").status_code == 401
+    assert "idem_session" not in client.cookies
+
+
+def test_the_hosts_own_sign_in(app: Celery, ledger: Ledger) -> None:
+    async def who(request: Any) -> str | None:
+        return request.headers.get("x-user")
+
+    in_doubt(ledger, key("a"))
+    site = Starlette(routes=[Mount("/ops/idem", inbox(app, authenticate=who))])
+    client = TestClient(site)
+    assert client.get("/ops/idem/").status_code == 401
+    client.headers["x-user"] = "bob"
+    page = client.get("/ops/idem/")
+    assert 'href="/ops/idem/intent?key=' in page.text
+    client.post(
+        "/ops/idem/resolve",
+        data={"key": key("a"), "decision": "happened", "evidence": "x", "csrf": client.cookies["idem_csrf"]},
+    )
+    entry = ledger.get(key("a"))
+    assert entry is not None
+    assert entry.record.notes[-1].by == "bob"
+
+
+def state(ledger: Ledger, customer: str) -> str:
+    entry = ledger.get(key(customer))
+    assert entry is not None
+    return entry.state
+
+
+# --- harmless ---------------------------------------------------------------------------
+
+
+def test_a_form_of_another_site_is_refused(client: TestClient, ledger: Ledger) -> None:
+    in_doubt(ledger, key("a"))
+    form = {"key": key("a"), "decision": "not_happened", "evidence": "x"}
+    assert client.post("/resolve", data=form).status_code == 403
+    assert client.post("/resolve", data={**form, "csrf": "0" * 43}).status_code == 403
+    ours = {**form, "csrf": csrf(client)}
+    assert client.post("/resolve", data=ours, headers={"origin": "https://evil.example"}).status_code == 403
+    assert client.post("/resolve", data={**ours, "evidence": "x" * 100_000}).status_code == 403
+    assert state(ledger, "a") == "in_doubt"
+    assert client.post("/resolve", data=ours, headers={"origin": "http://testserver"}).status_code == 200
+    assert state(ledger, "a") == "released"
+
+
+def test_pages_forbid_scripts_and_frames(client: TestClient) -> None:
+    page = client.get("/")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert "unsafe" not in policy
+    assert page.headers["cache-control"] == "no-store"
+    assert "<script" not in page.text
+    assert " style=" not in page.text
+    cookies = page.headers.get_list("set-cookie")
+    assert all("HttpOnly" in cookie and "SameSite=strict" in cookie for cookie in cookies)
+
+
+def test_what_people_and_records_say_is_escaped(client: TestClient, ledger: Ledger) -> None:
+    evil = "<img src=x onerror=alert(1)>"
+    in_doubt(ledger, key("a"), reason=evil)
+    succeeded(ledger, key("b"), evil)
+    in_doubt(ledger, key("c"))
+    post(client, "/resolve", key=key("c"), decision="happened", evidence=evil, result=f'"{evil}"')
+    wrong = post(client, "/resolve", key=key("a"), decision="happened", evidence=evil, result=evil)
+    assert wrong.status_code == 400
+    texts = [wrong.text, client.get("/").text, client.get("/", params={"settled": evil}).text]
+    texts += [client.get("/intent", params={"key": k}).text for k in (key("a"), key("b"), key("c"), evil)]
+    assert not any("<img" in text for text in texts)
+    assert sum("&lt;img" in text for text in texts) >= 5
+
+
+def test_secrets_are_nowhere(client: TestClient, app: Celery) -> None:
+    remind.apply(("a",), {"token": "s3cret"})  # its result quotes the token
+    pages = [client.get("/").text, client.get("/intent", params={"key": remind.intent_key("a")}).text]
+    assert "succeeded" in pages[1]
+    assert not any("s3cret" in page for page in pages)
+
+
+# --- deciding ---------------------------------------------------------------------------
+
+
+def test_a_decision_needs_evidence_and_json_and_keeps_what_was_typed(
+    client: TestClient, ledger: Ledger
+) -> None:
+    in_doubt(ledger, key("a"))
+    assert post(client, "/resolve", key=key("a"), decision="not_happened", evidence=" ").status_code == 400
+    wrong = post(client, "/resolve", key=key("a"), decision="happened", evidence="seen", result="inv_7")
+    assert "not JSON" in wrong.text
+    assert 'value="seen"' in wrong.text
+    assert state(ledger, "a") == "in_doubt"
+    post(client, "/resolve", key=key("a"), decision="happened", evidence="seen", result='"inv_7"')
+    assert send_invoice.apply(("a", 7)).get() == "inv_7"
+
+
+def test_two_people_decide_at_once(client: TestClient, ledger: Ledger) -> None:
+    in_doubt(ledger, key("a"))
+    post(client, "/resolve", key=key("a"), decision="happened", evidence="seen", result="1")
+    late = post(client, "/resolve", key=key("a"), decision="not_happened", evidence="not there")
+    assert "not in doubt" in late.text
+    assert state(ledger, "a") == "succeeded"
+
+
+def test_what_is_running_has_no_buttons(client: TestClient, ledger: Ledger) -> None:
+    claimed(ledger, key("a"), lease=600)
+    assert "<button name=" not in client.get("/intent", params={"key": key("a")}).text
+
+
+def test_the_timeline_of_a_contested_intent(client: TestClient, ledger: Ledger) -> None:
+    claimed(ledger, key("a"), lease=0)  # its worker fell silent
+    post(client, "/resolve", key=key("a"), decision="not_happened", evidence="looked twice")
+    text = client.get("/intent", params={"key": key("a")}).text
+    story = re.findall(r"(claimed|last heard of|not happened|released)", text.partition("What happened")[2])
+    assert story == ["last heard of", "not happened", "claimed", "released"] or story[0] in (
+        "claimed",
+        "last heard of",
+    )
+    assert "looked twice" in text
+    assert "ann" in text
+
+
+# --- in a real browser --------------------------------------------------------------------
+
+
+@pytest.fixture
+def desk(app: Celery, ledger: Ledger) -> Iterator[str]:
+    for n in range(60):
+        succeeded(ledger, key(f"fine-{n}"))
+    for n in range(4):
+        claimed(ledger, key(f"busy-{n}"), lease=600)
+    succeeded(ledger, remind.intent_key("a"))
+    for n in range(5):
+        in_doubt(ledger, key(f"cus-{n}"), "the body was interrupted by ReadTimeout")
+    claimed(ledger, key("silent"), lease=0)
+    with served(Starlette(routes=[Mount("/idem", inbox(app, token=TOKEN))])) as address:
+        yield f"{address}/idem/"
+
+
+def picture(browser: Any, name: str) -> None:
+    """Kept in the documentation when IDEM_PICTURES=1; taken in any case, so that it cannot rot."""
+    png = browser.get_screenshot_as_png()
+    assert len(png) > 10_000
+    if os.environ.get("IDEM_PICTURES") == "1":
+        (PICTURES / name).write_bytes(png)
+
+
+def wide(browser: Any) -> bool:
+    """Must somebody scroll sideways?"""
+    script = "return document.documentElement.scrollWidth > document.documentElement.clientWidth"
+    return bool(browser.execute_script(script))
+
+
+@pytest.fixture
+def look(browser: webdriver.Chrome) -> Iterator[Callable[[str, int, int], None]]:
+    """`look("dark", width, height)`: what the browser's user prefers."""
+
+    def prefer(scheme: str, width: int, height: int) -> None:
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+    yield prefer
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_light_dark_and_on_a_phone(desk: str, browser: webdriver.Chrome, look: Any) -> None:
+    sign_in(browser, desk)
+    grounds = set()
+    for scheme, width, height, name in (
+        ("light", 1280, 900, "inbox-light.png"),
+        ("dark", 1280, 900, "inbox-dark.png"),
+        ("light", 390, 844, "inbox-phone.png"),
+    ):
+        look(scheme, width, height)
+        browser.get(desk)
+        assert "6 intents wait" in browser.find_element(By.TAG_NAME, "h1").text
+        assert not wide(browser)
+        picture(browser, name)
+        grounds.add(browser.find_element(By.TAG_NAME, "body").value_of_css_property("background-color"))
+        browser.find_element(By.CSS_SELECTOR, ".doubtful a").click()
+        browser.find_element(By.CSS_SELECTOR, ".timeline")
+        assert not wide(browser)
+        picture(browser, name.replace("inbox", "intent"))
+    assert len(grounds) == 2  # the style sheet was applied, and knows the dark
+
+
+def test_by_keyboard_alone(desk: str, browser: webdriver.Chrome, ledger: Ledger) -> None:
+    sign_in(browser, desk)
+    browser.get(desk)
+
+    def tab_to(selector: str) -> Any:
+        for _ in range(40):
+            browser.switch_to.active_element.send_keys(Keys.TAB)
+            if browser.switch_to.active_element in browser.find_elements(By.CSS_SELECTOR, selector):
+                return browser.switch_to.active_element
+        raise AssertionError(f"the keyboard does not reach {selector}")
+
+    link = tab_to(".doubtful a")
+    chosen = link.find_element(By.CSS_SELECTOR, ".key").text
+    assert link.value_of_css_property("outline-style") != "none"  # one sees where one is
+    link.send_keys(Keys.ENTER)
+    tab_to("#evidence-no").send_keys("nothing there")
+    tab_to("button.no").send_keys(Keys.ENTER)
+    assert "is released now" in browser.find_element(By.CSS_SELECTOR, ".done").text
+    entry = ledger.get(chosen)
+    assert entry is not None
+    assert entry.state == "released"
+
+
+def test_the_browser_itself_asks_for_evidence(desk: str, browser: webdriver.Chrome, ledger: Ledger) -> None:
+    sign_in(browser, desk)
+    browser.get(desk)
+    browser.find_element(By.CSS_SELECTOR, ".doubtful a").click()
+    button = browser.find_element(By.CSS_SELECTOR, "button.no")
+    here = browser.current_url
+    button.click()
+    assert browser.current_url == here
+    assert browser.execute_script("return !document.querySelector('#evidence-no').validity.valid")
+
+
+def test_every_field_has_a_label_and_the_console_is_quiet(desk: str, browser: webdriver.Chrome) -> None:
+    sign_in(browser, desk)
+    browser.get(desk)
+    browser.find_element(By.CSS_SELECTOR, ".doubtful a").click()
+    browser.find_element(By.CSS_SELECTOR, ".timeline")
+    unlabelled = browser.execute_script(
+        "return [...document.querySelectorAll('input:not([type=hidden]), textarea')]"
+        ".filter(e => e.labels.length === 0).length"
+    )
+    assert unlabelled == 0
+    # A broken content security policy would be told here. /favicon.ico is the browser's own idea.
+    told = [line for line in browser.get_log("browser") if "favicon" not in line["message"]]
+    assert told == []
