@@ -30,6 +30,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from celery_idem import codec, events, owners
 from celery_idem import ledger as ledger_module
 from celery_idem import runner as runner_module
+from celery_idem.claims import Claim
 from celery_idem.errors import (
     FingerprintMismatch,
     IdempotencyError,
@@ -51,8 +52,9 @@ from celery_idem.intent import (
     Stored,
     Unknown,
 )
-from celery_idem.ledger import Claim, Ledger
+from celery_idem.ledger import Ledger
 from celery_idem.runner import Job, Options, Runner
+from celery_idem.steps import run_step
 from celery_idem.stores.base import Reply
 from celery_idem.stores.memory import MemoryStore
 
@@ -67,7 +69,7 @@ STEPS_AT_MOST = 400
 """A schedule longer than this is a livelock: the longest honest one has about ninety steps."""
 
 
-class Violation(AssertionError):  # noqa: N818  # says what happened
+class Violation(AssertionError):  # says what happened
     """An invariant does not hold."""
 
 
@@ -85,6 +87,15 @@ class Ambiguous(Exception):
 
 class Again(Exception):
     """The body asks for a retry."""
+
+
+ENDINGS = {
+    Declined: State.FAILED,
+    NoEffect: State.RELEASED,
+    Ambiguous: State.IN_DOUBT,
+    Again: State.SCHEDULED,
+}
+"""Rule 5, in words of our own: where each of these takes an intent that its owner still holds."""
 
 
 class Left(Exception):
@@ -176,6 +187,7 @@ class Actor:
     done: bool = False
     unsettled: bool = False
     refused: bool = False
+    ending: State | None = None
     parent: Actor | None = None
     knows_dead: bytes = b""
 
@@ -332,6 +344,7 @@ class World:
         self.asked_to_stop = False
         self.excused = False
         self.closing = False
+        self.violation = ""
         self.replaying = False  # what happens has been judged before
         self.steps = 0
         self.trace: list[str] = []
@@ -364,6 +377,8 @@ class World:
         actor.at = None
         self.tell(actor, choice)
         actor.let.switch(choice)
+        if self.violation:
+            raise Violation(self.violation)
         if actor.done and actor in self.actors:
             self.actors.remove(actor)
 
@@ -403,6 +418,11 @@ class World:
             return False
         return message.waits_for is None or message.waits_for != (self.store.held(), self.clock.now)
 
+    def broken(self, what: str) -> None:
+        """An invariant does not hold. Remembered too: what runs here catches exceptions for a living."""
+        self.violation = self.violation or what
+        raise Violation(what)
+
     def named(self, choice: tuple[Any, str]) -> tuple[Any, str]:
         name, what = choice
         return next((a for a in self.actors if a.name == name), None), what
@@ -412,7 +432,7 @@ class World:
         self.steps += 1
         self.trace.append(f"{what} {actor.name} {actor.at.kind}" if actor else what)
         if self.steps > STEPS_AT_MOST:
-            raise Violation("livelock")
+            self.broken("livelock")
         if what == "lapse":
             self.left["lapses"] -= 1
             self.clock.now += int(LEASE * self.scenario.jump)
@@ -540,7 +560,7 @@ class World:
             pass  # its caller may call again: the other deliveries, and the closing one, are such calls
         except FingerprintMismatch:
             if message.value == "1" and not self.scenario.mismatch:
-                raise Violation("a mismatch with equal values") from None
+                self.broken("a mismatch with equal values")
         except Declined as error:
             if (
                 not actor.unsettled
@@ -552,51 +572,55 @@ class World:
             self.excused = True
         except OutcomeUnknown:
             if self.closing and not self.excused and not self.asked_to_stop:
-                raise Violation("in doubt for ever without a crash or an ambiguous end") from None
+                self.broken("in doubt for ever without a crash or an ambiguous end")
         else:
             self.answered(actor, ("returned", value))
 
     def answered(self, actor: Actor, answer: Any) -> None:
         assert actor.message is not None
         self.answers.add((actor.message.value, *_frozen(answer)))
-        if len({a for a in self.answers}) > 1:
-            raise Violation(f"different answers: {self.answers}")
+        if len(self.answers) > 1:
+            self.broken(f"different answers: {self.answers}")
 
     def check_refusal(self, actor: Actor) -> None:
         """Rule 4: an owner that nobody succeeded must be heard."""
         record = self.record()
-        if record is not None and actor.claim is not None and record.owner == actor.claim._request.owner:
-            if not record.state.settled:
-                raise Violation("the rightful owner was refused")
+        if record is None or actor.claim is None or record.state.settled:
+            return
+        if record.owner == actor.claim._request.owner:
+            self.broken("the rightful owner was refused")
 
     def body(self, actor: Actor, claim: Claim) -> Any:
+        """The author's code, which ends as the scheduler says."""
         self.began(actor, claim)
         how = self.pause(Point("body"))
-        claim_number = len(self.bodies)
-        if how == "no_effect":
-            self.over(claim)
-            raise NoEffect
-        if how == "error":
-            self.over(claim)
-            raise Declined(f"declined {claim_number}")
-        if how == "ambiguous_before":
-            self.excused = True
-            self.over(claim)
-            raise Ambiguous
-        if how == "retry":
-            self.over(claim)
-            raise Again
         try:
-            if self.scenario.steps:
-                value = self.in_steps(actor, claim, how)
-            else:
-                value = self.effect(actor, claim, "charge")
+            value = self.act(actor, claim, how)
+            actor.ending = State.SUCCEEDED
+        except Exception as error:
+            actor.ending = ENDINGS.get(type(error))
+            self.excused = self.excused or isinstance(error, Ambiguous)
+            raise
         finally:
             self.over(claim)
+        return value
+
+    def act(self, actor: Actor, claim: Claim, how: str) -> Any:
+        number = len(self.bodies)
+        if how == "no_effect":
+            raise NoEffect
+        if how == "error":
+            raise Declined(f"declined {number}")
+        if how == "ambiguous_before":
+            raise Ambiguous
+        if how == "retry":
+            raise Again
+        if self.scenario.steps:
+            return self.in_steps(actor, claim, how)
+        value = self.effect(actor, claim, "charge")
         if how == "error_after":
             raise Declined(f"declined after {value}")
         if how == "ambiguous_after":
-            self.excused = True
             raise Ambiguous
         return value
 
@@ -613,7 +637,7 @@ class World:
                     raise NoEffect
                 return self.effect(actor, claim, name)
 
-            values[name] = self.ledger.step(claim, name, run, None, self.options.patience, (NoEffect,))
+            values[name] = run_step(self.ledger, claim, name, run, None, self.options.patience, (NoEffect,))
         return [values["charge"], values["mail"]]
 
     def effect(self, actor: Actor, claim: Claim, part: str) -> str:
@@ -626,7 +650,7 @@ class World:
         receipt = f"{part} {len(known) + 1}"
         self.effects.append((part, receipt))
         if known:
-            raise Violation(f"{len(known) + 1} effects of {part}")
+            self.broken(f"{len(known) + 1} effects of {part}")
         return receipt
 
     def truth(self) -> Answer:
@@ -683,16 +707,20 @@ class World:
 
     def began(self, actor: Actor, claim: Claim) -> None:
         """A body begins: nobody else may believe that it holds the intent, and the fence has grown."""
+        silent = sum(state == "running" for state in self.bodies.values())
+        if silent >= self.scenario.max_attempts:
+            self.broken(f"a body runs after {silent} that ended without a word")
         actor.claim = claim
+        actor.ending = None
         if claim.fence <= self.highest_fence:
-            raise Violation(f"fence {claim.fence} after {self.highest_fence}")
+            self.broken(f"fence {claim.fence} after {self.highest_fence}")
         self.highest_fence = claim.fence
         self.bodies[claim._request.owner] = "running"
         for other in self.actors:
             if other is not actor and other.claim is not None and other.message is not None:
                 running = self.bodies.get(other.claim._request.owner) == "running"
                 if running and not other.claim.lost and not claim.lost:
-                    raise Violation("two bodies run, and both trust their lease")
+                    self.broken("two bodies run, and both trust their lease")
 
     def over(self, claim: Claim) -> None:
         self.bodies[claim._request.owner] = "over"
@@ -703,7 +731,7 @@ class World:
         new = codec.unpack(after.value, after.stamp, KEY)
         expires = self.store._values[STORED][1]
         if not (new.state.settled or new.state is State.RELEASED) and expires is not None:
-            raise Violation(f"{new.state.name} expires: evidence would be lost")
+            self.broken(f"{new.state.name} expires: evidence would be lost")
         if before is None:
             return
         old = codec.unpack(before.value, before.stamp, KEY)
@@ -714,41 +742,47 @@ class World:
         asked = old.asking in who.minted and old.asking != b""
         person = who.name[0] == "operator"
         parent = who.name[0] == "parent" and old.owner.startswith(who.knows_dead)
+        ended = who.ending if who.claim is not None and old.owner == who.claim._request.owner else None
+        first = old.state is State.RUNNING
+        if ended and first and new.owner in (old.owner, NO_OWNER) and new.state not in (old.state, ended):
+            self.broken(f"a body's end that means {ended.name} made it {new.state.name}")
         if old.outcome is not None and (new.outcome != old.outcome or new.state is not old.state):
-            raise Violation("a settled outcome changed")
+            self.broken("a settled outcome changed")
+        if new.fingerprint != old.fingerprint:
+            self.broken("an intent took another value")
         if new.fence < old.fence or (taken and new.fence <= old.fence):
-            raise Violation(f"fence {old.fence} -> {new.fence}")
+            self.broken(f"fence {old.fence} -> {new.fence}")
         if not new.state.settled and not set(old.steps) <= set(new.steps):
-            raise Violation("a finished step was lost")
+            self.broken("a finished step was lost")
         if old.state is State.RUNNING and live and not (mine or carried or parent):
-            raise Violation("somebody wrote over a live claim")
-        if old.state is State.SCHEDULED and live:
-            if who.message is None or who.message.task_id != old.task_id:
-                raise Violation("somebody wrote over a retry that is not due")
+            self.broken("somebody wrote over a live claim")
+        its_task = who.message is not None and who.message.task_id == old.task_id
+        if old.state is State.SCHEDULED and live and not its_task:
+            self.broken("somebody wrote over a retry that is not due")
         if old.state is State.IN_DOUBT and old.asking and live and new.asking not in (old.asking, b""):
-            raise Violation("two workers ask")
+            self.broken("two workers ask")
         if taken and carried and old.owner in self.bodies:
-            raise Violation("a claim whose body had begun was taken up as if it had not")
+            self.broken("a claim whose body had begun was taken up as if it had not")
         if taken and new.state is State.RUNNING and not carried:
             self.taken_over(who, old, asked)
-        if new.state.settled and old.outcome is None and not mine:
-            if not (person or isinstance(who.answer, Happened)):
-                raise Violation("a stale owner's outcome was recorded")
-        if new.state in (State.RELEASED, State.SCHEDULED) and old.state is not new.state:
-            if not (mine or person):
-                raise Violation(f"{new.state.name} by somebody who is not the owner")
+        told = mine or person or isinstance(who.answer, Happened)
+        if new.state.settled and old.outcome is None and not told:
+            self.broken("a stale owner's outcome was recorded")
+        set_free = new.state in (State.RELEASED, State.SCHEDULED) and old.state is not new.state
+        if set_free and not (mine or person):
+            self.broken(f"{new.state.name} by somebody who is not the owner")
         if new.state is State.IN_DOUBT and old.state is State.RUNNING and live and not mine:
-            raise Violation("a live claim was put in doubt")
+            self.broken("a live claim was put in doubt")
 
     def taken_over(self, who: Actor, old: Record, asked: bool) -> None:
         scenario = self.scenario
         if old.state is State.IN_DOUBT and not (asked and isinstance(who.answer, NotHappened)):
-            raise Violation("an intent in doubt was run without an answer")
+            self.broken("an intent in doubt was run without an answer")
         if old.state is State.RUNNING:
             if scenario.on_crash == "in_doubt" or scenario.reconcile:
-                raise Violation("an intent in doubt was run")
+                self.broken("an intent in doubt was run")
             if old.crashes + 1 >= scenario.max_attempts:
-                raise Violation("more attempts than max_attempts")
+                self.broken("more attempts than max_attempts")
 
     def close(self) -> None:
         """Let everything that is under way come to its end, without more faults, then call once more."""
@@ -772,19 +806,19 @@ class World:
             else:
                 self.steps += 1
                 if self.steps > STEPS_AT_MOST:
-                    raise Violation("a message waits for ever")
+                    self.broken("a message waits for ever")
                 self.clock.now += LEASE
 
     def judge(self) -> None:
         record = self.record()
         if record is None:
-            raise Violation("the intent is lost")
+            self.broken("the intent is lost")
         if record.state in (State.RUNNING, State.SCHEDULED):
-            raise Violation(f"the last caller left it {record.state.name}")
+            self.broken(f"the last caller left it {record.state.name}")
         if record.state is State.SUCCEEDED and not self.effects:
-            raise Violation("done, without an effect")
+            self.broken("done, without an effect")
         if record.state is State.RELEASED and self.effects and not self.scenario.steps:
-            raise Violation("released, with an effect")
+            self.broken("released, with an effect")
 
 
 def _frozen(answer: tuple[str, Any]) -> tuple[Any, ...]:
@@ -840,7 +874,11 @@ def modelled() -> Iterator[Callable[[World], None]]:
     ledger_module.time = Time  # type: ignore[assignment]
     ledger_module.threading = _Threading  # type: ignore[assignment]
     runner_module.RENEWER = watcher  # type: ignore[assignment]
-    owners.mint = lambda: now[0].mint()
+
+    def mint() -> bytes:
+        return now[0].mint()
+
+    owners.mint = mint
     events.logger.setLevel(logging.CRITICAL + 1)
     PASTS.clear()
     try:

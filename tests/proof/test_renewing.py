@@ -10,9 +10,11 @@ from collections.abc import Callable
 import pytest
 
 from celery_idem import ledger as ledger_module
+from celery_idem.claims import Claim
 from celery_idem.errors import StoreError
 from celery_idem.intent import Acquired, Fingerprint, Policy, Request, State, Stored
-from celery_idem.ledger import Claim, Ledger
+from celery_idem.ledger import Ledger
+from celery_idem.steps import run_step
 from celery_idem.stores.base import Reply
 from celery_idem.stores.memory import MemoryStore
 
@@ -88,7 +90,7 @@ def test_a_step_that_overtakes_a_renewal_does_not_end_the_renewals(clock: Clock)
 
     def step() -> None:
         clock.now += 1000
-        assert ledger.step(claim, "charge", lambda: "ch_1", None, 0.0) == "ch_1"
+        assert run_step(ledger, claim, "charge", lambda: "ch_1", None, 0.0) == "ch_1"
 
     store.after = step
     ledger.renew([claim])  # its write is in, and before it is noted the body does a whole step
@@ -128,7 +130,7 @@ def test_a_step_whose_reply_got_lost_does_not_end_the_renewals(clock: Clock) -> 
     store, ledger, claim = begin(clock)
     store.lose = True
     with pytest.raises(StoreError):
-        ledger.step(claim, "charge", lambda: "ch_1", None, 0.0)
+        run_step(ledger, claim, "charge", lambda: "ch_1", None, 0.0)
     clock.now += 1000
     ledger.renew([claim])
     assert_renewed(clock, ledger, claim)

@@ -1,0 +1,412 @@
+"""The protocol with one rule broken at a time. A proof that does not notice one of these proves nothing.
+
+Each mutant replaces functions of `celery_idem.protocol` (a few: what the ledger makes of its answers), and names
+the scenario that catches it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from celery_idem import protocol
+from celery_idem import runner as runner_module
+from celery_idem.intent import (
+    NO_OWNER,
+    Acquired,
+    Busy,
+    Done,
+    Raised,
+    Record,
+    Refused,
+    Replay,
+    Request,
+    State,
+)
+from celery_idem.ledger import Ledger
+
+_claim = protocol.claim
+_claim_in_doubt = protocol._claim_in_doubt
+_crashed = protocol._crashed
+_acquire = protocol._acquire
+_conclude = protocol.conclude
+_resolve = protocol.resolve
+_begin_step = protocol.begin_step
+_end_step = protocol.end_step
+_died = protocol.died
+_ttl = protocol.ttl
+_settle = protocol.settle
+_holds = protocol._holds
+
+
+class Mutant(NamedTuple):
+    """A broken rule: what is replaced by what, and the scenario that must notice."""
+
+    name: str
+    caught_by: str
+    changes: dict[str, Any]
+    place: Any = protocol
+
+
+@contextlib.contextmanager
+def mutated(mutant: Mutant) -> Iterator[None]:
+    saved = {name: getattr(mutant.place, name) for name in mutant.changes}
+    for name, value in mutant.changes.items():
+        setattr(mutant.place, name, value)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(mutant.place, name, value)
+
+
+# --- rules 1 and 2: claims ------------------------------------------------------------
+
+
+def replay_runs_again(record: Record, stamp: int, now: int, request: Request) -> Any:
+    if record.outcome is not None:
+        return _acquire(record._replace(outcome=None), now, request)
+    return _claim(record, stamp, now, request)
+
+
+def lease_ignored(record: Record, stamp: int, now: int, request: Request) -> Any:
+    return _claim(record, stamp - record.lease, now, request)
+
+
+def state_before_fingerprint(record: Record, stamp: int, now: int, request: Request) -> Any:
+    if record.outcome is not None:
+        return Replay(record.outcome), None
+    return _claim(record, stamp, now, request)
+
+
+def scheduled_for_anybody(record: Record, stamp: int, now: int, request: Request) -> Any:
+    if record.state is State.SCHEDULED:
+        return _acquire(record, now, request)
+    return _claim(record, stamp, now, request)
+
+
+def scheduled_for_nobody(record: Record, stamp: int, now: int, request: Request) -> Any:
+    if record.state is State.SCHEDULED:
+        return Busy(1), None
+    return _claim(record, stamp, now, request)
+
+
+def released_for_nobody(record: Record, stamp: int, now: int, request: Request) -> Any:
+    if record.state is State.RELEASED:
+        return Busy(1), None
+    return _claim(record, stamp, now, request)
+
+
+def released_takes_another_value(record: Record, stamp: int, now: int, request: Request) -> Any:
+    if record.state is State.RELEASED:
+        return _acquire(record, now, request)
+    return _claim(record, stamp, now, request)
+
+
+def own_owner_forgotten(record: Record, stamp: int, now: int, request: Request) -> Any:
+    """A carried owner is not looked at while the record is RUNNING."""
+    if record.state is State.RUNNING:
+        request = _without(request)
+    return _claim(record, stamp, now, request)
+
+
+def _without(request: Request) -> Request:
+    return dataclasses.replace(request, carried=())
+
+
+def carried_forgotten_in_doubt(record: Record, stamp: int, now: int, request: Request) -> Any:
+    return _claim_in_doubt(record, stamp, now, _without(request))
+
+
+def carried_not_minted_anew(record: Record, now: int, request: Request) -> Any:
+    return Acquired(record), record._replace(state=State.RUNNING, lease=request.policy.lease)
+
+
+def fence_stands_still(record: Record, now: int, request: Request) -> Any:
+    _, new = _acquire(record, now, request)
+    new = new._replace(fence=record.fence)
+    return Acquired(new), new
+
+
+def acquired_keeps_no_steps(record: Record, now: int, request: Request) -> Any:
+    _, new = _acquire(record, now, request)
+    new = new._replace(steps=())
+    return Acquired(new), new
+
+
+# --- rule 3: crashes ------------------------------------------------------------------
+
+
+def crash_reruns(record: Record, stamp: int, now: int, request: Request) -> Any:
+    return _acquire(protocol._one_more_crash(record), now, request)
+
+
+def crash_does_not_count(record: Record) -> Record:
+    return record
+
+
+def max_attempts_ignored(record: Record, policy: Any, reason: str) -> str:
+    if policy.asks:
+        return ""
+    return reason if policy.on_crash == "in_doubt" else ""
+
+
+def asked_by_many(record: Record, stamp: int, now: int, request: Request) -> Any:
+    return _claim_in_doubt(record._replace(asking=b""), stamp, now, request)
+
+
+def doubt_reruns(record: Record, stamp: int, now: int, request: Request) -> Any:
+    if not record.asking and not request.policy.asks:
+        return _acquire(record, now, request)
+    return _claim_in_doubt(record, stamp, now, request)
+
+
+def any_answer_concludes(record: Record, now: int, request: Request, answer: Any, reason: str) -> Any:
+    if record.state is State.IN_DOUBT:
+        record = record._replace(asking=request.owner)
+    return _conclude(record, now, request, answer, reason)
+
+
+def an_old_answer_concludes(record: Record, now: int, request: Request, answer: Any, reason: str) -> Any:
+    if record.outcome is None and answer is None and not reason:
+        return _acquire(record, now, request)
+    return _conclude(record, now, request, answer, reason)
+
+
+def happened_runs(record: Record, now: int, request: Request, answer: Any, reason: str) -> Any:
+    return _conclude(record, now, request, None, reason)
+
+
+def unknown_runs(record: Record, now: int, request: Request, answer: Any, reason: str) -> Any:
+    return _conclude(record, now, request, answer, "")
+
+
+def conclude_overwrites(record: Record, now: int, request: Request, answer: Any, reason: str) -> Any:
+    if record.outcome is not None and answer is None:
+        return _acquire(record._replace(outcome=None), now, request)
+    return _conclude(record, now, request, answer, reason)
+
+
+def conclude_forgets_max_attempts(
+    record: Record, now: int, request: Request, answer: Any, reason: str
+) -> Any:
+    return _conclude(record._replace(crashes=0), now, request, answer, reason)
+
+
+# --- rule 4: only the owner is heard --------------------------------------------------
+
+
+def anybody_settles(record: Record | None, held: Record, outcome: Any) -> Any:
+    if record is not None and record.outcome is None:
+        new = protocol._settled(record, outcome)
+        return Done(new), new
+    return _settle(record, held, outcome)
+
+
+def settled_twice(record: Record | None, held: Record, outcome: Any) -> Any:
+    if record is not None and record.owner == held.owner:
+        new = protocol._settled(record, outcome)
+        return Done(new), new
+    return _settle(record, held, outcome)
+
+
+def late_owner_refused(record: Record, owner: bytes) -> bool:
+    return record.owner == owner and record.state is State.RUNNING
+
+
+def settled_is_held(record: Record, owner: bytes) -> bool:
+    return record.owner == owner
+
+
+def anybody_releases(record: Record, owner: bytes) -> Any:
+    if record.outcome is not None:
+        return Refused(record), None
+    new = record._replace(state=State.RELEASED, owner=NO_OWNER, lease=0, asking=b"", reason="")
+    return Done(new), new
+
+
+def anybody_schedules(record: Record, owner: bytes, delay: int) -> Any:
+    if record.outcome is not None:
+        return Refused(record), None
+    new = record._replace(state=State.SCHEDULED, lease=delay, asking=b"", reason="")
+    return Done(new), new
+
+
+def anybody_doubts(record: Record, owner: bytes, reason: str) -> Any:
+    if record.outcome is not None:
+        return Refused(record), None
+    _, new = protocol._doubt(record, reason)
+    return Done(new), new
+
+
+def anybody_ends_a_step(record: Record, owner: bytes, name: str, payload: Any) -> Any:
+    return _end_step(record, record.owner, name, payload)
+
+
+def a_stale_owner_begins_a_step(record: Record, owner: bytes, name: str, policy: Any, begun: Any = ()) -> Any:
+    return _begin_step(record._replace(state=State.RUNNING), record.owner, name, policy, begun)
+
+
+# --- rules 5 and 6, steps, people, time -----------------------------------------------
+
+
+def an_open_step_runs_again(record: Record, owner: bytes, name: str, policy: Any, begun: Any = ()) -> Any:
+    return _begin_step(record._replace(open_step=""), owner, name, policy, begun)
+
+
+def an_open_step_is_overwritten(record: Record, owner: bytes, name: str, policy: Any, begun: Any = ()) -> Any:
+    if record.open_step != name:
+        record = record._replace(open_step="")
+    return _begin_step(record, owner, name, policy, begun)
+
+
+def a_finished_step_runs_again(record: Record, owner: bytes, name: str, policy: Any, begun: Any = ()) -> Any:
+    return _begin_step(record._replace(steps=()), owner, name, policy, begun)
+
+
+def a_finished_step_is_not_kept(record: Record, owner: bytes, name: str, payload: Any) -> Any:
+    return _end_step(record, owner, name, None)
+
+
+def a_step_without_effect_stays_open(record: Record, owner: bytes, name: str, payload: Any) -> Any:
+    done, new = _end_step(record, owner, name, payload)
+    return (done, new._replace(open_step=name)) if new is not None and payload is None else (done, new)
+
+
+def a_person_overwrites(record: Record, stamp: int, now: int, outcome: Any, note: Any) -> Any:
+    return _resolve(record._replace(state=State.IN_DOUBT, outcome=None), stamp, now, outcome, note)
+
+
+def a_person_takes_a_live_claim(record: Record, stamp: int, now: int, outcome: Any, note: Any) -> Any:
+    return _resolve(record, stamp - record.lease, now, outcome, note)
+
+
+def any_death_ends_a_claim(
+    record: Any, stamp: int, prefix: bytes, task_id: str, policy: Any, again: int
+) -> Any:
+    held = record is not None and record.state is State.RUNNING
+    return _died(
+        record,
+        stamp,
+        record.owner[:7] if held else prefix,
+        record.task_id if held else task_id,
+        policy,
+        again,
+    )
+
+
+def evidence_expires(record: Record, policy: Any) -> int | None:
+    return _ttl(record, policy) or policy.lease
+
+
+def trusted_beyond_the_lease(lease: int) -> int:
+    return 2 * lease
+
+
+def _ends(kind: Raised, state: State) -> dict[str, Any]:
+    return {"ENDINGS": {**protocol.ENDINGS, kind: state}}
+
+
+# --- what the ledger and the runner make of it ------------------------------------------
+
+
+def claim_is_not_carried(self: Any, job: Any, error: Any, carried: Any) -> None:
+    _store_is_down(self, job, error, ())
+
+
+def every_owner_is_carried(self: Ledger, key: str, request: Request) -> Any:
+    """Whoever comes takes up whatever runs."""
+    entry = self.get(key)
+    owners = (entry.record.owner,) if entry is not None else ()
+    return _ledger_claim(self, key, dataclasses.replace(request, carried=(*request.carried, *owners)))
+
+
+_store_is_down = runner_module.Runner._store_is_down
+_ledger_claim = Ledger.claim
+
+MUTANTS = (
+    Mutant("1: a settled intent runs again", "in doubt: crash", {"claim": replay_runs_again}),
+    Mutant("1: the lease is ignored", "in doubt: crash", {"claim": lease_ignored}),
+    Mutant("1: a retry that is not due is anybody's", "ends: a retry", {"claim": scheduled_for_anybody}),
+    Mutant("1: a retry is nobody's", "ends: a retry", {"claim": scheduled_for_nobody}),
+    Mutant("1: a released intent is nobody's", "ends: no effect", {"claim": released_for_nobody}),
+    Mutant("1: the fence stands still", "in doubt: silent store", {"_acquire": fence_stands_still}),
+    Mutant("2: the fingerprint is ignored", "another value", {"differing": lambda stored, fingerprint: ()}),
+    Mutant(
+        "2: the state counts before the fingerprint", "another value", {"claim": state_before_fingerprint}
+    ),
+    Mutant(
+        "2: a released intent takes another value", "another value", {"claim": released_takes_another_value}
+    ),
+    Mutant("3: a crash runs again under in_doubt", "in doubt: crash", {"_crashed": crash_reruns}),
+    Mutant("3: an intent in doubt runs again", "in doubt: crash", {"_claim_in_doubt": doubt_reruns}),
+    Mutant("3: many ask at once", "reconcile: crash", {"_claim_in_doubt": asked_by_many}),
+    Mutant("3: the asking token does not count", "reconcile: crash", {"conclude": any_answer_concludes}),
+    Mutant("3: an old answer counts", "reconcile: crash", {"conclude": an_old_answer_concludes}),
+    Mutant("3: evidence that it happened is ignored", "reconcile: crash", {"conclude": happened_runs}),
+    Mutant("3: an unknown answer runs", "reconcile: cannot tell", {"conclude": unknown_runs}),
+    Mutant("3: an answer overwrites an outcome", "reconcile: crash", {"conclude": conclude_overwrites}),
+    Mutant("4: anybody settles", "rerun: crash loop", {"settle": anybody_settles}),
+    Mutant("4: an owner settles twice", "reconcile: late errors", {"settle": settled_twice}),
+    Mutant("4: an owner whose lease lapsed is not heard", "in doubt: crash", {"_holds": late_owner_refused}),
+    Mutant("4: a settled intent is still held", "reconcile: late errors", {"_holds": settled_is_held}),
+    Mutant("4: anybody releases", "ends: late, without effect", {"release": anybody_releases}),
+    Mutant("4: anybody schedules", "ends: late, without effect", {"schedule": anybody_schedules}),
+    Mutant("4: anybody puts in doubt", "ends: ambiguous", {"doubt": anybody_doubts}),
+    Mutant(
+        "4: a lease is trusted beyond its end", "resume: crash", {"trusted_for": trusted_beyond_the_lease}
+    ),
+    Mutant("5: an ambiguous end releases", "ends: ambiguous", _ends(Raised.AMBIGUOUS, State.RELEASED)),
+    Mutant("5: a retry releases", "ends: a retry", _ends(Raised.RETRY, State.RELEASED)),
+    Mutant("5: an error releases", "ends: an error", _ends(Raised.ERROR, State.RELEASED)),
+    Mutant("5: no effect is a failure", "ends: no effect", _ends(Raised.NO_EFFECT, State.FAILED)),
+    Mutant(
+        "7: a carried owner is not minted anew",
+        "copies of one message",
+        {"_take_up_again": carried_not_minted_anew},
+    ),
+    Mutant("7: a carried owner is forgotten", "in doubt: silent store", {"claim": own_owner_forgotten}),
+    Mutant(
+        "7: a carried owner is forgotten in doubt",
+        "in doubt: silent store",
+        {"_claim_in_doubt": carried_forgotten_in_doubt},
+    ),
+    Mutant(
+        "7: nothing is carried",
+        "in doubt: silent store",
+        {"_store_is_down": claim_is_not_carried},
+        runner_module.Runner,
+    ),
+    Mutant("7: every owner is taken up", "in doubt: crash", {"claim": every_owner_is_carried}, Ledger),
+    Mutant("8: crashes are not counted", "rerun: crash loop", {"_one_more_crash": crash_does_not_count}),
+    Mutant("8: max_attempts is ignored", "rerun: crash loop", {"_why_in_doubt": max_attempts_ignored}),
+    Mutant(
+        "8: an answer forgets max_attempts",
+        "reconcile: crash loop",
+        {"conclude": conclude_forgets_max_attempts},
+    ),
+    Mutant("steps: an open step runs again", "resume: crash", {"begin_step": an_open_step_runs_again}),
+    Mutant(
+        "steps: an open step is overwritten",
+        "resume: steps in another order",
+        {"begin_step": an_open_step_is_overwritten},
+    ),
+    Mutant("steps: a finished step runs again", "resume: crash", {"begin_step": a_finished_step_runs_again}),
+    Mutant("steps: a finished step is not kept", "resume: crash", {"end_step": a_finished_step_is_not_kept}),
+    Mutant(
+        "steps: without effect, still open",
+        "ends: a step without effect",
+        {"end_step": a_step_without_effect_stays_open},
+    ),
+    Mutant("steps: anybody ends one", "resume: crash", {"end_step": anybody_ends_a_step}),
+    Mutant("steps: a stale owner begins one", "resume: crash", {"begin_step": a_stale_owner_begins_a_step}),
+    Mutant("steps: a new owner forgets them", "resume: crash", {"_acquire": acquired_keeps_no_steps}),
+    Mutant("people: one overwrites an outcome", "operator", {"resolve": a_person_overwrites}),
+    Mutant("people: one takes a live claim", "operator", {"resolve": a_person_takes_a_live_claim}),
+    Mutant(
+        "parent: any death ends a claim", "the worker reports a dead child", {"died": any_death_ends_a_claim}
+    ),
+    Mutant("time: evidence expires", "in doubt: crash", {"ttl": evidence_expires}),
+)
