@@ -163,6 +163,7 @@ def _pattern(expected: str) -> str:
 def main() -> None:
     path = Path(sys.argv[1]).resolve()
     with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)  # what a block writes by a relative name belongs to the page
         page = Page(path, sys.argv[2], Path(folder))
         with page.ending:
             for block in blocks(path):
