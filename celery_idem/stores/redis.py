@@ -33,6 +33,10 @@ SCAN_READ = 50
 """Values per MGET while scanning: fifty of the largest results are 50 MiB, so memory stays bounded
 on both sides."""
 
+DURABLE_WITHIN = 2.0
+"""Seconds that a write may take to become durable: `appendfsync everysec` syncs once in a second.
+Half of the time the connection is given to answer, where that is shorter."""
+
 _STAMP = struct.Struct(">Q")
 
 
@@ -75,6 +79,8 @@ class RedisStore(Store):
         durability: "none"; "replicas:N" and "fsync" wait for it after each write.
     """
 
+    durabilities = ("fsync", "replicas")
+
     def __init__(self, url: str, durability: str = "none") -> None:
         import redis
 
@@ -91,6 +97,9 @@ class RedisStore(Store):
             raise ConfigurationError(f"idem_store: {self.url}: {error}") from None
         # Idle connections. Taking and giving back are atomic; as many exist as calls run at once.
         self._idle: deque[Any] = deque()
+        self._durability = durability
+        answers_within = float(self._pool.connection_kwargs.get("socket_timeout") or TIMEOUT)
+        self._wait = _waiting(durability, min(DURABLE_WITHIN, answers_within / 2))
         _forget_connections_after_fork(self)
 
     def _open_pool(self, url: str, options: dict[str, Any]) -> Any:
@@ -103,20 +112,32 @@ class RedisStore(Store):
         reply = self._run(CREATE, key.encode(), value, _milliseconds(ttl))
         if type(reply) is int:
             return Reply(True, Stored(value, reply), reply)
-        return _held(reply, key)
+        return self._again(_held(reply, key), key, value, ttl)
 
     def read(self, key: str) -> Reply:
         return _held(self._run(READ, key.encode()), key, done=True)
 
     def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
         reply = self._run(REPLACE, *_replacement(key, old, value, ttl))
-        return _replaced(reply, key, value)
+        return self._again(_replaced(reply, key, value), key, value, ttl)
+
+    def _again(self, reply: Reply, key: str, value: bytes, ttl: int | None) -> Reply:
+        """A value that stands there already is an earlier write of the same caller, and perhaps
+        one that did not become durable in time: it is written once more, and waited for."""
+        if self._wait and not reply.done and reply.stored is not None and reply.stored.value == value:
+            return self.replace(key, reply.stored, value, ttl)
+        return reply
 
     def replace_many(self, changes: Sequence[Change]) -> list[Reply]:
         if not changes:
             return []
         arguments = [_replacement(*change) for change in changes]
-        replies = self._call(b"".join([REPLACE.pack(*a) for a in arguments]), len(arguments))
+        packed = b"".join([REPLACE.pack(*a) for a in arguments])
+        replies = self._call(packed + self._wait, len(arguments) + bool(self._wait))
+        if self._wait:
+            waited = replies.pop()
+            if any(type(reply) is int for reply in replies):
+                self._check_durable(waited)
         answers = []
         for change, reply in zip(changes, replies, strict=True):
             if isinstance(reply, Exception):  # NOSCRIPT after a restart, for one
@@ -157,12 +178,29 @@ class RedisStore(Store):
     # --- the wire -------------------------------------------------------------------
 
     def _run(self, script: _Script, *arguments: bytes) -> Any:
-        (reply,) = self._call(script.pack(*arguments), 1)
+        wait = b"" if script is READ else self._wait
+        reply, *waited = self._call(script.pack(*arguments) + wait, 1 + bool(wait))
         if isinstance(reply, self._redis.exceptions.NoScriptError):
-            (reply,) = self._call(script.pack_source(*arguments), 1)
+            reply, *waited = self._call(script.pack_source(*arguments) + wait, 1 + bool(wait))
         if isinstance(reply, Exception):
             raise self._refusal(reply)
+        if waited and type(reply) is int:  # it wrote
+            self._check_durable(waited[0])
         return reply
+
+    def _check_durable(self, waited: Any) -> None:
+        """Of the answer to WAIT or WAITAOF. The write stands, and may yet be lost."""
+        what = f"idem_durability={self._durability!r}"
+        if isinstance(waited, Exception):
+            raise StoreError(
+                f"The store {self.url} cannot honour {what}: {waited}. It was written, but is not known to be durable. "
+                '"fsync" needs Redis 7.2 or Valkey with appendonly on; "replicas:N" works everywhere.'
+            )
+        needed = int(self._durability.partition(":")[2] or 1)
+        reached = waited[0] if isinstance(waited, list) else waited
+        if reached < needed:
+            whom = "not its disk" if isinstance(waited, list) else f"{reached} of {needed} replicas"
+            raise StoreError(f"The store {self.url} has written, but reached {whom} in time for {what}.")
 
     def _one(self, packed: bytes) -> Any:
         (reply,) = self._call(packed, 1)
@@ -234,6 +272,16 @@ def redact(url: str) -> str:
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
     return f"{parts.scheme}://{host}{parts.path}"
+
+
+def _waiting(durability: str, seconds: float) -> bytes:
+    """The command that follows each write, packed; empty for none."""
+    limit = b"%d" % int(seconds * 1000)
+    if durability == "fsync":
+        return _command((b"WAITAOF", b"1", b"0", limit))
+    if durability.startswith("replicas:"):
+        return _command((b"WAIT", durability.partition(":")[2].encode(), limit))
+    return b""
 
 
 def _command(words: Sequence[bytes]) -> bytes:
