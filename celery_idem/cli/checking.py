@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 import click
 
+from celery_idem import copying
 from celery_idem.cli.group import idem
 from celery_idem.cli.records import yes_option
 from celery_idem.cli.screen import Screen, command
+from celery_idem.copying import Copied
 from celery_idem.desk import Desk
-from celery_idem.errors import ConfigurationError
+from celery_idem.ledger import Ledger
+from celery_idem.stores import open_store, sql
 
 
 @command(idem, "doctor")
@@ -139,7 +139,7 @@ def metrics(screen: Screen, desk: Desk, port: int, address: str, every: float, o
 @click.argument("dialect", default="postgresql")
 def schema(screen: Screen, desk: Desk, dialect: str) -> None:
     """The SQL that makes the table of the SQL store: postgresql or sqlite."""
-    text = _of("celery_idem.stores.sql", "schema")(dialect)
+    text = sql.schema(dialect)
     if screen.as_json:
         screen.json({"dialect": dialect, "sql": text})
     else:
@@ -151,21 +151,28 @@ def schema(screen: Screen, desk: Desk, dialect: str) -> None:
 @click.argument("target", metavar="TO")
 @yes_option
 def copy(screen: Screen, desk: Desk, source: str, target: str, yes: bool) -> None:
-    """Copy all records from one store (its URL) to another."""
+    """Copy all records from one store (its URL) to another. May be stopped, and run again."""
     screen.confirm(
-        "Records of this application's namespace will be written to the target; what is there already stays. Stop the "
-        "workers first: a record that changes meanwhile may be copied as it was. Go on?",
+        "Records of this application's namespaces will be written to the target. A newer one there stays, and one that "
+        "has moved on since the last copy is brought up to date: copy once while the workers run, and once after they "
+        "have stopped. Go on?",
         yes,
     )
-    copied = _of("celery_idem.copying", "copy")(source, target)
+
+    def progress(counts: Copied) -> None:
+        if not screen.as_json:
+            click.echo(f"\r{counts.seen} seen, {counts.written} written", nl=False, err=True)
+
+    total = Copied()
+    for namespace, ledger in {ledger.namespace: ledger for ledger in desk.ledgers()}.items():
+        old = Ledger(open_store(source), namespace, ledger.codec, ledger.result_ttl)
+        new = Ledger(open_store(target), namespace, ledger.codec, ledger.result_ttl)
+        total = Copied(*map(sum, zip(total, copying.copy(old, new, progress), strict=True)))
     if screen.as_json:
-        screen.json({"copied": copied})
+        screen.json(total._asdict())
     else:
-        screen.line(f"{copied} records copied.")
-
-
-def _of(module: str, name: str) -> Any:
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise ConfigurationError(f"This command needs {module}: {error}.") from error
+        click.echo(err=True)
+        screen.line(
+            f"{total.seen} records seen: {total.written} written, {total.there} there already, "
+            f"{total.expired} expired, {total.unreadable} not readable."
+        )

@@ -173,7 +173,12 @@ def schema(dialect: str) -> str:
 
     Args:
         dialect: "postgresql" or "sqlite".
+
+    Raises:
+        ConfigurationError: it is another one.
     """
+    if dialect not in _NOW:
+        raise ConfigurationError(f"There is no table for {dialect!r}: use one of {', '.join(_NOW)}.")
     return files("celery_idem.stores").joinpath(f"schema.{dialect}.sql").read_text()
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 
 import pytest
 
 from celery_idem import owners
+from celery_idem.claims import Claim
 from celery_idem.copying import Copied, copy
 from celery_idem.errors import ConfigurationError
 from celery_idem.intent import (
@@ -21,7 +24,7 @@ from celery_idem.intent import (
     Replay,
     Request,
 )
-from celery_idem.ledger import Claim, Ledger
+from celery_idem.ledger import Ledger
 from celery_idem.stores import open_store
 
 DAY = 86_400 * MICROSECONDS
@@ -134,3 +137,25 @@ def test_outcomes_keep_what_is_left_of_their_time(tmp_path: Path) -> None:
 def test_namespaces_must_be_equal(source: Ledger) -> None:
     with pytest.raises(ConfigurationError, match="namespaces"):
         copy(source, Ledger(open_store("memory://x"), "another"))
+
+
+def test_from_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "shop.py").write_text(
+        "from celery import Celery\n"
+        "from celery_idem import IdempotentTask\n"
+        f"app = Celery('shop', broker='memory://')\napp.conf.idem_store = 'sqlite:///{tmp_path}/old.db'\n"
+        "@app.task(base=IdempotentTask, intent=('n',))\ndef pay(n): return n\n"
+    )
+
+    def run(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+        )
+        return done.stdout
+
+    run("-c", "import shop; [shop.pay.apply((n,)).get() for n in range(3)]")
+    idem = ("-m", "celery", "-A", "shop", "idem")
+    copied = run(*idem, "copy", f"sqlite:///{tmp_path}/old.db", f"sqlite:///{tmp_path}/new.db", "--yes")
+    assert "3 records seen: 3 written" in copied
+    assert "CREATE TABLE IF NOT EXISTS celery_idem" in run(*idem, "schema", "sqlite")
+    assert len(list(Ledger(open_store(f"sqlite:///{tmp_path}/new.db")).list())) == 3
