@@ -113,7 +113,7 @@ class Store(ABC):
         """
         raise ConfigurationError(
             f"settle_in: the records are in {self.url}, which cannot take part in a transaction of your database. "
-            "Point idem_store at that database: postgresql://… or sqlite:///…"
+            "Point idem_store at that database (postgresql://… or sqlite:///…)."
         )
 
     def close(self) -> None:

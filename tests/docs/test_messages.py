@@ -1,0 +1,296 @@
+"""Messages that a user can meet, provoked: each says what happened, to what, and what to do next.
+
+The words below are looked for in the message as it is printed. What a message must never have in it is
+another caller's value, a password, or a name of our internals.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from celery import Celery
+
+import celery_idem
+from celery_idem import (
+    ALL_ARGUMENTS,
+    ConfigurationError,
+    FingerprintMismatch,
+    Happened,
+    IdempotencyError,
+    IdempotentTask,
+    InProgress,
+    IntentError,
+    Ledger,
+    OutcomeUnknown,
+    ResultUnavailable,
+    StoreError,
+    owners,
+)
+from celery_idem.intent import MICROSECONDS, Acquired, Fingerprint, Policy, Request
+from celery_idem.stores import open_store
+from celery_idem.testing import CrashingStore, use_store
+
+HOUR = 3600 * MICROSECONDS
+POLICY = Policy(lease=HOUR, result_ttl=HOUR, failure_ttl=HOUR)
+
+
+class Shop:
+    """An application with a store in memory that can be taken away."""
+
+    def __init__(self, **settings: Any) -> None:
+        url = f"memory://{uuid.uuid4().hex}"
+        self.store = CrashingStore(open_store(url))
+        use_store(url, self.store)
+        settings = {"idem_store": url, "idem_settle_patience": 0, "idem_on_store_error": "raise", **settings}
+        self.app = Celery("shop", set_as_current=False)
+        self.app.conf.update(settings)
+
+    def task(self, body: Callable[..., Any] | None = None, **options: Any) -> Any:
+        def charge(self: Any, customer: Any, cents: Any = 0) -> Any:
+            return body(self) if body else "done"
+
+        options = {"intent": ("customer",), "must_match": ("cents",), **options}
+        # Not lazy: the message is raised here, and not when the application is used first.
+        return self.app.task(base=IdempotentTask, bind=True, name="shop.charge", lazy=False, **options)(
+            charge
+        )
+
+    def held(self, task: Any, *args: Any, lease: int = HOUR) -> str:
+        """A claim of somebody else's that stands."""
+        key = task.intent_key(*args)
+        policy = POLICY if lease == HOUR else Policy(lease=lease, result_ttl=HOUR, failure_ttl=HOUR)
+        decision, _ = task.guard.ledger.claim(key, Request(owners.mint(), "other", Fingerprint(), policy))
+        assert isinstance(decision, Acquired)
+        return key
+
+
+def run(task: Any, *args: Any, **options: Any) -> Any:
+    return task.apply(args, throw=True, **options).get()
+
+
+# -- what each does to meet its message ---------------------------------------------------------------------
+def no_intent(shop: Shop) -> None:
+    shop.task(intent=None)
+
+
+def unknown_parameter(shop: Shop) -> None:
+    shop.task(intent=("costumer",))
+
+
+def empty_intent(shop: Shop) -> None:
+    shop.task(intent=())
+
+
+def intent_of_a_wrong_kind(shop: Shop) -> None:
+    shop.task(intent=7)
+
+
+def misspelt_option(shop: Shop) -> None:
+    shop.task(must_macth=("cents",))
+
+
+def misspelt_setting(shop: Shop) -> None:
+    shop.app.conf.idem_leese = 5
+    shop.task()
+
+
+def unheard_of_setting(shop: Shop) -> None:
+    shop.app.conf.idem_xyzzy = 5
+    shop.task()
+
+
+def wrong_lease(shop: Shop) -> None:
+    shop.task(lease="long")
+
+
+def wrong_choice(shop: Shop) -> None:
+    shop.app.conf.idem_on_crash = "panic"
+    shop.task()
+
+
+def no_store(shop: Shop) -> None:
+    shop.app.conf.idem_store = ""
+    run(shop.task(), "c1")
+
+
+def store_of_no_kind(shop: Shop) -> None:
+    shop.app.conf.idem_store = "mongodb://user:hunter2@host"
+    run(shop.task(), "c1")
+
+
+def reconcile_of_a_wrong_kind(shop: Shop) -> None:
+    run(shop.task(reconcile=7), "c1")
+
+
+def submit_without_an_intent(shop: Shop) -> None:
+    def plain() -> None:
+        pass
+
+    shop.app.task(name="shop.plain", lazy=False)(plain)
+    celery_idem.submit(shop.app, "shop.plain")
+
+
+def an_object(shop: Shop) -> None:
+    run(shop.task(), object())
+
+
+def a_naive_datetime(shop: Shop) -> None:
+    from datetime import datetime
+
+    run(shop.task(), datetime(2026, 11, 1))  # noqa: DTZ001  # what the message is about
+
+
+def not_a_number(shop: Shop) -> None:
+    run(shop.task(intent=ALL_ARGUMENTS), "c1", float("nan"))
+
+
+def intent_function_that_returns_nothing(shop: Shop) -> None:
+    run(shop.task(intent=lambda arguments: None), "c1")
+
+
+def other_values(shop: Shop) -> None:
+    task = shop.task()
+    run(task, "c1", 123456)
+    run(task, "c1", 654321)
+
+
+def in_progress(shop: Shop) -> None:
+    task = shop.task(on_duplicate="raise")
+    shop.held(task, "c1")
+    run(task, "c1")
+
+
+def in_doubt(shop: Shop) -> None:
+    task = shop.task()
+    shop.held(task, "c1", lease=0)
+    run(task, "c1")
+
+
+def interrupted(shop: Shop) -> None:
+    def body(task: Any) -> None:
+        raise TimeoutError("no answer from the bank")
+
+    run(shop.task(body, ambiguous_errors=(TimeoutError,)), "c1")
+
+
+def result_not_kept(shop: Shop) -> None:
+    task = shop.task(lambda task: "x" * 500, max_result_bytes=100)
+    run(task, "c1")
+    run(task, "c1")
+
+
+def store_away(shop: Shop) -> None:
+    shop.store.crash("before create", times=100)
+    run(shop.task(), "c1")
+
+
+def foreign_value(shop: Shop) -> None:
+    task = shop.task()
+    shop.store.create(f"idem:{task.intent_key('c1')}", b"somebody else's value")
+    run(task, "c1")
+
+
+def claim_outside(shop: Shop) -> None:
+    _ = shop.task().claim
+
+
+def same_step_twice(shop: Shop) -> None:
+    def body(task: Any) -> None:
+        task.step("mail", lambda: 1)
+        task.step("mail", lambda: 2)
+
+    run(shop.task(body), "c1")
+
+
+def step_in_a_step(shop: Shop) -> None:
+    run(shop.task(lambda task: task.step("mail", lambda: task.step("inner", lambda: 1))), "c1")
+
+
+def step_result_not_storable(shop: Shop) -> None:
+    run(shop.task(lambda task: task.step("mail", object)), "c1")
+
+
+def transaction_elsewhere(shop: Shop) -> None:
+    import sqlite3
+
+    def body(task: Any) -> None:
+        with sqlite3.connect(":memory:") as connection, task.settle_in(connection):
+            pass
+
+    run(shop.task(body), "c1")
+
+
+def resolve_nothing(shop: Shop) -> None:
+    shop.task()
+    Ledger.from_app(shop.app).resolve("shop.charge:none", Happened(1), by="ada")
+
+
+def resolve_what_is_settled(shop: Shop) -> None:
+    task = shop.task()
+    run(task, "c1")
+    Ledger.from_app(shop.app).resolve(task.intent_key("c1"), Happened(1), by="ada")
+
+
+KEY = "shop.charge:"
+
+MESSAGES: list[tuple[Callable[[Shop], None], type[Exception], tuple[str, ...]]] = [
+    (no_intent, ConfigurationError, ("shop.charge", "without an intent", "intent=(…)", "customer, cents")),
+    (unknown_parameter, ConfigurationError, ("shop.charge", "'costumer'", "customer, cents")),
+    (empty_intent, ConfigurationError, ("shop.charge", "names no parameter", "ALL_ARGUMENTS")),
+    (intent_of_a_wrong_kind, ConfigurationError, ("shop.charge", "intent=", "parameter names", "int")),
+    (misspelt_option, ConfigurationError, ("shop.charge", "must_macth", "Did you mean must_match=?")),
+    (misspelt_setting, ConfigurationError, ("idem_leese", "Did you mean idem_lease?")),
+    (unheard_of_setting, ConfigurationError, ("idem_xyzzy", "There are: idem_store")),
+    (wrong_lease, ConfigurationError, ("shop.charge", "lease", "'long'", "seconds from 0.1")),
+    (wrong_choice, ConfigurationError, ("idem_on_crash", "'panic'", "'in_doubt', 'resume', 'rerun'")),
+    (no_store, ConfigurationError, ("idem_store", "redis://localhost:6379/1")),
+    (store_of_no_kind, ConfigurationError, ("idem_store", "mongodb", "redis://", "postgresql://")),
+    (reconcile_of_a_wrong_kind, ConfigurationError, ("shop.charge", "reconcile=", "(task, *args, **kwargs)")),
+    (submit_without_an_intent, ConfigurationError, ("shop.plain", "declares no intent", "intent=(…)")),
+    (an_object, IntentError, ("'customer'", "object", "pass an id")),
+    (a_naive_datetime, IntentError, ("'customer'", "naive datetime", "timezone")),
+    (not_a_number, IntentError, ("'cents'", "NaN")),
+    (intent_function_that_returns_nothing, IntentError, ("shop.charge", "intent=", "dictionary")),
+    (
+        other_values,
+        FingerprintMismatch,
+        (KEY, "cents", "Nothing was run", "occurrence", "repeat it unchanged"),
+    ),
+    (in_progress, InProgress, (KEY, "right now", "Nothing was started", "Ask again in")),
+    (
+        in_doubt,
+        OutcomeUnknown,
+        (KEY, "in doubt", "without reporting", "Look at the destination", "idem resolve"),
+    ),
+    (interrupted, OutcomeUnknown, (KEY, "in doubt", "TimeoutError", "idem resolve")),
+    (result_not_kept, ResultUnavailable, (KEY, "will not be done again", "max_result_bytes")),
+    (store_away, StoreError, (KEY, "did not answer", "Nothing was run")),
+    (foreign_value, StoreError, (KEY, "not a record", "Nothing was run", "idem forget")),
+    (claim_outside, IdempotencyError, ("shop.charge", "not running under a claim", "task.run()")),
+    (same_step_twice, ConfigurationError, (KEY, "two steps are called 'mail'", "each its own")),
+    (step_in_a_step, ConfigurationError, (KEY, "'inner'", "inside step 'mail'", "after the other has ended")),
+    (step_result_not_storable, ConfigurationError, (KEY, "'mail'", "cannot be stored", "The step has run")),
+    (transaction_elsewhere, ConfigurationError, ("settle_in", "memory://", "postgresql://")),
+    (resolve_nothing, IdempotencyError, ("no intent shop.charge:none", "memory://")),
+    (resolve_what_is_settled, IdempotencyError, (KEY, "succeeded", "nothing to resolve", "idem forget")),
+]
+
+SECRETS = ("hunter2", "123456", "654321", "ledger", "protocol.py", "Traceback")
+"""A password, two values of two callers, and words that mean nothing to a user."""
+
+
+@pytest.mark.parametrize(
+    ("provoke", "kind", "words"), MESSAGES, ids=lambda value: getattr(value, "__name__", "")
+)
+def test_a_message_says_what_happened_and_what_to_do(
+    provoke: Callable[[Shop], None], kind: type[Exception], words: tuple[str, ...]
+) -> None:
+    with pytest.raises(kind) as raised:
+        provoke(Shop())
+    message = str(raised.value)
+    assert [word for word in words if word not in message] == [], message
+    assert [word for word in SECRETS if word in message] == [], message
+    assert message.endswith((".", "?", ")")), message
