@@ -15,7 +15,7 @@ from pathlib import Path
 from celery import Celery
 from celery.signals import task_prerun
 
-from celery_idem import Happened, IdempotentTask, NotHappened, Unknown
+from celery_idem import Happened, IdempotentTask, LeaseLost, NotHappened, Unknown
 from celery_idem.stores import open_store
 from celery_idem.testing import CrashingStore, use_store
 from tests.support.effects import Effects, Gate
@@ -106,10 +106,12 @@ def set_crash(kwargs: dict[str, str], **_: object) -> None:
         STORE.crash(AROUND[point], lambda: crash(intent, how), skip=steps)
 
 
-def effect(intent: str, at: str, how: str) -> str:
+def effect(self: IdempotentTask, intent: str, at: str, how: str) -> str:
     crashes = at in ("before effect", "after effect") and first(intent, "crash")
     if crashes and at == "before effect":
         crash(intent, how)
+        if self.claim.lost:  # what an author does who starts an effect after a long time
+            raise LeaseLost("somebody may have taken over", self.claim.key)
     EFFECTS.add(intent)
     if crashes and at == "after effect":
         crash(intent, how)
@@ -123,9 +125,9 @@ def ask(_task: object, intent: str, **_: object) -> Happened | NotHappened | Unk
 
 def body(self: IdempotentTask, intent: str, policy: str, at: str = "", how: str = "") -> str:
     if policy == "resume":
-        done: str = self.step("effect", effect, intent, at, how)
+        done: str = self.step("effect", effect, self, intent, at, how)
         return done
-    return effect(intent, at, how)
+    return effect(self, intent, at, how)
 
 
 for policy in POLICIES:

@@ -13,7 +13,7 @@ from celery.result import AsyncResult
 from celery.states import READY_STATES
 
 from celery_idem import Ledger
-from celery_idem.ledger import Entry
+from celery_idem.claims import Entry
 from celery_idem.stores import open_store
 from tests.conftest import running
 from tests.faults import app as faulty
@@ -104,7 +104,15 @@ class Case:
 class Stage:
     """One broker, one store, one folder; any number of workers."""
 
-    def __init__(self, folder: Path, broker_name: str, broker_url: str, store: RedisServer) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        broker_name: str,
+        broker_url: str,
+        store: RedisServer,
+        results: RedisServer | None = None,
+        query: str = "",
+    ) -> None:
         self.folder = folder
         self.broker_name = broker_name
         self.broker_url = broker_url
@@ -112,8 +120,10 @@ class Stage:
         self.queue = f"faults-{uuid.uuid4().hex}"
         self.effects = Effects(folder / "effects.jsonl")
         self.workers: list[CeleryWorker] = []
+        self.backend_url = (results or store).url_for(2)
+        self.store_url = store.url_for(1) + query
         self.publisher = Celery(
-            "publisher", broker=broker_url, backend=store.url_for(2), set_as_current=False
+            "publisher", broker=broker_url, backend=self.backend_url, set_as_current=False
         )
         self.publisher.conf.task_default_queue = self.queue
         self.ledger = Ledger(open_store(store.url_for(1)))
@@ -122,8 +132,8 @@ class Stage:
         settings = {
             "FAULTS_FOLDER": str(self.folder),
             "FAULTS_BROKER": self.broker_url,
-            "FAULTS_BACKEND": self.store.url_for(2),
-            "FAULTS_STORE": self.store.url_for(1),
+            "FAULTS_BACKEND": self.backend_url,
+            "FAULTS_STORE": self.store_url,
             "FAULTS_QUEUE": self.queue,
         }
         worker = CeleryWorker("tests.faults.app", self.folder, env={**settings, **(env or {})}, **options)
@@ -152,8 +162,8 @@ def make_stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
     """`make_stage("redis", broker_url, store)`: a Stage that is taken down after the module."""
     stages: list[Stage] = []
 
-    def make(broker_name: str, broker_url: str, store: RedisServer) -> Stage:
-        stage = Stage(tmp_path_factory.mktemp("stage"), broker_name, broker_url, store)
+    def make(broker_name: str, broker_url: str, store: RedisServer, *more: Any) -> Stage:
+        stage = Stage(tmp_path_factory.mktemp("stage"), broker_name, broker_url, store, *more)
         stages.append(stage)
         return stage
 

@@ -30,7 +30,7 @@ def test_fsync_waits_for_the_disk(start_valkey: Callable[..., ValkeyServer]) -> 
 
 def test_fsync_without_a_file_is_refused(start_valkey: Callable[..., ValkeyServer]) -> None:
     store = RedisStore(start_valkey().url, "fsync")
-    with pytest.raises(StoreError, match="cannot honour idem_durability='fsync'.*appendonly"):
+    with pytest.raises(StoreError, match=r"cannot honour idem_durability='fsync'.*appendonly"):
         store.create("k", VALUE)
 
 
@@ -39,7 +39,7 @@ def test_fsync_on_a_server_that_does_not_know_it(start_redis: Callable[..., Redi
     store = RedisStore(server.url, "fsync")
     if b"redis_version:7.0" not in store.execute("INFO", "server"):
         pytest.skip("this Redis knows WAITAOF")
-    with pytest.raises(StoreError, match="Redis 7.2 or Valkey"):
+    with pytest.raises(StoreError, match=r"Redis 7\.2 or Valkey"):
         store.create("k", VALUE)
 
 
