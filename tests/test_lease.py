@@ -1,0 +1,242 @@
+"""The renewing thread: one for all claims, in batches, anew after a fork, and what a body learns from it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from celery_idem import events, owners
+from celery_idem.intent import MICROSECONDS, Acquired, Done, Fingerprint, Outcome, Policy, Request
+from celery_idem.lease import Renewer
+from celery_idem.ledger import Claim, Ledger
+from celery_idem.stores.base import Change, Reply
+from celery_idem.stores.memory import MemoryStore
+from celery_idem.testing import CrashingStore
+from tests.support.waiting import wait_for
+
+LEASE = MICROSECONDS
+"""A second: long beside a thread switch on a busy machine, short to wait for."""
+
+SOON = 20.0
+
+
+class Counting(CrashingStore):
+    """Keeps the size of every batch of renewals."""
+
+    def __init__(self) -> None:
+        super().__init__(MemoryStore())
+        self.batches: list[int] = []
+
+    def replace_many(self, changes: Sequence[Change]) -> list[Reply]:
+        self.batches.append(len(changes))
+        return super().replace_many(changes)
+
+
+def policy(lease: int = LEASE) -> Policy:
+    return Policy(lease, 10**12, 10**12, "rerun")
+
+
+def claimed(ledger: Ledger, key: str, lease: int = LEASE) -> Claim:
+    decision, claim = ledger.claim(key, Request(owners.mint(), "task", Fingerprint(), policy(lease)))
+    assert isinstance(decision, Acquired)
+    assert claim is not None
+    return claim
+
+
+def stamp_of(ledger: Ledger, key: str) -> float:
+    entry = ledger.get(key)
+    assert entry is not None
+    return entry.changed_at
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    return Ledger(Counting())
+
+
+def threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "celery_idem leases"]
+
+
+def test_no_thread_without_a_claim_and_one_for_all_of_them(ledger: Ledger) -> None:
+    before = threads()
+    renewer = Renewer()
+    assert threads() == before
+    other = Ledger(Counting(), "another")
+    claims = [(claimed(place, f"k{n}"), place) for n in range(10) for place in (ledger, other)]
+    start = threading.Barrier(len(claims))
+
+    def watch(claim: Claim, place: Ledger) -> None:
+        start.wait(SOON)
+        renewer.watch(claim, place, LEASE)
+
+    watchers = [threading.Thread(target=watch, args=pair) for pair in claims]
+    for watcher in watchers:
+        watcher.start()
+    for watcher in watchers:
+        watcher.join(SOON)
+    assert len(threads()) == len(before) + 1
+    for claim, _ in claims:
+        renewer.unwatch(claim)
+
+
+def test_claims_are_renewed_together_and_live_on(ledger: Ledger) -> None:
+    renewer = Renewer()
+    claims = [claimed(ledger, f"k{n}") for n in range(20)]
+    began = [stamp_of(ledger, claim.key) for claim in claims]
+    for claim in claims:
+        renewer.watch(claim, ledger, LEASE)
+    wait_for(
+        lambda: all(
+            stamp_of(ledger, c.key) > b + 2 * LEASE / MICROSECONDS for c, b in zip(claims, began, strict=True)
+        ),
+        SOON,
+        "every claim to be renewed for twice its lease",
+    )
+    store = ledger.store
+    assert isinstance(store, Counting)
+    assert max(store.batches) == len(claims)
+    assert "replace" not in store.calls
+    assert not any(claim.lost for claim in claims)
+    for claim in claims:
+        renewer.unwatch(claim)
+
+
+def test_a_short_lease_after_a_long_one_is_not_missed(ledger: Ledger) -> None:
+    """The thread sleeps for the long one when the short one comes."""
+    renewer = Renewer()
+    long, short = claimed(ledger, "long", 3600 * MICROSECONDS), claimed(ledger, "short")
+    renewer.watch(long, ledger, 3600 * MICROSECONDS)
+    began = stamp_of(ledger, "short")
+    renewer.watch(short, ledger, LEASE)
+    wait_for(lambda: stamp_of(ledger, "short") > began, SOON, "the short lease to be renewed")
+    assert not short.lost
+    renewer.unwatch(long)
+    renewer.unwatch(short)
+
+
+def test_what_has_ended_is_renewed_no_more(ledger: Ledger) -> None:
+    renewer = Renewer()
+    ended, running = claimed(ledger, "ended"), claimed(ledger, "running")
+    renewer.watch(ended, ledger, LEASE)
+    renewer.watch(running, ledger, LEASE)
+    assert isinstance(ledger.settle(ended, Outcome(True, b"j1"), 0.0), Done)
+    renewer.unwatch(ended)
+    settled, began = stamp_of(ledger, "ended"), stamp_of(ledger, "running")
+    wait_for(
+        lambda: stamp_of(ledger, "running") > began + LEASE / MICROSECONDS, SOON, "renewals of the other"
+    )
+    assert stamp_of(ledger, "ended") == settled
+    renewer.unwatch(running)
+
+
+def test_settling_while_it_is_renewed_keeps_the_outcome(ledger: Ledger) -> None:
+    renewer = Renewer()
+    for n in range(30):
+        claim = claimed(ledger, f"k{n}", MICROSECONDS // 10)
+        renewer.watch(claim, ledger, MICROSECONDS // 100)
+        threading.Event().wait(0.01)  # into a renewal, with luck; the outcome must not depend on it
+        assert isinstance(ledger.settle(claim, Outcome(True, b"j1"), 5.0), Done)
+        renewer.unwatch(claim)
+        entry = ledger.get(f"k{n}")
+        assert entry is not None
+        assert entry.state == "succeeded"
+
+
+def test_a_store_that_fails_for_a_moment_costs_nothing(ledger: Ledger) -> None:
+    store = ledger.store
+    assert isinstance(store, Counting)
+    renewer = Renewer()
+    claim = claimed(ledger, "k", 2 * MICROSECONDS)
+    store.crash("before replace_many", times=2)
+    began = stamp_of(ledger, "k")
+    renewer.watch(claim, ledger, 2 * MICROSECONDS)
+    wait_for(lambda: stamp_of(ledger, "k") > began, SOON, "a renewal after two that failed")
+    assert not claim.lost
+    renewer.unwatch(claim)
+
+
+def test_a_lost_reply_to_a_renewal_costs_nothing(ledger: Ledger) -> None:
+    store = ledger.store
+    assert isinstance(store, Counting)
+    renewer = Renewer()
+    claim = claimed(ledger, "k", 2 * MICROSECONDS)
+    store.crash("after replace_many")
+    renewer.watch(claim, ledger, 2 * MICROSECONDS)
+    wait_for(lambda: len(store.batches) >= 3, SOON, "renewals after the one whose reply got lost")
+    assert not claim.lost
+    renewer.unwatch(claim)
+    assert isinstance(ledger.settle(claim, Outcome(True, b"j1"), 0.0), Done)
+
+
+def test_a_body_learns_that_nobody_could_renew(ledger: Ledger) -> None:
+    store = ledger.store
+    assert isinstance(store, Counting)
+    renewer = Renewer()
+    claim = claimed(ledger, "k")
+    store.crash("before replace_many", times=10_000)
+    renewer.watch(claim, ledger, LEASE)
+    assert not claim.lost
+    began = time.monotonic()
+    wait_for(lambda: claim.lost, SOON, "the body to be told")
+    assert time.monotonic() - began < SOON
+    # Told before the lease is over for everybody else: in the store it still stands.
+    store.heal()
+    wait_for(lambda: not claim.lost, SOON, "the next renewal, because nobody took over")
+    renewer.unwatch(claim)
+
+
+def test_a_body_learns_that_somebody_took_over(ledger: Ledger) -> None:
+    seen: list[events.Event] = []
+    stop = events.listen(seen.append)
+    renewer = Renewer()
+    claim = claimed(ledger, "k")
+    wait_for(lambda: (entry := ledger.get("k")) and entry.state == "lapsed", SOON, "the lease to lapse")
+    claimed(ledger, "k", 60 * MICROSECONDS)
+    try:
+        renewer.watch(claim, ledger, LEASE)
+        wait_for(lambda: claim.lost and "lease_lost" in [event.kind for event in seen], SOON, "the loss")
+        renewer.unwatch(claim)
+    finally:
+        stop()
+    assert [event.kind for event in seen if event.kind == "lease_lost"] == ["lease_lost"]
+
+
+def test_a_forked_child_starts_a_thread_of_its_own(ledger: Ledger) -> None:
+    renewer = Renewer()
+    claim = claimed(ledger, "parent")
+    renewer.watch(claim, ledger, LEASE)
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        status = 1
+        with contextlib.suppress(BaseException):
+            mine = claimed(ledger, "child")
+            began = stamp_of(ledger, "child")
+            parents = stamp_of(ledger, "parent")
+            renewer.watch(mine, ledger, LEASE)
+            wait_for(lambda: stamp_of(ledger, "child") > began, SOON, "a renewal in the child")
+            assert stamp_of(ledger, "parent") == parents  # here the child's copy: not its to renew
+            status = 0
+        os._exit(status)
+    try:
+        wait_for(lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT), SOON, "the child")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        renewer.unwatch(claim)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_owners_differ_per_execution_and_name_their_process() -> None:
+    minted = {owners.mint() for _ in range(1000)}
+    assert len(minted) == 1000
+    assert {len(owner) for owner in minted} == {12}
+    assert {owner[:7] for owner in minted} == {owners.prefix(os.getpid())}
+    assert owners.prefix(os.getpid()).startswith(owners.prefix(None))
