@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from celery_idem.claims import Claim
 from celery_idem.errors import (
     ConfigurationError,
     FingerprintMismatch,
@@ -16,7 +17,7 @@ from celery_idem.errors import (
 )
 from celery_idem.intent import Happened, NotHappened, Unknown
 from celery_idem.keys import ALL_ARGUMENTS
-from celery_idem.ledger import Claim, Ledger
+from celery_idem.ledger import Ledger
 from celery_idem.receipts import Receipt, submit
 from celery_idem.task import IdempotentTask
 from celery_idem.typed import idempotent_task

@@ -22,6 +22,7 @@ from celery.states import PROPAGATE_STATES
 from celery.utils.imports import symbol_by_name
 
 from celery_idem import declaring, keys
+from celery_idem.claims import Claim
 from celery_idem.digests import LABELS, Digester
 from celery_idem.errors import (
     ConfigurationError,
@@ -32,10 +33,11 @@ from celery_idem.errors import (
     StoreError,
 )
 from celery_idem.intent import CALLER_KEY, KEY, OCCURRENCE, SCOPE, Answer, Fingerprint, Raised
-from celery_idem.ledger import Claim, Ledger
+from celery_idem.ledger import Ledger
 from celery_idem.runner import Job, Options, Runner
 from celery_idem.settings import Settings, ledger_of
 from celery_idem.shadow import ShadowRunner
+from celery_idem.steps import run_step
 
 if TYPE_CHECKING:
     from celery_idem.task import IdempotentTask
@@ -121,7 +123,7 @@ class Guard:
             return run()
         options = self.options
         bounded = None if ask is None else (lambda: self.runner.bounded(ask, options.ask_timeout))
-        return self.ledger.step(claim, name, run, bounded, options.patience, options.no_effect_errors)
+        return run_step(self.ledger, claim, name, run, bounded, options.patience, options.no_effect_errors)
 
 
 def _ask_of(task: IdempotentTask) -> Callable[..., Answer] | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from celery.app.task import Context
 
 from celery_idem import keys
+from celery_idem.claims import Claim, Entry, Tally
 from celery_idem.delivery import Delivery, Guard
 from celery_idem.errors import IdempotencyError, StoreError
 from celery_idem.intent import (
@@ -31,7 +32,7 @@ from celery_idem.intent import (
     State,
     Unknown,
 )
-from celery_idem.ledger import Claim, Entry, Ledger, Tally
+from celery_idem.ledger import Ledger
 from celery_idem.settings import ledger_of
 from celery_idem.task import IdempotentTask
 

@@ -18,9 +18,10 @@ import threading
 import time
 
 from celery_idem import events
+from celery_idem.claims import Claim
 from celery_idem.errors import StoreError
 from celery_idem.intent import MICROSECONDS
-from celery_idem.ledger import Claim, Ledger
+from celery_idem.ledger import Ledger
 
 LOOKS_PER_LEASE = 6
 """Looks per lease. Renewing at a third at the latest leaves two more tries before it lapses."""

@@ -11,11 +11,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from celery_idem import codec, events, keys, protocol
+from celery_idem.claims import Claim, Entry, Tally, age, lease_lost, renewed
 from celery_idem.codec import Codec, NotStorable
-from celery_idem.errors import ConfigurationError, IdempotencyError, LeaseLost, OutcomeUnknown, StoreError
+from celery_idem.errors import IdempotencyError, StoreError
 from celery_idem.intent import (
     MICROSECONDS,
     Acquired,
@@ -23,7 +24,6 @@ from celery_idem.intent import (
     Ask,
     Decision,
     Done,
-    Fingerprint,
     Happened,
     Note,
     NotHappened,
@@ -33,8 +33,6 @@ from celery_idem.intent import (
     Refused,
     Request,
     State,
-    StepDone,
-    StepOpen,
     Stored,
     Unknown,
     Verdict,
@@ -56,148 +54,6 @@ DAY = 86_400.0
 
 PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
 """Seconds between tries to write an outcome; the last one repeats."""
-
-
-class Entry:
-    """One intent as it stands in the store, for people and programs to read.
-
-    Attributes:
-        key: the idempotency key.
-        record: everything that is known.
-        changed_at: the store's time of the last write, in seconds since the epoch.
-        now: the store's time of the reading, in seconds.
-    """
-
-    __slots__ = ("_now", "_stamp", "key", "record")
-
-    def __init__(self, key: str, record: Record, stamp: int, now: int) -> None:
-        self.key = key
-        self.record = record
-        self._stamp = stamp
-        self._now = now
-
-    @property
-    def changed_at(self) -> float:
-        return self._stamp / MICROSECONDS
-
-    @property
-    def now(self) -> float:
-        return self._now / MICROSECONDS
-
-    @property
-    def task(self) -> str:
-        """Name of the task."""
-        return keys.task_of(self.key) or self.key
-
-    @property
-    def state(self) -> str:
-        """Name of the state, in lower case; ``lapsed`` for a RUNNING one whose lease is over."""
-        if self.record.state is State.RUNNING and self.retry_after <= 0:
-            return "lapsed"
-        return self.record.state.name.lower()
-
-    @property
-    def age(self) -> float:
-        """Seconds since the last write."""
-        return max(0.0, self.now - self.changed_at)
-
-    @property
-    def retry_after(self) -> float:
-        """Seconds until whoever holds it must have renewed; 0 or less when nobody does."""
-        return self.changed_at + self.record.lease / MICROSECONDS - self.now
-
-    def standing(self, fingerprint: Fingerprint, policy: Policy) -> Decision | None:
-        """What a claim would be told; None where it would have something to do (see ``protocol``)."""
-        return protocol.standing(self.record, self._stamp, self._now, fingerprint, policy)
-
-    def __repr__(self) -> str:
-        return f"<Entry {self.key} {self.state}>"
-
-
-class Claim:
-    """One execution's hold on one intent: what a body sees as ``self.claim``.
-
-    Attributes:
-        key: the idempotency key.
-        lost: True once this execution must not start another effect: somebody took
-            over, or the lease could not be renewed in time.
-    """
-
-    def __init__(
-        self,
-        key: str,
-        request: Request,
-        stored: Stored | None,
-        record: Record,
-        before: float,
-    ) -> None:
-        self.key = key
-        self._request = request
-        # What stood in the store when this claim last wrote: both parts change together, because
-        # the renewing thread reads them while the body's thread writes them.
-        self._seen = (stored, record)
-        self._lock = threading.Lock()
-        self._trusted_until = before + protocol.trusted_for(request.policy.lease) / MICROSECONDS
-        self._taken_over = False
-        # What a transaction of the author's is to commit: the outcome, and its value as the body gave it.
-        self._promised: tuple[Outcome, Any] | None = None
-        self._steps_seen: set[str] = set()
-        self._step_running = ""
-        self._step_unrecorded = False
-
-    @classmethod
-    def unguarded(cls, key: str, request: Request) -> Claim:
-        """For a body that runs without a store (``on_store_error="run"``)."""
-        claim = cls(key, request, None, protocol.fresh(request), 0.0)
-        claim._trusted_until = float("inf")
-        return claim
-
-    @property
-    def fence(self) -> int:
-        """Grows with every new owner of the intent: let the destination refuse a smaller one.
-
-        0 while no store stands behind the claim.
-        """
-        return self._seen[1].fence
-
-    @property
-    def attempt(self) -> int:
-        """Which execution of this intent this is; 1 for the first."""
-        return self._seen[1].attempts
-
-    @property
-    def task_id(self) -> str:
-        """Celery's id of this execution's task."""
-        return self._seen[1].task_id
-
-    @property
-    def lost(self) -> bool:
-        return self._taken_over or time.monotonic() > self._trusted_until
-
-    @property
-    def guarded(self) -> bool:
-        """False when the body runs without a store."""
-        return self._seen[0] is not None
-
-    def downstream_key(self, name: str) -> str:
-        """A key for one call this body makes, such as ``"charge"``: the same in every
-        attempt, ASCII, and short enough for an ``Idempotency-Key`` header."""
-        return keys.downstream_key(self.key, name)
-
-    def __repr__(self) -> str:
-        return f"<Claim {self.key} fence={self.fence} attempt={self.attempt}>"
-
-
-class Tally(NamedTuple):
-    """The intents of one task in one state.
-
-    Attributes:
-        intents: how many.
-        oldest: seconds since the last write to the one that has stood longest.
-    """
-
-    intents: int
-    oldest: float
 
 
 class Ledger:
@@ -290,7 +146,7 @@ class Ledger:
         def decide(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
             return protocol.settle(record, held, outcome)
 
-        return self._patiently(claim, decide, patience)
+        return self.patient_transition(claim, decide, patience)
 
     def settle_within(self, claim: Claim, inside: Store, value: Any) -> None:
         """Write the outcome in a transaction of the author's own (``Store.inside``), to be committed by the author.
@@ -301,7 +157,7 @@ class Ledger:
         """
         outcome = self.outcome_of(value)
         held = claim._seen[1]
-        settle = _present(lambda record: protocol.settle(record, held, outcome))
+        settle = present(lambda record: protocol.settle(record, held, outcome))
         there = Ledger(inside, self.namespace, self.codec)
         reply, _ = self._last_seen(claim)
         done, _ = there._compare_and_set(claim.key, reply, settle, claim._request.policy)
@@ -325,14 +181,14 @@ class Ledger:
             StoreError: the store did not answer for ``patience`` seconds.
         """
         owner = claim._request.owner
-        return self._patiently(
+        return self.patient_transition(
             claim, lambda record, stamp, now: protocol.committed(record, owner), patience, fresh=True
         )
 
     def release(self, claim: Claim, patience: float) -> Done | Refused:
         """Nothing happened: anybody may claim the intent again."""
-        return self._patiently(
-            claim, _present(lambda record: protocol.release(record, claim._request.owner)), patience
+        return self.patient_transition(
+            claim, present(lambda record: protocol.release(record, claim._request.owner)), patience
         )
 
     def let_go(self, key: str, request: Request) -> None:
@@ -342,23 +198,23 @@ class Ledger:
     def schedule(self, claim: Claim, delay: float, patience: float) -> Done | Refused:
         """Keep the intent for this task id for ``delay`` seconds, until its retry comes."""
         wait = int(delay * MICROSECONDS)
-        return self._patiently(
+        return self.patient_transition(
             claim,
-            _kept(claim, lambda record: protocol.schedule(record, claim._request.owner, wait)),
+            kept(claim, lambda record: protocol.schedule(record, claim._request.owner, wait)),
             patience,
         )
 
     def doubt(self, claim: Claim, reason: str, patience: float) -> Done | Refused:
         """The body ended in a way that leaves the effect unknown."""
-        return self._patiently(
-            claim, _kept(claim, lambda record: protocol.doubt(record, claim._request.owner, reason)), patience
+        return self.patient_transition(
+            claim, kept(claim, lambda record: protocol.doubt(record, claim._request.owner, reason)), patience
         )
 
     def exited(self, claim: Claim, reason: str, patience: float) -> Done | Refused:
         """The process was told to exit while the body ran."""
         owner, policy = claim._request.owner, claim._request.policy
-        return self._patiently(
-            claim, _kept(claim, lambda record: protocol.exited(record, owner, policy, reason)), patience
+        return self.patient_transition(
+            claim, kept(claim, lambda record: protocol.exited(record, owner, policy, reason)), patience
         )
 
     def renew(self, claims: Sequence[Claim]) -> None:
@@ -375,7 +231,7 @@ class Ledger:
         replies = self.store.replace_many(changes)
         for claim, record, reply in zip(claims, seen, replies, strict=True):
             if reply.done:
-                _renewed(claim, record, reply, before)
+                renewed(claim, record, reply, before)
             else:
                 self._renew_again(claim, reply, before)
 
@@ -387,7 +243,7 @@ class Ledger:
                 return  # ended meanwhile
             reply = self.store.create(self._prefix + claim.key, codec.pack(held))
             if reply.done:
-                _renewed(claim, held, reply, before)
+                renewed(claim, held, reply, before)
                 return
             assert reply.stored is not None
         record = self._read(claim.key, reply.stored)
@@ -395,117 +251,11 @@ class Ledger:
         if isinstance(decision, Done):
             # Its own newer write moved the deadline already. The next look renews that one,
             # also where the reply to it got lost and the body's thread does not know it.
-            _renewed(claim, record, reply, before)
+            renewed(claim, record, reply, before)
             return
         if record.owner != claim._request.owner and not claim._taken_over:
             claim._taken_over = True
             events.emit("lease_lost", claim.key, task_id=claim.task_id, fence=claim.fence)
-
-    # --- steps ----------------------------------------------------------------------
-
-    def step(
-        self,
-        claim: Claim,
-        name: str,
-        run: Callable[[], Any],
-        ask: Callable[[], Answer] | None,
-        patience: float,
-        no_effect: tuple[type[BaseException], ...] = (),
-    ) -> Any:
-        """Run a part of the body once per intent.
-
-        Args:
-            run: the part.
-            ask: asks the destination whether the part happened; None: nobody can.
-            patience: seconds to keep trying to record its result.
-            no_effect: exceptions that prove the part did not happen.
-
-        Raises:
-            LeaseLost: somebody took the intent over.
-            OutcomeUnknown: the part began in an earlier attempt, and nobody knows how it ended.
-        """
-        begun = frozenset(claim._steps_seen)
-        self._check_step(claim, name)
-
-        def begin(record: Record, stamp: int, now: int) -> tuple[Any, Record | None]:
-            return protocol.begin_step(record, claim._request.owner, name, claim._request.policy, begun)
-
-        try:
-            decision = self._held(claim, begin)
-        except StoreError:
-            claim._step_unrecorded = True
-            raise
-        if isinstance(decision, StepDone):
-            return self.codec.decode(decision.payload, claim.key)
-        if isinstance(decision, StepOpen):
-            left = decision.record.open_step
-            answer: Answer = Unknown("the worker stopped inside this step")
-            if left != name:
-                answer = Unknown(
-                    f"the worker stopped inside this step, and this time {name!r} comes before it"
-                )
-            elif ask is not None:
-                answer = ask()
-            if isinstance(answer, Happened):
-                return self._end_step(claim, name, answer.result, patience)
-            if isinstance(answer, Unknown):
-                reason = f"step {left!r}: {answer.reason or 'the destination could not tell'}"
-                self.doubt(claim, reason, patience)
-                raise OutcomeUnknown(doubt_message(claim.key, reason), claim.key, reason)
-        elif isinstance(decision, Refused):
-            claim._taken_over = True
-            raise lease_lost(claim)
-        claim._step_running = name
-        try:
-            value = run()
-        except no_effect:
-            self._close_step(claim, name, None, patience)
-            raise
-        finally:
-            claim._step_running = ""
-        return self._end_step(claim, name, value, patience)
-
-    def _check_step(self, claim: Claim, name: str) -> None:
-        if claim._step_running:
-            raise ConfigurationError(
-                f"{claim.key}: step {name!r} was begun inside step {claim._step_running!r}. Steps cannot be nested: "
-                "begin it after the other has ended.",
-                claim.key,
-            )
-        if name in claim._steps_seen:
-            raise ConfigurationError(
-                f"{claim.key}: two steps are called {name!r}. A step's name is what its result is kept under: give "
-                'each its own, such as f"mail-{address}".',
-                claim.key,
-            )
-        if not name or not isinstance(name, str):
-            raise ConfigurationError(f"{claim.key}: a step needs a name.", claim.key)
-        claim._steps_seen.add(name)
-
-    def _end_step(self, claim: Claim, name: str, value: Any, patience: float) -> Any:
-        try:
-            payload = self.codec.encode(value)
-        except NotStorable as why:
-            raise ConfigurationError(
-                f"{claim.key}: the result of step {name!r} cannot be stored ({why}). The step has run; return "
-                "something small and serializable from it, such as an id.",
-                claim.key,
-            ) from None
-        self._close_step(claim, name, payload, patience)
-        return self.codec.as_replayed(value, payload)
-
-    def _close_step(self, claim: Claim, name: str, payload: bytes | None, patience: float) -> None:
-        def end(record: Record) -> tuple[Done | Refused, Record | None]:
-            return protocol.end_step(record, claim._request.owner, name, payload)
-
-        try:
-            done = self._patiently(claim, _kept(claim, end), patience)
-        except StoreError:
-            claim._step_unrecorded = True
-            raise
-        if isinstance(done, Refused):
-            claim._taken_over = True
-            raise lease_lost(claim)
 
     # --- for operators --------------------------------------------------------------
 
@@ -697,7 +447,7 @@ class Ledger:
                 assert reply.stored is not None
             if isinstance(decision, (Acquired, Ask)):
                 assert reply.stored is not None
-                since = before - _age(reply)
+                since = before - age(reply)
                 return decision, Claim(key, request, reply.stored, decision.record, since)
             return decision, None
         raise StoreError(f"{key} changes all the time; nothing was run. It will be tried again.", key)
@@ -746,7 +496,9 @@ class Ledger:
             return self.store.read(self._prefix + claim.key), None
         return Reply(False, stored, 0), record
 
-    def _held(self, claim: Claim, decide: Callable[[Record, int, int], tuple[Any, Record | None]]) -> Any:
+    def transition(
+        self, claim: Claim, decide: Callable[[Record, int, int], tuple[Any, Record | None]]
+    ) -> Any:
         """A transition of the record that this claim holds, starting from its own last write."""
 
         def checked(record: Record | None, stamp: int, now: int) -> tuple[Any, Record | None]:
@@ -756,10 +508,10 @@ class Ledger:
         reply, seen = self._last_seen(claim)
         decision, reply = self._compare_and_set(claim.key, reply, checked, claim._request.policy, seen)
         if isinstance(decision, Done):
-            _renewed(claim, decision.record, reply, before)
+            renewed(claim, decision.record, reply, before)
         return decision
 
-    def _patiently(
+    def patient_transition(
         self,
         claim: Claim,
         decide: Callable[[Record | None, int, int], tuple[Done | Refused, Record | None]],
@@ -791,12 +543,12 @@ class Ledger:
                 threading.Event().wait(pause)
                 continue
             if isinstance(decision, Done):
-                _renewed(claim, decision.record, reply, before)
+                renewed(claim, decision.record, reply, before)
             assert isinstance(decision, (Done, Refused))
             return decision
 
 
-def _present(
+def present(
     decide: Callable[[Record], tuple[Done | Refused, Record | None]],
 ) -> Callable[[Record | None, int, int], tuple[Done | Refused, Record | None]]:
     """A transition that means nothing where the record is gone."""
@@ -807,49 +559,8 @@ def _present(
     return checked
 
 
-def _kept(
+def kept(
     claim: Claim, decide: Callable[[Record], tuple[Done | Refused, Record | None]]
 ) -> Callable[[Record | None, int, int], tuple[Done | Refused, Record | None]]:
     """A transition that has something to say also where the store has lost the record."""
     return lambda record, stamp, now: decide(protocol.restored(record, claim._seen[1]))
-
-
-def _renewed(claim: Claim, record: Record, reply: Reply, before: float) -> None:
-    """Remember what stands in the store, and trust the lease as long as that write allows.
-
-    The renewing thread may be slow to note its write while the body's thread has made the
-    next one. Going back to the older would make every later renewal fail.
-
-    Args:
-        before: the worker's time before the call that ``reply`` answers.
-    """
-    if reply.stored is None or not reply.now:  # nothing was asked: no news
-        return
-    with claim._lock:
-        seen = claim._seen[0]
-        if seen is None or reply.stored.stamp >= seen.stamp:
-            trusted = protocol.trusted_for(claim._request.policy.lease) / MICROSECONDS
-            claim._seen = (reply.stored, record)
-            claim._trusted_until = before - _age(reply) + trusted
-
-
-def _age(reply: Reply) -> float:
-    """Seconds since what stands there was written: more than none where the reply to that write got lost."""
-    assert reply.stored is not None
-    return max(0, reply.now - reply.stored.stamp) / MICROSECONDS
-
-
-def lease_lost(claim: Claim) -> LeaseLost:
-    return LeaseLost(
-        f"Another execution took {claim.key} over, so this one stopped. What it did before that stays done: if "
-        "that was an effect, look for a second one.",
-        claim.key,
-    )
-
-
-def doubt_message(key: str, reason: str) -> str:
-    return (
-        f"{key} is in doubt: {reason}. The effect may or may not have happened; nothing was run now. Look at the "
-        f"destination, then say what you found: "
-        f"celery -A proj idem resolve {key!r} --happened RESULT or --not-happened."
-    )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from celery_idem.audit import Suspicion, audit
-from celery_idem.ledger import Entry
+from celery_idem.claims import Entry
 from celery_idem.shadow import WOULD
 from celery_idem.task import IdempotentTask
 

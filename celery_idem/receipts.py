@@ -31,6 +31,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal
 
 from celery_idem import events, keys, protocol
+from celery_idem.claims import Entry
 from celery_idem.errors import (
     ConfigurationError,
     FingerprintMismatch,
@@ -55,7 +56,7 @@ from celery_idem.intent import (
     Replay,
     State,
 )
-from celery_idem.ledger import Entry, Ledger
+from celery_idem.ledger import Ledger
 
 if TYPE_CHECKING:
     from celery import Celery

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from celery_idem import events, owners, protocol
+from celery_idem.claims import Claim, doubt_message, lease_lost
 from celery_idem.codec import NotStorable
 from celery_idem.errors import FingerprintMismatch, LeaseLost, OutcomeUnknown, ResultUnavailable, StoreError
 from celery_idem.intent import (
@@ -37,7 +38,7 @@ from celery_idem.intent import (
     Unknown,
 )
 from celery_idem.lease import RENEWER
-from celery_idem.ledger import Claim, Ledger, doubt_message, lease_lost
+from celery_idem.ledger import Ledger
 
 T = TypeVar("T")
 

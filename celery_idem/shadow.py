@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from celery_idem import events, owners, protocol
+from celery_idem.claims import Claim
 from celery_idem.errors import StoreError
 from celery_idem.intent import (
     Acquired,
@@ -26,7 +27,7 @@ from celery_idem.intent import (
     State,
 )
 from celery_idem.lease import RENEWER
-from celery_idem.ledger import Claim, Ledger
+from celery_idem.ledger import Ledger
 from celery_idem.runner import Job, Runner
 
 WOULD: dict[type[Any], str] = {

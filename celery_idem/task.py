@@ -19,10 +19,10 @@ from celery.app.task import Context
 from celery.exceptions import Ignore
 
 from celery_idem import declaring, keys, receipts
+from celery_idem.claims import Claim
 from celery_idem.delivery import Delivery, Guard, Replaced
 from celery_idem.errors import ConfigurationError, IdempotencyError, StoreError
 from celery_idem.intent import CALLER_KEY, KEY, OCCURRENCE, SCOPE, Answer
-from celery_idem.ledger import Claim
 from celery_idem.receipts import Receipt
 
 if TYPE_CHECKING:

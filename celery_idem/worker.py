@@ -29,9 +29,9 @@ from celery.worker.request import Request
 from celery.worker.state import task_ready
 
 from celery_idem import events, owners, protocol
+from celery_idem.claims import doubt_message
 from celery_idem.errors import OutcomeUnknown
 from celery_idem.intent import KEY, Again, Coming, InDoubt, Verdict
-from celery_idem.ledger import doubt_message
 
 DEATHS = "idem-deaths"
 """Header: how often this message was published anew after a death."""

@@ -9,8 +9,8 @@ from html import escape
 from typing import NamedTuple
 from urllib.parse import quote
 
+from celery_idem.claims import Entry, Tally
 from celery_idem.desk import DOUBTFUL, Desk, duration, iso
-from celery_idem.ledger import Entry, Tally
 
 LISTED = 200
 """Intents in the list, the oldest first: more than anybody settles before the page is read again."""
@@ -230,11 +230,7 @@ def timeline(entry: Entry) -> list[Moment]:
     record = entry.record
     moments = [Moment(note.at / 1e6, note.by, note.what, note.evidence) for note in record.notes]
     # A fence is the store's time of the claim that it was made for.
-    moments.append(
-        Moment(
-            record.fence / 1e6, record.owner.hex().strip("0") or "", "claimed", f"attempt {record.attempts}"
-        )
-    )
+    moments.append(Moment(record.fence / 1e6, _owner(record.owner), "claimed", f"attempt {record.attempts}"))
     moments += [Moment(0.0, "", "step done", step.name) for step in record.steps]
     if record.open_step:
         moments.append(Moment(0.0, "", "step begun, never ended", record.open_step))
@@ -242,6 +238,10 @@ def timeline(entry: Entry) -> list[Moment]:
     known = sorted((m for m in moments if m.at), key=lambda m: m.at)
     undated = [m for m in moments if not m.at]
     return [*known[:-1], *undated, *known[-1:]]
+
+
+def _owner(owner: bytes) -> str:
+    return "" if owner == NO_OWNER else owner.hex()
 
 
 def _moment(moment: Moment) -> str:

@@ -10,12 +10,12 @@ from typing import Any
 
 import click
 
+from celery_idem.claims import Entry
 from celery_idem.cli.group import idem
 from celery_idem.cli.screen import Screen, command
 from celery_idem.desk import STATES, Desk, duration, oldest
 from celery_idem.errors import IdempotencyError
 from celery_idem.intent import Happened, NotHappened
-from celery_idem.ledger import Entry
 
 LINES = 50
 """Entries shown to a person unless told otherwise: about a screen."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
     from prometheus_client.metrics_core import GaugeMetricFamily
 
-    from celery_idem.ledger import Tally
+    from celery_idem.claims import Tally
 
 EVENTS = "celery_idem_events"  # Prometheus' client adds _total
 INTENTS = "celery_idem_intents"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from celery_idem import owners
+from celery_idem.claims import Claim
 from celery_idem.intent import Request
-from celery_idem.ledger import Claim
 from celery_idem.runner import Job, Runner
 from tests.celery import apps
 

@@ -1,0 +1,211 @@
+"""What a ledger hands out: ``Claim`` to an execution, ``Entry`` and ``Tally`` to people and programs.
+
+A claim is the only thing here that changes: the body's thread and the renewing thread
+both write to the store, and each tells the claim what it wrote last.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any, NamedTuple
+
+from celery_idem import keys, protocol
+from celery_idem.errors import LeaseLost
+from celery_idem.intent import (
+    MICROSECONDS,
+    Decision,
+    Fingerprint,
+    Outcome,
+    Policy,
+    Record,
+    Request,
+    State,
+    Stored,
+)
+from celery_idem.stores.base import Reply
+
+
+class Entry:
+    """One intent as it stands in the store, for people and programs to read.
+
+    Attributes:
+        key: the idempotency key.
+        record: everything that is known.
+        changed_at: the store's time of the last write, in seconds since the epoch.
+        now: the store's time of the reading, in seconds.
+    """
+
+    __slots__ = ("_now", "_stamp", "key", "record")
+
+    def __init__(self, key: str, record: Record, stamp: int, now: int) -> None:
+        self.key = key
+        self.record = record
+        self._stamp = stamp
+        self._now = now
+
+    @property
+    def changed_at(self) -> float:
+        return self._stamp / MICROSECONDS
+
+    @property
+    def now(self) -> float:
+        return self._now / MICROSECONDS
+
+    @property
+    def task(self) -> str:
+        """Name of the task."""
+        return keys.task_of(self.key) or self.key
+
+    @property
+    def state(self) -> str:
+        """Name of the state, in lower case; ``lapsed`` for a RUNNING one whose lease is over."""
+        if self.record.state is State.RUNNING and self.retry_after <= 0:
+            return "lapsed"
+        return self.record.state.name.lower()
+
+    @property
+    def age(self) -> float:
+        """Seconds since the last write."""
+        return max(0.0, self.now - self.changed_at)
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds until whoever holds it must have renewed; 0 or less when nobody does."""
+        return self.changed_at + self.record.lease / MICROSECONDS - self.now
+
+    def standing(self, fingerprint: Fingerprint, policy: Policy) -> Decision | None:
+        """What a claim would be told; None where it would have something to do (see ``protocol``)."""
+        return protocol.standing(self.record, self._stamp, self._now, fingerprint, policy)
+
+    def __repr__(self) -> str:
+        return f"<Entry {self.key} {self.state}>"
+
+
+class Claim:
+    """One execution's hold on one intent: what a body sees as ``self.claim``.
+
+    Attributes:
+        key: the idempotency key.
+        lost: True once this execution must not start another effect: somebody took
+            over, or the lease could not be renewed in time.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        request: Request,
+        stored: Stored | None,
+        record: Record,
+        before: float,
+    ) -> None:
+        self.key = key
+        self._request = request
+        # What stood in the store when this claim last wrote: both parts change together, because
+        # the renewing thread reads them while the body's thread writes them.
+        self._seen = (stored, record)
+        self._lock = threading.Lock()
+        self._trusted_until = before + protocol.trusted_for(request.policy.lease) / MICROSECONDS
+        self._taken_over = False
+        # What a transaction of the author's is to commit: the outcome, and its value as the body gave it.
+        self._promised: tuple[Outcome, Any] | None = None
+        self._steps_seen: set[str] = set()
+        self._step_running = ""
+        self._step_unrecorded = False
+
+    @classmethod
+    def unguarded(cls, key: str, request: Request) -> Claim:
+        """For a body that runs without a store (``on_store_error="run"``)."""
+        claim = cls(key, request, None, protocol.fresh(request), 0.0)
+        claim._trusted_until = float("inf")
+        return claim
+
+    @property
+    def fence(self) -> int:
+        """Grows with every new owner of the intent: let the destination refuse a smaller one.
+
+        0 while no store stands behind the claim.
+        """
+        return self._seen[1].fence
+
+    @property
+    def attempt(self) -> int:
+        """Which execution of this intent this is; 1 for the first."""
+        return self._seen[1].attempts
+
+    @property
+    def task_id(self) -> str:
+        """Celery's id of this execution's task."""
+        return self._seen[1].task_id
+
+    @property
+    def lost(self) -> bool:
+        return self._taken_over or time.monotonic() > self._trusted_until
+
+    @property
+    def guarded(self) -> bool:
+        """False when the body runs without a store."""
+        return self._seen[0] is not None
+
+    def downstream_key(self, name: str) -> str:
+        """A key for one call this body makes, such as ``"charge"``: the same in every
+        attempt, ASCII, and short enough for an ``Idempotency-Key`` header."""
+        return keys.downstream_key(self.key, name)
+
+    def __repr__(self) -> str:
+        return f"<Claim {self.key} fence={self.fence} attempt={self.attempt}>"
+
+
+class Tally(NamedTuple):
+    """The intents of one task in one state.
+
+    Attributes:
+        intents: how many.
+        oldest: seconds since the last write to the one that has stood longest.
+    """
+
+    intents: int
+    oldest: float
+
+
+def renewed(claim: Claim, record: Record, reply: Reply, before: float) -> None:
+    """Remember what stands in the store, and trust the lease as long as that write allows.
+
+    The renewing thread may be slow to note its write while the body's thread has made the
+    next one. Going back to the older would make every later renewal fail.
+
+    Args:
+        before: the worker's time before the call that ``reply`` answers.
+    """
+    if reply.stored is None or not reply.now:  # nothing was asked: no news
+        return
+    with claim._lock:
+        seen = claim._seen[0]
+        if seen is None or reply.stored.stamp >= seen.stamp:
+            trusted = protocol.trusted_for(claim._request.policy.lease) / MICROSECONDS
+            claim._seen = (reply.stored, record)
+            claim._trusted_until = before - age(reply) + trusted
+
+
+def age(reply: Reply) -> float:
+    """Seconds since what stands there was written: more than none where the reply to that write got lost."""
+    assert reply.stored is not None
+    return max(0, reply.now - reply.stored.stamp) / MICROSECONDS
+
+
+def lease_lost(claim: Claim) -> LeaseLost:
+    """What a body is told that must stop."""
+    return LeaseLost(
+        f"Another execution took {claim.key} over, so this one stopped. What it did before that stays done: if "
+        "that was an effect, look for a second one.",
+        claim.key,
+    )
+
+
+def doubt_message(key: str, reason: str) -> str:
+    """What a caller is told of an intent in doubt."""
+    return (
+        f"{key} is in doubt: {reason}. The effect may or may not have happened; nothing was run now. Look at the "
+        f"destination, then say what you found: "
+        f"celery -A proj idem resolve {key!r} --happened RESULT or --not-happened."
+    )
