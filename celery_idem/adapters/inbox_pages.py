@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from celery_idem.claims import Entry, Tally
 from celery_idem.desk import DOUBTFUL, Desk, duration, iso
+from celery_idem.intent import NO_OWNER
 
 LISTED = 200
 """Intents in the list, the oldest first: more than anybody settles before the page is read again."""
