@@ -1,0 +1,218 @@
+"""A pytest plugin: your tasks on a store in memory, and ``--idem-duplicate``.
+
+Fixtures:
+
+``idem_store``
+    Puts every guarded task of ``idem_app`` on an empty store in memory for one test.
+``idem_clock``
+    That store's clock: ``idem_clock.advance(60)`` makes leases lapse and outcomes expire.
+``idem_effects``
+    Counts effects: have the fake of your destination call ``idem_effects.add("charge", customer)``.
+``idem_app``
+    Your application. Without one of your own it is the ``celery_app`` fixture, else Celery's current application.
+
+``pytest --idem-duplicate`` delivers every task twice in every test, and guarded tasks once more
+after a crash between effect and record. A test then fails where an effect it counts was repeated.
+Guarded tasks are duplicated wherever they run in the test's process (``apply``, ``task_always_eager``,
+a direct call, Celery's ``celery_worker`` fixture); tasks without a guard only in ``apply`` and eager mode.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from celery_idem.testing.clock import FakeClock
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from celery_idem.stores.memory import MemoryStore
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.getgroup("celery_idem").addoption(
+        "--idem-duplicate",
+        action="store_true",
+        help="deliver every Celery task twice, and guarded ones again after a crash; fail where an effect that "
+        "idem_effects counts is repeated",
+    )
+
+
+class RepeatedEffects:
+    """Counts effects at your fake destination."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[Any, ...]] = Counter()
+
+    def add(self, *what: Any) -> None:
+        """Something took effect: a name, and what tells it from others of that name. Hashable values."""
+        self._counts[what] += 1
+
+    def count(self, *what: Any) -> int:
+        """How often it did."""
+        return self._counts[what]
+
+    def repeated(self) -> dict[tuple[Any, ...], int]:
+        """What took effect more than once."""
+        return {what: count for what, count in self._counts.items() if count > 1}
+
+    def forget(self, *what: Any) -> None:
+        """This one may happen again: the test means it."""
+        self._counts.pop(what, None)
+
+
+@pytest.fixture
+def idem_app(request: pytest.FixtureRequest) -> Celery:
+    """The application under test."""
+    try:
+        app: Celery = request.getfixturevalue("celery_app")
+    except pytest.FixtureLookupError:
+        from celery import current_app
+
+        app = current_app._get_current_object()
+    return app
+
+
+@pytest.fixture
+def idem_clock() -> FakeClock:
+    """The store's clock. It stands still until it is told to move."""
+    return FakeClock()
+
+
+@pytest.fixture
+def idem_store(idem_app: Celery, idem_clock: FakeClock) -> Iterator[MemoryStore]:
+    """An empty store for every guarded task of the application."""
+    from celery_idem.stores.memory import MemoryStore
+    from celery_idem.testing.crashing import use_store
+
+    store = MemoryStore(idem_clock)
+    url = f"memory://{uuid.uuid4().hex}"
+    use_store(url, store)
+    before = idem_app.conf.get("idem_store")
+    _point(idem_app, url)
+    yield store
+    _point(idem_app, before)
+
+
+@pytest.fixture
+def idem_effects() -> RepeatedEffects:
+    """A counter of effects. With ``--idem-duplicate`` a repeated one fails the test."""
+    return RepeatedEffects()
+
+
+def _point(app: Celery, url: Any) -> None:
+    """Have the application, which may have been used before, open another store."""
+    from celery_idem import settings
+
+    app.conf.idem_store = url or ""
+    settings._ledgers.pop(app, None)
+    for task in app.tasks.values():
+        if getattr(task, "declaration", None) is not None:
+            type(task)._guard_made = None
+
+
+# --- --idem-duplicate ----------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _idem_duplicate(request: pytest.FixtureRequest) -> Iterator[None]:
+    if not request.config.getoption("--idem-duplicate"):
+        yield
+        return
+    app = request.getfixturevalue("idem_app")
+    request.getfixturevalue("idem_store")
+    clock, effects = request.getfixturevalue("idem_clock"), request.getfixturevalue("idem_effects")
+    undo = duplicate(app, clock)
+    try:
+        yield
+    finally:
+        undo()
+    repeated = effects.repeated()
+    if repeated:
+        listed = ", ".join(f"{' '.join(map(str, what))} ({count} times)" for what, count in repeated.items())
+        pytest.fail(
+            f"--idem-duplicate: took effect more than once when its task was delivered again: {listed}",
+            pytrace=False,
+        )
+
+
+def duplicate(app: Celery, clock: FakeClock) -> Callable[[], None]:
+    """Deliver twice from now on; returns a function that stops it."""
+    from celery import Task
+
+    from celery_idem.task import IdempotentTask
+
+    guarded, apply = IdempotentTask._run_guarded, Task.apply
+
+    def run_guarded(self: Any, request: Any, args: Any, kwargs: Any) -> Any:
+        return _deliver(self, request, args, kwargs, clock)
+
+    def apply_twice(self: Any, *args: Any, **options: Any) -> Any:
+        result = apply(self, *args, **options)
+        if getattr(self, "declaration", None) is None and not self.name.startswith("celery."):
+            apply(
+                self,
+                *args,
+                **{**options, "task_id": result.id, "link": None, "link_error": None, "throw": False},
+            )
+        return result
+
+    IdempotentTask._run_guarded = run_guarded  # type: ignore[method-assign]
+    Task.apply = apply_twice
+
+    def undo() -> None:
+        IdempotentTask._run_guarded = guarded  # type: ignore[method-assign]
+        Task.apply = apply
+
+    return undo
+
+
+def _deliver(task: Any, request: Any, args: Any, kwargs: Any, clock: FakeClock) -> Any:
+    """One delivery whose worker dies after the effect, then another after the lease, then a duplicate.
+
+    The caller gets what the first one got: that its outcome was written late (which rule 4
+    allows) is the only thing that it could notice.
+    """
+    from celery_idem.delivery import Delivery
+    from celery_idem.errors import IdempotencyError
+    from celery_idem.runner import Runner
+
+    class DiesBeforeTheRecord(Runner):
+        held: Any = None
+
+        def _settle(self, job: Any, claim: Any, outcome: Any, patience: float) -> None:
+            self.held = (claim, outcome)
+
+    guard = task.guard
+    key, fingerprint = guard.identify(request, args, kwargs)
+    if len(task.request_stack) > 1 and task._holds(key):
+        return task.run(*args, **kwargs)
+
+    def delivery() -> Any:
+        return Delivery(guard, task, request, args, kwargs, key, fingerprint)
+
+    first = DiesBeforeTheRecord(guard.ledger)
+    raised: BaseException | None = None
+    value = None
+    try:
+        value = first.run(delivery())
+    except BaseException as error:
+        raised = error
+    if first.held is not None:
+        clock.advance(guard.settings.lease + 1)
+        for again in (True, False):
+            try:
+                guard.runner.run(delivery())
+            except Exception as error:
+                if not isinstance(error, IdempotencyError) and type(error) is not type(raised):
+                    raise
+            if again:
+                guard.ledger.settle(*first.held, 0.0)  # refused where the second delivery took over
+    if raised is not None:
+        raise raised
+    return value
