@@ -34,6 +34,7 @@ class Heard:
     call: Call
     outcome: str  # see `orchestrator.Answer`
     answer: dict[str, Any] | None
+    calls: int = 1  # how often it had to call for that
 
 
 class Caller:

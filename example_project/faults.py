@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from example_project.callers import Call, Heard
+from example_project.callers import Call, Caller, Heard
 from example_project.stage import Stage
 
 Say = Callable[[str], None]
@@ -47,7 +48,17 @@ def lost_response(stage: Stage, say: Say) -> None:
         stage.arm("/invoices", str(goal["invoice_id"]), "drop")
     for goal in goals[2:]:
         stage.arm("/invoices", str(goal["invoice_id"]), "stall", AGENT_STALL)
-    agent = stage.start_agent("7")
+    # One of each kind is shown: four transcripts at once nobody can read.
+    _pursue(stage, stage.start_agent("7"), goals, say, shown=(0, 2))
+    for goal in goals[2:]:
+        if len(stage.deliveries(str(goal["invoice_id"]))) < 2:
+            raise DidNotHappen(f"the agent of {goal['invoice_id']} did not try again")
+
+
+def _pursue(
+    stage: Stage, agent: Caller, goals: list[dict[str, Any]], say: Say, shown: tuple[int, ...]
+) -> None:
+    """Have the agent pursue its goals to their ends, and note what it hears and how often it called."""
     agent.tell(goals)
     ended = 0
     while ended < len(goals):
@@ -55,12 +66,21 @@ def lost_response(stage: Stage, say: Say) -> None:
         if "outcome" in said:
             ended += 1
             call = Call("billing.send_invoice", goals[said["goal"]])
-            stage.heard.append(Heard(call, said["outcome"], said["answer"]))
-        elif said["goal"] in (0, 2):  # one of each kind; four transcripts at once nobody can read
+            stage.heard.append(Heard(call, said["outcome"], said["answer"], said["calls"]))
+        elif said["goal"] in shown:
             say(f"agent {said['goal']} {said['says']}")
-    for goal in goals[2:]:
-        if len(stage.deliveries(str(goal["invoice_id"]))) < 2:
-            raise DidNotHappen(f"the agent of {goal['invoice_id']} did not try again")
+
+
+def mcp_timeout(stage: Stage, say: Say) -> None:
+    """An agent's MCP client gives up before the tool has answered; the agent words its call anew."""
+    goals = [{"customer_id": "gust", "invoice_id": f"mcp-{n}", "cents": 800 + n} for n in range(2)]
+    for goal in goals:
+        stage.arm("/invoices", str(goal["invoice_id"]), "stall", AGENT_STALL)
+    _pursue(stage, stage.start_agent("7", "mcp_agent"), goals, say, shown=(0,))
+    # Not the deliveries: with the guard, a call that comes again never gets as far as the broker.
+    for heard in stage.heard[-len(goals) :]:
+        if heard.calls < 2:
+            raise DidNotHappen(f"the agent of {heard.call.invoice_id} did not try again")
 
 
 def two_orchestrators(stage: Stage, say: Say) -> None:
@@ -187,4 +207,5 @@ FAULTS = [
         killed_between_steps,
     ),
     Fault("legacy", "untouched task, by config", 2, _each("legacy", "refund", 2), untouched_task),
+    Fault("mcp", "MCP client loses patience", 2, _each("mcp", "invoice", 2), mcp_timeout),
 ]

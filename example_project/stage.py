@@ -79,8 +79,8 @@ class Stage:
             said = caller.hear()
             self.heard.append(Heard(asked[said["id"]][1], said["outcome"], said["answer"]))
 
-    def start_agent(self, seed: str) -> Caller:
-        return self._start_caller("agent", "--seed", seed)
+    def start_agent(self, seed: str, role: str = "agent") -> Caller:
+        return self._start_caller(role, "--seed", seed)
 
     def kill_child(self, path: str, invoice_id: str) -> None:
         """Wait until a worker child speaks to the billing service about that invoice, and SIGKILL it."""

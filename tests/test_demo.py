@@ -102,6 +102,7 @@ def test_the_demo_keeps_its_promise_and_shows_it(demos: MakeDemo) -> None:
         "reminder meant twice": 4,
         "killed between two steps": 4,
         "untouched task, by config": 2,
+        "MCP client loses patience": 2,
     }.items():
         # intents, effects meant, plain Celery, celery_idem, executed/replayed/in doubt
         row = re.search(rf"{title} +\d+ +{meant} +(\d+) !! +{meant} ok +\d+/\d+/\d+", text)
@@ -114,7 +115,7 @@ def test_the_demo_keeps_its_promise_and_shows_it(demos: MakeDemo) -> None:
 @pytest.mark.slow
 @pytest.mark.valkey
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["calls send_invoice", "plain Celery 3/8"])
+@pytest.mark.parametrize("moment", ["calls send_invoice", "plain Celery 3/9"])
 def test_a_signal_in_the_middle_leaves_no_process(demos: MakeDemo, number: int, moment: str) -> None:
     demo = demos()
     demo.wait_for_text(moment)
@@ -144,7 +145,7 @@ def test_on_ones_own_redis_no_key_is_left(demos: MakeDemo, redis_url: str) -> No
     demo = demos(IDEM_DEMO_URL=redis_url)
     with redis.Redis.from_url(redis_url) as client:
         client.set("somebody-elses", "1")
-        demo.wait_for_text("plain Celery 1/8")
+        demo.wait_for_text("plain Celery 1/9")
         assert client.dbsize() > 1
         demo.program.send(signal.SIGINT)
         assert demo.wait_for_end(STOP_WITHIN) == 128 + signal.SIGINT
