@@ -129,7 +129,7 @@ def submit_without_an_intent(shop: Shop) -> None:
     def plain() -> None:
         pass
 
-    shop.app.task(name="shop.plain", lazy=False)(plain)
+    shop.app.task(name="shop.plain", lazy=False, shared=False)(plain)
     celery_idem.submit(shop.app, "shop.plain")
 
 

@@ -1,0 +1,1 @@
+"""What is shipped: built, checked, and installed into an empty environment."""
