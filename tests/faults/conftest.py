@@ -17,7 +17,7 @@ from celery_idem.claims import Entry
 from celery_idem.stores import open_store
 from tests.conftest import running
 from tests.faults import app as faulty
-from tests.faults.rows import Row, observe
+from tests.faults.rows import OBSERVED, Row, observe
 from tests.support.effects import Effects, Gate
 from tests.support.servers import RabbitMQServer, RedisServer
 from tests.support.waiting import wait_for
@@ -186,3 +186,13 @@ def stage(request: pytest.FixtureRequest, make_stage: Callable[..., Stage], own_
         return make_stage("redis", own_redis.url_for(0), own_redis)
     rabbitmq: RabbitMQServer = request.getfixturevalue("rabbitmq")
     return make_stage("rabbitmq", rabbitmq.url, own_redis)
+
+
+def pytest_sessionstart() -> None:
+    """What a run observed is of that run only."""
+    OBSERVED.unlink(missing_ok=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The table is compared when everything has been observed."""
+    items.sort(key=lambda item: item.path.name == "test_table.py")

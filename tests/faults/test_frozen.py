@@ -1,0 +1,110 @@
+"""A worker is stopped (SIGSTOP) past its lease and goes on: a late outcome, a stale one, a late effect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+
+from tests.faults.app import POLICIES
+from tests.faults.conftest import BROKERS, Case, Stage
+from tests.support.servers import RedisServer
+from tests.support.waiting import wait_for
+from tests.support.workers import CeleryWorker
+
+LEASE = 1.0  # seconds: it has to lapse in the test
+
+
+class Frozen(NamedTuple):
+    """Bodies that hang in a worker whose processes are stopped, past their lease."""
+
+    stage: Stage
+    worker: CeleryWorker
+    cases: dict[str, Case]
+
+
+@pytest.fixture(params=BROKERS)
+def stage(request: pytest.FixtureRequest, make_stage: Callable[..., Stage], own_redis: RedisServer) -> Stage:
+    url = own_redis.url_for(0) if request.param == "redis" else request.getfixturevalue("rabbitmq").url
+    return make_stage(request.param, url, own_redis)
+
+
+def freeze(stage: Stage, at: str) -> Frozen:
+    worker = stage.start_worker(concurrency=4, env={"FAULTS_LEASE": str(LEASE)})
+    cases = {policy: stage.call(f"{policy}.late", at=at, how="hang") for policy in POLICIES}
+    for case in cases.values():
+        case.wait_hanging()
+    worker.pause()
+    for case in cases.values():
+        case.wait_state("lapsed")
+    return Frozen(stage, worker, cases)
+
+
+def go_on(frozen: Frozen) -> None:
+    frozen.worker.resume()
+    for case in frozen.cases.values():
+        case.gate.open()
+
+
+def test_nobody_took_over(stage: Stage) -> None:
+    """The outcome comes late, and counts: the effect happened."""
+    frozen = freeze(stage, "after effect")
+    go_on(frozen)
+    for case in frozen.cases.values():
+        sees = case.wait_answer()
+        assert (sees, case.effects, case.state) == ("the result", 1, "succeeded"), case.task
+        case.row("frozen past the lease after effect", "late", sees)
+
+
+def test_a_duplicate_came_meanwhile(stage: Stage) -> None:
+    frozen = freeze(stage, "after effect")
+    stage.start_worker(concurrency=2, env={"FAULTS_LEASE": str(LEASE)})
+    # What the duplicate sees; what the first sees, later; effects.
+    expected = {
+        "in_doubt": ("OutcomeUnknown", "the result", 1),
+        "resume": ("OutcomeUnknown", "LeaseLost", 1),  # the duplicate took over, and stopped at the open step
+        "rerun": ("the result", "LeaseLost", 2),
+        "reconcile": ("the result", "the result", 1),
+    }
+    seen = {policy: case.again().wait_answer() for policy, case in frozen.cases.items()}
+    frozen.worker.resume()
+    wait_for(lambda: "lease_lost" in frozen.worker.log_text(), message="the news that somebody took over")
+    go_on(frozen)
+    for policy, case in frozen.cases.items():
+        sees = case.wait_answer()
+        assert (seen[policy], sees, case.effects) == expected[policy], policy
+        case.wait_state("in_doubt" if policy == "resume" else "succeeded")
+        assert case.again().wait_answer() == ("OutcomeUnknown" if policy == "resume" else "the result")
+        case.row(
+            "frozen after effect, a duplicate meanwhile", "late", f"{sees}; the duplicate: {seen[policy]}"
+        )
+    alarms = [line for line in frozen.worker.log_text().splitlines() if "stale_settle rerun.late" in line]
+    assert len(alarms) == 1
+
+
+def test_a_duplicate_came_before_the_effect(stage: Stage) -> None:
+    """The first body looks at `self.claim.lost` before it acts; a destination that asks for the fence needs no look."""
+    frozen = freeze(stage, "before effect")
+    stage.start_worker(concurrency=2, env={"FAULTS_LEASE": str(LEASE)})
+    expected = {
+        "in_doubt": ("OutcomeUnknown", 0),
+        "resume": ("OutcomeUnknown", 0),
+        "rerun": ("the result", 1),
+        "reconcile": ("the result", 1),
+    }
+    seen = {policy: case.again().wait_answer() for policy, case in frozen.cases.items()}
+    frozen.worker.resume()
+    wait_for(lambda: "lease_lost" in frozen.worker.log_text(), message="the news that somebody took over")
+    for policy in (
+        "rerun",
+        "reconcile",
+    ):  # of the others, nobody took over: their effect is still theirs to do
+        case = frozen.cases[policy]
+        case.gate.open()
+        sees = case.wait_answer()
+        assert sees in ("LeaseLost", "the result")
+        assert (seen[policy], case.effects) == expected[policy], policy
+        case.row(
+            "frozen before effect, a duplicate meanwhile", "late", f"LeaseLost; the duplicate: {seen[policy]}"
+        )
