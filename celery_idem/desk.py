@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from celery.app.task import Context
 
-from celery_idem import keys
+from celery_idem import digests, keys
 from celery_idem.claims import Claim, Entry, Tally
 from celery_idem.delivery import Delivery, Guard
 from celery_idem.errors import IdempotencyError, StoreError
@@ -209,6 +209,10 @@ class Desk:
             )
         if known is not None and not _fit(task, known):
             return Asked("skipped", f"the arguments known for it are no call of {entry.task}")
+        if known is not None and _of_another_call(guard, entry, known):
+            return Asked(
+                "skipped", "the arguments known for it are those of another call: their digests differ"
+            )
         known = known or Arguments((), {})
         request = Context(id=entry.record.task_id, args=known.args, kwargs=known.kwargs, headers={})
         delivery = Delivery(guard, task, request, known.args, known.kwargs, entry.key, Fingerprint())
@@ -351,6 +355,18 @@ def _fit(task: IdempotentTask, arguments: Arguments) -> bool:
     except TypeError:
         return False
     return True
+
+
+def _of_another_call(guard: Guard, entry: Entry, arguments: Arguments) -> bool:
+    """Does the record say that these are not its arguments? A question about another call gets an
+    answer about another call. Free arguments do not count: a caller may have reworded them."""
+    if guard.digester is None or not entry.record.digests:
+        return False
+    declaration = guard.declaration
+    differ = digests.differing(entry.record.digests, guard.digester.of(*arguments))
+    if declaration.fields is None:
+        return bool(differ)
+    return any(digests.tag_of(name) in differ for name in (*declaration.fields, *declaration.must_match))
 
 
 def _would(guard: Guard, delivery: Delivery) -> Asked:

@@ -11,10 +11,12 @@ from celery_idem.intent import MICROSECONDS, Acquired, Fingerprint, Outcome, Pol
 KEEP = 3600 * MICROSECONDS
 
 
-def claimed(ledger: Ledger, key: str, lease: float = 30.0, **policy: Any) -> Any:
+def claimed(ledger: Ledger, key: str, lease: float = 30.0, digests: bytes = b"", **policy: Any) -> Any:
     """A running claim."""
     rules = Policy(lease=int(lease * MICROSECONDS), result_ttl=KEEP, failure_ttl=KEEP, **policy)
-    decision, claim = ledger.claim(key, Request(owners.mint(), f"task-of-{key[-8:]}", Fingerprint(), rules))
+    decision, claim = ledger.claim(
+        key, Request(owners.mint(), f"task-of-{key[-8:]}", Fingerprint(), rules, digests=digests)
+    )
     assert isinstance(decision, Acquired)
     return claim
 

@@ -191,6 +191,23 @@ def test_reconcile_asks_and_settles(idem: Idem, ledger: Ledger, billing_knows: A
     assert send_invoice.apply(("a", 7)).get() == "inv-from-billing"
 
 
+def test_reconcile_does_not_ask_about_another_call(
+    idem: Idem, app: Celery, ledger: Ledger, billing_knows: Any, tmp_path: Path
+) -> None:
+    """A mixed-up file of arguments: billing knows nothing of customer z, and that would read as "did not happen"."""
+    billing_knows(a="inv")
+    digester = app.tasks["shop.send_invoice"].guard.digester
+    claimed(ledger, key("a"), lease=0, digests=digester.of(("a", 7), {"note": "please"}))
+    path = tmp_path / "mixed.jsonl"
+    path.write_text(json.dumps({"key": key("a"), "args": ["z", 7]}))
+    (row, _) = rows(idem("reconcile", "--yes", "--json", "--arguments", str(path)).output)
+    assert row["verdict"] == "skipped"
+    assert "another call" in row["why"]
+    path.write_text(json.dumps({"key": key("a"), "args": ["a", 7], "kwargs": {"note": "reworded"}}))
+    (row, _) = rows(idem("reconcile", "--yes", "--json", "--arguments", str(path)).output)
+    assert row["verdict"] == "happened"
+
+
 def test_reconcile_goes_on_where_it_stopped(
     idem: Idem, ledger: Ledger, billing_knows: Any, tmp_path: Path
 ) -> None:
