@@ -53,10 +53,10 @@ class Shop:
             return body(self) if body else "done"
 
         options = {"intent": ("customer",), "must_match": ("cents",), **options}
-        # Not lazy: the message is raised here, and not when the application is used first.
-        return self.app.task(base=IdempotentTask, bind=True, name="shop.charge", lazy=False, **options)(
-            charge
-        )
+        # Not lazy: the message is raised here, and not when the application is used first. Not shared: Celery
+        # gives such a task to every application of the process, and these are wrong on purpose.
+        how = {"base": IdempotentTask, "bind": True, "name": "shop.charge", "lazy": False, "shared": False}
+        return self.app.task(**how, **options)(charge)
 
     def held(self, task: Any, *args: Any, lease: int = HOUR) -> str:
         """A claim of somebody else's that stands."""
