@@ -55,7 +55,7 @@ class Settings:
         durability: what a write waits for: "none", "replicas:N", "fsync".
         shadow: count what would have been collapsed, block nothing.
         audit: keep digests of the arguments in the record, 6 bytes each, so that ``idem audit``
-            can say which of them vary. On: it costs microseconds (docs/adr/audit-digests.md).
+            can say which of them vary. On: it costs microseconds (docs/adr/0007).
         audit_key: a secret that those digests are keyed with. Without one, parameters
             declared ``secret`` have no digest.
         settle_patience: how long to keep trying to write an outcome. As long as the
