@@ -163,10 +163,13 @@ class StoreConformance:
         assert self.store.read(self.key("a")).stored == first.stored
 
     def test_keys_do_not_meet(self) -> None:
-        stamps = {name: self.store.create(self.key(name), MINE + name.encode()).stored for name in AWKWARD}
+        made = {}
         for name in AWKWARD:
-            assert self.store.read(self.key(name)).stored == stamps[name], name
-        assert all(stored is not None for stored in stamps.values())
+            made[name] = self.store.create(self.key(name), MINE + name.encode())
+            assert made[name].done, f"{name!r} met another key"
+        for name, reply in made.items():
+            assert self.store.read(self.key(name)).stored == reply.stored
+            assert _held(reply).value == MINE + name.encode()
 
     def test_any_bytes_come_back(self) -> None:
         values = [

@@ -1,0 +1,165 @@
+"""The conformance suite against stores that are wrong in one way each: it must notice."""
+
+from __future__ import annotations
+
+import fnmatch
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from celery_idem.intent import Stored
+from celery_idem.stores.base import Change, Reply, Store
+from celery_idem.stores.memory import MemoryStore
+from celery_idem.testing import FakeClock
+from tests.stores import test_memory
+
+
+class Wrong(MemoryStore):
+    """Right so far."""
+
+    def __init__(self) -> None:
+        super().__init__(FakeClock())
+
+
+class IgnoresTheOwner(Wrong):
+    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
+        held = self.read(key).stored
+        mine = held is not None and held.stamp == old.stamp
+        return super().replace(key, held if mine and held else old, value, ttl)
+
+
+class IgnoresTheStamp(Wrong):
+    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
+        held = self.read(key).stored
+        return super().replace(key, Stored(old.value, held.stamp if held else 0), value, ttl)
+
+
+class ComparesEverything(Wrong):
+    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
+        held = self.read(key).stored
+        if held is not None and held.value != old.value:
+            return Reply(False, held, self._clock())
+        return super().replace(key, old, value, ttl)
+
+
+class CreatesByReplacing(Wrong):
+    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
+        if self.read(key).stored is None:
+            return self.create(key, value, ttl)
+        return super().replace(key, old, value, ttl)
+
+
+class Overwrites(Wrong):
+    def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
+        self._values.pop(key, None)
+        return super().create(key, value, ttl)
+
+
+class LooksBeforeItWrites(Wrong):
+    """A race: somebody else may write between the look and the write."""
+
+    def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
+        held = self.read(key).stored
+        if held is not None:
+            return Reply(False, held, self._clock())
+        time.sleep(0.001)  # the network
+        now = self._clock()
+        return Reply(True, self._write(key, value, now, now, ttl), now)
+
+
+class KeepsTheFirstTimeToLive(Wrong):
+    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
+        before = self._values.get(key)
+        reply = super().replace(key, old, value, ttl)
+        if reply.done and before is not None:
+            self._values[key] = (self._values[key][0], before[1])
+        return reply
+
+
+class NeverExpires(Wrong):
+    def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
+        return super().create(key, value)
+
+
+class RoundsDown(Wrong):
+    """To milliseconds, and what is less than one is for ever."""
+
+    def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
+        return super().create(key, value, None if ttl is None else (ttl // 1000 * 1000) or None)
+
+
+class StampsWithTheClockAlone(Wrong):
+    def _write(self, key: str, value: bytes, stamp: int, now: int, ttl: int | None) -> Stored:
+        return super()._write(key, value, now, now, ttl)
+
+
+class AsksTheClientForTheTime(MemoryStore):
+    def __init__(self) -> None:
+        super().__init__(lambda: int(time.time() * 1e6))
+
+
+class ScansByPattern(Wrong):
+    def scan(self, prefix: str) -> Iterator[tuple[str, Stored]]:
+        return ((key, held) for key, held in super().scan("") if fnmatch.fnmatchcase(key, f"{prefix}*"))
+
+
+class FoldsCase(Wrong):
+    def _write(self, key: str, value: bytes, stamp: int, now: int, ttl: int | None) -> Stored:
+        return super()._write(key.lower(), value, stamp, now, ttl)
+
+    def _held(self, key: str, now: int) -> Stored | None:
+        return super()._held(key.lower(), now)
+
+
+class CutsLargeValues(Wrong):
+    def _write(self, key: str, value: bytes, stamp: int, now: int, ttl: int | None) -> Stored:
+        return super()._write(key, value[: 1 << 20], stamp, now, ttl)
+
+
+class PurgesTheLiving(Wrong):
+    def purge(self, limit: int) -> int:
+        self._values.clear()
+        return 0
+
+
+class MixesUpReplies(Wrong):
+    def replace_many(self, changes: list[Change]) -> list[Reply]:  # type: ignore[override]
+        return super().replace_many(changes)[::-1]
+
+
+NOTICED_BY = {
+    IgnoresTheOwner: "test_replace_of_another_owner_is_refused",
+    IgnoresTheStamp: "test_replace_of_an_older_stamp_is_refused",
+    ComparesEverything: "test_replace_compares_the_owner_and_not_the_rest",
+    CreatesByReplacing: "test_replace_of_nothing_writes_nothing",
+    Overwrites: "test_create_of_what_is_there_changes_nothing",
+    LooksBeforeItWrites: "test_threads_race_and_one_creates",
+    KeepsTheFirstTimeToLive: "test_the_time_to_live_counts_from_the_last_write",
+    NeverExpires: "test_a_value_expires",
+    RoundsDown: "test_a_time_to_live_may_be_shorter_than_the_store_counts",
+    StampsWithTheClockAlone: "test_stamps_only_grow_and_follow_the_clock",
+    AsksTheClientForTheTime: "test_the_clients_clock_does_not_count",
+    ScansByPattern: "test_a_prefix_is_taken_literally",
+    FoldsCase: "test_keys_do_not_meet",
+    CutsLargeValues: "test_any_bytes_come_back",
+    PurgesTheLiving: "test_purge_deletes_what_has_expired_and_nothing_else",
+    MixesUpReplies: "test_replace_many_answers_each_in_order",
+}
+
+
+@pytest.mark.parametrize("kind", [Wrong, *NOTICED_BY], ids=lambda kind: kind.__name__)
+def test_a_wrong_store_is_noticed(kind: type[MemoryStore]) -> None:
+    class Suite(test_memory.TestMemory):
+        def make_store(self) -> Store:
+            return kind()
+
+    suite = Suite()
+    suite.setup_method()
+    if kind is Wrong:
+        for test in NOTICED_BY.values():
+            getattr(suite, test)()
+            suite.setup_method()
+        return
+    with pytest.raises(AssertionError):
+        getattr(suite, NOTICED_BY[kind])()
