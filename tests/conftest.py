@@ -7,6 +7,7 @@ A server that cannot be had here is a skip with the reason; with CELERY_IDEM_REQ
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -56,7 +57,12 @@ def running(make: Callable[[], S]) -> Iterator[S]:
     except ServerMissingError as error:
         missing(str(error))
     with server:
-        yield server
+        try:
+            yield server
+        finally:
+            # An AsyncResult unsubscribes when it is collected. After its Redis has gone it would try to reach it
+            # for minutes, in whatever test then runs, with whatever lock that holds.
+            gc.collect()
 
 
 # -- one server of each kind for the session ------------------------------------------------------------
