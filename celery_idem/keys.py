@@ -114,7 +114,8 @@ def _canonical(value: Any, depth: int) -> Any:
     if isinstance(value, uuid.UUID):
         return {"$uuid": str(value)}
     if isinstance(value, (set, frozenset)):
-        return {"$set": sorted((_canonical(item, depth + 1) for item in value), key=_dumps)}
+        items = {_dumps(form): form for form in (_canonical(item, depth + 1) for item in value)}
+        return {"$set": [items[form] for form in sorted(items)]}  # once each, as they are compared here
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return _mapping(fields, depth)
@@ -129,7 +130,7 @@ def _mapping(value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
         if isinstance(key, Enum):
             key = key.value
         if isinstance(key, int) and not isinstance(key, bool):
-            key = str(_whole(int(key)))  # what JSON transport makes of it
+            key = _text_of(int(key))  # what JSON transport makes of it
         if not isinstance(key, str):
             raise IntentError(f"it has a dictionary key that is a {type(key).__name__}: use text")
         name = unicodedata.normalize("NFC", key)
@@ -144,9 +145,13 @@ def _mapping(value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
 def _whole(value: int) -> Any:
     if -_SAFE_INT <= value <= _SAFE_INT:
         return value
+    return _digits(Decimal(_text_of(value)))
+
+
+def _text_of(value: int) -> str:
     if value.bit_length() > MAX_INT_BITS:
         raise IntentError(f"it is an integer of more than {MAX_INT_BITS} bits")
-    return _digits(Decimal(value))
+    return str(value)
 
 
 def _number(value: float | Decimal) -> Any:
@@ -235,7 +240,15 @@ class Declaration:
         arguments = bound.arguments
         for name, parameter in self.signature.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                arguments.update(arguments.pop(name))
+                extra = arguments.pop(name)
+                for clash in extra.keys() & arguments.keys():  # def f(a, /, **rest) takes f(1, a=2)
+                    raise IntentError(
+                        f"{self.task} was called with two arguments that are both called {clash!r}, so its key "
+                        "cannot tell them apart: rename the positional parameter.",
+                        None,
+                        clash,
+                    )
+                arguments.update(extra)
         for name, model in self.models.items():
             if isinstance(arguments.get(name), Mapping):
                 arguments[name] = _validated(model, arguments[name])
@@ -310,11 +323,17 @@ _NOTHING = Fingerprint()
 
 
 def _label(what: str, value: Any) -> str | None:
+    if isinstance(value, Enum):
+        value = value.value
     if value is None:
         return None
     if not isinstance(value, (str, int)) or isinstance(value, bool):
         raise IntentError(f"{what} must be text, not {type(value).__name__}.", None, what)
-    return unicodedata.normalize("NFC", str(value))
+    try:
+        text = str.__str__(value) if isinstance(value, str) else _text_of(int(value))
+    except IntentError as error:
+        raise IntentError(f"{what} cannot be part of an idempotency key: {error}.", None, what) from None
+    return unicodedata.normalize("NFC", text)
 
 
 def _validated(model: Any, value: Mapping[str, Any]) -> Any:

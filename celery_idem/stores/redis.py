@@ -183,6 +183,8 @@ class RedisStore(Store):
         if isinstance(reply, self._redis.exceptions.NoScriptError):
             reply, *waited = self._call(script.pack_source(*arguments) + wait, 1 + bool(wait))
         if isinstance(reply, Exception):
+            if "WRONGTYPE" in str(reply):  # somebody's list or hash, where a record should be
+                raise _no_record(arguments[0].decode())
             raise self._refusal(reply)
         if waited and type(reply) is int:  # it wrote
             self._check_durable(waited[0])
@@ -300,12 +302,20 @@ def _replaced(reply: Any, key: str, value: bytes) -> Reply:
     return _held(reply, key)
 
 
+def _no_record(key: str) -> StoreError:
+    return StoreError(
+        f"The store holds something at {key} that is not a record of celery_idem. Nothing was run. Look at the "
+        "value; if it is not needed, delete it there.",
+        key,
+    )
+
+
 def _held(reply: Any, key: str, done: bool = False) -> Reply:
     now, value = reply
     if not value:  # nil, and the empty string GETRANGE makes of nothing
         return Reply(False, None, now)
     if len(value) <= _STAMP.size:
-        raise StoreError(f"The store holds something at {key} that is not a record of celery_idem.", key)
+        raise _no_record(key)
     return Reply(done, _stored(value), now)
 
 
