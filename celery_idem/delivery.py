@@ -219,8 +219,10 @@ class Delivery(Job):
         )
 
     def kind_of(self, error: BaseException) -> Raised:
+        if error is getattr(self.request, "idem_retry", None):  # nobody but the caller could try again
+            return Raised.IGNORE
         if isinstance(error, Retry):
-            return Raised.IGNORE if self.request.called_directly else Raised.RETRY
+            return Raised.RETRY
         if isinstance(error, Replaced):
             return Raised.REPLACED
         if isinstance(error, Ignore):

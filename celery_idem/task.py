@@ -208,6 +208,15 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             signature.options["idem_same_intent"] = True
         return signature
 
+    def retry(self, *args: Any, **kwargs: Any) -> Any:
+        """As Celery's. In a direct call, where it raises the error itself, that error is no outcome either."""
+        try:
+            return super().retry(*args, **kwargs)
+        except BaseException as error:
+            if self.request.called_directly:
+                self.request.idem_retry = error
+            raise
+
     def replace(self, sig: Signature) -> Any:
         """As Celery's. The replacement belongs to the same scope and occurrence, and to the same caller's key.
 

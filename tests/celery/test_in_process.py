@@ -19,7 +19,7 @@ from celery.worker.request import Request
 
 from celery_idem import ConfigurationError, FingerprintMismatch, IdempotentTask, InProgress, Ledger
 from tests.celery import apps
-from tests.celery.apps import Declined
+from tests.celery.apps import Busy, Declined
 from tests.support.effects import Effects, Gate
 from tests.support.workers import ROOT
 
@@ -125,7 +125,12 @@ def test_a_retry_of_a_direct_call_is_the_callers_business(here: Here) -> None:
     for n in (1, 2):
         with pytest.raises(Retry):
             here.retried_slowly("a")
-        assert here.effects.count("try a") == n
+        with pytest.raises(Declined):  # Celery raises what it was given
+            here.retried("b", 1)
+        with pytest.raises(Busy):
+            here.autoretried("c", 1)
+        assert here.effects.counts() == {"try a": n, "try b": n, "try c": n}
+    assert here.retried.apply(("b", 1)).get() == [1, 4]
 
 
 def test_a_direct_call_leaves_no_request_behind(here: Here) -> None:
