@@ -64,6 +64,8 @@ if BROKER_URL.startswith("redis"):
 if GUARDED:
     app.conf.update(
         idem_namespace=PREFIX,
+        # Any store will do: sqlite:///idem.db, postgresql://…, redis-cluster://…; by default the result backend.
+        idem_store=os.environ.get("IDEM_DEMO_STORE", ""),
         # Short, so that a worker killed in the demo is decided while you watch. Production keeps the default.
         idem_lease=5,
         # Guards a task without touching its code: `legacy.issue_refund` knows nothing of celery_idem.
