@@ -23,6 +23,7 @@ check: $(VENV)/.ready-test $(VENV)/.ready-dev ## lint, format, types, import rul
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy --strict celery_idem tests/typing
+	$(VENV)/bin/pyright --pythonpath $(PY) tests/typing
 	$(VENV)/bin/lint-imports
 
 docs: $(VENV)/.ready-docs ## build the documentation into build/site; it needs no network
