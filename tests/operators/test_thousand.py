@@ -79,6 +79,8 @@ def test_by_command_line(app: Celery, idem: Idem, incident: list[str], tmp_path:
     assert after["running"] == 10  # nobody touched what is at work
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)  # forty pages, twice forty forms: half a minute here, more on a busy machine
 def test_by_browser(app: Celery, incident: list[str], browser: webdriver.Chrome) -> None:
     with served(inbox(app, token=TOKEN)) as address:
         sign_in(browser, address)
