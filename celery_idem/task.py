@@ -42,8 +42,9 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         intent: parameter names that say what the action is; or a function from the
             arguments to a dictionary; or ``ALL_ARGUMENTS``.
         must_match: parameters that must be equal whenever the intent comes back.
-        secret: parameters whose values never leave the process, not even as digests
-            that could be guessed.
+        secret: parameters whose values no log, page or audit ever shows. One that is part of
+            the intent or of ``must_match`` is in the store as an unkeyed digest: whoever
+            reads the store could guess a short one.
         intent_version: change it when the same fields begin to mean another action.
         reconcile: ``(task, *args, **kwargs)``, or a method: asks the destination after a
             crash and returns ``Happened(result)``, ``NotHappened()`` or ``Unknown(reason)``.
