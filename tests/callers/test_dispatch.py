@@ -268,7 +268,9 @@ def tick(plan: Any, last: datetime, now: datetime) -> datetime:
 
 
 def at(text: str) -> datetime:
-    return datetime.fromisoformat(f"2026-11-24T{text}+00:00")
+    # Python 3.10's fromisoformat wants three or six decimals.
+    when = datetime.strptime(f"2026-11-24 {text}{'' if '.' in text else '.0'}", "%Y-%m-%d %H:%M:%S.%f")  # noqa: DTZ007
+    return when.replace(tzinfo=timezone.utc)
 
 
 @pytest.mark.parametrize(
