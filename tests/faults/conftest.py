@@ -188,7 +188,8 @@ def stage(request: pytest.FixtureRequest, make_stage: Callable[..., Stage], own_
     return make_stage("rabbitmq", rabbitmq.url, own_redis)
 
 
-def pytest_sessionstart() -> None:
+@pytest.fixture(scope="session", autouse=True)
+def _fresh_rows() -> None:
     """What a run observed is of that run only."""
     OBSERVED.unlink(missing_ok=True)
 

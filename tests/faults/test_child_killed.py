@@ -51,3 +51,15 @@ def test_child_killed(stage: Stage, point: str, policy: str) -> None:
         assert case.effects == expected(point, policy)[1]
         assert case.state == state
         case.row(f"child killed {point}", acks, sees)
+
+
+@pytest.mark.parametrize("acks", ACKS)
+@pytest.mark.usefixtures("worker")
+def test_a_death_is_decided_within_a_second(stage: Stage, acks: str) -> None:
+    """By the clocks of the dying process and of the store, which are one here; the lease is thirty seconds."""
+    case = stage.call(f"in_doubt.{acks}", at="after effect", how="kill")
+    case.wait_state("in_doubt")
+    entry = case.entry
+    assert entry is not None
+    _, died_at = (stage.folder / f"died-{case.intent}").read_text().split()
+    assert entry.changed_at - float(died_at) < 1.0
