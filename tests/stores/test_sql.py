@@ -16,8 +16,10 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
+from celery_idem import owners
 from celery_idem.errors import ConfigurationError, StoreError
-from celery_idem.intent import MICROSECONDS, Stored
+from celery_idem.intent import MICROSECONDS, Acquired, Fingerprint, Policy, Request, Stored
+from celery_idem.ledger import Ledger
 from celery_idem.stores import open_store, sql
 from celery_idem.stores.base import Store
 from celery_idem.stores.sql import SqlStore
@@ -369,3 +371,14 @@ def test_a_missing_package_names_the_extra(package: str, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigurationError, match=r"pip install 'celery_idem\[sql\]'"):
         open_store("postgresql://localhost/x")
+
+
+def test_two_namespaces_in_one_store_do_not_see_each_other(url: str) -> None:
+    one, other = Ledger(opened(url), "shop"), Ledger(opened(url), "shop2")
+    request = Request(owners.mint(), "id", Fingerprint(), Policy(MICROSECONDS, MICROSECONDS, MICROSECONDS))
+    assert isinstance(one.claim("a:1", request)[0], Acquired)
+    assert isinstance(other.claim("a:1", request)[0], Acquired)
+    assert [[entry.key for entry in ledger.list()] for ledger in (one, other)] == [["a:1"], ["a:1"]]
+    assert one.forget("a:1")
+    assert list(one.list()) == []
+    assert other.get("a:1") is not None
