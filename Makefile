@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo check docs matrix clean bench
+.PHONY: help test demo check docs matrix clean bench fuzz
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,9 @@ bench: $(VENV)/.ready-test ## what the guard costs, as ratios measured side by s
 	@$(PY) -m benchmarks.worker --pool prefork
 	@$(PY) -m benchmarks.store
 	@$(PY) -m benchmarks.imports
+
+fuzz: $(VENV)/.ready-test ## a million random calls: one key for each action; ARGS="--seed 7 --count 100"
+	@$(PY) -m tests.proof.fuzz $(ARGS)
 
 clean: ## remove the environment, builds and caches
 	rm -rf $(VENV) .nox build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
