@@ -81,7 +81,7 @@ class SentinelServer(RedisServer):
             settings.write_text(
                 f"port {self.port}\nbind 127.0.0.1\ndir {self.folder}\n"
                 f"sentinel monitor shop 127.0.0.1 {self._master.port} 2\n"
-                "sentinel down-after-milliseconds shop 500\nsentinel failover-timeout shop 3000\n"
+                "sentinel down-after-milliseconds shop 1500\nsentinel failover-timeout shop 3000\n"
             )
         command = [self._binary(), settings, "--sentinel"]
         return Program(command, log=self.folder / "sentinel.log", cwd=self.folder)
@@ -96,11 +96,15 @@ class Watched:
 
     def __enter__(self) -> Watched:
         with contextlib.ExitStack() as stack:
-            # Without a disk: a failover is about what the replica has.
+            # On disk: a master that comes back empty, and is made the master again, would empty the other.
             quick = ("--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1")
-            self.master = stack.enter_context(RedisServer(self._folder / "master", options=quick))
+            self.master = stack.enter_context(
+                RedisServer(self._folder / "master", appendonly=True, options=quick)
+            )
             follow = (*quick, "--replicaof", "127.0.0.1", str(self.master.port))
-            self.replica = stack.enter_context(RedisServer(self._folder / "replica", options=follow))
+            self.replica = stack.enter_context(
+                RedisServer(self._folder / "replica", appendonly=True, options=follow)
+            )
             self.sentinels = [
                 stack.enter_context(SentinelServer(self._folder / f"sentinel-{n}", self.master))
                 for n in range(3)
@@ -121,6 +125,11 @@ class Watched:
         """Of the server that the sentinels call the master."""
         with client(self.sentinels[0]) as sentinel:
             return int(sentinel.sentinel_get_master_addr_by_name("shop")[1])
+
+    def story(self) -> list[str]:
+        """What the sentinels say they have decided."""
+        lines = [line for server in self.sentinels for line in server.program.log_text().splitlines()]
+        return sorted(line for line in lines if "+switch-master" in line or "+convert-to-slave" in line)
 
     def _ready(self) -> bool:
         for server in self.sentinels:
