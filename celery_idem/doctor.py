@@ -424,7 +424,8 @@ def acknowledgement(s: Snapshot) -> Iterator[Finding]:
                 "worker-lost",
                 task.name,
                 "When its process is killed (memory, for one) Celery acknowledges the message although acks_late is "
-                "set: nothing comes back, and the intent waits as lapsed.",
+                "set. The worker's main process then decides in its place; should the store not answer it within "
+                "a second, the message is gone and the caller gets WorkerLostError.",
                 "Set task_reject_on_worker_lost = True.",
             )
 

@@ -130,7 +130,8 @@ class Ledger:
             # The first guess is what this claim wrote itself: then nobody has asked the store for the time.
             return protocol.conclude(record, now or stamp, claim._request, outcome, reason)
 
-        return self._decide(claim.key, claim._request, self._last_seen(claim)[0], decide, time.monotonic())
+        reply, held = self._last_seen(claim)
+        return self._decide(claim.key, claim._request, reply, decide, time.monotonic(), held)
 
     def settle(self, claim: Claim, outcome: Outcome, patience: float) -> Done | Refused:
         """Write how the body ended; ``Refused`` when somebody took over.
@@ -425,23 +426,31 @@ class Ledger:
         reply: Reply,
         decide: Callable[[Record, int, int], tuple[Decision, Record | None]],
         before: float,
+        held: Record | None = None,
     ) -> tuple[Decision, Claim | None]:
         """A decision on a record that is there; absent in between: claim it from the start.
 
         Args:
+            held: the record as this execution last wrote it, where it knows something that must
+                not get lost with the record (what a destination answered).
             before: the worker's time before the first call: a write whose reply got lost counts from there.
         """
         for _ in range(ROUNDS):
-            if reply.stored is None:
+            stored = reply.stored
+            if stored is not None:
+                decision, new = decide(self._read(key, stored), stored.stamp, reply.now)
+            elif held is not None:
+                decision, new = decide(protocol.restored(None, held), 0, reply.now)
+            else:
                 return self.claim(key, request)
-            record = self._read(key, reply.stored)
-            decision, new = decide(record, reply.stored.stamp, reply.now)
             if new is not None:
                 before = time.monotonic()
                 value = codec.pack(new)
-                reply = self.store.replace(
-                    self._prefix + key, reply.stored, value, protocol.ttl(new, request.policy)
-                )
+                keep = protocol.ttl(new, request.policy)
+                if stored is None:
+                    reply = self.store.create(self._prefix + key, value, keep)
+                else:
+                    reply = self.store.replace(self._prefix + key, stored, value, keep)
                 if not reply.done and (reply.stored is None or reply.stored.value != value):
                     continue
                 assert reply.stored is not None

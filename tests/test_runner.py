@@ -320,6 +320,22 @@ def test_whatever_else_it_answers_is_no_answer(desk: Desk, answer: Any) -> None:
     assert desk.run(ask=Happened("after all")) == "after all"  # asked again, by the next one
 
 
+def test_what_the_destination_said_survives_a_record_that_got_lost_meanwhile(desk: Desk) -> None:
+    crashed(desk, ask=NotHappened())
+
+    def lost(answer: Answer) -> Callable[[], Answer]:
+        return lambda: answer if desk.ledger.forget(KEY) else answer
+
+    job = FakeJob(ask=lost(Unknown("cannot tell")))
+    with pytest.raises(OutcomeUnknown, match="cannot tell"):
+        desk.runner.run(job)
+    assert desk.state is State.IN_DOUBT
+    job = FakeJob(ask=lost(Happened("once")))
+    assert desk.runner.run(job) == "once"
+    assert job.ran == 0
+    assert desk.run() == "once"
+
+
 def test_a_destination_that_hangs_is_not_waited_for_for_ever(desk: Desk) -> None:
     import threading
 
