@@ -16,6 +16,7 @@ from celery import Celery
 from celery_idem import IdempotentTask
 from celery_idem.adapters.agents import function
 from tests.support.effects import Effects
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.redis, pytest.mark.usefixtures("worker")]
 
@@ -87,7 +88,7 @@ def test_odd_signatures() -> None:
 # --- LangGraph -------------------------------------------------------------------------
 
 
-def test_langgraph_resume_runs_a_finished_sibling_again(pay: Any, done: Effects, name: str) -> None:
+def test_langgraph_resume_begins_the_node_anew(pay: Any, done: Effects, name: str) -> None:
     """A node asks a person after it has paid. Resuming begins the node anew, payment included."""
     from langchain_core.tools import StructuredTool
     from langgraph.checkpoint.memory import InMemorySaver
@@ -116,6 +117,89 @@ def test_langgraph_resume_runs_a_finished_sibling_again(pay: Any, done: Effects,
     final = running.invoke(Command(resume="yes"), thread)
     assert seen == ["executed", "replayed"]
     assert final["answer"]["result"] == {"paid": 1, "invoice": "7"}
+    assert done.count(f"pay-{name}-7") == 1
+
+
+@pytest.mark.parametrize("lost", [True, False], ids=["writes lost", "writes kept"])
+def test_langgraph_resume_with_a_finished_sibling(pay: Any, done: Effects, name: str, lost: bool) -> None:
+    """Two nodes of one step: one pays and finishes, the other asks a person.
+
+    The checkpointer keeps what a finished node wrote, so that resuming does not run it again. It does where these
+    writes were lost: LangGraph saves them after the node, and its process may be killed in between.
+    """
+    from langchain_core.tools import StructuredTool
+    from langgraph.checkpoint.memory import InMemorySaver
+    from langgraph.graph import END, START, StateGraph
+    from langgraph.types import Command, interrupt
+
+    class Checkpoints(InMemorySaver):
+        loses = lost
+
+        def put_writes(self, config: Any, writes: Any, task_id: str, task_path: str = "") -> None:
+            if self.loses and any(channel == "answer" for channel, _ in writes):
+                self.loses = False  # killed once
+                return
+            super().put_writes(config, writes, task_id, task_path)
+
+    tool = StructuredTool.from_function(pay)
+    seen: list[str] = []
+
+    class State(TypedDict, total=False):
+        answer: dict[str, Any]
+        said: str
+
+    def act(state: State) -> State:
+        answer = tool.invoke(bill(name, note=f"plan {len(seen)}"))
+        seen.append(answer["status"])
+        return {"answer": answer}
+
+    def ask(state: State) -> State:
+        return {"said": interrupt("May I tell the customer?")}
+
+    graph = StateGraph(State).add_node("act", act).add_node("ask", ask)
+    graph.add_edge(START, "act").add_edge(START, "ask").add_edge("act", END).add_edge("ask", END)
+    running = graph.compile(checkpointer=Checkpoints())
+    thread = {"configurable": {"thread_id": name}}
+    stopped = running.invoke({}, thread)
+    assert "__interrupt__" in stopped
+    assert stopped["answer"]["result"] == {"paid": 1, "invoice": "7"}  # the sibling had finished
+    final = running.invoke(Command(resume="yes"), thread)
+    assert seen == (["executed", "replayed"] if lost else ["executed"])
+    assert (final["answer"]["result"], final["said"]) == ({"paid": 1, "invoice": "7"}, "yes")
+    assert done.count(f"pay-{name}-7") == 1
+
+
+def test_langgraph_resume_with_a_finished_sibling_call(pay: Any, done: Effects, name: str) -> None:
+    """Two calls of one tool node, and one of them asks a person: resuming makes both again, whatever was kept."""
+    from langchain_core.messages import AIMessage
+    from langgraph.checkpoint.memory import InMemorySaver
+    from langgraph.graph import END, START, MessagesState, StateGraph
+    from langgraph.prebuilt import ToolNode
+    from langgraph.types import Command, interrupt
+
+    seen: list[str] = []
+
+    def shop_pay(customer: str, invoice: str, cents: int) -> dict[str, Any]:
+        """Pay one invoice of a customer."""
+        answer: dict[str, Any] = pay(customer, invoice, cents, note=f"plan {len(seen)}")
+        seen.append(answer["status"])
+        return answer
+
+    def ask() -> str:
+        """Ask a person, once the other call has finished."""
+        wait_for(lambda: bool(seen), 30.0, "the payment")
+        return str(interrupt("May I tell the customer?"))
+
+    graph = StateGraph(MessagesState).add_node("tools", ToolNode([shop_pay, ask]))
+    graph.add_edge(START, "tools").add_edge("tools", END)
+    running = graph.compile(checkpointer=InMemorySaver())
+    thread = {"configurable": {"thread_id": name}}
+    calls = [{"name": "shop_pay", "args": bill(name), "id": "a"}, {"name": "ask", "args": {}, "id": "b"}]
+    assert "__interrupt__" in running.invoke({"messages": [AIMessage("", tool_calls=calls)]}, thread)
+    assert seen == ["executed"]
+    paid, said = running.invoke(Command(resume="yes"), thread)["messages"][-2:]
+    assert seen == ["executed", "replayed"]
+    assert (json.loads(paid.content)["result"], said.content) == ({"paid": 1, "invoice": "7"}, "yes")
     assert done.count(f"pay-{name}-7") == 1
 
 

@@ -5,6 +5,7 @@ Once for each door.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -66,13 +67,22 @@ class Knocker:
         self.process.communicate()
 
 
+@contextlib.contextmanager
+def knocking(env: dict[str, str], http_url: str, mcp_url: str, folder: Path) -> Iterator[list[Knocker]]:
+    """Four processes of callers of one shop."""
+    env = {**os.environ, **env, "CALLERS_HTTP": http_url, "CALLERS_MCP": mcp_url}
+    with contextlib.ExitStack() as ends:
+        knockers = []
+        for _ in range(PROCESSES):
+            knockers.append(Knocker(env, folder / "knockers.log"))
+            ends.callback(knockers[-1].close)
+        yield knockers
+
+
 @pytest.fixture(scope="module")
 def knockers(shop_env: dict[str, str], http_url: str, mcp_url: str, folder: Path) -> Iterator[list[Knocker]]:
-    env = {**os.environ, **shop_env, "CALLERS_HTTP": http_url, "CALLERS_MCP": mcp_url}
-    knockers = [Knocker(env, folder / "knockers.log") for _ in range(PROCESSES)]
-    yield knockers
-    for knocker in knockers:
-        knocker.close()
+    with knocking(shop_env, http_url, mcp_url, folder) as knockers:
+        yield knockers
 
 
 def reworded(values: dict[str, Any], random_: random.Random) -> dict[str, Any]:

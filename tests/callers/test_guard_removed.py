@@ -1,0 +1,78 @@
+"""Checks that pass without the guard would prove nothing: here the worker has none, and they must fail.
+
+The callers' side is whole: what notices is the count at the destination.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from celery_idem.adapters.agents import function
+from tests.callers import shop, test_agents, test_doors
+from tests.callers.conftest import served
+from tests.callers.knocker import DOORS
+from tests.support.effects import Effects
+from tests.support.servers import RedisServer
+from tests.support.workers import CeleryWorker
+
+pytestmark = pytest.mark.redis
+
+RESUMED: list[Callable[[Any, Effects, str], None]] = [
+    test_agents.test_langgraph_resume_begins_the_node_anew,
+    partial(test_agents.test_langgraph_resume_with_a_finished_sibling, lost=True),
+    test_agents.test_langgraph_resume_with_a_finished_sibling_call,
+]
+
+
+@dataclass
+class Unguarded:
+    """A shop beside the others' one, in a database of its own."""
+
+    pay: Any
+    done: Effects
+    knockers: list[test_doors.Knocker]
+
+    def count(self, name: str) -> int:
+        return self.done.count(f"pay-{name}-7")
+
+
+@pytest.fixture(scope="module")
+def unguarded(redis: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Unguarded]:
+    folder = tmp_path_factory.mktemp("unguarded")
+    url = redis.url_for(1)
+    env = {"CALLERS_URL": url, "CALLERS_FOLDER": str(folder)}
+    with contextlib.ExitStack() as ends:
+        worker = CeleryWorker("tests.callers.unguarded:app", folder, concurrency=4, env=env)
+        ends.callback(worker.kill)
+        http_url = ends.enter_context(served("tests.callers.http_app:app", env, folder))
+        mcp_url = ends.enter_context(served("tests.callers.mcp_app:app", env, folder))
+        knockers = ends.enter_context(test_doors.knocking(env, http_url, f"{mcp_url}/mcp", folder))
+        pay = function(shop.make(url, folder), "shop.pay")
+        yield Unguarded(pay, Effects(folder / "effects.jsonl"), knockers)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_without_the_claim_the_check_of_this_door_fails(
+    unguarded: Unguarded, tmp_path: Path, name: str, door: str
+) -> None:
+    with pytest.raises(AssertionError):
+        test_doors.test_ten_retries_from_four_processes(
+            unguarded.knockers, unguarded.done, tmp_path, name, door
+        )
+    assert unguarded.count(name) > 1, "it failed, but not because something happened twice"
+
+
+@pytest.mark.parametrize("test", RESUMED, ids=["node", "sibling", "sibling call"])
+def test_without_the_claim_resuming_pays_twice(
+    unguarded: Unguarded, name: str, test: Callable[[Any, Effects, str], None]
+) -> None:
+    with pytest.raises(AssertionError):
+        test(unguarded.pay, unguarded.done, name)
+    assert unguarded.count(name) == 2, "it failed, but not because it paid twice"
