@@ -26,8 +26,9 @@ TIMEOUT = 5.0
 """Seconds to wait for a connection or an answer: redis-py's own default for connections
 made by hand. Another value: ``?socket_timeout=1`` in the URL."""
 
-SCAN_COUNT = 500
-"""Keys per SCAN call: about 0.2 ms of the server's time, so others hardly wait."""
+SCAN_COUNT = 200
+"""Keys per SCAN call: 0.3 to 0.4 ms of the server's time among a million records, so others hardly
+wait. With 500 it is 0.7 ms, and reading all is hardly sooner (``docs/performance.md``)."""
 
 SCAN_READ = 50
 """Values per MGET while scanning: fifty of the largest results are 50 MiB, so memory stays bounded
