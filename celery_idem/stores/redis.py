@@ -31,8 +31,11 @@ SCAN_COUNT = 200
 wait. With 500 it is 0.7 ms, and reading all is hardly sooner (``docs/performance.md``)."""
 
 SCAN_READ = 50
-"""Values per MGET while scanning: fifty of the largest results are 50 MiB, so memory stays bounded
-on both sides."""
+"""Values per MGET while scanning, at most."""
+
+SCAN_BYTES = 1 << 20
+"""Bytes an MGET should bring while scanning, going by the one before: 0.2 to 0.6 ms of the
+server's time. Fifty results of 1 MiB at once took 26 ms."""
 
 DURABLE_WITHIN = 2.0
 """Seconds that a write may take to become durable: `appendfsync everysec` syncs once in a second.
@@ -150,12 +153,16 @@ class RedisStore(Store):
     def scan(self, prefix: str) -> Iterator[tuple[str, Stored]]:
         pattern = "".join("\\" + c if c in "*?[]^\\" else c for c in prefix) + "*"
         cursor = b"0"
+        at_once = 1  # how large the values are is not known yet
         while True:
             command = (b"SCAN", cursor, b"MATCH", pattern.encode(), b"COUNT", b"%d" % SCAN_COUNT)
             cursor, keys = self._one(_command(command))
-            for start in range(0, len(keys), SCAN_READ):
-                some = keys[start : start + SCAN_READ]
-                for key, value in zip(some, self._values(some), strict=True):
+            while keys:
+                some, keys = keys[:at_once], keys[at_once:]
+                values = self._values(some)
+                size = sum(len(value) for value in values if value is not None)
+                at_once = max(1, min(SCAN_READ, 2 * at_once, SCAN_BYTES * len(some) // (size + 1)))
+                for key, value in zip(some, values, strict=True):
                     if value is not None and len(value) > _STAMP.size:
                         yield key.decode("utf-8", "replace"), _stored(value)
             if cursor == b"0":
