@@ -324,7 +324,11 @@ def test_what_the_destination_said_survives_a_record_that_got_lost_meanwhile(des
     crashed(desk, ask=NotHappened())
 
     def lost(answer: Answer) -> Callable[[], Answer]:
-        return lambda: answer if desk.ledger.forget(KEY) else answer
+        def ask() -> Answer:
+            assert desk.ledger.forget(KEY)
+            return answer
+
+        return ask
 
     job = FakeJob(ask=lost(Unknown("cannot tell")))
     with pytest.raises(OutcomeUnknown, match="cannot tell"):

@@ -41,4 +41,6 @@ def test_its_mistakes_are_told(app: Celery) -> None:
     def pay(number: int) -> None: ...
 
     with pytest.raises(ConfigurationError, match="names 'nobody', which is not a parameter"):
-        idempotent_task(app, intent=("nobody",), shared=False)(pay).delay(1)  # declared at first use, as Celery's are
+        idempotent_task(app, intent=("nobody",), shared=False)(pay).delay(
+            1
+        )  # declared at first use, as Celery's are
