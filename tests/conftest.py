@@ -40,6 +40,8 @@ def pytest_configure() -> None:
     # A SIGTERM (a CI job that is cancelled) then ends like Ctrl-C, through the fixtures that
     # stop the servers. Its default action would leave them running.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A shell that starts the run in the background has it ignore SIGINT, and so would every child.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def missing(reason: str, demand: str = "CELERY_IDEM_REQUIRE_SERVERS") -> NoReturn:

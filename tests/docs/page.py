@@ -142,7 +142,10 @@ class Page:
             app = words[words.index("-A") + 1]
             if app in self.started:  # "stop the worker, start it again"
                 self.started.pop(app).stop()
-            worker = self.started[app] = CeleryWorker(app, self.folder, concurrency=2, name=f"line{line}")
+            processes = int(words[words.index("--concurrency") + 1]) if "--concurrency" in words else 2
+            worker = self.started[app] = CeleryWorker(
+                app, self.folder, concurrency=processes, name=f"line{line}"
+            )
             self.ending.callback(worker.kill)
             return
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(self.folder)]), "NO_COLOR": "1"}
