@@ -23,6 +23,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import traceback
 import types
 from collections.abc import Iterator
 from itertools import pairwise
@@ -86,6 +87,7 @@ class Page:
         self.folder = folder
         self.ending = contextlib.ExitStack()
         self.workers: dict[int, TestWorkController] = {}  # in this process, by application
+        self.running: list[contextlib.AbstractContextManager[TestWorkController]] = []
         self.started: dict[str, CeleryWorker] = {}  # by a page's own command
         self.module = types.ModuleType("page")
         self.module.__dict__["billing"] = Billing()
@@ -120,11 +122,11 @@ class Page:
             return
         worker = self.workers.get(id(app))
         if worker is None:
-            worker = self.workers[id(app)] = self.ending.enter_context(
-                start_worker(
-                    app, pool="threads", concurrency=4, perform_ping_check=False, shutdown_timeout=30
-                )
-            )
+            # Never left: Celery's stopping is a flag that all workers of a process share, and with two of
+            # them one may miss it. This process ends at once when its page is done, see `main`.
+            running = start_worker(app, pool="threads", concurrency=4, perform_ping_check=False)
+            worker = self.workers[id(app)] = running.__enter__()
+            self.running.append(running)
         worker.consumer.update_strategies()
 
     def console(self, text: str, line: int) -> None:
@@ -177,4 +179,13 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    status = 1
+    try:
+        main()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # without waiting for the threads of the in-process workers
