@@ -16,9 +16,12 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import celery.app.builtins  # noqa: F401  # before SHARED is taken: every application has these tasks
 import pytest
 import redis
+from celery._state import _on_app_finalizers
 
+import example_project.legacy  # noqa: F401  # a shared task by intention
 from tests.support.effects import Effects, Gate
 from tests.support.servers import (
     PostgresServer,
@@ -35,6 +38,9 @@ S = TypeVar("S", bound=Server)
 # What was started for a test and writes a log: shown when the test fails.
 LOGS = pytest.StashKey[list[Callable[[], str]]]()
 
+# What Celery adds to every application of the process: `@app.task` puts each task there, of whatever application.
+SHARED = frozenset(_on_app_finalizers)
+
 
 def pytest_configure() -> None:
     # A SIGTERM (a CI job that is cancelled) then ends like Ctrl-C, through the fixtures that
@@ -42,6 +48,17 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # A shell that starts the run in the background has it ignore SIGINT, and so would every child.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    _on_app_finalizers.intersection_update(SHARED)
+
+
+@pytest.fixture(autouse=True)
+def tasks_stay_with_their_application() -> Iterator[None]:
+    """Two tests may have a task of the same name, each in an application of its own."""
+    yield
+    _on_app_finalizers.intersection_update(SHARED)
 
 
 def missing(reason: str, demand: str = "CELERY_IDEM_REQUIRE_SERVERS") -> NoReturn:

@@ -84,12 +84,12 @@ def ask(task: Any, invoice: str, hold: str = "") -> Happened | NotHappened:
     return Happened(f"receipt for {invoice}") if _shop().charges(invoice) else NotHappened()
 
 
-@app.task(base=IdempotentTask, name="shop.charge", intent=("invoice",), reconcile=ask)
+@app.task(shared=False, base=IdempotentTask, name="shop.charge", intent=("invoice",), reconcile=ask)
 def charge(invoice: str, hold: str = "") -> str:
     return _shop().charge(invoice, hold)
 
 
-@app.task(base=IdempotentTask, name="shop.charge_blindly", intent=("invoice",))
+@app.task(shared=False, base=IdempotentTask, name="shop.charge_blindly", intent=("invoice",))
 def charge_blindly(invoice: str, hold: str = "") -> str:
     """The same where nobody can be asked whether it happened."""
     return _shop().charge(invoice, hold)
