@@ -18,8 +18,7 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Collection
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from kombu import serialization
 from kombu.exceptions import KombuError
@@ -250,8 +249,7 @@ class NotStorable(Exception):
     """A value cannot be stored; the message says why."""
 
 
-@dataclass(frozen=True)
-class Codec:
+class Codec(NamedTuple):
     """Turns values and errors into payloads and back.
 
     Attributes:
@@ -261,7 +259,7 @@ class Codec:
     """
 
     serializer: str = "json"
-    accept: Collection[str] = field(default=("json",))
+    accept: Collection[str] = ("json",)
     max_bytes: int = 1 << 20
 
     def encode(self, value: Any) -> bytes:

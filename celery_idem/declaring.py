@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import typing
 from types import FunctionType
@@ -128,6 +127,8 @@ def _check_spelling(cls: type[Any]) -> None:
             or callable(getattr(cls, name, None))
         ):
             continue
+        import difflib  # only a suspect needs it
+
         bare = name.removeprefix("idem_")
         near = difflib.get_close_matches(bare, OPTIONS, n=1, cutoff=_ALIKE)
         if near:

@@ -12,9 +12,8 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
@@ -67,8 +66,7 @@ INLINE_LIMIT = 30.0
 which a dead one is decided."""
 
 
-@dataclass(frozen=True)
-class Guard:
+class Guard(NamedTuple):
     """What one task's executions share: its declaration, settings and ledger."""
 
     declaration: keys.Declaration

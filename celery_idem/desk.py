@@ -164,9 +164,11 @@ class Desk:
 
     # --- deciding ---------------------------------------------------------------------
 
-    def resolve(self, key: str, answer: Happened | NotHappened, by: str, evidence: str) -> Entry:
+    def resolve(
+        self, key: str, answer: Happened | NotHappened, by: str, evidence: str, fence: int | None = None
+    ) -> Entry:
         """See ``Ledger.resolve``."""
-        return self.ledger_of(key).resolve(key, answer, by=by, evidence=evidence)
+        return self.ledger_of(key).resolve(key, answer, by=by, evidence=evidence, fence=fence)
 
     def forget(self, key: str) -> bool:
         """See ``Ledger.forget``."""

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from celery_idem import keys
 
@@ -47,8 +46,7 @@ LEVELS = {
 execution finished an effect after another one had taken the intent over."""
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """Something that happened to an intent.
 
     Attributes:
@@ -59,7 +57,7 @@ class Event:
 
     kind: str
     key: str
-    details: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any]
 
     @property
     def task(self) -> str:

@@ -127,8 +127,7 @@ class Stored(NamedTuple):
     stamp: int
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(NamedTuple):
     """The author's choices the protocol needs. Durations in microseconds."""
 
     lease: int
@@ -139,8 +138,7 @@ class Policy:
     max_attempts: int = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """One execution that wants to claim an intent.
 
     Attributes:

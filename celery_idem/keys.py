@@ -27,11 +27,10 @@ import re
 import unicodedata
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from enum import Enum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import rfc8785
 
@@ -213,8 +212,7 @@ def _refused(parameter: str, why: object) -> IntentError:
 # --- declaration ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Declaration:
+class Declaration(NamedTuple):
     """What a task's author said about the identity of its actions, checked.
 
     Build it with ``declare``.

@@ -8,7 +8,6 @@ with the record as this execution last wrote it.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -33,18 +32,14 @@ from celery_idem.intent import (
     Refused,
     Request,
     State,
-    Stored,
     Unknown,
     Verdict,
 )
 from celery_idem.stores.base import Change, Reply, Store, elsewhere
+from celery_idem.transitions import ROUNDS, Transitions, kept, present
 
 if TYPE_CHECKING:
     from celery import Celery
-
-ROUNDS = 50
-"""How often an operation starts over because somebody else wrote in between. Each round
-somebody made progress; fifty in a row means something writes in a loop."""
 
 SHADOW = "~shadow"
 """What the namespace of shadow records has behind it; a namespace itself ends before the colon."""
@@ -52,11 +47,8 @@ SHADOW = "~shadow"
 DAY = 86_400.0
 """Seconds; what ``result_ttl`` is where nobody said otherwise."""
 
-PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
-"""Seconds between tries to write an outcome; the last one repeats."""
 
-
-class Ledger:
+class Ledger(Transitions):
     """All intents of one namespace in one store.
 
     Args:
@@ -73,11 +65,10 @@ class Ledger:
         codec: Codec | None = None,
         result_ttl: Callable[[str], float] = lambda task: DAY,
     ) -> None:
-        self.store = store
+        super().__init__(store, f"{namespace}:")
         self.result_ttl = result_ttl
         self.namespace = namespace
         self.codec = codec or Codec()
-        self._prefix = f"{namespace}:"
 
     @classmethod
     def from_app(cls, app: Celery) -> Ledger:
@@ -307,6 +298,7 @@ class Ledger:
         *,
         by: str,
         evidence: str = "",
+        fence: int | None = None,
         keep: float | None = None,
     ) -> Entry:
         """Settle an intent in doubt by hand. Audited in the record.
@@ -314,11 +306,13 @@ class Ledger:
         Args:
             by: who decides.
             evidence: what they saw.
+            fence: that of the record they looked at: evidence on one attempt says nothing of a
+                later one. None: whatever stands there now.
             keep: seconds to keep the outcome; None: the task's ``result_ttl``.
 
         Raises:
-            IdempotencyError: there is no such intent, somebody works on it right now, or
-                its outcome is known already.
+            IdempotencyError: there is no such intent, somebody works on it right now, its
+                outcome is known already, or its fence is another one.
         """
         if keep is None:
             keep = self.result_ttl(keys.task_of(key) or key)
@@ -329,13 +323,19 @@ class Ledger:
         def decide(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
             if record is None:
                 return Refused(None), None
-            return protocol.resolve(record, stamp, now, outcome, Note(now, by, what, evidence))
+            return protocol.resolve(record, stamp, now, outcome, Note(now, by, what, evidence), fence)
 
         reply = self.store.read(self._prefix + key)
         done, reply = self._compare_and_set(key, reply, decide, policy)
         if isinstance(done, Refused):
             if done.record is None:
                 raise IdempotencyError(f"There is no intent {key} in {self.store.url}.", key)
+            if fence not in (None, done.record.fence):
+                raise IdempotencyError(
+                    f"{key} was taken up again since you looked at it (fence {fence} then, {done.record.fence} now). "
+                    "Nothing was written. Look again: `idem show`, and the destination.",
+                    key,
+                )
             raise IdempotencyError(
                 f"{key} is {done.record.state.name.lower()}, not in doubt, so there is nothing to resolve. Look at "
                 "it with `idem show`; `idem forget` removes it.",
@@ -416,9 +416,6 @@ class Ledger:
         except NotStorable as why:
             return Outcome(True, None, str(why))
 
-    def _read(self, key: str, stored: Stored) -> Record:
-        return codec.unpack(stored.value, stored.stamp, key)
-
     def _decide(
         self,
         key: str,
@@ -460,116 +457,3 @@ class Ledger:
                 return decision, Claim(key, request, reply.stored, decision.record, since)
             return decision, None
         raise StoreError(f"{key} changes all the time; nothing was run. It will be tried again.", key)
-
-    def _compare_and_set(
-        self,
-        key: str,
-        reply: Reply,
-        decide: Callable[[Record | None, int, int], tuple[Any, Record | None]],
-        policy: Policy | None,
-        record: Record | None = None,
-    ) -> tuple[Any, Reply]:
-        """The loop that every write but a claim goes through.
-
-        Args:
-            reply: what stands there, as far as is known.
-            record: the same, read already; None to read it here.
-
-        Returns:
-            The decision, and what stands there now.
-        """
-        for _ in range(ROUNDS):
-            stored = reply.stored
-            if stored is None:
-                record = None
-            elif record is None:
-                record = self._read(key, stored)
-            decision, new = decide(record, stored.stamp if stored else 0, reply.now)
-            if new is None:
-                return decision, reply
-            value = codec.pack(new)
-            keep = protocol.ttl(new, policy) if policy is not None else None
-            if stored is None:
-                reply = self.store.create(self._prefix + key, value, keep)
-            else:
-                reply = self.store.replace(self._prefix + key, stored, value, keep)
-            if reply.done or (reply.stored is not None and reply.stored.value == value):
-                return decision, reply
-            record = None
-        raise StoreError(f"{key} changes all the time; nothing was written. Try again.", key)
-
-    def _last_seen(self, claim: Claim) -> tuple[Reply, Record | None]:
-        """What this claim wrote last: the best guess at what stands there, and it saves the read."""
-        stored, record = claim._seen
-        if stored is None:
-            return self.store.read(self._prefix + claim.key), None
-        return Reply(False, stored, 0), record
-
-    def transition(
-        self, claim: Claim, decide: Callable[[Record, int, int], tuple[Any, Record | None]]
-    ) -> Any:
-        """A transition of the record that this claim holds, starting from its own last write."""
-
-        def checked(record: Record | None, stamp: int, now: int) -> tuple[Any, Record | None]:
-            return decide(protocol.restored(record, claim._seen[1]), stamp, now)
-
-        before = time.monotonic()
-        reply, seen = self._last_seen(claim)
-        decision, reply = self._compare_and_set(claim.key, reply, checked, claim._request.policy, seen)
-        if isinstance(decision, Done):
-            renewed(claim, decision.record, reply, before)
-        return decision
-
-    def patient_transition(
-        self,
-        claim: Claim,
-        decide: Callable[[Record | None, int, int], tuple[Done | Refused, Record | None]],
-        patience: float,
-        fresh: bool = False,
-    ) -> Done | Refused:
-        """The same, trying again while the store does not answer.
-
-        Args:
-            fresh: begin by reading: what this claim wrote last is not what stands there.
-        """
-        deadline = time.monotonic() + patience
-        tries = 0
-        while True:
-            before = time.monotonic()
-            try:
-                if fresh:
-                    reply, seen = self.store.read(self._prefix + claim.key), None
-                else:
-                    reply, seen = self._last_seen(claim)
-                decision, reply = self._compare_and_set(claim.key, reply, decide, claim._request.policy, seen)
-            except StoreError as error:
-                pause = PAUSES[min(tries, len(PAUSES) - 1)]
-                tries += 1
-                if time.monotonic() + pause > deadline:
-                    raise
-                if tries == 1:
-                    events.emit("store_error", claim.key, error=str(error), while_="settling")
-                threading.Event().wait(pause)
-                continue
-            if isinstance(decision, Done):
-                renewed(claim, decision.record, reply, before)
-            assert isinstance(decision, (Done, Refused))
-            return decision
-
-
-def present(
-    decide: Callable[[Record], tuple[Done | Refused, Record | None]],
-) -> Callable[[Record | None, int, int], tuple[Done | Refused, Record | None]]:
-    """A transition that means nothing where the record is gone."""
-
-    def checked(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
-        return (Refused(None), None) if record is None else decide(record)
-
-    return checked
-
-
-def kept(
-    claim: Claim, decide: Callable[[Record], tuple[Done | Refused, Record | None]]
-) -> Callable[[Record | None, int, int], tuple[Done | Refused, Record | None]]:
-    """A transition that has something to say also where the store has lost the record."""
-    return lambda record, stamp, now: decide(protocol.restored(record, claim._seen[1]))

@@ -608,15 +608,19 @@ def end_step(
 
 
 def resolve(
-    record: Record, stamp: int, now: int, outcome: Outcome | None, note: Note
+    record: Record, stamp: int, now: int, outcome: Outcome | None, note: Note, fence: int | None = None
 ) -> tuple[Done | Refused, Record | None]:
     """A person decides: ``outcome`` where it happened, None where it did not.
 
-    Refused while somebody works on it, and once the outcome is known: a settled
-    outcome never changes.
+    Refused while somebody works on it, once the outcome is known (a settled outcome never
+    changes), and where it is no longer the attempt that the person looked at.
+
+    Args:
+        fence: of the record that the person looked at; None: they take what stands there.
     """
     lapsed = record.state is State.RUNNING and now >= stamp + record.lease
-    if record.state is not State.IN_DOUBT and not lapsed:
+    looked_at_another = fence is not None and fence != record.fence
+    if looked_at_another or (record.state is not State.IN_DOUBT and not lapsed):
         return Refused(record), None
     record = _noted(_with_past(record, stamp), note)
     if outcome is not None:

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 from datetime import date, datetime
 from datetime import time as clock_time
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from celery_idem import events, keys, protocol
 from celery_idem.claims import Entry
@@ -97,8 +97,7 @@ NOTHING_DONE = "Nothing was done. Safe to call again unchanged."
 NO_RESULT = " Its result was not kept."
 
 
-@dataclass(frozen=True)
-class _Source:
+class _Source(NamedTuple):
     """Where a receipt looks again. Not part of its value."""
 
     app: Celery | None
@@ -273,7 +272,7 @@ def submit_task(
         idempotency_key=idempotency_key,
         **options,
     )
-    return _accepted(key, result.id, replace(source, published=True))
+    return _accepted(key, result.id, source._replace(published=True))
 
 
 def look_up(app: Celery, key: str) -> Receipt | None:
@@ -349,7 +348,7 @@ def _why(outcome: Outcome, receipt: Receipt, ledger: Ledger) -> str:
 def _replaced(receipt: Receipt, task_id: str, source: _Source) -> Receipt:
     """Of a body that handed its action over to another task, whose result is Celery's."""
     mine = source.published and task_id == receipt.task_id  # a replacement goes by the same id
-    result = _celery_result(replace(receipt, task_id=task_id), replace(source, published=True), None)
+    result = _celery_result(replace(receipt, task_id=task_id), source._replace(published=True), None)
     if result is None:
         return replace(receipt, status="in_progress", retry_after=ASK_AGAIN, next=RUNNING)
     if result.status == "executed" and not mine:

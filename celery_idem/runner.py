@@ -10,7 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from celery_idem import events, owners, protocol
 from celery_idem.claims import Claim, doubt_message, lease_lost
@@ -55,8 +55,7 @@ SIGNALS = (Raised.RETRY, Raised.REPLACED, Raised.IGNORE, Raised.REJECT)
 """What a body raises to tell Celery something, and not because something went wrong."""
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """The author's choices the runner needs.
 
     Attributes:

@@ -5,7 +5,6 @@ Every default says why. Durations are seconds, as everywhere in Celery's setting
 
 from __future__ import annotations
 
-import difflib
 import re
 import weakref
 from collections.abc import Callable, Mapping
@@ -139,6 +138,8 @@ def _ours(conf: Mapping[str, Any]) -> set[str]:
 def _known(key: str, prefix: str) -> str:
     name = key.removeprefix(prefix)
     if name not in NAMES:
+        import difflib  # only a mistake needs it
+
         near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
         hint = (
             f" Did you mean {prefix}{near[0]}?"

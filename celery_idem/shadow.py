@@ -8,7 +8,6 @@ without steps, whatever was decided and whether or not the store answers.
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import Any
 
 from celery_idem import events, owners, protocol
@@ -55,7 +54,7 @@ class ShadowRunner(Runner):
 
     def run(self, job: Job) -> Any:
         """The value of the body, run now."""
-        policy = replace(job.options.policy, asks=False)  # a question to the destination is not free
+        policy = job.options.policy._replace(asks=False)  # a question to the destination is not free
         request = Request(owners.mint(), job.task_id, job.fingerprint, policy, (), job.digests)
         claim = self._claim(job, request)
         if claim is not None:

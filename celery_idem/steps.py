@@ -10,7 +10,8 @@ from celery_idem.claims import Claim, doubt_message, lease_lost
 from celery_idem.codec import NotStorable
 from celery_idem.errors import ConfigurationError, OutcomeUnknown, StoreError
 from celery_idem.intent import Answer, Done, Happened, Record, Refused, StepDone, StepOpen, Unknown
-from celery_idem.ledger import Ledger, kept
+from celery_idem.ledger import Ledger
+from celery_idem.transitions import kept
 
 
 def run_step(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from celery import Task
@@ -396,11 +395,11 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         ledger.settle_within(claim, inside, settlement.result)
 
 
-@dataclass
 class Settlement:
     """What a ``settle_in`` block gives: put the value that every caller will get into ``result``."""
 
-    result: Any = None
+    def __init__(self) -> None:
+        self.result: Any = None
 
 
 def _later(call: Callable[..., Answer], args: Any, kwargs: Any) -> Callable[[], Answer]:

@@ -621,6 +621,17 @@ def test_a_person_resolves_what_is_in_doubt_and_it_is_written_down() -> None:
         assert NOTE in not_happened.notes
 
 
+def test_a_person_decides_on_the_attempt_they_looked_at() -> None:
+    record = held(State.IN_DOUBT)
+    assert record is not None
+    for outcome in (OUTCOME, None):
+        decision, new = protocol.resolve(record, STAMP, LAPSED, outcome, NOTE, record.fence - 1)
+        assert isinstance(decision, Refused)
+        assert new is None
+        decision, new = protocol.resolve(record, STAMP, LAPSED, outcome, NOTE, record.fence)
+        assert isinstance(decision, Done)
+
+
 def test_nobody_resolves_over_a_live_lease() -> None:
     record = held(State.RUNNING)
     assert record is not None

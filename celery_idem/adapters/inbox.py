@@ -175,11 +175,15 @@ class _Inbox:
                 answer = Happened(json.loads(result or "null"))
             except ValueError:
                 problem = 'The result is not JSON. Text needs quotes: "inv_7". No value is null.'
+        fence = form.get("fence", "")
+        if not problem and not fence.isdecimal():
+            problem = "This page is not complete any more. Look at it again, then decide."
         if problem:
             return await self._intent_page(request, user, key, problem, form)
         try:
-            await run_in_threadpool(self._desk.resolve, key, answer, user, evidence)
+            await run_in_threadpool(self._desk.resolve, key, answer, user, evidence, int(fence))
         except IdempotencyError as error:
+            form.pop("fence")  # the page shows what stands there now, and a decision is about that
             return await self._intent_page(request, user, key, str(error), form)
         self._read_at = float("-inf")  # the list must not show it any more
         return RedirectResponse(f"{_base(request)}/?settled={quote(key)}", 303, headers=HEADERS)

@@ -257,6 +257,7 @@ def _decide(entry: Entry, csrf: str, typed: dict[str, str], base: str) -> str:
     hidden = (
         f'<input type="hidden" name="csrf" value="{escape(csrf)}">'
         f'<input type="hidden" name="key" value="{escape(entry.key)}">'
+        f'<input type="hidden" name="fence" value="{escape(typed.get("fence", str(entry.record.fence)))}">'
     )
     return f"""<h2>What did you find out?</h2>
 <p>Nobody here knows whether it took effect. Look at the destination first. A decision cannot be taken back.</p>

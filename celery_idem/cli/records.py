@@ -115,10 +115,11 @@ def advice(entry: Entry) -> str:
     """What somebody can do about an intent in this state."""
     key = entry.key
     if entry.state in ("in_doubt", "lapsed"):
+        this = f"idem resolve '{key}' --fence {entry.record.fence}"
         return (
             "Nobody here knows whether it took effect. Look at the destination, then say what you saw:\n"
-            f"  idem resolve '{key}' --happened RESULT --evidence '…'    every caller gets RESULT (JSON)\n"
-            f"  idem resolve '{key}' --not-happened --evidence '…'       the next delivery runs it"
+            f"  {this} --happened RESULT --evidence '…'    every caller gets RESULT (JSON)\n"
+            f"  {this} --not-happened --evidence '…'       the next delivery runs it"
         )
     if entry.state == "running":
         return "A worker is at it and renews its lease. Nothing to do; a dead one shows as lapsed after its lease."
@@ -139,6 +140,11 @@ def advice(entry: Entry) -> str:
 )
 @click.option("--by", default=somebody, show_default="user@host", help="Who decides.")
 @click.option("--evidence", prompt="What did you see, and where", help="What you saw, and where.")
+@click.option(
+    "--fence",
+    type=int,
+    help="What `idem show` said when you looked: refused if it was taken up again since.  [default: as it is now]",
+)
 @yes_option
 def resolve(
     screen: Screen,
@@ -148,6 +154,7 @@ def resolve(
     not_happened: bool,
     by: str,
     evidence: str,
+    fence: int | None,
     yes: bool,
 ) -> None:
     """Settle an intent in doubt: you looked at the destination, and say what happened.
@@ -180,7 +187,10 @@ def resolve(
             "after all, that is a second time. Go on?",
             yes,
         )
-    settled = desk.resolve(entry.key, answer, by, evidence)
+    seen = (
+        entry.record.fence if fence is None else fence
+    )  # it may be taken up while somebody reads the question
+    settled = desk.resolve(entry.key, answer, by, evidence, seen)
     if screen.as_json:
         screen.json(desk.describe(settled))
         return

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from celery_idem import Ledger
+from celery_idem import Ledger, NotHappened
 from tests.operators.conftest import Idem
 from tests.operators.intents import claimed, in_doubt, succeeded
 from tests.operators.shop import remind, send_invoice
@@ -114,6 +114,19 @@ def test_resolve_happened_gives_every_caller_the_result(idem: Idem, ledger: Ledg
     entry = ledger.get(key("a"))
     assert entry is not None
     assert (entry.record.notes[-1].by, entry.record.notes[-1].evidence) == ("ann", "saw it in billing")
+
+
+def test_old_evidence_says_nothing_of_a_later_attempt(idem: Idem, ledger: Ledger) -> None:
+    in_doubt(ledger, key("a"))
+    seen = json.loads(idem("show", key("a"), "--json").output)["fence"]
+    assert f"--fence {seen} --not-happened" in idem("show", key("a")).output
+    ledger.resolve(key("a"), NotHappened(), by="bob")
+    in_doubt(ledger, key("a"))  # taken up again, and once more in doubt
+    words = ("resolve", key("a"), "--not-happened", "--evidence", "nothing there", "--yes")
+    refused = idem(*words, "--fence", str(seen))
+    assert refused.exit_code == 1
+    assert "taken up again since you looked" in refused.output
+    assert idem(*words).exit_code == 0
 
 
 def test_resolve_not_happened_lets_the_next_delivery_run(idem: Idem, ledger: Ledger) -> None:

@@ -17,7 +17,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.testclient import TestClient
 
-from celery_idem import ConfigurationError, Ledger
+from celery_idem import ConfigurationError, Ledger, NotHappened
 from celery_idem.adapters.inbox import inbox
 from tests.conftest import missing
 from tests.operators.browser import BrowserMissingError, chromium, served
@@ -55,7 +55,15 @@ def csrf(client: TestClient) -> str:
 
 
 def post(client: TestClient, path: str, **form: str) -> Any:
+    if path == "/resolve":
+        form.setdefault("fence", fence_shown(client, form["key"]))
     return client.post(path, data={"csrf": csrf(client), **form})
+
+
+def fence_shown(client: TestClient, key: str, base: str = "") -> str:
+    """What the page's forms have in a hidden field; one that fits nothing where there is no form."""
+    shown = re.search(r'name="fence" value="(\d+)"', client.get(f"{base}/intent", params={"key": key}).text)
+    return shown[1] if shown else "1"
 
 
 # --- closed -----------------------------------------------------------------------------
@@ -109,7 +117,13 @@ def test_the_hosts_own_sign_in(app: Celery, ledger: Ledger) -> None:
     assert 'href="/ops/idem/intent?key=' in page.text
     client.post(
         "/ops/idem/resolve",
-        data={"key": key("a"), "decision": "happened", "evidence": "x", "csrf": client.cookies["idem_csrf"]},
+        data={
+            "key": key("a"),
+            "decision": "happened",
+            "evidence": "x",
+            "fence": fence_shown(client, key("a"), "/ops/idem"),
+            "csrf": client.cookies["idem_csrf"],
+        },
     )
     entry = ledger.get(key("a"))
     assert entry is not None
@@ -127,7 +141,12 @@ def state(ledger: Ledger, customer: str) -> str:
 
 def test_a_form_of_another_site_is_refused(client: TestClient, ledger: Ledger) -> None:
     in_doubt(ledger, key("a"))
-    form = {"key": key("a"), "decision": "not_happened", "evidence": "x"}
+    form = {
+        "key": key("a"),
+        "decision": "not_happened",
+        "evidence": "x",
+        "fence": fence_shown(client, key("a")),
+    }
     assert client.post("/resolve", data=form).status_code == 403
     assert client.post("/resolve", data={**form, "csrf": "0" * 43}).status_code == 403
     ours = {**form, "csrf": csrf(client)}
@@ -190,10 +209,27 @@ def test_a_decision_needs_evidence_and_json_and_keeps_what_was_typed(
 
 def test_two_people_decide_at_once(client: TestClient, ledger: Ledger) -> None:
     in_doubt(ledger, key("a"))
+    seen = fence_shown(client, key("a"))
     post(client, "/resolve", key=key("a"), decision="happened", evidence="seen", result="1")
-    late = post(client, "/resolve", key=key("a"), decision="not_happened", evidence="not there")
+    late = post(client, "/resolve", key=key("a"), decision="not_happened", evidence="not there", fence=seen)
     assert "not in doubt" in late.text
     assert state(ledger, "a") == "succeeded"
+
+
+def test_a_decision_is_about_the_attempt_that_the_page_showed(client: TestClient, ledger: Ledger) -> None:
+    in_doubt(ledger, key("a"))
+    seen = fence_shown(client, key("a"))
+    ledger.resolve(key("a"), NotHappened(), by="bob")
+    in_doubt(ledger, key("a"))  # taken up again, and once more in doubt
+    form = {"key": key("a"), "decision": "not_happened", "evidence": "not there"}
+    late = post(client, "/resolve", **form, fence=seen)
+    assert "taken up again since you looked" in late.text
+    assert state(ledger, "a") == "in_doubt"
+    again = re.search(r'name="fence" value="(\d+)"', late.text)
+    assert again is not None
+    post(client, "/resolve", **form, fence=again[1])
+    assert state(ledger, "a") == "released"
+    assert "not complete" in post(client, "/resolve", **form, fence="").text
 
 
 def test_what_is_running_has_no_buttons(client: TestClient, ledger: Ledger) -> None:

@@ -7,7 +7,6 @@ the scenario that catches it.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -113,7 +112,7 @@ def own_owner_forgotten(record: Record, stamp: int, now: int, request: Request) 
 
 
 def _without(request: Request) -> Request:
-    return dataclasses.replace(request, carried=())
+    return request._replace(carried=())
 
 
 def carried_forgotten_in_doubt(record: Record, stamp: int, now: int, request: Request) -> Any:
@@ -320,7 +319,7 @@ def every_owner_is_carried(self: Ledger, key: str, request: Request) -> Any:
     """Whoever comes takes up whatever runs."""
     entry = self.get(key)
     owners = (entry.record.owner,) if entry is not None else ()
-    return _ledger_claim(self, key, dataclasses.replace(request, carried=(*request.carried, *owners)))
+    return _ledger_claim(self, key, request._replace(carried=(*request.carried, *owners)))
 
 
 _store_is_down = runner_module.Runner._store_is_down
