@@ -41,7 +41,7 @@ _UUID = 1 << 1
 _TASK_ID = 1 << 2
 _FINGERPRINT = 1 << 3
 _STEPS = 1 << 4
-_OPEN_STEP = 1 << 5
+_OPEN_STEPS = 1 << 5
 _ASKING = 1 << 6
 _REASON = 1 << 7
 _NOTES = 1 << 8
@@ -74,9 +74,10 @@ def pack(record: Record) -> bytes:
         tail.append(_LENGTH.pack(len(record.steps)))
         for name, payload in record.steps:
             tail += (_text(name), _blob(payload))
-    if record.open_step:
-        parts |= _OPEN_STEP
-        tail.append(_text(record.open_step))
+    if record.open_steps:
+        parts |= _OPEN_STEPS
+        tail.append(_LENGTH.pack(len(record.open_steps)))
+        tail += map(_text, record.open_steps)
     if record.asking:
         parts |= _ASKING
         tail.append(record.asking)
@@ -141,7 +142,7 @@ def _unpack(value: bytes, stamp: int) -> Record:
     if len(fingerprint) % 12:
         raise ValueError("fingerprint of a wrong length")
     steps = tuple(Step(read.text(), read.blob()) for _ in range(read.count() if parts & _STEPS else 0))
-    open_step = read.text() if parts & _OPEN_STEP else ""
+    open_steps = tuple(read.text() for _ in range(read.count() if parts & _OPEN_STEPS else 0))
     asking = read.take(12) if parts & _ASKING else b""
     reason = read.text() if parts & _REASON else ""
     notes = tuple(
@@ -166,7 +167,7 @@ def _unpack(value: bytes, stamp: int) -> Record:
         lease=lease,
         fingerprint=fingerprint,
         steps=steps,
-        open_step=open_step,
+        open_steps=open_steps,
         asking=asking,
         reason=reason,
         notes=notes,

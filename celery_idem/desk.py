@@ -263,7 +263,7 @@ class Desk:
             "lease_left": round(max(0.0, entry.retry_after), 3) if record.lease else 0.0,
             "reason": record.reason,
             "steps": [step.name for step in record.steps],
-            "open_step": record.open_step,
+            "open_steps": list(record.open_steps),
             "result": self.result_of(entry),
             "notes": [
                 {"at": iso(note.at / 1e6), "by": note.by, "what": note.what, "evidence": note.evidence}

@@ -98,7 +98,8 @@ class Record(NamedTuple):
         lease: RUNNING, SCHEDULED, and IN_DOUBT while somebody asks: microseconds
             after the store's stamp at which the hold lapses.
         asking: the token of the worker that is asking the destination.
-        open_step: the step that began and has not ended; "" for none.
+        open_steps: steps that began and have not ended, in that order: the one that runs, and any
+            whose error its body swallowed, so that nobody knows whether they took effect.
         reason: why it is in doubt.
         digests: per-field digests for finding key drift; may be empty.
     """
@@ -112,7 +113,7 @@ class Record(NamedTuple):
     lease: int = 0
     fingerprint: bytes = b""
     steps: tuple[Step, ...] = ()
-    open_step: str = ""
+    open_steps: tuple[str, ...] = ()
     asking: bytes = b""
     reason: str = ""
     notes: tuple[Note, ...] = ()

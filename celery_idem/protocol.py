@@ -41,7 +41,7 @@ schedule      RUNNING, IN_DOUBT          SCHEDULED until the retry's ETA and a g
 release       RUNNING, IN_DOUBT          RELEASED (finished steps stay)              (5)
 doubt         RUNNING, IN_DOUBT          IN_DOUBT                                    (5)
 renew         RUNNING                    RUNNING, new lease
-begin_step    RUNNING                    RUNNING with an open step
+begin_step    RUNNING                    RUNNING with one more open step
 end_step      RUNNING, IN_DOUBT          same, the step and its result added
 exited        RUNNING                    IN_DOUBT; RUNNING, lease over, where a claim decides (5)
 lapse         RUNNING, IN_DOUBT          same, lease over: its process is dead            (3)
@@ -358,7 +358,7 @@ def _noted(record: Record, note: Note) -> Record:
 def _with_past(record: Record, stamp: int) -> Record:
     """Before a contested record is overwritten: who held it last, and when they were last heard of."""
     what = "left in doubt" if record.state is State.IN_DOUBT else "last heard of"
-    inside = f", inside step {record.open_step!r}" if record.open_step else ""
+    inside = "".join(f", inside step {name!r}" for name in record.open_steps)
     why = f", {record.reason}" if record.reason else ""
     facts = f"attempt {record.attempts}, task {record.task_id}{inside}{why}"
     return _noted(record, Note(stamp, record.owner.hex(), what, facts))
@@ -402,7 +402,7 @@ def conclude(
     record = _noted(record, Note(now, "reconcile", "did not happen", ""))
     if record.crashes >= request.policy.max_attempts:
         return _doubt(record, TOO_MANY.format(record.crashes))
-    return _acquire(replace(record, open_step=""), now, request)
+    return _acquire(replace(record, open_steps=()), now, request)
 
 
 def _settled(record: Record, outcome: Outcome) -> Record:
@@ -412,7 +412,7 @@ def _settled(record: Record, outcome: Outcome) -> Record:
         state=State.SUCCEEDED if outcome.succeeded else State.FAILED,
         lease=0,
         steps=(),
-        open_step="",
+        open_steps=(),
         asking=b"",
         reason="",
         outcome=outcome,
@@ -577,8 +577,9 @@ def begin_step(
 ) -> tuple[StepDecision, Record | None]:
     """May this step run? ``Done``: yes, and the record that says so must be written first.
 
-    A step that an earlier attempt left open comes first: beginning another one would
-    overwrite the evidence that it may have happened.
+    A step that an earlier attempt left open comes first: who knows what the body would do
+    after it. One that this execution left open itself (its body swallowed the error) stays
+    open beside the new one: if this attempt dies, the next must not run it again unasked.
 
     Args:
         begun: steps that this execution began itself; how those ended, its body knows.
@@ -588,9 +589,10 @@ def begin_step(
             return StepDone(step.payload), None
     if record.state is not State.RUNNING or record.owner != owner:
         return Refused(record), None
-    if record.open_step and record.open_step not in begun and policy.on_crash != "rerun":
+    own = tuple(step for step in record.open_steps if step in begun)
+    if own != record.open_steps and policy.on_crash != "rerun":
         return StepOpen(record), None
-    new = replace(record, open_step=name)
+    new = replace(record, open_steps=(*own, name))
     return Done(new), new
 
 
@@ -603,7 +605,8 @@ def end_step(
     if any(step.name == name for step in record.steps):
         return Done(record), None
     steps = record.steps if payload is None else (*record.steps, Step(name, payload))
-    new = replace(record, steps=steps, open_step="")
+    still_open = tuple(step for step in record.open_steps if step != name)
+    new = replace(record, steps=steps, open_steps=still_open)
     return Done(new), new
 
 
@@ -633,7 +636,7 @@ def resolve(
             fence=max(record.fence + 1, now),
             crashes=0,
             lease=0,
-            open_step="",
+            open_steps=(),
             asking=b"",
             reason="",
         )

@@ -49,7 +49,8 @@ def run_step(
     if isinstance(decision, StepDone):
         return ledger.codec.decode(decision.payload, claim.key)
     if isinstance(decision, StepOpen):
-        left = decision.record.open_step
+        open_steps = decision.record.open_steps
+        left = name if name in open_steps else open_steps[0]
         answer: Answer = Unknown("the worker stopped inside this step")
         if left != name:
             answer = Unknown(f"the worker stopped inside this step, and this time {name!r} comes before it")

@@ -47,7 +47,7 @@ def records(draw: st.DrawFn) -> Record:
         lease=draw(moment),
         fingerprint=draw(st.lists(token, max_size=3).map(b"".join)),
         steps=tuple(draw(st.lists(st.builds(Step, text, data), max_size=3))),
-        open_step=draw(text),
+        open_steps=tuple(draw(st.lists(text, max_size=3))),
         asking=draw(st.just(b"") | token),
         reason=draw(text),
         notes=tuple(draw(st.lists(st.builds(Note, moment, text, text, text), max_size=3))),

@@ -267,13 +267,13 @@ def test_a_takeover_keeps_what_earlier_attempts_proved() -> None:
         lease=LEASE,
         fingerprint=PRINT.packed,
         steps=(protocol.Step("charge", b"j1"),),
-        open_step="mail",
+        open_steps=("mail",),
         notes=(Note(1, "me", "x", "y"),),
     )
     policy = Policy(LEASE, 1, 2, "resume")
     _, new = protocol.claim(record, STAMP, DEADLINE, Request(OWN, "task", Fingerprint(), policy))
     assert new is not None
-    assert (new.steps, new.open_step) == (record.steps, "mail")
+    assert (new.steps, new.open_steps) == (record.steps, ("mail",))
     assert new.fingerprint == PRINT.packed  # also against a claim that brought none
     assert set(record.notes) <= set(new.notes)
 
@@ -477,11 +477,11 @@ def test_settling_a_record_that_the_store_lost_writes_it_again() -> None:
 
 
 def test_a_settled_record_carries_nothing_that_no_replay_needs() -> None:
-    record = held(State.IN_DOUBT, steps=(protocol.Step("charge", b"j1"),), open_step="mail", asking=OTHER)
+    record = held(State.IN_DOUBT, steps=(protocol.Step("charge", b"j1"),), open_steps=("mail",), asking=OTHER)
     assert record is not None
     _, new = protocol.settle(record, record, OUTCOME)
     assert new is not None
-    assert (new.steps, new.open_step, new.asking, new.reason, new.lease) == ((), "", b"", "", 0)
+    assert (new.steps, new.open_steps, new.asking, new.reason, new.lease) == ((), (), b"", "", 0)
     assert new.fingerprint == PRINT.packed
 
 
@@ -521,20 +521,43 @@ def test_steps_run_once() -> None:
     decision, begun = protocol.begin_step(record, OWN, "charge", policy)
     assert isinstance(decision, Done)
     assert begun is not None
-    assert begun.open_step == "charge"
+    assert begun.open_steps == ("charge",)
     decision, _ = protocol.begin_step(begun, OWN, "charge", policy)
     assert isinstance(decision, StepOpen)
     decision, _ = protocol.begin_step(begun, OWN, "charge", a_request(on_crash="rerun").policy)
     assert isinstance(decision, Done)  # its destination is idempotent by itself
     _, ended = protocol.end_step(begun, OWN, "charge", b"j1")
     assert ended is not None
-    assert ended.open_step == ""
+    assert ended.open_steps == ()
     decision, nothing = protocol.begin_step(ended, OWN, "charge", policy)
     assert decision == StepDone(b"j1")
     assert nothing is None
     _, without = protocol.end_step(begun, OWN, "charge", None)  # it proved that nothing happened
     assert without is not None
-    assert (without.steps, without.open_step) == ((), "")
+    assert (without.steps, without.open_steps) == ((), ())
+
+
+def test_a_step_whose_error_was_swallowed_stays_open() -> None:
+    record = held(State.RUNNING)
+    assert record is not None
+    policy = a_request(on_crash="resume").policy
+    _, charging = protocol.begin_step(record, OWN, "charge", policy)
+    assert charging is not None
+    decision, mailing = protocol.begin_step(charging, OWN, "mail", policy, {"charge"})
+    assert isinstance(decision, Done)
+    assert mailing is not None
+    assert mailing.open_steps == ("charge", "mail")
+    _, mailed = protocol.end_step(mailing, OWN, "mail", b"j1")
+    assert mailed is not None
+    assert mailed.open_steps == ("charge",)
+    decision, _ = protocol.begin_step(
+        mailed, OWN, "charge", policy
+    )  # the next attempt: nobody knows whether it was
+    assert isinstance(decision, StepOpen)
+    rerun = a_request(on_crash="rerun").policy
+    _, again = protocol.begin_step(mailed, OWN, "log", rerun)
+    assert again is not None
+    assert again.open_steps == ("log",)
 
 
 # --- the destination, and people ------------------------------------------------------------------------------
@@ -552,10 +575,10 @@ def test_what_a_destination_answers() -> None:
     assert decision == Replay(OUTCOME)
     assert new is not None
     assert new.notes[-1].by == "reconcile"
-    decision, new = protocol.conclude(asked(open_step="charge"), STAMP, request, None, "")
+    decision, new = protocol.conclude(asked(open_steps=("charge",)), STAMP, request, None, "")
     assert isinstance(decision, Acquired)
     assert new is not None
-    assert (new.state, new.owner, new.open_step) == (State.RUNNING, OWN, "")
+    assert (new.state, new.owner, new.open_steps) == (State.RUNNING, OWN, ())
     decision, new = protocol.conclude(asked(), STAMP, request, None, "it cannot tell")
     assert decision == InDoubt("it cannot tell")
     assert new is not None

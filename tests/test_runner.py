@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,6 +35,7 @@ from celery_idem.intent import (
 )
 from celery_idem.ledger import Claim, Ledger
 from celery_idem.runner import Job, Options, Runner
+from celery_idem.steps import run_step
 from celery_idem.stores.memory import MemoryStore
 from celery_idem.testing import CrashingStore, FakeClock
 
@@ -584,3 +586,31 @@ def test_an_outcome_is_what_the_protocol_stores(desk: Desk) -> None:
     assert entry is not None
     assert entry.record.outcome == Outcome(True, b'j"done"')
     assert protocol.ttl(entry.record, Policy(1, 2, 3)) == 2
+
+
+# --- steps ------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_whose_error_was_swallowed_is_not_run_again_unasked(desk: Desk) -> None:
+    """The charge's reply was lost, the body went on to mail, and its worker died before the end."""
+    charges: list[str] = []
+
+    def charge() -> None:
+        charges.append("one")
+        raise TimeoutError
+
+    def body(claim: Claim) -> str:
+        with contextlib.suppress(TimeoutError):
+            run_step(desk.ledger, claim, "charge", charge, None, 0.0)
+        return str(run_step(desk.ledger, claim, "mail", lambda: "mailed", None, 0.0))
+
+    job = FakeJob(on_crash="resume")
+    request = Request(owners.mint(), "one", job.fingerprint, job.options.policy)
+    _, first = desk.ledger.claim(KEY, request)
+    assert first is not None
+    assert body(first) == "mailed"  # and here it dies
+    desk.clock.advance(2 * LEASE / MICROSECONDS)
+    with pytest.raises(OutcomeUnknown, match="'charge'"):
+        desk.run(body, on_crash="resume")
+    assert charges == ["one"]
+    assert desk.state is State.IN_DOUBT

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import NamedTuple
 from urllib.parse import quote
@@ -19,19 +20,25 @@ LISTED = 200
 HOURS = 24
 """Hours in the picture: a day shows the night that somebody slept through."""
 
+STRIDE = 5_000
+"""Records from one look at an unfinished reading to the next: a tenth of a second, about."""
+
 SHOWN = 4000
 """Characters of a result that are shown: a screen or two."""
 
 
 @dataclass
 class Overview:
-    """All records, read once.
+    """All records, read once; or as many as were read until now.
 
     Attributes:
         tallies: by (task, state).
         hours: for each of the last 24 hours, the oldest first: how many intents last changed in it, by state.
         doubtful: those that wait for somebody, the oldest first.
         waiting: how many there are of them in all.
+        records: how many were read.
+        whole: these are all.
+        newer: how many the next reading, which is under way, has read; None when there is none.
         read_at: when, in seconds since the epoch of the store's clock; 0 for an empty store.
     """
 
@@ -39,30 +46,49 @@ class Overview:
     hours: list[Counter[str]] = field(default_factory=lambda: [Counter() for _ in range(HOURS)])
     doubtful: list[Entry] = field(default_factory=list)
     waiting: int = 0
+    records: int = 0
+    whole: bool = False
+    newer: int | None = None
     read_at: float = 0.0
 
+    def without(self, keys: Collection[str]) -> Overview:
+        """The same, less intents that were decided since."""
+        left = [entry for entry in self.doubtful if entry.key not in keys]
+        return replace(self, doubtful=left, waiting=self.waiting - len(self.doubtful) + len(left))
 
-def look(desk: Desk) -> Overview:
-    """Read every record once, in bounded memory."""
+
+def look(desk: Desk) -> Iterator[Overview]:
+    """Read every record once, in bounded memory: what is known after each ``STRIDE`` of them, and at the end."""
     seen = Overview()
     heap: list[tuple[float, int, Entry]] = []
+
+    def so_far() -> Overview:
+        doubtful = [entry for _, _, entry in sorted(heap, key=lambda item: -item[0])]
+        return replace(
+            seen, tallies=dict(seen.tallies), hours=list(map(Counter, seen.hours)), doubtful=doubtful
+        )
+
     for entry in desk.list():
-        place = (entry.task, entry.state)
+        state, age = entry.state, entry.age
+        place = (entry.task, state)
         before = seen.tallies.get(place, Tally(0, 0.0))
-        seen.tallies[place] = Tally(before.intents + 1, max(before.oldest, entry.age))
+        seen.tallies[place] = Tally(before.intents + 1, max(before.oldest, age))
+        seen.records += 1
         seen.read_at = max(seen.read_at, entry.now)
-        hour = int(entry.age // 3600)
+        hour = int(age // 3600)
         if hour < HOURS:
-            seen.hours[HOURS - 1 - hour][entry.state] += 1
-        if entry.state in DOUBTFUL:
+            seen.hours[HOURS - 1 - hour][state] += 1
+        if state in DOUBTFUL:
             seen.waiting += 1
             item = (-entry.changed_at, seen.waiting, entry)
             if len(heap) < LISTED:
                 heapq.heappush(heap, item)
             elif item > heap[0]:
                 heapq.heapreplace(heap, item)
-    seen.doubtful = [entry for _, _, entry in sorted(heap, key=lambda item: -item[0])]
-    return seen
+        if seen.records % STRIDE == 0:
+            yield so_far()
+    seen.whole = True
+    yield so_far()
 
 
 def frame(title: str, body: str, base: str, user: str = "", csrf: str = "") -> str:
@@ -120,22 +146,39 @@ def sign_in(csrf: str, wrong: str, base: str) -> str:
 
 def overview(seen: Overview, settled: str, base: str) -> str:
     done = f'<p class="done" role="status">{escape(settled)}</p>' if settled else ""
-    when = f"Read at {iso(seen.read_at)}." if seen.read_at else "There are no intents."
-    return f"""<h1>{seen.waiting} {"intent waits" if seen.waiting == 1 else "intents wait"} for somebody</h1>
+    verb = "intent waits" if seen.waiting == 1 else "intents wait"
+    count = f"{seen.waiting} {verb}" if seen.whole else f"At least {seen.waiting} {verb}"
+    return f"""<h1>{count} for somebody</h1>
 {done}
 <form class="find" action="{escape(base)}/intent"><label for="key">Key, or its beginning</label>
 <input id="key" name="key" required><button class="quiet">Show</button></form>
+{_reading(seen, base)}
 {_doubtful(seen, base)}
 <h2>By task and state</h2>
 {_tallies(seen)}
 <h2>Last 24 hours, by last change</h2>
-{_chart(seen)}
-<p class="note">{when}</p>"""
+{_chart(seen)}"""
+
+
+def _reading(seen: Overview, base: str) -> str:
+    """What the figures below are of. A link, and not a page that reloads itself under somebody who types."""
+    again = f'<a href="{escape(base)}/">Look again</a>'
+    if not seen.whole:
+        text = f"Still reading: this is what {seen.records:,} records say, and there are more. {again}."
+    elif not seen.read_at:
+        text = "There are no intents."
+    else:
+        text = f"Read at {iso(seen.read_at)}."
+        if seen.newer is not None:
+            text += (
+                f" It is being read again, {seen.newer:,} of about {seen.records:,} records so far. {again}."
+            )
+    return f'<p class="note">{text}</p>'
 
 
 def _doubtful(seen: Overview, base: str) -> str:
     if not seen.doubtful:
-        return '<p class="fine">Nothing is in doubt.</p>'
+        return f'<p class="fine">Nothing is in doubt{"" if seen.whole else " so far"}.</p>'
     rows = "".join(
         f'<li><a href="{escape(base)}/intent?key={quote(entry.key)}"><span class="key">{escape(entry.key)}</span>'
         f'<span class="state {escape(entry.state)}">{_state(entry.state)}</span>'
@@ -144,7 +187,7 @@ def _doubtful(seen: Overview, base: str) -> str:
         for entry in seen.doubtful
     )
     more = seen.waiting - len(seen.doubtful)
-    rest = f'<p class="note">and {more} younger ones.</p>' if more else ""
+    rest = f'<p class="note">and {more} younger ones.</p>' if more > 0 else ""
     return f'<ol class="doubtful">{rows}</ol>{rest}'
 
 
@@ -198,7 +241,7 @@ def intent(desk: Desk, entry: Entry, csrf: str, wrong: str, typed: dict[str, str
             ("Crashes", form["crashes"] or ""),
             ("Fence", form["fence"]),
             ("Steps done", ", ".join(form["steps"])),
-            ("Step that was open", form["open_step"]),
+            ("Steps that were open", ", ".join(form["open_steps"])),
             ("Lease left", f"{form['lease_left']} s" if form["lease_left"] else ""),
         )
         if value != ""
@@ -233,8 +276,8 @@ def timeline(entry: Entry) -> list[Moment]:
     # A fence is the store's time of the claim that it was made for.
     moments.append(Moment(record.fence / 1e6, _owner(record.owner), "claimed", f"attempt {record.attempts}"))
     moments += [Moment(0.0, "", "step done", step.name) for step in record.steps]
-    if record.open_step:
-        moments.append(Moment(0.0, "", "step begun, never ended", record.open_step))
+    for name in record.open_steps:
+        moments.append(Moment(0.0, "", "step begun, never ended", name))
     moments.append(Moment(entry.changed_at, "", _state(entry.state), record.reason))
     known = sorted((m for m in moments if m.at), key=lambda m: m.at)
     undated = [m for m in moments if not m.at]

@@ -99,7 +99,7 @@ def _facts(form: dict[str, Any]) -> list[tuple[str, Any]]:
         "fence": "fence",
         "owner": "owner",
         "lease_left": "lease left, s",
-        "open_step": "open step",
+        "open_steps": "open steps",
         "steps": "steps done",
         "result": "result",
     }

@@ -252,12 +252,12 @@ def a_stale_owner_begins_a_step(record: Record, owner: bytes, name: str, policy:
 
 
 def an_open_step_runs_again(record: Record, owner: bytes, name: str, policy: Any, begun: Any = ()) -> Any:
-    return _begin_step(record._replace(open_step=""), owner, name, policy, begun)
+    return _begin_step(record._replace(open_steps=()), owner, name, policy, begun)
 
 
 def an_open_step_is_overwritten(record: Record, owner: bytes, name: str, policy: Any, begun: Any = ()) -> Any:
-    if record.open_step != name:
-        record = record._replace(open_step="")
+    if name not in record.open_steps:
+        record = record._replace(open_steps=())
     return _begin_step(record, owner, name, policy, begun)
 
 
@@ -271,15 +271,19 @@ def a_finished_step_is_not_kept(record: Record, owner: bytes, name: str, payload
 
 def a_step_without_effect_stays_open(record: Record, owner: bytes, name: str, payload: Any) -> Any:
     done, new = _end_step(record, owner, name, payload)
-    return (done, new._replace(open_step=name)) if new is not None and payload is None else (done, new)
+    return (
+        (done, new._replace(open_steps=(*new.open_steps, name)))
+        if new is not None and payload is None
+        else (done, new)
+    )
 
 
-def a_person_overwrites(record: Record, stamp: int, now: int, outcome: Any, note: Any) -> Any:
-    return _resolve(record._replace(state=State.IN_DOUBT, outcome=None), stamp, now, outcome, note)
+def a_person_overwrites(record: Record, stamp: int, now: int, *decision: Any) -> Any:
+    return _resolve(record._replace(state=State.IN_DOUBT, outcome=None), stamp, now, *decision)
 
 
-def a_person_takes_a_live_claim(record: Record, stamp: int, now: int, outcome: Any, note: Any) -> Any:
-    return _resolve(record, stamp - record.lease, now, outcome, note)
+def a_person_takes_a_live_claim(record: Record, stamp: int, now: int, *decision: Any) -> Any:
+    return _resolve(record, stamp - record.lease, now, *decision)
 
 
 def any_death_ends_a_claim(

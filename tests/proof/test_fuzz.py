@@ -88,7 +88,7 @@ def random_record(rng: random.Random) -> Record:
         lease=rng.randrange(2**40),
         fingerprint=rng.randbytes(12 * rng.randrange(3)),
         steps=tuple(Step(text(), some(20)) for _ in range(rng.randrange(3))),
-        open_step=text(),
+        open_steps=tuple(text() for _ in range(rng.randrange(3))),
         asking=rng.choice((b"", rng.randbytes(12))),
         reason=text(),
         notes=tuple(Note(rng.randrange(2**60), text(), text(), text()) for _ in range(rng.randrange(3))),
