@@ -1,243 +1,232 @@
-"""How the cost grows with the number of records: ``python -m benchmarks.growth``.
+"""How the cost grows with the number of records: ``python -m benchmarks.growth --sizes 1000,1000000``.
 
-For each size, on a Redis of its own: the latency of a claim, as a ratio to a bare ``SET``;
-then what operators run, each in a process of its own through the command line's own code:
-how long it takes, by how much it raises that process' peak memory, and how long the server
-was busy with one command while it ran, because no other command is served in that time.
+For each size, on a server of its own, filled with real records (``benchmarks.filling``):
+
+* a claim, in turn with a bare ``SET … NX EX`` (PostgreSQL: a bare ``INSERT`` into as large a
+  table), and with the same claim in a store of a thousand records. Both ratios are free of
+  whatever else the machine does, and the second is the growth itself;
+* what operators run (``benchmarks.operations``), each in a process of its own: how long it takes,
+  by how much it raises that process' peak memory, and what others notice of it meanwhile.
+
+``--json FILE`` keeps the rows. Ten million records on Redis need 4 GB, and about ten minutes.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import io
+import itertools
 import json
-import os
+import logging
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import redis
-
-from benchmarks.store import DAY, POLICY, RESULT
-from celery_idem import codec, owners, protocol
-from celery_idem.intent import Fingerprint, Outcome, Record, Request, State
+from benchmarks import filling, operations
+from benchmarks.store import DAY, POLICY
+from celery_idem import owners
+from celery_idem.intent import Fingerprint, Request
 from celery_idem.ledger import Ledger
 from celery_idem.stores import open_store
-from tests.support.servers import RedisServer
+from tests.support.servers import PostgresServer, RedisServer
 
-SIZES = (1_000, 100_000, 1_000_000)
+SMALL = 1_000
+"""Records in the store that is compared with."""
 
-DOUBT_EVERY = 25
-"""One record of so many is in doubt: forty of a thousand."""
-
-LONGEST = 5_000
-"""Microseconds that one command may keep the server from all others."""
-
-OPERATIONS = {
-    "list --state in_doubt": ("list", "--state", "in_doubt"),
-    "list --json": ("list", "--json"),
-    "stats": ("stats",),
-    "inbox overview": (),
-}
+ROUNDS, CLAIMS = 9, 1_000
+"""Rounds, of which the first warms up, and claims in each: a second or two."""
 
 
-# --- the parent: fills, times claims, watches the server -------------------------------
+class Place(ABC):
+    """One server with many records, and a store with few.
+
+    Attributes:
+        url, small: of the two stores.
+        pid: of the server of the first.
+        kind: "redis" or "postgresql".
+    """
+
+    kind: str
+    url: str
+    small: str
+    pid: int
+
+    @abstractmethod
+    def fill(self, first: int, last: int) -> None:
+        """Records number ``first`` to ``last``."""
+
+    @abstractmethod
+    def bare(self, key: str) -> object:
+        """What somebody would do who only wants to know whether the key was there."""
+
+    @abstractmethod
+    def clear(self, keys: list[str]) -> None:
+        """Remove claims and bare keys in both stores."""
+
+    @abstractmethod
+    def bytes(self) -> int:
+        """That the records take."""
 
 
-def fill(client: redis.Redis, first: int, last: int) -> None:
-    """Records number ``first`` to ``last``, written over the past day, that are kept for another."""
-    now = time.time_ns() // 1000
-    pipe = client.pipeline(transaction=False)
-    for n in range(first, last):
-        common = {"owner": owners.mint(), "task_id": str(uuid.UUID(int=n)), "fence": now - n}
-        if n % DOUBT_EVERY:
-            record = Record(State.SUCCEEDED, **common, outcome=Outcome(True, RESULT))
-        else:
-            record = Record(State.IN_DOUBT, **common, crashes=1, reason="its worker fell silent")
-        stamp = now - n % DAY * 1_000_000
-        ttl = protocol.ttl(record, POLICY)
-        value = stamp.to_bytes(8, "big") + codec.pack(record)
-        pipe.set(f"idem:bench.noop:{n:032x}", value, px=None if ttl is None else ttl // 1000)
-        if len(pipe) == 1000 or n == last - 1:
-            pipe.execute()
+class RedisPlace(Place):
+    kind = "redis"
+
+    def __init__(self, server: RedisServer, small: RedisServer) -> None:
+        import redis
+
+        self.url, self.small, self.pid = server.url, small.url, server.pid
+        self._client = redis.Redis.from_url(server.url)
+        self._few = redis.Redis.from_url(small.url)
+        filling.fill_redis(self._few, 0, SMALL)
+
+    def fill(self, first: int, last: int) -> None:
+        filling.fill_redis(self._client, first, last)
+
+    def bare(self, key: str) -> object:
+        return self._client.set(f"bare:{key}", b"running", nx=True, ex=DAY)
+
+    def clear(self, keys: list[str]) -> None:
+        self._client.delete(*(f"bare:{key}" for key in keys))
+        for client in (self._client, self._few):
+            client.delete(*(f"idem:{key}" for key in keys))
+
+    def bytes(self) -> int:
+        return int(self._client.info("memory")["used_memory"])
 
 
-def claim_over_set(client: redis.Redis, ledger: Ledger, rounds: int = 7, count: int = 1000) -> list[float]:
-    """For each round, the median time of a claim over that of a bare SET; the two take turns."""
-    ratios = []
-    for turn in range(rounds + 1):  # the first warms up
-        ours, theirs = [], []
-        for n in range(count):
-            key = f"bench.noop:new{n:029x}"
-            request = Request(owners.mint(), str(uuid.UUID(int=n)), Fingerprint(), POLICY)
-            began = time.perf_counter()
-            ledger.claim(key, request)
-            between = time.perf_counter()
-            client.set(f"bare:{key}", b"running", nx=True, ex=DAY)
-            theirs.append(time.perf_counter() - between)
-            ours.append(between - began)
-        pipe = client.pipeline(transaction=False)
-        for n in range(count):
-            pipe.delete(f"idem:bench.noop:new{n:029x}", f"bare:bench.noop:new{n:029x}")
-        pipe.execute()
-        if turn:
-            ratios.append(statistics.median(ours) / statistics.median(theirs))
-    return ratios
+class PostgresPlace(Place):
+    kind = "postgresql"
 
+    def __init__(self, server: PostgresServer) -> None:
+        import psycopg
 
-@contextlib.contextmanager
-def pinging(url: str) -> Iterator[list[float]]:
-    """Milliseconds that the PINGs of another connection took meanwhile, as their sender saw them."""
-    times: list[float] = []
-    done = threading.Event()
-
-    def ping() -> None:
-        with redis.Redis.from_url(url) as client:
-            while not done.wait(0.005):
-                began = time.perf_counter()
-                client.ping()
-                times.append((time.perf_counter() - began) * 1e3)
-
-    thread = threading.Thread(target=ping)
-    thread.start()
-    try:
-        yield times
-    finally:
-        done.set()
-        thread.join()
-
-
-@contextlib.contextmanager
-def watched(client: redis.Redis, pid: int, name: str) -> Iterator[dict[str, float]]:
-    """Print what the server saw while one operation ran, with what the operation measured itself."""
-    client.config_resetstat()
-    client.slowlog_reset()
-    waited = waited_for_core(pid)
-    measured: dict[str, float] = {}
-    yield measured
-    waited = waited_for_core(pid) - waited
-    slow = [entry["command"].split()[0].decode() for entry in client.slowlog_get(128)]
-    shown = ", ".join(f"{what} {value}" for what, value in measured.items())
-    print(f"  {name}: {shown}")
-    for command, took in client.execute_command("INFO", "latencystats").items():
-        command = command.partition("usec_")[2]
-        if command in ("scan", "mget"):
-            p50, p99, longest = (took[p] / 1e3 for p in ("p50", "p99", "p100"))
-            print(f"    {command}, ms in the server: p50 {p50:.2f}, p99 {p99:.2f}, longest {longest:.2f}")
-    print(
-        f"    commands over {LONGEST / 1e3:.0f} ms: {len(slow)} {sorted(set(slow)) if slow else ''}; "
-        f"the server waited {waited:.1f} s for a core",
-        flush=True,
-    )
-
-
-def waited_for_core(pid: int) -> float:
-    """Seconds that a process could have run, and the machine was busy with others. Commands take
-    longer by that, which is not their fault."""
-    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
-
-
-def operate(client: redis.Redis, server: RedisServer, name: str) -> None:
-    """One operation in a process of its own."""
-    with watched(client, server.pid, name) as measured, pinging(server.url) as pings:
-        ran = subprocess.run(
-            [sys.executable, "-m", "benchmarks.growth", name],
-            env={**os.environ, "BENCH_VARIANT": "idem", "BENCH_URL": server.url},
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=900,
+        self.url, self.small = server.create_database("many"), server.create_database("few")
+        self.pid = server.pid
+        self._connection = psycopg.connect(self.url, autocommit=True)
+        self._few = psycopg.connect(self.small, autocommit=True)
+        for url in (self.url, self.small):
+            Ledger(open_store(url)).get("bench.noop:first")  # makes the table
+        # With its key, and without an index for listing or purging.
+        self._connection.execute(
+            'CREATE TABLE bare (key text COLLATE "C" PRIMARY KEY, stamp bigint, value bytea, expires bigint)'
         )
-        measured.update(json.loads(ran.stdout))
-        measured["another's PING p50, ms"] = round(statistics.median(pings), 1)
-        measured["its longest"] = round(max(pings), 1)
+        filling.fill_postgresql(self._few, 0, SMALL)
+
+    def fill(self, first: int, last: int) -> None:
+        filling.fill_postgresql(self._connection, first, last)
+        self._connection.execute("TRUNCATE bare")
+        self._connection.execute("INSERT INTO bare SELECT * FROM celery_idem")
+        self._connection.execute("VACUUM ANALYZE bare")
+
+    def bare(self, key: str) -> object:
+        return self._connection.execute(
+            "INSERT INTO bare (key, stamp, value) VALUES (%s, 0, %s) ON CONFLICT DO NOTHING",
+            (key, b"running"),
+        )
+
+    def clear(self, keys: list[str]) -> None:
+        self._connection.execute("DELETE FROM bare WHERE key = ANY(%s)", (keys,))
+        ours = [f"idem:{key}" for key in keys]
+        for connection in (self._connection, self._few):
+            connection.execute("DELETE FROM celery_idem WHERE key = ANY(%s)", (ours,))
+
+    def bytes(self) -> int:
+        row = self._connection.execute("SELECT pg_total_relation_size('celery_idem')").fetchone()
+        return int(row[0]) if row else 0
 
 
-def main() -> None:
-    sizes = [int(size) for size in os.environ.get("BENCH_SIZES", "").split(",") if size] or SIZES
-    with tempfile.TemporaryDirectory() as folder, RedisServer(Path(folder)) as server:
-        client = redis.Redis.from_url(server.url)
-        client.config_set("slowlog-log-slower-than", LONGEST)
-        client.config_set("slowlog-max-len", 128)
-        client.config_set("latency-tracking-info-percentiles", "50 99 100")
-        ledger = Ledger(open_store(server.url))
-        filled = 0
-        for size in sizes:
-            fill(client, filled, size)
-            filled = size
-            ratios = claim_over_set(client, ledger)
-            print(
-                f"{size} records: claim p50 {statistics.median(ratios):.2f} × a bare SET "
-                f"({min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} rounds)",
-                flush=True,
-            )
-            for name in OPERATIONS:
-                operate(client, server, name)
+@contextlib.contextmanager
+def place(kind: str) -> Iterator[Place]:
+    """The servers, ended whatever happens."""
+    if kind == "postgresql":
+        with PostgresServer() as server:
+            yield PostgresPlace(server)
+        return
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        RedisServer(Path(folder) / "many") as many,
+        RedisServer(Path(folder) / "few") as few,
+    ):
+        yield RedisPlace(many, few)
 
 
-# --- the child: one operation ----------------------------------------------------------
+def claims(at: Place) -> dict[str, float]:
+    """Medians over the rounds: of a claim's p50 in µs, and of its ratios to the two others."""
+    many, few = Ledger(open_store(at.url)), Ledger(open_store(at.small))
 
+    def claim(ledger: Ledger) -> Callable[[str], object]:
+        return lambda key: ledger.claim(key, Request(owners.mint(), str(uuid.uuid4()), Fingerprint(), POLICY))
 
-def peak() -> int:
-    """The largest memory of this process so far, in KiB. Not ru_maxrss: that one also counts what
-    the parent had when it started us."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0])
+    calls = {"claim": claim(many), "few": claim(few), "bare": at.bare}
+    orders = list(itertools.permutations(calls))  # none of them always comes after the same other one
+    rounds: list[dict[str, float]] = []
+    for turn in range(ROUNDS):
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        keys = [f"{filling.TASK}:{uuid.uuid4().hex}" for _ in range(CLAIMS)]
+        for n, key in enumerate(keys):
+            for name in orders[n % len(orders)]:
+                began = time.perf_counter()
+                calls[name](key)
+                times[name].append((time.perf_counter() - began) * 1e6)
+        at.clear(keys)
+        if turn:
+            rounds.append({name: statistics.median(taken) for name, taken in times.items()})
+            p99 = {name: statistics.quantiles(taken, n=100)[98] for name, taken in times.items()}
+            rounds[-1].update({f"p99 {name}": value for name, value in p99.items()})
 
+    def ratio(of: str, to: str) -> float:
+        return round(statistics.median(one[of] / one[to] for one in rounds), 3)
 
-class Lines(io.TextIOBase):
-    """An output that keeps nothing and counts its lines: a listing that found nothing is no measurement."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def write(self, text: str) -> int:
-        self.count += text.count("\n")
-        return len(text)
-
-
-def measure(name: str) -> dict[str, float]:
-    """Seconds of one operation, the lines it printed, and by how much it raised the peak of memory."""
-    call = _overview() if name == "inbox overview" else _command(OPERATIONS[name])
-    before = peak()
-    began = time.perf_counter()
-    with contextlib.redirect_stdout(Lines()) as lines:
-        call()
     return {
-        "seconds": round(time.perf_counter() - began, 2),
-        "lines": lines.count,
-        "MiB of memory": round((peak() - before) / 1024, 1),
+        "claim p50, µs": round(statistics.median(one["claim"] for one in rounds), 1),
+        "claim over bare": ratio("claim", "bare"),
+        f"claim over claim among {SMALL}": ratio("claim", "few"),
+        "p99 over bare": ratio("p99 claim", "p99 bare"),
+        f"p99 over claim among {SMALL}": ratio("p99 claim", "p99 few"),
+        "lowest": round(min(one["claim"] / one["few"] for one in rounds), 3),
+        "highest": round(max(one["claim"] / one["few"] for one in rounds), 3),
     }
 
 
-def _command(words: tuple[str, ...]) -> Callable[[], Any]:
-    import rich.console  # noqa: F401 - its import is not what the operation costs
-    from celery.bin.base import CLIContext
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--store", choices=("redis", "postgresql"), default="redis")
+    parser.add_argument("--sizes", default="1000,100000,1000000", help="records, ascending")
+    parser.add_argument("--operations", default=",".join(operations.NAMES), help="which, or none")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows there")
+    options = parser.parse_args()
+    logging.getLogger("celery_idem").setLevel(logging.ERROR)  # thousands of records are forgotten on purpose
+    wanted = [] if options.operations == "none" else options.operations.split(",")
+    rows: list[dict[str, Any]] = []
 
-    from benchmarks.apps import app
-    from celery_idem.cli import idem
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print("  " + ", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
 
-    context = CLIContext(app, True, ".")
-    return lambda: idem.main(args=list(words), obj=context, standalone_mode=False)
-
-
-def _overview() -> Callable[[], Any]:
-    from benchmarks.apps import app
-    from celery_idem.adapters import inbox_pages
-    from celery_idem.desk import Desk
-
-    return lambda: print(inbox_pages.overview(inbox_pages.look(Desk(app)), "", ""))
+    sizes = sorted(int(size) for size in options.sizes.split(","))
+    with place(options.store) as at:
+        filled = 0
+        for size in sizes:
+            began = time.monotonic()
+            at.fill(filled, size)
+            filled = size
+            print(f"{at.kind}, {size:,} records (filled in {time.monotonic() - began:.0f} s)", flush=True)
+            about = {"store": at.kind, "records": size}
+            keep({**about, "what": "claim", **claims(at), "bytes per record": round(at.bytes() / size)})
+            for name in wanted:
+                if name == "purge" and size != sizes[-1]:
+                    continue  # it would take away what the next size builds on
+                keep({**about, "what": name, **operations.run(name, at.kind, at.url, at.pid)})
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(json.dumps(measure(sys.argv[1])))
-    else:
-        main()
+    main()

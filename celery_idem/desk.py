@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -103,16 +103,21 @@ class Desk:
     # --- reading ----------------------------------------------------------------------
 
     def list(
-        self, state: str | None = None, task: str | None = None, older_than: float = 0.0
+        self,
+        state: str | None = None,
+        task: str | None = None,
+        older_than: float = 0.0,
+        tick: Callable[[], object] | None = None,
     ) -> Iterator[Entry]:
         """Intents, in no order and in bounded memory.
 
         Args:
             state: one of ``STATES``.
             older_than: only those whose last write is at least that many seconds ago.
+            tick: see ``Ledger.list``.
         """
         for ledger in self.ledgers():
-            for entry in ledger.list(state, task):
+            for entry in ledger.list(state, task, tick):
                 if entry.age >= older_than:
                     yield entry
 
@@ -155,12 +160,7 @@ class Desk:
 
     def stats(self) -> dict[tuple[str, str], Tally]:
         """Counts by (task, state) over all ledgers."""
-        total: dict[tuple[str, str], Tally] = {}
-        for ledger in self.ledgers():
-            for place, tally in ledger.stats().items():
-                before = total.get(place, Tally(0, 0.0))
-                total[place] = Tally(before.intents + tally.intents, max(before.oldest, tally.oldest))
-        return total
+        return tallied(self.list())
 
     # --- deciding ---------------------------------------------------------------------
 
@@ -299,7 +299,17 @@ class Desk:
             return str(error)
 
 
-def oldest(entries: Iterator[Entry], limit: int) -> tuple[list[Entry], int]:
+def tallied(entries: Iterable[Entry]) -> dict[tuple[str, str], Tally]:
+    """Counts by (task, state)."""
+    tallies: dict[tuple[str, str], Tally] = {}
+    for entry in entries:
+        place = (entry.task, entry.state)
+        before = tallies.get(place, Tally(0, 0.0))
+        tallies[place] = Tally(before.intents + 1, max(before.oldest, entry.age))
+    return tallies
+
+
+def oldest(entries: Iterable[Entry], limit: int) -> tuple[list[Entry], int]:
     """The ``limit`` entries that have stood longest, oldest first, and how many there were in all."""
     total = 0
     heap: list[tuple[float, int, Entry]] = []

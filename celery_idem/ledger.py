@@ -258,12 +258,15 @@ class Ledger(Transitions):
             return None
         return Entry(key, self._read(key, reply.stored), reply.stored.stamp, reply.now)
 
-    def list(self, state: str | None = None, task: str | None = None) -> Iterator[Entry]:
+    def list(
+        self, state: str | None = None, task: str | None = None, tick: Callable[[], object] | None = None
+    ) -> Iterator[Entry]:
         """Intents, in no order and in bounded memory.
 
         Args:
             state: only those in this state (``"in_doubt"``, ``"lapsed"``, …).
             task: only those of this task.
+            tick: called for every record that is read, wanted or not. What it raises ends the listing.
         """
         wanted = state.lower() if state else None
         prefix = f"{self._prefix}{task}:" if task else self._prefix
@@ -274,6 +277,8 @@ class Ledger(Transitions):
             name = "RUNNING" if wanted == "lapsed" else wanted.upper()
             found = self.store.scan_states(prefix, bytes([s for s in State if s.name == name]))
         for stored_key, stored in found:
+            if tick is not None:
+                tick()
             key = stored_key.removeprefix(self._prefix)
             try:
                 entry = Entry(key, self._read(key, stored), stored.stamp, now)

@@ -24,14 +24,15 @@ import hmac
 import inspect
 import json
 import secrets
-import threading
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 from celery_idem.adapters import inbox_pages as pages
+from celery_idem.background import Background
 from celery_idem.desk import Desk
 from celery_idem.errors import ConfigurationError, IdempotencyError, StoreError
 from celery_idem.intent import Happened, NotHappened
@@ -52,6 +53,9 @@ Authenticate = Callable[[Request], "str | Awaitable[str | None] | None"]
 
 FRESH = 10.0
 """Seconds an overview is shown before the store is read again: a reading looks at every record."""
+
+PATIENCE = 1.0
+"""Seconds a visitor waits for a reading: 40,000 records or so. Of more, they see what is there by then."""
 
 SESSION = 12 * 3600
 """Seconds a sign-in lasts: a shift."""
@@ -107,9 +111,8 @@ class _Inbox:
         self._token = token
         self._authenticate = authenticate
         self._session_key = hashlib.sha256(f"celery_idem inbox session\0{token}".encode()).digest()
-        self._lock = threading.Lock()
-        self._overview: pages.Overview | None = None
-        self._read_at = 0.0
+        self._overviews = Background(lambda: pages.look(desk), FRESH, PATIENCE)
+        self._decided: dict[str, float] = {}  # intents that were settled here, and when
         self._css = files("celery_idem.adapters").joinpath("inbox.css").read_text()
 
     def site(self) -> Starlette:
@@ -138,12 +141,17 @@ class _Inbox:
         return self._page(request, "In doubt", pages.overview(overview, settled, _base(request)), user)
 
     def _look(self) -> pages.Overview:
-        """The overview, read anew when it is old. One reader at a time; the others get what it reads."""
-        with self._lock:
-            if self._overview is None or time.monotonic() - self._read_at > FRESH:
-                self._overview = pages.look(self._desk)
-                self._read_at = time.monotonic()
-            return self._overview
+        """What is known; less what was decided since the reading began."""
+        latest = self._overviews.look()
+        if latest.error is not None:
+            raise latest.error
+        shown = latest.whole or latest.unfinished or pages.Overview()
+        if latest.whole is not None and latest.unfinished is not None:
+            shown = replace(shown, newer=latest.unfinished.records)
+        for key, at in list(self._decided.items()):
+            if at < latest.began:
+                self._decided.pop(key, None)
+        return shown.without(self._decided)
 
     async def _show_intent(self, request: Request, user: str) -> Response:
         key = request.query_params.get("key", "").strip()
@@ -185,7 +193,8 @@ class _Inbox:
         except IdempotencyError as error:
             form.pop("fence")  # the page shows what stands there now, and a decision is about that
             return await self._intent_page(request, user, key, str(error), form)
-        self._read_at = float("-inf")  # the list must not show it any more
+        self._decided[key] = time.monotonic()  # the list must not show it any more
+        self._overviews.outdate()
         return RedirectResponse(f"{_base(request)}/?settled={quote(key)}", 303, headers=HEADERS)
 
     async def _style(self, request: Request) -> Response:

@@ -11,7 +11,7 @@ from celery_idem.cli.screen import Screen, command
 from celery_idem.copying import Copied
 from celery_idem.desk import Desk
 from celery_idem.ledger import Ledger
-from celery_idem.stores import open_store, sql
+from celery_idem.stores import open_store, sql_statements
 
 
 @command(idem, "doctor")
@@ -122,9 +122,9 @@ def metrics(screen: Screen, desk: Desk, port: int, address: str, every: float, o
 
     The workers' own counts are there when they and this command share PROMETHEUS_MULTIPROC_DIR.
     """
-    from celery_idem.telemetry.prometheus import exporter_registry
+    from celery_idem.telemetry.prometheus import PATIENCE, exporter_registry
 
-    registry = exporter_registry(desk.app, every)
+    registry = exporter_registry(desk.app, every, None if once else PATIENCE)
     import prometheus_client
 
     if once:
@@ -139,7 +139,7 @@ def metrics(screen: Screen, desk: Desk, port: int, address: str, every: float, o
 @click.argument("dialect", default="postgresql")
 def schema(screen: Screen, desk: Desk, dialect: str) -> None:
     """The SQL that makes the table of the SQL store: postgresql or sqlite."""
-    text = sql.schema(dialect)
+    text = sql_statements.schema(dialect)
     if screen.as_json:
         screen.json({"dialect": dialect, "sql": text})
     else:

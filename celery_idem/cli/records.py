@@ -12,8 +12,9 @@ import click
 
 from celery_idem.claims import Entry
 from celery_idem.cli.group import idem
+from celery_idem.cli.reading import Reading, within_option
 from celery_idem.cli.screen import Screen, command
-from celery_idem.desk import STATES, Desk, duration, oldest
+from celery_idem.desk import STATES, Desk, duration, oldest, tallied
 from celery_idem.errors import IdempotencyError
 from celery_idem.intent import Happened, NotHappened
 
@@ -40,17 +41,25 @@ def somebody() -> str:
 @click.option(
     "--limit", type=int, default=None, help=f"At most so many; people get {LINES}, --json gets all."
 )
+@within_option
 def list_(
-    screen: Screen, desk: Desk, state: str | None, task: str | None, older_than: float, limit: int | None
+    screen: Screen,
+    desk: Desk,
+    state: str | None,
+    task: str | None,
+    older_than: float,
+    limit: int | None,
+    within: float | None,
 ) -> None:
     """List intents, those that have stood longest first.
 
     With --json: one line for each, in no order, as the store gives them, so any number fits.
     """
-    found = desk.list(state, task, older_than)
+    found = Reading(lambda tick: desk.list(state, task, older_than, tick), within, quiet=screen.as_json)
     if screen.as_json:
         for entry in islice(found, limit):
             screen.json(desk.describe(entry))
+        found.end()
         return
     entries, total = oldest(found, LINES if limit is None else limit)
     for entry in entries:
@@ -58,11 +67,12 @@ def list_(
     if total > len(entries):
         screen.line(f"… and {total - len(entries)} more. --limit shows more of them, --json all.")
     if not total:
-        screen.line("No such intents.")
+        screen.line("No such intents." if not found.stopped else "No such intents so far.")
     elif state in ("in_doubt", "lapsed", None) and any(e.state in ("in_doubt", "lapsed") for e in entries):
         screen.line(
             "Next: `idem show KEY` says what is known; `idem reconcile` asks the destinations for all of them."
         )
+    found.end()
 
 
 def _print_line(screen: Screen, entry: Entry) -> None:
@@ -238,9 +248,11 @@ def purge(screen: Screen, desk: Desk, yes: bool) -> None:
 
 
 @command(idem, "stats")
-def stats(screen: Screen, desk: Desk) -> None:
+@within_option
+def stats(screen: Screen, desk: Desk, within: float | None) -> None:
     """How many intents stand in which state, by task."""
-    tallies = sorted(desk.stats().items())
+    reading = Reading(lambda tick: desk.list(tick=tick), within)
+    tallies = sorted(tallied(reading).items())
     if screen.as_json:
         screen.json(
             [
@@ -248,6 +260,7 @@ def stats(screen: Screen, desk: Desk) -> None:
                 for (task, state), tally in tallies
             ]
         )
+        reading.end()
         return
     for (task, state), tally in tallies:
         screen.state(state, f"{tally.intents:>9}  oldest {duration(tally.oldest):>7}  {task}")
@@ -255,6 +268,7 @@ def stats(screen: Screen, desk: Desk) -> None:
     screen.line(
         f"{sum(t.intents for _, t in tallies)} intents, {waiting} of them wait for somebody to decide."
     )
+    reading.end()
 
 
 @command(idem, "key")

@@ -18,12 +18,11 @@ metric                              type       labels       meaning
 from __future__ import annotations
 
 import os
-import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from celery_idem import events
+from celery_idem.background import Background
 from celery_idem.desk import Desk
 from celery_idem.errors import ConfigurationError, StoreError
 
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
     from prometheus_client.metrics_core import GaugeMetricFamily
 
-    from celery_idem.claims import Tally
-
 EVENTS = "celery_idem_events"  # Prometheus' client adds _total
 INTENTS = "celery_idem_intents"
 OLDEST = "celery_idem_oldest_seconds"
@@ -41,6 +38,10 @@ STORE_UP = "celery_idem_store_up"
 
 EVERY = 30.0
 """Seconds between looks at the store, however often it is scraped: a look reads every record."""
+
+PATIENCE = 5.0
+"""Seconds that a scrape waits for a look: half of what Prometheus waits by default. A look at more
+records than can be read in that goes on in the background, and the next scrape finds it."""
 
 
 def _client() -> Any:
@@ -82,15 +83,12 @@ class Intents:
 
     Args:
         every: seconds between looks.
+        patience: seconds that a scrape waits for a look; None: until it has ended.
     """
 
-    def __init__(self, app: Celery, every: float = EVERY) -> None:
-        self._desk = Desk(app)
-        self._every = every
-        self._lock = threading.Lock()
-        self._looked_at = float("-inf")
-        self._tallies: dict[tuple[str, str], Tally] = {}
-        self._up = False
+    def __init__(self, app: Celery, every: float = EVERY, patience: float | None = PATIENCE) -> None:
+        desk = Desk(app)
+        self._tallies = Background(lambda: iter([desk.stats()]), every, patience)
         _client()
 
     def describe(self) -> list[GaugeMetricFamily]:
@@ -100,10 +98,11 @@ class Intents:
     def collect(self) -> Iterator[GaugeMetricFamily]:
         from prometheus_client.metrics_core import GaugeMetricFamily
 
-        with self._lock:
-            if time.monotonic() - self._looked_at >= self._every:
-                self._look()
-            tallies, up = self._tallies, self._up
+        latest = self._tallies.look()
+        if latest.error is not None and not isinstance(latest.error, StoreError):
+            raise latest.error
+        up = latest.error is None
+        tallies = latest.whole or {} if up else {}
         intents = GaugeMetricFamily(INTENTS, "Intents by task and state.", labels=("task", "state"))
         oldest = GaugeMetricFamily(
             OLDEST, "Seconds since the last change of the oldest intent.", labels=("task", "state")
@@ -115,17 +114,10 @@ class Intents:
         yield oldest
         yield GaugeMetricFamily(STORE_UP, "1 when the store answered at the last look.", value=float(up))
 
-    def _look(self) -> None:
-        try:
-            self._tallies = self._desk.stats()
-            self._up = True
-        except StoreError:
-            self._tallies = {}
-            self._up = False
-        self._looked_at = time.monotonic()
 
-
-def exporter_registry(app: Celery, every: float = EVERY) -> CollectorRegistry:
+def exporter_registry(
+    app: Celery, every: float = EVERY, patience: float | None = PATIENCE
+) -> CollectorRegistry:
     """Everything there is to scrape: what the workers counted, where they write it to
     ``PROMETHEUS_MULTIPROC_DIR``, and the state of the store."""
     client = _client()
@@ -134,5 +126,5 @@ def exporter_registry(app: Celery, every: float = EVERY) -> CollectorRegistry:
         from prometheus_client.multiprocess import MultiProcessCollector
 
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call,unused-ignore]
-    registry.register(Intents(app, every))  # type: ignore[arg-type,unused-ignore]
+    registry.register(Intents(app, every, patience))  # type: ignore[arg-type,unused-ignore]
     return registry

@@ -12,6 +12,7 @@ import pytest
 from celery import Celery
 
 from celery_idem import Ledger, NotHappened
+from celery_idem.cli import reading
 from tests.operators.conftest import Idem
 from tests.operators.intents import claimed, in_doubt, succeeded
 from tests.operators.shop import remind, send_invoice
@@ -50,6 +51,36 @@ def test_list_shows_people_the_oldest_and_counts_the_rest(idem: Idem, ledger: Le
     output = idem("list", "--limit", "2").output
     assert [line.split()[2] for line in output.splitlines()[:2]] == [key("c0"), key("c1")]
     assert "and 4 more" in output
+
+
+def test_a_reading_that_was_stopped_says_that_it_is_not_all(idem: Idem, ledger: Ledger) -> None:
+    in_doubt(ledger, key("a"))
+    for words in (("stats",), ("list", "--state", "in_doubt"), ("list", "--json")):
+        stopped = idem(*words, "--within", "0")
+        assert stopped.exit_code == 3
+        assert "Stopped after 0 records: there are more" in stopped.stderr
+        assert idem(*words, "--within", "60").exit_code == 0
+    assert idem("list", "--state", "in_doubt", "--within", "0").stdout == "No such intents so far.\n"
+
+
+def test_who_waits_sees_how_far_it_is_and_may_stop_it(
+    idem: Idem, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for n in range(3):
+        in_doubt(ledger, key(f"c{n}"))
+    monkeypatch.setattr(reading, "SHOW_EVERY", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+
+    def read(tick: Any) -> Any:
+        for n, entry in enumerate(ledger.list(tick=tick)):
+            if n == 2:
+                raise KeyboardInterrupt
+            yield entry
+
+    shown = reading.Reading(read, None)
+    assert len(list(shown)) == 2
+    assert shown.stopped
+    assert "2 read; Ctrl-C stops here" in capsys.readouterr().err
 
 
 def test_show_takes_the_beginning_of_a_key(idem: Idem, ledger: Ledger) -> None:

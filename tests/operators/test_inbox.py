@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from celery import Celery
@@ -24,6 +26,7 @@ from tests.operators.browser import BrowserMissingError, chromium, served
 from tests.operators.intents import claimed, in_doubt, succeeded
 from tests.operators.shop import remind, send_invoice
 from tests.operators.test_thousand import TOKEN, sign_in
+from tests.support.waiting import wait_for
 
 PICTURES = Path(__file__).parents[2] / "docs" / "img"
 
@@ -248,6 +251,54 @@ def test_the_timeline_of_a_contested_intent(client: TestClient, ledger: Ledger) 
     )
     assert "looked twice" in text
     assert "ann" in text
+
+
+# --- many records -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def half_way(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Readings stop after three records until the event is set; nobody waits long for them."""
+    go = threading.Event()
+    scan = ledger.store.scan
+
+    def slow(prefix: str) -> Iterator[Any]:
+        for n, item in enumerate(scan(prefix)):
+            if n == 3:
+                assert go.wait(20)
+            yield item
+
+    monkeypatch.setattr(ledger.store, "scan", slow)
+    monkeypatch.setattr("celery_idem.adapters.inbox.PATIENCE", 0.01)
+    monkeypatch.setattr("celery_idem.adapters.inbox_pages.STRIDE", 3)
+    yield go
+    go.set()
+
+
+def test_many_records_are_shown_as_far_as_they_are_read(
+    app: Celery, ledger: Ledger, half_way: threading.Event
+) -> None:
+    for n in range(4):
+        in_doubt(ledger, key(f"c{n}"))
+    client = TestClient(inbox(app, token=TOKEN))
+    post(client, "/sign-in", name="ann", token=TOKEN)
+    wait_for(lambda: "what 3 records say" in client.get("/").text, 20, "what was read so far")
+    page = client.get("/").text
+    assert "At least 3 intents wait" in page
+    assert "Look again" in page
+
+    # A decision is not asked for twice, although the reading began before it was made.
+    chosen = unquote(re.findall(r'/intent\?key=([^"]+)"', page)[0])
+    post(client, "/resolve", key=chosen, decision="not_happened", evidence="not there")
+    page = client.get("/").text
+    assert "At least 2 intents wait" in page
+    assert f">{chosen}<" not in page
+
+    half_way.set()
+    wait_for(lambda: "Read at" in client.get("/").text, 20, "the whole reading")
+    page = client.get("/").text
+    assert ">3 intents wait" in page
+    assert f">{chosen}<" not in page
 
 
 # --- in a real browser --------------------------------------------------------------------

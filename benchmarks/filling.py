@@ -1,0 +1,114 @@
+"""Many real records, fast: what the codec packs, sent as the server takes it quickest.
+
+A hundred records in turn: one in doubt, one failed, one running (its lease is long over), one
+released; of the others every second one has a result of 115 bytes, and the rest ``null``. They
+were written over the past day and are kept for another, so a server expires none meanwhile.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from benchmarks.store import DAY, POLICY, RESULT
+from celery_idem import codec, owners, protocol
+from celery_idem.intent import Outcome, Record, State
+
+CHUNK = 1_000
+"""Records sent at once: about 300 KB."""
+
+TASK = "bench.noop"
+
+
+def record(n: int, now: int) -> Record:
+    """Record number ``n``. ``now``: microseconds."""
+    common: dict[str, Any] = {"owner": owners.mint(), "task_id": str(uuid.UUID(int=n)), "fence": now - n}
+    kind = n % 100
+    if kind == 0:
+        return Record(State.IN_DOUBT, **common, crashes=1, reason=protocol.CRASHED)
+    if kind == 1:
+        return Record(State.FAILED, **common, outcome=Outcome(False, b'j{"type":"ValueError"}'))
+    if kind == 2:
+        return Record(State.RUNNING, **common, lease=POLICY.lease)
+    if kind == 3:
+        return Record(State.RELEASED, **common)
+    return Record(State.SUCCEEDED, **common, outcome=Outcome(True, RESULT if kind % 2 else b"jnull"))
+
+
+def same(payload: bytes) -> Callable[[int, int], Record]:
+    """Only finished records with this result."""
+    return lambda n, now: record(4, now)._replace(
+        task_id=str(uuid.UUID(int=n)), fence=now - n, outcome=Outcome(True, payload)
+    )
+
+
+def key(n: int) -> str:
+    """What the store calls it."""
+    return f"idem:{TASK}:{n:032x}"
+
+
+def rows(
+    first: int, last: int, make: Callable[[int, int], Record] = record
+) -> Iterator[tuple[str, int, bytes, int | None]]:
+    """Key, stamp, value and microseconds to live of the records ``first`` to ``last``."""
+    now = time.time_ns() // 1000
+    for n in range(first, last):
+        made = make(n, now)
+        stamp = now - n % DAY * 1_000_000
+        yield key(n), stamp, codec.pack(made), protocol.ttl(made, POLICY)
+
+
+def fill_redis(
+    client: Any, first: int, last: int, make: Callable[[int, int], Record] = record, bare: bytes = b""
+) -> None:
+    """Write them through one connection that asks for no answers.
+
+    Args:
+        bare: write this value in their place, as ``SET key value EX`` would.
+    """
+    connection = client.connection_pool.get_connection()
+    before = client.dbsize()
+    ttl: int | None
+    try:
+        connection.send_packed_command([b"CLIENT REPLY OFF\r\n"])
+        packed: list[bytes] = []
+        for n, (name, stamp, value, ttl) in enumerate(rows(first, last, make), first + 1):
+            value, ttl = (bare, DAY * 1_000_000) if bare else (stamp.to_bytes(8, "big") + value, ttl)
+            words = [b"SET", name.encode(), value]
+            if ttl is not None:
+                words += [b"PX", b"%d" % (ttl // 1000)]
+            packed.append(
+                b"*%d\r\n" % len(words) + b"".join([b"$%d\r\n%s\r\n" % (len(word), word) for word in words])
+            )
+            if n % CHUNK == 0 or n == last:
+                connection.send_packed_command([b"".join(packed)])
+                packed = []
+                shown(n, last)
+        connection.send_packed_command([b"CLIENT REPLY ON\r\n"])
+        connection.read_response()
+    finally:
+        connection.disconnect()
+        client.connection_pool.release(connection)
+    written = client.dbsize() - before
+    assert written == last - first, f"{written} of {last - first} records were written"
+
+
+def fill_postgresql(
+    connection: Any, first: int, last: int, make: Callable[[int, int], Record] = record
+) -> None:
+    """Write them with COPY into ``celery_idem``. ``connection``: psycopg's."""
+    with connection.cursor().copy("COPY celery_idem (key, stamp, value, expires) FROM STDIN") as copy:
+        for n, (name, stamp, value, ttl) in enumerate(rows(first, last, make), first + 1):
+            copy.write_row((name, stamp, value, None if ttl is None else time.time_ns() // 1000 + ttl))
+            shown(n, last)
+    connection.execute("VACUUM ANALYZE celery_idem")  # as autovacuum would have, by then
+
+
+def shown(done: int, of: int) -> None:
+    """Progress on standard error, a line that is written over; a log gets none of it."""
+    if sys.stderr.isatty() and (done % 100_000 == 0 or done == of):
+        end = "\n" if done == of else ""
+        print(f"\r  {done:,} of {of:,} records", end=end, file=sys.stderr, flush=True)
