@@ -1,0 +1,149 @@
+"""What it costs that many wait for one long body, counted by the servers themselves.
+
+Used by ``test_waiters`` and by ``benchmarks/waiters.py``.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, NamedTuple
+
+import redis as redis_py
+
+from celery_idem.delivery import BACKOFF, SLOT_WAITS
+from celery_idem.receipts import FIRST_LOOK, LONGEST_LOOK, LOOK_GROWTH
+from tests.support.waiting import wait_for
+
+if TYPE_CHECKING:
+    from tests.celery.conftest import Stage
+    from tests.support.servers import RedisServer
+
+PATIENCE = 60.0
+"""Seconds for all of them to come to an end after the body."""
+
+
+class Cost(NamedTuple):
+    """What waiting cost.
+
+    Attributes:
+        seconds: how long the body ran while they waited.
+        commands: to the store, less those of the execution itself.
+        messages: published to the broker, less the first one of each.
+        answers: what they got.
+    """
+
+    seconds: float
+    commands: int
+    messages: int
+    answers: list[object]
+
+
+class Counter:
+    """Commands to the store and messages published, since it was made."""
+
+    def __init__(self, store: RedisServer, broker: RedisServer) -> None:
+        self._store = redis_py.Redis.from_url(store.url)
+        self._broker = redis_py.Redis.from_url(broker.url)
+        self._began = (0, 0)
+        self._began = self.now()
+
+    def now(self) -> tuple[int, int]:
+        store, broker = self._store.info("commandstats"), self._broker.info("commandstats")
+        # A script counts once, and then each command that it calls: only what came over the wire counts.
+        commands = sum(store.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("evalsha", "eval"))
+        return commands - self._began[0], broker.get("cmdstat_lpush", {"calls": 0})["calls"] - self._began[1]
+
+    def close(self) -> None:
+        self._store.close()
+        self._broker.close()
+
+
+def most_returns(seconds: float) -> int:
+    """How often a duplicate may come back in that time: each pause is half as long again as the one
+    before, a tenth less by chance. (In its first pauses the lease's end is further away.)"""
+    first, growth, longest = BACKOFF
+    returns, at, pause = 0, 0.0, first
+    while at < seconds:
+        at += 0.9 * pause
+        pause = min(longest, pause * growth)
+        returns += 1
+    return returns
+
+
+def most_looks(seconds: float) -> int:
+    """How often a receipt may look in that time."""
+    looks, at, pause = 0, 0.0, FIRST_LOOK
+    while at < seconds:
+        looks += 1
+        at += pause
+        pause = min(pause * LOOK_GROWTH, LONGEST_LOOK)
+    return looks + 1
+
+
+def most_commands(seconds: float) -> int:
+    """Of one duplicate at the worker: its looks in the slot, one each time it comes back."""
+    return 1 + SLOT_WAITS + most_returns(seconds)
+
+
+def renewals(seconds: float, lease: float) -> int:
+    """Those of the execution itself, at most."""
+    return 2 + int(6 * seconds / lease)
+
+
+def at_the_worker(
+    stage: Stage,
+    counter: Callable[[], Counter],
+    name: str,
+    number: int,
+    enough: Callable[[float, Counter], bool],
+) -> Cost:
+    """So many deliveries of an intent whose body runs until ``enough(seconds, counter)``."""
+    first = stage.slow.apply_async((name,))
+    stage.effects.wait(name)
+    count = counter()
+    began = time.monotonic()
+    others = [stage.slow.apply_async((name,)) for _ in range(number)]
+    wait_for(
+        lambda: enough(time.monotonic() - began, count), 600, "the others to have waited long enough", 0.1
+    )
+    stage.gate(name).open()
+    seconds = time.monotonic() - began
+    answers = [result.get(timeout=PATIENCE + seconds) for result in (first, *others)]
+    commands, messages = count.now()
+    count.close()
+    return Cost(seconds, commands, messages - number, answers)
+
+
+def at_receipts(
+    stage: Stage,
+    counter: Callable[[], Counter],
+    name: str,
+    number: int,
+    enough: Callable[[float, Counter], bool],
+) -> Cost:
+    """So many callers that submit the intent while its body runs, and wait for its answer."""
+    first = stage.slow.submit(name)
+    stage.effects.wait(name)
+    count = counter()
+    began = time.monotonic()
+    together = threading.Barrier(number + 1)
+
+    def call() -> object:
+        together.wait(PATIENCE)
+        return stage.slow.submit(name).wait(600).result
+
+    with ThreadPoolExecutor(number) as pool:
+        others = [pool.submit(call) for _ in range(number)]
+        together.wait(PATIENCE)
+        wait_for(
+            lambda: enough(time.monotonic() - began, count), 600, "the others to have waited long enough", 0.1
+        )
+        stage.gate(name).open()
+        seconds = time.monotonic() - began
+        answers = [other.result(PATIENCE) for other in others]
+    commands, messages = count.now()
+    count.close()
+    return Cost(seconds, commands, messages, [first.wait(PATIENCE).result, *answers])
