@@ -15,6 +15,7 @@ is unpickled unless the application accepts pickle for results.
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import sys
 from collections.abc import Collection
@@ -278,7 +279,8 @@ class Codec(NamedTuple):
             json = code == b"j"  # by far the most common, and kombu's way to it costs twice as much
             data = kombu_json.dumps(value) if json else serialization.dumps(value, self.serializer)[2]
         except (KombuError, TypeError, ValueError, RecursionError, AttributeError) as error:
-            raise NotStorable(f"the {self.serializer} serializer does not take it: {error}") from None
+            why = error if json else type(error).__name__  # YAML's error would show the whole value
+            raise NotStorable(f"the {self.serializer} serializer does not take it: {why}") from None
         payload = code + (data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data)
         if len(payload) > self.max_bytes:
             raise NotStorable(f"{len(payload)} bytes are more than idem_max_result_bytes = {self.max_bytes}")
@@ -336,18 +338,33 @@ class Codec(NamedTuple):
             module, name, args = str(form["module"]), str(form["type"]), list(form["args"])
         except Exception as error:
             raise StoreError(f"The stored error of {key} cannot be read: {error}.", key) from error
-        cls: Any = sys.modules.get(module)
-        for part in name.split("."):
-            cls = getattr(cls, part, None)
-        if not (isinstance(cls, type) and issubclass(cls, Exception)):
-            cls = type(name.rpartition(".")[2], (Exception,), {"__module__": module})
+        cls = _loaded(module, name)
+        if cls is not None:
+            with contextlib.suppress(Exception):  # a constructor that wants something else than its own args
+                return cls(*args)
+            with contextlib.suppress(Exception):
+                exc = cls.__new__(cls)
+                exc.args = tuple(args)
+                return exc
         try:
-            exc = cls(*args)
-        except Exception:  # a constructor that wants something else than its own args
-            exc = cls.__new__(cls)
-            exc.args = tuple(args)
-        assert isinstance(exc, BaseException)
-        return exc
+            cls = type(name.rpartition(".")[2], (Exception,), {"__module__": module})
+            return cls(*args)
+        except ValueError as error:  # a name that no class can have
+            raise StoreError(f"The stored error of {key} cannot be read: {error}.", key) from error
+
+
+def _loaded(module: str, name: str) -> type[Exception] | None:
+    """The exception class of that name, where its module is imported here; else None.
+
+    Looked up without ``getattr``, with which a module may import more and a class may run code.
+    """
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        try:
+            found = object.__getattribute__(found, "__dict__").get(part)
+        except AttributeError:
+            return None
+    return found if isinstance(found, type) and issubclass(found, Exception) else None
 
 
 def _text_of(error: BaseException) -> str:
