@@ -136,7 +136,7 @@ def _mapping(value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
         if name.startswith("$"):  # "$date" and the like are ours
             name = "$" + name
         if name in result:
-            raise IntentError(f"it has two dictionary keys that are both {key!r} once normalised")
+            raise IntentError("it has two dictionary keys that are the same once normalised")
         result[name] = _canonical(item, depth + 1)
     return result
 
