@@ -74,7 +74,9 @@ class Digester:
         self, args: Sequence[Any], kwargs: Mapping[str, Any], labels: Mapping[str, Any] | None = None
     ) -> bytes:
         """The digests of a call, packed."""
-        entries = dict(self._defaults)
+        # Labels first: a call with more parameters than are kept must not lose its scope.
+        entries = {f"label {name}": self.label(name, value) for name, value in (labels or {}).items()}
+        entries.update(self._defaults)
         hidden = self._hidden
         for name, value in zip(self._positional, args):  # noqa: B905  # *args may be longer; it has no names
             if name not in hidden:
@@ -82,10 +84,11 @@ class Digester:
         for name, value in kwargs.items():
             if name not in hidden:
                 entries[name] = self._entry(name, value)
-        if labels:
-            for name, value in labels.items():
-                entries[f"label {name}"] = self._entry(f"label {name}", value)
         return b"".join(list(entries.values())[:MAX_ENTRIES])
+
+    def label(self, name: str, value: Any) -> bytes:
+        """The entry of a label."""
+        return self._entry(f"label {name}", value)
 
     def _entry(self, name: str, value: Any) -> bytes:
         tag = self._tags.get(name)

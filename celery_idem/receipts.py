@@ -30,7 +30,7 @@ from datetime import time as clock_time
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from celery_idem import events, keys, protocol
+from celery_idem import digests, events, keys, protocol
 from celery_idem.claims import Entry
 from celery_idem.errors import (
     ConfigurationError,
@@ -275,8 +275,12 @@ def submit_task(
     return _accepted(key, result.id, source._replace(published=True))
 
 
-def look_up(app: Celery, key: str) -> Receipt | None:
-    """Where the intent with this key stands; None when nothing is stored under it.
+def look_up(app: Celery, key: str, scope: str | None = None) -> Receipt | None:
+    """Where the intent with this key stands; None when nothing is stored under it for this scope.
+
+    Args:
+        scope: the caller's. Whoever knows the arguments of a call can compute its key, so a key
+            proves nothing: the record of another scope is as good as none.
 
     Raises:
         StoreError: the store did not answer.
@@ -286,12 +290,22 @@ def look_up(app: Celery, key: str) -> Receipt | None:
     ledger = task.guard.ledger if guarded else Ledger.from_app(app)
     policy = task.guard.options.policy if guarded else _PLAIN_POLICY
     entry = ledger.get(key)
-    if entry is None:
+    if entry is None or not _of_scope(entry, scope, task.guard.digester if guarded else None):
         return None
     source = _Source(app, ledger, Fingerprint(), policy, published=False)
     receipt = Receipt("in_progress", key, _source=source)
     known = _told(entry, receipt, source)
     return known if known is not None else _undecided(entry, receipt)
+
+
+def _of_scope(entry: Entry, scope: str | None, digester: digests.Digester | None) -> bool:
+    """Was this intent called with that scope? Its digest in the record says so; without digests
+    (``idem_audit`` off) nothing is known, and nobody with a scope is told anything."""
+    tag = digests.label_tag("scope")
+    known = digests.entries(entry.record.digests).get(tag)
+    if scope is None or digester is None:
+        return known is None and scope is None
+    return known is not None and digester.label("scope", scope) == tag + known
 
 
 _PLAIN_POLICY = Policy(lease=0, result_ttl=0, failure_ttl=0)

@@ -38,6 +38,7 @@ import math
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from celery_idem.adapters.tools import OCCURRENCE_MAX, RECEIPT, BadArguments, Tool, answer, tool_of
 from celery_idem.errors import ConfigurationError, StoreError
@@ -116,9 +117,16 @@ def door(
     Raises:
         ConfigurationError: neither ``token`` nor ``authenticate``, or a task that cannot be offered.
     """
-    if (token is None) == (authenticate is None) or token in ("", {}):
+    if (
+        (token is None) == (authenticate is None)
+        or token in ("", {})
+        or (
+            isinstance(token, Mapping) and not all(token)  # an empty one, from a variable that is not set
+        )
+    ):
         raise ConfigurationError(
-            "The HTTP door is closed until you say who may use it: give either token=… or authenticate=…."
+            "The HTTP door is closed until you say who may use it: give either token=… or authenticate=…. "
+            "A token cannot be empty."
         )
     check = authenticate if authenticate is not None else _bearer(token or "")
     tools = {name: tool_of(app, name) for name in tasks}
@@ -216,14 +224,16 @@ class _Rooms:
 
     async def look(self, request: Request) -> Response:
         """GET /intents/{key}"""
-        await self._scope(request)
+        scope = await self._scope(request)
         key = request.path_params["key"]
         receipt = None
         if task_of(key) in self._tools:
             try:
-                receipt = await run_in_threadpool(look_up, self._app, key)
-            except StoreError as error:
-                raise _Problem(503, "error", str(error), {"Retry-After": "1"}) from None
+                receipt = await run_in_threadpool(look_up, self._app, key, scope)
+            except StoreError:  # its text names our store's address, which is none of the caller's business
+                raise _Problem(
+                    503, "error", "It cannot be looked up right now. Ask again.", {"Retry-After": "1"}
+                ) from None
         if receipt is None:
             raise _Problem(404, "not_found", "Nothing is known of that intent.")
         return JSONResponse(receipt.to_dict(), headers={"Cache-Control": "no-store"})
@@ -304,7 +314,7 @@ def _preferred_wait(request: Request) -> float:
 def _response(receipt: Receipt, request: Request) -> Response:
     headers = {"Cache-Control": "no-store"}
     if receipt.key:
-        headers["Location"] = f"{request.scope.get('root_path', '')}/intents/{receipt.key}"
+        headers["Location"] = f"{request.scope.get('root_path', '')}/intents/{quote(receipt.key)}"
     if receipt.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(receipt.retry_after)))
     if receipt.done:

@@ -166,12 +166,12 @@ class _Door:
     async def call_tool(self, context: Any, params: CallToolRequestParams) -> CallToolResult:
         arguments = params.arguments or {}
         if params.name == STATUS_TOOL:
-            return await self._status(arguments)
+            return await self._status(arguments, self._scope_of(context))
         tool = self._tools.get(params.name)
         if tool is None:
             raise MCPError(INVALID_PARAMS, f"There is no tool called {params.name}.")
         meta = context.meta or {}
-        scope = self._scope(context) if callable(self._scope) else self._scope
+        scope = self._scope_of(context)
         try:
             given = tool.parse(json.dumps(arguments))
             receipt = await asyncio.to_thread(
@@ -181,14 +181,17 @@ class _Door:
             return _refusal(f"Nothing was done. Correct the arguments: {error}")
         return _result(await answer(receipt, self._wait))
 
-    async def _status(self, arguments: Mapping[str, Any]) -> CallToolResult:
+    def _scope_of(self, context: Any) -> str | None:
+        return self._scope(context) if callable(self._scope) else self._scope
+
+    async def _status(self, arguments: Mapping[str, Any], scope: str | None) -> CallToolResult:
         key = arguments.get("key")
         if not isinstance(key, str) or set(arguments) != {"key"}:
             return _refusal('Give one argument, "key", as an earlier answer named it.')
         receipt = None
         if task_of(key) in self._offered:
             try:
-                receipt = await asyncio.to_thread(look_up, self._app, key)
+                receipt = await asyncio.to_thread(look_up, self._app, key, scope)
             except StoreError:
                 return _refusal("It cannot be looked up right now. Ask again in a few seconds.")
         if receipt is None:
