@@ -35,11 +35,20 @@ def open_store(url: str, durability: str = "none") -> Store:
     Raises:
         ConfigurationError: no store has this kind of URL, or it lacks a package.
     """
-    scheme = urlsplit(url).scheme
+    try:
+        scheme = urlsplit(url).scheme
+    except ValueError:  # its text would show what it could not read
+        raise ConfigurationError(
+            "idem_store is no URL that can be read. Percent-encode a user or password with special characters "
+            "(%5B for [), and write a host by its ASCII name."
+        ) from None
     target = _OPENERS.get(scheme)
     if target is None:
         known = ", ".join(f"{name}://" for name in sorted(_OPENERS))
-        raise ConfigurationError(f"idem_store: no store for {scheme or url!r}://. Use one of {known}.")
+        what = (
+            f"no store for {scheme}://" if "://" in url else "this is no URL"
+        )  # it may begin with a password
+        raise ConfigurationError(f"idem_store: {what}. Use one of {known}.")
     module, _, function = target.partition(":")
     store: Store = getattr(importlib.import_module(module), function)(url, durability)
     return store

@@ -41,6 +41,9 @@ DURABLE_WITHIN = 2.0
 """Seconds that a write may take to become durable: `appendfsync everysec` syncs once in a second.
 Half of the time the connection is given to answer, where that is shorter."""
 
+HIDDEN = "…"
+"""What is shown of a URL in which a password cannot be told from an address."""
+
 _STAMP = struct.Struct(">Q")
 
 
@@ -88,7 +91,9 @@ class RedisStore(Store):
     def __init__(self, url: str, durability: str = "none") -> None:
         import redis
 
-        self.url = redact(url)
+        self.url = self._shown(url)
+        if HIDDEN in self.url:
+            raise unreadable(self.url)
         self._redis = redis
         query = parse_qs(urlsplit(url).query)
         options: dict[str, Any] = {"protocol": 2, "decode_responses": False}
@@ -105,6 +110,10 @@ class RedisStore(Store):
         answers_within = float(self._pool.connection_kwargs.get("socket_timeout") or TIMEOUT)
         self._wait = _waiting(durability, min(DURABLE_WITHIN, answers_within / 2))
         _forget_connections_after_fork(self)
+
+    @staticmethod
+    def _shown(url: str) -> str:
+        return redact(url)
 
     def _open_pool(self, url: str, options: dict[str, Any]) -> Any:
         """redis-py's pool: here only for what it knows of making a connection."""
@@ -280,8 +289,19 @@ def open_redis(url: str, durability: str = "none") -> RedisStore:
 def redact(url: str) -> str:
     """The URL without user, password and query: safe in a log."""
     parts = urlsplit(url)
+    if "@" in f"{parts.path}{parts.query}{parts.fragment}":
+        # A password with an unescaped "/", "?" or "#": what stands in the host's place is half of it.
+        return f"{parts.scheme}://{HIDDEN}"
     host = parts.netloc.rpartition("@")[2]
     return f"{parts.scheme}://{host}{parts.path}"
+
+
+def unreadable(shown: str) -> ConfigurationError:
+    """The error of a URL whose password hides its address."""
+    return ConfigurationError(
+        f"idem_store: {shown} cannot be read, because its user or password has a character that means something "
+        "else in a URL. Percent-encode it: %2F for /, %23 for #, %3F for ?, %3B for ;, %40 for @."
+    )
 
 
 def _waiting(durability: str, seconds: float) -> bytes:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from celery_idem.errors import ConfigurationError, StoreError
 from celery_idem.intent import Stored
 from celery_idem.stores.base import Change, Reply, Store
-from celery_idem.stores.redis import RedisStore, _command, redact
+from celery_idem.stores.redis import HIDDEN, RedisStore, _command, redact, unreadable
 
 T = TypeVar("T")
 Address = tuple[str, int]
@@ -87,6 +87,8 @@ class ClusterStore(Store):
     def __init__(self, url: str, durability: str = "none") -> None:
         parts = urlsplit(url)
         self.url = redact(url)
+        if HIDDEN in self.url:
+            raise unreadable(self.url)
         user, _, hosts = parts.netloc.rpartition("@")
         self._scheme = parts.scheme.removesuffix("-cluster")
         self._user = f"{user}@" if user else ""

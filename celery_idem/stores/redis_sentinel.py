@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 from celery_idem.errors import ConfigurationError, StoreError
-from celery_idem.stores.redis import RedisStore, redact
+from celery_idem.stores.redis import HIDDEN, RedisStore, redact
 
 SENTINEL_TIMEOUT = 1.0
 """Seconds to wait for one sentinel: they have nothing else to do, and there is another one to ask."""
@@ -29,13 +29,16 @@ class SentinelStore(RedisStore):
         durability: as for one server.
     """
 
+    @staticmethod
+    def _shown(url: str) -> str:
+        return ";".join(map(_shown_part, url.split(";")))
+
     def _open_pool(self, url: str, options: dict[str, Any]) -> Any:
         from redis.backoff import NoBackoff
         from redis.retry import Retry
         from redis.sentinel import Sentinel, SentinelConnectionPool
 
         redis_url, sentinels, query = _parsed(url)
-        self.url = _shown(url)
         master = query.pop("master_name", "")
         if not master:
             raise ConfigurationError(
@@ -77,8 +80,13 @@ def _parsed(url: str) -> tuple[str, list[tuple[str, int]], dict[str, str]]:
     return f"redis://{user}@localhost{path}" if user else f"redis://localhost{path}", sentinels, query
 
 
-def _shown(url: str) -> str:
-    return ";".join(redact(part) for part in url.split(";"))
+def _shown_part(part: str) -> str:
+    part = part if "://" in part else f"sentinel://{part}"
+    try:
+        _ = urlsplit(part).port
+    except ValueError:  # a password with an unescaped ";" ends up here
+        return f"sentinel://{HIDDEN}"
+    return redact(part)
 
 
 def open_sentinel(url: str, durability: str = "none") -> SentinelStore:
