@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -36,6 +37,9 @@ COLOURS = {
     "wait": "blue",
 }
 """By state, and by severity of a finding. Never the only sign: the word stands beside it."""
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""All but tab and newline; ESC is among them, and the one-byte forms of terminal commands."""
 
 PIPE_WIDTH = 200
 """Columns when the output is no terminal: whole lines, for grep."""
@@ -76,17 +80,18 @@ class Screen:
 
     def line(self, text: str = "", style: str = "") -> None:
         """A line for people; never wrapped in the middle of a key, never read as markup."""
-        self.console.print(text, style=style or None, markup=False)
+        self.console.print(printable(text), style=style or None, markup=False)
 
     def state(self, name: str, rest: str) -> None:
         """A line that begins with a state or a severity in its colour."""
         from rich.text import Text
 
-        self.console.print(Text.assemble((f"{name:<10}", COLOURS.get(name, "")), " ", rest))
+        self.console.print(Text.assemble((f"{name:<10}", COLOURS.get(name, "")), " ", printable(rest)))
 
     def json(self, value: Any) -> None:
         """One JSON document on one line."""
-        click.echo(json.dumps(value, ensure_ascii=False, default=str))
+        text = json.dumps(value, ensure_ascii=False, default=str)
+        click.echo(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text))  # those that JSON lets stand
 
     def confirm(self, question: str, yes: bool) -> None:
         """Go on only if a person says so.
@@ -97,9 +102,15 @@ class Screen:
         if yes:
             return
         try:
-            click.confirm(question, abort=True, err=True)
+            click.confirm(printable(question), abort=True, err=True)
         except click.Abort:
             raise click.ClickException("Nothing was changed. (--yes answers the question.)") from None
+
+
+def printable(text: str) -> str:
+    """The text with control characters made visible: what stands in a record (a reason, the words of
+    somebody's error) must not give orders to the terminal it is shown on."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def command(group: click.Group, name: str) -> Callable[[F], click.Command]:
@@ -116,7 +127,7 @@ def command(group: click.Group, name: str) -> Callable[[F], click.Command]:
                 app.loader.import_default_modules()
                 function(screen, Desk(app), **options)
             except IdempotencyError as error:
-                raise click.ClickException(str(error)) from error
+                raise click.ClickException(printable(str(error))) from error
 
         option = click.option(
             "--json", "as_json", is_flag=True, cls=CeleryOption, help="Print JSON for programs."
