@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 from urllib.parse import urlsplit
 
@@ -63,7 +63,7 @@ class Settings:
             a slow API call; the worker's slot is held meanwhile.
     """
 
-    store: str = ""
+    store: str = field(default="", repr=False)  # error trackers keep the repr of local variables
     namespace: str = "idem"
     lease: float = 30.0
     result_ttl: float = 86_400.0
@@ -76,7 +76,7 @@ class Settings:
     durability: str = "none"
     shadow: bool = False
     audit: bool = True
-    audit_key: str = ""
+    audit_key: str = field(default="", repr=False)
     settle_patience: float = 30.0
     reconcile_timeout: float = 10.0
 
@@ -193,8 +193,8 @@ def _allowed(name: str, value: Any) -> str:
         fits = isinstance(value, str) and _DURABILITY.fullmatch(value) is not None
         return "" if fits else 'use "none", "fsync" or "replicas:N"'
     if name == "namespace":
-        fits = isinstance(value, str) and value != "" and ":" not in value
-        return "" if fits else "use a short name without a colon"
+        fits = isinstance(value, str) and value != "" and not {":", "~"} & set(value)
+        return "" if fits else "use a short name without a colon or a tilde"  # "~shadow" marks shadow records
     if name == "audit_key":
         return "" if isinstance(value, str) else "use text that nobody can guess"
     return "" if isinstance(value, str) else "use a URL such as redis://localhost:6379/1"
