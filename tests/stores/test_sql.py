@@ -20,7 +20,7 @@ from celery_idem import owners
 from celery_idem.errors import ConfigurationError, StoreError
 from celery_idem.intent import MICROSECONDS, Acquired, Fingerprint, Policy, Request, Stored
 from celery_idem.ledger import Ledger
-from celery_idem.stores import open_store, sql
+from celery_idem.stores import open_store, sql_connections, sql_statements
 from celery_idem.stores.base import Store
 from celery_idem.stores.sql import SqlStore
 from celery_idem.testing import StoreConformance
@@ -123,7 +123,7 @@ def test_the_table_is_made_at_first_use_whoever_is_first(url: str) -> None:
 
 def test_the_table_may_be_made_by_hand_and_made_again(url: str) -> None:
     for _ in range(2):
-        by_hand(url, sql.schema(url.partition(":")[0]))
+        by_hand(url, sql_statements.schema(url.partition(":")[0]))
     assert opened(url).create("a", MINE).done
     assert by_hand(url, "SELECT key FROM celery_idem") == [("a",)]
     opened(url).make_schema()
@@ -137,7 +137,7 @@ def test_a_role_that_may_only_read_and_write_rows_is_enough(postgres_url: str) -
     theirs = postgres_url.replace("postgres@", f"{role}@")
     with pytest.raises(StoreError, match="permission denied"):
         opened(theirs).create("a", MINE)
-    by_hand(postgres_url, sql.schema("postgresql"))
+    by_hand(postgres_url, sql_statements.schema("postgresql"))
     by_hand(postgres_url, f"GRANT SELECT, INSERT, UPDATE, DELETE ON celery_idem TO {role}")
     store = opened(theirs)
     created = store.create("a", MINE)
@@ -150,8 +150,8 @@ def test_a_role_that_may_only_read_and_write_rows_is_enough(postgres_url: str) -
 def test_what_operators_ask_for_has_an_index(url: str) -> None:
     store = opened(url)
     store.create("a", MINE + b"\x01\x06")
-    now = sql._NOW[store.dialect]
-    statements = sql.statements(store.dialect, "named")
+    now = sql_statements._NOW[store.dialect]
+    statements = sql_statements.statements(store.dialect, "named")
     parameters = {"state": b"\x06", "after": "''", "page": "10", "limit": "10"}
     parameters["state"] = "x'06'" if store.dialect == "sqlite" else r"'\x06'::bytea"  # type: ignore[assignment]
     assert now
@@ -251,7 +251,7 @@ class Interrupted(Exception):
 def test_a_hanging_server_is_an_error_and_its_late_reply_is_nobodys(
     postgres: PostgresServer, postgres_url: str, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
-    monkeypatch.setattr(sql, "TIMEOUT", 0.5 if by == "time-out" else 30.0)
+    monkeypatch.setattr(sql_connections, "TIMEOUT", 0.5 if by == "time-out" else 30.0)
     store = opened(postgres_url)
     store.create("a", MINE)
     postgres.pause()
@@ -282,7 +282,7 @@ def test_a_hanging_server_is_an_error_and_its_late_reply_is_nobodys(
 
 
 def test_a_locked_file_is_an_error_in_bounded_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sql, "TIMEOUT", 0.3)
+    monkeypatch.setattr(sql_connections, "TIMEOUT", 0.3)
     store = opened(f"sqlite:///{tmp_path}/idem.db")
     created = store.create("a", MINE)
     with sqlite3.connect(tmp_path / "idem.db", isolation_level=None) as other:
