@@ -64,6 +64,28 @@ WHERE key = :key AND stamp = :stamp AND substr(value, 1, :length) = :owner
 RETURNING stamp
 """
 
+# A row that a transaction has locked (`settle_in`, before its commit) is left alone: one that is
+# open for long would hold up the leases of all others. It is tried again at the next look.
+_REPLACE_MANY_POSTGRESQL = """
+WITH clock AS MATERIALIZED (SELECT {now} AS now),
+mine AS MATERIALIZED (
+  SELECT there.key, given.stamp AS was, given.value, given.ttl
+  FROM unnest(
+    CAST(:keys AS text[]), CAST(:stamps AS bigint[]), CAST(:owners AS bytea[]), CAST(:news AS bytea[]),
+    CAST(:ttls AS bigint[])
+  ) AS given (key, stamp, owner, value, ttl)
+  JOIN celery_idem AS there ON there.key = given.key AND there.stamp = given.stamp
+  WHERE substr(there.value, 1, :length) = given.owner
+    AND (there.expires IS NULL OR there.expires > (SELECT now FROM clock))
+  FOR UPDATE OF there SKIP LOCKED
+)
+UPDATE celery_idem AS there
+SET stamp = greatest(clock.now, mine.was + 1), value = mine.value, expires = clock.now + mine.ttl
+FROM clock, mine
+WHERE there.key = mine.key
+RETURNING there.key, mine.was, there.stamp
+"""
+
 _SCAN = """
 SELECT key, stamp, value
 FROM celery_idem, (SELECT {now} AS now) AS clock
@@ -102,6 +124,7 @@ class Statements(NamedTuple):
     create: str
     read: str
     replace: str
+    replace_many: str  # "" for SQLite, where a round trip costs nothing
     scan: str
     scan_state: str
     purge: str
@@ -119,6 +142,7 @@ def statements(dialect: str, paramstyle: str) -> Statements:
         _CREATE_POSTGRESQL if postgresql else _CREATE_SQLITE,
         _READ,
         _REPLACE,
+        _REPLACE_MANY_POSTGRESQL if postgresql else "",
         _SCAN,
         _SCAN_STATE,
         _PURGE_POSTGRESQL if postgresql else _PURGE,

@@ -21,7 +21,7 @@ from celery_idem.errors import ConfigurationError, StoreError
 from celery_idem.intent import MICROSECONDS, Acquired, Fingerprint, Policy, Request, Stored
 from celery_idem.ledger import Ledger
 from celery_idem.stores import open_store, sql_connections, sql_statements
-from celery_idem.stores.base import Store
+from celery_idem.stores.base import Change, Store
 from celery_idem.stores.sql import SqlStore
 from celery_idem.testing import StoreConformance
 from tests.conftest import running
@@ -190,6 +190,41 @@ def test_purge_does_not_wait_for_a_row_that_somebody_holds(postgres_url: str) ->
         other.execute("SELECT 1 FROM celery_idem WHERE key = '3' FOR UPDATE")
         assert store.purge(100) == 4
     assert store.purge(100) == 1
+
+
+@pytest.mark.postgres
+def test_a_row_that_a_transaction_holds_does_not_hold_up_the_renewal_of_others(postgres_url: str) -> None:
+    """`settle_in` locks its record until the author commits."""
+    store = open_store(postgres_url)
+    held = {name: store.create(name, MINE).stored for name in ("a", "b", "c")}
+    with psycopg.connect(postgres_url) as author:
+        author.execute("SELECT 1 FROM celery_idem WHERE key = 'b' FOR UPDATE")
+        changes = [Change(key, stored, MINE + b"2") for key, stored in held.items() if stored is not None]
+        assert [reply.done for reply in store.replace_many(changes)] == [True, False, True]
+        assert store.read("b").stored == held["b"]
+        author.rollback()
+    again = store.replace_many(changes)
+    assert [reply.done for reply in again] == [False, True, False]
+    assert again[0].stored == store.read("a").stored
+    assert store.read("b").stored == again[1].stored
+
+
+@pytest.mark.postgres
+def test_a_thousand_replacements_are_one_statement(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(postgres_url)
+    assert isinstance(store, SqlStore)
+    changes = []
+    for n in range(1000):
+        stored = store.create(str(n), MINE).stored
+        assert stored is not None
+        changes.append(Change(str(n), stored, MINE + b"2", 3600 * MICROSECONDS if n % 2 else None))
+    ran: list[str] = []
+    once = store._once
+    monkeypatch.setattr(store, "_once", lambda *given: (ran.append(given[0]), once(*given))[1])
+    assert all(reply.done for reply in store.replace_many(changes))
+    assert len(ran) == 1
 
 
 def test_purge_in_batches(url: str) -> None:
