@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 PATIENCE = 60.0
 """Seconds for all of them to come to an end after the body."""
 
+LONGEST = 90.0
+"""Seconds that anybody here waits for the body, which gives up after 60."""
+
 
 class Cost(NamedTuple):
     """What waiting cost.
@@ -107,7 +110,7 @@ def at_the_worker(
     began = time.monotonic()
     others = [stage.slow.apply_async((name,)) for _ in range(number)]
     wait_for(
-        lambda: enough(time.monotonic() - began, count), 600, "the others to have waited long enough", 0.1
+        lambda: enough(time.monotonic() - began, count), LONGEST, "the others to have waited long enough", 0.1
     )
     stage.gate(name).open()
     seconds = time.monotonic() - began
@@ -133,13 +136,16 @@ def at_receipts(
 
     def call() -> object:
         together.wait(PATIENCE)
-        return stage.slow.submit(name).wait(600).result
+        return stage.slow.submit(name).wait(LONGEST).result
 
     with ThreadPoolExecutor(number) as pool:
         others = [pool.submit(call) for _ in range(number)]
         together.wait(PATIENCE)
         wait_for(
-            lambda: enough(time.monotonic() - began, count), 600, "the others to have waited long enough", 0.1
+            lambda: enough(time.monotonic() - began, count),
+            LONGEST,
+            "the others to have waited long enough",
+            0.1,
         )
         stage.gate(name).open()
         seconds = time.monotonic() - began
