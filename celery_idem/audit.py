@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from celery_idem import digests
 from celery_idem.claims import Entry
-from celery_idem.doctor import FREE_TEXT, INSTANTS, VOLATILE
+from celery_idem.doctor.intents import FREE_TEXT, INSTANTS, VOLATILE
 from celery_idem.intent import MICROSECONDS
 from celery_idem.keys import Declaration
 from celery_idem.task import IdempotentTask

@@ -91,7 +91,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             setattr(cls, "__call__", Task.__call__)  # noqa: B010  # mypy takes an assignment for a mistake
             cls.Request = Task.Request
         else:
-            app.steps["worker"].add("celery_idem.doctor:AtStart")  # by name: it is loaded by workers only
+            app.steps["worker"].add("celery_idem.doctor.at_start:AtStart")  # by name: only workers load it
 
     @property
     def guard(self) -> Guard:

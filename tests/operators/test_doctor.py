@@ -13,6 +13,7 @@ import redis as redis_py
 from celery import Celery
 
 from celery_idem import ALL_ARGUMENTS, IdempotentTask, doctor
+from celery_idem.doctor import intents, stores
 from tests.operators.conftest import Idem, command_line
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_for
@@ -121,8 +122,8 @@ def test_an_annotation_says_what_the_name_does_not() -> None:
     "name", ["order_id", "order_uuid", "customer_id", "due_date", "context", "subject_id"]
 )
 def test_stable_names_are_left_alone(name: str) -> None:
-    assert not doctor.VOLATILE.search(name)
-    assert not doctor.FREE_TEXT.search(name)
+    assert not intents.VOLATILE.search(name)
+    assert not intents.FREE_TEXT.search(name)
 
 
 def test_an_application_without_any_intent() -> None:
@@ -187,7 +188,7 @@ def test_a_store_that_is_away(idem: Idem) -> None:
 
 
 def test_skew_beyond_the_limit() -> None:
-    store = doctor.StoreFacts("redis://x", skew=doctor.SKEW_LIMIT + 1)
+    store = doctor.StoreFacts("redis://x", skew=stores.SKEW_LIMIT + 1)
     found = doctor.examine(doctor.Snapshot(stores=(store,)), doctor.ASKING)
     assert [finding.code for finding in found] == ["clock-skew"]
     assert not doctor.examine(doctor.Snapshot(stores=(replace(store, skew=0.2),)), doctor.ASKING)
