@@ -1,0 +1,138 @@
+"""The person who settles what is in doubt, when the monkey is gone and everybody is awake.
+
+What happened is read in the destination's ledger, as a person would look it up there, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import NamedTuple
+
+from celery_idem import Happened, IdempotencyError, Ledger, NotHappened
+from celery_idem.claims import Entry
+from celery_idem.stores import open_store
+from tests.chaos.destination import tell
+from tests.chaos.plan import Intent, Plan
+from tests.chaos.shop import answer
+from tests.chaos.stage import Stage
+from tests.support.effects import Effects
+from tests.support.waiting import wait_for
+from tests.support.workers import ROOT
+
+# How many are decided by the command line, which starts a process for each; the rest by what is behind it.
+BY_COMMAND = 3
+
+# Seconds until nobody works on anything any more: bodies end within one, leases lapse in two.
+QUIET_WITHIN = 60.0
+
+
+class Settled(NamedTuple):
+    """One decision of the operator's."""
+
+    key: str
+    ref: str
+    what: str
+    reason: str
+
+
+class Records:
+    """What the store holds at the end, by reference."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self.ledger = Ledger(open_store(stage.store.url_for(0)))
+
+    def key(self, intent: Intent) -> str:
+        """As the task derives it: the shop's own declaration, without a worker."""
+        from tests.chaos.shop import app
+
+        declaration = app.tasks[intent.task].declaration
+        assert declaration is not None
+        bound = declaration.bind((), {"ref": intent.ref, "cents": intent.cents, "note": ""})
+        return str(declaration.key(self.ledger.namespace, bound, None, None, intent.key or None))
+
+    def all(self) -> dict[str, Entry]:
+        return {entry.key: entry for entry in self.ledger.list()}
+
+    def close(self) -> None:
+        self.ledger.store.close()
+
+
+def settle(stage: Stage, plan: Plan, records: Records) -> list[Settled]:
+    """Decide every intent that is in doubt or lapsed, by what the destination's ledger says."""
+    by_key = {records.key(intent): intent for intent in plan.intents()}
+    wait_for(
+        lambda: not any(map(_held, records.ledger.list())),
+        QUIET_WITHIN,
+        lambda: f"everybody to be done: {[entry for entry in records.ledger.list() if _held(entry)][:5]}",
+        every=0.25,
+    )
+    settled = []
+    for entry in records.all().values():
+        if entry.state in ("in_doubt", "lapsed") and _counts(entry):
+            settled.append(_decide(stage, records.ledger, entry, by_key.get(entry.key), len(settled)))
+    return settled
+
+
+def _held(entry: Entry) -> bool:
+    """Somebody works on it, or a retry is due that may still come. Ticks begin for as long as beats run."""
+    return _counts(entry) and entry.state in ("running", "scheduled") and entry.retry_after > 0
+
+
+def _counts(entry: Entry) -> bool:
+    """The second links of chains have no effect: their callers ask for the first ones again."""
+    return entry.task != "chaos.after"
+
+
+def _decide(stage: Stage, ledger: Ledger, entry: Entry, intent: Intent | None, number: int) -> Settled:
+    ref = intent.ref if intent is not None else entry.key
+    done = {
+        str(effect["part"]): effect["receipt"] for effect in Effects(stage.folder / "effects.jsonl").of(ref)
+    }
+    missing = [part for part in (intent.parts if intent is not None else ("tick",)) if part not in done]
+    what = "happened"
+    if missing and not set(done) <= {step.name for step in entry.record.steps}:
+        # The step that was left open has happened, a later one has not: a person does that one by hand.
+        for part in missing:
+            request = {"do": "effect", "ref": ref, "part": part, "fence": 0, "key": "", "by": "operator"}
+            done[part] = tell(stage.destination, request)["receipt"]
+        what, missing = "happened, the rest by hand", []
+    if missing or not done:
+        what = "not happened"  # of steps, those that are done stay done
+        _resolve(stage, ledger, entry, None, number)
+    elif intent is None:
+        _resolve(stage, ledger, entry, Happened(done["tick"]), number)
+    else:
+        _resolve(stage, ledger, entry, Happened(answer(ref, intent.cents, done)), number)
+    return Settled(entry.key, ref, what, entry.record.reason or entry.state)
+
+
+def _resolve(stage: Stage, ledger: Ledger, entry: Entry, happened: Happened | None, number: int) -> None:
+    if number >= BY_COMMAND:
+        ledger.resolve(
+            entry.key,
+            happened or NotHappened(),
+            by="operator",
+            evidence="the destination's ledger",
+            fence=entry.record.fence,
+        )
+        return
+    words: list[str] = [
+        sys.executable,
+        "-m",
+        "celery",
+        "-A",
+        "tests.chaos.shop:app",
+        "idem",
+        "resolve",
+        entry.key,
+    ]
+    words += ["--by", "operator", "--evidence", "the destination's ledger", "--yes"]
+    words += ["--happened", json.dumps(happened.result)] if happened else ["--not-happened"]
+    words += ["--fence", str(entry.record.fence)]
+    environment = stage.environment(stage.plan.brokers[0])
+    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        raise IdempotencyError(f"`idem resolve {entry.key}` failed: {done.stdout}{done.stderr}", entry.key)

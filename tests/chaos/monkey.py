@@ -1,0 +1,135 @@
+"""The monkey: brings the faults of the plan about, each at its time, and writes down what it did."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+import redis
+
+from tests.chaos.plan import Fault
+from tests.chaos.stage import Stage
+from tests.support.effects import Effects
+
+
+class Monkey:
+    """Runs on threads of its own from `start` to `stop`; after that, whatever it broke goes again."""
+
+    def __init__(self, stage: Stage, faults: list[Fault], ledger: Path) -> None:
+        self._stage = stage
+        self._faults = faults
+        self._ledger = Effects(ledger)
+        self._stopping = threading.Event()
+        self._running: list[threading.Thread] = []
+        # One fault at a time for a store and for a worker: neither can be frozen while it is dead.
+        self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._thread = threading.Thread(target=self._follow, name="monkey", daemon=True)
+        self.done = 0
+        self.current = ""
+
+    def start(self, start: float) -> None:
+        """`start` is the time (seconds since the epoch) that the plan's times count from."""
+        self._start = start
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Return when every fault is over."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        for thread in self._running:
+            thread.join()
+
+    def _follow(self) -> None:
+        for fault in self._faults:
+            if self._stopping.wait(max(0.0, self._start + fault.at - time.time())):
+                return
+            thread = threading.Thread(target=self._bring_about, args=(fault,), daemon=True)
+            self._running.append(thread)
+            thread.start()
+
+    def _bring_about(self, fault: Fault) -> None:
+        target = fault.kind if fault.kind.endswith("child") else fault.kind.rpartition(" ")[2]
+        target += fault.broker
+        with self._locks[target]:
+            if self._stopping.is_set():
+                return
+            began = time.time()
+            self.current = f"{fault.kind} {fault.broker}"
+            act = getattr(self, f"_{fault.kind.replace(' ', '_')}")
+            try:
+                detail = act(fault)
+            except (OSError, psutil.Error, redis.RedisError, AssertionError) as error:
+                detail = {"failed": f"{type(error).__name__}: {error}"}
+            self._ledger.add(
+                fault.kind, broker=fault.broker, planned=fault.at, began=began, ended=time.time(), **detail
+            )
+            self.done += "failed" not in detail
+
+    # -- the faults, named as in plan.FAULTS -----------------------------------------------------------------
+    def _kill_child(self, fault: Fault) -> dict[str, Any]:
+        pid = self._child(fault)
+        if pid is None:
+            return {"failed": "no child"}
+        os.kill(pid, signal.SIGKILL)
+        return {"victim": pid}
+
+    def _freeze_child(self, fault: Fault) -> dict[str, Any]:
+        pid = self._child(fault)
+        if pid is None:
+            return {"failed": "no child"}
+        process = psutil.Process(pid)  # knows the start time too: a reused pid is not hit
+        process.suspend()
+        self._stopping.wait(fault.seconds)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.resume()
+        return {"victim": pid}
+
+    def _kill_worker(self, fault: Fault) -> dict[str, Any]:
+        worker = self._stage.worker(fault.broker)
+        if worker is None:
+            return {"failed": "no worker"}
+        worker.kill()
+        return {"victim": worker.pid}
+
+    def _freeze_worker(self, fault: Fault) -> dict[str, Any]:
+        worker = self._stage.worker(fault.broker)
+        if worker is None:
+            return {"failed": "no worker"}
+        worker.pause()
+        self._stopping.wait(fault.seconds)
+        worker.resume()
+        return {"victim": worker.pid}
+
+    def _kill_store(self, fault: Fault) -> dict[str, Any]:
+        victim = self._stage.store.pid
+        self._stage.store.kill()
+        self._stopping.wait(fault.seconds)
+        self._stage.store.restart()
+        return {"victim": victim}
+
+    def _freeze_store(self, fault: Fault) -> dict[str, Any]:
+        self._stage.store.pause()
+        self._stopping.wait(fault.seconds)
+        self._stage.store.resume()
+        return {"victim": self._stage.store.pid}
+
+    def _cut_broker(self, fault: Fault) -> dict[str, Any]:
+        if fault.broker == "rabbitmq":
+            assert self._stage.proxy is not None
+            return {"connections": self._stage.proxy.cut()}
+        with redis.Redis.from_url(self._stage.redis.url) as client:
+            cut = [client.client_kill_filter(_type=kind, skipme=True) for kind in ("normal", "pubsub")]
+            return {"connections": sum(cut)}
+
+    def _child(self, fault: Fault) -> int | None:
+        worker = self._stage.worker(fault.broker)
+        children = worker.child_pids() if worker is not None else []
+        return children[fault.child % len(children)] if children else None

@@ -1,0 +1,201 @@
+"""Everything random of a run, drawn from its seed before anything starts.
+
+An intent is drawn from the seed and its own number, a fault from the seed and its kind: a run with fewer
+intents, or with some kinds of fault only, has the same ones as the large run, less the rest.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from random import Random
+from typing import Any
+
+BROKERS = ("redis", "rabbitmq")
+
+# What a crash means for a task, and which share of the intents is of it. See `shop` for their bodies.
+POLICIES = {"reconcile": 35, "in_doubt": 25, "resume": 15, "rerun": 15, "retry": 10}
+
+# Both ways of Celery's to treat the message of a process that dies.
+ACKS = ("early", "late")
+
+# How calls are handed over (see `doors`), by weight: MCP and HTTP cost more of the machine than the rest.
+DOORS = {
+    "delay": 20,
+    "send_task": 15,
+    "submit": 20,
+    "submit_by_name": 10,
+    "chain": 10,
+    "tool": 10,
+    "http": 10,
+    "mcp": 5,
+}
+
+# Doors that can carry a key of the caller's own.
+KEYED_DOORS = ("delay", "send_task", "submit", "submit_by_name", "http")
+
+# Every kind of fault, and the mean seconds between two of a kind at one target.
+FAULTS = {
+    "kill child": 4.0,
+    "freeze child": 8.0,
+    "kill worker": 20.0,
+    "freeze worker": 20.0,
+    "kill store": 20.0,
+    "freeze store": 15.0,
+    "cut broker": 10.0,
+}
+
+# Seconds a frozen process sleeps: from within its lease to more than twice as long (see `shop.LEASE`).
+FROZEN = (1.0, 5.0)
+# Seconds a frozen store sleeps: around its clients' time limit, so that some replies come and some are lost.
+STORE_FROZEN = (0.3, 2.0)
+# Seconds a killed store stays away.
+STORE_AWAY = (0.1, 2.5)
+
+# Seconds at most in each of three parts of a body: long enough to be hit, short enough for two cores.
+LONGEST = 0.06
+
+# Seconds between the first call of an intent and its last: some come while the first runs, some long after.
+SPREAD = 8.0
+
+
+@dataclass(frozen=True)
+class Call:
+    """One agent that wants the action done: when, by which door, and how long it waits before it calls again."""
+
+    at: float
+    door: str
+    broker: str
+    patience: float
+
+
+@dataclass(frozen=True)
+class Intent:
+    """One action somebody means to happen once, and how its body and its destination behave.
+
+    `before`, `during` and `after` are seconds: in the body before its request, at the destination, and in the
+    body after the answer. `busy` is how often the destination says "not now" first. `dies` is where the first
+    execution is killed.
+    """
+
+    number: int
+    policy: str
+    acks: str
+    cents: int
+    key: str
+    before: float
+    during: float
+    after: float
+    busy: int
+    declined: bool
+    dies: str
+    calls: tuple[Call, ...]
+
+    @property
+    def ref(self) -> str:
+        """What the shop calls it."""
+        return f"i{self.number:06}"
+
+    @property
+    def task(self) -> str:
+        return f"chaos.{self.policy}.{self.acks}"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Its effects, by name."""
+        if self.declined:
+            return ()
+        return ("charge", "mail") if self.policy == "resume" else ("charge",)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`broker` says whose worker or connections; `child` picks one of a worker's processes."""
+
+    at: float
+    kind: str
+    broker: str
+    child: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run. `seconds` is how long calls and faults go on; `kinds` are the faults it has."""
+
+    seed: int
+    seconds: float
+    count: int
+    brokers: tuple[str, ...] = BROKERS
+    kinds: tuple[str, ...] = tuple(FAULTS)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        values = json.loads(text)
+        return cls(**{**values, "brokers": tuple(values["brokers"]), "kinds": tuple(values["kinds"])})
+
+    def intent(self, number: int) -> Intent:
+        """The intent with this number; the same in every process."""
+        random = Random(f"{self.seed} intent {number}")
+        policy = _one_of(random, POLICIES)
+        keyed = random.random() < 0.1
+        begins = random.random() * self.seconds
+        doors = {name: weight for name, weight in DOORS.items() if not keyed or name in KEYED_DOORS}
+        calls = []
+        for n in range(random.randint(1, 5)):
+            later = random.random() * SPREAD if n else 0.0
+            broker = BROKERS[random.randrange(2)]
+            door = _one_of(random, doors)
+            patience = random.uniform(1.5, 8.0)
+            if broker not in self.brokers:
+                broker = self.brokers[0]
+            calls.append(Call(begins + later, door, broker, patience))
+        return Intent(
+            number=number,
+            policy=policy,
+            acks=random.choice(ACKS),
+            cents=random.randint(1, 100_000),
+            key=f"caller-{self.seed}-{number}" if keyed else "",
+            before=random.uniform(0, LONGEST),
+            during=random.uniform(0, LONGEST),
+            after=random.uniform(0, LONGEST),
+            busy=random.choice((0, 0, 0, 0, 0, 0, 1, 2)) if policy != "retry" else random.randint(1, 2),
+            declined=random.random() < 0.03,
+            dies=random.choice(("before", "after")) if random.random() < self._dying else "",
+            calls=tuple(calls),
+        )
+
+    @property
+    def _dying(self) -> float:
+        """Share of the intents whose first execution is killed at a chosen point."""
+        return 0.05 if "kill child" in self.kinds else 0.0
+
+    def intents(self) -> list[Intent]:
+        return [self.intent(number) for number in range(self.count)]
+
+    def faults(self) -> list[Fault]:
+        """All faults, the first first. Spread out, so that even a short run has each kind."""
+        found = []
+        for kind in self.kinds:
+            for broker in ("",) if kind.endswith("store") else self.brokers:
+                random = Random(f"{self.seed} {kind} {broker}")
+                count = max(1, round(self.seconds / FAULTS[kind]))
+                for n in range(count):
+                    at = (n + random.uniform(0.1, 0.9)) * self.seconds / count
+                    found.append(Fault(at, kind, broker, random.randrange(64), _lasting(random, kind)))
+        return sorted(found, key=lambda fault: fault.at)
+
+
+def _lasting(random: Random, kind: str) -> float:
+    """Seconds a fault lasts; 0.0 for what is over at once."""
+    lasting = {"freeze store": STORE_FROZEN, "kill store": STORE_AWAY}
+    if kind.startswith("freeze") or kind in lasting:
+        return random.uniform(*lasting.get(kind, FROZEN))
+    return 0.0
+
+
+def _one_of(random: Random, weights: dict[str, Any]) -> str:
+    return random.choices(list(weights), list(weights.values()))[0]

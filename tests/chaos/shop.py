@@ -1,0 +1,225 @@
+"""The Celery application of the soak: one task per policy and acknowledgement, all with effects elsewhere.
+
+=========  ==================================================================================
+policy     its body
+=========  ==================================================================================
+reconcile  one charge; after a crash the destination is asked by reference
+in_doubt   one charge; nobody can ask, so a person decides (Celery IDem's default)
+resume     a charge and a mail as two steps; the destination can be asked about the charge only
+rerun      one charge with an idempotency key: the destination does not do it twice
+retry      one charge; "not now" is Celery's own retry
+=========  ==================================================================================
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from celery import Celery
+
+from celery_idem import ALL_ARGUMENTS, Happened, IdempotentTask, NotHappened
+from tests.chaos import destination
+from tests.chaos.plan import ACKS, POLICIES, Intent, Plan
+
+# Without an environment the module is here for its names only.
+FOLDER = Path(os.environ.get("CHAOS_FOLDER", "."))
+BROKER = os.environ.get("CHAOS_BROKER", "memory://")
+STORE = os.environ.get("CHAOS_STORE", "memory://chaos")
+BACKEND = os.environ.get("CHAOS_BACKEND", "cache+memory://")
+DESTINATION = int(os.environ.get("CHAOS_DESTINATION", "0"))
+PLAN = Plan.from_json(os.environ["CHAOS_PLAN"]) if "CHAOS_PLAN" in os.environ else Plan(0, 0, 0)
+
+# Seconds. Frozen processes (plan.FROZEN) sleep past it, and a store that is restarted lets some of it pass.
+LEASE = 2.0
+# Seconds until Redis hands an unacknowledged message out again: soon enough to happen often.
+VISIBILITY = 5.0
+
+app = Celery("chaos", broker=BROKER, backend=BACKEND, set_as_current=False)
+app.conf.update(
+    idem_store=STORE,
+    idem_lease=LEASE,
+    task_default_queue="chaos",
+    task_track_started=True,
+    worker_prefetch_multiplier=2,
+    # A worker's own limit on restarts of its connection is not what we are here for.
+    worker_cancel_long_running_tasks_on_connection_loss=False,
+    broker_connection_retry_on_startup=True,
+    broker_connection_max_retries=None,
+    result_expires=3600,
+    beat_scheduler="celery_idem.adapters.beat:Scheduler",
+    beat_schedule={"tick": {"task": "chaos.tick", "schedule": 1.0}},
+    beat_max_loop_interval=1,
+    broker_transport_options={
+        "visibility_timeout": VISIBILITY,
+        "unacked_restore_interval": 1,
+        "unacked_restore_throttle": 1,
+    }
+    if BROKER.startswith("redis")
+    else {},
+)
+
+
+class Declined(Exception):
+    """The destination's answer is no, for good: an outcome like any other."""
+
+
+class NotNow(Exception):
+    """The destination has not taken the request: nothing happened."""
+
+
+def intent_of(ref: str) -> Intent:
+    return PLAN.intent(int(ref[1:]))
+
+
+def maybe_die(intent: Intent, where: str) -> None:
+    """The planned death of an intent's first execution."""
+    if intent.dies != where:
+        return
+    try:
+        os.close(os.open(FOLDER / f"died-{intent.ref}", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def effect(self: IdempotentTask, ref: str, part: str = "charge", key: str = "") -> int:
+    """One request to the destination, and its receipt.
+
+    Raises:
+        NotNow, Declined: the destination said so.
+    """
+    told = destination.tell(
+        DESTINATION,
+        {
+            "do": "effect",
+            "ref": ref,
+            "part": part,
+            "fence": self.claim.fence,
+            "key": key,
+            "task_id": self.request.id,
+            "attempt": self.claim.attempt,
+            "worker": self.request.hostname,
+            "body_pid": os.getpid(),
+            "record": self.claim.key,
+        },
+    )
+    if told.get("refused") == "declined":
+        raise Declined(ref)
+    if "refused" in told:
+        raise NotNow(f"{ref}: {told['refused']}")
+    receipt: int = told["receipt"]
+    return receipt
+
+
+def ask(ref: str, part: str, void_below: int) -> int | None:
+    """The receipt of what happened. Whatever has an older fence, and did not happen, never will."""
+    told = destination.tell(DESTINATION, {"do": "ask", "ref": ref, "part": part, "void_below": void_below})
+    receipt: int | None = told["receipt"]
+    return receipt
+
+
+def answer(ref: str, cents: int, receipts: dict[str, int]) -> dict[str, Any]:
+    """What every caller gets."""
+    return {"ref": ref, "cents": cents, "receipts": receipts}
+
+
+def reconcile(task: IdempotentTask, ref: str, cents: int, note: str = "") -> Happened | NotHappened:
+    # The claim still has the fence of the execution that is asked about: void that one too.
+    receipt = ask(ref, "charge", task.claim.fence + 1)
+    return NotHappened() if receipt is None else Happened(answer(ref, cents, {"charge": receipt}))
+
+
+def reconcile_step(self: IdempotentTask, ref: str) -> Happened | NotHappened:
+    # This execution took over and has a fence of its own: void the earlier ones.
+    receipt = ask(ref, "charge", self.claim.fence)
+    return NotHappened() if receipt is None else Happened(receipt)
+
+
+def one_charge(self: IdempotentTask, ref: str, cents: int, note: str = "") -> dict[str, Any]:
+    """Charge a customer."""
+    intent = intent_of(ref)
+    time.sleep(intent.before)
+    maybe_die(intent, "before")
+    receipt = effect(self, ref, key=self.claim.downstream_key("charge") if intent.policy == "rerun" else "")
+    maybe_die(intent, "after")
+    time.sleep(intent.after)
+    return answer(ref, cents, {"charge": receipt})
+
+
+def charge_and_mail(self: IdempotentTask, ref: str, cents: int, note: str = "") -> dict[str, Any]:
+    """Charge a customer, and say so in a mail."""
+    intent = intent_of(ref)
+    time.sleep(intent.before)
+    charge = self.step(
+        "charge",
+        lambda: effect(self, ref, "charge"),
+        reconcile=lambda: reconcile_step(self, ref),
+    )
+    maybe_die(intent, "before")
+    time.sleep(intent.after)
+    mail = self.step("mail", lambda: effect(self, ref, "mail"))
+    maybe_die(intent, "after")
+    return answer(ref, cents, {"charge": charge, "mail": mail})
+
+
+def charge_or_retry(self: IdempotentTask, ref: str, cents: int, note: str = "") -> dict[str, Any]:
+    """Charge a customer, later if need be."""
+    try:
+        return one_charge(self, ref, cents, note)
+    except NotNow as error:
+        raise self.retry(exc=error, countdown=0.3, max_retries=20) from None
+
+
+BODIES = {"resume": charge_and_mail, "retry": charge_or_retry}
+CRASHES: dict[str, dict[str, Any]] = {
+    "reconcile": {"reconcile": reconcile},
+    "retry": {"reconcile": reconcile},
+    "in_doubt": {"on_crash": "in_doubt"},
+    "resume": {"on_crash": "resume"},
+    "rerun": {"on_crash": "rerun"},
+}
+for policy in POLICIES:
+    for acks in ACKS:
+        app.task(
+            base=IdempotentTask,
+            bind=True,
+            name=f"chaos.{policy}.{acks}",
+            intent=("ref",),
+            must_match=("cents",),
+            no_effect_errors=(NotNow,),
+            throws=(NotNow, Declined),  # expected: no traceback in the log
+            acks_late=acks == "late",
+            reject_on_worker_lost=acks == "late",
+            **CRASHES[policy],
+        )(BODIES.get(policy, one_charge))
+
+
+@app.task(base=IdempotentTask, name="chaos.after", intent=ALL_ARGUMENTS, acks_late=True, on_crash="rerun")
+def after(result: dict[str, Any]) -> dict[str, Any]:
+    """The second link of a chain: it only hands on."""
+    return result
+
+
+def reconcile_tick(task: IdempotentTask) -> Happened | NotHappened:
+    receipt = ask(task.claim.key, "tick", task.claim.fence + 1)
+    return NotHappened() if receipt is None else Happened(receipt)
+
+
+@app.task(
+    base=IdempotentTask,
+    bind=True,
+    name="chaos.tick",
+    intent=ALL_ARGUMENTS,
+    acks_late=True,
+    reject_on_worker_lost=True,
+    no_effect_errors=(NotNow,),
+    throws=(NotNow,),
+    reconcile=reconcile_tick,
+)
+def tick(self: IdempotentTask) -> int:
+    """What two beats send: one effect a second, whoever is first."""
+    return effect(self, self.claim.key, "tick")

@@ -1,0 +1,74 @@
+"""A TCP proxy whose connections can be cut, for servers that have no quick way to drop their clients."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from concurrent.futures import Future
+
+CHUNK = 1 << 16  # bytes per read: a message of ours is a few hundred
+
+
+class Proxy:
+    """Forwards a port of 127.0.0.1 to another one, on a thread with an event loop of its own."""
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self._pairs: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
+        self._thread.start()
+        self._server = self._call(asyncio.start_server(self._serve, "127.0.0.1", 0))
+        self.port: int = self._server.sockets[0].getsockname()[1]
+
+    def cut(self) -> int:
+        """Drop every connection at once, without a word, and return how many there were."""
+        return self._call(self._cut())
+
+    def close(self) -> None:
+        """Stop listening and drop what is open."""
+        self._server.close()
+        self.cut()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+        self._loop.close()
+
+    def _call(self, coroutine):  # type: ignore[no-untyped-def]
+        future: Future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)  # type: ignore[type-arg]
+        return future.result(10)
+
+    async def _cut(self) -> int:
+        pairs = list(self._pairs)
+        for pair in pairs:
+            pair.cancel()
+        await asyncio.gather(*pairs, return_exceptions=True)
+        return len(pairs)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._pairs.add(task)
+        back: asyncio.StreamWriter | None = None
+        try:
+            there, back = await asyncio.open_connection("127.0.0.1", self._target)
+            ways = [asyncio.ensure_future(_pump(reader, back)), asyncio.ensure_future(_pump(there, writer))]
+            try:
+                await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for way in ways:
+                    way.cancel()
+        except (OSError, asyncio.CancelledError):
+            pass  # dropped, by either end or by `cut`
+        finally:
+            self._pairs.discard(task)
+            for end in (writer, back):
+                if end is not None:
+                    end.transport.abort()
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await reader.read(CHUNK):
+            writer.write(data)
+            await writer.drain()
