@@ -1,0 +1,28 @@
+"""What every store must do, as tests.
+
+Subclass it in a test module, and say how to open your store::
+
+    from celery_idem.testing import StoreConformance
+
+    class TestMyStore(StoreConformance):
+        def make_store(self):
+            return MyStore("my://localhost")
+
+pytest collects the rest. The class uses no pytest itself: plain asserts, and
+``setup_method`` and ``teardown_method``, which other runners know too.
+"""
+
+from __future__ import annotations
+
+from celery_idem.testing.conformance.expiry import Expiry
+from celery_idem.testing.conformance.lost_replies import LostReplies
+from celery_idem.testing.conformance.many import ManyValues
+from celery_idem.testing.conformance.races import Races
+from celery_idem.testing.conformance.single import SingleValues
+
+
+class StoreConformance(SingleValues, Expiry, ManyValues, Races, LostReplies):
+    """Tests for one kind of store. Each uses keys of its own, so the store need not be empty.
+
+    Override ``make_store``; and, where they do not fit, the attributes and ``wait_until``.
+    """

@@ -1,0 +1,109 @@
+"""What the parts of the suite share: the set-up of a test, values and keys to try, and bounded waiting."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from celery_idem.intent import MICROSECONDS, Stored
+from celery_idem.stores.base import Reply, Store
+
+PATIENCE = 60.0
+"""Seconds until something that should have happened is a failure: for a very slow machine."""
+
+SHORT = MICROSECONDS // 5
+"""Microseconds that a value is kept in the tests of expiry: long beside a round trip, short to wait for."""
+
+MINE = b"owner-mine--"
+YOURS = b"owner-yours-"
+
+AWKWARD = (
+    "plain",
+    "shop.send_invoice:0123456789abcdef",
+    "Plain",  # differs in case only
+    "plain ",  # differs by a space at the end
+    "pl_in",
+    "pl%in",
+    "pl*in",
+    "pl?in",
+    "pl[a]in",
+    "pl\\ain",
+    "pl'; DROP TABLE records; --",
+    'pl"ain',
+    "pl\nain",
+    "größe",  # a composed ö
+    "gro\u0308ße",  # and a decomposed one: a store does not normalise
+    "支払い",
+    "💶",
+    "{tag}plain",
+    "x" * 700,
+)
+
+
+class Suite:
+    """What every part has: a store, and keys that no other test uses, so the store need not be empty."""
+
+    shared_by_processes = True
+    """False for a store that lives in one process: the races between processes are then skipped."""
+
+    racers = 8
+    """Threads in a race."""
+
+    processes = 3
+    """Processes in a race. Each takes about a second to start."""
+
+    def make_store(self) -> Store:
+        """A store that is open, or opens itself when it is used.
+
+        Every call must give an object of its own on the same data. Other processes call
+        this too: they get a pickled copy of this instance, so what a fixture puts on it
+        must be simple values, such as a URL.
+        """
+        raise NotImplementedError
+
+    def wait_until(self, store: Store, when: int) -> None:
+        """Return when the store's time is past ``when``, in microseconds. With a clock of your own: move it."""
+        wait_for(lambda: store.read(self.key("nothing")).now > when, f"the store's time to pass {when}")
+
+    def setup_method(self, *_: object) -> None:
+        self._prefix = f"conformance-{uuid.uuid4().hex}:"
+        self._opened: Store | None = None
+
+    def teardown_method(self, *_: object) -> None:
+        if self._opened is not None:
+            self._opened.close()
+
+    @property
+    def store(self) -> Store:
+        """Opened at first use: fixtures of a subclass come before it."""
+        if self._opened is None:
+            self._opened = self.make_store()
+        return self._opened
+
+    def key(self, name: str) -> str:
+        """A key that no other test uses."""
+        return self._prefix + name
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
+
+
+def held_by(reply: Reply) -> Stored:
+    """What the key holds, which must be something."""
+    assert reply.stored is not None
+    return reply.stored
+
+
+def stamp_of(reply: Reply) -> int:
+    return held_by(reply).stamp
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    """Until the condition holds; ``what`` is what was waited for, when it never does."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {PATIENCE:g} s for {what}"
+        threading.Event().wait(0.005)

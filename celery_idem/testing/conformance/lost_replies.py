@@ -1,0 +1,93 @@
+"""Replies that get lost: the write happened, and its caller was told that it failed."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Iterator
+
+from celery_idem import owners
+from celery_idem.errors import StoreError
+from celery_idem.intent import MICROSECONDS, Acquired, Done, Fingerprint, Outcome, Policy, Replay, Request
+from celery_idem.ledger import Ledger
+from celery_idem.testing.conformance.base import PATIENCE, Suite
+from celery_idem.testing.crashing import CrashingStore
+
+
+class LostReplies(Suite):
+    """The protocol over this store finds out what happened."""
+
+    def test_a_claim_that_meets_its_own_lost_write_has_won(self) -> None:
+        store, ledger, request = self._ledger()
+        store.crash("after create")
+        with _raises_store_error():
+            ledger.claim("shop.pay:1", request)
+        decision, claim = ledger.claim("shop.pay:1", request)
+        assert isinstance(decision, Acquired)
+        assert claim is not None
+        assert claim.attempt == 1
+        assert isinstance(ledger.settle(claim, Outcome(True, b"j1"), 0.0), Done)
+
+    def test_a_takeover_that_meets_its_own_lost_write_has_won(self) -> None:
+        store, ledger, request = self._ledger()
+        _, claim = ledger.claim("shop.pay:1", request)
+        assert claim is not None
+        assert isinstance(ledger.release(claim, 0.0), Done)
+        second = _request()
+        store.crash("after replace")
+        with _raises_store_error():
+            ledger.claim("shop.pay:1", second)
+        decision, claim = ledger.claim("shop.pay:1", second)
+        assert isinstance(decision, Acquired)
+        assert claim is not None
+        assert claim.attempt == 2
+
+    def test_a_lost_claim_is_taken_up_by_whoever_carries_its_owner(self) -> None:
+        store, ledger, request = self._ledger()
+        store.crash("after create")
+        with _raises_store_error():
+            ledger.claim("shop.pay:1", request)
+        decision, _ = ledger.claim("shop.pay:1", _request())
+        assert not isinstance(decision, Acquired)
+        decision, claim = ledger.claim("shop.pay:1", _request(carried=(request.owner,)))
+        assert isinstance(decision, Acquired)
+        assert claim is not None
+        assert claim.attempt == 1
+        decision, _ = ledger.claim("shop.pay:1", _request(carried=(request.owner,)))
+        assert not isinstance(decision, Acquired)  # a second copy of that message
+
+    def test_an_outcome_whose_reply_was_lost_is_there(self) -> None:
+        store, ledger, request = self._ledger()
+        _, claim = ledger.claim("shop.pay:1", request)
+        assert claim is not None
+        store.crash("after replace")
+        assert isinstance(ledger.settle(claim, Outcome(True, b"j1"), PATIENCE), Done)
+        decision, _ = ledger.claim("shop.pay:1", _request())
+        assert decision == Replay(Outcome(True, b"j1"))
+
+    def test_a_claim_that_was_never_written_is_free(self) -> None:
+        store, ledger, request = self._ledger()
+        store.crash("before create")
+        with _raises_store_error():
+            ledger.claim("shop.pay:1", request)
+        decision, _ = ledger.claim("shop.pay:1", _request())
+        assert isinstance(decision, Acquired)
+
+    def _ledger(self) -> tuple[CrashingStore, Ledger, Request]:
+        store = CrashingStore(self.store)
+        return store, Ledger(store, self._prefix.replace(":", "-")), _request()
+
+
+def _request(carried: tuple[bytes, ...] = ()) -> Request:
+    day = 86_400 * MICROSECONDS
+    policy = Policy(lease=day, result_ttl=day, failure_ttl=day)
+    return Request(owners.mint(), str(uuid.uuid4()), Fingerprint(), policy, carried)
+
+
+@contextlib.contextmanager
+def _raises_store_error() -> Iterator[None]:
+    try:
+        yield
+    except StoreError:
+        return
+    raise AssertionError("no StoreError was raised")
