@@ -116,9 +116,9 @@ def watched_redis(url: str, pid: int, seen: dict[str, Any]) -> Iterator[None]:
         client.config_resetstat()
         client.slowlog_reset()
         client.execute_command("LATENCY RESET")
-        waited = waited_for_core(pid)
+        waited, stolen = waited_for_core(pid), stolen_from_machine()
         yield
-        waited = waited_for_core(pid) - waited
+        waited, stolen = waited_for_core(pid) - waited, stolen_from_machine() - stolen
         slow = client.slowlog_get(1024)
         for command, took in client.execute_command("INFO", "latencystats").items():
             command = command.partition("usec_")[2]
@@ -136,12 +136,19 @@ def watched_redis(url: str, pid: int, seen: dict[str, Any]) -> Iterator[None]:
     ]
     seen["LATENCY, the longest, ms"] = latest
     seen["the server waited for a core, s"] = round(waited, 1)
+    seen["the machine for its host, s"] = round(stolen, 2)
 
 
 def waited_for_core(pid: int) -> float:
     """Seconds that a process could have run, and the machine was busy with others. Commands take
     longer by that, which is not their fault."""
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+
+
+def stolen_from_machine() -> float:
+    """Seconds that a core of this machine could have run, and its host gave to other machines."""
+    fields = Path("/proc/stat").read_text().split()
+    return int(fields[8]) / os.sysconf("SC_CLK_TCK")
 
 
 # --- the child: one operation ----------------------------------------------------------

@@ -28,7 +28,7 @@ from celery.utils.saferepr import saferepr
 from celery.worker.request import Request
 from celery.worker.state import task_ready
 
-from celery_idem import events, owners, protocol
+from celery_idem import events, owners, protocol, purging
 from celery_idem.claims import doubt_message
 from celery_idem.errors import OutcomeUnknown
 from celery_idem.intent import KEY, Again, Coming, InDoubt, Verdict
@@ -180,6 +180,8 @@ def _look_often(sender: Any = None, **_: Any) -> None:
 
 
 signals.worker_ready.connect(_look_often)
+signals.worker_ready.connect(purging.begin)
+signals.worker_shutdown.connect(purging.end)
 
 
 def _unwrapped(exc_info: Any) -> BaseException:

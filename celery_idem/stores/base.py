@@ -59,6 +59,9 @@ class Store(ABC):
     url: str
     """Where it is, without any secret: for messages."""
 
+    expires: ClassVar[bool] = False
+    """Values go by themselves when their time is over, so nobody need call ``purge``."""
+
     durabilities: ClassVar[tuple[str, ...]] = ()
     """Values of ``idem_durability`` that it honours beyond "none"."""
 

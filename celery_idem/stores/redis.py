@@ -86,6 +86,7 @@ class RedisStore(Store):
         durability: "none"; "replicas:N" and "fsync" wait for it after each write.
     """
 
+    expires = True
     durabilities = ("fsync", "replicas")
 
     def __init__(self, url: str, durability: str = "none") -> None:

@@ -82,6 +82,7 @@ class ClusterStore(Store):
         durability: as for one server.
     """
 
+    expires = True
     durabilities = RedisStore.durabilities
 
     def __init__(self, url: str, durability: str = "none") -> None:

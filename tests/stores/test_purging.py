@@ -1,0 +1,163 @@
+"""Expired rows go by themselves: in small batches, beside other workers, and nothing else goes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import psycopg
+import pytest
+from celery import Celery
+
+from celery_idem import IdempotentTask, purging
+from celery_idem.errors import StoreError
+from celery_idem.intent import MICROSECONDS
+from celery_idem.purging import Purger
+from celery_idem.stores import open_store
+from celery_idem.stores.base import Store
+from celery_idem.stores.memory import MemoryStore
+from tests.celery.conftest import Kind, start
+from tests.conftest import running
+from tests.support.servers import RedisServer
+from tests.support.waiting import wait_for
+
+VALUE = b"owner-mine--" + b"value"
+SOON = 30.0
+
+stores = pytest.mark.parametrize("kind", ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+
+
+@pytest.fixture(autouse=True)
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(purging, "FIRST", 0.01)
+    monkeypatch.setattr(purging, "EVERY", 0.1)
+    monkeypatch.setattr(purging, "BATCH", 50)
+
+
+@pytest.fixture
+def url(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if kind == "sqlite":
+        return f"sqlite:///{tmp_path}/idem.db"
+    postgres: str = request.getfixturevalue("postgres_url")
+    return postgres
+
+
+@pytest.fixture
+def purgers() -> Iterator[list[Purger]]:
+    made: list[Purger] = []
+    yield made
+    for purger in made:
+        purger.stop()
+
+
+def fill(store: Store, expired: int) -> set[str]:
+    """So many rows whose time is over, and some others; the names of those."""
+    for n in range(expired):
+        store.create(f"gone-{n}", VALUE, 1)
+    store.create("kept for an hour", VALUE, 3600 * MICROSECONDS)
+    store.create("evidence", VALUE)
+    return {"kept for an hour", "evidence"}
+
+
+def keys(url: str) -> set[str]:
+    """What is in the table, expired or not."""
+    import sqlalchemy as sa
+
+    engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    try:
+        with engine.connect() as connection:
+            return {key for (key,) in connection.exec_driver_sql("SELECT key FROM celery_idem")}
+    finally:
+        engine.dispose()
+
+
+@stores
+def test_two_workers_delete_what_has_expired_and_nothing_else(url: str, purgers: list[Purger]) -> None:
+    left = fill(open_store(url), 230)
+    assert len(keys(url)) == 232
+    for _ in range(2):
+        store = open_store(url)  # a worker's own
+        purgers.append(Purger(lambda store=store: [store]))
+        purgers[-1].start()
+    wait_for(lambda: keys(url) == left, SOON, lambda: f"only {left} to be there, not {len(keys(url))} rows")
+    open_store(url).create("later", VALUE, 1)
+    wait_for(lambda: keys(url) == left, SOON, "what expired later to go as well")
+
+
+@pytest.mark.postgres
+def test_it_waits_for_nobody(postgres_url: str, purgers: list[Purger]) -> None:
+    store = open_store(postgres_url)
+    left = fill(store, 120)
+    with psycopg.connect(postgres_url) as other:
+        other.execute("SELECT 1 FROM celery_idem WHERE key = 'gone-7' FOR UPDATE")
+        purgers.append(Purger(lambda: [store]))
+        purgers[0].start()
+        wait_for(lambda: keys(postgres_url) == {*left, "gone-7"}, SOON, "all rows but the locked one to go")
+        other.rollback()
+    wait_for(lambda: keys(postgres_url) == left, SOON, "that one to go")
+
+
+def test_a_store_that_fails_is_tried_again_and_a_backlog_is_not_done_in_one_go(purgers: list[Purger]) -> None:
+    class Failing(MemoryStore):
+        asked: list[int] = []  # noqa: RUF012
+
+        def purge(self, limit: int) -> int:
+            self.asked.append(limit)
+            if len(self.asked) == 1:
+                raise StoreError("away")
+            return super().purge(limit)
+
+    store = Failing()
+    fill(store, 120)
+    purgers.append(Purger(lambda: [store]))
+    purgers[0].start()
+    wait_for(lambda: len(store.asked) >= 5, SOON, "a failure, three batches and the next look")
+    assert set(store.asked) == {50}
+    assert len(store._values) == 2
+
+
+def app_with(url: str) -> Celery:
+    app = Celery("purged", broker="memory://", set_as_current=False)
+    app.conf.idem_store = url
+
+    @app.task(name="t", base=IdempotentTask, intent=("n",), shared=False)
+    def t(n: int) -> int:
+        return n
+
+    return app
+
+
+def test_a_store_that_expires_by_itself_has_no_thread(tmp_path: Path) -> None:
+    redis, sqlite = app_with("redis://127.0.0.1:1"), app_with(f"sqlite:///{tmp_path}/idem.db")
+    wrong = app_with("nonsense://")
+    before = set(threading.enumerate())
+    purging.begin(SimpleNamespace(app=redis))
+    purging.begin(SimpleNamespace(app=wrong))
+    assert set(threading.enumerate()) == before
+    for _ in range(2):  # a worker that connects anew is ready twice
+        purging.begin(SimpleNamespace(app=sqlite))
+    (thread,) = set(threading.enumerate()) - before
+    assert thread.name == "celery_idem purging"
+    for _ in range(2):
+        purging.end(SimpleNamespace(app=sqlite))
+    thread.join(SOON)
+    assert not thread.is_alive()
+
+
+@pytest.mark.redis
+def test_a_real_worker(tmp_path: Path) -> None:
+    """As it is configured: within seconds of its start."""
+    url = f"sqlite:///{tmp_path}/idem.db"
+    left = fill(open_store(url), 10)
+    with running(lambda: RedisServer(tmp_path / "redis")) as redis:
+        stage = start(
+            Kind("prefork", "redis", False, 1), redis.url, redis.url_for(1), tmp_path, idem_store=url
+        )
+        try:
+            wait_for(lambda: keys(url) == left, SOON, stage.worker.log_tail)
+            assert stage.pay.delay("a").get(timeout=SOON) == {"paid": 5, "of": ["a"]}
+        finally:
+            stage.worker.stop()
+            stage.app.close()
