@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo check docs matrix clean bench fuzz
+.PHONY: help test demo check docs matrix clean bench fuzz chaos
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,9 @@ bench: $(VENV)/.ready-test ## what the guard costs, as ratios measured side by s
 
 fuzz: $(VENV)/.ready-test ## a million random calls: one key for each action; ARGS="--seed 7 --count 100"
 	@$(PY) -m tests.proof.fuzz $(ARGS)
+
+chaos: $(VENV)/.ready-test ## minutes of traffic while workers, store and brokers are broken; ARGS="--minutes 60 --seed 7"
+	@$(PY) -m tests.chaos $(ARGS)
 
 clean: ## remove the environment, builds and caches
 	rm -rf $(VENV) .nox build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

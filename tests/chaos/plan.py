@@ -34,15 +34,16 @@ DOORS = {
 # Doors that can carry a key of the caller's own.
 KEYED_DOORS = ("delay", "send_task", "submit", "submit_by_name", "http")
 
-# Every kind of fault, and the mean seconds between two of a kind at one target.
+# Every kind of fault, and the mean seconds between two of a kind at one target. A worker that was killed needs
+# some seconds to be back: more often, and there is nobody left to be broken.
 FAULTS = {
-    "kill child": 4.0,
-    "freeze child": 8.0,
-    "kill worker": 20.0,
-    "freeze worker": 20.0,
-    "kill store": 20.0,
-    "freeze store": 15.0,
-    "cut broker": 10.0,
+    "kill child": 5.0,
+    "freeze child": 10.0,
+    "kill worker": 45.0,
+    "freeze worker": 40.0,
+    "kill store": 40.0,
+    "freeze store": 30.0,
+    "cut broker": 20.0,
 }
 
 # Seconds a frozen process sleeps: from within its lease to more than twice as long (see `shop.LEASE`).

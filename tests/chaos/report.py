@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 import platform
 import time
@@ -186,7 +187,7 @@ def write(run: Run, folder: Path) -> Path:
 
 
 def _page(run: Run, drawn: str) -> str:
-    console = Console(record=True, width=100, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console = Console(record=True, width=100, file=io.StringIO())
     console.print(table(run))
     stories = "".join(
         f"<h2>{html.escape(ref)}</h2><pre>{html.escape(chr(10).join(lines))}</pre>"
