@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,9 @@ from tests.support.waiting import wait_for
 from tests.support.workers import CeleryWorker
 
 BROKERS = ("rabbitmq", "redis")
+
+# What the workers run. With "tests.faults.unguarded" these tests have to fail.
+APP = os.environ.get("FAULTS_APP", "tests.faults.app")
 
 # Seconds. Far below the lease of 30 s, so that what is decided in time was not decided by the lease;
 # far above what a decision takes, so that a busy machine fails no test.
@@ -126,6 +130,9 @@ class Stage:
             "publisher", broker=broker_url, backend=self.backend_url, set_as_current=False
         )
         self.publisher.conf.task_default_queue = self.queue
+        if broker_name == "rabbitmq":
+            # Publishing waits until it has the message on its disk: one that is killed comes back with it.
+            self.publisher.conf.broker_transport_options = {"confirm_publish": True}
         self.ledger = Ledger(open_store(store.url_for(1)))
 
     def start_worker(self, *, env: dict[str, str] | None = None, **options: Any) -> CeleryWorker:
@@ -136,7 +143,7 @@ class Stage:
             "FAULTS_STORE": self.store_url,
             "FAULTS_QUEUE": self.queue,
         }
-        worker = CeleryWorker("tests.faults.app", self.folder, env={**settings, **(env or {})}, **options)
+        worker = CeleryWorker(APP, self.folder, env={**settings, **(env or {})}, **options)
         self.workers.append(worker)
         return worker
 

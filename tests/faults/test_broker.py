@@ -36,9 +36,7 @@ def test_broker_cut(
         }
         for case in cases.values():
             case.wait_hanging()
-        # A RabbitMQ that is killed has not always written to its disk what Celery published without confirmation.
-        cut = server.stop if broker == "rabbitmq" else server.kill
-        cut()
+        server.kill()
         for case in cases.values():
             case.gate.open()
         for case in cases.values():
@@ -49,7 +47,8 @@ def test_broker_cut(
         worker = stage.start_worker(concurrency=8, env={"FAULTS_VISIBILITY": "2"})
         late = [case for (_, acks), case in cases.items() if acks == "late"]
         wait_for(
-            lambda: all(f"[{case.result.id}] received" in worker.log_text() for case in late),
+            # The first worker may have been back in time to get them once more itself.
+            lambda: all(received(stage, case) > 1 for case in late),
             BACK_WITHIN,
             lambda: f"the deliveries nobody could acknowledge\n{worker.log_tail()}",
         )
