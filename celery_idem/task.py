@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from celery import Task
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from celery.result import AsyncResult, EagerResult
 
 
+HIDDEN = "(secret)"
+"""What stands in the place of a secret value."""
+
+
 class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task is untyped before 5.7
     """A task whose action happens once per intent, however often it is called.
 
@@ -41,8 +46,9 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         intent: parameter names that say what the action is; or a function from the
             arguments to a dictionary; or ``ALL_ARGUMENTS``.
         must_match: parameters that must be equal whenever the intent comes back.
-        secret: parameters whose values no log, page or audit ever shows. One that is part of
-            the intent or of ``must_match`` is in the store as an unkeyed digest: whoever
+        secret: parameters whose values no log, page, audit or event ever shows, Celery's own
+            included (a message that ``send_task`` publishes by name is Celery's alone). One that is
+            part of the intent or of ``must_match`` is in the store as an unkeyed digest: whoever
             reads the store could guess a short one.
         intent_version: change it when the same fields begin to mean another action.
         reconcile: ``(task, *args, **kwargs)``, or a method: asks the destination after a
@@ -254,6 +260,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             if given:
                 self._declared(f"{', '.join(given)} of a call")
             return options
+        if self.declaration.secret:
+            options = {**_shown(self.declaration, args or (), kwargs or {}), **options}
         same = options.pop("idem_same_intent", False)
         headers = dict(options.get("headers") or {})  # a copy: beat hands the same one at every tick
         headers.update(given)
@@ -400,6 +408,27 @@ class Settlement:
 
     def __init__(self) -> None:
         self.result: Any = None
+
+
+def _shown(declaration: keys.Declaration, args: Any, kwargs: Any) -> dict[str, str]:
+    """What Celery writes into a message for its log, its events and its monitors, without secret values."""
+    from celery.app.amqp import AMQP  # loaded by now; importing it with this module would cost every process
+    from celery.utils.saferepr import saferepr
+
+    names, rest = [], ""
+    for name, parameter in declaration.signature.parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            rest = name
+        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            names.append(name)
+    hidden = declaration.secret
+    given = zip_longest(names[: len(args)], args, fillvalue=rest)
+    positional = tuple(HIDDEN if name in hidden else value for name, value in given)
+    named = {name: HIDDEN if name in hidden else value for name, value in kwargs.items()}
+    return {
+        "argsrepr": saferepr(positional, maxlen=AMQP.argsrepr_maxsize),
+        "kwargsrepr": saferepr(named, maxlen=AMQP.kwargsrepr_maxsize),
+    }
 
 
 def _later(call: Callable[..., Answer], args: Any, kwargs: Any) -> Callable[[], Answer]:

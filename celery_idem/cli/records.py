@@ -17,6 +17,7 @@ from celery_idem.cli.screen import Screen, command
 from celery_idem.desk import STATES, Desk, duration, oldest, tallied
 from celery_idem.errors import IdempotencyError
 from celery_idem.intent import Happened, NotHappened
+from celery_idem.keys import Declaration
 
 LINES = 50
 """Entries shown to a person unless told otherwise: about a screen."""
@@ -307,7 +308,7 @@ def key(
             raise IdempotencyError(f"{call} is no call of {task}: {error}.") from None
         fields = {**{k: v for k, v in labels.items() if v is not None}, **declaration.intent(arguments)}
         made = declaration.key(namespace, arguments, labels["scope"], labels["occurrence"])
-        forms.append({"key": made, "intent": _hidden(fields, declaration.secret)})
+        forms.append({"key": made, "intent": _hidden(fields, declaration)})
         wholes.append(fields)
     differs = None
     if len(forms) == 2:
@@ -342,5 +343,7 @@ def _nth(values: tuple[str, ...], n: int) -> str | None:
     return values[n] if n < len(values) else None
 
 
-def _hidden(fields: dict[str, Any], secret: tuple[str, ...]) -> dict[str, Any]:
+def _hidden(fields: dict[str, Any], declaration: Declaration) -> dict[str, Any]:
+    """Without secrets. What a function makes of them has names of its own, so then nothing is shown."""
+    secret = declaration.secret if declaration.compute is None or not declaration.secret else fields
     return {name: "(secret)" if name in secret else value for name, value in fields.items()}
