@@ -31,7 +31,13 @@ class SentinelStore(RedisStore):
 
     @staticmethod
     def _shown(url: str) -> str:
-        return ";".join(map(_shown_part, url.split(";")))
+        shown, query = [], False
+        for part in url.split(";"):
+            # Neither behind a query nor with such a port is there a sentinel: it is half of a password.
+            hidden = (query and "://" not in part) or not _readable(part)
+            shown.append(f"sentinel://{HIDDEN}" if hidden else redact(_whole(part)))
+            query = query or "?" in part
+        return ";".join(shown)
 
     def _open_pool(self, url: str, options: dict[str, Any]) -> Any:
         from redis.backoff import NoBackoff
@@ -72,7 +78,7 @@ def _parsed(url: str) -> tuple[str, list[tuple[str, int]], dict[str, str]]:
     user, path = "", ""
     query: dict[str, str] = {}
     for part in url.split(";"):
-        parts = urlsplit(part if "://" in part else f"sentinel://{part}")
+        parts = urlsplit(_whole(part))
         sentinels.append((parts.hostname or "localhost", parts.port or SENTINEL_PORT))
         user = user or parts.netloc.rpartition("@")[0]
         path = path or parts.path
@@ -80,13 +86,16 @@ def _parsed(url: str) -> tuple[str, list[tuple[str, int]], dict[str, str]]:
     return f"redis://{user}@localhost{path}" if user else f"redis://localhost{path}", sentinels, query
 
 
-def _shown_part(part: str) -> str:
-    part = part if "://" in part else f"sentinel://{part}"
+def _whole(part: str) -> str:
+    return part if "://" in part else f"sentinel://{part}"
+
+
+def _readable(part: str) -> bool:
     try:
-        _ = urlsplit(part).port
-    except ValueError:  # a password with an unescaped ";" ends up here
-        return f"sentinel://{HIDDEN}"
-    return redact(part)
+        _ = urlsplit(_whole(part)).port
+    except ValueError:
+        return False
+    return True
 
 
 def open_sentinel(url: str, durability: str = "none") -> SentinelStore:
