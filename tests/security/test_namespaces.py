@@ -1,0 +1,263 @@
+"""One namespace sees nothing of another's, whatever key it asks for and through whatever door."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import prometheus_client
+import pytest
+from celery import Celery
+from starlette.testclient import TestClient
+
+from celery_idem import ConfigurationError, IdempotentTask, Ledger, NotHappened, settings
+from celery_idem.adapters.http import door
+from celery_idem.adapters.inbox import inbox
+from celery_idem.adapters.mcp import server
+from celery_idem.adapters.tools import tool_of
+from celery_idem.desk import Desk
+from celery_idem.errors import IdempotencyError
+from celery_idem.intent import KEY
+from celery_idem.receipts import look_up
+from celery_idem.telemetry.prometheus import exporter_registry
+from tests.operators.intents import in_doubt
+from tests.security.conftest import MARK, application, command_line
+
+TOKEN = "a-token-of-enough-characters"
+BEARER = {"authorization": f"Bearer {TOKEN}"}
+DOUBTED = "the neighbour's doubt"
+
+# Ours, as an attacker would choose it: a pattern, a prefix of theirs, theirs in another case or with our own mark.
+OURS = ("ours", "*", "[t]heirs", "their?", "their", "theirs2")
+
+
+@pytest.fixture
+def theirs(shared_url: str) -> Celery:
+    """The neighbour: a result, an intent in doubt, and a shadow record, all with the mark or the doubt."""
+    app = application(shared_url, "theirs")
+    pay = app.tasks["shop.pay"]
+    assert MARK in pay.apply(("c1", 7)).get()
+    in_doubt(Ledger.from_app(app), pay.intent_key("c2"), DOUBTED)
+    in_doubt(Ledger.from_app(app).shadow(), pay.intent_key("c3"), DOUBTED)
+    return app
+
+
+def crafted(theirs: Celery) -> list[str]:
+    """Keys that somebody could try who knows everything about the neighbour but has no access to the store."""
+    keys = []
+    for customer in ("c1", "c2", "c3"):
+        key = theirs.tasks["shop.pay"].intent_key(customer)
+        keys += [
+            key,
+            f"theirs:{key}",
+            f":{key}",
+            f"../theirs:{key}",
+            f"\\theirs:{key}",
+            f"theirs~shadow:{key}",
+            f"~shadow:{key}",
+            f"{key}\0",
+            f"\n{key}",
+            key.replace("shop.pay", "*"),
+            key.replace("shop.pay", "theirs:shop.pay"),
+        ]
+    return [
+        *keys,
+        "",
+        "*",
+        "?",
+        "[^x]",
+        "%",
+        "_",
+        "theirs",
+        "theirs:",
+        ":",
+        "shop.pay",
+        "shop.pay:",
+        "\\",
+        "\0",
+    ]
+
+
+class Doors:
+    """Everything that the doors of an application say, by door."""
+
+    def __init__(self, app: Celery) -> None:
+        self.app, self.ledger, self.desk = app, Ledger.from_app(app), Desk(app)
+        self.http = TestClient(door(app, ["shop.pay"], token=TOKEN), headers=BEARER)
+        self.pages = TestClient(inbox(app, authenticate=lambda request: "ann"))
+        self.mcp = _mcp_handlers(app)
+        self.said: dict[str, list[str]] = defaultdict(list)
+
+    def say(self, name: str, call: Callable[..., Any], *words: Any) -> None:
+        try:
+            self.said[name].append(repr(call(*words)))
+        except IdempotencyError as refusal:
+            asked = max(map(str, words), key=len, default="")  # a refusal may repeat what it was asked for
+            self.said[name].append(str(refusal).replace(asked, "") if asked else str(refusal))
+
+    def lists(self) -> None:
+        """What takes no key."""
+        for words in (
+            ("list",),
+            ("list", "--state=in_doubt"),
+            ("stats",),
+            ("audit",),
+            ("shadow",),
+            ("reconcile", "-y"),
+        ):
+            self.say("cli", command_line, self.app, *words, "--json")
+        self.say("ledger", lambda: [(e.key, e.record) for e in self.ledger.list()])
+        self.say("desk", lambda: [self.desk.describe(e) for e in self.desk.list()])
+        self.say("stats", lambda: (self.ledger.stats(), self.desk.stats()))
+        self.say("doubtful", lambda: list(self.desk.doubtful()))
+        self.say("inbox", lambda: self.pages.get("/").text)
+        self.say("metrics", lambda: prometheus_client.generate_latest(exporter_registry(self.app)).decode())
+
+    def look(self, key: str) -> None:
+        self.say("ledger", self.ledger.get, key)
+        self.say("ledger", lambda task: list(self.ledger.list(task=task)), key)
+        self.say("desk", lambda key: self.desk.describe(self.desk.find(key)), key)
+        self.say("receipts", lambda key: look_up(self.app, key), key)
+
+    def change(self, key: str) -> None:
+        self.say("change", lambda key: self.ledger.resolve(key, NotHappened(), by="mallory"), key)
+        self.say("change", lambda key: self.desk.resolve(key, NotHappened(), "mallory", "seen"), key)
+        self.say("change", lambda key: (self.ledger.forget(key), self.desk.forget(key)), key)
+
+    def ask(self, key: str) -> None:
+        """The same questions as ``look`` through the doors that people and programs use."""
+        path = "".join(f"%{byte:02x}" for byte in key.encode())
+        self.say("http", lambda: _body(self.http.get(f"/intents/{path}")))
+        self.say("inbox", lambda: _body(self.pages.get("/intent", params={"key": key})))
+        self.say("mcp", lambda: asyncio.run(self.mcp._status({"key": key}, None)))
+        if "\0" not in key:  # no command line can hold one
+            self.say("cli", lambda: command_line(self.app, "show", "--json", "--", key).replace(key, ""))
+            self.say("cli", lambda: command_line(self.app, "list", "--json", f"--task={key}"))
+
+
+def _body(answer: Any) -> Any:
+    return answer.text if answer.status_code == 200 else answer.status_code
+
+
+def _mcp_handlers(app: Celery) -> Any:
+    made = server(app, ["shop.pay"])
+    return made.get_request_handler("tools/call").handler.__self__
+
+
+@pytest.mark.parametrize("namespace", OURS)
+def test_no_door_shows_the_neighbour(theirs: Celery, shared_url: str, namespace: str) -> None:
+    ours = Doors(application(shared_url, namespace))
+    before = _all(theirs)
+    keys = crafted(theirs)
+    ours.lists()
+    for key in keys:
+        ours.look(key)
+        ours.change(key)
+    for key in (*keys[:3], *keys[-8:]):  # slower, and on the same foundation
+        ours.ask(key)
+    for name, answers in ours.said.items():
+        for sign in (MARK, DOUBTED, "in_doubt", "<Entry", "Receipt("):
+            assert sign not in "".join(answers).replace("idem list --state in_doubt", ""), name
+    assert _all(theirs) == before  # nothing was resolved, forgotten or asked about
+
+
+def _all(app: Celery) -> list[Any]:
+    ledger = Ledger.from_app(app)
+    return sorted((e.key, e.record, e.changed_at) for one in (ledger, ledger.shadow()) for e in one.list())
+
+
+def test_the_neighbour_sees_itself(theirs: Celery) -> None:
+    """Without this one the test above would pass for an empty store, or for doors that say nothing."""
+    doors = Doors(theirs)
+    key = theirs.tasks["shop.pay"].intent_key("c1")
+    doors.lists()
+    doors.look(key)
+    doors.ask(key)
+    shown = {name: "".join(answers) for name, answers in doors.said.items()}
+    for name in ("ledger", "desk", "cli", "http", "inbox", "mcp", "receipts"):
+        assert MARK in shown[name], name
+    for name in ("stats", "doubtful", "metrics"):
+        assert "in_doubt" in shown[name], name
+
+
+def test_the_same_call_of_two_namespaces_is_two_actions(theirs: Celery, shared_url: str) -> None:
+    ours = application(shared_url, "ours")
+    pay = ours.tasks["shop.pay"]
+    assert pay.intent_key("c1") != theirs.tasks["shop.pay"].intent_key("c1")
+    assert pay.apply(("c1", 7)).get() == "paid 7 for c1: ours"
+
+
+def test_a_key_in_a_header_is_looked_up_in_our_own_namespace(theirs: Celery, shared_url: str) -> None:
+    """Who can publish may choose a key within a task, but not the namespace that its worker looks in."""
+    ours = application(shared_url, "ours")
+    pay = ours.tasks["shop.pay"]
+    stolen = theirs.tasks["shop.pay"].intent_key("c1")
+    for sent in (stolen, f"theirs:{stolen}", f"../theirs:{stolen}", stolen.replace("shop.pay", "shop.login")):
+        request = SimpleNamespace(headers={KEY: sent})
+        key, _ = pay.guard.identify(request, ("c1", 7), {})
+        assert Ledger.from_app(ours).get(key) is None
+
+
+@pytest.mark.parametrize("namespace", ["", "a:b", ":", "theirs~shadow", "theirs:shop.pay", None, 5])
+def test_a_namespace_that_would_reach_into_another_is_refused(namespace: Any) -> None:
+    with pytest.raises(ConfigurationError, match="colon"):
+        settings.of_app({"idem_namespace": namespace})
+
+
+def test_nothing_of_the_neighbour_is_logged(
+    theirs: Celery, shared_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    doors = Doors(application(shared_url, "ours"))
+    doors.lists()
+    for key in crafted(theirs)[:4]:
+        doors.look(key)
+        doors.ask(key)
+    assert MARK not in caplog.text
+    assert DOUBTED not in caplog.text
+
+
+# --- scopes: callers of one door -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("audit", [True, False])
+def test_a_computed_key_does_not_open_another_scopes_record(
+    memory_app: Callable[..., Celery], audit: bool
+) -> None:
+    """The key of a call is a digest of what everybody may know: the scope's name, the customer, the invoice."""
+    app = memory_app("theirs", idem_audit=audit)
+    pay = app.tasks["shop.pay"]
+    tool = tool_of(app, "shop.pay")
+    pay.apply(("c1", 7), scope="globex")
+    key = pay.intent_key("c1", scope="globex")
+    tokens = {"token-of-acme": "acme", "token-of-globex": "globex", "token-of-nobody": ""}
+    site = TestClient(door(app, ["shop.pay"], token=tokens))
+    handlers = _mcp_handlers(app)
+    for token, scope in tokens.items():
+        answer = site.get(f"/intents/{key}", headers={"authorization": f"Bearer {token}"})
+        told = asyncio.run(handlers._status({"key": key}, scope or None))
+        may = scope == "globex" and audit  # without digests nobody with a scope is told anything
+        unknowable = not scope and not audit
+        assert (answer.status_code == 200) == (may or unknowable), token
+        assert told.is_error != (may or unknowable)
+        assert (MARK in answer.text) == (may or unknowable)
+    assert tool.submit({"customer": "c1", "cents": 7}, "globex").status == "replayed"
+
+
+def test_a_call_with_many_parameters_keeps_its_scope(memory_app: Callable[..., Celery]) -> None:
+    """A record has room for the digests of some parameters only."""
+
+    def many(self: Any, a: int, **rest: int) -> str:
+        return "done"
+
+    task = memory_app().task(
+        base=IdempotentTask, bind=True, shared=False, lazy=False, name="shop.many", intent=("a",)
+    )(many)
+    task.apply((1,), {f"b{n}": n for n in range(40)}, scope="acme")
+    key = task.intent_key(1, scope="acme")
+    assert look_up(task.app, key, "acme") is not None
+    assert look_up(task.app, key, "globex") is None

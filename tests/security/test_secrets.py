@@ -1,0 +1,314 @@
+"""Values and passwords that must stay where they are: in messages of our errors, in logs, events, records, pages."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import prometheus_client
+import pytest
+from celery import Celery
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from starlette.testclient import TestClient
+
+from celery_idem import (
+    ConfigurationError,
+    FingerprintMismatch,
+    IdempotencyError,
+    IdempotentTask,
+    IntentError,
+    Ledger,
+    StoreError,
+    events,
+)
+from celery_idem.adapters.http import door
+from celery_idem.adapters.inbox import inbox
+from celery_idem.settings import Settings, of_app
+from celery_idem.stores import open_store
+from celery_idem.stores.redis import redact
+from celery_idem.telemetry import otel, prometheus
+from tests.security.conftest import command_line
+
+VALUE = "4111-1111-1111-1111"
+OTHER = "5500-0000-0000-0004"
+TOKEN = "a-token-of-enough-characters"
+
+
+@pytest.fixture
+def told() -> Iterator[list[str]]:
+    """All events, as text."""
+    seen: list[str] = []
+    stop = events.listen(lambda event: seen.append(repr(event)))
+    yield seen
+    stop()
+
+
+def bare(text: str) -> str:
+    return text.replace(VALUE, "VALUE").replace(OTHER, "OTHER")
+
+
+# --- secret arguments ------------------------------------------------------------------------------
+
+
+def shop(memory_app: Callable[..., Celery], **conf: Any) -> tuple[Celery, Any]:
+    """A task with its secret in every place where one can be: in the intent, to be matched, free."""
+    app = memory_app(**conf)
+
+    def charge(self: Any, card: str, pin: str, note: str = "", **more: str) -> str:
+        if note == "in doubt":
+            raise TimeoutError
+        if note == "step":
+            self.step("bank", lambda: None)
+        return "done"
+
+    how: dict[str, Any] = {"base": IdempotentTask, "bind": True, "shared": False, "lazy": False}
+    options = {"intent": ("card",), "must_match": ("pin",), "secret": ("card", "pin", "note")}
+    return app, app.task(name="shop.charge", ambiguous_errors=(TimeoutError,), **how, **options)(charge)
+
+
+@pytest.mark.parametrize("conf", [{}, {"idem_audit_key": "of the operator"}, {"idem_shadow": True}], ids=str)
+def test_a_secret_value_is_in_no_log_event_record_metric_span_or_page(
+    memory_app: Callable[..., Celery],
+    conf: dict[str, Any],
+    told: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    registry, spans, provider = (
+        prometheus_client.CollectorRegistry(),
+        InMemorySpanExporter(),
+        TracerProvider(),
+    )
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    stops = [prometheus.install(registry), otel.install()]
+    app, task = shop(memory_app, **conf)
+    messages = []
+    try:
+        with provider.get_tracer("test").start_as_current_span("run"):
+            for args in (
+                (VALUE, VALUE, "step"),
+                (VALUE, VALUE),
+                (VALUE, OTHER, VALUE),
+                (OTHER, VALUE, "in doubt"),
+            ):
+                try:
+                    task.apply(args, throw=True)
+                except (IdempotencyError, TimeoutError) as error:
+                    messages.append("".join(traceback.format_exception(error)))
+    finally:
+        for stop in stops:
+            stop()
+    assert told, "nothing happened, so nothing was looked at"
+    stored = [bytes(value.value) for _, value in Ledger.from_app(app).store.scan("")]
+    assert len(stored) >= 2
+    pages = TestClient(inbox(app, authenticate=lambda request: "ann"))
+    shown = [
+        *messages,
+        *told,
+        *map(repr, stored),
+        *(value.decode("latin-1") for value in stored),
+        # Celery's own log has them here, because an eager call has no message that says what to show instead.
+        *(repr(vars(record)) for record in caplog.records if record.name.startswith("celery_idem")),
+        prometheus_client.generate_latest(registry).decode(),
+        *(span.to_json() for span in spans.get_finished_spans()),
+        *(command_line(app, word, "--json") for word in ("list", "stats", "audit", "shadow", "doctor")),
+        *(command_line(app, "show", "--json", entry.key) for entry in Ledger.from_app(app).list()),
+        command_line(
+            app, "key", "--json", "shop.charge", json.dumps([VALUE, OTHER]), json.dumps([OTHER, VALUE])
+        ),
+        pages.get("/").text,
+        *(pages.get("/intent", params={"key": entry.key}).text for entry in Ledger.from_app(app).list()),
+    ]
+    for text in shown:
+        assert text == bare(text)
+
+
+def test_what_a_function_makes_of_a_secret_is_not_shown(memory_app: Callable[..., Celery]) -> None:
+    app = memory_app()
+
+    def charge(card: str) -> str:
+        return "done"
+
+    app.task(
+        base=IdempotentTask,
+        shared=False,
+        lazy=False,
+        name="shop.charge",
+        secret=("card",),
+        intent=lambda arguments: {"who": arguments["card"]},
+    )(charge)
+    shown = command_line(app, "key", "--json", "shop.charge", json.dumps([VALUE]))
+    assert shown == bare(shown)
+    assert '"key": "shop.charge:' in shown
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        (("ann", VALUE), {}),
+        (("ann", VALUE, VALUE, VALUE, VALUE), {}),
+        (("ann",), {"token": VALUE, "pin": VALUE}),
+        ((), {"user": "ann", "token": VALUE}),
+    ],
+)
+def test_celery_shows_no_secret_either(
+    memory_app: Callable[..., Celery], args: tuple[str, ...], kwargs: dict[str, str]
+) -> None:
+    """What a message carries for the worker's log, for events, and for Flower."""
+    app = memory_app(task_send_sent_event=True)
+    task = app.tasks["shop.login"]
+    for publish in (task.apply_async, lambda *call: task.signature(*call).apply_async()):
+        publish(args, kwargs)
+        with app.connection_for_read() as connection:
+            message = connection.default_channel.basic_get("celery")
+        shown = f"{message.headers['argsrepr']} {message.headers['kwargsrepr']}"
+        assert "ann" in shown
+        assert "(secret)" in shown
+        assert shown == bare(shown)
+        assert VALUE.encode() in message.body  # it does get to the worker
+
+
+# --- what errors say -----------------------------------------------------------------------------------
+
+
+class Shy:
+    def __repr__(self) -> str:
+        return VALUE
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Shy(),
+        [[Shy()]],
+        {VALUE: Shy()},
+        {Shy(): 1},
+        {f"{VALUE}\u00e9": 1, f"{VALUE}e\u0301": 2},
+        f"{VALUE}\ud800",
+        {VALUE: float("nan")},
+        int(VALUE.replace("-", "")) ** 2000,
+    ],
+    ids=range(8),
+)
+def test_a_value_that_cannot_be_in_a_key_is_not_shown(memory_app: Callable[..., Celery], value: Any) -> None:
+    task = memory_app().tasks["shop.pay"]
+    for call in (
+        lambda: task.intent_key(value),
+        lambda: task.apply((value,), throw=True),
+        lambda: task.delay(value),
+    ):
+        with pytest.raises(IntentError, match="'customer'") as refused:
+            call()
+        shown = "".join(traceback.format_exception_only(refused.value)) + repr(refused.value.args)
+        assert shown == bare(shown)
+
+
+def test_a_mismatch_tells_names_and_no_values(memory_app: Callable[..., Celery]) -> None:
+    app = memory_app()
+    task = app.tasks["shop.pay"]
+    task.apply(("c1", 123456), throw=True)
+    with pytest.raises(FingerprintMismatch) as refused:
+        task.apply(("c1", 654321), throw=True)
+    site = TestClient(door(app, ["shop.pay"], token=TOKEN), headers={"authorization": f"Bearer {TOKEN}"})
+    answer = site.post("/tasks/shop.pay", json={"customer": "c1", "cents": 654321})
+    assert answer.status_code == 422
+    for text in (
+        str(refused.value),
+        repr(refused.value),
+        repr(pickle.dumps(refused.value)),
+        json.dumps(app.backend.prepare_exception(refused.value, serializer="json")),
+        answer.text,
+        repr(answer.headers),
+    ):
+        assert "cents" in text or text.startswith("Headers")
+        for value in ("123456", "654321", "paid"):
+            assert value not in text
+
+
+def test_a_result_that_yaml_refuses_is_not_quoted(memory_app: Callable[..., Celery]) -> None:
+    """Its error shows the whole object."""
+    app = memory_app(result_serializer="yaml", result_accept_content=["yaml"])
+
+    def charge(a: int) -> Shy:
+        return Shy()
+
+    task = app.task(base=IdempotentTask, shared=False, lazy=False, name="shop.yaml", intent=("a",))(charge)
+    task.apply((1,), throw=True)
+    with pytest.raises(IdempotencyError, match="not stored") as refused:
+        task.apply((1,), throw=True)
+    assert str(refused.value) == bare(str(refused.value))
+
+
+# --- passwords in URLs ------------------------------------------------------------------------------------
+
+# A password, and the same with each character that means something in a URL and was not percent-encoded.
+PASSWORDS = ["hunterhunter", *(f"hunter{c}hunter" for c in "/?#;[]@:%&=+ ")]
+URLS = [
+    "redis://:{}@127.0.0.1:1/0",
+    "redis://user:{}@127.0.0.1:1/0",
+    "rediss://user:{}@127.0.0.1:1/0?ssl_cert_reqs=none",
+    "redis://127.0.0.1:1/0?password={}",
+    "redis+socket://user:{}@/nowhere.sock",
+    "unix://user:{}@/nowhere.sock",
+    "sentinel://user:{}@127.0.0.1:1;sentinel://127.0.0.1:2/0?master_name=m",
+    "sentinel://127.0.0.1:1;sentinel://user:{}@127.0.0.1:2/0?master_name=m",
+    "sentinel://127.0.0.1:1/0?master_name=m&sentinel_password={}",
+    "redis-cluster://user:{}@127.0.0.1:1,127.0.0.1:2",
+    "postgresql://user:{}@127.0.0.1:1/shop",
+    "{}@127.0.0.1:1/0",
+    ":{}@127.0.0.1:1/0",
+    "//user:{}@127.0.0.1:1/0",
+    "mongodb://user:{}@127.0.0.1:1/0",
+]
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_no_part_of_a_password_is_shown(url: str) -> None:
+    for password in PASSWORDS:
+        given = url.format(password)
+        shown = [repr(Settings(store=given, audit_key=password))]
+        try:
+            store = open_store(given)
+            shown.append(store.url)
+            store.read("idem:x")
+        except (ConfigurationError, StoreError) as error:
+            shown += [str(error), repr(error.args)]
+        assert len(shown) > 1
+        for text in shown:
+            assert "hunter" not in text, (given, text)
+
+
+def test_a_password_that_was_not_encoded_is_explained() -> None:
+    with pytest.raises(ConfigurationError, match=r"Percent-encode it: %2F for /") as refused:
+        open_store("redis://:hunter/hunter@127.0.0.1:6379/0")
+    assert "hunter" not in str(refused.value)
+    assert (
+        redact("redis://:a%2Fb@host:6379/0") == "redis://host:6379/0"
+    )  # the ordinary one is named as before
+
+
+def test_a_wrong_setting_does_not_quote_the_password() -> None:
+    for name in ("idem_store", "idem_audit_key"):
+        with pytest.raises(ConfigurationError) as refused:
+            of_app({name: ["hunterhunter"]})
+        assert "hunter" not in str(refused.value)
+
+
+def test_a_caller_is_not_told_where_the_store_is(memory_app: Callable[..., Celery]) -> None:
+    from celery_idem.testing import CrashingStore, use_store
+
+    app = memory_app()
+    url = app.conf.idem_store
+    away = CrashingStore(open_store(url))
+    use_store(url, away)
+    site = TestClient(door(app, ["shop.pay"], token=TOKEN), headers={"authorization": f"Bearer {TOKEN}"})
+    away.crash("before read", times=10)
+    answer = site.get(f"/intents/{app.tasks['shop.pay'].intent_key('c1')}")
+    assert answer.status_code == 503
+    assert "memory" not in answer.text
