@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from celery_idem import Ledger, settings
 from celery_idem.cli import idem
+from tests.conftest import missing
 from tests.operators.shop import app as shop
 
 Idem = Callable[..., Result]
@@ -70,3 +71,15 @@ def command_line(app: Celery) -> Idem:
 @pytest.fixture(name="idem")
 def _idem(app: Celery) -> Idem:
     return command_line(app)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A Chromium, driven by Selenium."""
+    from tests.operators.browser import BrowserMissingError, chromium  # the other tests need no Selenium
+
+    try:
+        with chromium() as started:
+            yield started
+    except BrowserMissingError as error:
+        missing(str(error))

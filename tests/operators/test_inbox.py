@@ -21,8 +21,7 @@ from starlette.testclient import TestClient
 
 from celery_idem import ConfigurationError, Ledger, NotHappened
 from celery_idem.adapters.inbox import inbox
-from tests.conftest import missing
-from tests.operators.browser import BrowserMissingError, chromium, served
+from tests.operators.browser import served
 from tests.operators.intents import claimed, in_doubt, succeeded
 from tests.operators.shop import remind, send_invoice
 from tests.operators.test_thousand import TOKEN, sign_in
@@ -33,15 +32,6 @@ PICTURES = Path(__file__).parents[2] / "docs" / "img"
 
 def key(customer: str) -> str:
     return send_invoice.intent_key(customer, 7)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[webdriver.Chrome]:
-    try:
-        with chromium() as started:
-            yield started
-    except BrowserMissingError as error:
-        missing(str(error))
 
 
 @pytest.fixture

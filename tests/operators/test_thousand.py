@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,11 @@ from selenium.webdriver.common.by import By
 
 from celery_idem import Ledger
 from celery_idem.adapters.inbox import inbox
-from tests.conftest import missing
 from tests.operators import thousand
-from tests.operators.browser import BrowserMissingError, chromium, served
+from tests.operators.browser import served
 from tests.operators.conftest import Idem, use_store
 
 TOKEN = "a token of the right length"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[webdriver.Chrome]:
-    try:
-        with chromium() as started:
-            yield started
-    except BrowserMissingError as error:
-        missing(str(error))
 
 
 @pytest.fixture(
