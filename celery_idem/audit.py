@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from celery_idem import digests
 from celery_idem.claims import Entry
-from celery_idem.doctor.intents import FREE_TEXT, INSTANTS, VOLATILE
+from celery_idem.doctor.intents import FREE_TEXT, annotated, minted_anew
 from celery_idem.intent import MICROSECONDS
 from celery_idem.keys import Declaration
 from celery_idem.task import IdempotentTask
@@ -197,5 +197,4 @@ def _identity(declaration: Declaration, names: dict[bytes, str]) -> set[bytes]:
 def _volatile(declaration: Declaration, name: str) -> bool:
     """Does the declaration say that its values are minted anew?"""
     annotation = getattr(declaration.signature.parameters.get(name), "annotation", "")
-    kind = str(getattr(annotation, "__name__", annotation)).rpartition(".")[2]
-    return VOLATILE.search(name) is not None or kind in INSTANTS
+    return minted_anew(name, annotated(annotation))

@@ -75,8 +75,7 @@ class Snapshot:
     """A set-up, as values.
 
     Attributes:
-        broker: scheme of the broker's URL.
-        visibility: seconds until it delivers an unacknowledged message again; None: it does not by time.
+        visibility: seconds until the broker delivers an unacknowledged message again; None: it does not by time.
         pool: the worker's pool; "" where it is not known.
         result_expires: seconds the result backend keeps results; None: for ever.
         pickled: pickle is accepted for results.
@@ -85,7 +84,6 @@ class Snapshot:
         store_scheme: of ``idem_store``, or of the result backend that stands in for it.
     """
 
-    broker: str = "redis"
     visibility: float | None = 3600.0
     pool: str = ""
     result_expires: float | None = 86_400.0

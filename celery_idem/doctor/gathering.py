@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from urllib.parse import urlsplit
 
 from celery_idem.desk import Desk
 from celery_idem.doctor.facts import Snapshot, StoreFacts, TaskFacts
+from celery_idem.doctor.intents import annotated
 from celery_idem.errors import StoreError
 from celery_idem.intent import MICROSECONDS
 from celery_idem.settings import of_app, store_url
@@ -43,7 +43,6 @@ def gather(app: Celery, *, ask: bool = True, pool: str = "") -> Snapshot:
     schedule: Mapping[str, Any] = conf.beat_schedule or {}
     scheduled = {str(entry.get("task")) for entry in schedule.values() if isinstance(entry, Mapping)}
     return Snapshot(
-        broker=broker,
         visibility=_visibility(broker, conf.broker_transport_options or {}),
         pool=pool or str(conf.worker_pool or ""),
         result_expires=_seconds(conf.result_expires),
@@ -94,16 +93,10 @@ def _task_facts(task: Any, guarded: IdempotentTask | None, scheduled: bool) -> T
         settings=guarded.guard.settings,
         intent=declaration.fields,
         all_arguments=declaration.fields is None and declaration.compute is None,
-        parameters={name: _kind(p.annotation) for name, p in declaration.signature.parameters.items()},
+        parameters={name: annotated(p.annotation) for name, p in declaration.signature.parameters.items()},
         asks=guarded.guard.ask is not None,
         **limits,
     )
-
-
-def _kind(annotation: Any) -> str:
-    if annotation is inspect.Parameter.empty:
-        return ""
-    return str(getattr(annotation, "__name__", annotation)).rpartition(".")[2]
 
 
 def _retry_horizon(task: Any) -> float | None:

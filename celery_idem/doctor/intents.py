@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from celery_idem.desk import duration
 from celery_idem.doctor.facts import Finding, Snapshot
@@ -26,6 +28,18 @@ INSTANTS = ("datetime", "time")
 """Annotations that say so where the name does not."""
 
 
+def annotated(annotation: Any) -> str:
+    """An annotation as text, without its module; "" for none."""
+    if annotation is inspect.Parameter.empty:
+        return ""
+    return str(getattr(annotation, "__name__", annotation)).rpartition(".")[2]
+
+
+def minted_anew(name: str, annotation: str) -> bool:
+    """Does the declaration of a parameter say that each try brings its own value?"""
+    return VOLATILE.search(name) is not None or annotation in INSTANTS
+
+
 def no_intent(s: Snapshot) -> Iterator[Finding]:
     plain = [t.name for t in s.tasks if not t.guarded and not t.name.startswith("celery.")]
     guarded = [t for t in s.tasks if t.guarded]
@@ -44,8 +58,7 @@ def volatile_intent(s: Snapshot) -> Iterator[Finding]:
         if not task.guarded or task.all_arguments:
             continue
         for name in task.intent or ():
-            kind = task.parameters.get(name, "")
-            if VOLATILE.search(name) or kind in INSTANTS:
+            if minted_anew(name, task.parameters.get(name, "")):
                 yield Finding(
                     "warning",
                     "volatile-intent",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from celery_idem.desk import duration
 from celery_idem.doctor.facts import Finding, Snapshot
+from celery_idem.intent import MICROSECONDS
 from celery_idem.settings import Settings
 
 SHORT_LEASE = 5.0
@@ -20,7 +21,8 @@ def retention(s: Snapshot) -> Iterator[Finding]:
     for task in s.tasks:
         if not task.guarded:
             continue
-        keep = min(task.settings.result_ttl, _failure_ttl(task.settings))
+        policy = task.settings.policy(task.asks)
+        keep = min(policy.result_ttl, policy.failure_ttl) / MICROSECONDS
         horizons = [
             (s.visibility, "the broker may deliver a message again", "the visibility timeout"),
             (task.retry_horizon, "its own last retry may come", "the retry horizon"),
@@ -47,20 +49,15 @@ def retention(s: Snapshot) -> Iterator[Finding]:
             )
 
 
-def _failure_ttl(settings: Settings) -> float:
-    return settings.result_ttl if settings.failure_ttl is None else settings.failure_ttl
-
-
 def eta_beyond_visibility(s: Snapshot) -> Iterator[Finding]:
-    longest = max([s.longest_delay, *(t.retry_horizon or 0.0 for t in s.tasks if t.guarded)], default=0.0)
     if s.visibility is not None and s.longest_delay > s.visibility:
         yield Finding(
             "warning",
             "eta",
             "broker_transport_options",
-            f"Messages wait {duration(longest)} for their ETA in a worker, and the broker delivers them again after "
-            f"{duration(s.visibility)}: several copies wait at once. They run once, but cost claims and memory.",
-            f'Set broker_transport_options = {{"visibility_timeout": {int(2 * longest)}}}.',
+            f"Messages wait {duration(s.longest_delay)} for their ETA in a worker, and the broker delivers them again "
+            f"after {duration(s.visibility)}: several copies wait at once. They run once, but cost claims and memory.",
+            f'Set broker_transport_options = {{"visibility_timeout": {int(2 * s.longest_delay)}}}.',
         )
 
 
