@@ -7,6 +7,8 @@ primitives are enough; ``celery_idem.testing.StoreConformance`` tests them all.
 
 from __future__ import annotations
 
+import os
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -121,3 +123,22 @@ class Store(ABC):
 
     def close(self) -> None:
         """Drop connections. The store may be used again; it reconnects."""
+
+    def forked(self) -> None:
+        """In a forked child, of a store given to ``tell_after_fork``: forget the parent's connections, unclosed."""
+
+
+_told_after_fork: weakref.WeakSet[Store] = weakref.WeakSet()
+
+
+def tell_after_fork(store: Store) -> None:
+    """Have ``forked`` called in each child: it must not talk on its parent's connections."""
+    _told_after_fork.add(store)
+
+
+def _after_fork() -> None:
+    for store in list(_told_after_fork):
+        store.forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)

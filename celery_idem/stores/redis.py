@@ -9,9 +9,7 @@ packing is most of what a call to redis-py costs.
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
-import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
@@ -20,7 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from celery_idem.errors import ConfigurationError, StoreError
 from celery_idem.intent import Stored
-from celery_idem.stores.base import OWNER, Change, Reply, Store
+from celery_idem.stores.base import OWNER, Change, Reply, Store, tell_after_fork
 
 TIMEOUT = 5.0
 """Seconds to wait for a connection or an answer: redis-py's own default for connections
@@ -110,7 +108,7 @@ class RedisStore(Store):
         self._durability = durability
         answers_within = float(self._pool.connection_kwargs.get("socket_timeout") or TIMEOUT)
         self._wait = _waiting(durability, min(DURABLE_WITHIN, answers_within / 2))
-        _forget_connections_after_fork(self)
+        tell_after_fork(self)
 
     @staticmethod
     def _shown(url: str) -> str:
@@ -188,6 +186,9 @@ class RedisStore(Store):
     def close(self) -> None:
         while self._idle:
             self._idle.pop().disconnect()
+
+    def forked(self) -> None:
+        self._idle = deque()
 
     def execute(self, *words: bytes | str | int) -> Any:
         """One command of the caller's own, such as INFO: for diagnosis, not for records."""
@@ -355,20 +356,3 @@ def _stored(value: bytes) -> Stored:
 def _milliseconds(ttl: int | None) -> bytes:
     """Rounded up; empty for ever, 0 for not at all."""
     return b"" if ttl is None else b"%d" % -(-ttl // 1000)
-
-
-_registered: list[bool] = []
-_stores: weakref.WeakSet[RedisStore] = weakref.WeakSet()
-
-
-def _forget_connections_after_fork(store: RedisStore) -> None:
-    """A child must not talk on its parent's connections; it drops them without closing them."""
-    if not _registered:
-        _registered.append(True)
-        os.register_at_fork(after_in_child=_after_fork)
-    _stores.add(store)
-
-
-def _after_fork() -> None:
-    for store in list(_stores):
-        store._idle = deque()

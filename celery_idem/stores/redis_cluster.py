@@ -160,10 +160,6 @@ class ClusterStore(Store):
             node.close()
         self._owners = []
 
-    def masters(self) -> list[RedisStore]:
-        """The nodes that own slots: for diagnosis."""
-        return [self._node(address, False) for address in sorted(set(self._learnt()))]
-
     # --- which node -------------------------------------------------------------------
 
     def _at(self, key: str, call: Callable[[ClusterNode], T]) -> T:

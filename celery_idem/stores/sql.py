@@ -3,118 +3,39 @@
 Each primitive is one statement in a transaction of its own, so nothing is left behind in
 a session: a pooler that hands every transaction another connection is fine, and no
 prepared statement is needed. The table is made at first use, or by hand from the files
-``schema.*.sql``. The statements are in ``sql_statements``, and the connections that they run on in
-``sql_connections``. A stamp is one more than the one before where the clock has not moved.
+``schema.*.sql``. In rooms of their own: the statements, the primitives that run them, our
+connections (``sql_connections``) and the author's (``sql_transaction``).
 """
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from celery_idem.errors import ConfigurationError, StoreError
 from celery_idem.intent import Stored
 from celery_idem.stores import sql_connections
-from celery_idem.stores.base import OWNER, Change, Reply, Store
-from celery_idem.stores.sql_statements import Statements, schema, statements
+from celery_idem.stores.base import OWNER, Change, Reply, Store, tell_after_fork
+from celery_idem.stores.sql_primitives import SqlPrimitives, no_table
+from celery_idem.stores.sql_statements import schema, statements
+from celery_idem.stores.sql_transaction import InsideTransaction
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
 
-PAGE = 500
-"""Rows per statement of a scan: at about 300 bytes each, a tenth of a megabyte."""
-
 MANY = 1000
 """Replacements per statement: at about 300 bytes each, a third of a megabyte."""
-
-TRIES = 20
-"""How often ``create`` starts over because the row it ran into was gone, or not yet visible,
-when it looked. Each time somebody else has written in between."""
 
 LOCK = 0x69646D
 """Number of the advisory lock under which PostgreSQL makes the table: "idm" in ASCII. Two
 sessions that do it at once would get an error otherwise."""
 
-
-class SqlPrimitives(Store):
-    """The primitives over a way to run a statement; where it runs is the subclass's matter."""
-
-    dialect: str
-    _sql: Statements
-
-    def _rows(self, statement: str, parameters: dict[str, Any]) -> Sequence[Any]:
-        """Run a statement; its rows."""
-        raise NotImplementedError
-
-    def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
-        for _ in range(TRIES):
-            parameters = {"key": key, "value": value, "ttl": ttl}
-            for now, written, stamp, held in self._rows(self._sql.create, parameters):
-                if written is not None:
-                    return Reply(True, Stored(value, written), now)
-                if stamp is not None:
-                    return Reply(False, Stored(bytes(held), stamp), now)
-            if self.dialect == "sqlite":
-                reply = self.read(key)
-                if reply.done:
-                    return reply._replace(done=False)
-        raise StoreError(f"{key} changes all the time in {self.url}; nothing was written. Try again.", key)
-
-    def read(self, key: str) -> Reply:
-        ((now, stamp, value),) = self._rows(self._sql.read, {"key": key})
-        if stamp is None:
-            return Reply(False, None, now)
-        return Reply(True, Stored(bytes(value), stamp), now)
-
-    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
-        parameters = {
-            "key": key,
-            "value": value,
-            "ttl": ttl,
-            "stamp": old.stamp,
-            "owner": old.value[:OWNER],
-            "length": OWNER,
-        }
-        for (stamp,) in self._rows(self._sql.replace, parameters):
-            return Reply(True, Stored(value, stamp), stamp)
-        return self.read(key)._replace(done=False)
-
-    def scan(self, prefix: str) -> Iterator[tuple[str, Stored]]:
-        return self._scan(prefix, self._sql.scan, {})
-
-    def scan_states(self, prefix: str, states: bytes) -> Iterator[tuple[str, Stored]]:
-        if b"\x04" in states:  # nearly all rows: no index would help
-            yield from self.scan(prefix)
-            return
-        for state in states:
-            yield from self._scan(prefix, self._sql.scan_state, {"state": bytes([state])})
-
-    def _scan(self, prefix: str, statement: str, parameters: dict[str, Any]) -> Iterator[tuple[str, Stored]]:
-        """Page by page, each beginning at the last key of the one before: no cursor is held open."""
-        after, seen = prefix, False
-        while True:
-            given = {**parameters, "after": after, "page": PAGE}
-            rows = self._rows(statement, given)
-            for key, stamp, value in rows:
-                if not key.startswith(prefix):
-                    return
-                if not (seen and key == after):
-                    yield key, Stored(bytes(value), stamp)
-            if len(rows) < PAGE:
-                return
-            after, seen = rows[-1][0], True
-
-    def purge(self, limit: int) -> int:
-        return self._count(self._sql.purge, {"limit": limit})
-
-    def _count(self, statement: str, parameters: dict[str, Any]) -> int:
-        """Run a statement; how many rows it wrote."""
-        raise NotImplementedError
+_left_behind: list[Any] = []
+"""A forked child's copies of its parent's connections. Kept, because SQLite must not close
+in one process what was opened in another, and forgetting them would."""
 
 
 class SqlStore(SqlPrimitives):
@@ -136,6 +57,10 @@ class SqlStore(SqlPrimitives):
             raise ConfigurationError(
                 "idem_store: this is no database URL. Write postgresql://user@host/database or sqlite:///file.db."
             ) from None
+        if "@" in (parsed.host or ""):  # what stands in the place of the host is half of a password
+            raise ConfigurationError(
+                "idem_store: the database's URL has more than one @. Percent-encode the one in the password: %40."
+            )
         self.dialect = parsed.get_backend_name()
         self.url = sql_connections.shown(parsed)
         if durability.startswith("replicas"):
@@ -150,11 +75,9 @@ class SqlStore(SqlPrimitives):
         paramstyle = "named" if self.dialect == "sqlite" else "pyformat"
         self._sql = statements(self.dialect, paramstyle)
         self._making = threading.Lock()
-        _forget_connections_after_fork(self)
+        tell_after_fork(self)
 
     def inside(self, connection: Any) -> Store:
-        from celery_idem.stores.sql_transaction import InsideTransaction
-
         return InsideTransaction(self, connection)
 
     def replace_many(self, changes: Sequence[Change]) -> list[Reply]:
@@ -184,6 +107,11 @@ class SqlStore(SqlPrimitives):
 
     def close(self) -> None:
         self._engine.dispose()
+
+    def forked(self) -> None:
+        _left_behind.append(self._engine.pool)
+        self._engine.dispose(close=False)
+        self._making = threading.Lock()
 
     def make_schema(self) -> None:
         """Make the table if it is not there. Several processes may do so at once.
@@ -260,33 +188,6 @@ class _NoTableError(StoreError):
     """The table is not there."""
 
 
-def no_table(error: BaseException) -> bool:
-    """A driver's error says that the table is not there (and not that another one is missing)."""
-    code = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)  # psycopg 3, psycopg 2
-    return "celery_idem" in str(error) and (code == "42P01" or "no such table" in str(error))
-
-
 def open_sql(url: str, durability: str = "none") -> SqlStore:
     """The store for SQLAlchemy's form of a PostgreSQL or SQLite URL."""
     return SqlStore(url, durability)
-
-
-_registered: list[bool] = []
-_stores: weakref.WeakSet[SqlStore] = weakref.WeakSet()
-_left_behind: list[Any] = []
-"""A forked child's copies of its parent's connections. Kept, because SQLite must not close
-in one process what was opened in another, and forgetting them would."""
-
-
-def _forget_connections_after_fork(store: SqlStore) -> None:
-    if not _registered:
-        _registered.append(True)
-        os.register_at_fork(after_in_child=_after_fork)
-    _stores.add(store)
-
-
-def _after_fork() -> None:
-    for store in list(_stores):
-        _left_behind.append(store._engine.pool)
-        store._engine.dispose(close=False)
-        store._making = threading.Lock()

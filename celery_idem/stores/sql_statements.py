@@ -1,9 +1,10 @@
 """Every statement of the SQL store, in the spelling of PostgreSQL and of SQLite.
 
-Written out instead of built with SQLAlchemy, because they have to run on an author's own connection too
-(``sql_transaction``), whichever driver that is of. ``:name`` is a parameter, ``{now}`` the store's time in
-microseconds: PostgreSQL's ``clock_timestamp()``, and SQLite's ``julianday('now')``, which counts
-milliseconds. SQLite's 'now' stands still during a statement; PostgreSQL's clock does not, so it is read once.
+Written out instead of built with SQLAlchemy, because they have to run on an author's own connection
+too (``sql_transaction``), whichever driver that is of. ``:name`` is a parameter, ``{now}`` the
+store's time in microseconds: PostgreSQL's ``clock_timestamp()``, and SQLite's ``julianday('now')``,
+which counts milliseconds. SQLite's 'now' stands still during a statement; PostgreSQL's clock does
+not, so it is read once. A stamp is one more than the one before where the clock has not moved.
 """
 
 from __future__ import annotations

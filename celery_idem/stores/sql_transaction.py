@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from celery_idem.errors import ConfigurationError
 from celery_idem.stores.base import elsewhere
-from celery_idem.stores.sql import SqlPrimitives, no_table
+from celery_idem.stores.sql_primitives import SqlPrimitives, no_table
 from celery_idem.stores.sql_statements import statements
 
 
