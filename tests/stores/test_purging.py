@@ -135,7 +135,7 @@ def test_a_store_that_expires_by_itself_has_no_thread(tmp_path: Path) -> None:
     before = set(threading.enumerate())
     purging.begin(SimpleNamespace(app=redis))
     purging.begin(SimpleNamespace(app=wrong))
-    assert set(threading.enumerate()) == before
+    assert not set(threading.enumerate()) - before  # a thread of an earlier test may just be ending
     for _ in range(2):  # a worker that connects anew is ready twice
         purging.begin(SimpleNamespace(app=sqlite))
     (thread,) = set(threading.enumerate()) - before
