@@ -78,6 +78,9 @@ HEADERS = {
     "cache-control": "no-store",
 }
 
+FENCE_DIGITS = 20
+"""Digits of the largest fence: 64 bits. Python refuses to read a number of thousands of them."""
+
 SESSION_COOKIE = "idem_session"
 CSRF_COOKIE = "idem_csrf"
 
@@ -181,10 +184,10 @@ class _Inbox:
             answer = Happened()
             try:
                 answer = Happened(json.loads(result or "null"))
-            except ValueError:
+            except (ValueError, RecursionError):  # the second: nested without end
                 problem = 'The result is not JSON. Text needs quotes: "inv_7". No value is null.'
         fence = form.get("fence", "")
-        if not problem and not fence.isdecimal():
+        if not problem and not (fence.isdecimal() and len(fence) <= FENCE_DIGITS):
             problem = "This page is not complete any more. Look at it again, then decide."
         if problem:
             return await self._intent_page(request, user, key, problem, form)
