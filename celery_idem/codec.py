@@ -247,6 +247,10 @@ _SIMPLE = (type(None), bool, str)
 """Types that every serializer gives back as they are: no need to decode what was just encoded."""
 
 
+_SIGNAL = ("celery.exceptions", "TaskPredicate")
+"""The base of Celery's Ignore, Reject and Retry. By name, because nothing here imports Celery."""
+
+
 class NotStorable(Exception):
     """A value cannot be stored; the message says why."""
 
@@ -364,7 +368,11 @@ def _loaded(module: str, name: str) -> type[Exception] | None:
             found = object.__getattribute__(found, "__dict__").get(part)
         except AttributeError:
             return None
-    return found if isinstance(found, type) and issubclass(found, Exception) else None
+    if not (isinstance(found, type) and issubclass(found, Exception)):
+        return None
+    # No body's error is stored as one of Celery's signals; a forged one would have a message rejected for ever.
+    signals = any((base.__module__, base.__name__) == _SIGNAL for base in found.__mro__)
+    return None if signals else found
 
 
 def _text_of(error: BaseException) -> str:
