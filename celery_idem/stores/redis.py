@@ -277,7 +277,10 @@ class RedisStore(Store):
     def _refusal(self, error: Exception) -> StoreError:
         if isinstance(error, self._redis.exceptions.ReadOnlyError):
             self.close()  # a demoted replica: the next call connects anew
-        return StoreError(f"The store {self.url} refused: {error}")
+        text = str(error).rstrip(".")
+        if "permission" in text.lower() or "executing the script can't" in text:
+            text += ". The user in idem_store needs more rights: the page on security has the ACL rule"
+        return StoreError(f"The store {self.url} refused: {text}.")
 
 
 def open_redis(url: str, durability: str = "none") -> RedisStore:
