@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from celery.exceptions import TaskPredicate
 
 from celery_idem import IdempotentTask, Ledger, OutcomeUnknown, StoreError, codec
 from celery_idem.codec import Codec
@@ -155,6 +156,17 @@ def test_a_stored_error_is_only_ever_rebuilt_as_an_exception(
     assert type(made).__name__ == name.rpartition(".")[2]
     assert type(made).__bases__ == (Exception,)  # a new class of that name, and not the thing itself
     assert not target.exists()
+
+
+@pytest.mark.parametrize("name", ["Ignore", "Reject", "Retry"])
+def test_a_stored_error_is_no_order_to_celery(name: str, memory_app: Callable[..., Celery]) -> None:
+    """A forged Reject(requeue=True) would go round in circles, at a hundred times a second."""
+    app = memory_app()
+    task = app.tasks["shop.pay"]
+    write(app, task.intent_key("c1"), error("celery.exceptions", name, "forged", True), succeeded=False)
+    answer = task.apply(("c1",))
+    assert answer.state == "FAILURE"
+    assert not isinstance(answer.result, TaskPredicate)
 
 
 def test_no_module_is_imported_to_find_a_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
