@@ -202,11 +202,11 @@ def _command(words: tuple[str, ...]) -> Callable[[], Any]:
 
 def _overview() -> Callable[[], Any]:
     from benchmarks.apps import app
-    from celery_idem.adapters import inbox_pages
+    from celery_idem.adapters import inbox_overview, inbox_pages
     from celery_idem.desk import Desk
 
     def read() -> None:
-        *_, whole = inbox_pages.look(Desk(app))
+        *_, whole = inbox_overview.look(Desk(app))
         print(inbox_pages.overview(whole, "", ""))
 
     return read

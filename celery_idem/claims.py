@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from celery_idem import keys, protocol
@@ -166,6 +167,21 @@ class Tally(NamedTuple):
 
     intents: int
     oldest: float
+
+
+def count(tallies: dict[tuple[str, str], Tally], entry: Entry) -> None:
+    """One more entry in counts by (task, state)."""
+    place = (entry.task, entry.state)
+    before = tallies.get(place, Tally(0, 0.0))
+    tallies[place] = Tally(before.intents + 1, max(before.oldest, entry.age))
+
+
+def tallied(entries: Iterable[Entry]) -> dict[tuple[str, str], Tally]:
+    """Counts by (task, state), in bounded memory."""
+    tallies: dict[tuple[str, str], Tally] = {}
+    for entry in entries:
+        count(tallies, entry)
+    return tallies
 
 
 def renewed(claim: Claim, record: Record, reply: Reply, before: float) -> None:

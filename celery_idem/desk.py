@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from celery.app.task import Context
 
 from celery_idem import digests, keys
-from celery_idem.claims import Claim, Entry, Tally
+from celery_idem.claims import Claim, Entry, Tally, tallied
 from celery_idem.delivery import Delivery, Guard
 from celery_idem.errors import IdempotencyError, StoreError
 from celery_idem.intent import (
@@ -299,28 +299,32 @@ class Desk:
             return str(error)
 
 
-def tallied(entries: Iterable[Entry]) -> dict[tuple[str, str], Tally]:
-    """Counts by (task, state)."""
-    tallies: dict[tuple[str, str], Tally] = {}
-    for entry in entries:
-        place = (entry.task, entry.state)
-        before = tallies.get(place, Tally(0, 0.0))
-        tallies[place] = Tally(before.intents + 1, max(before.oldest, entry.age))
-    return tallies
+class Oldest:
+    """Of any number of entries those that have stood longest, in bounded memory.
 
+    Args:
+        limit: how many are kept.
 
-def oldest(entries: Iterable[Entry], limit: int) -> tuple[list[Entry], int]:
-    """The ``limit`` entries that have stood longest, oldest first, and how many there were in all."""
-    total = 0
-    heap: list[tuple[float, int, Entry]] = []
-    for entry in entries:
-        total += 1
-        item = (-entry.changed_at, total, entry)
-        if len(heap) < limit:
-            heapq.heappush(heap, item)
-        elif heap and item > heap[0]:
-            heapq.heapreplace(heap, item)
-    return [entry for _, _, entry in sorted(heap, key=lambda item: -item[0])], total
+    Attributes:
+        total: how many there were.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._heap: list[tuple[float, int, Entry]] = []  # the youngest of them first
+        self.total = 0
+
+    def add(self, entry: Entry) -> None:
+        self.total += 1
+        item = (-entry.changed_at, self.total, entry)  # the total, so that no two entries are compared
+        if len(self._heap) < self._limit:
+            heapq.heappush(self._heap, item)
+        elif self._heap and item > self._heap[0]:
+            heapq.heapreplace(self._heap, item)
+
+    def entries(self) -> list[Entry]:
+        """Those kept, the oldest first."""
+        return [entry for _, _, entry in sorted(self._heap, key=lambda item: -item[0])]
 
 
 def iso(seconds: float) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from celery_idem import codec, events, keys, protocol
-from celery_idem.claims import Claim, Entry, Tally, age, lease_lost, renewed
+from celery_idem.claims import Claim, Entry, Tally, age, lease_lost, renewed, tallied
 from celery_idem.codec import Codec, NotStorable
 from celery_idem.errors import IdempotencyError, StoreError
 from celery_idem.intent import (
@@ -289,12 +289,7 @@ class Ledger(Transitions):
 
     def stats(self) -> dict[tuple[str, str], Tally]:
         """How many intents stand in which state, by (task, state). Reads every record once, in bounded memory."""
-        tallies: dict[tuple[str, str], Tally] = {}
-        for entry in self.list():
-            place = (entry.task, entry.state)
-            count, oldest = tallies.get(place, (0, 0.0))
-            tallies[place] = Tally(count + 1, max(oldest, entry.age))
-        return tallies
+        return tallied(self.list())
 
     def resolve(
         self,

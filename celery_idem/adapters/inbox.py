@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 from celery_idem.adapters import inbox_pages as pages
+from celery_idem.adapters.inbox_overview import Overview, look
 from celery_idem.background import Background
 from celery_idem.desk import Desk
 from celery_idem.errors import ConfigurationError, IdempotencyError, StoreError
@@ -114,7 +115,7 @@ class _Inbox:
         self._token = token
         self._authenticate = authenticate
         self._session_key = hashlib.sha256(f"celery_idem inbox session\0{token}".encode()).digest()
-        self._overviews = Background(lambda: pages.look(desk), FRESH, PATIENCE)
+        self._overviews = Background(lambda: look(desk), FRESH, PATIENCE)
         self._decided: dict[str, float] = {}  # intents that were settled here, and when
         self._css = files("celery_idem.adapters").joinpath("inbox.css").read_text()
 
@@ -143,12 +144,12 @@ class _Inbox:
                 settled = ""
         return self._page(request, "In doubt", pages.overview(overview, settled, _base(request)), user)
 
-    def _look(self) -> pages.Overview:
+    def _look(self) -> Overview:
         """What is known; less what was decided since the reading began."""
         latest = self._overviews.look()
         if latest.error is not None:
             raise latest.error
-        shown = latest.whole or latest.unfinished or pages.Overview()
+        shown = latest.whole or latest.unfinished or Overview()
         if latest.whole is not None and latest.unfinished is not None:
             shown = replace(shown, newer=latest.unfinished.records)
         for key, at in list(self._decided.items()):

@@ -2,93 +2,17 @@
 
 from __future__ import annotations
 
-import heapq
-from collections import Counter
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, replace
 from html import escape
 from typing import NamedTuple
 from urllib.parse import quote
 
-from celery_idem.claims import Entry, Tally
+from celery_idem.adapters.inbox_overview import HOURS, Overview
+from celery_idem.claims import Entry
 from celery_idem.desk import DOUBTFUL, Desk, duration, iso
 from celery_idem.intent import NO_OWNER
 
-LISTED = 200
-"""Intents in the list, the oldest first: more than anybody settles before the page is read again."""
-
-HOURS = 24
-"""Hours in the picture: a day shows the night that somebody slept through."""
-
-STRIDE = 5_000
-"""Records from one look at an unfinished reading to the next: a tenth of a second, about."""
-
 SHOWN = 4000
 """Characters of a result that are shown: a screen or two."""
-
-
-@dataclass
-class Overview:
-    """All records, read once; or as many as were read until now.
-
-    Attributes:
-        tallies: by (task, state).
-        hours: for each of the last 24 hours, the oldest first: how many intents last changed in it, by state.
-        doubtful: those that wait for somebody, the oldest first.
-        waiting: how many there are of them in all.
-        records: how many were read.
-        whole: these are all.
-        newer: how many the next reading, which is under way, has read; None when there is none.
-        read_at: when, in seconds since the epoch of the store's clock; 0 for an empty store.
-    """
-
-    tallies: dict[tuple[str, str], Tally] = field(default_factory=dict)
-    hours: list[Counter[str]] = field(default_factory=lambda: [Counter() for _ in range(HOURS)])
-    doubtful: list[Entry] = field(default_factory=list)
-    waiting: int = 0
-    records: int = 0
-    whole: bool = False
-    newer: int | None = None
-    read_at: float = 0.0
-
-    def without(self, keys: Collection[str]) -> Overview:
-        """The same, less intents that were decided since."""
-        left = [entry for entry in self.doubtful if entry.key not in keys]
-        return replace(self, doubtful=left, waiting=self.waiting - len(self.doubtful) + len(left))
-
-
-def look(desk: Desk) -> Iterator[Overview]:
-    """Read every record once, in bounded memory: what is known after each ``STRIDE`` of them, and at the end."""
-    seen = Overview()
-    heap: list[tuple[float, int, Entry]] = []
-
-    def so_far() -> Overview:
-        doubtful = [entry for _, _, entry in sorted(heap, key=lambda item: -item[0])]
-        return replace(
-            seen, tallies=dict(seen.tallies), hours=list(map(Counter, seen.hours)), doubtful=doubtful
-        )
-
-    for entry in desk.list():
-        state, age = entry.state, entry.age
-        place = (entry.task, state)
-        before = seen.tallies.get(place, Tally(0, 0.0))
-        seen.tallies[place] = Tally(before.intents + 1, max(before.oldest, age))
-        seen.records += 1
-        seen.read_at = max(seen.read_at, entry.now)
-        hour = int(age // 3600)
-        if hour < HOURS:
-            seen.hours[HOURS - 1 - hour][state] += 1
-        if state in DOUBTFUL:
-            seen.waiting += 1
-            item = (-entry.changed_at, seen.waiting, entry)
-            if len(heap) < LISTED:
-                heapq.heappush(heap, item)
-            elif item > heap[0]:
-                heapq.heapreplace(heap, item)
-        if seen.records % STRIDE == 0:
-            yield so_far()
-    seen.whole = True
-    yield so_far()
 
 
 def frame(title: str, body: str, base: str, user: str = "", csrf: str = "") -> str:

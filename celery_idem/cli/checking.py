@@ -6,8 +6,7 @@ import click
 
 from celery_idem import copying
 from celery_idem.cli.group import idem
-from celery_idem.cli.records import yes_option
-from celery_idem.cli.screen import Screen, command
+from celery_idem.cli.screen import Screen, command, yes_option
 from celery_idem.copying import Copied
 from celery_idem.desk import Desk
 from celery_idem.ledger import Ledger

@@ -1,4 +1,4 @@
-"""Commands that look at intents and settle them one by one: list, show, resolve, forget, purge, stats, key."""
+"""Commands that look at intents and settle them one by one: list, show, resolve, forget, purge, stats."""
 
 from __future__ import annotations
 
@@ -10,19 +10,15 @@ from typing import Any
 
 import click
 
-from celery_idem.claims import Entry
+from celery_idem.claims import Entry, tallied
 from celery_idem.cli.group import idem
 from celery_idem.cli.reading import Reading, within_option
-from celery_idem.cli.screen import Screen, command
-from celery_idem.desk import STATES, Desk, duration, oldest, tallied
-from celery_idem.errors import IdempotencyError
+from celery_idem.cli.screen import Screen, command, yes_option
+from celery_idem.desk import DOUBTFUL, STATES, Desk, Oldest, duration
 from celery_idem.intent import Happened, NotHappened
-from celery_idem.keys import Declaration
 
 LINES = 50
 """Entries shown to a person unless told otherwise: about a screen."""
-
-yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask; do it.")
 
 
 def somebody() -> str:
@@ -62,14 +58,17 @@ def list_(
             screen.json(desk.describe(entry))
         found.end()
         return
-    entries, total = oldest(found, LINES if limit is None else limit)
+    oldest = Oldest(LINES if limit is None else limit)
+    for entry in found:
+        oldest.add(entry)
+    entries, total = oldest.entries(), oldest.total
     for entry in entries:
         _print_line(screen, entry)
     if total > len(entries):
         screen.line(f"… and {total - len(entries)} more. --limit shows more of them, --json all.")
     if not total:
         screen.line("No such intents." if not found.stopped else "No such intents so far.")
-    elif state in ("in_doubt", "lapsed", None) and any(e.state in ("in_doubt", "lapsed") for e in entries):
+    elif any(entry.state in DOUBTFUL for entry in entries):
         screen.line(
             "Next: `idem show KEY` says what is known; `idem reconcile` asks the destinations for all of them."
         )
@@ -125,7 +124,7 @@ def _facts(form: dict[str, Any]) -> list[tuple[str, Any]]:
 def advice(entry: Entry) -> str:
     """What somebody can do about an intent in this state."""
     key = entry.key
-    if entry.state in ("in_doubt", "lapsed"):
+    if entry.state in DOUBTFUL:
         this = f"idem resolve '{key}' --fence {entry.record.fence}"
         return (
             "Nobody here knows whether it took effect. Look at the destination, then say what you saw:\n"
@@ -265,85 +264,8 @@ def stats(screen: Screen, desk: Desk, within: float | None) -> None:
         return
     for (task, state), tally in tallies:
         screen.state(state, f"{tally.intents:>9}  oldest {duration(tally.oldest):>7}  {task}")
-    waiting = sum(tally.intents for (_, state), tally in tallies if state in ("in_doubt", "lapsed"))
+    waiting = sum(tally.intents for (_, state), tally in tallies if state in DOUBTFUL)
     screen.line(
         f"{sum(t.intents for _, t in tallies)} intents, {waiting} of them wait for somebody to decide."
     )
     reading.end()
-
-
-@command(idem, "key")
-@click.argument("task")
-@click.argument("calls", nargs=-1, metavar="CALL [OTHER_CALL]")
-@click.option("--scope", multiple=True, help="Scope of the call; a second one is the other call's.")
-@click.option("--occurrence", multiple=True, help="Occurrence of the call; a second one is the other call's.")
-def key(
-    screen: Screen,
-    desk: Desk,
-    task: str,
-    calls: tuple[str, ...],
-    scope: tuple[str, ...],
-    occurrence: tuple[str, ...],
-) -> None:
-    """The key of a call, and its canonical form; of two calls, what makes them differ.
-
-    A CALL is JSON: {"kwargs": …} as an object of keyword arguments, or a list of positional ones.
-    """
-    guarded = desk.tasks().get(task)
-    if guarded is None:
-        raise IdempotencyError(
-            f"This application has no guarded task {task}. It has: {', '.join(desk.tasks()) or 'none'}."
-        )
-    if not 1 <= len(calls) <= 2:
-        raise click.UsageError("Give one call, or two to compare.")
-    declaration, namespace = guarded.guard.declaration, guarded.guard.ledger.namespace
-    forms: list[dict[str, Any]] = []
-    wholes: list[dict[str, Any]] = []
-    for n, call in enumerate(calls):
-        args, kwargs = _call(call)
-        labels = {"scope": _nth(scope, n), "occurrence": _nth(occurrence, n)}
-        try:
-            arguments = declaration.bind(args, kwargs)
-        except TypeError as error:
-            raise IdempotencyError(f"{call} is no call of {task}: {error}.") from None
-        fields = {**{k: v for k, v in labels.items() if v is not None}, **declaration.intent(arguments)}
-        made = declaration.key(namespace, arguments, labels["scope"], labels["occurrence"])
-        forms.append({"key": made, "intent": _hidden(fields, declaration)})
-        wholes.append(fields)
-    differs = None
-    if len(forms) == 2:
-        names = dict.fromkeys((*wholes[0], *wholes[1]))
-        differs = [name for name in names if wholes[0].get(name) != wholes[1].get(name)]
-    if screen.as_json:
-        screen.json({"calls": forms, "same": differs is not None and not differs, "differs": differs or []})
-        return
-    for form in forms:
-        screen.line(str(form["key"]), "bold")
-        screen.line(f"  {json.dumps(form['intent'], ensure_ascii=False, sort_keys=True)}")
-    if differs is not None:
-        if differs:
-            screen.line(f"Two different actions: they differ in {', '.join(differs)}.")
-        else:
-            screen.line("The same action: the second call gets the first one's result.")
-
-
-def _call(text: str) -> tuple[list[Any], dict[str, Any]]:
-    try:
-        form = json.loads(text)
-    except ValueError as error:
-        raise click.UsageError(f"A call is JSON, and {text} is none: {error}.") from None
-    if isinstance(form, list):
-        return form, {}
-    if isinstance(form, dict):
-        return [], form
-    raise click.UsageError(f"A call is a JSON object of keyword arguments, or a list; {text} is neither.")
-
-
-def _nth(values: tuple[str, ...], n: int) -> str | None:
-    return values[n] if n < len(values) else None
-
-
-def _hidden(fields: dict[str, Any], declaration: Declaration) -> dict[str, Any]:
-    """Without secrets. What a function makes of them has names of its own, so then nothing is shown."""
-    secret = declaration.secret if declaration.compute is None or not declaration.secret else fields
-    return {name: "(secret)" if name in secret else value for name, value in fields.items()}

@@ -41,6 +41,8 @@ COLOURS = {
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """All but tab and newline; ESC is among them, and the one-byte forms of terminal commands."""
 
+yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask; do it.")
+
 PIPE_WIDTH = 200
 """Columns when the output is no terminal: whole lines, for grep."""
 

@@ -9,8 +9,7 @@ from typing import TextIO
 import click
 
 from celery_idem.cli.group import idem
-from celery_idem.cli.records import yes_option
-from celery_idem.cli.screen import Screen, command
+from celery_idem.cli.screen import Screen, command, yes_option
 from celery_idem.desk import Desk, read_arguments
 from celery_idem.errors import StoreError
 

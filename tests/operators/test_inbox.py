@@ -260,7 +260,7 @@ def half_way(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Iterator[thread
 
     monkeypatch.setattr(ledger.store, "scan", slow)
     monkeypatch.setattr("celery_idem.adapters.inbox.PATIENCE", 0.01)
-    monkeypatch.setattr("celery_idem.adapters.inbox_pages.STRIDE", 3)
+    monkeypatch.setattr("celery_idem.adapters.inbox_overview.STRIDE", 3)
     yield go
     go.set()
 
