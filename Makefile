@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo check docs matrix clean bench fuzz chaos
+.PHONY: help test demo check docs matrix audit clean bench fuzz chaos
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,9 @@ docs: $(VENV)/.ready-docs ## build the documentation into build/site; it needs n
 
 matrix: $(VENV)/.ready-dev ## every version of Python, Celery and redis-py; ARGS="-l" goes to nox
 	@$(PY) -m nox $(ARGS)
+
+audit: $(VENV)/.ready-dev ## ask for known vulnerabilities of the dependencies; it needs the network
+	@$(PY) -m nox -s audit
 
 bench: $(VENV)/.ready-test ## what the guard costs, as ratios measured side by side (about four minutes)
 	@$(PY) -m benchmarks.worker --pool solo

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 # pyenv hides the interpreters that are not chosen: choose all of them.
 PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
@@ -75,3 +76,22 @@ def compat(session: nox.Session, celery: str) -> None:
 def drivers(session: nox.Session, celery: str, redis: str) -> None:
     """Every major version of redis-py."""
     run(session, f"celery[redis]~={celery}.0", f"redis=={redis}")
+
+
+@nox.session(default=False)  # not part of the matrix: it needs the network
+def audit(session: nox.Session) -> None:
+    """`make audit`: known vulnerabilities in what the core brings along. What cannot be looked up is a failure."""
+    session.install("--quiet", ".")
+    found = session.run("python", "-m", "pip", "freeze", "--exclude", "celery_idem", silent=True)
+    session.log("resolved: %s", ", ".join(str(found).split()))
+    pinned = Path(session.create_tmp()) / "core.txt"
+    pinned.write_text(str(found))
+    session.install("--quiet", "pip-audit")  # now, so that it is not among them
+    words = ["pip-audit", "--strict", "--no-deps", "--disable-pip", "--progress-spinner", "off"]
+    # Without --strict a package that could not be looked up would pass, and so would all of them without a network.
+    try:
+        session.run(*words, "-r", str(pinned))
+    except CommandFailed:
+        session.error(
+            "a package has a known vulnerability, or could not be looked up: the lines above say which"
+        )
