@@ -113,7 +113,7 @@ def _canonical(value: Any, depth: int) -> Any:
     if isinstance(value, uuid.UUID):
         return {"$uuid": str(value)}
     if isinstance(value, (set, frozenset)):
-        items = {_dumps(form): form for form in (_canonical(item, depth + 1) for item in value)}
+        items = {rfc8785.dumps(form): form for form in (_canonical(item, depth + 1) for item in value)}
         return {"$set": [items[form] for form in sorted(items)]}  # once each, as they are compared here
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
@@ -178,13 +178,9 @@ def _digits(value: Decimal) -> dict[str, str]:
     return {"$number": f"{'-' if sign else ''}{stripped or '0'}E{power if stripped else 0}"}
 
 
-def _dumps(value: Any) -> bytes:
-    return rfc8785.dumps(value)
-
-
 def _hash(value: Any) -> hashlib._Hash:
     try:
-        return hashlib.sha256(_dumps(value))
+        return hashlib.sha256(rfc8785.dumps(value))
     except (rfc8785.CanonicalizationError, UnicodeEncodeError) as error:
         raise IntentError(f"it has no canonical JSON form: {error}") from None
 
@@ -193,7 +189,7 @@ def _named(parameter: str, value: Any) -> Any:
     """Canonical form of one argument; the error names the parameter, never the value."""
     try:
         form = canonical(value)
-        _dumps(form)
+        rfc8785.dumps(form)
     except IntentError as error:
         raise _refused(parameter, error) from None
     except (rfc8785.CanonicalizationError, UnicodeEncodeError):
@@ -418,8 +414,4 @@ def downstream_key(key: str, name: str) -> str:
     ASCII, at most 97 characters (Stripe allows 255).
     """
     label = re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:64]
-    return f"{label}-{hashlib.sha256(_joined(key, name)).hexdigest()[:DIGEST]}"
-
-
-def _joined(key: str, name: str) -> bytes:
-    return rfc8785.dumps([key, name])
+    return f"{label}-{hashlib.sha256(rfc8785.dumps([key, name])).hexdigest()[:DIGEST]}"

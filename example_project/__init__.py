@@ -7,6 +7,7 @@
 | `plain` | stands in for the guarded task class when the guard is off |
 | `billing_service`, `billing_client` | the destination: HTTP with an SQLite ledger, and the way to it |
 | `orchestrator`, `agent` | the callers: one dispatches by task name, one re-plans and tries again |
+| `mcp_server`, `mcp_agent` | the task as an MCP tool, and the agent once more, over MCP |
 | `simulate` | `python -m example_project.simulate`: starts it all, injects the faults, counts at the ledger |
-| `faults`, `stage`, `processes`, `witness`, `report` | what `simulate` is made of |
+| `faults`, `stage`, `callers`, `processes`, `server`, `witness`, `report` | what `simulate` is made of |
 """

@@ -116,11 +116,16 @@ def killed_after_effect(stage: Stage, say: Say) -> None:
         Call("billing.send_invoice", {"customer_id": "dune", "invoice_id": f"killed-{n}", "cents": 700})
         for n in range(2)
     ]
+    _ask_and_kill(stage, calls, "/invoices")
+
+
+def _ask_and_kill(stage: Stage, calls: list[Call], path: str) -> None:
+    """Hold each call's worker child in its request to `path`, kill it there, and hear what the caller gets."""
     for call in calls:
-        stage.arm("/invoices", call.invoice_id, "stall", HELD)
+        stage.arm(path, call.invoice_id, "stall", HELD)
     asked = stage.ask(calls)
     for call in calls:
-        stage.kill_child("/invoices", call.invoice_id)
+        stage.kill_child(path, call.invoice_id)
     stage.hear(asked)
 
 
@@ -130,12 +135,7 @@ def killed_and_nobody_to_ask(stage: Stage, say: Say) -> None:
         Call("billing.send_reminder", {"customer_id": "dune", "invoice_id": f"doubt-{n}"}, "first")
         for n in range(2)
     ]
-    for call in calls:
-        stage.arm("/reminders", call.invoice_id, "stall", HELD)
-    asked = stage.ask(calls)
-    for call in calls:
-        stage.kill_child("/reminders", call.invoice_id)
-    stage.hear(asked)
+    _ask_and_kill(stage, calls, "/reminders")
 
 
 def meant_twice(stage: Stage, say: Say) -> None:
@@ -154,12 +154,7 @@ def killed_between_steps(stage: Stage, say: Say) -> None:
         Call("billing.invoice_and_email", {"customer_id": "fern", "invoice_id": f"steps-{n}", "cents": 300})
         for n in range(2)
     ]
-    for call in calls:
-        stage.arm("/letters", call.invoice_id, "stall", HELD)
-    asked = stage.ask(calls)
-    for call in calls:
-        stage.kill_child("/letters", call.invoice_id)
-    stage.hear(asked)
+    _ask_and_kill(stage, calls, "/letters")
 
 
 def untouched_task(stage: Stage, say: Say) -> None:

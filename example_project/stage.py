@@ -124,25 +124,10 @@ class Stage:
         return process
 
     def _start_worker(self, number: int) -> subprocess.Popen[str]:
-        command = [
-            "-m",
-            "celery",
-            "-A",
-            "example_project.app",
-            "worker",
-            "-n",
-            f"worker{number}@%h",
-            "-l",
-            "INFO",
-        ]
+        command = ["-m", "celery", "-A", "example_project.app", "worker", "-l", "INFO"]
+        command += ["-n", f"worker{number}@%h", "--concurrency", str(CHILDREN)]
         # Two workers on one machine need no gossip, and waiting for neighbours costs a second of the demo.
-        command += [
-            "--concurrency",
-            str(CHILDREN),
-            "--without-gossip",
-            "--without-mingle",
-            "--without-heartbeat",
-        ]
+        command += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
         return self._start(command, f"worker{number}")
 
     def _start_caller(self, role: str, *arguments: str) -> Caller:
