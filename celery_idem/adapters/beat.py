@@ -17,7 +17,6 @@ stay as they are, so two of those beats do not agree on them.
 
 from __future__ import annotations
 
-import copy
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +76,9 @@ class Ticks:
         self, entry: ScheduleEntry, producer: Any = None, advance: bool = True, **kwargs: Any
     ) -> AsyncResult:
         """As Celery's. An occurrence that the entry's own ``options`` give stays."""
-        stamped = copy.copy(entry)
+        # Not copy.copy: that calls the constructor as Celery's own entry has it, and a database's has another.
+        stamped = object.__new__(type(entry))
+        vars(stamped).update(vars(entry))
         headers = {OCCURRENCE: due_at(entry).isoformat(), **(entry.options.get("headers") or {})}
         stamped.options = {**entry.options, "headers": headers}
         if advance:

@@ -257,6 +257,27 @@ def test_two_beats(shop_env: dict[str, str], done: Effects, tmp_path: Path, name
     assert done.count(f"pay-{name}-7") <= passed + 1
 
 
+def test_two_beats_on_one_database(
+    shop: Celery, shop_env: dict[str, str], done: Effects, tmp_path: Path, name: str
+) -> None:
+    """django-celery-beat with the mix-in: a tick that both fire happens once, another tick once more."""
+    now = datetime.now(timezone.utc)
+    env = {
+        **os.environ,
+        **shop_env,
+        "CALLERS_TICKER": name,
+        "CALLERS_DATABASE": str(tmp_path / "beat.sqlite3"),
+        "CALLERS_LAST_RUNS": " ".join((now - timedelta(minutes=ago)).isoformat() for ago in (10, 5)),
+    }
+    words = [sys.executable, "-m", "tests.callers.django_beats"]
+    ran = subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=ROOT, env=env)
+    assert ran.returncode == 0, ran.stderr
+    sent = ran.stdout.split()
+    assert len(set(sent)) == 4, "each of the beats sends each tick"
+    assert [shop.AsyncResult(task_id).get(WITHIN) for task_id in sent] == [1] * 4
+    assert done.count(f"number-{name}-1") == 2
+
+
 def tick(plan: Any, last: datetime, now: datetime) -> datetime:
     app = Celery("ticks", set_as_current=False)
     if not isinstance(plan, (int, float)):
