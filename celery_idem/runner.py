@@ -18,6 +18,7 @@ from celery_idem.codec import NotStorable
 from celery_idem.errors import FingerprintMismatch, LeaseLost, OutcomeUnknown, ResultUnavailable, StoreError
 from celery_idem.intent import (
     MICROSECONDS,
+    NO_OWNER,
     Acquired,
     Answer,
     Ask,
@@ -133,6 +134,7 @@ class Runner:
                 ``Job.come_back`` raises to leave.
         """
         carried = job.carried
+        ended = NO_OWNER
         while True:
             request = Request(
                 owners.mint(), job.task_id, job.fingerprint, job.options.policy, carried, job.digests
@@ -158,7 +160,9 @@ class Runner:
                 if done:
                     return value
             elif isinstance(decision, Busy):
-                if self._lapsed(job, decision):
+                # Once for each holder: where the store's clock was set back, its end is still to come.
+                if decision.holder != ended and self._lapsed(job, decision):
+                    ended = decision.holder
                     continue
                 events.emit("waiting", job.key, task_id=job.task_id)
                 job.come_back(decision.retry_after / MICROSECONDS, carried, "in progress")
@@ -183,9 +187,8 @@ class Runner:
             StoreError: the store did not answer.
         """
         policy = job.options.policy
-        decision, claim = self.ledger.claim(
-            job.key, Request(owners.mint(), job.task_id, job.fingerprint, policy)
-        )
+        # Not under the job's own task id: whoever has that may take a retry that is still to come.
+        decision, claim = self.ledger.claim(job.key, Request(owners.mint(), "", job.fingerprint, policy))
         while isinstance(decision, Ask):
             assert claim is not None
             decision, claim = self._ask(job, claim)
@@ -257,8 +260,10 @@ class Runner:
         return value
 
     def _let_go(self, job: Job, request: Request) -> None:
+        """The body did not run, neither under this owner nor under those of earlier lost replies."""
         try:
-            self.ledger.let_go(job.key, request)
+            for owner in (request.owner, *request.carried):
+                self.ledger.let_go(job.key, request._replace(owner=owner))
         except StoreError as error:
             events.emit("unsettled", job.key, error=str(error))
 

@@ -13,7 +13,9 @@ greenlet everything it was ever told, which determines where it stands, as it is
 What is modelled: a body starts no effect once `claim.lost` is true, and the check and the effect are one step.
 Without that, or a destination that checks the fence, a process that sleeps between the two does the effect
 whatever a lock says. A destination that says "did not happen" has nothing under way for the same reason. A
-person who resolves looks at the destination and at the record in one step.
+person who resolves looks at the destination and at the record in one step; an unhurried one writes the answer
+later, and names the attempt that was looked at. A soft time limit's exception comes at a stop: before a
+primitive reached the store, after it was applied, or while it is still under way.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 
 from celery_idem import codec, events, owners
 from celery_idem import runner as runner_module
-from celery_idem.claims import Claim
+from celery_idem.claims import Claim, Entry
 from celery_idem.errors import (
     FingerprintMismatch,
     IdempotencyError,
@@ -59,6 +61,7 @@ from celery_idem.runner import Job, Options, Runner
 from celery_idem.steps import run_step
 from celery_idem.stores.base import Reply
 from celery_idem.stores.memory import MemoryStore
+from tests.proof.transaction import Inside, Lock, LostCommit
 
 KEY = "shop.charge:0123456789abcdef0123456789abcdef"
 STORED = f"idem:{KEY}"
@@ -91,10 +94,20 @@ class Again(Exception):
     """The body asks for a retry."""
 
 
+class SoftLimit(Exception):
+    """A soft time limit, which comes wherever the process is."""
+
+
+class Exit(BaseException):
+    """The process is told to exit."""
+
+
 ENDINGS = {
     Declined: State.FAILED,
+    LostCommit: State.FAILED,
     NoEffect: State.RELEASED,
     Ambiguous: State.IN_DOUBT,
+    SoftLimit: State.IN_DOUBT,
     Again: State.SCHEDULED,
 }
 """Rule 5, in words of our own: where each of these takes an intent that its owner still holds."""
@@ -119,12 +132,17 @@ class Scenario:
         lapses: how often the clock jumps, by ``jump`` of a lease.
         reconcile: the destination is asked, and says the truth, or that it cannot tell.
         operators: people who look at the destination and resolve, once each, at any time.
+        unhurried: they write what they saw some time after they looked.
+        inquirers: people who have the destination asked, without a delivery.
         renewals: renewals per claim, by a thread of its own.
         steps: the body is two steps, each with an effect.
         order: the second execution runs the steps in another order.
         copies: how many re-published messages arrive twice.
         mismatch: the last delivery means the same intent with another value.
         parent: the worker's main process reports that a child died.
+        same_worker: a delivery can see that the process of a claim is dead.
+        soft: soft time limits, one a delivery, at any stop.
+        rollbacks: commits that fail (``on_crash="transaction"``).
         patience: seconds to keep trying to write an outcome.
         hops: how often a message may come back before it waits for the end of the schedule.
     """
@@ -143,12 +161,17 @@ class Scenario:
     jump: float = 1.1
     reconcile: str = ""
     operators: int = 0
+    unhurried: bool = False
+    inquirers: int = 0
     renewals: int = 0
     steps: bool = False
     order: bool = False
     copies: int = 0
     mismatch: bool = False
     parent: bool = False
+    same_worker: bool = False
+    soft: int = 0
+    rollbacks: int = 0
     patience: float = 1.0
     hops: int = 2
 
@@ -183,15 +206,23 @@ class Actor:
     pauses: int = 0
     minted: list[bytes] = field(default_factory=list)
     claim: Claim | None = None
+    watched: Claim | None = None
     answer: Any = None
     atomic: bool = False
     dead: bool = False
     done: bool = False
     unsettled: bool = False
     refused: bool = False
+    limited: bool = False
     ending: State | None = None
     parent: Actor | None = None
     knows_dead: bytes = b""
+
+    @property
+    def hold(self) -> tuple[Any, ...]:
+        """What a renewing thread, which is another greenlet, has told this one through its claim."""
+        claim = self.watched
+        return (claim._trusted_until, claim._taken_over, claim._seen) if claim is not None else ()
 
     @property
     def carried(self) -> tuple[bytes, ...]:
@@ -284,6 +315,8 @@ class ModelJob(Job):
             StoreError: Raised.AMBIGUOUS,
             OutcomeUnknown: Raised.AMBIGUOUS,
             LeaseLost: Raised.AMBIGUOUS,
+            SoftLimit: Raised.TIME_LIMIT,
+            Exit: Raised.EXIT,
             GreenletExit: Raised.EXIT,
         }
         return kinds.get(type(error), Raised.ERROR)
@@ -335,6 +368,8 @@ class World:
             "late": scenario.late,
             "lapses": scenario.lapses,
             "copies": scenario.copies,
+            "soft": scenario.soft,
+            "rollbacks": scenario.rollbacks,
         }
         self.actors: list[Actor] = []
         self.graveyard: list[greenlet] = []
@@ -343,6 +378,8 @@ class World:
         self.answers: set[Any] = set()
         self.bodies: dict[bytes, str] = {}
         self.highest_fence = 0
+        self.lock: Lock | None = None
+        self.dead_owners: set[bytes] = set()
         self.asked_to_stop = False
         self.excused = False
         self.closing = False
@@ -356,6 +393,8 @@ class World:
             self.deliver(Message((n,), f"task-{number}", value))
         for n in range(scenario.operators):
             self.begin(Actor(("operator", n), self.operate))
+        for n in range(scenario.inquirers):
+            self.begin(Actor(("inquirer", n), self.inquire))
 
     # --- the scheduler's side ---------------------------------------------------------
 
@@ -396,19 +435,42 @@ class World:
             point = actor.at
             if point is None or not self.may_go(actor):
                 continue
-            choices += [(actor, option) for option in point.options]
+            if not self.waits_for_the_lock(actor):
+                choices += [(actor, option) for option in point.options]
             if point.kind == "body" and left["odd"]:
                 choices += [(actor, ending) for ending in self.scenario.endings]
-            if point.kind in ("create", "replace", "read") and actor.name[0] != "operator":
+            if point.kind in ("create", "replace", "read", "lock") and actor.name[0] != "operator":
                 if left["down"]:
                     choices.append((actor, "down"))
-                if left["late"] and point.kind != "read":
+                if left["late"] and point.kind in ("create", "replace"):
                     choices.append((actor, "late"))
-            if left["crashes"] and actor.message is not None and actor.pauses > 1:
+            if point.kind == "commit":
+                choices += [(actor, what) for what in ("rollback", "late") if left[PLURALS[what]]]
+            if left["soft"] and actor.message is not None and not actor.limited:
+                choices += self.limits(actor, point)
+            mortal = actor.message is not None or actor.name[0] == "inquirer"
+            if left["crashes"] and mortal and actor.pauses > 1:
                 choices.append((actor, "crash"))
-        choices += [(None, f"ghost {n}") for n in range(len(self.ghosts))]
+        for n, (what, _, _) in enumerate(self.ghosts):
+            if self.lock is None or what[0] != "replace":
+                choices.append((None, f"ghost {n}"))
         if left["lapses"] and self.actors:
             choices.append((None, "lapse"))
+        return choices
+
+    def waits_for_the_lock(self, actor: Actor) -> bool:
+        """A transaction has rewritten the record, and has not ended: nobody else writes it."""
+        assert actor.at is not None
+        writes = actor.at.kind in ("replace", "lock")
+        return writes and self.lock is not None and (self.lock.sent or self.lock.holder != actor.name)
+
+    def limits(self, actor: Actor, point: Point) -> list[tuple[Any, str]]:
+        """When a soft time limit may come here."""
+        choices = [(actor, "soft")] if actor.pauses > 1 else []  # before it did anything, it is no delivery
+        if point.kind in ("create", "replace", "commit") and not self.waits_for_the_lock(actor):
+            choices.append((actor, "soft after"))
+        if point.kind in ("create", "replace") and self.left["late"]:
+            choices.append((actor, "soft late"))
         return choices
 
     def may_go(self, actor: Actor) -> bool:
@@ -445,8 +507,13 @@ class World:
             self.left["crashes"] -= 1
             self.crash(actor)
         else:
-            if what in ("down", "late"):
-                self.left[what] -= 1
+            if what.startswith("soft"):
+                self.left["soft"] -= 1
+                self.limit(actor, what)
+            if what in ("down", "late", "soft late"):
+                self.left[what.split()[-1]] -= 1
+            elif what == "rollback":
+                self.left["rollbacks"] -= 1
             elif what in self.scenario.endings:
                 self.left["odd"] -= 1
             self.resume(actor, what)
@@ -458,20 +525,31 @@ class World:
             self.store.held(),
             self.clock.now,
             tuple(self.left.values()),
-            tuple(sorted(((a.name, a.told, a.message) for a in self.actors), key=repr)),
+            tuple(sorted(((a.name, a.told, a.message, a.hold) for a in self.actors), key=_name_first)),
             tuple(what for what, _, _ in self.ghosts),
             tuple(self.effects),
             frozenset(self.answers),
             tuple(sorted(self.bodies.items())),
             self.highest_fence,
             self.excused,
+            self.lock,
+            frozenset(self.dead_owners),
         )
 
     def crash(self, actor: Actor) -> None:
-        """The process dies; the broker delivers its message again; its worker may report the death."""
-        assert actor.message is not None
+        """The process dies at once."""
         self.kill(actor)
+        if self.lock is not None and self.lock.holder == actor.name and not self.lock.sent:
+            self.lock = None
+        self.died(actor)
+
+    def died(self, actor: Actor) -> None:
+        """The broker delivers the message of a dead process again; its worker may report the death."""
         self.excused = True
+        if self.scenario.same_worker:
+            self.dead_owners.update(actor.minted)
+        if actor.message is None:
+            return
         self.deliver(actor.message._replace(lineage=(*actor.message.lineage, 0), waits_for=None))
         if self.scenario.parent and actor.minted:
             prefix = actor.minted[0][:7]
@@ -513,16 +591,37 @@ class World:
         choice: str = self.hub.switch()
         if actor.dead:
             raise GreenletExit
+        if choice == "soft":
+            raise self.soft_limit()
         return choice
+
+    def pause_at(self, kind: str) -> str:
+        return self.pause(Point(kind))
+
+    def soft_limit(self) -> Exception:
+        return SoftLimit("too long")
+
+    def limit(self, actor: Actor, what: str) -> None:
+        """A soft time limit comes. A body that has ended is to be remembered all the same, and one that has not begun
+        is to leave nothing behind; only of one that it interrupts, nobody knows how it ended."""
+        actor.limited = True
+        over = actor.claim is not None and self.bodies[actor.claim._request.owner] == "over"
+        known = over and actor.ending in (State.SUCCEEDED, State.FAILED)
+        if what == "soft late" or (actor.claim is not None and not known):
+            self.excused = True
 
     def primitive(self, kind: str, arguments: Any, call: Callable[[], Reply]) -> Reply:
         actor = self.current()
         choice = self.pause(Point(kind))
-        if choice == "late":
+        if choice in ("late", "soft late"):
             self.ghosts.append(((kind, arguments), actor, call))
         if choice in ("down", "late"):
             raise StoreError("the store did not answer")
+        if choice == "soft late":
+            raise self.soft_limit()
         reply = self.apply(actor, call)
+        if choice == "soft after":
+            raise self.soft_limit()
         self.tell(actor, reply)
         return reply
 
@@ -558,7 +657,9 @@ class World:
             pass
         except Again:
             self.publish_again(actor, (), False)
-        except (NoEffect, Ambiguous):
+        except Exit:
+            self.died(actor)
+        except (NoEffect, Ambiguous, SoftLimit):
             pass  # its caller may call again: the other deliveries, and the closing one, are such calls
         except FingerprintMismatch:
             if message.value == "1" and not self.scenario.mismatch:
@@ -568,9 +669,11 @@ class World:
                 not actor.unsettled
             ):  # an error that could not be recorded may be followed by a run that ends well
                 self.answered(actor, ("raised", str(error)))
+        except LostCommit:
+            if not actor.unsettled:
+                self.answered(actor, ("raised", "LostCommit"))
         except LeaseLost:
-            if actor.refused:
-                self.check_refusal(actor)
+            self.check_refusal(actor)
             self.excused = True
         except OutcomeUnknown:
             if self.closing and not self.excused and not self.asked_to_stop:
@@ -580,6 +683,8 @@ class World:
 
     def answered(self, actor: Actor, answer: Any) -> None:
         assert actor.message is not None
+        if answer[0] == "returned" and not self.effects:
+            self.broken("an answer, without an effect")
         self.answers.add((actor.message.value, *_frozen(answer)))
         if len(self.answers) > 1:
             self.broken(f"different answers: {self.answers}")
@@ -587,25 +692,35 @@ class World:
     def check_refusal(self, actor: Actor) -> None:
         """Rule 4: an owner that nobody succeeded must be heard."""
         record = self.record()
-        if record is None or actor.claim is None or record.state.settled:
+        if record is None or actor.claim is None or record.owner != actor.claim._request.owner:
             return
-        if record.owner == actor.claim._request.owner:
+        if record.state.settled and self.scenario.on_crash == "transaction":
+            self.broken("an execution whose transaction settled the intent was told that it had lost it")
+        if actor.refused and not record.state.settled:
             self.broken("the rightful owner was refused")
 
     def body(self, actor: Actor, claim: Claim) -> Any:
         """The author's code, which ends as the scheduler says."""
         self.began(actor, claim)
-        how = self.pause(Point("body"))
         try:
+            how = self.pause(Point("body"))
             value = self.act(actor, claim, how)
             actor.ending = State.SUCCEEDED
-        except Exception as error:
-            actor.ending = ENDINGS.get(type(error))
+        except Exit:
+            raise  # as good as a crash: it ended without a word
+        except BaseException as error:
+            actor.ending = self.ending(error)
             self.excused = self.excused or isinstance(error, Ambiguous)
-            raise
-        finally:
             self.over(claim)
+            raise
+        self.over(claim)
         return value
+
+    def ending(self, error: BaseException) -> State | None:
+        """Rules 5 and 9: a transaction that has not committed had no effect."""
+        state = ENDINGS.get(type(error))  # type: ignore[call-overload]
+        in_transaction = self.scenario.on_crash == "transaction"
+        return State.RELEASED if in_transaction and state is State.IN_DOUBT else state
 
     def act(self, actor: Actor, claim: Claim, how: str) -> Any:
         number = len(self.bodies)
@@ -617,6 +732,10 @@ class World:
             raise Ambiguous
         if how == "retry":
             raise Again
+        if how == "exit_before":
+            raise Exit
+        if self.scenario.on_crash == "transaction":
+            return self.in_transaction(actor, claim, how)
         if self.scenario.steps:
             return self.in_steps(actor, claim, how)
         value = self.effect(actor, claim, "charge")
@@ -624,7 +743,33 @@ class World:
             raise Declined(f"declined after {value}")
         if how == "ambiguous_after":
             raise Ambiguous
+        if how == "exit_after":
+            raise Exit
         return value
+
+    def in_transaction(self, actor: Actor, claim: Claim, how: str) -> str:
+        """As `with engine.begin() as connection, self.settle_in(connection): …`. No look at ``claim.lost``."""
+        receipt = f"charge {len(self.effects) + 1}"
+
+        def insert() -> None:
+            self.effects.append(("charge", receipt))
+            if len(self.effects) > 1:
+                self.broken(f"{len(self.effects)} rows")
+
+        inside = Inside(self, actor, insert)
+        try:
+            self.ledger.settle_within(claim, inside, receipt)
+            inside.commit()
+        except BaseException:
+            inside.rollback()
+            raise
+        if how == "error_after":
+            raise Declined(f"declined after {receipt}")
+        if how == "ambiguous_after":
+            raise Ambiguous
+        if how == "exit_after":
+            raise Exit
+        return "ignored"
 
     def in_steps(self, actor: Actor, claim: Claim, how: str) -> list[str]:
         names = ["charge", "mail"]
@@ -637,7 +782,10 @@ class World:
                 self.pause(Point("effect"))
                 if how == "no_effect_in_step" and name == "mail":
                     raise NoEffect
-                return self.effect(actor, claim, name)
+                value = self.effect(actor, claim, name)
+                if how == "exit_in_step":
+                    raise Exit
+                return value
 
             values[name] = run_step(self.ledger, claim, name, run, None, self.options.patience, (NoEffect,))
         return [values["charge"], values["mail"]]
@@ -664,11 +812,37 @@ class World:
         self.pause(Point("operator"))
         answer = self.truth()
         assert isinstance(answer, (Happened, NotHappened))
-        self.tell(actor, repr(answer))
+        fence = None
+        if self.scenario.unhurried:
+            record = self.doubtful()
+            if record is None:
+                return  # a person is shown only what is in doubt, or lapsed
+            fence = record.fence
+        self.tell(actor, (repr(answer), fence))
         actor.answer = answer
-        actor.atomic = True
+        actor.atomic = not self.scenario.unhurried
         with contextlib.suppress(IdempotencyError):
-            self.ledger.resolve(KEY, answer, by="somebody", keep=AGES / 1e6)
+            self.ledger.resolve(KEY, answer, by="somebody", keep=AGES / 1e6, fence=fence)
+
+    def doubtful(self) -> Record | None:
+        """The record, where it is one that people are shown."""
+        stored, record = self.store.held(), self.record()
+        if stored is None or record is None:
+            return None
+        entry = Entry(KEY, record, stored.stamp, self.clock.now)
+        return record if entry.state in ("in_doubt", "lapsed") else None
+
+    def inquire(self, actor: Actor) -> None:
+        """A person who was shown a doubtful intent has the destination asked."""
+        self.pause(Point("inquirer"))
+        record = self.doubtful()
+        self.tell(actor, record)
+        if record is None:
+            return
+        job = ModelJob(self, actor, Message((), record.task_id, "1"))
+        job.fingerprint = Fingerprint()
+        with contextlib.suppress(StoreError):
+            self.runner.inquire(job)
 
     def report_death(self, actor: Actor) -> None:
         """The worker's main process saw a child die."""
@@ -680,9 +854,11 @@ class World:
     def watch(self, claim: Claim, ledger: Ledger, lease: int) -> None:
         actor = self.current()
         if self.scenario.renewals and not self.closing:
+            actor.watched = claim
 
             def renew(me: Actor) -> None:
                 for _ in range(self.scenario.renewals):
+                    self.pause(Point("renewal"))  # the worker's clock is read when it begins
                     with contextlib.suppress(StoreError):
                         self.ledger.renew([claim])
 
@@ -696,7 +872,8 @@ class World:
     def mint(self) -> bytes:
         """Unique, the same in every run of the same past, with the process in its first seven bytes."""
         actor = self.current()
-        place = bytes([*(n + 1 for n in actor.name), *bytes(9)])[:9]  # the lineage
+        numbers = (200, actor.name[1]) if actor.name[0] == "inquirer" else actor.name  # else the lineage
+        place = bytes([*(n + 1 for n in numbers), *bytes(9)])[:9]
         owner = b"!" + place + bytes(1) + bytes([len(actor.minted) + 1])
         actor.minted.append(owner)
         return owner
@@ -744,8 +921,12 @@ class World:
         asked = old.asking in who.minted and old.asking != b""
         person = who.name[0] == "operator"
         parent = who.name[0] == "parent" and old.owner.startswith(who.knows_dead)
+        ends_the_dead = old.owner in self.dead_owners and new == old._replace(lease=0)
         ended = who.ending if who.claim is not None and old.owner == who.claim._request.owner else None
         first = old.state is State.RUNNING
+        late_commit = self.scenario.on_crash == "transaction" and new.state is State.SUCCEEDED
+        if late_commit:
+            ended = None
         if ended and first and new.owner in (old.owner, NO_OWNER) and new.state not in (old.state, ended):
             self.broken(f"a body's end that means {ended.name} made it {new.state.name}")
         if old.outcome is not None and (new.outcome != old.outcome or new.state is not old.state):
@@ -756,24 +937,32 @@ class World:
             self.broken(f"fence {old.fence} -> {new.fence}")
         if not new.state.settled and not set(old.steps) <= set(new.steps):
             self.broken("a finished step was lost")
-        if old.state is State.RUNNING and live and not (mine or carried or parent):
+        if old.state is State.RUNNING and live and not (mine or carried or parent or ends_the_dead):
             self.broken("somebody wrote over a live claim")
         its_task = who.message is not None and who.message.task_id == old.task_id
         if old.state is State.SCHEDULED and live and not its_task:
             self.broken("somebody wrote over a retry that is not due")
         if old.state is State.IN_DOUBT and old.asking and live and new.asking not in (old.asking, b""):
             self.broken("two workers ask")
+        knows = asked or (who.name[0] == "parent" and old.asking.startswith(who.knows_dead))
+        ended_it = new.state is State.IN_DOUBT and (new.asking != old.asking or new.lease < old.lease)
+        if live and old.asking and ended_it and not (knows or old.asking in self.dead_owners):
+            self.broken("somebody ended a question that another asks")
         if taken and carried and old.owner in self.bodies:
             self.broken("a claim whose body had begun was taken up as if it had not")
         if taken and new.state is State.RUNNING and not carried:
             self.taken_over(who, old, asked)
+        in_transaction = self.scenario.on_crash == "transaction"
+        if in_transaction and new.state is State.IN_DOUBT and new.crashes < self.scenario.max_attempts:
+            self.broken("in doubt, although its effects are all in a transaction")
         told = mine or person or isinstance(who.answer, Happened)
         if new.state.settled and old.outcome is None and not told:
             self.broken("a stale owner's outcome was recorded")
         set_free = new.state in (State.RELEASED, State.SCHEDULED) and old.state is not new.state
-        if set_free and not (mine or person):
+        never_ran = carried and old.owner not in self.bodies
+        if set_free and not (mine or person or never_ran):
             self.broken(f"{new.state.name} by somebody who is not the owner")
-        if new.state is State.IN_DOUBT and old.state is State.RUNNING and live and not mine:
+        if new.state is State.IN_DOUBT and old.state is State.RUNNING and live and not (mine or parent):
             self.broken("a live claim was put in doubt")
 
     def taken_over(self, who: Actor, old: Record, asked: bool) -> None:
@@ -791,7 +980,7 @@ class World:
         self.closing = True
         self.left = dict.fromkeys(self.left, 0)
         while self.ghosts:
-            self.do((None, "ghost 0"))
+            self.do(next(choice for choice in self.enabled() if choice[1].startswith("ghost")))
         self.drain()
         self.clock.now += 3 * LEASE
         for number, value in enumerate(("1", "2") if self.scenario.mismatch else ("1",)):
@@ -821,11 +1010,20 @@ class World:
             self.broken("done, without an effect")
         if record.state is State.RELEASED and self.effects and not self.scenario.steps:
             self.broken("released, with an effect")
+        if record.state is State.FAILED and self.effects and self.scenario.on_crash == "transaction":
+            self.broken("failed, with its rows committed")
+
+
+def _name_first(part: tuple[Any, ...]) -> str:
+    return str(part[0])  # names are unique, and of different types
 
 
 def _frozen(answer: tuple[str, Any]) -> tuple[Any, ...]:
     return tuple(tuple(part) if isinstance(part, list) else part for part in answer)
 
+
+PLURALS = {"rollback": "rollbacks", "late": "late"}
+"""What a commit may come to, and what it uses up."""
 
 PASTS: dict[tuple[Any, ...], int] = {}
 """Numbers of what greenlets were told: equal numbers, equal pasts."""
@@ -877,6 +1075,7 @@ def modelled() -> Iterator[Callable[[World], None]]:
         if getattr(module, name, None) is standard
     ]
     saved += [(runner_module, "RENEWER", runner_module.RENEWER), (owners, "mint", owners.mint)]
+    saved += [(owners, "gone", owners.gone)]
     pure = (codec.unpack, codec.pack)
     codec.unpack, codec.pack = lru_cache(100_000)(codec.unpack), lru_cache(100_000)(codec.pack)
     level = events.logger.level
@@ -888,7 +1087,10 @@ def modelled() -> Iterator[Callable[[World], None]]:
     def mint() -> bytes:
         return now[0].mint()
 
-    owners.mint = mint
+    def gone(owner: bytes) -> bool:
+        return owner in now[0].dead_owners
+
+    owners.mint, owners.gone = mint, gone
     events.logger.setLevel(logging.CRITICAL + 1)
     PASTS.clear()
     try:

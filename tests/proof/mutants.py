@@ -12,11 +12,16 @@ from typing import Any, NamedTuple
 
 from celery_idem import protocol
 from celery_idem import runner as runner_module
+from celery_idem.errors import IdempotencyError
 from celery_idem.intent import (
     NO_OWNER,
     Acquired,
+    Again,
     Busy,
     Done,
+    InDoubt,
+    NotHappened,
+    Outcome,
     Raised,
     Record,
     Refused,
@@ -38,6 +43,9 @@ _died = protocol.died
 _ttl = protocol.ttl
 _settle = protocol.settle
 _holds = protocol._holds
+_committed = protocol.committed
+_exited = protocol.exited
+_why_in_doubt = protocol._why_in_doubt
 
 
 class Mutant(NamedTuple):
@@ -326,8 +334,89 @@ def every_owner_is_carried(self: Ledger, key: str, request: Request) -> Any:
     return _ledger_claim(self, key, request._replace(carried=(*request.carried, *owners)))
 
 
+def claim_is_not_let_go(self: Any, job: Any, request: Any) -> None:
+    """An interrupted claim is left as it is."""
+
+
+def only_the_last_claim_is_let_go(self: Any, job: Any, request: Any) -> None:
+    _let_go(self, job, _without(request))
+
+
+def interrupted_in_the_middle(settle: Any, patience: float) -> Any:
+    """An outcome is written once, or not at all."""
+    return settle(patience)
+
+
+def a_commit_is_believed(record: Record | None, owner: bytes) -> Any:
+    """Whether or not it happened."""
+    if record is not None and record.owner == owner and record.outcome is None:
+        return Done(record._replace(outcome=Outcome(True, b"j1"))), None
+    return _committed(record, owner)
+
+
+def a_commit_is_not_waited_for(record: Record | None, owner: bytes) -> Any:
+    return _committed(record, owner)[0], None
+
+
+def an_error_counts_after_the_commit(self: Any, job: Any, claim: Any, error: Any) -> bool:
+    return error is None and bool(_runner_committed(self, job, claim, error))
+
+
+def as_outside_of_a_transaction(kind: Raised, policy: Any) -> State:
+    return protocol.ENDINGS[kind]
+
+
+def a_transaction_that_crashed_is_in_doubt(record: Record, policy: Any, reason: str) -> str:
+    return reason if policy.on_crash == "transaction" else _why_in_doubt(record, policy, reason)
+
+
+def anybody_exits(record: Record, owner: bytes, policy: Any, reason: str) -> Any:
+    if record.outcome is not None:
+        return Refused(record), None
+    return _exited(record, record.owner, policy, reason)
+
+
+def any_holder_lapses(record: Record, holder: bytes) -> Record | None:
+    return record._replace(lease=0) if record.state is State.RUNNING and record.lease else None
+
+
+def any_death_ends_a_question(
+    record: Any, stamp: int, prefix: bytes, task_id: str, policy: Any, again: int
+) -> Any:
+    if record is not None and record.state is State.IN_DOUBT and record.asking:
+        return Again(), record._replace(asking=b"", lease=0)
+    return _died(record, stamp, prefix, task_id, policy, again)
+
+
+def an_inquiry_without_an_answer_releases(self: Any, job: Any) -> Any:
+    decision = _inquire(self, job)
+    if isinstance(decision, InDoubt):
+        with contextlib.suppress(IdempotencyError):
+            self.ledger.resolve(job.key, NotHappened(), by="an inquiry")
+    return decision
+
+
+def an_inquiry_takes_the_jobs_place(self: Any, job: Any) -> Any:
+    """It asks under the task id of whoever holds the intent."""
+    given = runner_module.Request
+    runner_module.Request = lambda owner, task_id, *more: given(owner, job.task_id, *more)
+    try:
+        return _inquire(self, job)
+    finally:
+        runner_module.Request = given
+
+
+def evidence_on_another_attempt_counts(
+    record: Record, stamp: int, now: int, outcome: Any, note: Any, fence: Any = None
+) -> Any:
+    return _resolve(record, stamp, now, outcome, note, None)
+
+
 _store_is_down = runner_module.Runner._store_is_down
 _ledger_claim = Ledger.claim
+_let_go = runner_module.Runner._let_go
+_inquire = runner_module.Runner.inquire
+_runner_committed = runner_module.Runner._committed
 
 MUTANTS = (
     Mutant("1: a settled intent runs again", "in doubt: crash", {"claim": replay_runs_again}),
@@ -410,6 +499,65 @@ MUTANTS = (
     Mutant("people: one takes a live claim", "operator", {"resolve": a_person_takes_a_live_claim}),
     Mutant(
         "parent: any death ends a claim", "the worker reports a dead child", {"died": any_death_ends_a_claim}
+    ),
+    Mutant(
+        "parent: any death ends a question", "deaths reported: reconcile", {"died": any_death_ends_a_question}
+    ),
+    Mutant("one worker: whoever holds it is dead", "deaths seen", {"lapse": any_holder_lapses}),
+    Mutant("5: an exit releases", "exits: in doubt", _ends(Raised.EXIT, State.RELEASED)),
+    Mutant("5: an exit that is no owner's counts", "exits: rerun", {"exited": anybody_exits}),
+    Mutant("5: a soft time limit releases", "limits: in doubt", _ends(Raised.TIME_LIMIT, State.RELEASED)),
+    Mutant(
+        "5: an outcome is not written again",
+        "limits: in doubt",
+        {"_whatever_comes": interrupted_in_the_middle},
+        runner_module,
+    ),
+    Mutant(
+        "7: an interrupted claim stays",
+        "limits: in doubt",
+        {"_let_go": claim_is_not_let_go},
+        runner_module.Runner,
+    ),
+    Mutant(
+        "7: a carried claim stays when interrupted",
+        "limits: silent store",
+        {"_let_go": only_the_last_claim_is_let_go},
+        runner_module.Runner,
+    ),
+    Mutant("9: anybody commits", "transaction: crash", {"settle": anybody_settles}),
+    Mutant("9: a commit is believed", "transaction: failed commit", {"committed": a_commit_is_believed}),
+    Mutant(
+        "9: a commit is not waited for", "transaction: lost commit", {"committed": a_commit_is_not_waited_for}
+    ),
+    Mutant(
+        "9: an error counts after the commit",
+        "transaction: ends",
+        {"_committed": an_error_counts_after_the_commit},
+        runner_module.Runner,
+    ),
+    Mutant("9: no commit, and in doubt", "transaction: ends", {"ending": as_outside_of_a_transaction}),
+    Mutant(
+        "9: a crash is in doubt",
+        "transaction: crash",
+        {"_why_in_doubt": a_transaction_that_crashed_is_in_doubt},
+    ),
+    Mutant(
+        "people: an inquiry without an answer releases",
+        "inquiry: cannot tell",
+        {"inquire": an_inquiry_without_an_answer_releases},
+        runner_module.Runner,
+    ),
+    Mutant(
+        "people: an inquiry takes a retry's place",
+        "inquiry against a retry",
+        {"inquire": an_inquiry_takes_the_jobs_place},
+        runner_module.Runner,
+    ),
+    Mutant(
+        "people: evidence on another attempt counts",
+        "two operators who take time",
+        {"resolve": evidence_on_another_attempt_counts},
     ),
     Mutant("time: evidence expires", "in doubt: crash", {"ttl": evidence_expires}),
 )

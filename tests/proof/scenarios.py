@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from tests.proof.explorer import Scenario
 
+EXITS = ("exit_before", "exit_after")
+
 CI = (
     # Two deliveries, a crash, a lapse; a reply that is lost, before or after the store wrote, or much later.
     Scenario("in doubt: crash", crashes=1, lapses=2),
@@ -15,7 +17,7 @@ CI = (
     Scenario("in doubt: silent store, at once given up", down=1, late=1, patience=0.0),
     Scenario("in doubt: crash and silent store", crashes=1, late=1, copies=1, hops=1),
     Scenario("resume: crash", on_crash="resume", steps=True, crashes=1),
-    Scenario("resume: silent store", on_crash="resume", steps=True, late=1, hops=1),
+    Scenario("resume: silent store", on_crash="resume", steps=True, late=1, lapses=2, actors=1),
     Scenario("resume: steps in another order", on_crash="resume", steps=True, order=True, crashes=1, hops=1),
     Scenario("resume: crash loop", on_crash="resume", steps=True, crashes=1, max_attempts=1, hops=1),
     Scenario("rerun: crash and silent store", on_crash="rerun", crashes=1, late=1, hops=1),
@@ -51,22 +53,71 @@ CI = (
     ),
     # People, main processes, copies, renewals.
     Scenario("operator", operators=1, crashes=1),
-    Scenario("two operators", operators=2, crashes=1, hops=1),
+    Scenario("two operators", operators=2, crashes=1, actors=1, hops=1),
     Scenario("operator against reconcile", operators=1, reconcile="truth", crashes=1, hops=1),
     Scenario("the worker reports a dead child", parent=True, crashes=1, on_crash="rerun", hops=1),
-    Scenario("copies of one message", same_message=True, late=1, copies=1, crashes=1, hops=1),
+    Scenario("copies of one message", same_message=True, late=1, copies=1, hops=1),
     Scenario("copies of one message that retries", same_message=True, endings=("retry",), odd=1),
     Scenario("another value", mismatch=True, endings=("no_effect", "error"), odd=1),
-    Scenario("renewals", renewals=1, jump=0.6, lapses=3, on_crash="rerun", hops=1),
+    Scenario("renewals", renewals=1, jump=0.6, lapses=2, on_crash="rerun", hops=1),
+    Scenario("renewals between steps", renewals=1, on_crash="resume", steps=True, late=1, actors=1),
+    # A process that dies, and says so, or is seen to be dead.
+    Scenario("exits: in doubt", endings=EXITS, odd=1, late=1, hops=1),
     Scenario(
-        "renewals between steps",
-        renewals=1,
-        jump=0.6,
-        lapses=2,
+        "exits: resume",
+        endings=("exit_before", "exit_in_step"),
+        odd=2,
         on_crash="resume",
         steps=True,
-        late=1,
         actors=1,
+    ),
+    Scenario("exits: rerun", endings=EXITS, odd=2, on_crash="rerun", max_attempts=2, hops=1),
+    Scenario("exits: reconcile", endings=EXITS, odd=1, reconcile="truth", hops=1),
+    Scenario("deaths reported: in doubt", parent=True, crashes=1, hops=1),
+    Scenario(
+        "deaths reported: resume", parent=True, crashes=1, on_crash="resume", steps=True, actors=1, hops=1
+    ),
+    Scenario("deaths reported: reconcile", parent=True, crashes=1, reconcile="truth", hops=1),
+    Scenario("deaths seen", same_worker=True, crashes=1, on_crash="rerun", hops=1),
+    Scenario(
+        "deaths seen and reported", same_worker=True, parent=True, crashes=1, on_crash="rerun", actors=1
+    ),
+    # A soft time limit, whose exception comes wherever it likes.
+    Scenario("limits: in doubt", soft=1, down=1, hops=1),
+    Scenario("limits: silent store", soft=1, late=1, actors=1),
+    Scenario("limits: ends", soft=1, endings=("retry", "no_effect", "error"), odd=1, hops=1),
+    Scenario("limits: resume", soft=1, crashes=1, on_crash="resume", steps=True, actors=1),
+    Scenario("limits: rerun", soft=1, on_crash="rerun", hops=1),
+    Scenario("limits: reconcile", soft=1, reconcile="truth", hops=1),
+    # Effects and outcome in one transaction.
+    Scenario("transaction: crash", on_crash="transaction", crashes=1, hops=1),
+    Scenario("transaction: lost commit", on_crash="transaction", late=1, hops=1),
+    Scenario("transaction: failed commit", on_crash="transaction", rollbacks=1, hops=1),
+    Scenario(
+        "transaction: ends",
+        on_crash="transaction",
+        endings=("error_after", "ambiguous_before", "ambiguous_after", "retry", *EXITS),
+        odd=1,
+        hops=1,
+    ),
+    Scenario("transaction: limits", on_crash="transaction", soft=1, hops=1),
+    Scenario("transaction: renewals", on_crash="transaction", renewals=1, jump=0.6, lapses=2, actors=1),
+    # People who ask without a delivery, who take their time, and whose decision meets a retry.
+    Scenario("inquiry", inquirers=1, reconcile="truth", crashes=1, late=1, actors=1, hops=1),
+    Scenario("inquiry: cannot tell", inquirers=1, reconcile="unknown", crashes=1, actors=1, hops=1),
+    Scenario("inquiry against a retry", inquirers=1, reconcile="truth", endings=("retry",), odd=1, actors=1),
+    Scenario("inquiry against operator", inquirers=1, operators=1, reconcile="truth", crashes=1, actors=1),
+    Scenario("operator against a retry", operators=1, endings=("retry",), odd=1, hops=1),
+    Scenario("operator who takes time", operators=1, unhurried=True, crashes=1, hops=1),
+    Scenario(
+        "two operators who take time",
+        operators=2,
+        unhurried=True,
+        crashes=1,
+        endings=("ambiguous_after",),
+        odd=1,
+        actors=1,
+        hops=1,
     ),
     # Three deliveries.
     Scenario("three: in doubt", actors=3, crashes=1, hops=1),
@@ -85,4 +136,49 @@ DEEP = (
     Scenario("deep: three, resume", actors=3, on_crash="resume", steps=True, crashes=1, lapses=1),
     Scenario("deep: three, reconcile", actors=3, reconcile="truth", crashes=1, lapses=2),
     Scenario("deep: three, operator and reconcile", actors=3, reconcile="truth", operators=1, lapses=2),
+    Scenario("deep: resume, silent store", on_crash="resume", steps=True, late=1, hops=1),
+    Scenario("deep: two operators", operators=2, crashes=1, hops=1),
+    Scenario("deep: limits, silent store", soft=1, late=1, hops=1),
+    Scenario("deep: inquiry, retry", inquirers=1, reconcile="truth", endings=("retry",), odd=1, hops=1),
+    Scenario("deep: copies of one message", same_message=True, late=1, copies=1, crashes=1, hops=1),
+    Scenario("deep: renewals", renewals=1, jump=0.6, lapses=3, on_crash="rerun", hops=1),
+    Scenario(
+        "deep: renewals between steps",
+        renewals=1,
+        jump=0.6,
+        lapses=2,
+        on_crash="resume",
+        steps=True,
+        late=1,
+        actors=1,
+    ),
+    Scenario("deep: exits, silent store, crash", endings=EXITS, odd=1, crashes=1, late=1, lapses=2),
+    Scenario(
+        "deep: exits, resume", endings=("exit_before", "exit_in_step"), odd=2, on_crash="resume", steps=True
+    ),
+    Scenario("deep: deaths reported, resume", parent=True, crashes=1, on_crash="resume", steps=True, hops=1),
+    Scenario("deep: deaths seen and reported", same_worker=True, parent=True, crashes=1, on_crash="rerun"),
+    Scenario("deep: deaths, reconcile", same_worker=True, parent=True, crashes=1, reconcile="truth"),
+    Scenario("deep: limits, reconcile, silent store", soft=1, late=1, reconcile="truth", hops=1),
+    Scenario("deep: limits, reconcile, crash", soft=1, crashes=1, reconcile="truth", lapses=2),
+    Scenario("deep: limits, resume", soft=2, on_crash="resume", steps=True),
+    Scenario("deep: transaction", on_crash="transaction", crashes=1, late=1, rollbacks=1, lapses=2),
+    Scenario("deep: transaction, limits, lost commit", on_crash="transaction", soft=1, late=1, lapses=2),
+    Scenario(
+        "deep: transaction, renewals", on_crash="transaction", renewals=1, jump=0.6, lapses=2, crashes=1
+    ),
+    Scenario("deep: three, transaction", on_crash="transaction", actors=3, crashes=1, lapses=2),
+    Scenario("deep: inquiry", inquirers=1, reconcile="truth", crashes=1, late=1, hops=1),
+    Scenario("deep: inquiry, cannot tell", inquirers=1, reconcile="unknown", crashes=1),
+    Scenario("deep: inquiry, operator", inquirers=1, operators=1, reconcile="truth", crashes=1, hops=1),
+    Scenario("deep: operator against a retry", operators=1, endings=("retry",), odd=1, crashes=1, lapses=2),
+    Scenario(
+        "deep: operators who take time",
+        operators=2,
+        unhurried=True,
+        crashes=1,
+        endings=("ambiguous_after",),
+        odd=1,
+        hops=1,
+    ),
 )

@@ -1,0 +1,105 @@
+"""A database in which the author's rows and our records are, for `on_crash="transaction"`.
+
+What a transaction writes is seen by others when it commits, and until it ends nobody else writes the
+record: they wait, as a database makes them. A commit may fail, or be sent and answered by an error; then
+the row stays locked until the database has carried it out. The process that dies before it has sent a
+commit is rolled back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from celery_idem.intent import Stored
+from celery_idem.stores.base import OWNER, Reply, Store
+from celery_idem.stores.memory import MemoryStore
+
+if TYPE_CHECKING:
+    from tests.proof.explorer import Actor, World
+
+
+class Lock(NamedTuple):
+    """The record as one transaction has rewritten it.
+
+    Attributes:
+        holder: name of the execution.
+        sent: its commit is under way, so it no longer matters whether the execution lives.
+    """
+
+    holder: object
+    value: bytes
+    sent: bool = False
+
+
+class LostCommit(Exception):
+    """The driver's error for a commit that failed, or whose answer did not come."""
+
+
+class Inside(Store):
+    """The record seen from within one transaction."""
+
+    url = "model:"
+
+    def __init__(self, world: World, actor: Actor, insert: Callable[[], None]) -> None:
+        self.world = world
+        self.actor = actor
+        self.insert = insert
+        self._commit: Callable[[], Reply] | None = None
+
+    def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
+        raise AssertionError("a transaction settles a record that is there")
+
+    def scan(self, prefix: str) -> Iterator[tuple[str, Stored]]:
+        raise AssertionError("not here")
+
+    def purge(self, limit: int) -> int:
+        raise AssertionError("not here")
+
+    def read(self, key: str) -> Reply:
+        return self.world.store.read(key)
+
+    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
+        """The lock, and what will be there after the commit."""
+        world = self.world
+        choice = world.pause_at("lock")
+        if choice == "down":
+            raise LostCommit("no answer")
+        held, now = world.store.held(), world.clock.now
+        if held is None or (held.stamp, held.value[:OWNER]) != (old.stamp, old.value[:OWNER]):
+            reply = Reply(False, held, now)
+        else:
+            world.lock = Lock(self.actor.name, value)
+            reply = Reply(True, Stored(value, max(now, held.stamp + 1)), now)
+
+            def commit() -> Reply:
+                world.lock = None
+                self.insert()
+                return MemoryStore.replace(world.store, key, old, value, ttl)
+
+            self._commit = commit
+        world.tell(self.actor, reply)
+        return reply
+
+    def commit(self) -> None:
+        """Of rows and record together."""
+        world = self.world
+        choice = world.pause_at("commit")
+        commit = self._commit
+        assert commit is not None
+        if choice == "rollback":
+            raise LostCommit("rolled back")
+        if choice == "late":
+            assert world.lock is not None
+            world.ghosts.append((("commit", world.lock.value), self.actor, commit))
+            world.lock = world.lock._replace(sent=True)
+            raise LostCommit("no answer")
+        world.apply(self.actor, commit)
+        if choice == "soft after":
+            raise world.soft_limit()
+
+    def rollback(self) -> None:
+        """The end of a transaction that did not commit."""
+        lock = self.world.lock
+        if lock is not None and lock.holder == self.actor.name and not lock.sent:
+            self.world.lock = None
