@@ -165,6 +165,14 @@ def add_tasks(app: Celery, effects: Effects, folder: Path) -> None:
         effects.add(name)
         raise Reject("no", requeue=False)
 
+    @task("requeued")
+    def requeued(name: str, times: int) -> str:
+        effects.add(f"try {name}")
+        if effects.count(f"try {name}") <= times:
+            raise Reject("not yet", requeue=True)
+        effects.add(name)
+        return "done"
+
     @task("calls_itself", bind=True)
     def calls_itself(self: Any, name: str, deep: int = 2) -> list[Any]:
         effects.add(name)

@@ -11,7 +11,7 @@ from celery.exceptions import TimeoutError as CeleryTimeoutError
 from celery_idem import FingerprintMismatch, InProgress, IntentError, Ledger, ResultUnavailable
 from celery_idem.intent import State
 from tests.celery.apps import Busy
-from tests.celery.conftest import SOON, Stage
+from tests.celery.conftest import SOON, Kind, Stage
 from tests.support.waiting import wait_for
 
 
@@ -198,6 +198,22 @@ def test_ignore_and_reject_release(stage: Stage, name: str, kind: str) -> None:
         stage.effects.wait(name, n)
     wait_for(lambda: state_of(stage, task.intent_key(name)) == "released", SOON, "the release")
     assert stage.effects.count(name) == 2
+
+
+BOTH = [Kind("prefork", "redis", True), Kind("prefork", "rabbitmq", True)]
+
+
+@pytest.mark.parametrize("stage", BOTH, indirect=True, ids=str)
+def test_a_rejected_message_that_goes_back_to_its_queue_runs_again(stage: Stage, name: str) -> None:
+    """The broker hands it out again at once, with the same task id: that is a run, and no duplicate of one."""
+    first = stage.requeued.delay(name, 2)
+    assert first.get(timeout=SOON) == "done"
+    assert (stage.effects.count(f"try {name}"), stage.effects.count(name)) == (3, 1)
+    assert stage.requeued.delay(name, 2).get(timeout=SOON) == "done"
+    assert (stage.effects.count(f"try {name}"), stage.effects.count(name)) == (3, 1)
+    entry = Ledger.from_app(stage.app).get(stage.requeued.intent_key(name, 2))
+    assert entry is not None
+    assert (entry.record.task_id, entry.record.attempts, entry.record.crashes) == (first.id, 3, 0)
 
 
 def test_a_duplicate_may_be_told_at_once(stage: Stage, name: str) -> None:
