@@ -111,6 +111,11 @@ _LONGEST = 3e9  # seconds, about a century: in microseconds it still fits what e
 _SHORTEST_LEASE = 0.1  # seconds: a round trip and a thread switch must fit into a sixth of it
 
 
+_ALIKE = 0.75
+"""How alike a wrong name and a real one must be for the real one to be offered. One slip in the shortest name gives
+0.8; names of other things (``timeout``, ``secret``, ``max_retries``) reach 0.73 at most (see the tests' tables)."""
+
+
 def of_app(conf: Mapping[str, Any]) -> Settings:
     """The settings in an application's configuration.
 
@@ -123,13 +128,22 @@ def of_app(conf: Mapping[str, Any]) -> Settings:
 
 def _ours(conf: Mapping[str, Any]) -> set[str]:
     """Keys that begin with our prefix. Django's namespace spells them CELERY_IDEM_…: a
-    configuration lists what is written, and looks it up by ``idem_…``."""
+    configuration lists what is written, and looks it up by ``idem_…``.
+
+    Raises:
+        ConfigurationError: one is in capitals and would be ignored, as Celery's rules are.
+    """
     found = set()
     for key in conf:
         if key.startswith(PREFIX):
             found.add(key)
         else:
             before, prefix, name = key.lower().partition(PREFIX)
+            if not before and name in NAMES and PREFIX + name not in conf:
+                raise ConfigurationError(
+                    f"{key} in the configuration does nothing: Celery knows settings in small letters. Write "
+                    f"{key.lower()}, or CELERY_{key} where config_from_object has namespace='CELERY'."
+                )
             if prefix and before.endswith("_") and PREFIX + name in conf:
                 found.add(PREFIX + name)
     return found
@@ -140,7 +154,7 @@ def _known(key: str, prefix: str) -> str:
     if name not in NAMES:
         import difflib  # only a mistake needs it
 
-        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=_ALIKE)
         hint = (
             f" Did you mean {prefix}{near[0]}?"
             if near

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,6 +81,37 @@ def test_a_misspelt_one_in_djangos_namespace() -> None:
         of_app(app.conf)
 
 
+CAPITALS: list[Callable[[Celery], object]] = [
+    lambda app: app.config_from_object(SimpleNamespace(IDEM_LEASE=11)),
+    lambda app: app.config_from_object({"IDEM_LEASE": 11, "broker_url": "memory://"}),
+    lambda app: app.config_from_object(
+        SimpleNamespace(IDEM_LEASE=11, CELERY_IDEM_STORE="memory://"), namespace="CELERY"
+    ),
+    lambda app: app.conf.update(IDEM_LEASE=11),
+    lambda app: setattr(app.conf, "IDEM_LEASE", 11),
+    lambda app: app.conf.update(Idem_Lease=11),
+]
+
+
+@pytest.mark.parametrize("configure", CAPITALS)
+def test_capitals_without_a_namespace_are_not_silently_ignored(configure: Callable[[Celery], object]) -> None:
+    app = Celery("a", set_as_current=False)
+    configure(app)
+    with pytest.raises(
+        ConfigurationError, match=r"(?i)IDEM_LEASE .* does nothing.* Write idem_lease, or CELERY_"
+    ):
+        of_app(app.conf)
+
+
+def test_a_constant_in_capitals_beside_the_setting_is_nobodys_mistake() -> None:
+    app = Celery("a", set_as_current=False)
+    app.config_from_object(SimpleNamespace(IDEM_LEASE=11, idem_lease=11, IDEM_REGION="eu", MY_IDEM_STORE="x"))
+    assert of_app(app.conf).lease == 11
+    app = Celery("a", set_as_current=False)
+    app.config_from_object(SimpleNamespace(IDEM_LEASE=11, CELERY_IDEM_LEASE=12), namespace="CELERY")
+    assert of_app(app.conf).lease == 12
+
+
 # --- slips of the pen -------------------------------------------------------------------------
 
 
@@ -91,6 +126,51 @@ def test_a_misspelt_one_in_djangos_namespace() -> None:
 def test_a_misspelt_setting_is_an_error_that_offers_the_nearest(written: str, meant: str) -> None:
     with pytest.raises(ConfigurationError, match=f"Did you mean {meant}\\?"):
         of_app(an_app(**{written: 1}).conf)
+
+
+SLIPS = {
+    "lease": "leese laese leas leases lesae",
+    "store": "stroe sotre stores",
+    "audit": "audits aduit adit",
+    "audit_key": "auditkey audit_keys",
+    "shadow": "shaddow shadows",
+    "namespace": "namespaces name_space namepsace",
+    "on_crash": "on_crashed on_crahs oncrash crash",
+    "on_duplicate": "on_duplicates on_dupicate duplicate",
+    "on_store_error": "on_store_errors store_error",
+    "result_ttl": "results_ttl resultttl result_tll",
+    "failure_ttl": "failures_ttl failed_ttl fail_ttl",
+    "max_attempts": "max_attempt maxattempts attempts",
+    "max_result_bytes": "max_results_bytes max_result_size",
+    "durability": "durabilty durabilities",
+    "settle_patience": "setle_patience settle_patients",
+    "reconcile_timeout": "reconcile_timout reconcile_time reconciliation_timeout",
+}
+
+OTHER_THINGS = (
+    "xyzzy backend broker url timeout ttl key keys enabled debug region retries queue workers secret password host "
+    "port database schema serializer expire heartbeat visibility_timeout interval limit concurrency pool log_level "
+    "hash salt version scope intent must_match strategy mode policy cache events metrics callback on_success "
+    "on_replay on_retry header name token owner max_retries result_expires settle_timeout leader shade audit_secret"
+)
+
+
+@pytest.mark.parametrize("meant", SLIPS)
+def test_a_slip_of_the_pen_is_recognized(meant: str) -> None:
+    for slip in SLIPS[meant].split():
+        with pytest.raises(ConfigurationError, match=f"Did you mean idem_{meant}\\?"):
+            of_app({f"idem_{slip}": 1})
+
+
+def test_the_table_has_a_slip_of_each_setting() -> None:
+    assert set(SLIPS) == set(NAMES)
+
+
+@pytest.mark.parametrize("name", OTHER_THINGS.split())
+def test_another_thing_is_taken_for_no_slip(name: str) -> None:
+    """A far-fetched offer sends people the wrong way; the list of all names does not."""
+    with pytest.raises(ConfigurationError, match=f"no setting idem_{name}. There are: idem_store, "):
+        of_app({f"idem_{name}": 1})
 
 
 def test_one_like_nothing_we_have_lists_them_all() -> None:
@@ -229,6 +309,37 @@ def test_the_store_is_the_redis_result_backend_unless_it_is_set() -> None:
     for nothing in (None, "rpc://", "db+sqlite:///x"):
         with pytest.raises(ConfigurationError, match="Set idem_store"):
             store_url(Settings(), an_app(result_backend=nothing).conf)
+
+
+def test_the_result_backend_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CELERY_RESULT_BACKEND goes before the configuration, as it does for Celery itself."""
+    monkeypatch.setenv("CELERY_RESULT_BACKEND", "redis://elsewhere/5")
+    assert store_url(Settings(), an_app().conf) == "redis://elsewhere/5"
+    assert store_url(Settings(), an_app(result_backend="redis://host/3").conf) == "redis://elsewhere/5"
+    assert store_url(Settings(store="memory://"), an_app().conf) == "memory://"
+    monkeypatch.setenv("CELERY_RESULT_BACKEND", "rpc://")
+    with pytest.raises(ConfigurationError, match="idem_store"):
+        store_url(Settings(), an_app(result_backend="redis://host/3").conf)
+
+
+def test_the_result_backend_may_come_from_the_command_line(tmp_path: Path) -> None:
+    """`celery --result-backend`: seen from outside, in the store that does not answer."""
+    (tmp_path / "from_outside.py").write_text(
+        "from celery import Celery\napp = Celery('from_outside', backend='redis://127.0.0.1:2/1')\n"
+    )
+    words = [
+        "-m",
+        "celery",
+        "-A",
+        "from_outside",
+        "--result-backend",
+        "redis://127.0.0.1:1/5",
+        "idem",
+        "stats",
+    ]
+    told = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert "redis://127.0.0.1:1/5 did not answer" in told.stdout + told.stderr
+    assert told.returncode == 1
 
 
 def test_one_store_per_place_and_process() -> None:
