@@ -45,6 +45,7 @@ TESTS = [
     "tests/stores/test_redis.py",
     "tests/test_codec.py",
     "tests/test_errors.py",
+    "tests/test_canonical.py",
     "tests/test_keys.py",
     "tests/test_protocol.py",
     "tests/test_settings.py",

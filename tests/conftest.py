@@ -22,7 +22,9 @@ import redis
 from celery._state import _on_app_finalizers
 
 import example_project.legacy  # noqa: F401  # a shared task by intention
+from celery_idem import events
 from tests.support.effects import Effects, Gate
+from tests.support.jobs import Bench
 from tests.support.servers import (
     PostgresServer,
     RabbitMQServer,
@@ -236,3 +238,13 @@ def pytest_runtest_makereport(
         for tail in item.stash.get(LOGS, []):
             report.sections.append(("log of a process", tail()))
     return report
+
+
+# -- the runner without Celery --------------------------------------------------------------------------
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    """A runner over a store in memory, and every event."""
+    made = Bench()
+    stop = events.listen(made.events.append)
+    yield made
+    stop()
