@@ -48,6 +48,8 @@ TESTS = [
     "tests/test_canonical.py",
     "tests/test_keys.py",
     "tests/test_protocol.py",
+    "tests/test_protocol_answers.py",
+    "tests/test_protocol_steps.py",
     "tests/test_settings.py",
 ]
 

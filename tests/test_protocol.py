@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -17,36 +17,39 @@ from celery_idem import protocol
 from celery_idem.intent import (
     NO_OWNER,
     Acquired,
-    Ask,
     Busy,
     Done,
     Fingerprint,
-    InDoubt,
     Mismatch,
     Note,
     OnCrash,
-    Outcome,
     Policy,
     Raised,
     Record,
     Refused,
-    Replay,
     Request,
     State,
-    StepDone,
-    StepOpen,
 )
-
-OWN, CARRIED, OTHER = b"own---owner-", b"carry-owner-", b"other-owner-"
-LEASE = 30_000_000
-STAMP = 1_000_000_000
-DEADLINE = STAMP + LEASE
-MAX_ATTEMPTS = 3
-OUTCOME = Outcome(True, b"j1")
-ERROR = Outcome(False, b"j{}")
-PRINT = Fingerprint(("cents",), b"tag.valuedig")
-OTHER_PRINT = Fingerprint(("cents",), b"tag.VALUEDIG")
-FENCE = 77
+from tests.support.records import (
+    ASKING,
+    DEADLINE,
+    ERROR,
+    FENCE,
+    LAPSED,
+    LEASE,
+    MAX_ATTEMPTS,
+    NOTE,
+    OTHER,
+    OUTCOME,
+    OWN,
+    OWNERS,
+    PRINT,
+    PRINTS,
+    STAMP,
+    Meeting,
+    a_request,
+    held,
+)
 
 
 def tables() -> list[list[list[str]]]:
@@ -74,49 +77,6 @@ def states_in(text: str) -> set[State]:
 
 
 # --- claim -------------------------------------------------------------------------------------------
-
-
-class Meeting(NamedTuple):
-    """What a claim meets."""
-
-    state: State | None
-    print: str
-    owner: str
-    same_task: bool
-    now: int
-    on_crash: str
-    asks: bool
-    crashes: int
-    asking: str
-
-    @property
-    def record(self) -> Record | None:
-        if self.state is None:
-            return None
-        outcome = {State.SUCCEEDED: OUTCOME, State.FAILED: ERROR}.get(self.state)
-        return Record(
-            state=self.state,
-            owner=OWNERS[self.owner],
-            task_id="task" if self.same_task else "another task",
-            fence=FENCE,
-            attempts=2,
-            crashes=self.crashes,
-            lease=LEASE if outcome is None else 0,
-            fingerprint=PRINTS[self.print].packed,
-            asking=ASKING[self.asking],
-            reason="because",
-            outcome=outcome,
-        )
-
-    @property
-    def request(self) -> Request:
-        policy = Policy(LEASE, 1, 2, self.on_crash, self.asks, MAX_ATTEMPTS)  # type: ignore[arg-type]
-        return Request(OWN, "task", PRINT, policy, (b"first-owner-", CARRIED))
-
-
-OWNERS = {"own": OWN, "carried": CARRIED, "other": OTHER}
-PRINTS = {"same": PRINT, "none": Fingerprint(), "differs": OTHER_PRINT}
-ASKING = {"nobody": b"", "own": OWN, "other": OTHER}
 
 
 def meetings() -> Iterator[Meeting]:
@@ -302,21 +262,7 @@ def test_standing_is_what_a_claim_would_be_told_and_nothing_where_it_would_act()
 # --- after the body ------------------------------------------------------------------------------------
 
 
-def held(state: State | None, **changes: Any) -> Record | None:
-    met = Meeting(state, "same", "own", True, STAMP, "in_doubt", False, 0, "nobody")
-    return met.record._replace(**changes) if met.record is not None else None
-
-
-def a_request(owner: bytes = OWN, **policy: Any) -> Request:
-    return Request(
-        owner, "task", PRINT, Policy(**{"lease": LEASE, "result_ttl": 1, "failure_ttl": 2, **policy})
-    )
-
-
 Result = tuple[Any, Record | None]
-
-NOTE = Note(STAMP, "jo", "happened", "invoice 7")
-LAPSED = DEADLINE
 
 APPLY: dict[str, list[Callable[[Record], Result]]] = {
     "settle": [
@@ -509,169 +455,6 @@ def test_fences_grow_across_release_resolution_and_schedule() -> None:
         fences.append(taken.fence)
         record, request = taken, a_request(OWN if request.owner == OTHER else OTHER)
     assert fences == sorted(set(fences))
-
-
-# --- steps --------------------------------------------------------------------------------------------------
-
-
-def test_steps_run_once() -> None:
-    record = held(State.RUNNING)
-    assert record is not None
-    policy = a_request(on_crash="resume").policy
-    decision, begun = protocol.begin_step(record, OWN, "charge", policy)
-    assert isinstance(decision, Done)
-    assert begun is not None
-    assert begun.open_steps == ("charge",)
-    decision, _ = protocol.begin_step(begun, OWN, "charge", policy)
-    assert isinstance(decision, StepOpen)
-    decision, _ = protocol.begin_step(begun, OWN, "charge", a_request(on_crash="rerun").policy)
-    assert isinstance(decision, Done)  # its destination is idempotent by itself
-    _, ended = protocol.end_step(begun, OWN, "charge", b"j1")
-    assert ended is not None
-    assert ended.open_steps == ()
-    decision, nothing = protocol.begin_step(ended, OWN, "charge", policy)
-    assert decision == StepDone(b"j1")
-    assert nothing is None
-    _, without = protocol.end_step(begun, OWN, "charge", None)  # it proved that nothing happened
-    assert without is not None
-    assert (without.steps, without.open_steps) == ((), ())
-
-
-def test_a_step_whose_error_was_swallowed_stays_open() -> None:
-    record = held(State.RUNNING)
-    assert record is not None
-    policy = a_request(on_crash="resume").policy
-    _, charging = protocol.begin_step(record, OWN, "charge", policy)
-    assert charging is not None
-    decision, mailing = protocol.begin_step(charging, OWN, "mail", policy, {"charge"})
-    assert isinstance(decision, Done)
-    assert mailing is not None
-    assert mailing.open_steps == ("charge", "mail")
-    _, mailed = protocol.end_step(mailing, OWN, "mail", b"j1")
-    assert mailed is not None
-    assert mailed.open_steps == ("charge",)
-    decision, _ = protocol.begin_step(
-        mailed, OWN, "charge", policy
-    )  # the next attempt: nobody knows whether it was
-    assert isinstance(decision, StepOpen)
-    rerun = a_request(on_crash="rerun").policy
-    _, again = protocol.begin_step(mailed, OWN, "log", rerun)
-    assert again is not None
-    assert again.open_steps == ("log",)
-
-
-# --- the destination, and people ------------------------------------------------------------------------------
-
-
-def asked(**changes: Any) -> Record:
-    record = held(State.IN_DOUBT, owner=OTHER, asking=OWN, crashes=1, **changes)
-    assert record is not None
-    return record
-
-
-def test_what_a_destination_answers() -> None:
-    request = a_request(asks=True)
-    decision, new = protocol.conclude(asked(), STAMP, request, OUTCOME, "")
-    assert decision == Replay(OUTCOME)
-    assert new is not None
-    assert new.notes[-1].by == "reconcile"
-    decision, new = protocol.conclude(asked(open_steps=("charge",)), STAMP, request, None, "")
-    assert isinstance(decision, Acquired)
-    assert new is not None
-    assert (new.state, new.owner, new.open_steps) == (State.RUNNING, OWN, ())
-    decision, new = protocol.conclude(asked(), STAMP, request, None, "it cannot tell")
-    assert decision == InDoubt("it cannot tell")
-    assert new is not None
-    assert (new.asking, new.lease) == (b"", 0)
-
-
-def test_a_destination_that_says_no_too_often_ends_in_doubt() -> None:
-    decision, _ = protocol.conclude(
-        asked()._replace(crashes=MAX_ATTEMPTS), STAMP, a_request(asks=True), None, ""
-    )
-    assert isinstance(decision, InDoubt)
-
-
-def test_an_answer_to_a_question_that_somebody_else_took_over_runs_nothing() -> None:
-    request = a_request(asks=True)
-    taken_over = asked()._replace(asking=OTHER)
-    decision, new = protocol.conclude(taken_over, STAMP, request, None, "")
-    assert isinstance(decision, Busy)
-    assert new is None
-    decision, new = protocol.conclude(taken_over, STAMP, request, OUTCOME, "")
-    assert decision == Replay(OUTCOME)  # evidence counts, whoever asked
-    for state in (State.SUCCEEDED, State.FAILED):
-        settled = held(state, owner=OTHER)
-        assert settled is not None
-        decision, new = protocol.conclude(settled, STAMP, request, None, "")
-        assert isinstance(decision, Replay)
-        assert new is None
-
-
-def test_evidence_counts_against_a_person_who_said_it_did_not_happen() -> None:
-    released = held(State.RELEASED, owner=NO_OWNER)
-    assert released is not None
-    decision, new = protocol.conclude(released, STAMP, a_request(asks=True), OUTCOME, "")
-    assert decision == Replay(OUTCOME)
-    assert new is not None
-    decision, new = protocol.conclude(released, STAMP, a_request(asks=True), None, "")
-    assert new is None
-
-
-def test_a_question_does_not_silence_the_owner() -> None:
-    record = held(State.RUNNING, owner=OTHER, lease=LEASE)
-    assert record is not None
-    decision, question = protocol.claim(record, STAMP, LAPSED, a_request(asks=True))
-    assert isinstance(decision, Ask)
-    assert question is not None
-    decision, settled = protocol.settle(question, record, OUTCOME)
-    assert isinstance(decision, Done)
-    assert settled is not None
-
-
-def test_a_person_resolves_what_is_in_doubt_and_it_is_written_down() -> None:
-    for state in (State.IN_DOUBT, State.RUNNING):
-        record = held(state, owner=OTHER)
-        assert record is not None
-        _, happened = protocol.resolve(record, STAMP, LAPSED, OUTCOME, NOTE)
-        assert happened is not None
-        assert (happened.state, happened.outcome, happened.owner) == (State.SUCCEEDED, OUTCOME, NO_OWNER)
-        assert NOTE in happened.notes
-        _, not_happened = protocol.resolve(record, STAMP, LAPSED, None, NOTE)
-        assert not_happened is not None
-        assert (not_happened.state, not_happened.crashes) == (State.RELEASED, 0)
-        assert not_happened.fence > record.fence
-        assert NOTE in not_happened.notes
-
-
-def test_a_person_decides_on_the_attempt_they_looked_at() -> None:
-    record = held(State.IN_DOUBT)
-    assert record is not None
-    for outcome in (OUTCOME, None):
-        decision, new = protocol.resolve(record, STAMP, LAPSED, outcome, NOTE, record.fence - 1)
-        assert isinstance(decision, Refused)
-        assert new is None
-        decision, new = protocol.resolve(record, STAMP, LAPSED, outcome, NOTE, record.fence)
-        assert isinstance(decision, Done)
-
-
-def test_nobody_resolves_over_a_live_lease() -> None:
-    record = held(State.RUNNING)
-    assert record is not None
-    decision, new = protocol.resolve(record, STAMP, DEADLINE - 1, OUTCOME, NOTE)
-    assert isinstance(decision, Refused)
-    assert new is None
-
-
-def test_a_late_owner_is_refused_once_a_person_has_decided() -> None:
-    record = held(State.IN_DOUBT)
-    assert record is not None
-    for outcome in (OUTCOME, None):
-        _, resolved = protocol.resolve(record, STAMP, LAPSED, outcome, NOTE)
-        assert resolved is not None
-        decision, new = protocol.settle(resolved, record, Outcome(True, b"j2"))
-        assert isinstance(decision, Refused)
-        assert new is None
 
 
 # --- policy -----------------------------------------------------------------------------------------------------
