@@ -23,6 +23,8 @@ from tests.support.effects import Effects
 # Callers at once. At fifty calls a second, with ten seconds of a store that is away and a lease to lapse.
 THREADS = 150
 
+STOP = "stop"  # a file in the run's folder: agents that still wait write down what they heard, and end
+
 PAUSE = (0.2, 2.0)  # seconds until an agent calls again: at first, and at most
 
 # An agent waits longer each time: or else a slow minute doubles the messages, which makes it slower still.
@@ -62,7 +64,7 @@ def call_until_told(number: int, place: int, call: Call, deadline: float, answer
         except Exception as error:  # of any driver: a lost answer
             told = doors.Told(doors.AGAIN, detail=f"{type(error).__name__}: {error}"[:300])
         tries.append({"at": asked, "told": told.kind, "detail": told.detail, "took": time.time() - asked})
-        if told.kind != doors.AGAIN or time.time() + pause > deadline:
+        if told.kind != doors.AGAIN or time.time() + pause > deadline or (shop.FOLDER / STOP).exists():
             break
         time.sleep(pause)
         pause, patience = min(pause * 1.5, PAUSE[1]), min(patience * MORE_PATIENCE, LONGEST_PATIENCE)

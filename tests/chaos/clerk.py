@@ -69,7 +69,7 @@ def settle(stage: Stage, plan: Plan, records: Records) -> list[Settled]:
         lambda: f"everybody to be done: {[entry for entry in records.ledger.list() if _held(entry)][:5]}",
         every=0.25,
     )
-    settled = []
+    settled: list[Settled] = []
     for entry in records.all().values():
         if entry.state in ("in_doubt", "lapsed") and _counts(entry):
             settled.append(_decide(stage, records.ledger, entry, by_key.get(entry.key), len(settled)))
@@ -88,9 +88,8 @@ def _counts(entry: Entry) -> bool:
 
 def _decide(stage: Stage, ledger: Ledger, entry: Entry, intent: Intent | None, number: int) -> Settled:
     ref = intent.ref if intent is not None else entry.key
-    done = {
-        str(effect["part"]): effect["receipt"] for effect in Effects(stage.folder / "effects.jsonl").of(ref)
-    }
+    ledger_of_effects = Effects(stage.folder / "effects.jsonl")
+    done = {str(effect["part"]): int(str(effect["receipt"])) for effect in ledger_of_effects.of(ref)}
     missing = [part for part in (intent.parts if intent is not None else ("tick",)) if part not in done]
     what = "happened"
     if missing and not set(done) <= {step.name for step in entry.record.steps}:

@@ -14,9 +14,39 @@ from typing import Any
 import psutil
 import redis
 
-from tests.chaos.plan import Fault
+from tests.chaos.plan import Fault, Plan
 from tests.chaos.stage import Stage
 from tests.support.effects import Effects
+
+LOOK_EVERY = 0.1  # seconds between two looks of the waker: short beside a lease
+
+
+class Waker:
+    """Wakes who went to sleep by plan, when its time is over; in the end everybody."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self._folder = folder
+        self._plan = plan
+        self._woken: set[Path] = set()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="waker", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Waker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stopping.wait(LOOK_EVERY):
+            for note in set(self._folder.glob("frozen-*")) - self._woken:
+                asleep = self._plan.intent(int(note.name.rpartition("-i")[2])).asleep
+                if time.time() - note.stat().st_mtime > asleep:
+                    self._woken.add(note)
+                    with contextlib.suppress(OSError, ValueError):  # killed meanwhile
+                        os.kill(int(note.read_text()), signal.SIGCONT)
 
 
 class Monkey:

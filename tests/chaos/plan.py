@@ -48,6 +48,13 @@ FAULTS = {
 
 # Seconds a frozen process sleeps: from within its lease to more than twice as long (see `shop.LEASE`).
 FROZEN = (1.0, 5.0)
+# What becomes of an intent's first execution at a chosen point, in percent: a fault by the clock seldom hits the
+# moment before an effect. And the kinds of fault that these belong to.
+FATES = {"": 91, "killed before": 3, "killed after": 3, "frozen before": 2, "frozen after": 1}
+FATE_OF = {"killed": "kill child", "frozen": "freeze child"}
+# Seconds such a one is frozen: always past its lease.
+ASLEEP = (2.5, 5.0)
+
 # Seconds a frozen store sleeps: around its clients' time limit, so that some replies come and some are lost.
 STORE_FROZEN = (0.3, 2.0)
 # Seconds a killed store stays away.
@@ -75,8 +82,8 @@ class Intent:
     """One action somebody means to happen once, and how its body and its destination behave.
 
     `before`, `during` and `after` are seconds: in the body before its request, at the destination, and in the
-    body after the answer. `busy` is how often the destination says "not now" first. `dies` is where the first
-    execution is killed.
+    body after the answer. `busy` is how often the destination says "not now" first. `fate` is what becomes of
+    the first execution, and where (see FATES); `asleep` is for how many seconds it is frozen.
     """
 
     number: int
@@ -89,7 +96,8 @@ class Intent:
     after: float
     busy: int
     declined: bool
-    dies: str
+    fate: str
+    asleep: float
     calls: tuple[Call, ...]
 
     @property
@@ -145,8 +153,10 @@ class Plan:
         keyed = random.random() < 0.1
         begins = random.random() * self.seconds
         doors = {name: weight for name, weight in DOORS.items() if not keyed or name in KEYED_DOORS}
+        fate = _one_of(random, FATES)
         calls = []
-        for n in range(random.randint(1, 5)):
+        # While one sleeps somebody has to come: to take over, or to ask.
+        for n in range(random.randint(2 if fate.startswith("frozen") else 1, 5)):
             later = random.random() * SPREAD if n else 0.0
             broker = BROKERS[random.randrange(2)]
             door = _one_of(random, doors)
@@ -165,14 +175,10 @@ class Plan:
             after=random.uniform(0, LONGEST),
             busy=random.choice((0, 0, 0, 0, 0, 0, 1, 2)) if policy != "retry" else random.randint(1, 2),
             declined=random.random() < 0.03,
-            dies=random.choice(("before", "after")) if random.random() < self._dying else "",
+            fate=fate if FATE_OF.get(fate.partition(" ")[0], "") in self.kinds else "",
+            asleep=random.uniform(*ASLEEP),
             calls=tuple(calls),
         )
-
-    @property
-    def _dying(self) -> float:
-        """Share of the intents whose first execution is killed at a chosen point."""
-        return 0.05 if "kill child" in self.kinds else 0.0
 
     def intents(self) -> list[Intent]:
         return [self.intent(number) for number in range(self.count)]

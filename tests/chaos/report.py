@@ -74,7 +74,7 @@ class Run:
             "stale_settles": self.alarms,
             "faults": {kind: self.faults_of(kind) for kind in FAULTS},
             "faults_missed": sum("failed" in fault for fault in self.faults),
-            "planned_deaths": sum(bool(intent.dies) for intent in self.plan.intents()),
+            "fates": dict(Counter(intent.fate for intent in self.plan.intents() if intent.fate)),
             "worker_starts": dict(self.starts),
         }
 
@@ -135,9 +135,9 @@ def table(run: Run) -> Table:
     summary, verdict = run.summary, run.verdict
     result = Table(title=f"{run.plan.seconds / 60:g} minutes of chaos, seed {run.plan.seed}", box=SIMPLE)
     result.title_justify = "left"
-    result.add_column("what")
-    result.add_column("count", justify="right")
-    result.add_column("", no_wrap=True)
+    result.add_column("what", no_wrap=True)
+    result.add_column("count", justify="right", no_wrap=True)
+    result.add_column("")
     result.add_row("intents", f"{verdict.intents:,}")
     result.add_row("callers, who called", f"{verdict.calls:,}", f"{verdict.messages:,} times by every door")
     result.add_row(
@@ -149,18 +149,17 @@ def table(run: Run) -> Table:
         result.add_row(words, str(count), "[red]FAILED[/]" if count else "[green]ok[/]")
     result.add_section()
     by_operator = sum(summary["settled_by_operator"].values())
-    result.add_row("intents a caller was told of: in doubt", f"{summary['told_in_doubt']:,}")
+    result.add_row("intents a caller found in doubt", f"{summary['told_in_doubt']:,}")
     result.add_row("settled by asking the destination", f"{run.reconciled:,}", "reconcile")
     result.add_row("settled by a person", f"{by_operator:,}", _counts(summary["settled_by_operator"]))
-    result.add_row("late requests the destination refused", f"{summary['requests_voided']:,}", "fence")
-    result.add_row(
-        "second requests it answered by key", f"{summary['requests_repeated']:,}", "downstream_key"
-    )
+    result.add_row("late requests it refused", f"{summary['requests_voided']:,}", "by their fence")
+    result.add_row("second requests it knew", f"{summary['requests_repeated']:,}", "by their downstream_key")
     result.add_row("outcomes that came too late", f"{run.alarms:,}", "stale_settle")
     result.add_section()
     for kind in run.plan.kinds:
         result.add_row(f"fault: {kind}", f"{run.faults_of(kind):,}")
-    result.add_row("planned deaths at a chosen point", f"{summary['planned_deaths']:,}")
+    for fate, count in sorted(summary["fates"].items()):
+        result.add_row(f"planned: {fate} its effect", f"{count:,}")
     result.add_row("workers started", f"{sum(run.starts.values()):,}", _counts(run.starts))
     return result
 

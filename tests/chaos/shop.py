@@ -75,15 +75,17 @@ def intent_of(ref: str) -> Intent:
     return PLAN.intent(int(ref[1:]))
 
 
-def maybe_die(intent: Intent, where: str) -> None:
-    """The planned death of an intent's first execution."""
-    if intent.dies != where:
+def meet_fate(ref: str, what: str) -> None:
+    """What is planned for an intent's first execution at this point: its end, or a sleep (see `monkey.Waker`)."""
+    if not ref.startswith("i") or intent_of(ref).fate != what:
         return
     try:
-        os.close(os.open(FOLDER / f"died-{intent.ref}", os.O_CREAT | os.O_EXCL))
+        file = os.open(FOLDER / f"{what.replace(' ', '-')}-{ref}", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
         return
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.write(file, f"{os.getpid()}".encode())
+    os.close(file)
+    os.kill(os.getpid(), signal.SIGKILL if what.startswith("killed") else signal.SIGSTOP)
 
 
 def effect(self: IdempotentTask, ref: str, part: str = "charge", key: str = "") -> int:
@@ -92,6 +94,7 @@ def effect(self: IdempotentTask, ref: str, part: str = "charge", key: str = "") 
     Raises:
         NotNow, Declined: the destination said so.
     """
+    meet_fate(ref, "frozen before")
     told = destination.tell(
         DESTINATION,
         {
@@ -107,6 +110,7 @@ def effect(self: IdempotentTask, ref: str, part: str = "charge", key: str = "") 
             "record": self.claim.key,
         },
     )
+    meet_fate(ref, "frozen after")
     if told.get("refused") == "declined":
         raise Declined(ref)
     if "refused" in told:
@@ -143,9 +147,9 @@ def one_charge(self: IdempotentTask, ref: str, cents: int, note: str = "") -> di
     """Charge a customer."""
     intent = intent_of(ref)
     time.sleep(intent.before)
-    maybe_die(intent, "before")
+    meet_fate(ref, "killed before")
     receipt = effect(self, ref, key=self.claim.downstream_key("charge") if intent.policy == "rerun" else "")
-    maybe_die(intent, "after")
+    meet_fate(ref, "killed after")
     time.sleep(intent.after)
     return answer(ref, cents, {"charge": receipt})
 
@@ -159,10 +163,10 @@ def charge_and_mail(self: IdempotentTask, ref: str, cents: int, note: str = "") 
         lambda: effect(self, ref, "charge"),
         reconcile=lambda: reconcile_step(self, ref),
     )
-    maybe_die(intent, "before")
+    meet_fate(ref, "killed before")
     time.sleep(intent.after)
     mail = self.step("mail", lambda: effect(self, ref, "mail"))
-    maybe_die(intent, "after")
+    meet_fate(ref, "killed after")
     return answer(ref, cents, {"charge": charge, "mail": mail})
 
 

@@ -20,27 +20,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.chaos import clerk, report
-from tests.chaos.agents import Work
+from tests.chaos.agents import STOP, Work
 from tests.chaos.count import judge
-from tests.chaos.monkey import Monkey
+from tests.chaos.monkey import Monkey, Waker
 from tests.chaos.plan import BROKERS, FAULTS, Call, Plan
 from tests.chaos.stage import Stage
 from tests.chaos.story import story
 from tests.support.effects import Effects
 from tests.support.processes import Program
 from tests.support.servers import ServerMissingError
-from tests.support.waiting import wait_for
 
 # Intents a minute where nobody says how many: about forty calls a second, what two cores do.
 PER_MINUTE = 800
 
-# Seconds after the last call until the last caller must have its answer, and the share of the run's own length
-# on top of it. A lease lapses in two, a worker is back within ten; what has piled up on a busy machine takes
-# the rest. Those who were told "in doubt" have as long again.
-DRAIN = (60.0, 0.5)
+# Seconds after the last call until the last caller must have its answer, and how often the run's own length on
+# top of it: what piles up on a busy machine takes its time. Those who were told "in doubt" have as long again.
+DRAIN = (60.0, 2.0)
 
-# Seconds beyond that for agents to write down what they heard.
-GRACE = 30.0
+# Seconds without any answer after which nobody is waited for any more. A lease lapses in two, a worker is back
+# within ten, an agent calls again within thirty.
+STALLED = 90.0
+
+# Seconds beyond that for agents to write down what they heard: more than agents.LONGEST_PATIENCE.
+GRACE = 40.0
 
 STORIES = 3  # of offending intents, in full
 
@@ -87,7 +89,7 @@ def run(options: Options, show: Callable[[str], None]) -> report.Run:
     plan, folder = options.plan, options.folder
     drain = DRAIN[0] + DRAIN[1] * plan.seconds
     show("starting brokers, store, workers, doors, beats")
-    with Stage(folder, plan, options.app) as stage:
+    with Stage(folder, plan, options.app) as stage, Waker(folder, plan):
         # Agents import for some seconds before they are ready for the first call.
         start = time.time() + 5.0
         calls = [(i.number, n, call) for i in plan.intents() for n, call in enumerate(i.calls)]
@@ -102,7 +104,7 @@ def run(options: Options, show: Callable[[str], None]) -> report.Run:
         finally:
             monkey.stop()
         _wait(
-            agents, start + plan.seconds + drain + GRACE, lambda: show(f"draining  {_counts(folder, plan)}")
+            folder, agents, start + plan.seconds + drain, lambda: show(f"draining  {_counts(folder, plan)}")
         )
         show("the operator settles what is in doubt")
         records = clerk.Records(stage)
@@ -111,7 +113,7 @@ def run(options: Options, show: Callable[[str], None]) -> report.Run:
             again = _unanswered(folder, calls)
             now = time.time()
             agents = _agents(stage, "asking-again", now, now + drain, again)
-            _wait(agents, now + drain + GRACE, lambda: show(f"{len(again)} callers ask again"))
+            _wait(folder, agents, now + drain, lambda: show(f"{len(again)} callers ask again"))
             show("counting")
             entries = records.all()
             keys = {intent.ref: records.key(intent) for intent in plan.intents()}
@@ -128,7 +130,7 @@ def run(options: Options, show: Callable[[str], None]) -> report.Run:
     ]
     effects, requests, answers, faults = ledger
     verdict = judge(plan.intents(), effects, answers, states)
-    stories = {}
+    stories: dict[str, list[str]] = {}
     for violation in verdict.violations:
         if violation.ref not in stories and len(stories) < STORIES:
             ref = violation.ref
@@ -167,16 +169,24 @@ def _agents(
     return found
 
 
-def _wait(agents: list[Program], until: float, look: Callable[[], None]) -> None:
-    """Return when the agents are done, or at `until`: who is not, has no answer then."""
-
-    def done() -> bool:
+def _wait(folder: Path, agents: list[Program], until: float, look: Callable[[], None]) -> None:
+    """Return when the agents are done. At `until`, or when nobody is told anything any more, they are to stop:
+    who has no answer then has none."""
+    answers = folder / "answers.jsonl"
+    stop = folder / STOP
+    heard, at = 0, time.time()
+    while any(agent.alive for agent in agents) and time.time() < until + GRACE:
         look()
-        return not any(agent.alive for agent in agents) or time.time() > until
-
-    wait_for(done, timeout=max(1.0, until - time.time()) + 5.0, message="the agents", every=0.5)
+        size = answers.stat().st_size if answers.exists() else 0
+        if size > heard:
+            heard, at = size, time.time()
+        if time.time() > min(until, at + STALLED) and not stop.exists():
+            stop.touch()
+            until = time.time()
+        time.sleep(0.5)
     for agent in agents:
         agent.kill()
+    stop.unlink(missing_ok=True)
 
 
 def _unanswered(folder: Path, calls: list[tuple[int, int, Call]]) -> list[tuple[int, int, Call]]:

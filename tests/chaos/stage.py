@@ -6,10 +6,9 @@ import contextlib
 import os
 import sys
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from tests.chaos.agents import Work
 from tests.chaos.plan import Plan
@@ -25,6 +24,8 @@ from tests.support.servers import (
 )
 from tests.support.waiting import wait_for
 from tests.support.workers import READY_WITHIN, ROOT, CeleryWorker
+
+S = TypeVar("S", bound=Server)
 
 # Pool processes of each worker: enough that a frozen one leaves somebody to take over.
 CONCURRENCY = 4
@@ -125,7 +126,7 @@ class Stage:
         for name, broker in zip(("beat1", "beat2"), (self.plan.brokers * 2)[:2], strict=True):
             self._keep(name, lambda name=name, broker=broker: self._beat(name, broker))  # type: ignore[misc]
 
-    def _server(self, server: Server) -> Server:
+    def _server(self, server: S) -> S:
         self._ends.enter_context(server)
         return server
 
@@ -158,7 +159,7 @@ class Stage:
         self._ends.callback(kept.close)
         return kept
 
-    def _program(self, words: list[object], name: str, broker: str) -> Program:
+    def _program(self, words: Sequence[object], name: str, broker: str) -> Program:
         command = [str(word) for word in words]
         program = Program(command, log=self.folder / f"{name}.log", env=self.environment(broker), cwd=ROOT)
         self._ends.callback(program.kill)
@@ -199,14 +200,9 @@ class Stage:
         return sorted(self.folder.rglob("*.log"))
 
 
-def _store(folder: Path) -> Server:
+def _store(folder: Path) -> RedisServer:
     """A Valkey or Redis that has on disk what it answered (appendfsync always, see RedisServer)."""
     try:
         return ValkeyServer(folder, appendonly=True)
     except ServerMissingError:
         return RedisServer(folder, appendonly=True)
-
-
-def now() -> float:
-    """Seconds since the epoch: all processes of a run are on one machine."""
-    return time.time()

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from concurrent.futures import Future
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 CHUNK = 1 << 16  # bytes per read: a message of ours is a few hundred
+WITHIN = 10.0  # seconds for the loop to do a small thing, on a busy machine
 
 
 class Proxy:
@@ -34,9 +38,8 @@ class Proxy:
         self._thread.join(5)
         self._loop.close()
 
-    def _call(self, coroutine):  # type: ignore[no-untyped-def]
-        future: Future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)  # type: ignore[type-arg]
-        return future.result(10)
+    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(WITHIN)
 
     async def _cut(self) -> int:
         pairs = list(self._pairs)
