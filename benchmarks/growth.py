@@ -48,14 +48,14 @@ class Place(ABC):
 
     Attributes:
         url, small: of the two stores.
-        pid: of the server of the first.
+        pids: of the servers; the first one has the many.
         kind: "redis" or "postgresql".
     """
 
     kind: str
     url: str
     small: str
-    pid: int
+    pids: tuple[int, ...]
 
     @abstractmethod
     def fill(self, first: int, last: int) -> None:
@@ -80,8 +80,8 @@ class RedisPlace(Place):
     def __init__(self, server: RedisServer, small: RedisServer) -> None:
         import redis
 
-        self.url, self.small, self.pid = server.url, small.url, server.pid
-        self._client = redis.Redis.from_url(server.url)
+        self.url, self.small, self.pids = server.url, small.url, (server.pid, small.pid)
+        self._client = redis.Redis.from_url(server.url, socket_timeout=120)
         self._few = redis.Redis.from_url(small.url)
         filling.fill_redis(self._few, 0, SMALL)
 
@@ -107,7 +107,7 @@ class PostgresPlace(Place):
         import psycopg
 
         self.url, self.small = server.create_database("many"), server.create_database("few")
-        self.pid = server.pid
+        self.pids = (server.pid,)
         self._connection = psycopg.connect(self.url, autocommit=True)
         self._few = psycopg.connect(self.small, autocommit=True)
         for url in (self.url, self.small):
@@ -205,11 +205,13 @@ def main() -> None:
     parser.add_argument(
         "--undisturbed",
         action="store_true",
-        help="the server goes before all other programs (SCHED_FIFO, needs root): on a busy machine a command "
+        help="Redis goes before all other programs (SCHED_FIFO, needs root): on a busy machine a command "
         "takes as long as others interrupt it, and that is not what the longest one is to say",
     )
     options = parser.parse_args()
     logging.getLogger("celery_idem").setLevel(logging.ERROR)  # thousands of records are forgotten on purpose
+    if options.undisturbed and options.store != "redis":
+        parser.error("--undisturbed is for Redis: PostgreSQL answers from other processes than its first")
     wanted = [] if options.operations == "none" else options.operations.split(",")
     rows: list[dict[str, Any]] = []
 
@@ -222,7 +224,8 @@ def main() -> None:
     sizes = sorted(int(size) for size in options.sizes.split(","))
     with place(options.store) as at:
         if options.undisturbed:
-            os.sched_setscheduler(at.pid, os.SCHED_FIFO, os.sched_param(1))
+            for pid in at.pids:
+                os.sched_setscheduler(pid, os.SCHED_FIFO, os.sched_param(1))
         filled = 0
         for size in sizes:
             began = time.monotonic()
@@ -234,7 +237,7 @@ def main() -> None:
             for name in wanted:
                 if name == "purge" and size != sizes[-1]:
                     continue  # it would take away what the next size builds on
-                keep({**about, "what": name, **operations.run(name, at.kind, at.url, at.pid)})
+                keep({**about, "what": name, **operations.run(name, at.kind, at.url, at.pids[0])})
 
 
 if __name__ == "__main__":

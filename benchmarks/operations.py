@@ -22,11 +22,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from celery import Celery
+
+from benchmarks import filling
 from benchmarks.store import POLICY
-from celery_idem import owners
+from celery_idem import IdempotentTask, owners
 from celery_idem.intent import Fingerprint, Request
 from celery_idem.ledger import Ledger
 from celery_idem.stores import open_store
+
+STORE = "BENCH_STORE"
+"""Environment variable of the child: the store's URL."""
 
 LONGEST = 5_000
 """Microseconds that one command may keep the server from all others."""
@@ -58,7 +64,7 @@ def run(name: str, kind: str, url: str, pid: int) -> dict[str, Any]:
     with claiming(url, seen), watch:
         ran = subprocess.run(
             [sys.executable, "-m", "benchmarks.operations", name],
-            env={**os.environ, "BENCH_VARIANT": "idem", "BENCH_URL": url},
+            env={**os.environ, STORE: url},
             check=True,
             stdout=subprocess.PIPE,
             text=True,
@@ -189,14 +195,25 @@ def measure(name: str) -> dict[str, Any]:
     }
 
 
+def _app() -> Celery:
+    """The application that the records belong to."""
+    app = Celery("bench")
+    app.conf.idem_store = os.environ[STORE]
+
+    @app.task(base=IdempotentTask, intent=("n",), name=filling.TASK)
+    def noop(n: int) -> None:
+        """Never called."""
+
+    return app
+
+
 def _command(words: tuple[str, ...]) -> Callable[[], Any]:
     import rich.console  # noqa: F401 - its import is not what the operation costs
     from celery.bin.base import CLIContext
 
-    from benchmarks.apps import app
     from celery_idem.cli import idem
 
-    context = CLIContext(app, True, ".")
+    context = CLIContext(_app(), True, ".")
     return lambda: idem.main(args=list(words), obj=context, standalone_mode=False)
 
 
