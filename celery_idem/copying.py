@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from celery_idem import codec, keys, protocol
 from celery_idem.errors import ConfigurationError, StoreError
-from celery_idem.intent import MICROSECONDS
+from celery_idem.intent import MICROSECONDS, Policy
 from celery_idem.ledger import Ledger
 from celery_idem.stores.base import Reply
 
@@ -68,9 +68,10 @@ def copy(
         except StoreError:
             counts = counts._replace(seen=counts.seen + 1, unreadable=counts.unreadable + 1)
             continue
-        ttl = _left(
-            record.state in protocol.KEPT, source.result_ttl(keys.task_of(key) or key), now - stored.stamp
-        )
+        keep = int(source.result_ttl(keys.task_of(key) or key) * MICROSECONDS)
+        ttl = protocol.ttl(record, Policy(lease=0, result_ttl=keep, failure_ttl=keep))
+        if ttl is not None:
+            ttl -= now - stored.stamp
         if ttl is not None and ttl <= 0:
             outcome = "expired"
         else:
@@ -80,11 +81,6 @@ def copy(
             progress(counts)
     progress(counts)
     return counts
-
-
-def _left(expires: bool, keep: float, age: int) -> int | None:
-    """Microseconds a record has left; None for ever."""
-    return int(keep * MICROSECONDS) - age if expires else None
 
 
 def _write(target: Ledger, stored_key: str, value: bytes, ttl: int | None) -> bool:

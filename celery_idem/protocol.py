@@ -154,10 +154,6 @@ def ttl(record: Record, policy: Policy) -> int | None:
     return None
 
 
-KEPT = (State.SUCCEEDED, State.FAILED, State.RELEASED)
-"""States whose records expire (see ``ttl``)."""
-
-
 def supersedes(record: Record, other: Record) -> bool:
     """Of two copies of one intent, ``record`` is the later state.
 
