@@ -44,6 +44,9 @@ HIDDEN = "…"
 
 _STAMP = struct.Struct(">Q")
 
+NO_STAMP = _STAMP.pack(1 << 53)
+"""From here on a number of microseconds is none of ours (it is in the year 2255), and Lua's numbers skip some."""
+
 
 class _Script:
     """A script as the start of an EVALSHA command, packed once."""
@@ -171,7 +174,7 @@ class RedisStore(Store):
                 size = sum(len(value) for value in values if value is not None)
                 at_once = max(1, min(SCAN_READ, 2 * at_once, SCAN_BYTES * len(some) // (size + 1)))
                 for key, value in zip(some, values, strict=True):
-                    if value is not None and len(value) > _STAMP.size:
+                    if value is not None and len(value) > _STAMP.size and value[: _STAMP.size] < NO_STAMP:
                         yield key.decode("utf-8", "replace"), _stored(value)
             if cursor == b"0":
                 return
@@ -272,7 +275,7 @@ class RedisStore(Store):
         return answers
 
     def _silence(self, error: Exception) -> StoreError:
-        return StoreError(f"The store {self.url} did not answer: {error}")
+        return StoreError(f"The store {self.url} did not answer: {str(error).rstrip('.')}.")
 
     def _refusal(self, error: Exception) -> StoreError:
         if isinstance(error, self._redis.exceptions.ReadOnlyError):
@@ -345,9 +348,9 @@ def _no_record(key: str) -> StoreError:
 
 def _held(reply: Any, key: str, done: bool = False) -> Reply:
     now, value = reply
-    if not value:  # nil, and the empty string GETRANGE makes of nothing
+    if value is None:
         return Reply(False, None, now)
-    if len(value) <= _STAMP.size:
+    if len(value) <= _STAMP.size or value[: _STAMP.size] >= NO_STAMP:
         raise _no_record(key)
     return Reply(done, _stored(value), now)
 

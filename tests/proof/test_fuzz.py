@@ -6,21 +6,27 @@
 from __future__ import annotations
 
 import random
+import re
 import secrets
+import struct
+import uuid
+from collections.abc import Iterator
 from enum import Enum
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
+from celery import Celery
 
-from celery_idem import codec
+from celery_idem import IdempotentTask, NotHappened, codec, delivery
 from celery_idem.errors import IntentError, StoreError
-from celery_idem.intent import Fingerprint, Note, Outcome, Policy, Record, Request, State, Step
+from celery_idem.intent import Fingerprint, Note, Outcome, Policy, Record, Request, State, Step, Stored
 from celery_idem.keys import ALL_ARGUMENTS, declare
 from celery_idem.ledger import Ledger
 from celery_idem.stores import Store, open_store
-from celery_idem.stores.memory import MemoryStore
+from celery_idem.testing import use_store
 from tests.proof.fuzz import fuzz
 
 KEY = "shop.charge:0123456789abcdef0123456789abcdef"
@@ -146,26 +152,140 @@ def assert_never_runs(store: Store) -> None:
     assert list(ledger.list()) == []
 
 
-def test_nonsense_in_memory_never_runs() -> None:
-    rng = random.Random(secrets.randbelow(10**9))
-    for _ in range(200):
-        store = MemoryStore()
-        store.create(STORED, nonsense(rng))
+STORES = [
+    "memory",
+    "sqlite",
+    pytest.param("postgres", marks=pytest.mark.postgres),
+    pytest.param("redis", marks=pytest.mark.redis),
+    pytest.param("valkey", marks=pytest.mark.valkey),
+]
+
+
+@pytest.fixture(params=STORES)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    name = request.param
+    local = {"memory": f"memory://{tmp_path}", "sqlite": f"sqlite:///{tmp_path}/idem.db"}
+    store = open_store(local.get(name) or request.getfixturevalue(f"{name}_url"))
+    yield store
+    store.close()
+
+
+def put(store: Store, value: bytes) -> None:
+    """In place of whatever stands there."""
+    stored = store.read(STORED).stored
+    reply = store.create(STORED, value) if stored is None else store.replace(STORED, stored, value)
+    assert reply.done
+
+
+def test_nonsense_never_runs(store: Store) -> None:
+    rng = random.Random(seed := secrets.randbelow(10**9))
+    print("seed", seed)
+    for _ in range(100):
+        value = nonsense(rng)
+        put(store, value)
         assert_never_runs(store)
+        stored = store.read(STORED).stored
+        assert stored is not None
+        assert stored.value == value, "nonsense was overwritten"
+
+
+@pytest.mark.parametrize("policy", ["raise", "retry"])
+def test_no_body_runs_on_nonsense(store: Store, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a delivery and a person do. (`on_store_error="run"` is the author's word to run all the same.)"""
+    monkeypatch.setattr(
+        delivery, "INLINE_LIMIT", 0.0
+    )  # seconds: a call in this process would wait for the store
+    app = Celery("nonsense", broker="memory://", backend="cache+memory://", set_as_current=False)
+    url = f"memory://{uuid.uuid4().hex}"
+    app.conf.update(idem_store=url, idem_on_store_error=policy)
+    use_store(url, store)
+    ran = []
+
+    @app.task(base=IdempotentTask, shared=False, name="shop.charge", intent=("customer",))
+    def charge(customer: int) -> None:
+        ran.append(customer)
+
+    key = charge.intent_key(1)
+    store.create(f"idem:{key}", nonsense(random.Random(secrets.randbelow(10**9))))
+    with pytest.raises(StoreError, match=re.escape(key)):
+        charge.apply((1,)).get()
+    with pytest.raises(StoreError, match=re.escape(key)):
+        Ledger.from_app(app).resolve(key, NotHappened(), by="me")
+    assert ran == []
 
 
 @pytest.mark.redis
-def test_nonsense_in_redis_never_runs(redis_url: str) -> None:
+def test_raw_nonsense_in_redis_never_runs(redis_url: str) -> None:
+    """Too short even for the stamp before a record, down to nothing at all."""
     rng = random.Random(seed := secrets.randbelow(10**9))
     print("seed", seed)
     store = open_store(redis_url)
     with redis.Redis.from_url(redis_url) as client:
-        for number in range(200):
-            value = rng.randbytes(8) + nonsense(rng) if number % 2 else rng.randbytes(rng.randrange(1, 9))
+        for length in (*range(9), *(rng.randrange(9) for _ in range(50))):
+            value = rng.randbytes(length)
             client.set(STORED, value)
             assert_never_runs(store)
             assert client.get(STORED) == value, "nonsense was overwritten"
     store.close()
+
+
+@pytest.mark.redis
+def test_scripts_with_arbitrary_bytes(redis_url: str) -> None:
+    """Whatever stands there and whatever they are given: they write what the primitives say, or raise StoreError."""
+    rng = random.Random(seed := secrets.randbelow(10**9))
+    print("seed", seed)
+    store = open_store(redis_url)
+    stamps = struct.Struct(">Q")
+    written = refused = 0
+    with redis.Redis.from_url(redis_url) as client:
+        for _ in range(3_000):
+            key = "".join(chr(rng.choice((0, 10, 13, 36, 42, 123, 125, 233, 0x1F600))) for _ in range(3))
+            stamp = stamps.pack(rng.randrange(2**53 - 1))
+            raw = rng.choice(
+                (None, rng.randbytes(rng.randrange(60)), stamp + rng.randbytes(rng.randrange(1, 40)))
+            )
+            client.delete(key)
+            if raw is not None:
+                client.set(key, raw)
+            value = rng.randbytes(rng.randrange(40))
+            ttl = rng.choice((None, None, 0, 10**9, 10**15))
+            sound = raw is not None and len(raw) > 8 and raw[:8] < stamps.pack(2**53)
+            known = sound and len(raw or b"") >= 20 and rng.random() < 0.7
+            old = Stored(
+                raw[8:] if known and raw else rng.randbytes(12),
+                _stamp_of(raw) if known else rng.randrange(2**63),
+            )
+            creates = rng.random() < 0.4
+            error: StoreError | None = None
+            try:
+                reply = store.create(key, value, ttl) if creates else store.replace(key, old, value, ttl)
+            except StoreError as refusal:
+                error = refusal
+            if error is not None:
+                assert raw is not None, f"seed {seed}: {error}"
+                assert not sound, f"seed {seed}: {error}"
+                assert key in str(error)
+                assert client.get(key) == raw
+                refused += 1
+                continue
+            may = raw is None if creates else known
+            assert reply.done is may, f"seed {seed}: {raw!r} {old!r}"
+            after = client.get(key)
+            if not may:
+                assert after == raw, f"seed {seed}: written all the same"
+            elif ttl == 0:
+                assert after is None
+            else:
+                assert reply.stored is not None
+                assert after == stamps.pack(reply.stored.stamp) + value, f"seed {seed}: not what it was given"
+                written += 1
+    store.close()
+    assert written > 300
+    assert refused > 50
+
+
+def _stamp_of(raw: bytes | None) -> int:
+    return int.from_bytes((raw or b"")[:8], "big")
 
 
 @pytest.mark.redis
