@@ -8,6 +8,7 @@ skips what another one has locked, and SQLite has one writer at a time anyway.
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -34,6 +35,33 @@ BATCH = 500
 
 REST = 4.0
 """The pause after a full batch, in times what it took: so a backlog takes a fifth of one connection's time."""
+
+
+FORK_WAITS = 0.5
+"""Seconds that a fork waits for the statement under way, at most: no worker may stop for a database that hangs."""
+
+
+class _Forks:
+    """Keeps the worker from forking a pool process in the middle of a statement: the child would
+    inherit the locks inside SQLite as they are, without the thread that opens them again."""
+
+    def __init__(self) -> None:
+        self.held_off = threading.Lock()
+        self._forking = threading.local()  # two threads may fork at once
+        os.register_at_fork(before=self._before, after_in_parent=self._after, after_in_child=self._in_child)
+
+    def _before(self) -> None:
+        self._forking.holds = self.held_off.acquire(timeout=FORK_WAITS)
+
+    def _after(self) -> None:
+        if self._forking.holds:
+            self.held_off.release()
+
+    def _in_child(self) -> None:
+        self.held_off = threading.Lock()
+
+
+_forks = _Forks()
 
 
 class Purger:
@@ -71,7 +99,8 @@ class Purger:
         total, gone = 0, BATCH
         while gone == BATCH:
             began = time.monotonic()
-            gone = store.purge(BATCH)
+            with _forks.held_off:
+                gone = store.purge(BATCH)
             total += gone
             if self._ended.wait(REST * (time.monotonic() - began)):
                 return

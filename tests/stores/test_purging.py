@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -116,6 +118,37 @@ def test_a_store_that_fails_is_tried_again_and_a_backlog_is_not_done_in_one_go(p
     wait_for(lambda: len(store.asked) >= 5, SOON, "a failure, three batches and the next look")
     assert set(store.asked) == {50}
     assert len(store._values) == 2
+
+
+def test_no_process_is_forked_in_the_middle_of_a_statement(
+    purgers: list[Purger], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would inherit locks that nobody opens. A statement that hangs keeps it for a moment only."""
+    monkeypatch.setattr(purging, "FORK_WAITS", 0.2)
+    within, go = threading.Event(), threading.Event()
+
+    class Slow(MemoryStore):
+        def purge(self, limit: int) -> int:
+            within.set()
+            assert go.wait(SOON)
+            return 0
+
+    purgers.append(Purger(lambda: [Slow()]))
+    purgers[0].start()
+    assert within.wait(SOON)
+    began = time.monotonic()
+    assert forked(lambda: purging._forks.held_off.acquire(timeout=1)) == 0
+    assert time.monotonic() - began >= 0.2
+    go.set()
+    wait_for(lambda: forked(lambda: True) == 0, SOON, "forking as ever")
+
+
+def forked(check: Callable[[], bool]) -> int:
+    """The exit status of a child that checks something."""
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        os._exit(0 if check() else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def app_with(url: str) -> Celery:
