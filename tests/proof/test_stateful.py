@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,15 @@ from celery_idem.intent import (
 )
 from celery_idem.ledger import Ledger
 from celery_idem.stores import open_store
+from celery_idem.transitions import kept
+from tests.conftest import running
+from tests.stores.servers import Cluster, Watched
 
 HOUR = 3_600_000_000
 DAY = 24 * HOUR
 owners = itertools.count(1)
+PROCESS = 7
+"""Bytes of an owner that name its process (see `celery_idem.owners`): here each has its own."""
 
 POLICIES = st.builds(
     Policy,
@@ -73,6 +79,8 @@ def plain(record: Record | None) -> Any:
 
 def told(decision: Any) -> Any:
     """A decision without what a clock says."""
+    if decision is None:
+        return None
     if isinstance(decision, Busy):
         return ("Busy", decision.retry_after > 0)
     if isinstance(decision, (Acquired, Ask, Done)):
@@ -154,7 +162,7 @@ class Machine(RuleBasedStateMachine):
     def claim(self, policy: Policy, task: str, value: bytes, carries: bool) -> None:
         fingerprint = Fingerprint(("cents",), b"cent" + value.ljust(8)) if value else Fingerprint()
         carried = tuple(request.owner for request, _, _ in self.claims[-1:]) if carries else ()
-        owner = next(owners).to_bytes(12, "big")
+        owner = next(owners).to_bytes(PROCESS, "big") + bytes(12 - PROCESS)
         request = Request(owner, task, fingerprint, policy, carried)
         expected = self.pure.claim(request)
         self.keep(
@@ -212,18 +220,81 @@ class Machine(RuleBasedStateMachine):
             which, lambda r, q, mine: protocol.doubt(r, q.owner, "why"), lambda x, c: x.doubt(c, "why", 0.0)
         )
 
+    @precondition(lambda self: self.claims)
+    @rule(which=st.integers(0, 3))
+    def exited(self, which: int) -> None:
+        self.ends(
+            which,
+            lambda r, q, mine: protocol.exited(r, q.owner, q.policy, "told to"),
+            lambda x, c: x.exited(c, "told to", 0.0),
+        )
+
+    @precondition(lambda self: self.claims)
+    @rule(which=st.integers(0, 3), name=st.sampled_from(["charge", "mail"]))
+    def begin_step(self, which: int, name: str) -> None:
+        request, held, _ = self.claims[which % len(self.claims)]
+
+        def begin(record: Record, stamp: int = 0, now: int = 0) -> Any:
+            return protocol.begin_step(record, request.owner, name, request.policy)
+
+        expected = self.pure.act(begin)
+        self.same(expected, {n: told(x.transition(held[n], begin)) for n, x in self.ledgers.items()})
+
+    @precondition(lambda self: self.claims)
+    @rule(
+        which=st.integers(0, 3),
+        name=st.sampled_from(["charge", "mail"]),
+        payload=st.sampled_from([b"j1", None]),
+    )
+    def end_step(self, which: int, name: str, payload: bytes | None) -> None:
+        request, held, _ = self.claims[which % len(self.claims)]
+
+        def end(record: Record) -> Any:
+            return protocol.end_step(record, request.owner, name, payload)
+
+        got = {n: x.patient_transition(held[n], kept(held[n], end), 0.0) for n, x in self.ledgers.items()}
+        self.same(self.pure.act(end), {name: told(decision) for name, decision in got.items()})
+
+    @precondition(lambda self: self.claims)
+    @rule(which=st.integers(0, 3), again=st.integers(0, 2))
+    def died(self, which: int, again: int) -> None:
+        """The main process knows that this one's process is dead."""
+        q, _, _ = self.claims[which % len(self.claims)]
+        prefix, pure = q.owner[:PROCESS], self.pure
+        expected = pure.act(lambda r: protocol.died(r, pure.stamp, prefix, q.task_id, q.policy, again))
+        got = {n: x.died(self.key, prefix, q.task_id, q.policy, again) for n, x in self.ledgers.items()}
+        self.same(expected, {name: told(verdict) for name, (verdict, _) in got.items()})
+
+    @precondition(lambda self: self.claims)
+    @rule(which=st.integers(0, 3))
+    def lapse(self, which: int) -> None:
+        """A delivery sees that this one's process is dead."""
+        owner = self.claims[which % len(self.claims)][0].owner
+        self.pure.act(lambda record: (None, protocol.lapse(record, owner)))
+        for ledger in self.ledgers.values():
+            ledger.lapse(self.key, owner)
+        self.same(None, {})
+
     @precondition(lambda self: self.pure.record is not None)
-    @rule(happened=st.booleans())
-    def resolve(self, happened: bool) -> None:
+    @rule(happened=st.booleans(), attempt=st.sampled_from(["any", "this", "an earlier one"]))
+    def resolve(self, happened: bool, attempt: str) -> None:
         outcome = Outcome(True, b"j1") if happened else None
         answer = Happened(1) if happened else NotHappened()
         note = Note(0, "me", "happened" if happened else "not happened", "seen")
         pure = self.pure
-        expected = pure.act(lambda record: protocol.resolve(record, pure.stamp, pure.now, outcome, note))[0]
+
+        def fence(record: Record) -> int | None:
+            return None if attempt == "any" else record.fence - (attempt != "this")
+
+        expected = pure.act(
+            lambda record: protocol.resolve(record, pure.stamp, pure.now, outcome, note, fence(record))
+        )[0]
         got = {}
         for name, ledger in self.ledgers.items():
+            entry = ledger.get(self.key)
+            assert entry is not None
             try:
-                ledger.resolve(self.key, answer, by="me", evidence="seen")
+                ledger.resolve(self.key, answer, by="me", evidence="seen", fence=fence(entry.record))
             except IdempotencyError:
                 got[name] = "Refused"
             else:
@@ -241,19 +312,27 @@ class Machine(RuleBasedStateMachine):
 
 
 @pytest.fixture
-def stores(redis_url: str, postgres_url: str, tmp_path: Path) -> Iterator[dict[str, Any]]:
-    urls = {
-        "memory": "memory://",
-        "redis": redis_url,
-        "sqlite": f"sqlite:///{tmp_path}/idem.db",
-        "postgres": postgres_url,
-    }
-    opened = {name: open_store(url) for name, url in urls.items()}
-    yield opened
-    for store in opened.values():
-        store.close()
+def stores(redis_url: str, valkey_url: str, postgres_url: str, tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """Every store there is."""
+    with ExitStack() as ends:
+        sentinels = ends.enter_context(running(lambda: Watched(tmp_path / "sentinels")))
+        cluster = ends.enter_context(running(lambda: Cluster(tmp_path / "cluster")))
+        urls = {
+            "memory": f"memory://{tmp_path}",
+            "redis": redis_url,
+            "valkey": valkey_url,
+            "sentinel": sentinels.url,
+            "cluster": cluster.url,
+            "sqlite": f"sqlite:///{tmp_path}/idem.db",
+            "postgres": postgres_url,
+        }
+        opened = {name: open_store(url) for name, url in urls.items()}
+        for store in opened.values():
+            ends.callback(store.close)
+        yield opened
 
 
+@pytest.mark.valkey
 @pytest.mark.redis
 @pytest.mark.postgres
 def test_every_store_answers_as_the_pure_protocol(stores: dict[str, Any]) -> None:
