@@ -242,6 +242,8 @@ class Runner:
     def _store_is_down(self, job: Job, error: StoreError, carried: tuple[bytes, ...]) -> None:
         """Rule 7, before the body. Returns when the caller should go on."""
         policy = job.options.on_store_error
+        if policy == "run" and error.key:
+            policy = "raise"  # it answered: with something under this key that is no record, which is never a run
         events.emit("store_error", job.key, error=str(error), while_="claiming", then=policy)
         if policy == "raise":
             raise StoreError(f"{error} Nothing was run for {job.key}.", job.key) from error

@@ -189,9 +189,9 @@ def test_nonsense_never_runs(store: Store) -> None:
         assert stored.value == value, "nonsense was overwritten"
 
 
-@pytest.mark.parametrize("policy", ["raise", "retry"])
+@pytest.mark.parametrize("policy", ["raise", "retry", "run"])
 def test_no_body_runs_on_nonsense(store: Store, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a delivery and a person do. (`on_store_error="run"` is the author's word to run all the same.)"""
+    """Whatever a delivery and a person do: `on_store_error="run"` is for a store that does not answer."""
     monkeypatch.setattr(
         delivery, "INLINE_LIMIT", 0.0
     )  # seconds: a call in this process would wait for the store
