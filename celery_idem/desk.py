@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -100,6 +100,10 @@ class Desk:
             found.setdefault((id(ledger.store), ledger.namespace), ledger)
         return list(found.values())
 
+    def no_task(self, name: str) -> str:
+        """What to tell somebody who names a task that is not guarded here."""
+        return f"This application has no guarded task {name}. It has: {', '.join(self.tasks()) or 'none'}."
+
     # --- reading ----------------------------------------------------------------------
 
     def list(
@@ -132,6 +136,10 @@ class Desk:
         Raises:
             IdempotencyError: there is none, or there are several.
         """
+        try:
+            key.encode()
+        except UnicodeEncodeError:
+            raise IdempotencyError(f"{key!a} is no text, so no intent has that key. Copy it again.") from None
         entry = self.ledger_of(key).get(key)
         if entry is not None:
             return entry
@@ -145,7 +153,8 @@ class Desk:
                 )
         places = ", ".join(f"{ledger.store.url} (namespace {ledger.namespace})" for ledger in self.ledgers())
         raise IdempotencyError(
-            f"There is no intent {key} in {places}. It may have expired after its result_ttl, or it never ran.",
+            f"There is no intent {key} in {places}. It may have expired after its result_ttl, or it never ran. "
+            "`idem list` shows what there is.",
             key,
         )
 
@@ -355,11 +364,13 @@ def read_arguments(lines: Iterator[str]) -> dict[str, Arguments]:
         if not line.strip():
             continue
         try:
-            form: Mapping[str, Any] = json.loads(line)
+            form: Any = json.loads(line)
+            if not isinstance(form, dict) or "key" not in form:
+                raise ValueError('it is no object with a "key"')
             known[str(form["key"])] = Arguments(tuple(form.get("args") or ()), dict(form.get("kwargs") or {}))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError) as error:
             raise IdempotencyError(
-                f'Line {number} is not {{"key": …, "args": […], "kwargs": {{…}}}}: {error}'
+                f'Line {number} is not {{"key": …, "args": […], "kwargs": {{…}}}}: {error}.'
             ) from None
     return known
 

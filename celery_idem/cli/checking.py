@@ -9,6 +9,7 @@ from celery_idem.cli.group import idem
 from celery_idem.cli.screen import Screen, command, yes_option
 from celery_idem.copying import Copied
 from celery_idem.desk import Desk
+from celery_idem.errors import ConfigurationError
 from celery_idem.ledger import Ledger
 from celery_idem.stores import open_store, sql_statements
 
@@ -44,7 +45,11 @@ def doctor(screen: Screen, desk: Desk, pool: str, strict: bool) -> None:
 @command(idem, "audit")
 @click.option("--task", help="Only this task.")
 @click.option(
-    "--within", type=float, default=300.0, show_default=True, help="Seconds between retries of one action."
+    "--within",
+    type=click.FloatRange(min=0.0),
+    default=300.0,
+    show_default=True,
+    help="Seconds between retries of one action.",
 )
 def audit(screen: Screen, desk: Desk, task: str | None, within: float) -> None:
     """Find keys that do not mean what their author thinks.
@@ -110,10 +115,14 @@ def shadow(screen: Screen, desk: Desk, clear: bool, yes: bool) -> None:
 
 
 @command(idem, "metrics")
-@click.option("--port", type=int, default=9808, show_default=True)
+@click.option("--port", type=click.IntRange(0, 65_535), default=9808, show_default=True)
 @click.option("--address", default="127.0.0.1", show_default=True)
 @click.option(
-    "--every", type=float, default=30.0, show_default=True, help="Seconds between looks at the store."
+    "--every",
+    type=click.FloatRange(min=0.0),
+    default=30.0,
+    show_default=True,
+    help="Seconds between looks at the store.",
 )
 @click.option("--once", is_flag=True, help="Print what would be served, and end.")
 def metrics(screen: Screen, desk: Desk, port: int, address: str, every: float, once: bool) -> None:
@@ -129,7 +138,12 @@ def metrics(screen: Screen, desk: Desk, port: int, address: str, every: float, o
     if once:
         click.echo(prometheus_client.generate_latest(registry).decode(), nl=False)
         return
-    _, thread = prometheus_client.start_http_server(port, address, registry)
+    try:
+        _, thread = prometheus_client.start_http_server(port, address, registry)
+    except OSError as error:
+        raise ConfigurationError(
+            f"Nothing is served: {address}:{port} cannot be used ({error.strerror}). Give another --port or --address."
+        ) from None
     click.echo(f"http://{address}:{port}/metrics", err=True)
     thread.join()
 

@@ -34,11 +34,13 @@ def key(
     """
     guarded = desk.tasks().get(task)
     if guarded is None:
-        raise IdempotencyError(
-            f"This application has no guarded task {task}. It has: {', '.join(desk.tasks()) or 'none'}."
-        )
+        raise IdempotencyError(desk.no_task(task))
     if not 1 <= len(calls) <= 2:
         raise click.UsageError("Give one call, or two to compare.")
+    if max(len(scope), len(occurrence)) > len(calls):
+        raise click.UsageError(
+            f"There are more scopes or occurrences than calls, of which there are {len(calls)}."
+        )
     declaration, namespace = guarded.guard.declaration, guarded.guard.ledger.namespace
     forms: list[dict[str, Any]] = []
     wholes: list[dict[str, Any]] = []

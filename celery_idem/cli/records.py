@@ -33,10 +33,17 @@ def somebody() -> str:
 @click.option("--state", type=click.Choice(STATES), help="Only those in this state.")
 @click.option("--task", help="Only those of this task.")
 @click.option(
-    "--older-than", type=float, default=0.0, metavar="SECONDS", help="Only those that stand so long."
+    "--older-than",
+    type=click.FloatRange(min=0.0),
+    default=0.0,
+    metavar="SECONDS",
+    help="Only those that stand so long.",
 )
 @click.option(
-    "--limit", type=int, default=None, help=f"At most so many; people get {LINES}, --json gets all."
+    "--limit",
+    type=click.IntRange(min=1),
+    default=None,
+    help=f"At most so many; people get {LINES}, --json gets all.",
 )
 @within_option
 def list_(
@@ -68,6 +75,8 @@ def list_(
         screen.line(f"… and {total - len(entries)} more. --limit shows more of them, --json all.")
     if not total:
         screen.line("No such intents." if not found.stopped else "No such intents so far.")
+        if task and task not in desk.tasks():
+            screen.line(desk.no_task(task))
     elif any(entry.state in DOUBTFUL for entry in entries):
         screen.line(
             "Next: `idem show KEY` says what is known; `idem reconcile` asks the destinations for all of them."
@@ -149,7 +158,7 @@ def advice(entry: Entry) -> str:
     "--not-happened", is_flag=True, help="It did not take effect, and no request for it is under way."
 )
 @click.option("--by", default=somebody, show_default="user@host", help="Who decides.")
-@click.option("--evidence", prompt="What did you see, and where", help="What you saw, and where.")
+@click.option("--evidence", help="What you saw, and where. Asked for where it is not given.")
 @click.option(
     "--fence",
     type=int,
@@ -163,7 +172,7 @@ def resolve(
     happened: str | None,
     not_happened: bool,
     by: str,
-    evidence: str,
+    evidence: str | None,
     fence: int | None,
     yes: bool,
 ) -> None:
@@ -173,6 +182,8 @@ def resolve(
     """
     if (happened is None) == (not not_happened):
         raise click.UsageError("Say one of --happened JSON and --not-happened.")
+    if evidence is None:
+        evidence = screen.ask("What did you see, and where", "--evidence")
     if not evidence.strip():
         raise click.UsageError("Say what you saw: --evidence 'invoice inv_7 is in the billing system'.")
     answer: Happened | NotHappened = NotHappened()

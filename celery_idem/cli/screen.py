@@ -11,12 +11,14 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from celery import _state
 from celery.bin.base import CeleryCommand, CeleryOption
 
 from celery_idem.desk import Desk
-from celery_idem.errors import ConfigurationError, IdempotencyError
+from celery_idem.errors import ConfigurationError, IdempotencyError, StoreError
 
 if TYPE_CHECKING:
+    from celery import Celery
     from rich.console import Console
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -108,11 +110,32 @@ class Screen:
         except click.Abort:
             raise click.ClickException("Nothing was changed. (--yes answers the question.)") from None
 
+    def ask(self, question: str, option: str) -> str:
+        """An answer in words.
+
+        Raises:
+            click.ClickException: there is nobody to ask, and the option was not given.
+        """
+        try:
+            answer: str = click.prompt(question, err=True)
+        except click.Abort:
+            raise click.ClickException(f"Nothing was changed. ({option} answers the question.)") from None
+        return answer
+
 
 def printable(text: str) -> str:
     """The text with control characters made visible: what stands in a record (a reason, the words of
     somebody's error) must not give orders to the terminal it is shown on."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def _next(error: IdempotencyError, app: Celery) -> str:
+    """What to do about an error that is the command line's to explain."""
+    if isinstance(error, ConfigurationError) and app is _state.default_app:
+        return " Or did you forget to name your application? celery -A proj idem …"
+    if isinstance(error, StoreError) and not error.key:  # of the store as a whole
+        return " `idem doctor` looks at the store, and at the settings that lead to it."
+    return ""
 
 
 def command(group: click.Group, name: str) -> Callable[[F], click.Command]:
@@ -129,7 +152,7 @@ def command(group: click.Group, name: str) -> Callable[[F], click.Command]:
                 app.loader.import_default_modules()
                 function(screen, Desk(app), **options)
             except IdempotencyError as error:
-                raise click.ClickException(printable(str(error))) from error
+                raise click.ClickException(printable(f"{error}{_next(error, app)}")) from error
 
         option = click.option(
             "--json", "as_json", is_flag=True, cls=CeleryOption, help="Print JSON for programs."

@@ -25,13 +25,13 @@ WORDS = {
 @click.option("--task", help="Only those of this task.")
 @click.option(
     "--older-than",
-    type=float,
+    type=click.FloatRange(min=0.0),
     default=0.0,
     metavar="SECONDS",
     help="Only those unchanged for so long. A question that got no answer counts as a change, so 600 leaves out "
     "what was asked in the last ten minutes.",
 )
-@click.option("--limit", type=int, default=None, help="Ask about so many at most.")
+@click.option("--limit", type=click.IntRange(min=1), default=None, help="Ask about so many at most.")
 @click.option(
     "--arguments",
     type=click.File("r"),
