@@ -69,6 +69,11 @@ class SentinelStore(RedisStore):
 
     def _silence(self, error: Exception) -> StoreError:
         self.close()  # whoever does not answer may be the master no more: ask again
+        if isinstance(error, self._redis.sentinel.MasterNotFoundError):  # its own text shows whole clients
+            return StoreError(
+                f"The store {self.url} did not answer: no sentinel there answers and knows a healthy master "
+                f"{self._pool.service_name!r}."
+            )
         return super()._silence(error)
 
 

@@ -141,11 +141,21 @@ class SqlStore(SqlPrimitives):
         try:
             return self._run(statement, parameters)
         except _NoTableError:
+            pass
+        try:
             self.make_schema()
+        except _RefusedError as error:
+            raise StoreError(
+                f"The store {self.url} has no table celery_idem, and it cannot be made: {_why(error)}. Nothing was "
+                "run. Let the owner of the database run what `celery -A proj idem schema` prints."
+            ) from error
         try:
             return self._run(statement, parameters)
         except _NoTableError as error:
-            raise StoreError(f"The store {self.url} has no table celery_idem: {error}") from error
+            raise StoreError(
+                f"The table celery_idem was made in {self.url}, and is not seen there ({error}). Look at the user's "
+                "search_path."
+            ) from error
 
     def _run(self, statement: str, parameters: dict[str, Any] | None) -> tuple[Sequence[Any], int]:
         """A connection that turns out to be dead is replaced once: every write here may be
@@ -181,7 +191,21 @@ class SqlStore(SqlPrimitives):
         text = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         if no_table(cause):
             return _NoTableError(text)
-        return StoreError(f"The store {self.url} did not answer, or refused: {text}")
+        if getattr(cause, "sqlstate", None) == "42501":  # insufficient_privilege
+            return _RefusedError(
+                f"The store {self.url} refused: {text}. The user in idem_store needs more rights: the page on security "
+                "has the GRANT."
+            )
+        return StoreError(f"The store {self.url} did not answer, or refused: {text.rstrip('.')}.")
+
+
+class _RefusedError(StoreError):
+    """The user lacks a right."""
+
+
+def _why(error: StoreError) -> str:
+    """What the database said."""
+    return str(getattr(error.__cause__, "orig", error.__cause__)).strip().splitlines()[0]
 
 
 class _NoTableError(StoreError):
