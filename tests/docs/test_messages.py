@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import redis
 from celery import Celery
 
 import celery_idem
@@ -23,15 +24,18 @@ from celery_idem import (
     IdempotentTask,
     InProgress,
     IntentError,
+    LeaseLost,
     Ledger,
     OutcomeUnknown,
     ResultUnavailable,
     StoreError,
+    codec,
     owners,
 )
 from celery_idem.intent import MICROSECONDS, Acquired, Fingerprint, Policy, Request
 from celery_idem.stores import open_store
 from celery_idem.testing import CrashingStore, use_store
+from tests.support.servers import PostgresServer, RedisServer
 
 HOUR = 3600 * MICROSECONDS
 POLICY = Policy(lease=HOUR, result_ttl=HOUR, failure_ttl=HOUR)
@@ -57,6 +61,13 @@ class Shop:
         # gives such a task to every application of the process, and these are wrong on purpose.
         how = {"base": IdempotentTask, "bind": True, "name": "shop.charge", "lazy": False, "shared": False}
         return self.app.task(**how, **options)(charge)
+
+    def take_over(self, key: str) -> None:
+        """Somebody else has the intent now."""
+        stored = self.store.read(f"idem:{key}").stored
+        assert stored is not None
+        record = codec.unpack(stored.value, stored.stamp, key)._replace(owner=owners.mint())
+        assert self.store.replace(f"idem:{key}", stored, codec.pack(record)).done
 
     def held(self, task: Any, *args: Any, lease: int = HOUR) -> str:
         """A claim of somebody else's that stands."""
@@ -223,6 +234,28 @@ def transaction_elsewhere(shop: Shop) -> None:
     run(shop.task(body), "c1")
 
 
+def taken_over_before_a_step(shop: Shop) -> None:
+    def body(task: Any) -> None:
+        shop.take_over(task.claim.key)
+        task.step("mail", lambda: 1)
+
+    run(shop.task(body), "c1")
+
+
+def taken_over_before_the_end(shop: Shop) -> None:
+    run(shop.task(lambda task: shop.take_over(task.claim.key)), "c1")
+
+
+def capitals(shop: Shop) -> None:
+    shop.app.conf.IDEM_LEASE = 5
+    shop.task()
+
+
+def namespace_with_a_colon(shop: Shop) -> None:
+    shop.app.conf.idem_namespace = "shop:eu"
+    run(shop.task(), "c1")
+
+
 def resolve_nothing(shop: Shop) -> None:
     shop.task()
     Ledger.from_app(shop.app).resolve("shop.charge:none", Happened(1), by="ada")
@@ -274,6 +307,18 @@ MESSAGES: list[tuple[Callable[[Shop], None], type[Exception], tuple[str, ...]]] 
     (step_in_a_step, ConfigurationError, (KEY, "'inner'", "inside step 'mail'", "after the other has ended")),
     (step_result_not_storable, ConfigurationError, (KEY, "'mail'", "cannot be stored", "The step has run")),
     (transaction_elsewhere, ConfigurationError, ("settle_in", "memory://", "postgresql://")),
+    (
+        taken_over_before_a_step,
+        LeaseLost,
+        (KEY, "Another execution took", "stopped", "look for a second one"),
+    ),
+    (
+        taken_over_before_the_end,
+        LeaseLost,
+        (KEY, "finished after", "happened twice", "idem show", "idem_lease", "fence"),
+    ),
+    (capitals, ConfigurationError, ("IDEM_LEASE", "does nothing", "Write idem_lease", "CELERY_IDEM_LEASE")),
+    (namespace_with_a_colon, ConfigurationError, ("namespace", "'shop:eu'", "without a colon")),
     (resolve_nothing, IdempotencyError, ("no intent shop.charge:none", "memory://")),
     (resolve_what_is_settled, IdempotencyError, (KEY, "succeeded", "nothing to resolve", "idem forget")),
 ]
@@ -294,3 +339,102 @@ def test_a_message_says_what_happened_and_what_to_do(
     assert [word for word in words if word not in message] == [], message
     assert [word for word in SECRETS if word in message] == [], message
     assert message.endswith((".", "?", ")")), message
+
+
+# -- stores that are away, or refuse -----------------------------------------------------------------------
+AWAY: list[tuple[str, tuple[str, ...]]] = [
+    ("redis://:hunter2@127.0.0.1:1/0", ("redis://127.0.0.1:1/0 did not answer", "refused")),
+    ("rediss://:hunter2@127.0.0.1:1/0", ("rediss://127.0.0.1:1/0 did not answer", "refused")),
+    ("redis://:hunter2@nowhere.invalid/0", ("redis://nowhere.invalid/0 did not answer", "not known")),
+    ("redis+socket:///nowhere.sock", ("unix:///nowhere.sock did not answer", "No such file")),
+    (
+        "sentinel://:hunter2@127.0.0.1:1;sentinel://127.0.0.1:2/0?master_name=shop",
+        (
+            "sentinel://127.0.0.1:1;sentinel://127.0.0.1:2/0 did not answer",
+            "no sentinel there",
+            "master 'shop'",
+        ),
+    ),
+    (
+        "redis-cluster://:hunter2@127.0.0.1:1,127.0.0.1:2",
+        ("No node of redis-cluster://127.0.0.1:1,127.0.0.1:2 answers", "refused"),
+    ),
+    ("postgresql://me:hunter2@127.0.0.1:1/shop", ("postgresql://127.0.0.1:1/shop did not answer", "refused")),
+    ("sqlite:////nowhere/idem.db", ("sqlite:////nowhere/idem.db did not answer", "unable to open")),
+]
+
+
+@pytest.mark.parametrize(("url", "words"), AWAY, ids=[url.partition(":")[0] for url, _ in AWAY])
+def test_a_store_that_is_away_is_named_with_the_reason(url: str, words: tuple[str, ...]) -> None:
+    shop = Shop(idem_store=url)
+    with pytest.raises(StoreError) as raised:
+        run(shop.task(), "c1")
+    message = str(raised.value)
+    assert [word for word in (*words, KEY, "Nothing was run") if word not in message] == [], message
+    assert [word for word in SECRETS if word in message] == [], message
+    assert len(message) < 400, message  # no dump of a client
+
+
+MISWRITTEN: list[tuple[str, tuple[str, ...]]] = [
+    ("sentinel://127.0.0.1:1/0", ("does not name the master", "?master_name=")),
+    ("redis-cluster://127.0.0.1:1/3", ("only one database",)),
+    ("redis-cluster://127.0.0.1:port", ("write redis-cluster://host:port,host:port",)),
+    ("redis://127.0.0.1:1/0?socket_timeout=long", ("socket_timeout",)),
+    ("redis://:hunter2/x@127.0.0.1:1/0", ("cannot be read", "Percent-encode it: %2F for /")),
+    ("postgresql://me:hunter2@x@127.0.0.1/shop", ("more than one @", "%40")),
+    ("redis://:hunter2[@127.0.0.1:1/0", ("no URL that can be read", "Percent-encode")),
+    ("hunter2", ("this is no URL", "redis://")),
+    ("sqlite://", ("in memory", "sqlite:///idem.db")),
+]
+
+
+@pytest.mark.parametrize(("url", "words"), MISWRITTEN, ids=[words[0] for _, words in MISWRITTEN])
+def test_a_url_that_no_store_can_read_is_told_how_to_write_it(url: str, words: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        open_store(url)
+    message = str(raised.value)
+    assert [word for word in ("idem_store", *words) if word not in message] == [], message
+    assert [word for word in SECRETS if word in message] == [], message
+
+
+@pytest.mark.redis
+def test_a_redis_user_without_the_rights(start_redis: Callable[..., RedisServer]) -> None:
+    server = start_redis()
+    with redis.Redis.from_url(server.url) as admin:
+        admin.execute_command(
+            "ACL", "SETUSER", "poor", "on", ">hunter2", "~idem:*", "+@connection", "+evalsha", "+eval"
+        )
+    shop = Shop(idem_store=f"redis://poor:hunter2@127.0.0.1:{server.port}/0")
+    with pytest.raises(
+        StoreError, match=r"refused: .* needs more rights: the page on security .* Nothing was run"
+    ) as it:
+        run(shop.task(), "c1")
+    assert "hunter2" not in str(it.value)
+    wrong = Shop(idem_store=f"redis://poor:hunter22@127.0.0.1:{server.port}/0")
+    with pytest.raises(StoreError, match=r"redis://127.* refused: .*(?i:password).* Nothing was run"):
+        run(wrong.task(), "c1")
+
+
+@pytest.mark.postgres
+def test_a_postgresql_user_without_the_rights(postgres: PostgresServer) -> None:
+    import psycopg
+
+    url = postgres.create_database(f"messages_{uuid.uuid4().hex}")
+    with psycopg.connect(url, autocommit=True) as admin:
+        admin.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC; CREATE ROLE poor LOGIN")
+    try:
+        shop = Shop(idem_store=url.replace("postgres@", "poor@"))
+        task = shop.task()
+        with pytest.raises(
+            StoreError, match="no table celery_idem, and it cannot be made: permission denied"
+        ) as none:
+            run(task, "c1")
+        assert "Let the owner of the database run what `celery -A proj idem schema` prints." in str(
+            none.value
+        )
+        open_store(url).read("idem:x")  # as its owner, which makes the table
+        with pytest.raises(StoreError, match=r"permission denied for table celery_idem.* needs more rights"):
+            run(task, "c1")
+    finally:
+        with psycopg.connect(url, autocommit=True) as admin:
+            admin.execute("DROP OWNED BY poor; DROP ROLE poor")
