@@ -62,8 +62,8 @@ def acknowledgement(s: Snapshot) -> Iterator[Finding]:
                 "warning",
                 "acks-early",
                 task.name,
-                "Its message is gone as soon as a worker has it. After a crash nothing comes back, so an intent that "
-                "was running waits as lapsed for ever.",
+                "Its message is gone as soon as a worker has it. When the whole worker dies nothing comes back: "
+                "what it was running stays lapsed, and nobody knows how it ended, until the call is made again.",
                 "Set task_acks_late = True and task_reject_on_worker_lost = True: the guard makes redelivery safe.",
             )
         elif not task.reject_on_worker_lost:
