@@ -22,7 +22,10 @@ MARK = "s3cret-of-the-neighbour"
 def application(url: str, namespace: str, **conf: Any) -> Celery:
     """A shop whose results say what they were called with."""
     app = Celery("shop", broker="memory://", backend="cache+memory://", set_as_current=False)
-    app.conf.update(idem_store=url, idem_namespace=namespace, **conf)
+    # The broker in memory is one for all tests of the process: each application has a queue of its own.
+    app.conf.update(
+        idem_store=url, idem_namespace=namespace, task_default_queue=f"test-{uuid.uuid4().hex}", **conf
+    )
 
     def pay(customer: str, cents: int = 0) -> str:
         return f"paid {cents} for {customer}: {MARK if namespace == 'theirs' else 'ours'}"

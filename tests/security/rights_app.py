@@ -12,11 +12,9 @@ from celery import Celery
 from celery_idem import IdempotentTask
 from tests.support.effects import Effects
 
-FOLDER = Path(os.environ.get("RIGHTS_FOLDER", "."))
-effects = Effects(FOLDER / "effects.jsonl")
 
-
-def make(broker: str, store: str, **conf: Any) -> Celery:
+def make(broker: str, store: str, folder: Path, **conf: Any) -> Celery:
+    effects = Effects(folder / "effects.jsonl")
     backend = "cache+memory://" if broker == "memory://" else broker
     app = Celery("rights", broker=broker, backend=backend, set_as_current=False)
     # Seconds. A dead child is known at once, so nothing waits for a lease to lapse.
@@ -30,8 +28,8 @@ def make(broker: str, store: str, **conf: Any) -> Celery:
         if how == "retry" and not self.request.retries:
             raise self.retry(countdown=0)
         self.step("charge", effects.add, name)
-        if how == "die" and not (FOLDER / name).exists():
-            (FOLDER / name).touch()
+        if how == "die" and not (folder / name).exists():
+            (folder / name).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "error":
             raise ValueError(name)
@@ -45,4 +43,8 @@ def make(broker: str, store: str, **conf: Any) -> Celery:
     return app
 
 
-app = make(os.environ.get("RIGHTS_BROKER", "memory://"), os.environ.get("RIGHTS_STORE", "memory://"))
+app = make(
+    os.environ.get("RIGHTS_BROKER", "memory://"),
+    os.environ.get("RIGHTS_STORE", "memory://"),
+    Path(os.environ.get("RIGHTS_FOLDER", ".")),
+)

@@ -34,7 +34,7 @@ def served(tmp_path: Path, start_worker: Callable[..., CeleryWorker]) -> Callabl
     def start(broker: str, store: str) -> Celery:
         env = {"RIGHTS_BROKER": broker, "RIGHTS_STORE": store, "RIGHTS_FOLDER": str(tmp_path)}
         start_worker("tests.security.rights_app", env=env)
-        return make(broker, store)
+        return make(broker, store, tmp_path)
 
     return start
 
@@ -97,19 +97,17 @@ def redis_users(start_redis: Callable[..., RedisServer]) -> RedisServer:
 
 
 @pytest.mark.redis
-def test_redis_users(
-    redis_users: RedisServer, served: Callable[[str, str], Celery], effects: Effects, tmp_path: Path
-) -> None:
+def test_redis_users(redis_users: RedisServer, served: Callable[[str, str], Celery], tmp_path: Path) -> None:
     def url(user: str) -> str:
         return f"redis://{user}:s3cret@127.0.0.1:{redis_users.port}/0"
 
     app = served(redis_users.url_for(1), url("shop-worker"))
     everything_a_worker_does(app, Effects(tmp_path / "effects.jsonl"))
-    reader = make("memory://", url("shop-reader"))
+    reader = make("memory://", url("shop-reader"), tmp_path)
     everything_a_reader_does(reader)
     refused_to_write(reader, app.tasks["rights.pay"].intent_key("adoubt"))
     everything_an_operator_does(app)
-    shadow = make("memory://", url("shop-worker"), idem_shadow=True)
+    shadow = make("memory://", url("shop-worker"), tmp_path, idem_shadow=True)
     shadow.tasks["rights.pay"].apply(("in shadow",), throw=True)
     assert "rights.pay" in command_line(shadow, "shadow", "--json")
     worker = open_store(url("shop-worker"))
@@ -134,12 +132,12 @@ def test_redis_users(
 
 
 @pytest.fixture
-def shop_database(postgres: PostgresServer) -> Iterator[str]:
+def shop_database(postgres: PostgresServer, tmp_path: Path) -> Iterator[str]:
     """A database with the table and the roles of the page; its URL without the user."""
     import psycopg
 
     url = postgres.create_database(f"rights_{uuid.uuid4().hex}")
-    table = command_line(make("memory://", "memory://"), "schema")
+    table = command_line(make("memory://", "memory://", tmp_path), "schema")
     with psycopg.connect(url, autocommit=True) as admin:
         admin.execute(table)
         admin.execute(block("sql"))
@@ -157,7 +155,7 @@ def test_postgresql_roles(
 ) -> None:
     app = served(redis_url, shop_database.format("shop_worker"))
     everything_a_worker_does(app, Effects(tmp_path / "effects.jsonl"))
-    reader = make("memory://", shop_database.format("shop_reader"))
+    reader = make("memory://", shop_database.format("shop_reader"), tmp_path)
     everything_a_reader_does(reader)
     refused_to_write(reader, app.tasks["rights.pay"].intent_key("adoubt"))
     everything_an_operator_does(app)
