@@ -21,7 +21,6 @@ from celery_idem.intent import (
     Policy,
     Record,
     Request,
-    State,
     Stored,
 )
 from celery_idem.stores.base import Reply
@@ -61,7 +60,7 @@ class Entry:
     @property
     def state(self) -> str:
         """Name of the state, in lower case; ``lapsed`` for a RUNNING one whose lease is over."""
-        if self.record.state is State.RUNNING and self.retry_after <= 0:
+        if protocol.lapsed(self.record, self._stamp, self._now):
             return "lapsed"
         return self.record.state.name.lower()
 

@@ -26,7 +26,7 @@ from kombu.exceptions import KombuError
 from kombu.utils import json as kombu_json
 
 from celery_idem.errors import StoreError
-from celery_idem.intent import Note, Outcome, Record, State, Step
+from celery_idem.intent import FINGERPRINT_ENTRY, Note, Outcome, Record, State, Step
 
 _VERSION = 1
 _HEAD = struct.Struct(">12sBBHHBQ")
@@ -140,7 +140,7 @@ def _unpack(value: bytes, stamp: int) -> Record:
     elif parts & _TASK_ID:
         task_id = read.text()
     fingerprint = read.blob() if parts & _FINGERPRINT else b""
-    if len(fingerprint) % 12:
+    if len(fingerprint) % FINGERPRINT_ENTRY:
         raise ValueError("fingerprint of a wrong length")
     steps = tuple(Step(read.text(), read.blob()) for _ in range(read.count() if parts & _STEPS else 0))
     open_steps = tuple(read.text() for _ in range(read.count() if parts & _OPEN_STEPS else 0))

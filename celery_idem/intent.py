@@ -72,13 +72,20 @@ class Note(NamedTuple):
     evidence: str
 
 
+FINGERPRINT_TAG = 4
+"""Bytes of a parameter's tag: names only have to differ within one task's parameters."""
+
+FINGERPRINT_ENTRY = 12
+"""Bytes of a parameter's tag and its value's digest: 64 bits of it, so that no two values agree by chance."""
+
+
 class Fingerprint(NamedTuple):
     """What must be equal whenever the same intent comes back.
 
     Attributes:
         names: parameter names, sorted.
-        packed: for each name, in that order, a 4-byte tag of the name and 8 bytes
-            of digest of its value (see ``keys.fingerprint``).
+        packed: for each name, in that order, an entry: a tag of the name, and a digest
+            of its value (see ``keys.Declaration.fingerprint``).
     """
 
     names: tuple[str, ...] = ()

@@ -35,10 +35,13 @@ from typing import Any, Final, NamedTuple
 import rfc8785
 
 from celery_idem.errors import ConfigurationError, IntentError
-from celery_idem.intent import Fingerprint
+from celery_idem.intent import FINGERPRINT_ENTRY, FINGERPRINT_TAG, Fingerprint
 
 SCHEME = 1
 """Version of everything below that decides which calls share a key. Part of every key."""
+
+VALUE = FINGERPRINT_ENTRY - FINGERPRINT_TAG
+"""Bytes of a value's digest in a fingerprint."""
 
 DIGEST = 32
 """Hex digits of the digest in a key: 128 bits. The chance of one collision among 1e9
@@ -306,8 +309,8 @@ class Declaration(NamedTuple):
         if not names:
             return _NOTHING
         packed = b"".join(
-            _hash([SCHEME, self.task, name]).digest()[:4]
-            + _hash([SCHEME, self.task, name, _named(name, arguments.get(name))]).digest()[:8]
+            _hash([SCHEME, self.task, name]).digest()[:FINGERPRINT_TAG]
+            + _hash([SCHEME, self.task, name, _named(name, arguments.get(name))]).digest()[:VALUE]
             for name in names
         )
         return Fingerprint(tuple(names), packed)

@@ -58,6 +58,8 @@ from typing import Any
 
 from celery_idem import digests
 from celery_idem.intent import (
+    FINGERPRINT_ENTRY,
+    FINGERPRINT_TAG,
     NO_OWNER,
     Acquired,
     Again,
@@ -84,12 +86,6 @@ from celery_idem.intent import (
     StepOpen,
     Verdict,
 )
-
-ENTRY = 12
-"""Bytes per fingerprint entry: 4 of the name's tag, 8 of the value's digest."""
-
-TAG = 4
-"""Bytes of the tag: names only have to differ within one task's parameters."""
 
 MAX_NOTES = 32
 """Lines of history in a record: some 100 bytes each, and only a contested intent has any.
@@ -197,13 +193,19 @@ def differing(stored: bytes, fingerprint: Fingerprint) -> tuple[str, ...]:
     packed = fingerprint.packed
     if stored == packed or not stored or not packed:
         return ()
-    known = {stored[i : i + TAG]: stored[i + TAG : i + ENTRY] for i in range(0, len(stored), ENTRY)}
+    tag, size = FINGERPRINT_TAG, FINGERPRINT_ENTRY
+    known = {stored[i : i + tag]: stored[i + tag : i + size] for i in range(0, len(stored), size)}
     names = []
     for n, name in enumerate(fingerprint.names):
-        entry = packed[n * ENTRY : (n + 1) * ENTRY]
-        if known.get(entry[:TAG], entry[TAG:]) != entry[TAG:]:
+        entry = packed[n * size : (n + 1) * size]
+        if known.get(entry[:tag], entry[tag:]) != entry[tag:]:
             names.append(name)
     return tuple(names)
+
+
+def lapsed(record: Record, stamp: int, now: int) -> bool:
+    """It runs, and nobody has renewed its lease: its worker stopped without a word."""
+    return record.state is State.RUNNING and now >= stamp + record.lease
 
 
 def claim(record: Record, stamp: int, now: int, request: Request) -> tuple[Decision, Record | None]:
@@ -617,9 +619,9 @@ def resolve(
     Args:
         fence: of the record that the person looked at; None: they take what stands there.
     """
-    lapsed = record.state is State.RUNNING and now >= stamp + record.lease
     looked_at_another = fence is not None and fence != record.fence
-    if looked_at_another or (record.state is not State.IN_DOUBT and not lapsed):
+    open_question = record.state is State.IN_DOUBT or lapsed(record, stamp, now)
+    if looked_at_another or not open_question:
         return Refused(record), None
     record = _noted(_with_past(record, stamp), note)
     if outcome is not None:
