@@ -93,6 +93,10 @@ CONFLICT = (
 MAY_HAVE_HAPPENED = "It may have happened. Do not retry; a person must resolve it."
 WORKER_GONE = "Nobody is working on it any more. Call again once, unchanged: that decides what happened."
 FINAL_FAILURE = "It was tried and failed; calling again unchanged gives this same answer. Report the failure."
+UNSURE_FAILURE = (
+    "It failed. Safe to call again unchanged, once: it is tried again where nothing was done, else this answer stays. "
+    "Then report the failure."
+)
 NOTHING_DONE = "Nothing was done. Safe to call again unchanged."
 NO_RESULT = " Its result was not kept."
 
@@ -418,7 +422,8 @@ def _celery_result(receipt: Receipt, source: _Source, entry: Entry | None) -> Re
     released = entry is not None and entry.record.state is State.RELEASED
     if released or isinstance(value, StoreError):
         return replace(receipt, status="failed", next=NOTHING_DONE)
-    return replace(receipt, status="failed", next=FINAL_FAILURE)
+    # By name there is no record, to tell a failure for good from one after which nothing was done.
+    return replace(receipt, status="failed", next=UNSURE_FAILURE if source.ledger is None else FINAL_FAILURE)
 
 
 def _words(error: object) -> str:

@@ -254,6 +254,19 @@ def test_by_name_without_any_task(redis: RedisServer, worker: CeleryWorker, done
     assert submit(app, "shop.fails", (f"{name}-2",)).wait(20).status == "failed"
 
 
+def test_by_name_a_failure_may_not_be_final(
+    redis: RedisServer, worker: CeleryWorker, done: Effects, name: str
+) -> None:
+    """Without a record Celery's result looks the same, whether the body is tried again or not."""
+    app = Celery("orchestrator", broker=redis.url, backend=redis.url, set_as_current=False)
+    for how, count in (("brief", 2), ("error", 1)):
+        for _ in range(2):
+            answer = submit(app, "shop.fails", (f"{name}-{how}", how)).wait(20)
+            assert (answer.status, answer.final) == ("failed", False)
+            assert "Safe to call again unchanged, once" in answer.next
+        assert done.count(f"fails-{name}-{how}") == count
+
+
 # --- mistakes --------------------------------------------------------------------------
 
 
