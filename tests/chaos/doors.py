@@ -19,8 +19,9 @@ from celery.result import AsyncResult
 import celery_idem
 from celery_idem import OutcomeUnknown
 from celery_idem.adapters.agents import function
+from celery_idem.adapters.tools import NOT_SENT
 from celery_idem.intent import CALLER_KEY
-from celery_idem.receipts import FINAL_FAILURE, WORKER_GONE, Receipt
+from celery_idem.receipts import NOTHING_DONE, WORKER_GONE, Receipt
 from tests.chaos import shop
 from tests.chaos.plan import Intent
 
@@ -93,7 +94,7 @@ def of_receipt(told: dict[str, Any]) -> Told:
         return _doubt(told)
     if told["status"] == "failed":
         name, _, text = told["reason"].partition(":")
-        if told["next"] != FINAL_FAILURE:
+        if told["next"] in (NOTHING_DONE, NOT_SENT):
             return Told(AGAIN, detail=told["reason"])
         return of_error(name, text)
     return Told(WRONG if told["status"] == "conflict" else AGAIN, detail=told["status"])

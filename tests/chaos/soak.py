@@ -35,7 +35,7 @@ PER_MINUTE = 800
 
 # Seconds after the last call until the last caller must have its answer, and how often the run's own length on
 # top of it: what piles up on a busy machine takes its time. Those who were told "in doubt" have as long again.
-DRAIN = (60.0, 2.0)
+DRAIN = (120.0, 2.0)
 
 # Seconds without any answer after which nobody is waited for any more. A lease lapses in two, a worker is back
 # within ten, an agent calls again within thirty.

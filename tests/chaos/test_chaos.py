@@ -183,13 +183,13 @@ def soaked(options: soak.Options) -> Run:
 @pytest.mark.slow
 @pytest.mark.redis
 @pytest.mark.rabbitmq
-@pytest.mark.timeout(400)  # about 35 s; the rest are the bounds of its waits on a machine that is busy
+@pytest.mark.timeout(600)  # about 35 s; the rest are the bounds of its waits on a machine that is busy
 def test_a_short_soak(tmp_path: Path) -> None:
-    plan = Plan(seed=20, seconds=10, count=150)
+    plan = Plan(seed=26, seconds=10, count=150)
     run = soaked(soak.Options(plan, tmp_path))
     assert run.verdict.violations == [], (soak.Options(plan, tmp_path).replay, run.stories)
     # It was no walk in the park.
-    assert all(run.faults_of(kind) for kind in ("kill child", "kill worker", "kill store", "cut broker"))
+    assert all(run.faults_of(kind) for kind in ("kill worker", "kill store", "freeze store", "cut broker"))
     assert run.verdict.ticks > 5
     assert run.verdict.calls < run.verdict.messages
 
