@@ -6,6 +6,7 @@ exceptions, and how to wait. ``celery_idem.task`` makes jobs of Celery's request
 
 from __future__ import annotations
 
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -223,7 +224,13 @@ class Runner:
             )
         if outcome.succeeded:
             return self.ledger.codec.decode(outcome.payload, key)
-        raise self.ledger.codec.decode_error(outcome.payload, key)
+        error = self.ledger.codec.decode_error(outcome.payload, key)
+        if sys.version_info >= (3, 11):  # else its traceback in the worker's log looks like a new failure
+            error.add_note(
+                f"Nothing was run now: this is how {key} ended earlier. After a bug that is mended, "
+                f"`celery -A proj idem forget '{key}'` lets it run again."
+            )
+        raise error
 
     def _lapsed(self, job: Job, busy: Busy) -> bool:
         """The holder was a process of this very worker and is dead: no need to wait for its lease.
@@ -243,7 +250,9 @@ class Runner:
         """Rule 7, before the body. Returns when the caller should go on."""
         policy = job.options.on_store_error
         if policy == "run" and error.key:
-            policy = "raise"  # it answered: with something under this key that is no record, which is never a run
+            policy = (
+                "raise"  # it answered: with something under this key that is no record, which is never a run
+            )
         events.emit("store_error", job.key, error=str(error), while_="claiming", then=policy)
         if policy == "raise":
             raise StoreError(f"{error} Nothing was run for {job.key}.", job.key) from error
