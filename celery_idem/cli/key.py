@@ -7,10 +7,12 @@ from typing import Any
 
 import click
 
+from celery_idem import protocol
 from celery_idem.cli.group import idem
 from celery_idem.cli.screen import Screen, command
 from celery_idem.desk import Desk
 from celery_idem.errors import IdempotencyError
+from celery_idem.intent import Fingerprint
 from celery_idem.keys import Declaration
 from celery_idem.task import HIDDEN
 
@@ -44,6 +46,7 @@ def key(
     declaration, namespace = guarded.guard.declaration, guarded.guard.ledger.namespace
     forms: list[dict[str, Any]] = []
     wholes: list[dict[str, Any]] = []
+    prints: list[Fingerprint] = []
     for n, call in enumerate(calls):
         args, kwargs = _call(call)
         labels = {"scope": _nth(scope, n), "occurrence": _nth(occurrence, n)}
@@ -55,12 +58,16 @@ def key(
         made = declaration.key(namespace, arguments, labels["scope"], labels["occurrence"])
         forms.append({"key": made, "intent": _hidden(fields, declaration)})
         wholes.append(fields)
+        prints.append(declaration.fingerprint(arguments))
     differs = None
+    refused: tuple[str, ...] = ()
     if len(forms) == 2:
         names = dict.fromkeys((*wholes[0], *wholes[1]))
         differs = [name for name in names if wholes[0].get(name) != wholes[1].get(name)]
+        refused = () if differs else protocol.differing(prints[0].packed, prints[1])
     if screen.as_json:
-        screen.json({"calls": forms, "same": differs is not None and not differs, "differs": differs or []})
+        same = differs is not None and not differs
+        screen.json({"calls": forms, "same": same, "differs": differs or [], "refused": list(refused)})
         return
     for form in forms:
         screen.line(str(form["key"]), "bold")
@@ -68,6 +75,11 @@ def key(
     if differs is not None:
         if differs:
             screen.line(f"Two different actions: they differ in {', '.join(differs)}.")
+        elif refused:
+            screen.line(
+                f"The same action with another value of {', '.join(refused)}, which must match: "
+                "the second call is refused (FingerprintMismatch)."
+            )
         else:
             screen.line("The same action: the second call gets the first one's result.")
 

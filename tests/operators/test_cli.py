@@ -132,6 +132,8 @@ def test_key_says_what_makes_two_calls_differ(idem: Idem) -> None:
     assert "they differ in invoice_id" in other
     scoped = idem("key", "shop.send_invoice", '["a", 7]', '["a", 7]', "--scope", "x", "--scope", "y").output
     assert "they differ in scope" in scoped
+    refused = idem("key", "shop.send_invoice", '["a", 7, 500]', '["a", 7, 600]').output
+    assert "another value of cents" in refused
 
 
 # --- changing --------------------------------------------------------------------------
