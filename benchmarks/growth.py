@@ -48,14 +48,14 @@ class Place(ABC):
 
     Attributes:
         url, small: of the two stores.
-        pids: of the servers; the first one has the many.
+        pid: of the server of the first.
         kind: "redis" or "postgresql".
     """
 
     kind: str
     url: str
     small: str
-    pids: tuple[int, ...]
+    pid: int
 
     @abstractmethod
     def fill(self, first: int, last: int) -> None:
@@ -80,7 +80,7 @@ class RedisPlace(Place):
     def __init__(self, server: RedisServer, small: RedisServer) -> None:
         import redis
 
-        self.url, self.small, self.pids = server.url, small.url, (server.pid, small.pid)
+        self.url, self.small, self.pid = server.url, small.url, server.pid
         self._client = redis.Redis.from_url(server.url, socket_timeout=120)
         self._few = redis.Redis.from_url(small.url)
         filling.fill_redis(self._few, 0, SMALL)
@@ -107,7 +107,7 @@ class PostgresPlace(Place):
         import psycopg
 
         self.url, self.small = server.create_database("many"), server.create_database("few")
-        self.pids = (server.pid,)
+        self.pid = server.pid
         self._connection = psycopg.connect(self.url, autocommit=True)
         self._few = psycopg.connect(self.small, autocommit=True)
         for url in (self.url, self.small):
@@ -223,9 +223,6 @@ def main() -> None:
 
     sizes = sorted(int(size) for size in options.sizes.split(","))
     with place(options.store) as at:
-        if options.undisturbed:
-            for pid in at.pids:
-                os.sched_setscheduler(pid, os.SCHED_FIFO, os.sched_param(1))
         filled = 0
         for size in sizes:
             began = time.monotonic()
@@ -234,10 +231,14 @@ def main() -> None:
             print(f"{at.kind}, {size:,} records (filled in {time.monotonic() - began:.0f} s)", flush=True)
             about = {"store": at.kind, "records": size}
             keep({**about, "what": "claim", **claims(at), "bytes per record": round(at.bytes() / size)})
+            if options.undisturbed:  # only now: a claim is compared with one on the other server
+                os.sched_setscheduler(at.pid, os.SCHED_FIFO, os.sched_param(1))
             for name in wanted:
                 if name == "purge" and size != sizes[-1]:
                     continue  # it would take away what the next size builds on
-                keep({**about, "what": name, **operations.run(name, at.kind, at.url, at.pids[0])})
+                keep({**about, "what": name, **operations.run(name, at.kind, at.url, at.pid)})
+            if options.undisturbed:
+                os.sched_setscheduler(at.pid, os.SCHED_OTHER, os.sched_param(0))
 
 
 if __name__ == "__main__":
