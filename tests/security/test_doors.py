@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -291,6 +292,22 @@ def test_a_crafted_result_is_told_to_be_none(memory_app: Callable[..., Celery], 
     }
     assert pages.post("/resolve", data=form).status_code == 400
     assert Ledger.from_app(app).get(key).state == "in_doubt"  # type: ignore[union-attr]
+
+
+def test_a_sign_in_ends(memory_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a shift, and with a new token."""
+    app = memory_app()
+    pages = TestClient(inbox(app, token=TOKEN))
+    pages.get("/sign-in")
+    form = {"csrf": pages.cookies["idem_csrf"], "name": "ann", "token": TOKEN}
+    assert pages.post("/sign-in", data=form).url.path == "/"
+    session = {"idem_session": pages.cookies["idem_session"]}
+    renewed = TestClient(inbox(app, token=TOKEN.upper()), cookies=session)
+    assert renewed.get("/").url.path == "/sign-in"
+    now = time.time()
+    for hours, path in ((11.9, "/"), (12.1, "/sign-in")):
+        monkeypatch.setattr("celery_idem.adapters.inbox.time.time", lambda at=now + hours * 3600: at)
+        assert TestClient(inbox(app, token=TOKEN), cookies=session).get("/").url.path == path
 
 
 # --- the terminal ----------------------------------------------------------------------------------
