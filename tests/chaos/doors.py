@@ -28,9 +28,11 @@ from tests.chaos.plan import Intent
 # What a caller may be told. The first three are answers, the last one means: ask again.
 VALUE, DECLINED, IN_DOUBT, WRONG, AGAIN = "value", "declined", "in doubt", "wrong", "again"
 
-# Errors of a delivery after which a caller asks again by the same key: nothing happened, somebody else
-# has the intent, or Celery lost the message.
+# Errors of a delivery after which a caller asks again by the same key: nothing happened, somebody else has the
+# intent, or Celery lost the message. The last three are Celery's own, done or not: it calls a task failed when
+# its connection to the result backend, or to the broker, is cut just then.
 PASSING = ("NotNow", "LeaseLost", "InProgress", "StoreError", "WorkerLostError", "TaskRevokedError")
+PASSING += ("ConnectionError", "TimeoutError", "OperationalError")
 
 LOOK_EVERY = (0.02, 0.5)  # seconds between two looks at a Celery result: at first, and at most
 
