@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import getpass
 import json
+import shlex
 import socket
-from itertools import islice
+import sys
+from itertools import islice, pairwise
 from typing import Any
 
 import click
@@ -27,6 +29,22 @@ def somebody() -> str:
         return f"{getpass.getuser()}@{socket.gethostname()}"
     except (KeyError, OSError):  # a container whose user has no name
         return f"unknown@{socket.gethostname()}"
+
+
+def as_typed() -> str:
+    """The beginning of a command that can be copied: with the application that this one was given.
+
+    Nothing else of the command line is repeated: a broker's address (``-b``) may hold a password.
+    """
+    given = "proj"
+    for word, following in pairwise(sys.argv):
+        if word == "idem":
+            break
+        if word in ("-A", "--app"):
+            given = following
+        elif word.startswith("--app="):
+            given = word.removeprefix("--app=")
+    return f"celery -A {shlex.quote(given)} idem"
 
 
 @command(idem, "list")
@@ -134,7 +152,7 @@ def advice(entry: Entry) -> str:
     """What somebody can do about an intent in this state."""
     key = entry.key
     if entry.state in DOUBTFUL:
-        this = f"idem resolve '{key}' --fence {entry.record.fence}"
+        this = f"{as_typed()} resolve '{key}' --fence {entry.record.fence}"
         return (
             "Nobody here knows whether it took effect. Look at the destination, then say what you saw:\n"
             f"  {this} --happened RESULT --evidence '…'    every caller gets RESULT (JSON)\n"
@@ -146,7 +164,7 @@ def advice(entry: Entry) -> str:
         return "It waits for its own retry. Nothing to do."
     if entry.state == "released":
         return "Nothing happened. The next delivery runs it."
-    return f"Its outcome is known and replayed to every caller. `idem forget '{key}'` lets it happen again."
+    return f"Its outcome is known and replayed to every caller. `{as_typed()} forget '{key}'` lets it happen again."
 
 
 @command(idem, "resolve")

@@ -95,6 +95,17 @@ def test_show_takes_the_beginning_of_a_key(idem: Idem, ledger: Ledger) -> None:
     assert "Give more of the key" in ambiguous.output
 
 
+def test_show_gives_commands_that_can_be_copied(
+    idem: Idem, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_doubt(ledger, key("a"))
+    typed = ["celery", "-b", "redis://:s3cret@host", "-A", "our shop", "idem", "show", key("a")]
+    monkeypatch.setattr("sys.argv", typed)
+    shown = idem("show", key("a")).output
+    assert f"celery -A 'our shop' idem resolve '{key('a')}'" in shown
+    assert "s3cret" not in shown
+
+
 def test_show_says_where_it_looked(idem: Idem) -> None:
     missing = idem("show", key("a"))
     assert missing.exit_code == 1
