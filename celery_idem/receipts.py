@@ -371,6 +371,8 @@ def _replaced(receipt: Receipt, task_id: str, source: _Source) -> Receipt:
         return replace(receipt, status="in_progress", retry_after=ASK_AGAIN, next=RUNNING)
     if result.status == "executed" and not mine:
         return replace(result, status="replayed", next=DONE_EARLIER)
+    if result.next == UNSURE_FAILURE:  # that task is not run again: its failure is the answer
+        return replace(result, next=FINAL_FAILURE)
     return result
 
 
@@ -422,8 +424,10 @@ def _celery_result(receipt: Receipt, source: _Source, entry: Entry | None) -> Re
     released = entry is not None and entry.record.state is State.RELEASED
     if released or isinstance(value, StoreError):
         return replace(receipt, status="failed", next=NOTHING_DONE)
-    # By name there is no record, to tell a failure for good from one after which nothing was done.
-    return replace(receipt, status="failed", next=UNSURE_FAILURE if source.ledger is None else FINAL_FAILURE)
+    # No record says so: the body may not have run. Celery itself reports a failure where its connection to the result
+    # backend breaks before a task begins, or after it ended. Only where failures are not kept there is nothing to ask.
+    forgotten = source.ledger is not None and entry is None and source.policy.failure_ttl == 0
+    return replace(receipt, status="failed", next=FINAL_FAILURE if forgotten else UNSURE_FAILURE)
 
 
 def _words(error: object) -> str:

@@ -40,10 +40,10 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from celery_idem.adapters.tools import OCCURRENCE_MAX, RECEIPT, BadArguments, Tool, answer, tool_of
+from celery_idem.adapters.tools import NOT_SENT, OCCURRENCE_MAX, RECEIPT, BadArguments, Tool, answer, tool_of
 from celery_idem.errors import ConfigurationError, StoreError
 from celery_idem.keys import task_of
-from celery_idem.receipts import Receipt, look_up, plain
+from celery_idem.receipts import NOTHING_DONE, Receipt, look_up, plain
 
 try:
     from starlette.applications import Starlette
@@ -325,7 +325,7 @@ def _response(receipt: Receipt, request: Request) -> Response:
     if receipt.status == "accepted":
         return JSONResponse(receipt.to_dict(), 202, headers)
     status, kind = _STATUS.get(receipt.status, 500), str(receipt.status)
-    if receipt.status == "failed" and not receipt.final:
+    if receipt.next in (NOTHING_DONE, NOT_SENT):
         status, kind = 503, "nothing_done"
         headers["Retry-After"] = "1"
     told = {name: value for name, value in receipt.to_dict().items() if name not in ("status", "result")}

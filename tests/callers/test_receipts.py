@@ -267,6 +267,16 @@ def test_by_name_a_failure_may_not_be_final(
         assert done.count(f"fails-{name}-{how}") == count
 
 
+def test_celerys_own_failure_is_not_final(shop: Celery, done: Effects, name: str) -> None:
+    """As when its connection to the result backend breaks before the task begins: no record was made."""
+    receipt = submit(shop, "shop.pay", (name, "7", 1), queue="nobody")
+    shop.backend.mark_as_failure(receipt.task_id, ConnectionError("Connection reset by peer"))
+    answer = receipt.wait(20)
+    assert (answer.status, answer.final) == ("failed", False)
+    assert answer.reason == "ConnectionError: Connection reset by peer"
+    assert "Safe to call again unchanged, once" in answer.next
+
+
 # --- mistakes --------------------------------------------------------------------------
 
 
