@@ -36,7 +36,7 @@ def doctor(screen: Screen, desk: Desk, pool: str, strict: bool) -> None:
             screen.state(finding.severity, f"{finding.code}: {finding.where}")
             screen.line(f"    {finding.wrong}")
             screen.line(f"    -> {finding.change}")
-        screen.line(f"{len(found)} findings." if found else "Nothing found. This is a good set-up.")
+        screen.line(f"Findings: {len(found)}." if found else "Nothing found. This is a good set-up.")
     fatal = ("error", "warning") if strict else ("error",)
     if any(finding.severity in fatal for finding in found):
         raise SystemExit(1)
