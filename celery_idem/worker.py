@@ -50,6 +50,9 @@ REAP_EVERY = 0.25
 the kernel may not have finished with it, and Celery's next look is 5 s later. One look costs a
 system call for each process."""
 
+EXIT_IS_A_DEATH = hasattr(Request, "_worker_lost_info")
+"""Since 5.7 Celery takes a process that exits for lost. Before, it acknowledges the message, as after any error."""
+
 _DEATHS = (WorkerLostError, TimeLimitExceeded, Terminated, SystemExit, KeyboardInterrupt)
 
 
@@ -119,6 +122,8 @@ class IdempotentRequest(Request):  # type: ignore[misc]
     def _celery_delivers_again(self, error: BaseException) -> bool:
         """The message is still the broker's, and goes back to the queue."""
         if not self.task.acks_late or isinstance(error, TimeLimitExceeded):
+            return False
+        if isinstance(error, (SystemExit, KeyboardInterrupt)) and not EXIT_IS_A_DEATH:
             return False
         return bool(self._already_cancelled or self.task.reject_on_worker_lost)
 

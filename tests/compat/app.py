@@ -79,7 +79,7 @@ def make(broker: str, backend: str | None, queue: str, quorum: bool) -> Celery:
 
     @app.task(base=IdempotentTask, shared=False, name="compat.dies", intent=("name",), reconcile=ask)
     def dies(name: str, at: str) -> str:
-        """Its process is killed once, before or after the effect."""
+        """Its process is killed once, before or after the effect, or told to exit after it."""
         once = FOLDER / f"died-{name}"
         for point in ("before", "after"):
             if at == point and not once.exists():
@@ -87,6 +87,9 @@ def make(broker: str, backend: str | None, queue: str, quorum: bool) -> Celery:
                 os.kill(os.getpid(), signal.SIGKILL)
             if point == "before":
                 effects.add(name)
+        if at == "exit" and not once.exists():
+            once.touch()
+            raise SystemExit(1)
         return f"paid {name}"
 
     return app

@@ -129,8 +129,8 @@ def test_a_failure_is_replayed(stage: Stage, name: str) -> None:
     assert stage.effects.count(name) == 1
 
 
-@pytest.mark.parametrize("at", ["before", "after"])
-def test_a_killed_process(stage: Stage, name: str, at: str) -> None:
+@pytest.mark.parametrize("at", ["before", "after", "exit"])
+def test_a_process_that_dies(stage: Stage, name: str, at: str) -> None:
     results = [stage.call("dies", name, at) for _ in range(2)]
     assert [result.get(timeout=SOON) for result in results] == [f"paid {name}"] * 2
     assert (stage.folder / f"died-{name}").exists()
