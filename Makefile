@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo check docs matrix audit clean bench fuzz chaos
+.PHONY: help test demo check docs matrix audit clean bench bench-full fuzz chaos
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -36,11 +36,11 @@ matrix: $(VENV)/.ready-dev ## every version of Python, Celery and redis-py; ARGS
 audit: $(VENV)/.ready-dev ## ask for known vulnerabilities of the dependencies; it needs the network
 	@$(PY) -m nox -s audit
 
-bench: $(VENV)/.ready-test ## what the guard costs, as ratios measured side by side (about four minutes)
-	@$(PY) -m benchmarks.worker --pool solo
-	@$(PY) -m benchmarks.worker --pool prefork
-	@$(PY) -m benchmarks.store
-	@$(PY) -m benchmarks.imports
+bench: $(VENV)/.ready-test ## what the guard costs, beside other guards, as ratios (minutes); ARGS="--docs"
+	@$(PY) -m benchmarks $(ARGS)
+
+bench-full: $(VENV)/.ready-test ## the same, then with up to a million records (an hour)
+	@$(PY) -m benchmarks --full $(ARGS)
 
 fuzz: $(VENV)/.ready-test ## a million random calls: one key for each action; ARGS="--seed 7 --count 100"
 	@$(PY) -m tests.proof.fuzz $(ARGS)

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import os
 import resource
-import statistics
 import subprocess
 import sys
 
+from benchmarks.report import Row, compared, show
+
 BASE = "from celery import Celery, Task; Celery; Task"
+
+TARGET = 1.15
+"""The most that it should cost."""
 
 
 def cpu_of(code: str) -> float:
@@ -25,14 +29,17 @@ def cpu_of(code: str) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def main() -> None:
-    ratios = []
-    for turn in range(11):
-        bare, ours = cpu_of(BASE), cpu_of(f"{BASE}; import celery_idem")
-        if turn:  # the first round fills the caches
-            ratios.append(ours / bare)
-    print(f"import: {statistics.median(ratios):.2f} × import celery   (median of 10 rounds)")
+def rows(rounds: int = 15) -> list[Row]:
+    """Milliseconds; the first round fills the caches and does not count."""
+    code = {"import celery": BASE, "celery_idem, with celery": f"{BASE}; import celery_idem"}
+    found: dict[str, list[float]] = {name: [] for name in code}
+    for turn in range(rounds + 1):
+        for name, text in code.items():
+            taken = cpu_of(text) * 1e3
+            if turn:
+                found[name].append(taken)
+    return compared("Import: CPU", found, "import celery", "ms", {"celery_idem, with celery": TARGET})
 
 
 if __name__ == "__main__":
-    main()
+    show(rows())

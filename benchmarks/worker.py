@@ -1,126 +1,303 @@
-"""Worker CPU per no-op task over bare Celery: ``python -m benchmarks.worker``.
+"""A worker's cost per no-op task over bare Celery: ``python -m benchmarks.worker --pool solo``.
 
-One worker per variant, started together; rounds are interleaved, so that a machine
-that gets slower slows all variants. CPU is the operating system's own count, of the
-worker and its children, so that other load hardly matters.
+One worker per variant, all of them started; rounds are interleaved, so that a machine that gets
+slower slows all of them. In a round a worker is stopped, its queue is filled, and it runs until
+the last result is there. CPU is the operating system's own count, of the worker and its children:
+other load hardly matters to it. The wall clock is told as well. Broker and results are in one
+Redis, and what a guard keeps is in one of its own, so what that one says is about this guard
+alone: bytes kept, round trips, commands.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-import statistics
+import signal
 import subprocess
 import sys
 import tempfile
-import time
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
 
 import psutil
 import redis
 
+from benchmarks.peers import PACKAGES, environment
+from benchmarks.report import Row, compared, show
+from tests.support.processes import Program
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_for
 
-PUBLISH = """
-import os, sys
-from benchmarks.apps import app, noop
-first, count = int(sys.argv[1]), int(sys.argv[2])
-with app.producer_pool.acquire(block=True) as producer:
-    for n in range(first, first + count):
-        noop.apply_async((n,), producer=producer, ignore_result=False)
-"""
+GUARDS = ("bare", "floor", "idem")
+
+NAMES = {"bare": "bare Celery", "floor": "floor: SET NX GET, SET", "idem": "celery_idem"}
+
+READY_WITHIN, DONE_WITHIN = 120.0, 120.0
+"""Seconds; both take two or three on a machine that has nothing else to do."""
+
+TARGET = 1.12
+"""What we aim at for a worker's CPU; what it must be is less than the floor in the same run."""
 
 
-def cpu(pid: int) -> float:
-    """CPU seconds of a process and its living children."""
-    root = psutil.Process(pid)
-    return sum(sum(p.cpu_times()[:2]) for p in [root, *root.children(recursive=True)])
+class Spent(NamedTuple):
+    """What a round took, per task: microseconds, bytes kept, and what the store's server counted."""
+
+    cpu: float
+    wall: float
+    bytes: float
+    trips: float
+    sent: float
+    published: float
 
 
-def measure(url: str, variants: list[str], pool: str, rounds: int, count: int) -> dict[str, list[float]]:
-    """Microseconds of CPU per task, for each variant and round."""
-    client = redis.Redis.from_url(url)
-    workers = {}
-    results: dict[str, list[float]] = {variant: [] for variant in variants}
-    logs = Path(tempfile.mkdtemp())
-    try:
-        for variant in variants:
-            env = {**os.environ, "BENCH_URL": url, "BENCH_VARIANT": variant}
-            command = [
-                sys.executable,
+class Watch:
+    """The commands that clients send to a server: what scripts call in turn is not among them."""
+
+    def __init__(self, url: str) -> None:
+        self._client = redis.Redis.from_url(url, socket_timeout=None)
+        self.sent = 0
+        self._monitor = self._client.monitor()
+        self._monitor.__enter__()
+        self._thread = threading.Thread(target=self._count, daemon=True)
+        self._thread.start()
+
+    def _count(self) -> None:
+        for told in self._monitor.listen():
+            if told["command"] == "ECHO bench-over":
+                return
+            if told["client_type"] != "lua" and not told["command"].startswith(("INFO", "CLIENT", "HELLO")):
+                self.sent += 1
+
+    def close(self) -> int:
+        self._client.echo("bench-over")
+        self._thread.join(30)
+        self._client.close()
+        return self.sent
+
+
+class Side:
+    """One variant: its store, its worker, and a process that publishes for it."""
+
+    def __init__(self, variant: str, python: str, pool: str, env: Mapping[str, str], folder: Path) -> None:
+        self.variant = variant
+        self.store = RedisServer(folder / f"store of {variant}")
+        self.store.start()
+        environ = {**os.environ, **env, "BENCH_VARIANT": variant, "BENCH_STORE": self.store.url}
+        options = ["--without-gossip", "--without-mingle", "--without-heartbeat", "-c", "1", "-l", "INFO"]
+        self.worker = Program(
+            [
+                python,
                 "-m",
                 "celery",
                 "-A",
-                "benchmarks.apps",
+                "benchmarks.apps:app",
                 "worker",
                 "-P",
                 pool,
-                "-c",
-                "1",
-            ]
-            command += [
-                "--without-gossip",
-                "--without-mingle",
-                "--without-heartbeat",
-                "-l",
-                "WARNING",
                 "-n",
                 variant,
-            ]
-            log = (logs / variant).open("wb")
-            workers[variant] = (subprocess.Popen(command, env=env, stdout=log, stderr=log), env)
-        first = 0
-        for turn in range(rounds + 1):  # the first warms up and does not count
+                *options,
+            ],
+            log=folder / f"{variant}.log",
+            env=environ,
+        )
+        self.publisher = subprocess.Popen(
+            [python, "-m", "benchmarks.apps"],
+            env=environ,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ready(self) -> None:
+        wait_for(
+            lambda: b"ready." in self.worker.log.read_bytes() or not self.worker.alive,
+            READY_WITHIN,
+            lambda: self.worker.log.read_text()[-2000:],
+        )
+        assert self.worker.alive, self.worker.log.read_text()[-2000:]
+
+    def publish(self, first: int, count: int) -> None:
+        assert self.publisher.stdin is not None
+        assert self.publisher.stdout is not None
+        self.publisher.stdin.write(f"{first} {count}\n")
+        self.publisher.stdin.flush()
+        while (line := self.publisher.stdout.readline()) != "done\n":
+            assert line, f"{self.variant}: publishing failed"  # anything else is a peer's own greeting
+
+    def cpu(self) -> float:
+        """Microseconds of CPU until now, of the worker and its living children."""
+        root = psutil.Process(self.worker.pid)
+        return sum(_cpu(process) for process in [root, *root.children(recursive=True)])
+
+    def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.worker.pid, signal.SIGCONT)
+        self.worker.kill()
+        self.publisher.kill()
+        self.publisher.wait()
+        for stream in (self.publisher.stdin, self.publisher.stdout):
+            if stream is not None:
+                stream.close()
+        self.store.stop()
+
+
+def _cpu(process: psutil.Process) -> float:
+    """Linux counts nanoseconds; elsewhere there are hundredths of a second."""
+    try:
+        files = Path(f"/proc/{process.pid}/task").glob("*/schedstat")
+        counts = [int(file.read_text().split()[0]) for file in files]
+    except (OSError, IndexError):
+        counts = []
+    return sum(counts) / 1e3 if counts else sum(process.cpu_times()[:2]) * 1e6
+
+
+@contextlib.contextmanager
+def sides(variants: Sequence[str], python: str, pool: str, main: RedisServer) -> Iterator[list[Side]]:
+    """The variants' processes, ended whatever happens."""
+    env = {
+        "BENCH_URL": main.url_for(0),
+        "BENCH_RESULTS": main.url_for(1),
+        "PYTHONWARNINGS": "ignore",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        made: list[Side] = []
+        try:
             for variant in variants:
-                process, env = workers[variant]
-                client.flushdb()
-                os.kill(process.pid, 19)  # SIGSTOP: the queue fills while it sleeps
-                subprocess.run(
-                    [sys.executable, "-c", PUBLISH, str(first), str(count)], env=env, check=True, timeout=120
-                )
+                made.append(Side(variant, python, pool, env, Path(folder)))  # noqa: PERF401  # each is ended
+            for side in made:
+                side.ready()
+            yield made
+        finally:
+            for side in made:
+                side.close()
+
+
+def one_round(side: Side, first: int, count: int, main: RedisServer, watched: bool) -> Spent:
+    """So many tasks through one worker."""
+    with (
+        redis.Redis.from_url(main.url_for(1)) as results,
+        redis.Redis.from_url(side.store.url) as kept,
+    ):
+        results.flushdb()
+        kept.flushall()
+        os.kill(side.worker.pid, signal.SIGSTOP)  # the queue fills while it sleeps
+        memory, _ = _of(kept)
+        watch = Watch(side.store.url) if watched else None
+        side.publish(first, count)
+        published = watch.close() if watch else 0
+        watch = Watch(side.store.url) if watched else None
+        _, trips = _of(kept)
+        cpu, began = side.cpu(), perf_counter()
+        os.kill(side.worker.pid, signal.SIGCONT)
+        wait_for(
+            lambda: results.dbsize() >= count,
+            DONE_WITHIN,
+            lambda: f"{side.variant} did not finish: {side.worker.log.read_text()[-2000:]}",
+            every=0.005,
+        )
+        wall, cpu = perf_counter() - began, side.cpu() - cpu
+        after, trips_after = _of(kept)
+        sent = watch.close() if watch else 0
+    return Spent(
+        cpu / count,
+        wall / count * 1e6,
+        (after - memory) / count,
+        (trips_after - trips - 1) / count,  # one is our own question
+        sent / count,
+        published / count,
+    )
+
+
+def _of(kept: redis.Redis) -> tuple[int, int]:
+    """Bytes in use, and requests that the server has read."""
+    told = kept.info("all")
+    return told["used_memory"], told["total_reads_processed"]
+
+
+def quiet(store: RedisServer) -> None:
+    """Wait until nobody but us has asked that server anything for half a second."""
+    with redis.Redis.from_url(store.url) as client:
+        last = [0]
+
+        def unchanged() -> bool:
+            reads = int(client.info("stats")["total_reads_processed"])
+            before, last[0] = last[0], reads
+            return reads == before + 1
+
+        wait_for(unchanged, DONE_WITHIN, "the store to be left alone", every=0.5)
+
+
+def measure(
+    variants: Sequence[str], python: str, pool: str, rounds: int, count: int
+) -> tuple[dict[str, list[Spent]], dict[str, Spent]]:
+    """What each variant's rounds took; and one round in which the server told every command.
+
+    That one comes first, warms up, and does not count otherwise.
+    """
+    found: dict[str, list[Spent]] = {variant: [] for variant in variants}
+    told: dict[str, Spent] = {}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        RedisServer(Path(folder) / "main") as main,
+        sides(variants, python, pool, main) as made,
+    ):
+        first = 10_000_000  # numbers as long as each other, so that no round has longer messages
+        for side in made:  # the first brings connections and scripts
+            for count_told in (20, 200):
+                told[side.variant] = one_round(side, first, count_told, main, watched=True)
+                first += count_told
+                quiet(side.store)  # a worker also looks at its store when it starts
+        for turn in range(rounds):
+            for side in made if turn % 2 else reversed(made):  # nobody always comes after the same other one
+                found[side.variant].append(one_round(side, first, count, main, watched=False))
                 first += count
-                before = cpu(process.pid)
-                os.kill(process.pid, 18)
-                wait_for(
-                    lambda: sum(1 for _ in client.scan_iter("celery-task-meta-*", 5000)) >= count,
-                    timeout=120,
-                    message=f"{variant} did not finish: see {logs}",
-                )
-                if turn:
-                    results[variant].append((cpu(process.pid) - before) / count * 1e6)
-    finally:
-        for process, _ in workers.values():
-            os.kill(process.pid, 18)
-            process.terminate()
-        for process, _ in workers.values():
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-    return results
+    return found, told
+
+
+def rows(pool: str, rounds: int, count: int, peers: bool) -> list[Row]:
+    """The rows of one pool."""
+    python, why = environment() if peers else (sys.executable, dict.fromkeys(PACKAGES, ""))
+    left_out = {name: reason for name, reason in why.items() if reason} if peers else {}
+    variants = [*GUARDS, *(name for name in PACKAGES if peers and name not in left_out)]
+    found, told = measure(variants, python, pool, rounds, count)
+    ours = told["idem"]
+    assert (ours.trips, ours.sent) == (2, 2), f"{ours.trips} round trips and {ours.sent} commands a task"
+    cpu = {NAMES.get(name, name): [one.cpu for one in spent] for name, spent in found.items()}
+    wall = {NAMES.get(name, name): [one.wall for one in spent] for name, spent in found.items()}
+    notes = {NAMES.get(name, name): _note(told[name], found[name]) for name in variants}
+    return [
+        *compared(
+            f"Worker, {pool}: CPU per no-op task", cpu, NAMES["bare"], "µs", {NAMES["idem"]: TARGET}, notes
+        ),
+        *(Row(f"Worker, {pool}: CPU per no-op task", name, note=reason) for name, reason in left_out.items()),
+        *compared(f"Worker, {pool}: wall clock per no-op task", wall, NAMES["bare"], "µs"),
+    ]
+
+
+def _note(told: Spent, spent: Sequence[Spent]) -> str:
+    """What the store's server said."""
+    if told.sent + told.published == 0:
+        return ""
+    kept = sorted(one.bytes for one in spent)[len(spent) // 2]
+    at_publish = f", and {told.published:.1f} when it is published" if told.published else ""
+    return f"store: {told.sent:.1f} commands{at_publish}, {told.trips:.1f} round trips, {max(kept, 0):.0f} bytes kept"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pool", default="solo", choices=["solo", "prefork", "threads"])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--variants", default="bare,floor,idem")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--count", type=int, default=600, help="tasks of a round")
+    parser.add_argument("--peers", action="store_true", help="with the other guards, from build/bench-env")
     options = parser.parse_args()
-    variants = options.variants.split(",")
-    with RedisServer(Path(tempfile.mkdtemp())) as server:
-        began = time.monotonic()
-        results = measure(server.url, variants, options.pool, options.rounds, options.count)
-        print(
-            f"{options.pool}: {options.rounds} rounds of {options.count} tasks in {time.monotonic() - began:.0f} s"
-        )
-        bare = statistics.median(results[variants[0]])
-        for variant in variants:
-            median = statistics.median(results[variant])
-            ratios = [a / b for a, b in zip(results[variant], results[variants[0]], strict=True)]
-            print(f"{variant:10} {median:7.0f} µs CPU per task   {median / bare:5.2f} × bare", end="   ")
-            print(f"(round by round {min(ratios):.2f} to {max(ratios):.2f})")
+    show(rows(options.pool, options.rounds, options.count, options.peers))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,215 @@
+"""What a task costs its process in instructions: ``python -m benchmarks.instructions``.
+
+Counted by ``valgrind --tool=callgrind``, so nothing else on the machine matters, and the same
+Python counts the same to a fraction of a percent. What is counted is what a pool's process does
+for a message: Celery's own tracer decodes it, calls the task, and writes the result to a real
+Redis; the worker's main loop, which receives and acknowledges, is not part of it.
+
+Everything is imported once. Then a child is forked for each variant and number of tasks, and a
+difference of two is what so many tasks cost: no start, no first call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import Row, show
+from tests.support.servers import RedisServer
+
+FEW, MANY = 20, 100
+"""Tasks of the two runs. The eighty between them are enough: the count repeats to a few parts in a thousand."""
+
+IMPORTED = (
+    "celery.app.trace",
+    "celery.backends.redis",
+    "kombu.transport.redis",
+    "redis.connection",
+    "celery_idem.delivery",
+    "celery_idem.stores.redis",
+)
+"""What every child needs: loaded once, for it is most of the time."""
+
+VARIANTS = ("bare", "floor", "idem")
+
+PATIENCE = 600
+"""Seconds under valgrind, where Python is fifty times as slow: half a minute on a quiet machine."""
+
+
+class ValgrindMissingError(Exception):
+    """It is not installed, or cannot run here."""
+
+
+def valgrind() -> str:
+    """Path of valgrind.
+
+    Raises:
+        ValgrindMissingError: the text says what to install.
+    """
+    found = shutil.which("valgrind")
+    if found is None:
+        raise ValgrindMissingError("valgrind is not installed: apt-get install valgrind")
+    return found
+
+
+def counted(command: list[str], folder: Path) -> None:
+    """Run it; each of its processes leaves its count in ``folder``."""
+    ran = subprocess.run(
+        [valgrind(), "--tool=callgrind", f"--callgrind-out-file={folder}/%p", "-q", *command],
+        env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout[-3000:]
+
+
+def instructions(file: Path) -> int:
+    """Of one process, from what callgrind left."""
+    found = re.search(r"^(?:summary|totals): (\d+)", file.read_text(), re.MULTILINE)
+    assert found, f"{file} has no count"
+    return int(found[1])
+
+
+# --- under valgrind ----------------------------------------------------------------------
+
+
+def messages(noop: Any, number: int) -> list[tuple[str, dict[str, Any], bytes]]:
+    """What ``apply_async`` publishes, as a worker hands it to its pool: id, request and body.
+
+    Numbers as long as each other, and of this process alone: no two runs share an intent.
+    """
+    app = noop.app
+    first = 10_000_000 + 1_000 * (os.getpid() % 10_000)
+    made = []
+    for n in range(first, first + number):
+        options: dict[str, Any] = {}
+        if hasattr(noop, "_with_key"):
+            options = noop._with_key((n,), {}, {}, None, None, None)
+        task_id = str(uuid.UUID(int=n))
+        message = app.amqp.as_task_v2(task_id, noop.name, (n,), {})
+        request = {
+            **message.headers,
+            **options.get("headers", {}),
+            "headers": options.get("headers", {}),
+            "hostname": "bench",
+            "is_eager": False,
+            "reply_to": "",
+            "correlation_id": task_id,
+            "delivery_info": {"exchange": "", "routing_key": "bench", "priority": 0, "redelivered": False},
+        }
+        body = app.backend.encode(message.body)
+        made.append((task_id, request, body.encode() if isinstance(body, str) else body))
+    return made
+
+
+def work(variant: str, tasks: int, url: str) -> None:
+    """In a forked child: so many messages through Celery's tracer."""
+    os.environ.update(
+        BENCH_VARIANT=variant, BENCH_URL=f"{url}/0", BENCH_RESULTS=f"{url}/1", BENCH_STORE=f"{url}/2"
+    )
+    from celery.app.trace import setup_worker_optimizations, trace_task_ret
+
+    from benchmarks.apps import app, noop
+
+    app.finalize()
+    app.set_current()
+    setup_worker_optimizations(app, "bench")
+    for task_id, request, body in messages(noop, MANY)[:tasks]:
+        failed, result, _ = trace_task_ret(noop.name, task_id, request, body, "application/json", "utf-8")
+        assert not failed, result
+
+
+def children(variants: Sequence[str], url: str, numbers: Path) -> None:
+    """Fork one child after the other, and write down which process did what."""
+    for name in IMPORTED:
+        importlib.import_module(name)
+
+    gc.freeze()  # what is imported is nobody's garbage: how often it is looked at would be chance
+    lines = []
+    for variant in variants:
+        for tasks in (FEW, MANY):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    work(variant, tasks, url)
+                    status = 0
+                except BaseException:
+                    import traceback
+
+                    traceback.print_exc()
+                    status = 1
+                sys.stdout.flush()
+                os._exit(status)
+            assert os.waitpid(pid, 0)[1] == 0, f"{variant} failed"
+            lines.append(f"{variant} {tasks} {pid}\n")
+    numbers.write_text("".join(lines))
+
+
+# --- outside -----------------------------------------------------------------------------
+
+
+def per_task(variants: Sequence[str] = VARIANTS) -> dict[str, float]:
+    """Instructions per task of each variant (see ``benchmarks.apps``).
+
+    Raises:
+        ValgrindMissingError: no valgrind.
+        ServerMissingError: no Redis.
+    """
+    valgrind()
+    with tempfile.TemporaryDirectory() as folder, RedisServer(Path(folder) / "redis") as server:
+        counts = Path(folder) / "counts"
+        counts.mkdir()
+        numbers = Path(folder) / "numbers"
+        base = server.url.rsplit("/", 1)[0]
+        words = ["-m", "benchmarks.instructions", "--children", ",".join(variants), base, str(numbers)]
+        counted([sys.executable, *words], counts)
+        found: dict[str, dict[int, int]] = {}
+        for line in numbers.read_text().splitlines():
+            variant, tasks, pid = line.split()
+            found.setdefault(variant, {})[int(tasks)] = instructions(counts / pid)
+    return {variant: (runs[MANY] - runs[FEW]) / (MANY - FEW) for variant, runs in found.items()}
+
+
+def rows() -> list[Row]:
+    """Or one that says why there are none."""
+    group = "Instructions of a pool's process per no-op task"
+    try:
+        found = per_task()
+    except ValgrindMissingError as error:
+        return [Row(group, "celery_idem", note=str(error))]
+    names = {"bare": "bare Celery", "floor": "floor: SET NX GET, SET", "idem": "celery_idem"}
+    return [
+        Row(group, names[variant], round(number / found["bare"], 3), value=f"{number / 1e3:,.0f} thousand")
+        for variant, number in found.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--children", nargs=3, metavar=("VARIANTS", "URL", "FILE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.children:
+        variants, url, numbers = options.children
+        children(variants.split(","), url, Path(numbers))
+    else:
+        show(rows())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The caller's side: ``python -m benchmarks.publish``.
+
+A new intent through ``submit`` and ``apply_async``, against bare Celery's ``apply_async`` and the
+two peers that guard here; and a duplicate of a finished one through ``submit``, against one GET. Broker
+and store are servers of their own, and the broker counts its commands: a duplicate sends it none.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import redis
+from celery import Celery
+
+from benchmarks.report import Row, compared, show
+from benchmarks.timing import rounds_of
+from celery_idem import IdempotentTask
+from tests.support.servers import RedisServer
+
+ROUNDS, COUNT = 9, 500
+"""Rounds and calls in each: some seconds."""
+
+DUPLICATE = 1.3
+"""The most that a duplicate should cost over one GET."""
+
+
+def bare(key: str) -> None:
+    return None
+
+
+def commands(client: redis.Redis) -> int:
+    """That the server has got, without those that ask for it."""
+    told: dict[str, Any] = client.info("commandstats")
+    return sum(one["calls"] for name, one in told.items() if name != "cmdstat_info")
+
+
+def rows(rounds: int = ROUNDS, count: int = COUNT) -> list[Row]:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        RedisServer(Path(folder) / "broker") as broker,
+        RedisServer(Path(folder) / "store") as store,
+    ):
+        app = Celery("bench", broker=broker.url, backend=broker.url_for(1))
+        app.conf.update(idem_store=store.url, task_default_queue="bench")
+        plain = app.task(name="bench.plain")(bare)
+        guarded: Any = app.task(base=IdempotentTask, intent=("key",), name="bench.guarded")(bare)
+        told = redis.Redis.from_url(broker.url)
+        kept = redis.Redis.from_url(store.url)
+
+        def clear() -> None:
+            told.flushdb()
+            kept.flushdb()
+
+        new = {
+            "bare Celery: apply_async": lambda key: plain.apply_async((key,)),
+            "celery_idem: apply_async": lambda key: guarded.apply_async((key,)),
+            "celery_idem: submit": lambda key: guarded.submit(key + "s"),
+        }
+        published, _ = rounds_of(new, 1, rounds, count, clear)
+
+        guarded.apply(("done",))
+        kept.set("bare", b"null", ex=86_400)
+        before = commands(told)
+        assert guarded.submit("done").status == "replayed"
+        again = {
+            "one GET": lambda _: kept.get("bare"),
+            "celery_idem: submit": lambda _: guarded.submit("done"),
+        }
+        p50, p99 = rounds_of(again, 1, rounds, count)
+        sent = commands(told) - before
+        assert sent == 0, f"duplicates sent {sent} commands to the broker"
+        app.close()
+        note = {"celery_idem: submit": "0 commands to the broker"}
+    target = {"celery_idem: submit": DUPLICATE}
+    return [
+        *compared("Publish, a new intent: p50", published, "bare Celery: apply_async", "µs"),
+        *compared("Publish, a duplicate: p50", p50, "one GET", "µs", target, note),
+        *compared("Publish, a duplicate: p99", p99, "one GET", "µs", target, note),
+    ]
+
+
+if __name__ == "__main__":
+    show(rows())
