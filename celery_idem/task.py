@@ -365,8 +365,23 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
                 ``fn`` cannot be stored.
         """
         return self.guard.step(
-            self.claim, name, lambda: fn(*args, **kwargs), reconcile and _later(reconcile, args, kwargs)
+            self.claim, name, lambda: fn(*args, **kwargs), reconcile and self._later(reconcile, args, kwargs)
         )
+
+    def _later(self, ask: Callable[..., Answer], args: Any, kwargs: Any) -> Callable[[], Answer]:
+        """A step's question for the runner's side thread, with ``self.request`` and ``self.claim`` of this one."""
+        requests = list(self.request_stack.stack)
+
+        def call() -> Answer:
+            for request in requests:
+                self.request_stack.push(request)
+            try:
+                return ask(*args, **kwargs)
+            finally:
+                for _ in requests:
+                    self.request_stack.pop()
+
+        return call
 
     @contextmanager
     def settle_in(self, connection: Any) -> Iterator[Settlement]:
@@ -429,10 +444,6 @@ def _shown(declaration: keys.Declaration, args: Any, kwargs: Any) -> dict[str, s
         "argsrepr": saferepr(positional, maxlen=AMQP.argsrepr_maxsize),
         "kwargsrepr": saferepr(named, maxlen=AMQP.kwargsrepr_maxsize),
     }
-
-
-def _later(call: Callable[..., Answer], args: Any, kwargs: Any) -> Callable[[], Answer]:
-    return lambda: call(*args, **kwargs)
 
 
 def _leaves(signature: Signature) -> Iterator[Signature]:

@@ -17,7 +17,7 @@ from celery import Celery, Task, chain, chord, group
 from celery.exceptions import Retry
 from celery.worker.request import Request
 
-from celery_idem import ConfigurationError, FingerprintMismatch, IdempotentTask, InProgress, Ledger
+from celery_idem import ConfigurationError, FingerprintMismatch, Happened, IdempotentTask, InProgress, Ledger
 from tests.celery import apps
 from tests.celery.apps import Busy, Declined
 from tests.support.effects import Effects, Gate
@@ -50,6 +50,35 @@ def here(tmp_path: Path) -> Here:
 @pytest.fixture
 def eager(tmp_path: Path) -> Here:
     return Here(tmp_path, task_always_eager=True, task_eager_propagates=False, task_store_eager_result=True)
+
+
+# --- steps ---------------------------------------------------------------------------------
+
+
+def test_the_question_of_a_step_has_the_claim(here: Here) -> None:
+    """It is asked on a thread of its own, of an attempt that took over: its fence tells it from the earlier one."""
+    asked: list[tuple[int, str]] = []
+    fences: list[int] = []
+
+    def charge() -> int:
+        raise SystemExit
+
+    @here.app.task(base=IdempotentTask, bind=True, name="in_steps", intent=("name",), on_crash="resume")
+    def in_steps(self: Any, name: str) -> int:
+        def ask() -> Happened:
+            asked.append((self.claim.fence, self.request.id))
+            return Happened(7)
+
+        fences.append(self.claim.fence)
+        done: int = self.step("charge", charge, reconcile=ask)
+        return done
+
+    with pytest.raises(SystemExit):
+        in_steps.apply(("a",))
+    result = in_steps.apply(("a",))
+    assert result.get() == 7
+    assert asked == [(fences[1], result.id)]
+    assert fences[0] < fences[1]
 
 
 # --- eager ---------------------------------------------------------------------------------
