@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tests.chaos.report import Run
 
-WIDTH, LEFT, RIGHT = 960, 150, 14
+WIDTH, LEFT, RIGHT = 960, 166, 22
 LANE, GAP, CHART = 15, 12, 84  # heights
 BUCKETS = 180  # bars across: about five pixels each
 
@@ -126,7 +126,7 @@ class _Drawing:
         while at <= self._span:
             x = self._x(at)
             self._parts.append(f'<path class="grid" d="M{x:.1f} {self._y:.1f}v5"/>')
-            label = f"{at} s" if self._span < 120 else f"{at // 60}:{at % 60:02} min"
+            label = f"{at} s" if self._span < 120 else f"{at // 60}:{at % 60:02}"
             self._words(x, self._y + 18, label, "soft", anchor="middle" if at else "start")
             at += step
         self._y += 28
