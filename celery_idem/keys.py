@@ -192,7 +192,10 @@ def _named(parameter: str, value: Any) -> Any:
     """Canonical form of one argument; the error names the parameter, never the value."""
     try:
         form = canonical(value)
-        rfc8785.dumps(form)
+        if type(form) is str:
+            form.encode()  # all that can be wrong with text
+        else:
+            rfc8785.dumps(form)
     except IntentError as error:
         raise _refused(parameter, error) from None
     except (rfc8785.CanonicalizationError, UnicodeEncodeError):

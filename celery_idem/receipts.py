@@ -345,13 +345,15 @@ def _told(entry: Entry, receipt: Receipt, source: _Source) -> Receipt | None:
 def _outcome(receipt: Receipt, outcome: Outcome, mine: bool, ledger: Ledger) -> Receipt:
     if not outcome.succeeded:
         return replace(receipt, status="failed", reason=_why(outcome, receipt, ledger), next=FINAL_FAILURE)
-    receipt = replace(receipt, status="executed" if mine else "replayed", next=DONE if mine else DONE_EARLIER)
+    status: Status = "executed" if mine else "replayed"
+    done = DONE if mine else DONE_EARLIER
     if outcome.payload is None:
-        return replace(receipt, reason=outcome.missing, next=receipt.next + NO_RESULT)
+        return replace(receipt, status=status, reason=outcome.missing, next=done + NO_RESULT)
     try:
-        return replace(receipt, result=ledger.codec.decode(outcome.payload, receipt.key))
+        result = ledger.codec.decode(outcome.payload, receipt.key)
     except StoreError as error:  # written with a serializer that is not accepted here: done all the same
-        return replace(receipt, reason=str(error), next=receipt.next + NO_RESULT)
+        return replace(receipt, status=status, reason=str(error), next=done + NO_RESULT)
+    return replace(receipt, status=status, result=result, next=done)
 
 
 def _why(outcome: Outcome, receipt: Receipt, ledger: Ledger) -> str:
