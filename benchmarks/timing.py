@@ -11,18 +11,29 @@ from collections.abc import Callable, Mapping, Sequence
 Call = Callable[[str], object]
 
 
-def timed(call: Call, threads: int, count: int, turn: int = 0) -> list[float]:
-    """Microseconds of each call. Every call gets a key of its own, of the same length."""
-    times: list[float] = []
+def timed(calls: Mapping[str, Call], threads: int, count: int, turn: int) -> dict[str, list[float]]:
+    """Microseconds of each call, ``count`` of each kind, every one with a key of its own.
+
+    The kinds alternate call by call, in every order: so none has the machine at a better time, and none
+    always meets a server that the one before has just kept awake (a GET in a tight loop took
+    half as long as the same GET after some microseconds of other work).
+    """
+    orders: Sequence[tuple[str, ...]] = list(itertools.permutations(calls))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    lock = threading.Lock()
 
     def work(number: int) -> None:
-        mine = []
+        mine: dict[str, list[float]] = {name: [] for name in calls}
         for n in range(count // threads):
             key = f"bench.task:{turn:04x}{number:04x}{n:024x}"
-            began = time.perf_counter()
-            call(key)
-            mine.append((time.perf_counter() - began) * 1e6)
-        times.extend(mine)
+            for name in orders[n % len(orders)]:
+                call = calls[name]
+                began = time.perf_counter()
+                call(key)
+                mine[name].append((time.perf_counter() - began) * 1e6)
+        with lock:
+            for name, taken in mine.items():
+                times[name] += taken
 
     workers = [threading.Thread(target=work, args=(n,)) for n in range(threads)]
     for worker in workers:
@@ -42,11 +53,9 @@ def rounds_of(
     """Medians and 99th percentiles of each round; the first round warms up and does not count."""
     p50: dict[str, list[float]] = {name: [] for name in calls}
     p99: dict[str, list[float]] = {name: [] for name in calls}
-    orders: Sequence[tuple[str, ...]] = list(itertools.permutations(calls))
     for turn in range(rounds + 1):
         clear()
-        for name in orders[turn % len(orders)]:  # nobody always comes after the same other one
-            times = timed(calls[name], threads, count, turn)
+        for name, times in timed(calls, threads, count, turn).items():
             if turn:
                 p50[name].append(statistics.median(times))
                 p99[name].append(statistics.quantiles(times, n=100)[98])
