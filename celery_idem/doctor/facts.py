@@ -59,6 +59,7 @@ class StoreFacts:
 
     Attributes:
         error: why it could not be asked; "" where it was.
+        unseen: why its INFO was not to be had, though it answers; "" where it was.
         info: the server's INFO, for a Redis.
         skew: seconds between its clock and ours, beyond what the round trip explains.
     """
@@ -66,6 +67,7 @@ class StoreFacts:
     url: str
     durability: str = "none"
     error: str = ""
+    unseen: str = ""
     info: Mapping[str, str] = field(default_factory=dict)
     skew: float = 0.0
 

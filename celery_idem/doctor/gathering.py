@@ -114,19 +114,23 @@ def _retry_horizon(task: Any) -> float | None:
 
 def _store_facts(ledger: Ledger, durability: str) -> StoreFacts:
     store = ledger.store
-    info: dict[str, str] = {}
     try:
         before = time.time()
         now = store.read(f"{ledger.namespace}:").now / MICROSECONDS
         after = time.time()
+    except StoreError as error:
+        return StoreFacts(store.url, durability, error=str(error))
+    info: dict[str, str] = {}
+    unseen = ""
+    try:
         if hasattr(store, "execute"):
             info = _info(store.execute("INFO"))
             if "rdb_saves_configured" not in info:
                 info["rdb_saves_configured"] = _saves(store)
-    except StoreError as error:
-        return StoreFacts(store.url, durability, error=str(error))
+    except StoreError as error:  # a user with the least rights may do all that the guard needs, and not this
+        unseen = str(error)
     skew = max(0.0, abs(now - (before + after) / 2) - (after - before) / 2)
-    return StoreFacts(store.url, durability, info=info, skew=skew)
+    return StoreFacts(store.url, durability, unseen=unseen, info=info, skew=skew)
 
 
 def _info(reply: Any) -> dict[str, str]:

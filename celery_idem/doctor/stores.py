@@ -21,6 +21,14 @@ def store_answers(s: Snapshot) -> Iterator[Finding]:
                 f"The store does not answer, so no guarded task runs: {store.error}",
                 "Start it, or set idem_store to where it is.",
             )
+        elif store.unseen:
+            yield Finding(
+                "note",
+                "not-looked-at",
+                store.url,
+                f"The store works, but eviction, persistence and replicas were not looked at: {store.unseen}",
+                "Run the doctor as a user who may also +info and +config|get.",
+            )
 
 
 def memory_store(s: Snapshot) -> Iterator[Finding]:

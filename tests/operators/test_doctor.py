@@ -12,7 +12,7 @@ import pytest
 import redis as redis_py
 from celery import Celery
 
-from celery_idem import ALL_ARGUMENTS, IdempotentTask, doctor
+from celery_idem import ALL_ARGUMENTS, IdempotentTask, Ledger, StoreError, doctor
 from celery_idem.doctor import intents, stores
 from tests.operators.conftest import Idem, command_line
 from tests.support.servers import RedisServer
@@ -185,6 +185,18 @@ def test_a_store_that_is_away(idem: Idem) -> None:
     answer = command_line(app)("doctor", "--json")
     assert answer.exit_code == 1
     assert [row["code"] for row in json.loads(answer.output)] == ["store-down"]
+
+
+def test_a_store_that_does_not_let_us_look_is_not_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*words: str) -> object:
+        raise StoreError(f"no permissions to run {words[0]}")
+
+    app = an_app(conf={"idem_store": "memory://not-looked-at"})
+    monkeypatch.setattr(type(Ledger.from_app(app).store), "execute", staticmethod(refused), raising=False)
+    found = {finding.code: finding for finding in doctor.examine(doctor.gather(app), doctor.ASKING)}
+    assert set(found) == {"not-looked-at"}
+    assert found["not-looked-at"].severity == "note"
+    assert "INFO" in found["not-looked-at"].wrong
 
 
 def test_skew_beyond_the_limit() -> None:
