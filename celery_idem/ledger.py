@@ -307,7 +307,7 @@ class Ledger(Transitions):
             by: who decides.
             evidence: what they saw.
             fence: that of the record they looked at: evidence on one attempt says nothing of a
-                later one. None: whatever stands there now.
+                later one. None: the attempt that stands there now.
             keep: seconds to keep the outcome; None: the task's ``result_ttl``.
 
         Raises:
@@ -326,6 +326,10 @@ class Ledger(Transitions):
             return protocol.resolve(record, stamp, now, outcome, Note(now, by, what, evidence), fence)
 
         reply = self.store.read(self._prefix + key)
+        if fence is None and reply.stored is not None:
+            fence = self._read(
+                key, reply.stored
+            ).fence  # not of an attempt that begins while this decision is written
         done, reply = self._compare_and_set(key, reply, decide, policy)
         if isinstance(done, Refused):
             if done.record is None:

@@ -346,8 +346,15 @@ class Runner:
     # --- in a transaction of the author's own (rule 9) ------------------------------------
 
     def _transacted(self, job: Job, claim: Claim) -> tuple[bool, Any]:
-        """The body returned after ``settle_in``: the outcome is in, if its transaction committed."""
-        if not self._committed(job, claim, None):
+        """The body returned after ``settle_in``: the outcome is in, if its transaction committed.
+
+        Where the store does not say, nobody here knows: the transaction may even be open still, and
+        be what the store waits for. The next claim is told: by a replay, or by its turn to run.
+        """
+        committed = self._committed(job, claim, None)
+        if committed is None:
+            return False, None
+        if not committed:
             error = StoreError(
                 f"settle_in wrote the outcome of {job.key}, but its transaction was rolled back, or is not "
                 "committed yet: commit it before the body returns. Nothing was recorded.",
@@ -357,8 +364,9 @@ class Runner:
             return False, None
         return True, self._promised(job, claim)
 
-    def _committed(self, job: Job, claim: Claim, error: BaseException | None) -> bool:
-        """Whether a transaction has settled the intent; raises where the error counts all the same.
+    def _committed(self, job: Job, claim: Claim, error: BaseException | None) -> bool | None:
+        """Whether a transaction has settled the intent, None where the store does not say;
+        raises where the error counts all the same.
 
         What a body raises after its outcome is committed cannot change that outcome. It is
         logged, and every caller gets the value; only Celery's own signals go on.
@@ -372,7 +380,7 @@ class Runner:
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(silence))
             if error is not None:
                 raise error from None  # settled or not, the record knows: a redelivery replays or runs
-            return True  # its commit returned
+            return None
         if isinstance(done, Refused):
             raise lease_lost(claim)
         if done.record.outcome is None:

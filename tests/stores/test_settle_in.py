@@ -15,7 +15,8 @@ from celery import Celery
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
-from celery_idem import ConfigurationError, IdempotentTask, LeaseLost, StoreError
+from celery_idem import ConfigurationError, IdempotentTask, LeaseLost, StoreError, delivery
+from celery_idem.stores import sql_connections
 from tests.support.servers import PostgresServer
 from tests.support.waiting import wait_for
 
@@ -208,6 +209,32 @@ def test_a_transaction_that_nobody_commits_is_an_error_and_nothing_is_settled(sh
     assert shop.rows() == []
     shop.transact = commit
     assert shop.call() == ANNA
+    assert shop.rows() == ["anna"]
+
+
+def test_nobody_is_told_of_a_success_that_can_still_be_rolled_back(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transaction that is open when the body returns is what the store waits for: its silence proves no commit."""
+    kept: list[sa.Connection] = []
+
+    def leave_open(task: Any, customer: str) -> None:
+        connection = shop.engine.connect()
+        kept.append(connection)
+        with task.settle_in(connection) as outcome:
+            connection.execute(ROWS.insert().values(customer=customer))
+            outcome.result = {"invoice": customer}
+
+    shop.transact = leave_open
+    shop.app.conf.idem_settle_patience = 0.5
+    monkeypatch.setattr(delivery, "INLINE_LIMIT", 0.5)
+    monkeypatch.setattr(sql_connections, "TIMEOUT", 1.0)
+    with pytest.raises(StoreError):
+        shop.call()
+    kept[0].rollback()
+    assert shop.rows() == []
+    shop.transact = shop.by_sqlalchemy
+    assert shop.call() == {"invoice": "anna"}
     assert shop.rows() == ["anna"]
 
 
