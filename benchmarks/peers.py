@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +32,7 @@ def environment() -> tuple[str, dict[str, str]]:
     """
     python = str(PLACE / "bin" / "python")
     stamp = PLACE / ".ready"
-    wanted = " ".join((*PACKAGES, *(f"{name}=={version(name)}" for name in ("celery", "redis", "kombu"))))
+    wanted = " ".join((*PACKAGES, *_pinned()))
     if not stamp.exists() or stamp.read_text() != wanted:
         print(f"installing {', '.join(PACKAGES)} into {PLACE.relative_to(ROOT)} …", flush=True)
         shutil.rmtree(PLACE, ignore_errors=True)
@@ -43,19 +44,24 @@ def environment() -> tuple[str, dict[str, str]]:
     return python, {name: _imported(python, name) for name in PACKAGES}
 
 
+def _pinned() -> list[str]:
+    """What must be the same as here. hiredis where it is here: redis-py takes it when it finds it."""
+    names = ["celery", "kombu", "redis", *(["hiredis"] if find_spec("hiredis") else [])]
+    return [f"{name}=={version(name)}" for name in names]
+
+
 def _made(python: str) -> str:
     """Build it. "" or why not. A peer that cannot be installed alone is left out by ``_imported``."""
-    pinned = [f"{name}=={version(name)}" for name in ("celery", "kombu", "redis")]
     made = subprocess.run(
         [sys.executable, "-m", "venv", str(PLACE)], capture_output=True, text=True, check=False
     )
     if made.returncode:
         return f"no environment: {_last(made)}"
-    base = _pip(python, "--editable", str(ROOT), "psutil", *pinned)
+    base = _pip(python, "--editable", str(ROOT), "psutil", *_pinned())
     if base:
         return f"nothing can be installed here: {base}"
     for name in PACKAGES:
-        why = _pip(python, name, *pinned)
+        why = _pip(python, name, *_pinned())
         if why:
             print(f"{name} cannot be installed: {why}", flush=True)
     return ""

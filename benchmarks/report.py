@@ -92,7 +92,12 @@ def write(rows: Sequence[Row], about: Mapping[str, Any], data: Path, picture: Pa
         file.parent.mkdir(parents=True, exist_ok=True)
     kept = [{name: value for name, value in row._asdict().items() if value not in (None, "")} for row in rows]
     data.write_text(json.dumps({"about": about, "rows": kept}, indent=1, ensure_ascii=False) + "\n")
-    picture.write_text(drawn([row for row in rows if row.ratio is not None]))
+    picture.write_text(drawn([row for row in rows if row.ratio is not None and _worth_a_bar(row.group)]))
+
+
+def _worth_a_bar(group: str) -> bool:
+    """Medians and CPU: the wall clock and the 99th percentiles are in the table and the JSON."""
+    return "p99" not in group and "wall clock" not in group
 
 
 # --- the picture -------------------------------------------------------------------------
@@ -113,7 +118,7 @@ LONGEST = 3.2
 
 
 def drawn(rows: Sequence[Row]) -> str:
-    """The rows as bars in an SVG, in the reader's light or dark colours."""
+    """The rows as bars in an SVG, in the reader's light or dark colours; the first of each group is the base."""
     scale = BARS / LONGEST
     parts: list[str] = []
     y, group = 0, None
@@ -121,7 +126,8 @@ def drawn(rows: Sequence[Row]) -> str:
         if row.group != group:
             group = row.group
             y += HEAD
-            parts.append(f'<text class="t" x="8" y="{y - 6}">{escape(group)}</text>')
+            parts.append(f'<text class="t" x="8" y="{y - 6}">{escape(f"{group}, over {row.name}")}</text>')
+            continue
         assert row.ratio is not None
         length = scale * min(row.ratio, LONGEST)
         ours = row.name.startswith("celery_idem")
@@ -142,8 +148,8 @@ def drawn(rows: Sequence[Row]) -> str:
     parts.append(f'<path class="r" d="M{base:.0f} {HEAD}V{y}"/>')
     y += 26
     parts.append(
-        f'<text class="n" x="8" y="{y - 6}">Bars: median ratio to the grey line, 1.00. Thin lines: the smallest to '
-        "the largest round. Dashed: target.</text>"
+        f'<text class="n" x="8" y="{y - 6}">Bars: median ratio; the grey line is 1.00. Thin lines: from the '
+        "smallest to the largest round. Dashed: target.</text>"
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" font-family="system-ui, sans-serif" '

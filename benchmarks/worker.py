@@ -39,16 +39,18 @@ NAMES = {"bare": "bare Celery", "floor": "floor: SET NX GET, SET", "idem": "cele
 READY_WITHIN, DONE_WITHIN = 120.0, 120.0
 """Seconds; both take two or three on a machine that has nothing else to do."""
 
+IDLE = 4.0
+"""Seconds after which a Redis server has given back the buffers of clients that say nothing (two would do)."""
+
 TARGET = 1.12
 """What we aim at for a worker's CPU; what it must be is less than the floor in the same run."""
 
 
 class Spent(NamedTuple):
-    """What a round took, per task: microseconds, bytes kept, and what the store's server counted."""
+    """What a round took, per task: microseconds, and what the store's server counted."""
 
     cpu: float
     wall: float
-    bytes: float
     trips: float
     sent: float
     published: float
@@ -177,21 +179,19 @@ def sides(variants: Sequence[str], python: str, pool: str, main: RedisServer) ->
                 side.close()
 
 
-def one_round(side: Side, first: int, count: int, main: RedisServer, watched: bool) -> Spent:
+def one_round(side: Side, first: int, count: int, main: RedisServer, watched: bool = False) -> Spent:
     """So many tasks through one worker."""
     with (
         redis.Redis.from_url(main.url_for(1)) as results,
         redis.Redis.from_url(side.store.url) as kept,
     ):
         results.flushdb()
-        kept.flushall()
         os.kill(side.worker.pid, signal.SIGSTOP)  # the queue fills while it sleeps
-        memory, _ = _of(kept)
         watch = Watch(side.store.url) if watched else None
         side.publish(first, count)
         published = watch.close() if watch else 0
         watch = Watch(side.store.url) if watched else None
-        _, trips = _of(kept)
+        trips = reads(kept)
         cpu, began = side.cpu(), perf_counter()
         os.kill(side.worker.pid, signal.SIGCONT)
         wait_for(
@@ -201,22 +201,35 @@ def one_round(side: Side, first: int, count: int, main: RedisServer, watched: bo
             every=0.005,
         )
         wall, cpu = perf_counter() - began, side.cpu() - cpu
-        after, trips_after = _of(kept)
+        trips = reads(kept) - trips - 1  # one is our own question
         sent = watch.close() if watch else 0
-    return Spent(
-        cpu / count,
-        wall / count * 1e6,
-        (after - memory) / count,
-        (trips_after - trips - 1) / count,  # one is our own question
-        sent / count,
-        published / count,
-    )
+    return Spent(cpu / count, wall / count * 1e6, trips / count, sent / count, published / count)
 
 
-def _of(kept: redis.Redis) -> tuple[int, int]:
-    """Bytes in use, and requests that the server has read."""
-    told = kept.info("all")
-    return told["used_memory"], told["total_reads_processed"]
+def reads(kept: redis.Redis) -> int:
+    """Requests that the server has read."""
+    return int(kept.info("stats")["total_reads_processed"])
+
+
+def bytes_kept(made: Sequence[Side], first: int, count: int, main: RedisServer) -> dict[str, float]:
+    """Bytes that each guard keeps of a task, in one more round: all that its server uses more than before."""
+
+    def used() -> dict[str, int]:
+        threading.Event().wait(IDLE)
+        found = {}
+        for side in made:
+            with redis.Redis.from_url(side.store.url) as kept:
+                found[side.variant] = int(kept.info("memory")["used_memory"])
+        return found
+
+    for side in made:
+        with redis.Redis.from_url(side.store.url) as kept:
+            kept.flushall()
+    before = used()
+    for side in made:
+        one_round(side, first, count, main)
+    after = used()
+    return {variant: (after[variant] - before[variant]) / count for variant in before}
 
 
 def quiet(store: RedisServer) -> None:
@@ -225,19 +238,18 @@ def quiet(store: RedisServer) -> None:
         last = [0]
 
         def unchanged() -> bool:
-            reads = int(client.info("stats")["total_reads_processed"])
-            before, last[0] = last[0], reads
-            return reads == before + 1
+            before, last[0] = last[0], reads(client)
+            return last[0] == before + 1
 
         wait_for(unchanged, DONE_WITHIN, "the store to be left alone", every=0.5)
 
 
 def measure(
     variants: Sequence[str], python: str, pool: str, rounds: int, count: int
-) -> tuple[dict[str, list[Spent]], dict[str, Spent]]:
-    """What each variant's rounds took; and one round in which the server told every command.
+) -> tuple[dict[str, list[Spent]], dict[str, Spent], dict[str, float]]:
+    """What each variant's rounds took; one round in which the server told every command; bytes kept.
 
-    That one comes first, warms up, and does not count otherwise.
+    The round in which it told comes first, warms up, and does not count otherwise.
     """
     found: dict[str, list[Spent]] = {variant: [] for variant in variants}
     told: dict[str, Spent] = {}
@@ -254,9 +266,10 @@ def measure(
                 quiet(side.store)  # a worker also looks at its store when it starts
         for turn in range(rounds):
             for side in made if turn % 2 else reversed(made):  # nobody always comes after the same other one
-                found[side.variant].append(one_round(side, first, count, main, watched=False))
+                found[side.variant].append(one_round(side, first, count, main))
                 first += count
-    return found, told
+        kept = bytes_kept(made, first, count, main)
+    return found, told, kept
 
 
 def rows(pool: str, rounds: int, count: int, peers: bool) -> list[Row]:
@@ -264,12 +277,12 @@ def rows(pool: str, rounds: int, count: int, peers: bool) -> list[Row]:
     python, why = environment() if peers else (sys.executable, dict.fromkeys(PACKAGES, ""))
     left_out = {name: reason for name, reason in why.items() if reason} if peers else {}
     variants = [*GUARDS, *(name for name in PACKAGES if peers and name not in left_out)]
-    found, told = measure(variants, python, pool, rounds, count)
+    found, told, kept = measure(variants, python, pool, rounds, count)
     ours = told["idem"]
     assert (ours.trips, ours.sent) == (2, 2), f"{ours.trips} round trips and {ours.sent} commands a task"
     cpu = {NAMES.get(name, name): [one.cpu for one in spent] for name, spent in found.items()}
     wall = {NAMES.get(name, name): [one.wall for one in spent] for name, spent in found.items()}
-    notes = {NAMES.get(name, name): _note(told[name], found[name]) for name in variants}
+    notes = {NAMES.get(name, name): _note(told[name], kept[name]) for name in variants}
     return [
         *compared(
             f"Worker, {pool}: CPU per no-op task", cpu, NAMES["bare"], "µs", {NAMES["idem"]: TARGET}, notes
@@ -279,13 +292,12 @@ def rows(pool: str, rounds: int, count: int, peers: bool) -> list[Row]:
     ]
 
 
-def _note(told: Spent, spent: Sequence[Spent]) -> str:
+def _note(told: Spent, kept: float) -> str:
     """What the store's server said."""
     if told.sent + told.published == 0:
         return ""
-    kept = sorted(one.bytes for one in spent)[len(spent) // 2]
     at_publish = f", and {told.published:.1f} when it is published" if told.published else ""
-    return f"store: {told.sent:.1f} commands{at_publish}, {told.trips:.1f} round trips, {max(kept, 0):.0f} bytes kept"
+    return f"store: {told.sent:.1f} commands{at_publish}, {told.trips:.1f} round trips, {kept:.0f} bytes kept"
 
 
 def main() -> None:
