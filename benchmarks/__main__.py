@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few small rounds: does everything run?")
     options = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
-    rounds, count = (2, 100) if options.quick else (11, 600)
+    rounds, count = (2, 100) if options.quick else (25, 200)
     described = about()
     made: list[Row] = []
     parts = [
@@ -86,7 +86,7 @@ def main() -> None:
         lambda: store.rows(min(rounds, store.ROUNDS), 200 if options.quick else store.COUNT),
         lambda: publish.rows(min(rounds, publish.ROUNDS), 100 if options.quick else publish.COUNT),
         memory,
-        lambda: imports.rows(rounds),
+        lambda: imports.rows(min(rounds, 15)),
         instructions.rows,
     ]
     for part in parts:

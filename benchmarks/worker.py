@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -264,8 +265,9 @@ def measure(
                 told[side.variant] = one_round(side, first, count_told, main, watched=True)
                 first += count_told
                 quiet(side.store)  # a worker also looks at its store when it starts
-        for turn in range(rounds):
-            for side in made if turn % 2 else reversed(made):  # nobody always comes after the same other one
+        order = random.Random(rounds)
+        for _ in range(rounds):
+            for side in order.sample(made, len(made)):  # nobody always comes after the same other one
                 found[side.variant].append(one_round(side, first, count, main))
                 first += count
         kept = bytes_kept(made, first, count, main)
@@ -305,8 +307,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pool", default="solo", choices=["solo", "prefork", "threads"])
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--count", type=int, default=600, help="tasks of a round")
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument(
+        "--count", type=int, default=200, help="tasks of a round: few, so that rounds are near in time"
+    )
     parser.add_argument("--peers", action="store_true", help="with the other guards, from build/bench-env")
     options = parser.parse_args()
     show(rows(options.pool, options.rounds, options.count, options.peers))

@@ -14,11 +14,11 @@ from benchmarks.instructions import ValgrindMissingError, per_task
 from tests.conftest import missing
 from tests.support.servers import ServerMissingError
 
-# What the guard may add to bare Celery, over what the floor adds. Five runs, most of them on a machine with
-# twenty other programs, gave 0.889 to 0.900. Reading a record back once more makes it 1.10.
-MOST = 0.93
+# What the guard may add to bare Celery, over what the floor adds. Six runs, most of them on a machine with
+# twenty other programs, gave 0.889 to 0.909. Reading a record back once more makes it 1.10.
+MOST = 0.95
 
-# The same over all that a pool's process does for a task: 1.321 to 1.324 in those runs.
+# The same over all that a pool's process does for a task: 1.321 to 1.330 in those runs.
 MOST_OVER_BARE = 1.35
 
 MEASURED_WITH = (3, 11)
