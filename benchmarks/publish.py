@@ -1,8 +1,8 @@
 """The caller's side: ``python -m benchmarks.publish``.
 
-A new intent through ``submit`` and ``apply_async``, against bare Celery's ``apply_async`` and the
-two peers that guard here; and a duplicate of a finished one through ``submit``, against one GET. Broker
-and store are servers of their own, and the broker counts its commands: a duplicate sends it none.
+A new intent through ``submit`` and ``apply_async``, against bare Celery's ``apply_async``; and a
+duplicate of a finished one through ``submit``, against one GET. Broker and store are servers of their
+own, and the broker counts its commands: a duplicate sends it none.
 """
 
 from __future__ import annotations
