@@ -62,6 +62,8 @@ def run_step(
             reason = f"step {left!r}: {answer.reason or 'the destination could not tell'}"
             ledger.doubt(claim, reason, patience)
             raise OutcomeUnknown(doubt_message(claim.key, reason), claim.key, reason)
+        if claim.lost:  # while the destination was asked
+            raise lease_lost(claim)
     elif isinstance(decision, Refused):
         claim._taken_over = True
         raise lease_lost(claim)

@@ -64,6 +64,10 @@ class Transitions:
             elif record is None:
                 record = self._read(key, stored)
             decision, new = decide(record, stored.stamp if stored else 0, reply.now)
+            if new is None and stored is not None and not reply.now:
+                # Told from memory, and no write will say whether that is still so: look.
+                reply, record = self.store.read(self._prefix + key), None
+                continue
             if new is None:
                 return decision, reply
             value = codec.pack(new)
