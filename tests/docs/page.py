@@ -116,6 +116,7 @@ class Page:
     def serve(self) -> None:
         """A worker for the page's current application, which knows all tasks that are there by now."""
         from celery.contrib.testing.worker import start_worker
+        from kombu.asynchronous import set_event_loop
 
         app = self.module.__dict__.get("app")
         if app is None or not hasattr(app, "tasks"):
@@ -124,6 +125,9 @@ class Page:
         if worker is None:
             # Never left: Celery's stopping is a flag that all workers of a process share, and with two of
             # them one may miss it. This process ends at once when its page is done, see `main`.
+            # A worker takes the process's event loop when there is one. Two workers with one loop read each
+            # other's sockets, and a message that the wrong one has read is served by nobody.
+            set_event_loop(None)
             running = start_worker(app, pool="threads", concurrency=4, perform_ping_check=False)
             worker = self.workers[id(app)] = running.__enter__()
             self.running.append(running)
