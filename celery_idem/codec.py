@@ -19,6 +19,8 @@ import contextlib
 import struct
 import sys
 from collections.abc import Collection
+from functools import lru_cache
+from json import JSONDecoder
 from typing import Any, NamedTuple
 
 from kombu import serialization
@@ -54,55 +56,70 @@ _KNOWN = (1 << 12) - 1
 
 def pack(record: Record) -> bytes:
     """A record as the bytes a store keeps."""
+    (
+        state,
+        owner,
+        task_id,
+        fence,
+        attempts,
+        crashes,
+        lease,
+        fingerprint,
+        steps,
+        open_steps,
+        asking,
+        reason,
+        notes,
+        digests,
+        outcome,
+    ) = record  # taken apart once: a named tuple's fields are slow to read by name
     parts = 0
     tail: list[bytes] = []
-    if record.lease:
+    if lease:
         parts |= _LEASE
-        tail.append(_TIME.pack(record.lease))
-    if record.task_id:
-        packed = _uuid_bytes(record.task_id)
+        tail.append(_TIME.pack(lease))
+    if task_id:
+        packed = _uuid_bytes(task_id)
         if packed is not None:
             parts |= _UUID
             tail.append(packed)
         else:
             parts |= _TASK_ID
-            tail.append(_text(record.task_id))
-    if record.fingerprint:
+            tail.append(_text(task_id))
+    if fingerprint:
         parts |= _FINGERPRINT
-        tail.append(_blob(record.fingerprint))
-    if record.steps:
+        tail.append(_blob(fingerprint))
+    if steps:
         parts |= _STEPS
-        tail.append(_LENGTH.pack(len(record.steps)))
-        for name, payload in record.steps:
+        tail.append(_LENGTH.pack(len(steps)))
+        for name, payload in steps:
             tail += (_text(name), _blob(payload))
-    if record.open_steps:
+    if open_steps:
         parts |= _OPEN_STEPS
-        tail.append(_LENGTH.pack(len(record.open_steps)))
-        tail += map(_text, record.open_steps)
-    if record.asking:
+        tail.append(_LENGTH.pack(len(open_steps)))
+        tail += map(_text, open_steps)
+    if asking:
         parts |= _ASKING
-        tail.append(record.asking)
-    if record.reason:
+        tail.append(asking)
+    if reason:
         parts |= _REASON
-        tail.append(_text(record.reason))
-    if record.notes:
+        tail.append(_text(reason))
+    if notes:
         parts |= _NOTES
-        tail.append(_LENGTH.pack(len(record.notes)))
-        for at, by, what, evidence in record.notes:
+        tail.append(_LENGTH.pack(len(notes)))
+        for at, by, what, evidence in notes:
             tail += (_TIME.pack(at), _text(by), _text(what), _text(evidence))
-    if record.digests:
+    if digests:
         parts |= _DIGESTS
-        tail.append(_blob(record.digests))
-    if record.outcome is not None:
-        if record.outcome.payload is None:
+        tail.append(_blob(digests))
+    if outcome is not None:
+        if outcome.payload is None:
             parts |= _MISSING
-            tail.append(_text(record.outcome.missing))
+            tail.append(_text(outcome.missing))
         else:
             parts |= _PAYLOAD
-            tail.append(record.outcome.payload)
-    head = _HEAD.pack(
-        record.owner, _VERSION, record.state, parts, record.attempts, record.crashes, record.fence
-    )
+            tail.append(outcome.payload)
+    head = _HEAD.pack(owner, _VERSION, state, parts, attempts, crashes, fence)
     return b"".join((head, *tail))
 
 
@@ -142,14 +159,17 @@ def _unpack(value: bytes, stamp: int) -> Record:
     fingerprint = read.blob() if parts & _FINGERPRINT else b""
     if len(fingerprint) % FINGERPRINT_ENTRY:
         raise ValueError("fingerprint of a wrong length")
-    steps = tuple(Step(read.text(), read.blob()) for _ in range(read.count() if parts & _STEPS else 0))
-    open_steps = tuple(read.text() for _ in range(read.count() if parts & _OPEN_STEPS else 0))
+    steps: tuple[Step, ...] = ()
+    if parts & _STEPS:
+        steps = tuple(Step(read.text(), read.blob()) for _ in range(read.count()))
+    open_steps: tuple[str, ...] = ()
+    if parts & _OPEN_STEPS:
+        open_steps = tuple(read.text() for _ in range(read.count()))
     asking = read.take(12) if parts & _ASKING else b""
     reason = read.text() if parts & _REASON else ""
-    notes = tuple(
-        Note(read.time(), read.text(), read.text(), read.text())
-        for _ in range(read.count() if parts & _NOTES else 0)
-    )
+    notes: tuple[Note, ...] = ()
+    if parts & _NOTES:
+        notes = tuple(Note(read.time(), read.text(), read.text(), read.text()) for _ in range(read.count()))
     digests = read.blob() if parts & _DIGESTS else b""
     outcome = None
     if parts & _MISSING:
@@ -222,6 +242,7 @@ def _text(text: str) -> bytes:
     return _blob(text.encode("utf-8", "replace"))
 
 
+@lru_cache(maxsize=256)  # a record is packed for the claim and again for its end: as many as run at once
 def _uuid_bytes(task_id: str) -> bytes | None:
     """The 16 bytes of a task id in uuid's usual spelling; None for any other id."""
     if len(task_id) != 36:
@@ -230,7 +251,8 @@ def _uuid_bytes(task_id: str) -> bytes | None:
         packed = bytes.fromhex(task_id.replace("-", ""))
     except ValueError:
         return None
-    return packed if len(packed) == 16 and _uuid_text(packed) == task_id else None
+    usual = len(packed) == 16 and task_id[8:24:5] == "----" and task_id == task_id.lower()
+    return packed if usual else None
 
 
 def _uuid_text(packed: bytes) -> str:
@@ -246,6 +268,11 @@ _NAMES = {code: name for name, code in _SERIALIZERS.items()}
 _SIMPLE = (type(None), bool, str)
 """Types that every serializer gives back as they are: no need to decode what was just encoded."""
 
+
+_NULL = b"jnull"
+_TO_JSON = kombu_json.JSONEncoder()
+_FROM_JSON = JSONDecoder(object_hook=kombu_json.object_hook)
+"""What ``kombu.utils.json`` makes anew for each value. They keep nothing between values."""
 
 _SIGNAL = ("celery.exceptions", "TaskPredicate")
 """The base of Celery's Ignore, Reject and Retry. By name, because nothing here imports Celery."""
@@ -280,8 +307,11 @@ class Codec(NamedTuple):
                 f"results written with the serializer {self.serializer!r} could not be read again"
             )
         try:
-            json = code == b"j"  # by far the most common, and kombu's way to it costs twice as much
-            data = kombu_json.dumps(value) if json else serialization.dumps(value, self.serializer)[2]
+            json = code == b"j"  # by far the most common, and kombu's way to it costs four times as much
+            if json:
+                data = "null" if value is None else _TO_JSON.encode(value)  # most tasks return nothing
+            else:
+                data = serialization.dumps(value, self.serializer)[2]
         except (KombuError, TypeError, ValueError, RecursionError, AttributeError) as error:
             why = error if json else type(error).__name__  # YAML's error would show the whole value
             raise NotStorable(f"the {self.serializer} serializer does not take it: {why}") from None
@@ -304,8 +334,10 @@ class Codec(NamedTuple):
                 key,
             )
         try:
+            if payload == _NULL:
+                return None
             if name == "json":
-                return kombu_json.loads(payload[1:].decode("utf-8", "surrogatepass"))
+                return _FROM_JSON.decode(payload[1:].decode("utf-8", "surrogatepass"))
             content_type, encoding, _ = serialization.dumps("", name)
             return serialization.loads(payload[1:], content_type, encoding, accept={content_type})
         except Exception as error:

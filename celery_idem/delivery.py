@@ -31,7 +31,16 @@ from celery_idem.errors import (
     ResultUnavailable,
     StoreError,
 )
-from celery_idem.intent import CALLER_KEY, KEY, OCCURRENCE, SCOPE, Answer, Fingerprint, Raised
+from celery_idem.intent import (
+    CALLER_KEY,
+    KEY,
+    NO_FINGERPRINT,
+    OCCURRENCE,
+    SCOPE,
+    Answer,
+    Fingerprint,
+    Raised,
+)
 from celery_idem.ledger import Ledger
 from celery_idem.runner import Job, Options, Runner
 from celery_idem.settings import Settings, ledger_of
@@ -108,7 +117,7 @@ class Guard(NamedTuple):
         sent = headers.get(KEY)
         key = sent if isinstance(sent, str) and keys.task_of(sent) == self.declaration.task else None
         if key is not None and caller_key is None and not self.declaration.must_match:
-            return key, Fingerprint()
+            return key, NO_FINGERPRINT
         arguments = self.declaration.bind(args, kwargs)
         if key is None:
             key = self.declaration.key(
@@ -171,7 +180,7 @@ class Delivery(Job):
             task_id=request.id or "",
             fingerprint=fingerprint,
             options=guard.options,
-            carried=_unhex(headers.get(CARRIED)),
+            carried=_unhex(headers[CARRIED]) if CARRIED in headers else (),
         )
         if guard.digester is not None:
             labels = {name: headers[header] for name, header in _LABELS if header in headers}

@@ -20,10 +20,10 @@ from celery_idem.claims import Claim, Entry, Tally, tallied
 from celery_idem.delivery import Delivery, Guard
 from celery_idem.errors import IdempotencyError, StoreError
 from celery_idem.intent import (
+    NO_FINGERPRINT,
     NO_OWNER,
     Acquired,
     Answer,
-    Fingerprint,
     Happened,
     InDoubt,
     NotHappened,
@@ -226,7 +226,7 @@ class Desk:
             )
         known = known or Arguments((), {})
         request = Context(id=entry.record.task_id, args=known.args, kwargs=known.kwargs, headers={})
-        delivery = Delivery(guard, task, request, known.args, known.kwargs, entry.key, Fingerprint())
+        delivery = Delivery(guard, task, request, known.args, known.kwargs, entry.key, NO_FINGERPRINT)
         if dry_run:
             return _would(guard, delivery)
         decision = guard.runner.inquire(delivery)

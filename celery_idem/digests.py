@@ -74,9 +74,7 @@ class Digester:
         self, args: Sequence[Any], kwargs: Mapping[str, Any], labels: Mapping[str, Any] | None = None
     ) -> bytes:
         """The digests of a call, packed."""
-        # Labels first: a call with more parameters than are kept must not lose its scope.
-        entries = {f"label {name}": self.label(name, value) for name, value in (labels or {}).items()}
-        entries.update(self._defaults)
+        entries = {**self._labels(labels), **self._defaults} if labels else dict(self._defaults)
         hidden = self._hidden
         for name, value in zip(self._positional, args):  # noqa: B905  # *args may be longer; it has no names
             if name not in hidden:
@@ -84,7 +82,11 @@ class Digester:
         for name, value in kwargs.items():
             if name not in hidden:
                 entries[name] = self._entry(name, value)
-        return b"".join(list(entries.values())[:MAX_ENTRIES])
+        return b"".join(entries.values())[: MAX_ENTRIES * ENTRY]
+
+    def _labels(self, labels: Mapping[str, Any]) -> dict[str, bytes]:
+        """First of all: a call with more parameters than are kept must not lose its scope."""
+        return {f"label {name}": self.label(name, value) for name, value in labels.items()}
 
     def label(self, name: str, value: Any) -> bytes:
         """The entry of a label."""

@@ -92,6 +92,10 @@ class Fingerprint(NamedTuple):
     packed: bytes = b""
 
 
+NO_FINGERPRINT = Fingerprint()
+"""Of a task whose intent says everything: nothing else must match."""
+
+
 class Record(NamedTuple):
     """All that is known of one intent. A named tuple: it is made four times per task,
     and a frozen dataclass takes five times as long to make.

@@ -30,12 +30,13 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from enum import Enum
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 import rfc8785
 
 from celery_idem.errors import ConfigurationError, IntentError
-from celery_idem.intent import FINGERPRINT_ENTRY, FINGERPRINT_TAG, Fingerprint
+from celery_idem.intent import FINGERPRINT_ENTRY, FINGERPRINT_TAG, NO_FINGERPRINT, Fingerprint
 
 SCHEME = 1
 """Version of everything below that decides which calls share a key. Part of every key."""
@@ -181,11 +182,21 @@ def _digits(value: Decimal) -> dict[str, str]:
     return {"$number": f"{'-' if sign else ''}{stripped or '0'}E{power if stripped else 0}"}
 
 
-def _hash(value: Any) -> hashlib._Hash:
+def _json(value: Any) -> bytes:
     try:
-        return hashlib.sha256(rfc8785.dumps(value))
+        return rfc8785.dumps(value)
     except (rfc8785.CanonicalizationError, UnicodeEncodeError) as error:
         raise IntentError(f"it has no canonical JSON form: {error}") from None
+
+
+def _hash(value: Any) -> hashlib._Hash:
+    return hashlib.sha256(_json(value))
+
+
+@lru_cache(maxsize=1024)  # far more tasks than an application has
+def _hash_of_start(*items: Any) -> hashlib._Hash:
+    """Of a list that begins with these items, all but its closing bracket. The rest is added to a copy."""
+    return hashlib.sha256(_json(list(items))[:-1])
 
 
 def _named(parameter: str, value: Any) -> Any:
@@ -236,9 +247,11 @@ class Declaration(NamedTuple):
             TypeError: the call does not fit the signature.
         """
         bound = self.signature.bind(*(args or ()), **(kwargs or {}))
-        bound.apply_defaults()
+        parameters = self.signature.parameters
+        if len(bound.arguments) < len(parameters):  # where all are given this would only cost time
+            bound.apply_defaults()
         arguments = bound.arguments
-        for name, parameter in self.signature.parameters.items():
+        for name, parameter in parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 extra = arguments.pop(name)
                 for clash in extra.keys() & arguments.keys():  # def f(a, /, **rest) takes f(1, a=2)
@@ -293,33 +306,28 @@ class Declaration(NamedTuple):
             IntentError: a value cannot be part of a key.
         """
         fields = {} if caller_key is not None else self.intent(arguments)
-        identity = [
-            SCHEME,
-            namespace,
-            self.task,
-            str(self.version),
+        # One list [SCHEME, namespace, …, fields], whose start all calls of a task share.
+        labels = [
             _label("scope", scope),
             _label("occurrence", occurrence),
             _label("idempotency_key", caller_key),
-            fields,
         ]
-        return f"{self.task}:{_hash(identity).hexdigest()[:DIGEST]}"
+        digest = _hash_of_start(SCHEME, namespace, self.task, str(self.version)).copy()
+        digest.update(b"," + _json([*labels, fields])[1:])
+        return f"{self.task}:{digest.hexdigest()[:DIGEST]}"
 
     def fingerprint(self, arguments: dict[str, Any], caller_key: str | None = None) -> Fingerprint:
         """Digests of what must be equal when the intent comes back: ``must_match``,
         or every argument when the caller brought the key (as Stripe does)."""
         names = sorted(arguments) if caller_key is not None else self.must_match
         if not names:
-            return _NOTHING
+            return NO_FINGERPRINT
         packed = b"".join(
             _hash([SCHEME, self.task, name]).digest()[:FINGERPRINT_TAG]
             + _hash([SCHEME, self.task, name, _named(name, arguments.get(name))]).digest()[:VALUE]
             for name in names
         )
         return Fingerprint(tuple(names), packed)
-
-
-_NOTHING = Fingerprint()
 
 
 def _label(what: str, value: Any) -> str | None:

@@ -258,6 +258,14 @@ class Ledger(Transitions):
             return None
         return Entry(key, self._read(key, reply.stored), reply.stored.stamp, reply.now)
 
+    def look(self, key: str) -> Entry | None:
+        """As ``get``, and cheaper where there is nothing, or an outcome: then the time does not matter."""
+        stored = self.store.peek(self._prefix + key)
+        if stored is None:
+            return None
+        record = self._read(key, stored)
+        return Entry(key, record, stored.stamp, stored.stamp) if record.state.settled else self.get(key)
+
     def list(
         self, state: str | None = None, task: str | None = None, tick: Callable[[], object] | None = None
     ) -> Iterator[Entry]:

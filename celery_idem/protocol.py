@@ -405,14 +405,16 @@ def conclude(
 
 def _settled(record: Record, outcome: Outcome) -> Record:
     """Only what a replay, or a late owner, needs to see stays in a settled record."""
-    return replace(
-        record,
+    return Record(
         state=State.SUCCEEDED if outcome.succeeded else State.FAILED,
-        lease=0,
-        steps=(),
-        open_steps=(),
-        asking=b"",
-        reason="",
+        owner=record.owner,
+        task_id=record.task_id,
+        fence=record.fence,
+        attempts=record.attempts,
+        crashes=record.crashes,
+        fingerprint=record.fingerprint,
+        notes=record.notes,
+        digests=record.digests,
         outcome=outcome,
     )
 

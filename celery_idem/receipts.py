@@ -45,6 +45,7 @@ from celery_idem.errors import (
 from celery_idem.intent import (
     CALLER_KEY,
     MICROSECONDS,
+    NO_FINGERPRINT,
     OCCURRENCE,
     SCOPE,
     Busy,
@@ -192,7 +193,7 @@ class Receipt:
             except StoreError as error:
                 events.emit("store_error", self.key, error=str(error), while_="waiting")
             if entry is not None:
-                known = _told(entry, self, source)
+                known = _told(entry, self.key, self.task_id, source)
                 if known is not None:
                     return known
         result = _celery_result(self, source, entry)
@@ -238,7 +239,7 @@ def submit(
     given = {SCOPE: scope, OCCURRENCE: occurrence, CALLER_KEY: idempotency_key}
     headers = {**(options.pop("headers", None) or {}), **{n: v for n, v in given.items() if v is not None}}
     result = app.send_task(name, args=args, kwargs=kwargs, headers=headers, **options)
-    return _accepted("", result.id, _Source(app, None, Fingerprint(), _PLAIN_POLICY, published=True))
+    return _accepted("", result.id, _Source(app, None, NO_FINGERPRINT, _PLAIN_POLICY, published=True))
 
 
 def submit_task(
@@ -250,7 +251,7 @@ def submit_task(
     idempotency_key: str | None,
     options: Mapping[str, Any],
 ) -> Receipt:
-    """What ``IdempotentTask.submit`` does. One read for what is known already."""
+    """What ``IdempotentTask.submit`` does. One look for what is known already."""
     guard = task.guard
     ledger = guard.ledger
     arguments = guard.declaration.bind(args, kwargs)
@@ -258,13 +259,13 @@ def submit_task(
     fingerprint = guard.declaration.fingerprint(arguments, idempotency_key)
     source = _Source(task.app, ledger, fingerprint, guard.options.policy, published=False)
     try:
-        entry = ledger.get(key)
+        entry = ledger.look(key)
     except StoreError as error:
         # The worker looks again before it runs anything, so a store that is down here stops nothing.
         events.emit("store_error", key, error=str(error), while_="submitting", then="published")
         entry = None
     if entry is not None:
-        known = _told(entry, Receipt("accepted", key, _source=source), source)
+        known = _told(entry, key, "", source)
         if known is not None:
             events.emit("told", key, status=known.status)
             return known
@@ -296,10 +297,9 @@ def look_up(app: Celery, key: str, scope: str | None = None) -> Receipt | None:
     entry = ledger.get(key)
     if entry is None or not _of_scope(entry, scope, task.guard.digester if guarded else None):
         return None
-    source = _Source(app, ledger, Fingerprint(), policy, published=False)
-    receipt = Receipt("in_progress", key, _source=source)
-    known = _told(entry, receipt, source)
-    return known if known is not None else _undecided(entry, receipt)
+    source = _Source(app, ledger, NO_FINGERPRINT, policy, published=False)
+    known = _told(entry, key, "", source)
+    return known if known is not None else _undecided(entry, Receipt("in_progress", key, _source=source))
 
 
 def _of_scope(entry: Entry, scope: str | None, digester: digests.Digester | None) -> bool:
@@ -320,49 +320,51 @@ def _accepted(key: str, task_id: str, source: _Source) -> Receipt:
     return Receipt("accepted", key, task_id, retry_after=1.0, next=RUNNING, _source=source)
 
 
-def _told(entry: Entry, receipt: Receipt, source: _Source) -> Receipt | None:
-    """What the record says by itself; None where a delivery has something to do first."""
+def _told(entry: Entry, key: str, task_id: str, source: _Source) -> Receipt | None:
+    """What the record says by itself; None where a delivery has something to do first.
+
+    Args:
+        task_id: of the delivery that the caller published; "" for none.
+    """
     decision = entry.standing(source.fingerprint, source.policy)
-    receipt = replace(receipt, task_id=receipt.task_id or entry.record.task_id, retry_after=None)
-    mine = source.published and entry.record.task_id == receipt.task_id
-    if isinstance(decision, Mismatch):
-        return _conflict(receipt, decision.differs)
+    task_id = task_id or entry.record.task_id
+    mine = source.published and entry.record.task_id == task_id
+    status: Status
     if isinstance(decision, Replay):
-        assert source.ledger is not None
-        elsewhere = protocol.replacement(decision.outcome)
+        outcome = decision.outcome
+        elsewhere = protocol.replacement(outcome)
         if elsewhere:
-            return _replaced(receipt, elsewhere, source)
-        return _outcome(receipt, decision.outcome, mine, source.ledger)
+            return _replaced(Receipt("in_progress", key, task_id, _source=source), elsewhere, source)
+        assert source.ledger is not None
+        result, why = _outcome(outcome, key, source.ledger)
+        if not outcome.succeeded:
+            return Receipt("failed", key, task_id, None, why, next=FINAL_FAILURE, _source=source)
+        status, text = ("executed", DONE) if mine else ("replayed", DONE_EARLIER)
+        return Receipt(
+            status, key, task_id, result, why, next=text + (NO_RESULT if why else ""), _source=source
+        )
+    if isinstance(decision, Mismatch):
+        return _conflict(Receipt("conflict", key, task_id, _source=source), decision.differs)
     if isinstance(decision, InDoubt):
-        return replace(receipt, status="in_doubt", reason=decision.reason, next=MAY_HAVE_HAPPENED)
+        reason = decision.reason
+        return Receipt("in_doubt", key, task_id, None, reason, next=MAY_HAVE_HAPPENED, _source=source)
     if isinstance(decision, Busy):
-        again = min(ASK_AGAIN, decision.retry_after / MICROSECONDS)
-        status: Status = "accepted" if mine else "in_progress"
-        return replace(receipt, status=status, retry_after=round(again, 3), next=RUNNING)
+        status = "accepted" if mine else "in_progress"
+        again = round(min(ASK_AGAIN, decision.retry_after / MICROSECONDS), 3)
+        return Receipt(status, key, task_id, retry_after=again, next=RUNNING, _source=source)
     return None
 
 
-def _outcome(receipt: Receipt, outcome: Outcome, mine: bool, ledger: Ledger) -> Receipt:
-    if not outcome.succeeded:
-        return replace(receipt, status="failed", reason=_why(outcome, receipt, ledger), next=FINAL_FAILURE)
-    status: Status = "executed" if mine else "replayed"
-    done = DONE if mine else DONE_EARLIER
+def _outcome(outcome: Outcome, key: str, ledger: Ledger) -> tuple[Any, str]:
+    """The value, and why there is none: the body's error, or that it was not kept or cannot be read."""
     if outcome.payload is None:
-        return replace(receipt, status=status, reason=outcome.missing, next=done + NO_RESULT)
+        return None, outcome.missing
     try:
-        result = ledger.codec.decode(outcome.payload, receipt.key)
+        if outcome.succeeded:
+            return ledger.codec.decode(outcome.payload, key), ""
+        return None, _words(ledger.codec.decode_error(outcome.payload, key))
     except StoreError as error:  # written with a serializer that is not accepted here: done all the same
-        return replace(receipt, status=status, reason=str(error), next=done + NO_RESULT)
-    return replace(receipt, status=status, result=result, next=done)
-
-
-def _why(outcome: Outcome, receipt: Receipt, ledger: Ledger) -> str:
-    if outcome.payload is None:
-        return outcome.missing
-    try:
-        return _words(ledger.codec.decode_error(outcome.payload, receipt.key))
-    except StoreError as error:
-        return str(error)
+        return None, str(error)
 
 
 def _replaced(receipt: Receipt, task_id: str, source: _Source) -> Receipt:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from celery.result import AsyncResult, EagerResult
 
 
+OWN_WORDS = frozenset({"scope", "occurrence", "idempotency_key"})
+"""What ``submit`` takes beside the task's own arguments."""
+
 HIDDEN = "(secret)"
 """What stands in the place of a secret value."""
 
@@ -148,17 +151,17 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             IntentError: an argument cannot be part of a key.
             kombu.exceptions.OperationalError: the broker did not take it; nothing is left behind.
         """
-        self._declared("submit")
-        self._refuse_clash("submit", "scope", "occurrence", "idempotency_key")
+        if not OWN_WORDS.isdisjoint(self._declared("submit").signature.parameters):
+            self._refuse_clash("submit", *OWN_WORDS)
         return receipts.submit_task(self, args, kwargs, scope, occurrence, idempotency_key, {})
 
     def _refuse_clash(self, method: str, *names: str) -> None:
-        clash = set(names) & set(self._declared(method).signature.parameters)
-        if clash:
-            raise ConfigurationError(
-                f"{self.name} has a parameter called {clash.pop()!r} of its own, so {method}() cannot tell which is "
-                "meant. Rename the parameter."
-            )
+        for name in self._declared(method).signature.parameters:
+            if name in names:
+                raise ConfigurationError(
+                    f"{self.name} has a parameter called {name!r} of its own, so {method}() cannot tell which is "
+                    "meant. Rename the parameter."
+                )
 
     def _declared(self, what: str) -> keys.Declaration:
         if self.declaration is None:
@@ -286,10 +289,11 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
     # --- running ----------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        request = self.request_stack.top
+        stack = self.request_stack.stack  # taken once: it is found by thread, and that costs
+        request = stack[-1] if stack else None
         if request is None or request.called_directly or hasattr(request, "idem_claim"):
             return self._call_directly(request, args, kwargs)
-        return self._run_guarded(request, args, kwargs)
+        return self._run_guarded(request, args, kwargs, len(stack) > 1)
 
     def _call_directly(self, caller: Context | None, args: Any, kwargs: Any) -> Any:
         """A plain Python call: a request of its own, so that the body finds what it expects."""
@@ -302,17 +306,18 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         _task_stack.push(self)
         self.push_request(args=args, kwargs=kwargs, headers=headers)
         try:
-            return self._run_guarded(self.request_stack.top, args, kwargs)
+            stack = self.request_stack.stack
+            return self._run_guarded(stack[-1], args, kwargs, len(stack) > 1)
         finally:
             self.pop_request()
             _task_stack.pop()
 
-    def _run_guarded(self, request: Context, args: Any, kwargs: Any) -> Any:
+    def _run_guarded(self, request: Context, args: Any, kwargs: Any, nested: bool) -> Any:
         guard = self.guard
         if self.typing:  # a call that does not fit claims nothing; a class-based task has no __header__
             getattr(self, "__header__", guard.declaration.signature.bind)(*args, **kwargs)
         key, fingerprint = guard.identify(request, args, kwargs)
-        if len(self.request_stack) > 1 and self._holds(key):
+        if nested and self._holds(key):
             return self.run(*args, **kwargs)
         return guard.runner.run(Delivery(guard, self, request, args, kwargs, key, fingerprint))
 

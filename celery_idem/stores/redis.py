@@ -49,34 +49,40 @@ NO_STAMP = _STAMP.pack(1 << 53)
 
 
 class _Script:
-    """A script as the start of an EVALSHA command, packed once."""
+    """A script as the start of an EVALSHA command, packed once.
 
-    def __init__(self, name: str, arguments: int) -> None:
-        self.source = files("celery_idem.stores").joinpath(name).read_bytes()
-        sha = hashlib.sha1(self.source, usedforsecurity=False).hexdigest().encode()
-        count = 3 + 1 + arguments  # EVALSHA sha 1 key arguments…
-        self._head = b"*%d\r\n$7\r\nEVALSHA\r\n$40\r\n%s\r\n$1\r\n1\r\n" % (count, sha)
-        self._eval_head = b"*%d\r\n$4\r\nEVAL\r\n$%d\r\n%s\r\n$1\r\n1\r\n" % (
-            count,
-            len(self.source),
-            self.source,
-        )
+    Args:
+        name: its file.
+        words: how many follow the count of keys: the key, and the arguments.
+        writes: what it does may be waited for.
+    """
 
-    def pack(self, *arguments: bytes) -> bytes:
-        return self._head + _pack(arguments)
+    def __init__(self, name: str, words: int, writes: bool = True) -> None:
+        self.writes = writes
+        source = files("celery_idem.stores").joinpath(name).read_bytes()
+        sha = hashlib.sha1(source, usedforsecurity=False).hexdigest().encode()
+        self._head = b"*%d\r\n" % (3 + words) + _pack((b"EVALSHA", sha, b"1"))
+        self._source_head = b"*%d\r\n" % (3 + words) + _pack((b"EVAL", source, b"1"))
 
-    def pack_source(self, *arguments: bytes) -> bytes:
+    def pack(self, words: Sequence[bytes]) -> bytes:
+        return self._head + _pack(words)
+
+    def pack_source(self, words: Sequence[bytes]) -> bytes:
         """The same with the source, for a server that does not know the script yet."""
-        return self._eval_head + _pack(arguments)
+        return self._source_head + _pack(words)
 
 
-def _pack(arguments: Sequence[bytes]) -> bytes:
-    return b"".join([b"$%d\r\n%s\r\n" % (len(a), a) for a in arguments])
+def _pack(words: Sequence[bytes]) -> bytes:
+    packed = b""
+    for word in words:  # a handful, so that adding them up is cheaper than a list and a join
+        packed += b"$%d\r\n%b\r\n" % (len(word), word)
+    return packed
 
 
-CREATE = _Script("create.lua", 2)
-REPLACE = _Script("replace.lua", 3)
-READ = _Script("read.lua", 0)
+CREATE = _Script("create.lua", 3)
+REPLACE = _Script("replace.lua", 4)
+READ = _Script("read.lua", 1, writes=False)
+GET = b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n"
 
 
 class RedisStore(Store):
@@ -97,6 +103,7 @@ class RedisStore(Store):
         if HIDDEN in self.url:
             raise unreadable(self.url)
         self._redis = redis
+        self._errors = redis.exceptions
         query = parse_qs(urlsplit(url).query)
         options: dict[str, Any] = {"protocol": 2, "decode_responses": False}
         for name in ("socket_timeout", "socket_connect_timeout"):
@@ -132,9 +139,16 @@ class RedisStore(Store):
     def read(self, key: str) -> Reply:
         return _held(self._run(READ, key.encode()), key, done=True)
 
+    def peek(self, key: str) -> Stored | None:
+        name = key.encode()
+        (reply,) = self._call(GET % (len(name), name), 1)
+        return _held((0, self._answer(reply, key)), key).stored
+
     def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
         reply = self._run(REPLACE, *_replacement(key, old, value, ttl))
-        return self._again(_replaced(reply, key, value), key, value, ttl)
+        if type(reply) is int:
+            return Reply(True, Stored(value, reply), reply)
+        return self._again(_held(reply, key), key, value, ttl)
 
     def _again(self, reply: Reply, key: str, value: bytes, ttl: int | None) -> Reply:
         """A value that stands there already is an earlier write of the same caller, and perhaps
@@ -147,7 +161,7 @@ class RedisStore(Store):
         if not changes:
             return []
         arguments = [_replacement(*change) for change in changes]
-        packed = b"".join([REPLACE.pack(*a) for a in arguments])
+        packed = b"".join([REPLACE.pack(words) for words in arguments])
         replies = self._call(packed + self._wait, len(arguments) + bool(self._wait))
         if self._wait:
             waited = replies.pop()
@@ -199,17 +213,23 @@ class RedisStore(Store):
 
     # --- the wire -------------------------------------------------------------------
 
-    def _run(self, script: _Script, *arguments: bytes) -> Any:
-        wait = b"" if script is READ else self._wait
-        reply, *waited = self._call(script.pack(*arguments) + wait, 1 + bool(wait))
-        if isinstance(reply, self._redis.exceptions.NoScriptError):
-            reply, *waited = self._call(script.pack_source(*arguments) + wait, 1 + bool(wait))
+    def _run(self, script: _Script, *words: bytes) -> Any:
+        wait = self._wait if script.writes else b""
+        expected = 2 if wait else 1
+        replies = self._call(script.pack(words) + wait, expected)
+        if isinstance(replies[0], self._errors.NoScriptError):
+            replies = self._call(script.pack_source(words) + wait, expected)
+        reply = self._answer(replies[0], words[0].decode())
+        if wait and type(reply) is int:  # it wrote
+            self._check_durable(replies[1])
+        return reply
+
+    def _answer(self, reply: Any, key: str) -> Any:
+        """The reply, where it is no error."""
         if isinstance(reply, Exception):
             if "WRONGTYPE" in str(reply):  # somebody's list or hash, where a record should be
-                raise _no_record(arguments[0].decode())
+                raise _no_record(key)
             raise self._refusal(reply)
-        if waited and type(reply) is int:  # it wrote
-            self._check_durable(waited[0])
         return reply
 
     def _check_durable(self, waited: Any) -> None:
@@ -238,7 +258,7 @@ class RedisStore(Store):
         A connection that turns out to be dead is replaced once: every write here
         may be sent twice, because it is guarded by an owner that only its sender knows.
         """
-        errors = self._redis.exceptions
+        errors = self._errors
         try:
             return self._exchange(packed, replies)
         except errors.TimeoutError as error:
@@ -264,7 +284,7 @@ class RedisStore(Store):
             while len(answers) < replies:
                 try:
                     answers.append(connection.read_response(disable_decoding=True))
-                except self._redis.exceptions.ResponseError as error:
+                except self._errors.ResponseError as error:
                     answers.append(error)
         except BaseException:
             # Also a time limit's exception, which may come at any line: a reply may be
@@ -278,7 +298,7 @@ class RedisStore(Store):
         return StoreError(f"The store {self.url} did not answer: {str(error).rstrip('.')}.")
 
     def _refusal(self, error: Exception) -> StoreError:
-        if isinstance(error, self._redis.exceptions.ReadOnlyError):
+        if isinstance(error, self._errors.ReadOnlyError):
             self.close()  # a demoted replica: the next call connects anew
         text = str(error).rstrip(".")
         if "permission" in text.lower() or "executing the script can't" in text:

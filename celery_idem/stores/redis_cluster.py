@@ -53,7 +53,7 @@ class ClusterNode(RedisStore):
     """One node of a cluster."""
 
     def _refusal(self, error: Exception) -> StoreError:
-        errors = self._redis.exceptions
+        errors = self._errors
         if isinstance(error, errors.AskError):  # MovedError is one too
             moved = isinstance(error, errors.MovedError)
             return Redirected(f"{self.url} redirects: {error}", None, error.node_addr, not moved)
@@ -114,6 +114,9 @@ class ClusterStore(Store):
 
     def read(self, key: str) -> Reply:
         return self._at(key, lambda node: node.read(key))
+
+    def peek(self, key: str) -> Stored | None:
+        return self._at(key, lambda node: node.peek(key))
 
     def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
         return self._at(key, lambda node: node.replace(key, old, value, ttl))

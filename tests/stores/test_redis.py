@@ -112,7 +112,7 @@ def test_what_is_not_ours_is_an_error_and_stays(redis_url: str, write: str) -> N
             client.set("a", "x" if write == "short" else "")
         else:
             client.rpush("a", "x")
-    for call in (lambda: store.read("a"), lambda: store.create("a", MINE)):
+    for call in (lambda: store.read("a"), lambda: store.peek("a"), lambda: store.create("a", MINE)):
         with pytest.raises(StoreError, match="not a record of celery_idem"):
             call()
     assert not store_is_changed(store)

@@ -47,6 +47,7 @@ class Expiry(Suite):
             assert self.store.replace(self.key(f"replaced {ttl}"), held_by(replaceable), MINE, ttl).done
             self.wait_until(self.store, self.store.read(self.key("nothing")).now + 4000)
             assert self.store.read(self.key(str(ttl))).stored is None
+            assert self.store.peek(self.key(str(ttl))) is None
             assert self.store.read(self.key(f"replaced {ttl}")).stored is None
 
     def test_a_time_to_live_may_be_very_long(self) -> None:

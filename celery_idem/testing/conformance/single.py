@@ -22,6 +22,7 @@ class SingleValues(Suite):
         reply = self.store.read(self.key("a"))
         assert (reply.done, reply.stored) == (False, None)
         assert reply.now > 0
+        assert self.store.peek(self.key("a")) is None
 
     def test_create_then_read(self) -> None:
         reply = self.store.create(self.key("a"), MINE + b"1")
@@ -31,6 +32,7 @@ class SingleValues(Suite):
         assert again.done
         assert again.stored == reply.stored
         assert again.now >= reply.now
+        assert self.store.peek(self.key("a")) == reply.stored
 
     def test_a_first_stamp_is_the_time_of_the_write(self) -> None:
         before = self.store.read(self.key("a")).now
