@@ -306,16 +306,16 @@ class Codec(NamedTuple):
             raise NotStorable(
                 f"results written with the serializer {self.serializer!r} could not be read again"
             )
-        try:
-            json = code == b"j"  # by far the most common, and kombu's way to it costs four times as much
-            if json:
-                data = "null" if value is None else _TO_JSON.encode(value)  # most tasks return nothing
-            else:
-                data = serialization.dumps(value, self.serializer)[2]
-        except (KombuError, TypeError, ValueError, RecursionError, AttributeError) as error:
-            why = error if json else type(error).__name__  # YAML's error would show the whole value
-            raise NotStorable(f"the {self.serializer} serializer does not take it: {why}") from None
-        payload = code + (data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data)
+        json = code == b"j"  # by far the most common, and kombu's way to it costs four times as much
+        if json and value is None:  # what most tasks return
+            payload = _NULL
+        else:
+            try:
+                data = _TO_JSON.encode(value) if json else serialization.dumps(value, self.serializer)[2]
+            except (KombuError, TypeError, ValueError, RecursionError, AttributeError) as error:
+                why = error if json else type(error).__name__  # YAML's error would show the whole value
+                raise NotStorable(f"the {self.serializer} serializer does not take it: {why}") from None
+            payload = code + (data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data)
         if len(payload) > self.max_bytes:
             raise NotStorable(f"{len(payload)} bytes are more than idem_max_result_bytes = {self.max_bytes}")
         return payload

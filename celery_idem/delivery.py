@@ -150,6 +150,7 @@ def _ask_of(task: IdempotentTask) -> Callable[..., Answer] | None:
 
 
 _LABELS = tuple(zip(LABELS, (SCOPE, OCCURRENCE, CALLER_KEY), strict=True))
+_LABEL_HEADERS = frozenset((SCOPE, OCCURRENCE, CALLER_KEY))
 
 
 class Replaced(Ignore):  # type: ignore[misc]
@@ -183,7 +184,9 @@ class Delivery(Job):
             carried=_unhex(headers[CARRIED]) if CARRIED in headers else (),
         )
         if guard.digester is not None:
-            labels = {name: headers[header] for name, header in _LABELS if header in headers}
+            labels = None
+            if not _LABEL_HEADERS.isdisjoint(headers):
+                labels = {name: headers[header] for name, header in _LABELS if header in headers}
             self.digests = guard.digester.of(args, kwargs, labels)
         self.in_place = request.is_eager or request.called_directly
         self.began = 0.0

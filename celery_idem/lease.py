@@ -33,6 +33,18 @@ SHORTEST_SLEEP = 0.01
 """Seconds between looks at least, so that a tiny lease does not become a busy loop."""
 
 
+class _Watched:
+    """A claim that is running, and when it was renewed last (by this process' clock)."""
+
+    __slots__ = ("claim", "every", "ledger", "renewed_at")
+
+    def __init__(self, claim: Claim, ledger: Ledger, every: float, renewed_at: float) -> None:
+        self.claim = claim
+        self.ledger = ledger
+        self.every = every
+        self.renewed_at = renewed_at
+
+
 class Renewer:
     """The renewing thread of this process, and the claims it looks after."""
 
@@ -41,8 +53,7 @@ class Renewer:
         os.register_at_fork(after_in_child=self._reset)
 
     def _reset(self) -> None:
-        self._claims: dict[int, tuple[Claim, Ledger, float]] = {}
-        self._renewed_at: dict[int, float] = {}
+        self._watched: dict[int, _Watched] = {}
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
         self._sleep = LONGEST_SLEEP
@@ -55,9 +66,7 @@ class Renewer:
             lease: microseconds.
         """
         every = max(SHORTEST_SLEEP, lease / MICROSECONDS / LOOKS_PER_LEASE)
-        number = id(claim)
-        self._renewed_at[number] = time.monotonic()
-        self._claims[number] = (claim, ledger, every)
+        self._watched[id(claim)] = _Watched(claim, ledger, every, time.monotonic())
         if self._thread is None:
             self._start()
         if every < self._sleep:
@@ -66,8 +75,7 @@ class Renewer:
 
     def unwatch(self, claim: Claim) -> None:
         """The claim has ended."""
-        self._claims.pop(id(claim), None)
-        self._renewed_at.pop(id(claim), None)
+        self._watched.pop(id(claim), None)
 
     def _start(self) -> None:
         with self._starting:
@@ -84,15 +92,16 @@ class Renewer:
 
     def _look(self) -> None:
         now = time.monotonic()
-        due: dict[int, tuple[Ledger, list[Claim]]] = {}
+        due: dict[int, list[_Watched]] = {}
         shortest = LONGEST_SLEEP
-        for number, (claim, ledger, every) in list(self._claims.items()):
-            shortest = min(shortest, every)
-            if now - self._renewed_at.get(number, now) >= every:
-                due.setdefault(id(ledger), (ledger, []))[1].append(claim)
-        for ledger, claims in due.values():
+        for one in list(self._watched.values()):
+            shortest = min(shortest, one.every)
+            if now - one.renewed_at >= one.every:
+                due.setdefault(id(one.ledger), []).append(one)
+        for some in due.values():
+            claims = [one.claim for one in some]
             try:
-                ledger.renew(claims)
+                some[0].ledger.renew(claims)
             except StoreError as error:
                 # Tried again at the next look. `Claim.lost` tells the body when it is too late.
                 events.emit(
@@ -101,10 +110,9 @@ class Renewer:
             except Exception:
                 events.logger.exception("renewing %d leases failed; trying again", len(claims))
             else:
-                for claim in claims:
-                    if id(claim) in self._renewed_at:
-                        self._renewed_at[id(claim)] = now
-        if not self._claims or shortest > self._sleep:
+                for one in some:
+                    one.renewed_at = now
+        if not self._watched or shortest > self._sleep:
             self._sleep = shortest
 
 
