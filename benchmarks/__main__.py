@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few small rounds: does everything run?")
     options = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
-    rounds, count = (2, 100) if options.quick else (25, 200)
+    rounds, count = (2, 100) if options.quick else (13, 600)
     described = about()
     made: list[Row] = []
     parts = [

@@ -22,6 +22,7 @@ CHEAP: tuple[Check, ...] = (
     timing.leases,
     running.time_limits,
     running.acknowledgement,
+    running.publishing,
     intents.no_intent,
     intents.volatile_intent,
     intents.all_arguments,

@@ -78,6 +78,7 @@ class Snapshot:
 
     Attributes:
         visibility: seconds until the broker delivers an unacknowledged message again; None: it does not by time.
+        confirmed: whoever publishes learns whether the broker has the message.
         pool: the worker's pool; "" where it is not known.
         result_expires: seconds the result backend keeps results; None: for ever.
         pickled: pickle is accepted for results.
@@ -87,6 +88,7 @@ class Snapshot:
     """
 
     visibility: float | None = 3600.0
+    confirmed: bool = True
     pool: str = ""
     result_expires: float | None = 86_400.0
     pickled: bool = False

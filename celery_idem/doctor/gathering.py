@@ -25,6 +25,10 @@ VISIBILITY = {"redis": 3600.0, "rediss": 3600.0, "sentinel": 3600.0, "redis+sock
 kombu's defaults. Other brokers notice the lost connection instead."""
 
 
+AMQP = ("amqp", "amqps", "pyamqp", "librabbitmq")
+"""Schemes of kombu's whose broker confirms a message only where it is told to."""
+
+
 def gather(app: Celery, *, ask: bool = True, pool: str = "") -> Snapshot:
     """Look at an application.
 
@@ -42,8 +46,10 @@ def gather(app: Celery, *, ask: bool = True, pool: str = "") -> Snapshot:
     broker = urlsplit(str(conf.broker_url or conf.broker_read_url or "")).scheme or "amqp"
     schedule: Mapping[str, Any] = conf.beat_schedule or {}
     scheduled = {str(entry.get("task")) for entry in schedule.values() if isinstance(entry, Mapping)}
+    transport: Mapping[str, Any] = conf.broker_transport_options or {}
     return Snapshot(
-        visibility=_visibility(broker, conf.broker_transport_options or {}),
+        visibility=_visibility(broker, transport),
+        confirmed=broker not in AMQP or bool(transport.get("confirm_publish")),
         pool=pool or str(conf.worker_pool or ""),
         result_expires=_seconds(conf.result_expires),
         pickled="pickle" in str(conf.result_accept_content or conf.accept_content),

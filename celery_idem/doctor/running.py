@@ -78,6 +78,18 @@ def acknowledgement(s: Snapshot) -> Iterator[Finding]:
             )
 
 
+def publishing(s: Snapshot) -> Iterator[Finding]:
+    if not s.confirmed:
+        yield Finding(
+            "note",
+            "unconfirmed",
+            "broker_transport_options",
+            "Publishing does not wait until RabbitMQ has the message: one that is on its way while the connection or "
+            "the broker goes down is lost without an error, and nobody runs it.",
+            'Set broker_transport_options = {"confirm_publish": True}.',
+        )
+
+
 def choices(s: Snapshot) -> Iterator[Finding]:
     for task in s.tasks:
         if not task.guarded:

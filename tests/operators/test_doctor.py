@@ -85,6 +85,7 @@ WRONG: dict[str, tuple[Callable[[], Celery], str]] = {
         lambda: an_app(conf={"task_reject_on_worker_lost": False}),
         "task_reject_on_worker_lost = True",
     ),
+    "unconfirmed": (lambda: an_app(conf={"broker_url": "amqp://localhost:1//"}), '"confirm_publish": True'),
     "volatile-intent": (
         lambda: an_app(with_timestamp, intent=("customer_id", "requested_at")),
         "'requested_at' out of intent=",
@@ -112,6 +113,11 @@ def test_each_fault_is_named_with_the_setting_to_change(code: str) -> None:
     assert change in found[code]
     # Nothing else is wrong with it, apart from what the same value makes wrong too.
     assert set(found) <= {code, "retention-result", "hard-limit", "lease-visibility"}
+
+
+def test_a_publisher_that_waits_for_rabbitmq_is_left_alone() -> None:
+    conf = {"broker_url": "amqp://localhost:1//", "broker_transport_options": {"confirm_publish": True}}
+    assert codes(an_app(conf=conf)) == {}
 
 
 def test_an_annotation_says_what_the_name_does_not() -> None:
