@@ -307,10 +307,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pool", default="solo", choices=["solo", "prefork", "threads"])
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument(
-        "--count", type=int, default=200, help="tasks of a round: few, so that rounds are near in time"
-    )
+    parser.add_argument("--rounds", type=int, default=13)
+    parser.add_argument("--count", type=int, default=600, help="tasks of a round")
     parser.add_argument("--peers", action="store_true", help="with the other guards, from build/bench-env")
     options = parser.parse_args()
     show(rows(options.pool, options.rounds, options.count, options.peers))

@@ -55,7 +55,8 @@ class Counter:
 
     def now(self) -> tuple[int, int]:
         store, broker = self._store.info("commandstats"), self._broker.info("commandstats")
-        # A script counts once, and then each command that it calls: only what came over the wire counts.
+        # A script counts once, and then each command that it calls: only what came over the wire counts. The
+        # plain GET with which `submit` begins cannot be told from those within scripts: one more a receipt.
         commands = sum(store.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("evalsha", "eval"))
         return commands - self._began[0], broker.get("cmdstat_lpush", {"calls": 0})["calls"] - self._began[1]
 
