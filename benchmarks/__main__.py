@@ -76,17 +76,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few small rounds: does everything run?")
     options = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
-    rounds, count = (2, 100) if options.quick else (13, 600)
+    starts, rounds, count = (1, 2, 100) if options.quick else (worker.STARTS, worker.ROUNDS, worker.COUNT)
     described = about()
     made: list[Row] = []
     parts = [
-        lambda: worker.rows("solo", rounds, count, peers=True),
-        lambda: worker.rows("prefork", rounds, count, peers=False),
-        lambda: worker.rows("threads", rounds, count, peers=False),
-        lambda: store.rows(min(rounds, store.ROUNDS), 200 if options.quick else store.COUNT),
-        lambda: publish.rows(min(rounds, publish.ROUNDS), 100 if options.quick else publish.COUNT),
+        lambda: worker.rows("solo", starts, rounds, count, peers=True),
+        lambda: worker.rows("prefork", starts, rounds, count, peers=False),
+        lambda: worker.rows("threads", starts, rounds, count, peers=False),
+        lambda: store.rows(2 if options.quick else store.ROUNDS, 200 if options.quick else store.COUNT),
+        lambda: publish.rows(2 if options.quick else publish.ROUNDS, 100 if options.quick else publish.COUNT),
         memory,
-        lambda: imports.rows(min(rounds, 15)),
+        lambda: imports.rows(2 if options.quick else 13),
         instructions.rows,
     ]
     for part in parts:

@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,6 @@ import sqlalchemy as sa
 from benchmarks.store import claim_and_settle
 from celery_idem.ledger import Ledger
 from celery_idem.stores import open_store
-from celery_idem.stores.redis import REPLACE
 from tests.stores.servers import Cluster
 from tests.support.servers import PostgresServer, RedisServer, ValkeyServer
 
@@ -124,7 +124,7 @@ def compare_and_set(url: str) -> tuple[float, float]:
     (which compares the whole old value, and knows no time)."""
     rates: tuple[list[float], list[float]] = ([], [])
     with redis.Redis.from_url(url) as client:
-        sha = client.script_load(REPLACE.source)
+        sha = client.script_load(files("celery_idem.stores").joinpath("replace.lua").read_text())
         head, old = b"\0" * 8 + b"owner-mine--", b"x" * 80
         client.set("script", head + b"x" * 60)
         client.set("native", old)

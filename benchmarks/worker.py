@@ -2,7 +2,9 @@
 
 One worker per variant, all of them started; rounds are interleaved, so that a machine that gets
 slower slows all of them. In a round a worker is stopped, its queue is filled, and it runs until
-the last result is there. CPU is the operating system's own count, of the worker and its children:
+the last result is there. All workers are started anew a few times, because one process of a program
+is faster than the next one by a hundredth or two for as long as it lives (where its memory lies). CPU
+is the operating system's own count, of the worker and its children:
 other load hardly matters to it. The wall clock is told as well. Broker and results are in one
 Redis, and what a guard keeps is in one of its own, so what that one says is about this guard
 alone: bytes kept, round trips, commands.
@@ -42,6 +44,10 @@ READY_WITHIN, DONE_WITHIN = 120.0, 120.0
 
 IDLE = 4.0
 """Seconds after which a Redis server has given back the buffers of clients that say nothing (two would do)."""
+
+STARTS, ROUNDS, COUNT = 7, 3, 400
+"""Starts, rounds of each, tasks of a round. Medians of as many repeat to about a hundredth, with seven
+starts of the workers; with one start and as many rounds they did to two."""
 
 TARGET = 1.12
 """What we aim at for a worker's CPU; what it must be is less than the floor in the same run."""
@@ -245,12 +251,28 @@ def quiet(store: RedisServer) -> None:
         wait_for(unchanged, DONE_WITHIN, "the store to be left alone", every=0.5)
 
 
-def measure(
-    variants: Sequence[str], python: str, pool: str, rounds: int, count: int
-) -> tuple[dict[str, list[Spent]], dict[str, Spent], dict[str, float]]:
-    """What each variant's rounds took; one round in which the server told every command; bytes kept.
+Found = tuple[dict[str, list[Spent]], dict[str, Spent], dict[str, float]]
+"""What each variant's rounds took; what its server told in one round, of every command; bytes kept."""
 
-    The round in which it told comes first, warms up, and does not count otherwise.
+
+def measure(variants: Sequence[str], python: str, pool: str, starts: int, rounds: int, count: int) -> Found:
+    """So many rounds with each of so many starts."""
+    found: dict[str, list[Spent]] = {variant: [] for variant in variants}
+    told: dict[str, Spent] = {}
+    kept: dict[str, float] = {}
+    for start in range(starts):
+        spent, told, kept = measure_once(variants, python, pool, random.Random(start), rounds, count)
+        for variant in variants:
+            found[variant] += spent[variant]
+    return found, told, kept
+
+
+def measure_once(
+    variants: Sequence[str], python: str, pool: str, order: random.Random, rounds: int, count: int
+) -> Found:
+    """With one start of the workers.
+
+    The round in which the servers tell comes first, warms up, and does not count otherwise.
     """
     found: dict[str, list[Spent]] = {variant: [] for variant in variants}
     told: dict[str, Spent] = {}
@@ -265,7 +287,6 @@ def measure(
                 told[side.variant] = one_round(side, first, count_told, main, watched=True)
                 first += count_told
                 quiet(side.store)  # a worker also looks at its store when it starts
-        order = random.Random(rounds)
         for _ in range(rounds):
             for side in order.sample(made, len(made)):  # nobody always comes after the same other one
                 found[side.variant].append(one_round(side, first, count, main))
@@ -274,12 +295,12 @@ def measure(
     return found, told, kept
 
 
-def rows(pool: str, rounds: int, count: int, peers: bool) -> list[Row]:
+def rows(pool: str, starts: int, rounds: int, count: int, peers: bool) -> list[Row]:
     """The rows of one pool."""
     python, why = environment() if peers else (sys.executable, dict.fromkeys(PACKAGES, ""))
     left_out = {name: reason for name, reason in why.items() if reason} if peers else {}
     variants = [*GUARDS, *(name for name in PACKAGES if peers and name not in left_out)]
-    found, told, kept = measure(variants, python, pool, rounds, count)
+    found, told, kept = measure(variants, python, pool, starts, rounds, count)
     ours = told["idem"]
     assert (ours.trips, ours.sent) == (2, 2), f"{ours.trips} round trips and {ours.sent} commands a task"
     cpu = {NAMES.get(name, name): [one.cpu for one in spent] for name, spent in found.items()}
@@ -307,11 +328,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pool", default="solo", choices=["solo", "prefork", "threads"])
-    parser.add_argument("--rounds", type=int, default=13)
-    parser.add_argument("--count", type=int, default=600, help="tasks of a round")
+    parser.add_argument("--starts", type=int, default=STARTS, help="how often all workers are started")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of each start")
+    parser.add_argument("--count", type=int, default=COUNT, help="tasks of a round")
     parser.add_argument("--peers", action="store_true", help="with the other guards, from build/bench-env")
     options = parser.parse_args()
-    show(rows(options.pool, options.rounds, options.count, options.peers))
+    show(rows(options.pool, options.starts, options.rounds, options.count, options.peers))
 
 
 if __name__ == "__main__":

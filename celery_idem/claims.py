@@ -91,6 +91,13 @@ class Claim:
             over, or the lease could not be renewed in time.
     """
 
+    # What few executions change.
+    _taken_over = False
+    _step_running = ""
+    _step_unrecorded = False
+    _promised: tuple[Outcome, Any] | None = None
+    """What a transaction of the author's is to commit: the outcome, and its value as the body gave it."""
+
     def __init__(
         self,
         key: str,
@@ -104,20 +111,16 @@ class Claim:
         # What stood in the store when this claim last wrote: both parts change together, because
         # the renewing thread reads them while the body's thread writes them.
         self._seen = (stored, record)
+        # Not later than that write, by this process' clock: the lease counts from there.
+        self._written_at = before
         self._lock = threading.Lock()
-        self._trusted_until = before + protocol.trusted_for(request.policy.lease) / MICROSECONDS
-        self._taken_over = False
-        # What a transaction of the author's is to commit: the outcome, and its value as the body gave it.
-        self._promised: tuple[Outcome, Any] | None = None
         self._steps_seen: set[str] = set()
-        self._step_running = ""
-        self._step_unrecorded = False
 
     @classmethod
     def unguarded(cls, key: str, request: Request) -> Claim:
         """For a body that runs without a store (``on_store_error="run"``)."""
         claim = cls(key, request, None, protocol.fresh(request), 0.0)
-        claim._trusted_until = float("inf")
+        claim._written_at = float("inf")
         return claim
 
     @property
@@ -141,6 +144,10 @@ class Claim:
     @property
     def lost(self) -> bool:
         return self._taken_over or time.monotonic() > self._trusted_until
+
+    @property
+    def _trusted_until(self) -> float:
+        return self._written_at + protocol.trusted_for(self._request.policy.lease) / MICROSECONDS
 
     @property
     def guarded(self) -> bool:
@@ -197,9 +204,8 @@ def renewed(claim: Claim, record: Record, reply: Reply, before: float) -> None:
     with claim._lock:
         seen = claim._seen[0]
         if seen is None or reply.stored.stamp >= seen.stamp:
-            trusted = protocol.trusted_for(claim._request.policy.lease) / MICROSECONDS
             claim._seen = (reply.stored, record)
-            claim._trusted_until = before - age(reply) + trusted
+            claim._written_at = before - age(reply)
 
 
 def age(reply: Reply) -> float:

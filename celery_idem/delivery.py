@@ -160,6 +160,9 @@ class Replaced(Ignore):  # type: ignore[misc]
 class Delivery(Job):
     """One request of Celery's as a job for the runner."""
 
+    began = 0.0
+    """When it began to wait in place, by this process' clock; 0: it does not."""
+
     def __init__(
         self,
         guard: Guard,
@@ -176,20 +179,18 @@ class Delivery(Job):
         self.args = args
         self.kwargs = kwargs
         headers = request.headers or {}
-        super().__init__(
-            key=key,
-            task_id=request.id or "",
-            fingerprint=fingerprint,
-            options=guard.options,
-            carried=_unhex(headers[CARRIED]) if CARRIED in headers else (),
-        )
+        carried = _unhex(headers[CARRIED]) if CARRIED in headers else ()
+        super().__init__(key, request.id or "", fingerprint, guard.options, carried)
         if guard.digester is not None:
             labels = None
             if not _LABEL_HEADERS.isdisjoint(headers):
                 labels = {name: headers[header] for name, header in _LABELS if header in headers}
             self.digests = guard.digester.of(args, kwargs, labels)
-        self.in_place = request.is_eager or request.called_directly
-        self.began = 0.0
+
+    @property
+    def in_place(self) -> bool:
+        """There is no message to send back."""
+        return bool(self.request.is_eager or self.request.called_directly)
 
     def body(self, claim: Claim) -> Any:
         self.request.idem_claim = claim

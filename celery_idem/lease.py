@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from typing import NamedTuple
 
 from celery_idem import events
 from celery_idem.claims import Claim
@@ -33,16 +34,12 @@ SHORTEST_SLEEP = 0.01
 """Seconds between looks at least, so that a tiny lease does not become a busy loop."""
 
 
-class _Watched:
-    """A claim that is running, and when it was renewed last (by this process' clock)."""
+class _Watched(NamedTuple):
+    """A claim that is running, and how often it is looked at, in seconds."""
 
-    __slots__ = ("claim", "every", "ledger", "renewed_at")
-
-    def __init__(self, claim: Claim, ledger: Ledger, every: float, renewed_at: float) -> None:
-        self.claim = claim
-        self.ledger = ledger
-        self.every = every
-        self.renewed_at = renewed_at
+    claim: Claim
+    ledger: Ledger
+    every: float
 
 
 class Renewer:
@@ -66,7 +63,7 @@ class Renewer:
             lease: microseconds.
         """
         every = max(SHORTEST_SLEEP, lease / MICROSECONDS / LOOKS_PER_LEASE)
-        self._watched[id(claim)] = _Watched(claim, ledger, every, time.monotonic())
+        self._watched[id(claim)] = _Watched(claim, ledger, every)
         if self._thread is None:
             self._start()
         if every < self._sleep:
@@ -96,7 +93,7 @@ class Renewer:
         shortest = LONGEST_SLEEP
         for one in list(self._watched.values()):
             shortest = min(shortest, one.every)
-            if now - one.renewed_at >= one.every:
+            if now - one.claim._written_at >= one.every and not one.claim._taken_over:
                 due.setdefault(id(one.ledger), []).append(one)
         for some in due.values():
             claims = [one.claim for one in some]
@@ -109,9 +106,6 @@ class Renewer:
                 )
             except Exception:
                 events.logger.exception("renewing %d leases failed; trying again", len(claims))
-            else:
-                for one in some:
-                    one.renewed_at = now
         if not self._watched or shortest > self._sleep:
             self._sleep = shortest
 

@@ -10,7 +10,7 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from celery_idem import events, owners, protocol
@@ -85,7 +85,7 @@ class Job(ABC):
     options: Options
     carried: tuple[bytes, ...] = ()
     digests: bytes = b""
-    waited: int = field(default=0, init=False)
+    waited = 0
 
     @abstractmethod
     def body(self, claim: Claim) -> Any:

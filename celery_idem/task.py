@@ -313,7 +313,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             _task_stack.pop()
 
     def _run_guarded(self, request: Context, args: Any, kwargs: Any, nested: bool) -> Any:
-        guard = self.guard
+        guard = self._guard_made or self.guard
         if self.typing:  # a call that does not fit claims nothing; a class-based task has no __header__
             getattr(self, "__header__", guard.declaration.signature.bind)(*args, **kwargs)
         key, fingerprint = guard.identify(request, args, kwargs)

@@ -115,10 +115,9 @@ class Transitions:
         Args:
             fresh: begin by reading: what this claim wrote last is not what stands there.
         """
-        deadline = time.monotonic() + patience
+        before = began = time.monotonic()
         tries = 0
         while True:
-            before = time.monotonic()
             try:
                 if fresh:
                     reply, seen = self.store.read(self._prefix + claim.key), None
@@ -128,11 +127,12 @@ class Transitions:
             except StoreError as error:
                 pause = PAUSES[min(tries, len(PAUSES) - 1)]
                 tries += 1
-                if time.monotonic() + pause > deadline:
+                if time.monotonic() + pause > began + patience:
                     raise
                 if tries == 1:
                     events.emit("store_error", claim.key, error=str(error), while_="settling")
                 threading.Event().wait(pause)
+                before = time.monotonic()
                 continue
             if isinstance(decision, Done):
                 renewed(claim, decision.record, reply, before)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socketserver
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +102,32 @@ def test_a_server_out_of_memory_refuses_and_says_so(start_redis: Callable[..., R
 def fill(store: Store) -> None:
     for n in range(200):
         store.create(str(n), MINE + bytes(100_000))
+
+
+def test_what_cannot_be_opened_is_an_error_of_the_store(redis_url: str) -> None:
+    """And not one of redis-py's, which nothing above a store expects."""
+    with pytest.raises(StoreError, match="refused: DB index is out of range"):
+        open_store(f"{redis_url.rpartition('/')[0]}/99").read("a")
+
+
+class Web(socketserver.BaseRequestHandler):
+    """Answers as a web server does."""
+
+    def handle(self) -> None:
+        self.request.recv(4096)
+        self.request.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+
+def test_another_server_at_that_port_is_an_error_of_the_store() -> None:
+    with socketserver.TCPServer(("127.0.0.1", 0), Web) as web:
+        thread = threading.Thread(target=web.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(StoreError, match="did not answer: Protocol"):
+                open_store(f"redis://127.0.0.1:{web.server_address[1]}/0").read("a")
+        finally:
+            web.shutdown()
+            thread.join()
 
 
 @pytest.mark.parametrize("write", ["set", "short", "empty", "list"])
