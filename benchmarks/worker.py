@@ -256,42 +256,45 @@ Found = tuple[dict[str, list[Spent]], dict[str, Spent], dict[str, float]]
 
 
 def measure(variants: Sequence[str], python: str, pool: str, starts: int, rounds: int, count: int) -> Found:
-    """So many rounds with each of so many starts."""
-    found: dict[str, list[Spent]] = {variant: [] for variant in variants}
-    told: dict[str, Spent] = {}
-    kept: dict[str, float] = {}
-    for start in range(starts):
-        spent, told, kept = measure_once(variants, python, pool, random.Random(start), rounds, count)
+    """So many rounds with each of so many starts. What the servers tell is asked once, with the first start."""
+    found, told, kept = measure_once(variants, python, pool, random.Random(0), rounds, count, asked=True)
+    for start in range(1, starts):
+        spent, _, _ = measure_once(variants, python, pool, random.Random(start), rounds, count)
         for variant in variants:
             found[variant] += spent[variant]
     return found, told, kept
 
 
 def measure_once(
-    variants: Sequence[str], python: str, pool: str, order: random.Random, rounds: int, count: int
+    variants: Sequence[str],
+    python: str,
+    pool: str,
+    order: random.Random,
+    rounds: int,
+    count: int,
+    asked: bool = False,
 ) -> Found:
-    """With one start of the workers.
-
-    The round in which the servers tell comes first, warms up, and does not count otherwise.
-    """
+    """With one start of the workers. A round that warms up comes first, and does not count otherwise."""
     found: dict[str, list[Spent]] = {variant: [] for variant in variants}
     told: dict[str, Spent] = {}
+    kept: dict[str, float] = {}
     with (
         tempfile.TemporaryDirectory() as folder,
         RedisServer(Path(folder) / "main") as main,
         sides(variants, python, pool, main) as made,
     ):
         first = 10_000_000  # numbers as long as each other, so that no round has longer messages
-        for side in made:  # the first brings connections and scripts
-            for count_told in (20, 200):
-                told[side.variant] = one_round(side, first, count_told, main, watched=True)
-                first += count_told
+        for side in made:
+            for warming in (20, 200):  # the first brings connections and scripts
+                told[side.variant] = one_round(side, first, warming, main, watched=asked)
+                first += warming
                 quiet(side.store)  # a worker also looks at its store when it starts
         for _ in range(rounds):
             for side in order.sample(made, len(made)):  # nobody always comes after the same other one
                 found[side.variant].append(one_round(side, first, count, main))
                 first += count
-        kept = bytes_kept(made, first, count, main)
+        if asked:
+            kept = bytes_kept(made, first, count, main)
     return found, told, kept
 
 
