@@ -86,7 +86,7 @@ def main() -> None:
         lambda: store.rows(2 if options.quick else store.ROUNDS, 200 if options.quick else store.COUNT),
         lambda: publish.rows(2 if options.quick else publish.ROUNDS, 100 if options.quick else publish.COUNT),
         memory,
-        lambda: imports.rows(2 if options.quick else 13),
+        lambda: imports.rows(2) if options.quick else imports.rows(),
         instructions.rows,
     ]
     for part in parts:

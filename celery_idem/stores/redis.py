@@ -266,8 +266,10 @@ class RedisStore(Store):
             raise self._refusal(error) from error
         except (errors.ConnectionError, OSError):
             self.close()  # the other idle ones are as dead
-        except errors.RedisError as error:  # something else than Redis answers there
-            raise self._silence(error) from error
+        except errors.RedisError as error:
+            raise StoreError(
+                f"The store {self.url} does not answer as Redis does: {error}. Look at host and port in idem_store."
+            ) from error
         try:
             return self._exchange(packed, replies)
         except (errors.RedisError, OSError) as error:
@@ -304,6 +306,10 @@ class RedisStore(Store):
         text = str(error).rstrip(".")
         if "permission" in text.lower() or "executing the script can't" in text:
             text += ". The user in idem_store needs more rights: the page on security has the ACL rule"
+        if "DB index" in text:
+            text += (
+                ". Choose another database in idem_store, or raise `databases` in the server's configuration"
+            )
         return StoreError(f"The store {self.url} refused: {text}.")
 
 
