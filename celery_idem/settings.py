@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
-from urllib.parse import urlsplit
 
 from celery_idem.codec import Codec
 from celery_idem.errors import ConfigurationError
@@ -28,7 +27,6 @@ OnDuplicate = Literal["wait", "raise"]
 OnStoreError = Literal["retry", "raise", "run"]
 
 _DURABILITY = re.compile(r"none|fsync|replicas:[1-9][0-9]?")
-_RESULT_BACKENDS_WE_CAN_USE = ("redis", "rediss", "redis+socket", "sentinel")
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ _ONE_OF: dict[str, tuple[Any, ...]] = {
     "audit": (True, False),
 }
 _SECONDS = ("lease", "result_ttl", "failure_ttl", "settle_patience", "reconcile_timeout")
-_LONGEST = 3e9  # seconds, about a century: in microseconds it still fits what every store keeps
+LONGEST = 3e9  # seconds, about a century: in microseconds it still fits what every store keeps
 _SHORTEST_LEASE = 0.1  # seconds: a round trip and a thread switch must fit into a sixth of it
 
 
@@ -194,8 +192,8 @@ def _allowed(name: str, value: Any) -> str:
         if name == "failure_ttl" and value is None:
             return ""
         least = _SHORTEST_LEASE if name == "lease" else 0
-        fits = number and least <= value <= _LONGEST
-        return "" if fits else f"use a number of seconds from {least:g} to {_LONGEST:g}"
+        fits = number and least <= value <= LONGEST
+        return "" if fits else f"use a number of seconds from {least:g} to {LONGEST:g}"
     if name in ("max_attempts", "max_result_bytes"):
         most = MAX_CRASHES if name == "max_attempts" else 512 << 20  # Redis' largest value
         return (
@@ -214,39 +212,77 @@ def _allowed(name: str, value: Any) -> str:
     return "" if isinstance(value, str) else "use a URL such as redis://localhost:6379/1"
 
 
-def store_url(settings: Settings, conf: Mapping[str, Any]) -> str:
-    """Where the store is: what is set, else the Redis result backend.
+_stores: dict[tuple[str, str], Store] = {}
+"""Stores by URL: one set of connections per process, however many applications and tasks."""
+
+_backends: weakref.WeakKeyDictionary[Any, dict[str, Store]] = weakref.WeakKeyDictionary()
+"""Applications' result backends as stores, by durability."""
+
+
+def store_of(settings: Settings, app: Celery) -> Store:
+    """The store these settings name, else the application's Redis result backend; opened once per process.
 
     Raises:
         ConfigurationError: neither is there.
     """
     if settings.store:
-        return settings.store
-    # Celery's property, not the entry: CELERY_RESULT_BACKEND and `celery --result-backend` go before it.
-    backend = getattr(conf, "result_backend", "")
-    scheme = urlsplit(backend).scheme if isinstance(backend, str) else ""
-    if scheme == "sentinel" and "master_name=" not in backend:
-        master = (conf.get("result_backend_transport_options") or {}).get("master_name")
-        return f"{backend}{'&' if '?' in backend else '?'}master_name={master}" if master else backend
-    if scheme in _RESULT_BACKENDS_WE_CAN_USE:
-        return str(backend)
-    raise ConfigurationError(
-        "celery_idem needs a store to keep its records in, and the result backend is not a Redis it could use. "
+        place = (settings.store, settings.durability)
+        store = _stores.get(place)
+        return store if store is not None else _stores.setdefault(place, open_store(*place))
+    opened = _backends.setdefault(app, {})
+    if settings.durability not in opened:
+        opened[settings.durability] = _backend_as_store(app, settings.durability)
+    return opened[settings.durability]
+
+
+def _backend_as_store(app: Celery, durability: str) -> Store:
+    """The server of the result backend, with all that Celery knows of how to connect to it.
+
+    Read from Celery's own backend object, and so after its rules: its URL, ``redis_*``,
+    ``redis_backend_use_ssl``, ``result_backend_transport_options``, the environment, the command line.
+    """
+    from celery.app.defaults import DEFAULTS
+    from celery.backends.redis import RedisBackend, SentinelBackend
+    from redis import ConnectionPool
+
+    from celery_idem.stores import redis, redis_sentinel
+
+    url = app.conf.result_backend
+    if isinstance(url, str) and url.startswith(("redis", "sentinel")):
+        redis_sentinel.SentinelStore.readable(url)
+    try:
+        backend = app.backend
+    except Exception as error:  # of a URL, a credential provider; its text may show parts of them
+        raise _no_store(f"cannot be opened ({type(error).__name__})") from None
+    if not isinstance(backend, RedisBackend):
+        raise _no_store("is not a Redis it could use")
+    kind = type(backend)
+    made_by = kind._get_pool, kind._create_client, kind.client
+    theirs = [(one._get_pool, one._create_client, one.client) for one in (RedisBackend, SentinelBackend)]
+    if made_by not in theirs or not issubclass(backend.ConnectionPool, ConnectionPool):
+        raise _no_store(f"({kind.__name__}) makes its connections in a way of its own")
+    options = app.conf.get("result_backend_transport_options") or {}
+    values = {**backend.connparams, "global_keyprefix": options.get("global_keyprefix")}
+    # Celery's default is two minutes, for results. A claim, and with it the worker's slot, does not wait so long.
+    if values.get("socket_timeout") == DEFAULTS["redis_socket_timeout"]:
+        del values["socket_timeout"]
+    if not isinstance(backend, SentinelBackend):
+        return redis.RedisStore(redis.address(values), durability, values)
+    hosts = values.pop("hosts")
+    values["sentinels"] = [(host["host"], int(host["port"])) for host in hosts]
+    values["master_name"] = next((host["master_name"] for host in hosts if host.get("master_name")), None)
+    for name in ("master_name", "sentinel_kwargs", "min_other_sentinels"):
+        if options.get(name) is not None:
+            values[name] = options[name]
+    address = ";".join(f"sentinel://{host}:{port}" for host, port in values["sentinels"])
+    return redis_sentinel.SentinelStore(f"{address}/{values['db']}", durability, values)
+
+
+def _no_store(why: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"celery_idem needs a store to keep its records in, and the result backend {why}. "
         'Set idem_store, for example app.conf.idem_store = "redis://localhost:6379/1".'
     )
-
-
-_stores: dict[tuple[str, str], Store] = {}
-"""Stores by URL: one set of connections per process, however many applications and tasks."""
-
-
-def store_of(settings: Settings, conf: Mapping[str, Any]) -> Store:
-    """The store these settings name, opened once per process."""
-    place = (store_url(settings, conf), settings.durability)
-    store = _stores.get(place)
-    if store is None:
-        store = _stores.setdefault(place, open_store(*place))
-    return store
 
 
 def codec_of(settings: Settings, conf: Mapping[str, Any]) -> Codec:
@@ -273,7 +309,7 @@ def ledger_of(app: Celery, settings: Settings | None = None) -> Ledger:
     if settings is not None:
         keep = settings.result_ttl
         codec = codec_of(settings, app.conf)
-        return Ledger(store_of(settings, app.conf), settings.namespace, codec, lambda task: keep)
+        return Ledger(store_of(settings, app), settings.namespace, codec, lambda task: keep)
     ledger = _ledgers.get(app)
     if ledger is None:
         settings = of_app(app.conf)

@@ -16,7 +16,7 @@ from celery import Celery
 
 from celery_idem import ConfigurationError, IdempotentTask, Ledger, settings
 from celery_idem.intent import Policy
-from celery_idem.settings import NAMES, Settings, ledger_of, of_app, store_url
+from celery_idem.settings import NAMES, Settings, ledger_of, of_app, store_of
 
 
 def an_app(**conf: Any) -> Celery:
@@ -300,26 +300,28 @@ def test_the_policy_is_in_microseconds() -> None:
     assert dataclasses.replace(chosen, failure_ttl=None).policy(asks=False).failure_ttl == 2_000_000
 
 
+def url_of(app: Celery, store: str = "") -> str:
+    return store_of(Settings(store=store), app).url
+
+
 def test_the_store_is_the_redis_result_backend_unless_it_is_set() -> None:
-    conf = an_app(result_backend="redis://host/3").conf
-    assert store_url(Settings(), conf) == "redis://host/3"
-    assert store_url(Settings(store="redis://other/1"), conf) == "redis://other/1"
-    conf = an_app(result_backend="sentinel://a;sentinel://b").conf
-    assert store_url(Settings(), conf) == "sentinel://a;sentinel://b"
+    app = an_app(result_backend="redis://host/3")
+    assert url_of(app) == "redis://host:6379/3"
+    assert url_of(app, "redis://other/1") == "redis://other/1"
     for nothing in (None, "rpc://", "db+sqlite:///x"):
         with pytest.raises(ConfigurationError, match="Set idem_store"):
-            store_url(Settings(), an_app(result_backend=nothing).conf)
+            url_of(an_app(result_backend=nothing))
 
 
 def test_the_result_backend_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """CELERY_RESULT_BACKEND goes before the configuration, as it does for Celery itself."""
     monkeypatch.setenv("CELERY_RESULT_BACKEND", "redis://elsewhere/5")
-    assert store_url(Settings(), an_app().conf) == "redis://elsewhere/5"
-    assert store_url(Settings(), an_app(result_backend="redis://host/3").conf) == "redis://elsewhere/5"
-    assert store_url(Settings(store="memory://"), an_app().conf) == "memory://"
+    assert url_of(an_app()) == "redis://elsewhere:6379/5"
+    assert url_of(an_app(result_backend="redis://host/3")) == "redis://elsewhere:6379/5"
+    assert url_of(an_app(), "memory://") == "memory://"
     monkeypatch.setenv("CELERY_RESULT_BACKEND", "rpc://")
     with pytest.raises(ConfigurationError, match="idem_store"):
-        store_url(Settings(), an_app(result_backend="redis://host/3").conf)
+        url_of(an_app(result_backend="redis://host/3"))
 
 
 def test_the_result_backend_may_come_from_the_command_line(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ CHEAP: tuple[Check, ...] = (
     timing.retention,
     timing.eta_beyond_visibility,
     timing.leases,
+    running.unread,
     running.time_limits,
     running.acknowledgement,
     running.publishing,

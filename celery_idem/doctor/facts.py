@@ -36,6 +36,7 @@ class TaskFacts:
         intent: parameters in the intent; None where a function computes it.
         parameters: every parameter, and its annotation as text.
         retry_horizon: seconds until its last retry; None where they never end.
+        unread: why it could not be looked at; "" where it was.
     """
 
     name: str
@@ -51,6 +52,7 @@ class TaskFacts:
     retry_horizon: float | None = 0.0
     scheduled: bool = False
     asks: bool = False
+    unread: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,9 @@ from urllib.parse import urlsplit
 from celery_idem.desk import Desk
 from celery_idem.doctor.facts import Snapshot, StoreFacts, TaskFacts
 from celery_idem.doctor.intents import annotated
-from celery_idem.errors import StoreError
+from celery_idem.errors import ConfigurationError, StoreError
 from celery_idem.intent import MICROSECONDS
-from celery_idem.settings import of_app, store_url
+from celery_idem.settings import LONGEST, of_app, store_of
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -24,6 +25,9 @@ VISIBILITY = {"redis": 3600.0, "rediss": 3600.0, "sentinel": 3600.0, "redis+sock
 """Seconds until a message that nobody acknowledged is delivered again, by the broker's scheme:
 kombu's defaults. Other brokers notice the lost connection instead."""
 
+
+DOUBLINGS = 64
+"""Retries after which an exponential delay has met its maximum, whatever it began with."""
 
 AMQP = ("amqp", "amqps", "pyamqp", "librabbitmq")
 """Schemes of kombu's whose broker confirms a message only where it is told to."""
@@ -43,50 +47,80 @@ def gather(app: Celery, *, ask: bool = True, pool: str = "") -> Snapshot:
     settings = of_app(conf)
     desk = Desk(app)
     guarded = desk.tasks()
-    broker = urlsplit(str(conf.broker_url or conf.broker_read_url or "")).scheme or "amqp"
-    schedule: Mapping[str, Any] = conf.beat_schedule or {}
+    brokers = _brokers(conf.broker_read_url, conf.broker_write_url)
+    schedule = conf.beat_schedule if isinstance(conf.beat_schedule, Mapping) else {}
     scheduled = {str(entry.get("task")) for entry in schedule.values() if isinstance(entry, Mapping)}
     transport: Mapping[str, Any] = conf.broker_transport_options or {}
     return Snapshot(
-        visibility=_visibility(broker, transport),
-        confirmed=broker not in AMQP or bool(transport.get("confirm_publish")),
+        visibility=_visibility(brokers, transport),
+        confirmed=not set(AMQP) & set(brokers) or bool(transport.get("confirm_publish")),
         pool=pool or str(conf.worker_pool or ""),
         result_expires=_seconds(conf.result_expires),
         pickled="pickle" in str(conf.result_accept_content or conf.accept_content),
         ticks="celery_idem" in str(conf.beat_scheduler or ""),
         longest_delay=max((_countdown(entry) for entry in schedule.values()), default=0.0),
-        store_scheme=urlsplit(store_url(settings, conf)).scheme,
+        store_scheme=urlsplit(store_of(settings, app).url).scheme,
         tasks=tuple(
-            _task_facts(task, guarded.get(name), name in scheduled)
+            _facts_or_why_not(name, task, guarded.get(name), name in scheduled)
             for name, task in sorted(app.tasks.items())
         ),
         stores=tuple(_store_facts(ledger, settings.durability) for ledger in desk.ledgers()) if ask else (),
     )
 
 
-def _visibility(broker: str, options: Mapping[str, Any]) -> float | None:
-    default = VISIBILITY.get(broker)
-    return None if default is None else float(options.get("visibility_timeout", default))
+def _brokers(*given: Any) -> list[str]:
+    """Schemes of the brokers: kombu takes several URLs to fail over to, as a list or with ";" between them."""
+    urls = [url for some in given for url in (some.split(";") if isinstance(some, str) else some or ())]
+    return [str(url).partition(":")[0] for url in urls if "://" in str(url)] or ["amqp"]
+
+
+def _visibility(brokers: list[str], options: Mapping[str, Any]) -> float | None:
+    """The longest of them: outcomes have to be kept for as long."""
+    defaults = [VISIBILITY[broker] for broker in brokers if broker in VISIBILITY]
+    return None if not defaults else _number(options.get("visibility_timeout"), max(defaults))
+
+
+def _number(value: Any, default: float) -> float:
+    """A finite number of seconds; ``default`` where it is none."""
+    try:
+        number = float(value.total_seconds() if hasattr(value, "total_seconds") else value)
+    except (TypeError, ValueError, OverflowError):
+        return default
+    return number if math.isfinite(number) else default
 
 
 def _seconds(value: Any) -> float | None:
-    if value is None:
-        return None
-    return float(value.total_seconds() if hasattr(value, "total_seconds") else value) or None
+    return _number(value, 0.0) or None
 
 
 def _countdown(entry: Any) -> float:
     options = entry.get("options") if isinstance(entry, Mapping) else None
-    countdown = (options or {}).get("countdown", 0)
-    return float(countdown) if isinstance(countdown, (int, float)) else 0.0
+    return _number(options.get("countdown"), 0.0) if isinstance(options, Mapping) else 0.0
+
+
+def _facts_or_why_not(
+    name: str, task: Any, guarded: IdempotentTask | None, scheduled: bool
+) -> TaskFacts:
+    """What matters of a task; of one whose attributes cannot be read, why."""
+    try:
+        return _task_facts(task, guarded, scheduled)
+    except ConfigurationError:
+        raise
+    except Exception as error:  # a property of the author's own, a limit that is text
+        why = f"{type(error).__name__}: {error}"
+        return TaskFacts(name=name, guarded=guarded is not None, acks_late=guarded is not None, unread=why)
+
+
+def _limit(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _task_facts(task: Any, guarded: IdempotentTask | None, scheduled: bool) -> TaskFacts:
-    limits = {
+    limits: dict[str, Any] = {
         "acks_late": bool(task.acks_late),
         "reject_on_worker_lost": bool(task.reject_on_worker_lost),
-        "time_limit": task.time_limit,
-        "soft_time_limit": task.soft_time_limit,
+        "time_limit": _limit(task.time_limit),
+        "soft_time_limit": _limit(task.soft_time_limit),
         "retry_horizon": _retry_horizon(task),
         "scheduled": scheduled,
     }
@@ -106,16 +140,21 @@ def _task_facts(task: Any, guarded: IdempotentTask | None, scheduled: bool) -> T
 
 
 def _retry_horizon(task: Any) -> float | None:
-    """Seconds until the last retry; None where nobody counts them."""
-    if task.max_retries is None:
-        return None
+    """Seconds until the last retry; None where they never end, or not within a century."""
+    retries = task.max_retries
     delay = float(task.default_retry_delay or 0)
     backoff = getattr(task, "retry_backoff", False)
+    if retries is None:
+        return None
     if not backoff:
-        return float(task.max_retries) * delay
-    longest = float(getattr(task, "retry_backoff_max", 600))
-    first = 1.0 if backoff is True else float(backoff)
-    return sum(min(longest, first * 2.0 ** min(n, 60)) for n in range(task.max_retries))
+        horizon = retries * delay if retries and delay else 0.0
+    else:
+        longest = float(getattr(task, "retry_backoff_max", 600))
+        first = 1.0 if backoff is True else float(backoff)
+        doubling = int(min(retries, DOUBLINGS))
+        growing = sum(min(longest, first * 2.0**n) for n in range(doubling))
+        horizon = growing + (retries - doubling) * longest if retries > doubling else growing
+    return horizon if horizon <= LONGEST else None
 
 
 def _store_facts(ledger: Ledger, durability: str) -> StoreFacts:
@@ -137,6 +176,17 @@ def _store_facts(ledger: Ledger, durability: str) -> StoreFacts:
         unseen = str(error)
     skew = max(0.0, abs(now - (before + after) / 2) - (after - before) / 2)
     return StoreFacts(store.url, durability, unseen=unseen, info=info, skew=skew)
+
+
+def version(store: Any) -> str:
+    """What a Redis store's server calls itself; "" where that is not to be had."""
+    try:
+        info = _info(store.execute("INFO", "server")) if hasattr(store, "execute") else {}
+    except StoreError:
+        return ""
+    if "valkey_version" in info:
+        return f"Valkey {info['valkey_version']}"
+    return f"Redis {info['redis_version']}" if "redis_version" in info else ""
 
 
 def _info(reply: Any) -> dict[str, str]:

@@ -10,6 +10,18 @@ NO_LIMITS = ("threads", "solo", "eventlet")
 """Pools that enforce no time limit; gevent enforces the hard one."""
 
 
+def unread(s: Snapshot) -> Iterator[Finding]:
+    for task in s.tasks:
+        if task.unread:
+            yield Finding(
+                "warning",
+                "not-looked-at",
+                task.name,
+                f"Its options could not be read, so nothing about it was checked ({task.unread}).",
+                "Correct the attribute or the property that raises this.",
+            )
+
+
 def time_limits(s: Snapshot) -> Iterator[Finding]:
     for task in s.tasks:
         limit = task.time_limit or task.soft_time_limit

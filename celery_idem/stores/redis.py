@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 from celery_idem.errors import ConfigurationError, StoreError
 from celery_idem.intent import Stored
@@ -86,28 +86,37 @@ class RedisStore(Store):
     """Records in one Redis or Valkey server.
 
     Args:
-        url: as redis-py's ``from_url`` takes it.
+        url: as redis-py's ``from_url`` takes it, and ``global_keyprefix`` as a further option.
         durability: "none"; "replicas:N" and "fsync" wait for it after each write.
+        given: how to connect, as arguments of redis-py's connection pool, in place of the URL.
+
+    Attributes:
+        prefix: what every key has in front, as Celery's ``global_keyprefix``.
     """
 
     expires = True
     durabilities = ("fsync", "replicas")
 
-    def __init__(self, url: str, durability: str = "none") -> None:
+    def __init__(self, url: str, durability: str = "none", given: Mapping[str, Any] | None = None) -> None:
         import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
 
-        self.url = self._shown(url)
-        if HIDDEN in self.url:
-            raise unreadable(self.url)
+        self.url = self.readable(url)
         self._redis = redis
         self._errors = redis.exceptions
-        query = parse_qs(urlsplit(url).query)
-        options: dict[str, Any] = {"protocol": 2, "decode_responses": False}
-        for name in ("socket_timeout", "socket_connect_timeout"):
-            if name not in query:
-                options[name] = TIMEOUT
         try:
-            self._pool = self._open_pool(url, options)
+            options = dict(self._options(url) if given is None else given)
+            self.prefix = key_prefix(options.pop("global_keyprefix", None))
+            for name in ("socket_timeout", "socket_connect_timeout"):
+                if options.get(name) is None:
+                    options[name] = TIMEOUT
+            flag = options.get("ssl_cert_reqs")
+            if isinstance(flag, str):  # Celery's spelling is CERT_NONE, redis-py's none
+                options["ssl_cert_reqs"] = flag.removeprefix("CERT_").lower()
+            # One try, so that a call is bounded by the timeouts: what is tried again is decided in _call.
+            options |= {"retry": Retry(NoBackoff(), 0), "retry_on_timeout": False}
+            self._pool = self._open_pool({**options, "protocol": 2, "decode_responses": False})
         except ValueError as error:
             raise ConfigurationError(f"idem_store: {self.url}: {error}") from None
         # Idle connections. Taking and giving back are atomic; as many exist as calls run at once.
@@ -117,39 +126,64 @@ class RedisStore(Store):
         self._wait = _waiting(durability, min(DURABLE_WITHIN, answers_within / 2))
         tell_after_fork(self)
 
+    @classmethod
+    def readable(cls, url: str) -> str:
+        """The URL without secrets.
+
+        Raises:
+            ConfigurationError: its password cannot be told from its address.
+        """
+        shown = cls._shown(url)
+        if HIDDEN in shown:
+            raise unreadable(shown)
+        return shown
+
     @staticmethod
     def _shown(url: str) -> str:
         return redact(url)
 
-    def _open_pool(self, url: str, options: dict[str, Any]) -> Any:
+    def _options(self, url: str) -> dict[str, Any]:
+        """What a URL says, as arguments of redis-py's connection pool."""
+        options: dict[str, Any] = self._redis.connection.parse_url(url)
+        return options
+
+    def _open_pool(self, options: dict[str, Any]) -> Any:
         """redis-py's pool: here only for what it knows of making a connection."""
-        return self._redis.ConnectionPool.from_url(url, **options)
+        return self._redis.ConnectionPool(**options)
 
     # --- primitives -----------------------------------------------------------------
 
     def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
-        name, keep = key.encode(), _milliseconds(ttl)
+        name, keep = (self.prefix + key).encode(), _milliseconds(ttl)
         reply = self._run(CREATE, key, (len(name), name, len(value), value, len(keep), keep))
         if type(reply) is int:
             return Reply(True, Stored(value, reply), reply)
         return self._again(_held(reply, key), key, value, ttl)
 
     def read(self, key: str) -> Reply:
-        name = key.encode()
+        name = (self.prefix + key).encode()
         return _held(self._run(READ, key, (len(name), name)), key, done=True)
 
     def peek(self, key: str) -> Stored | None:
-        name = key.encode()
+        name = (self.prefix + key).encode()
         (reply,) = self._call(GET % (len(name), name), 1)
         if isinstance(reply, Exception):
             raise self._error(reply, key)
         return _held((0, reply), key).stored
 
     def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
-        reply = self._run(REPLACE, key, _replacement(key, old, value, ttl))
+        reply = self._run(REPLACE, key, self._replacement(key, old, value, ttl))
         if type(reply) is int:
             return Reply(True, Stored(value, reply), reply)
         return self._again(_held(reply, key), key, value, ttl)
+
+    def _replacement(
+        self, key: str, old: Stored, value: bytes, ttl: int | None = None
+    ) -> tuple[int | bytes, ...]:
+        """The words of REPLACE, each after its length."""
+        name, keep = (self.prefix + key).encode(), _milliseconds(ttl)
+        expected = _STAMP.pack(old.stamp) + old.value[:OWNER]
+        return len(name), name, len(expected), expected, len(value), value, len(keep), keep
 
     def _again(self, reply: Reply, key: str, value: bytes, ttl: int | None) -> Reply:
         """A value that stands there already is an earlier write of the same caller, and perhaps
@@ -161,7 +195,7 @@ class RedisStore(Store):
     def replace_many(self, changes: Sequence[Change]) -> list[Reply]:
         if not changes:
             return []
-        packed = b"".join([REPLACE.by_hash % _replacement(*change) for change in changes])
+        packed = b"".join([REPLACE.by_hash % self._replacement(*change) for change in changes])
         replies = self._call(packed + self._wait, len(changes) + bool(self._wait))
         if self._wait:
             waited = replies.pop()
@@ -176,7 +210,8 @@ class RedisStore(Store):
         return answers
 
     def scan(self, prefix: str) -> Iterator[tuple[str, Stored]]:
-        pattern = "".join("\\" + c if c in "*?[]^\\" else c for c in prefix) + "*"
+        whole = self.prefix + prefix
+        pattern = "".join("\\" + c if c in "*?[]^\\" else c for c in whole) + "*"
         cursor = b"0"
         at_once = 1  # how large the values are is not known yet
         while True:
@@ -189,7 +224,7 @@ class RedisStore(Store):
                 at_once = max(1, min(SCAN_READ, 2 * at_once, SCAN_BYTES * len(some) // (size + 1)))
                 for key, value in zip(some, values, strict=True):
                     if value is not None and len(value) > _STAMP.size and value[: _STAMP.size] < NO_STAMP:
-                        yield key.decode("utf-8", "replace"), _stored(value)
+                        yield key.decode("utf-8", "replace")[len(self.prefix) :], _stored(value)
             if cursor == b"0":
                 return
 
@@ -321,6 +356,20 @@ def open_redis(url: str, durability: str = "none") -> RedisStore:
     return RedisStore(url, durability)
 
 
+def address(options: Mapping[str, Any]) -> str:
+    """The URL, without any secret, that arguments of redis-py's connection pool amount to."""
+    if "path" in options:
+        return f"unix://{options['path']}?db={options.get('db', 0)}"
+    kind = options.get("connection_class")
+    scheme = "rediss" if isinstance(kind, type) and "SSL" in kind.__name__ else "redis"
+    return f"{scheme}://{options.get('host')}:{options.get('port')}/{options.get('db', 0)}"
+
+
+def key_prefix(given: str | None) -> str:
+    """``global_keyprefix`` as Celery's result backend puts it in front of its keys."""
+    return f"{given}_" if given and given[-1] not in ":_-." else given or ""
+
+
 def redact(url: str) -> str:
     """The URL without user, password and query: safe in a log."""
     parts = urlsplit(url)
@@ -351,12 +400,6 @@ def _waiting(durability: str, seconds: float) -> bytes:
 
 def _command(words: Sequence[bytes]) -> bytes:
     return b"*%d\r\n" % len(words) + _pack(words)
-
-
-def _replacement(key: str, old: Stored, value: bytes, ttl: int | None = None) -> tuple[int | bytes, ...]:
-    """The words of REPLACE, each after its length."""
-    name, expected, keep = key.encode(), _STAMP.pack(old.stamp) + old.value[:OWNER], _milliseconds(ttl)
-    return len(name), name, len(expected), expected, len(value), value, len(keep), keep
 
 
 def _replaced(reply: Any, key: str, value: bytes) -> Reply:

@@ -39,33 +39,40 @@ class SentinelStore(RedisStore):
             query = query or "?" in part
         return ";".join(shown)
 
-    def _open_pool(self, url: str, options: dict[str, Any]) -> Any:
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
+    def _options(self, url: str) -> dict[str, Any]:
+        redis_url, sentinels, query = _parsed(url)
+        asking: dict[str, Any] = {
+            name: query.pop(f"sentinel_{name}")
+            for name in ("username", "password")
+            if f"sentinel_{name}" in query
+        }
+        known = {"sentinels": sentinels, "master_name": query.pop("master_name", "")}
+        encrypted = query.pop("ssl", "") == "true"
+        if encrypted:
+            asking["ssl"] = True
+        options = super()._options(f"{redis_url}?{urlencode(query)}" if query else redis_url)
+        return {**options, **known, "ssl": encrypted, "sentinel_kwargs": asking}
+
+    def _open_pool(self, options: dict[str, Any]) -> Any:
         from redis.sentinel import Sentinel, SentinelConnectionPool
 
-        redis_url, sentinels, query = _parsed(url)
-        master = query.pop("master_name", "")
+        master = options.pop("master_name", "")
         if not master:
             raise ConfigurationError(
                 f"idem_store: {self.url} does not name the master. Add ?master_name=…, or set it in "
                 "result_backend_transport_options where the result backend is the store."
             )
-        asking: dict[str, Any] = {
+        for name in ("host", "port"):  # the sentinels say
+            options.pop(name, None)
+        asking = {
             "socket_timeout": SENTINEL_TIMEOUT,
             "socket_connect_timeout": SENTINEL_TIMEOUT,
-            "retry": Retry(NoBackoff(), 0),
+            "retry": options["retry"],
+            **(options.pop("sentinel_kwargs", None) or {}),
         }
-        for name in ("username", "password"):
-            if f"sentinel_{name}" in query:
-                asking[name] = query.pop(f"sentinel_{name}")
-        encrypted = query.pop("ssl", "") == "true"
-        url = f"{redis_url}?{urlencode(query)}" if query else redis_url
-        given = self._redis.connection.parse_url(url)
-        for name in ("host", "port"):  # the sentinels say
-            given.pop(name, None)
-        manager = Sentinel(sentinels, sentinel_kwargs=asking | ({"ssl": True} if encrypted else {}))
-        return SentinelConnectionPool(master, manager, ssl=encrypted, **{**options, **given})
+        least = options.pop("min_other_sentinels", 0)
+        manager = Sentinel(options.pop("sentinels"), min_other_sentinels=least, sentinel_kwargs=asking)
+        return SentinelConnectionPool(master, manager, **options)
 
     def _silence(self, error: Exception) -> StoreError:
         self.close()  # whoever does not answer may be the master no more: ask again

@@ -11,11 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from celery import Celery
 
 from celery_idem.errors import ConfigurationError, StoreError
 from celery_idem.intent import MICROSECONDS, Stored
-from celery_idem.settings import Settings, store_url
 from celery_idem.stores import open_store
 from celery_idem.stores.base import OWNER, Reply, Store
 from celery_idem.stores.redis_cluster import ClusterStore, _slot
@@ -308,12 +306,6 @@ def test_sentinel_urls() -> None:
         for s in manager.sentinels
     ] == [("a", 1), ("b", 26379)]
     assert manager.sentinel_kwargs["password"] == "hush"
-
-
-def test_the_masters_name_may_come_with_the_result_backend() -> None:
-    app = Celery("shop", backend="sentinel://a:1;sentinel://b:2/3", set_as_current=False)
-    app.conf.result_backend_transport_options = {"master_name": "shop"}
-    assert store_url(Settings(), app.conf) == "sentinel://a:1;sentinel://b:2/3?master_name=shop"
 
 
 def test_cluster_urls() -> None:
