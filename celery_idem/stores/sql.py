@@ -191,7 +191,13 @@ class SqlStore(SqlPrimitives):
         text = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         if no_table(cause):
             return _NoTableError(text)
-        if getattr(cause, "sqlstate", None) == "42501":  # insufficient_privilege
+        state = getattr(cause, "sqlstate", None)
+        if state == sql_connections.READ_ONLY:
+            return StoreError(
+                f"The store {self.url} only reads: it is a standby, or was demoted ({text.rstrip('.')}). Point idem_store "
+                "at the primary, or name all servers: postgresql://user@/database?host=one:5432&host=two:5432."
+            )
+        if state == "42501":  # insufficient_privilege
             return _RefusedError(
                 f"The store {self.url} refused: {text}. The user in idem_store needs more rights: the page on security "
                 "has the GRANT."

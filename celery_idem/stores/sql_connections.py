@@ -21,6 +21,10 @@ millisecond, so twenty are busy only when the database hangs, and then more woul
 A prefork child has two: its body's and the lease thread's."""
 
 
+READ_ONLY = "25006"
+"""SQLSTATE of a write that meets a server which is no primary (any more)."""
+
+
 def sqlalchemy_module() -> Any:
     """SQLAlchemy, imported.
 
@@ -39,6 +43,8 @@ def sqlalchemy_module() -> Any:
 def shown(url: URL) -> str:
     """The URL without user, password and query: safe in a log."""
     host = f"{url.host or ''}:{url.port}" if url.port else url.host or ""
+    several = url.query.get("host", ())
+    host = host or ",".join([several] if isinstance(several, str) else several)
     return f"{url.get_backend_name()}://{host}/{url.database or ''}"
 
 
@@ -100,6 +106,8 @@ def postgresql_engine(sa: Any, url: URL) -> Engine:
     arguments, options = url.get_dialect()().create_connect_args(url)
     options.setdefault("connect_timeout", int(TIMEOUT))
     options.setdefault("application_name", "celery_idem")
+    if "," in str(options.get("host", "")):  # the first that answers may be a standby, or the primary of before
+        options.setdefault("target_session_attrs", "read-write")
 
     def creator() -> Any:
         # Without server-side prepared statements: behind a pooler the next transaction has another server.
@@ -115,7 +123,21 @@ def postgresql_engine(sa: Any, url: URL) -> Engine:
         use_native_hstore=False,  # saves a question at connecting, about a type that is not used here
         hide_parameters=True,
     )
+    sa.event.listen(engine, "handle_error", _drop_what_leads_nowhere)
     return engine
+
+
+def _drop_what_leads_nowhere(context: Any) -> None:
+    """Have SQLAlchemy drop all connections after an error that only a new one can mend.
+
+    It does so by itself when the driver has closed one. But after a switchover they may live on, with a server
+    that only reads; and a pooler between may report its own broken connection as an ordinary error.
+    """
+    error = context.original_exception
+    code = getattr(error, "sqlstate", None) or ""
+    severity = getattr(getattr(error, "diag", None), "severity_nonlocalized", None)
+    if code == READ_ONLY or code.startswith(("08", "57P")) or severity in ("FATAL", "PANIC"):
+        context.is_disconnect = True
 
 
 def _bounded_connect() -> Any:

@@ -66,6 +66,20 @@ class PgBouncer(Server):
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
 
 
+class Standby(PostgresServer):
+    """A hot standby that follows another server until it is promoted."""
+
+    name = "standby"
+
+    def __init__(self, primary: PostgresServer) -> None:
+        self._primary = primary
+        super().__init__()
+
+    def _make_data(self) -> list[str | Path]:
+        source = f"host=127.0.0.1 port={self._primary.port} user=postgres"
+        return [self._tool("pg_basebackup"), "-D", self._data, "-d", source, "-R", "-c", "fast"]
+
+
 class SentinelServer(RedisServer):
     """`redis-server --sentinel`, watching a master under the name "shop"."""
 

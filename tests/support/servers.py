@@ -357,20 +357,8 @@ class PostgresServer(Server):
         self.folder = Path(tempfile.mkdtemp(prefix="celery-idem-postgres-"))
         if self._user:
             os.chown(self.folder, pwd.getpwnam(self._user).pw_uid, pwd.getpwnam(self._user).pw_gid)
-        initdb = subprocess.run(
-            [
-                self._tool("initdb"),
-                "-D",
-                self._data,
-                "-U",
-                "postgres",
-                "-A",
-                "trust",
-                "-E",
-                "UTF8",
-                "--no-locale",
-                "-N",
-            ],
+        made = subprocess.run(
+            self._make_data(),
             cwd=self.folder,
             user=self._user,
             group=self._user,
@@ -379,8 +367,12 @@ class PostgresServer(Server):
             text=True,
             timeout=READY_WITHIN,
         )
-        assert initdb.returncode == 0, f"initdb failed:\n{initdb.stdout}{initdb.stderr}"
+        assert made.returncode == 0, f"no data for {self.name}:\n{made.stdout}{made.stderr}"
         super().start()
+
+    def _make_data(self) -> list[str | Path]:
+        words = ["-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "-N"]
+        return [self._tool("initdb"), "-D", self._data, *words]
 
     @property
     def _data(self) -> Path:
