@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
@@ -64,8 +64,8 @@ class _Script:
 
     def __init__(self, name: str, words: int, writes: bool = True) -> None:
         self.writes = writes
-        source = files("celery_idem.stores").joinpath(name).read_bytes()
-        sha = hashlib.sha1(source, usedforsecurity=False).hexdigest().encode()
+        self.source = source = files("celery_idem.stores").joinpath(name).read_bytes()
+        self.sha = sha = hashlib.sha1(source, usedforsecurity=False).hexdigest().encode()
         start = b"*%d\r\n" % (3 + words)
         missing = b"$%d\r\n%b\r\n" * words
         self.by_hash = start + _pack((b"EVALSHA", sha, b"1")) + missing
@@ -115,7 +115,8 @@ class RedisStore(Store):
             if isinstance(flag, str):  # Celery's spelling is CERT_NONE, redis-py's none
                 options["ssl_cert_reqs"] = flag.removeprefix("CERT_").lower()
             # One try, so that a call is bounded by the timeouts: what is tried again is decided in _call.
-            options |= {"retry": Retry(NoBackoff(), 0), "retry_on_timeout": False}
+            options["retry"] = Retry(NoBackoff(), 0)
+            options.pop("retry_on_timeout", None)
             self._pool = self._open_pool({**options, "protocol": 2, "decode_responses": False})
         except ValueError as error:
             raise ConfigurationError(f"idem_store: {self.url}: {error}") from None
@@ -123,7 +124,8 @@ class RedisStore(Store):
         self._idle: deque[Any] = deque()
         self._durability = durability
         answers_within = float(self._pool.connection_kwargs.get("socket_timeout") or TIMEOUT)
-        self._wait = _waiting(durability, min(DURABLE_WITHIN, answers_within / 2))
+        self._waits = _waiting(durability, min(DURABLE_WITHIN, answers_within / 2))
+        self._wait = b"".join(map(_command, self._waits))
         tell_after_fork(self)
 
     @classmethod
@@ -210,27 +212,28 @@ class RedisStore(Store):
         return answers
 
     def scan(self, prefix: str) -> Iterator[tuple[str, Stored]]:
+        return self._scan(prefix, self.execute, lambda keys: self.execute(b"MGET", *keys))
+
+    def _scan(
+        self, prefix: str, ask: Callable[..., Any], values_of: Callable[[Sequence[bytes]], Sequence[Any]]
+    ) -> Iterator[tuple[str, Stored]]:
         whole = self.prefix + prefix
         pattern = "".join("\\" + c if c in "*?[]^\\" else c for c in whole) + "*"
-        cursor = b"0"
+        cursor = 0
         at_once = 1  # how large the values are is not known yet
         while True:
-            command = (b"SCAN", cursor, b"MATCH", pattern.encode(), b"COUNT", b"%d" % SCAN_COUNT)
-            cursor, keys = self._one(_command(command))
+            cursor, keys = ask(b"SCAN", cursor, b"MATCH", pattern.encode(), b"COUNT", SCAN_COUNT)
             while keys:
                 some, keys = keys[:at_once], keys[at_once:]
-                values = self._values(some)
+                values = values_of(some)
                 size = sum(len(value) for value in values if value is not None)
                 at_once = max(1, min(SCAN_READ, 2 * at_once, SCAN_BYTES * len(some) // (size + 1)))
                 for key, value in zip(some, values, strict=True):
                     if value is not None and len(value) > _STAMP.size and value[: _STAMP.size] < NO_STAMP:
                         yield key.decode("utf-8", "replace")[len(self.prefix) :], _stored(value)
-            if cursor == b"0":
+            cursor = int(cursor)
+            if not cursor:
                 return
-
-    def _values(self, keys: Sequence[bytes]) -> Sequence[Any]:
-        values: Sequence[Any] = self._one(_command((b"MGET", *keys)))
-        return values
 
     def purge(self, limit: int) -> int:
         return 0  # the server expires by itself
@@ -388,14 +391,14 @@ def unreadable(shown: str) -> ConfigurationError:
     )
 
 
-def _waiting(durability: str, seconds: float) -> bytes:
-    """The command that follows each write, packed; empty for none."""
+def _waiting(durability: str, seconds: float) -> list[tuple[bytes, ...]]:
+    """The command that follows each write; none, where nothing is waited for."""
     limit = b"%d" % int(seconds * 1000)
     if durability == "fsync":
-        return _command((b"WAITAOF", b"1", b"0", limit))
+        return [(b"WAITAOF", b"1", b"0", limit)]
     if durability.startswith("replicas:"):
-        return _command((b"WAIT", durability.partition(":")[2].encode(), limit))
-    return b""
+        return [(b"WAIT", durability.partition(":")[2].encode(), limit)]
+    return []
 
 
 def _command(words: Sequence[bytes]) -> bytes:

@@ -1,79 +1,38 @@
 """Redis or Valkey Cluster: each record on the node that owns its key's slot.
 
-A record is one key, so each primitive is one command to one node. A node that does not
-own the slot (any more) says who does; that costs one more round trip, once. While a slot
-is being moved, the old owner may send single keys on to the new one ("ASK").
+redis-py's cluster client knows the nodes, follows slots that move, and finds out anew who owns what
+when a node fails. What it cannot do stands here: waiting for durability on the connection that wrote,
+many replacements in one round trip for each node, and reading all keys while slots move.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from celery_idem.errors import ConfigurationError, StoreError
 from celery_idem.intent import Stored
-from celery_idem.stores.base import Change, Reply, Store
-from celery_idem.stores.redis import HIDDEN, RedisStore, _command, redact, unreadable
+from celery_idem.stores.base import Change, Reply
+from celery_idem.stores.redis import REPLACE, RedisStore, _held, _replaced, _Script
 
 T = TypeVar("T")
 Address = tuple[str, int]
 
-SLOTS = 16_384
-"""Slots in a cluster: fixed by its protocol."""
-
-REDIRECTS = 5
-"""Redirections one call follows: one is usual, two happen while a slot changes hands, and
-more than that is a cluster whose nodes disagree."""
-
-SCANS = 3
-"""Times a scan starts over because slots moved meanwhile."""
+TRIES = 3
+"""Times a durable write looks for the node that owns its slot: twice while the slot changes hands."""
 
 PORT = 6379
 """The port of a node that names none: Redis' own default."""
 
-
-class Redirected(StoreError):
-    """Another node has the key.
-
-    Attributes:
-        address: of that node; no host: the same as of the node that said so.
-        asking: for this once; else from now on.
-    """
-
-    def __init__(
-        self, message: str = "", key: str | None = None, address: Address = ("", 0), asking: bool = False
-    ):
-        super().__init__(message, key)
-        self.address = address
-        self.asking = asking
+_left_behind: list[Any] = []
+"""A forked child's copies of its parent's clients: forgetting one would close it, under a lock that
+a thread of the parent may hold."""
 
 
-class ClusterNode(RedisStore):
-    """One node of a cluster."""
-
-    def _refusal(self, error: Exception) -> StoreError:
-        errors = self._errors
-        if isinstance(error, errors.AskError):  # MovedError is one too
-            moved = isinstance(error, errors.MovedError)
-            return Redirected(f"{self.url} redirects: {error}", None, error.node_addr, not moved)
-        return super()._refusal(error)
-
-    def _values(self, keys: Sequence[bytes]) -> Sequence[Any]:
-        """One by one in one round trip: they lie in several slots, which MGET does not take. A
-        key that is just being moved is found on its new node."""
-        values = self._call(b"".join([_command((b"GET", key)) for key in keys]), len(keys))
-        return [None if isinstance(value, Exception) else value for value in values]
-
-
-class AskedNode(ClusterNode):
-    """A node that is taking over a slot, for keys that the slot's owner sent on to it."""
-
-    def _call(self, packed: bytes, replies: int) -> list[Any]:
-        return super()._call(_command((b"ASKING",)) + packed, replies + 1)[1:]
-
-
-class ClusterStore(Store):
+class ClusterStore(RedisStore):
     """Records in a cluster.
 
     Args:
@@ -82,19 +41,15 @@ class ClusterStore(Store):
         durability: as for one server.
     """
 
-    expires = True
-    durabilities = RedisStore.durabilities
-
     def __init__(self, url: str, durability: str = "none") -> None:
+        self._cluster: Any = None
+        self._making = threading.Lock()
+        self._known: list[Address] = []  # found earlier; asked first, because the URL's may be gone for good
+        super().__init__(url, durability)
+
+    def _options(self, url: str) -> dict[str, Any]:
         parts = urlsplit(url)
-        self.url = redact(url)
-        if HIDDEN in self.url:
-            raise unreadable(self.url)
         user, _, hosts = parts.netloc.rpartition("@")
-        self._scheme = parts.scheme.removesuffix("-cluster")
-        self._user = f"{user}@" if user else ""
-        self._query = f"?{parts.query}" if parts.query else ""
-        self._durability = durability
         try:
             self._seeds = [_address(host) for host in hosts.split(",")]
         except ValueError:
@@ -103,134 +58,215 @@ class ClusterStore(Store):
             ) from None
         if parts.path.strip("/") not in ("", "0"):
             raise ConfigurationError(f"idem_store: {self.url}: a cluster has only one database, 0.")
-        self._nodes: dict[tuple[Address, bool], ClusterNode] = {}
-        self._owners: list[Address] = []  # by slot; empty: not known
-        self._node(self._seeds[0], False)  # a wrong option is told at once
+        scheme = parts.scheme.removesuffix("-cluster")
+        options = super()._options(f"{scheme}://{user}{'@' if user else ''}node/?{parts.query}")
+        if scheme == "rediss":
+            options["ssl"] = True
+        return {name: value for name, value in options.items() if name not in ("connection_class", "host")}
+
+    def _open_pool(self, options: dict[str, Any]) -> Any:
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
+        self._how = {**options, "retry": Retry(NoBackoff(), 1)}  # once more, after asking who owns what now
+        return super()._open_pool({name: value for name, value in options.items() if name != "ssl"})
 
     # --- primitives -------------------------------------------------------------------
 
-    def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
-        return self._at(key, lambda node: node.create(key, value, ttl))
-
-    def read(self, key: str) -> Reply:
-        return self._at(key, lambda node: node.read(key))
-
     def peek(self, key: str) -> Stored | None:
-        return self._at(key, lambda node: node.peek(key))
-
-    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
-        return self._at(key, lambda node: node.replace(key, old, value, ttl))
+        try:
+            reply = self._ask("GET", self.prefix + key)
+        except self._errors.ResponseError as error:
+            raise self._error(error, key) from error
+        return _held((0, reply), key).stored
 
     def replace_many(self, changes: Sequence[Change]) -> list[Reply]:
         """One round trip for each node that has any of them."""
-        by_node: dict[Address, list[int]] = {}
+        by_node: dict[Any, list[int]] = {}
         for n, change in enumerate(changes):
-            by_node.setdefault(self._owner(_slot(change.key)), []).append(n)
+            by_node.setdefault(self._owner(change.key), []).append(n)
         replies: dict[int, Reply] = {}
-        for address, numbers in by_node.items():
+        for node, numbers in by_node.items():
             some = [changes[n] for n in numbers]
-            try:
-                done = self._node(address, False).replace_many(some)
-            except Redirected:
-                # Those before it may be written; writing them again meets the caller's own value.
-                done = [self.replace(*change) for change in some]
-            except StoreError:
-                self._owners = []
-                raise
-            replies.update(zip(numbers, done, strict=True))
+            commands = [("EVALSHA", REPLACE.sha, 1, *self._replacement(*change)[1::2]) for change in some]
+            answers = self._at(node, [*commands, *self._waits])
+            if self._waits and any(type(answer) is int for answer in answers[:-1]):
+                self._check_durable(answers[-1])
+            for n, change, answer in zip(numbers, some, answers, strict=False):
+                # Not known there, or elsewhere by now. Those before it may be written; this meets none of them.
+                failed = isinstance(answer, Exception)
+                replies[n] = self.replace(*change) if failed else _replaced(answer, change.key, change.value)
         return [replies[n] for n in range(len(changes))]
 
     def scan(self, prefix: str) -> Iterator[tuple[str, Stored]]:
-        """Node by node; again, when slots moved meanwhile: a key may have moved from a node that
-        was still to come to one that was done."""
-        for _ in range(SCANS):
-            before = self._layout()
-            for address in before:
-                yield from self._node(address, False).scan(prefix)
-            if before == self._layout() and not any(
-                "->-" in text or "-<-" in text for text in before.values()
-            ):
-                return
-        raise StoreError(
-            f"The slots of {self.url} are being moved, so keys may be missing from this list. Try again afterwards."
-        )
+        """Master by master. When slots moved meanwhile, all once more: a key may have gone from a master that was
+        still to come to one that was done, and there it is now."""
+        before = self._layout()
+        yield from self._scan_all(prefix)
+        after = self._layout()
+        if before != after or any(moving for _, moving in after.values()):
+            yield from self._scan_all(prefix)
 
-    def purge(self, limit: int) -> int:
-        return 0  # the servers expire by themselves
+    def _scan_all(self, prefix: str) -> Iterator[tuple[str, Stored]]:
+        for node in self._client().get_primaries():
+            yield from self._scan(prefix, partial(self._one_at, node), partial(self._values_at, node))
+
+    def execute(self, *words: bytes | str | int) -> Any:
+        """One command of the caller's own, to one of the nodes."""
+        return self._one_at(self._client().get_primaries()[0], *words)
 
     def close(self) -> None:
-        for node in list(self._nodes.values()):
-            node.close()
-        self._owners = []
+        client = self._forget()
+        if client is not None:
+            client.close()
 
-    # --- which node -------------------------------------------------------------------
+    def forked(self) -> None:
+        super().forked()
+        _left_behind.append(self._cluster)
+        self._cluster, self._making = None, threading.Lock()
 
-    def _at(self, key: str, call: Callable[[ClusterNode], T]) -> T:
-        slot = _slot(key)
-        address, asking = self._owner(slot), False
-        for _ in range(REDIRECTS):
+    # --- redis-py's client ------------------------------------------------------------
+
+    def _client(self) -> Any:
+        client = self._cluster
+        if client is None:
+            with self._making:
+                client = self._cluster
+                if client is None:
+                    client = self._cluster = self._safely(self._connected)
+        return client
+
+    def _connected(self) -> Any:
+        """A client that has asked who owns what."""
+        from redis.cluster import ClusterNode, RedisCluster
+
+        nodes = [ClusterNode(*address) for address in dict.fromkeys([*self._known, *self._seeds])]
+        # Keys of a slot that no node has are an error; those of all others need not be.
+        client = RedisCluster(startup_nodes=nodes, require_full_coverage=False, **self._how)
+        self._known = [(node.host, node.port) for node in client.get_primaries()]
+        return client
+
+    def _forget(self) -> Any:
+        """Have the next call ask anew who owns what; the client so far."""
+        client, self._cluster = self._cluster, None
+        return client
+
+    def _safely(self, call: Callable[[], T]) -> T:
+        """Errors of the client as ``StoreError``; those that a node answered as they are."""
+        from redis.exceptions import RedisClusterException
+
+        errors = self._errors
+        try:
+            return call()
+        except (errors.MovedError, errors.AskError, errors.ClusterDownError) as error:
+            self._forget()
+            raise self._silence(error) from error
+        except errors.ResponseError:
+            raise
+        except (errors.RedisError, RedisClusterException, OSError) as error:
+            self._forget()
+            raise self._silence(error) from error
+        except (LookupError, AttributeError) as error:  # in the client: of a node it does not know (yet)
+            self._forget()
+            raise StoreError(
+                f"The store {self.url} did not answer: its nodes and slots are changing, or none of the hosts belongs "
+                "to the cluster any more. Try again; then name other hosts in idem_store."
+            ) from error
+
+    def _ask(self, *words: Any) -> Any:
+        return self._safely(lambda: self._client().execute_command(*words))
+
+    def _at(self, node: Any, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Commands to one node, in one round trip; an error that it answered is a reply."""
+
+        def call() -> list[Any]:
+            with self._client().get_redis_connection(node).pipeline(transaction=False) as pipe:
+                for command in commands:
+                    pipe.execute_command(*command)
+                answers: list[Any] = pipe.execute(raise_on_error=False)
+                return answers
+
+        return self._safely(call)
+
+    def _owner(self, key: str) -> Any:
+        return self._safely(lambda: self._client().get_node_from_key(self.prefix + key))
+
+    def _run(self, script: _Script, key: str, words: tuple[int | bytes, ...]) -> Any:
+        run = self._write_durably if self._waits and script.writes else self._ask
+        try:
             try:
-                return call(self._node(address, asking))
-            except Redirected as to:
-                address, asking = (to.address[0] or address[0], to.address[1]), to.asking
-                if not asking and self._owners:
-                    self._owners[slot] = address
-            except StoreError:
-                self._owners = []  # the next call asks who owns what now
-                raise
-        self._owners = []
+                return run("EVALSHA", script.sha, 1, *words[1::2])
+            except self._errors.NoScriptError:
+                return run("EVAL", script.source, 1, *words[1::2])
+        except self._errors.ResponseError as error:
+            raise self._error(error, key) from error
+
+    def _write_durably(self, *words: Any) -> Any:
+        """A write and the waiting for it, on one connection: WAIT speaks of what its own connection wrote."""
+        name = words[3].decode()
+        node, asking = self._safely(lambda: self._client().get_node_from_key(name)), False
+        for _ in range(TRIES):
+            before = [("ASKING",)] if asking else []
+            answers = self._at(node, [*before, words, *self._waits])
+            reply, waited = answers[-2:]
+            if isinstance(reply, self._errors.AskError):  # MovedError is one too
+                asking = not isinstance(reply, self._errors.MovedError)
+                host, port = reply.node_addr
+                if not asking:
+                    self._ask("EXISTS", name)  # redis-py follows, and knows from then on
+                node = self._safely(partial(self._known_node, host, port))
+                continue
+            if isinstance(reply, Exception):
+                raise reply
+            if type(reply) is int:  # it wrote
+                self._check_durable(waited)
+            return reply
+        self._forget()
         raise StoreError(
-            f"The nodes of {self.url} send {key} back and forth. Nothing was written. Try again.", key
+            f"The nodes of {self.url} send {name} back and forth. Nothing was written. Try again.", name
         )
 
-    def _node(self, address: Address, asking: bool) -> ClusterNode:
-        node = self._nodes.get((address, asking))
+    def _known_node(self, host: str, port: int) -> Any:
+        node = self._client().get_node(host=host, port=port)
         if node is None:
-            host, port = address
-            shown = f"[{host}]" if ":" in host else host
-            url = f"{self._scheme}://{self._user}{shown}:{port}/0{self._query}"
-            made = (AskedNode if asking else ClusterNode)(url, self._durability)
-            node = self._nodes.setdefault((address, asking), made)
+            raise LookupError(host)
         return node
 
-    def _owner(self, slot: int) -> Address:
-        owner = (self._owners or self._learnt())[slot]
-        if not owner[1]:
-            self._owners = []
-            raise StoreError(f"No node of {self.url} has slot {slot} now. Nothing was written.")
-        return owner
+    # --- reading all ------------------------------------------------------------------
 
-    def _learnt(self) -> list[Address]:
-        """Who owns which slot, from the first node that answers."""
-        last: StoreError | None = None
-        for address in dict.fromkeys([address for address, _ in self._nodes] + self._seeds):
-            try:
-                ranges = self._node(address, False).execute("CLUSTER", "SLOTS")
-            except StoreError as error:
-                last = error
-                continue
-            owners: list[Address] = [("", 0)] * SLOTS
-            for first, final, master, *_ in ranges:
-                host = master[0].decode() if master[0] else address[0]
-                owners[first : final + 1] = [(host, int(master[1]))] * (final + 1 - first)
-            self._owners = owners
-            return owners
-        raise StoreError(f"No node of {self.url} answers: {last}")
+    def _one_at(self, node: Any, *words: Any) -> Any:
+        (answer,) = self._at(node, [words])
+        if isinstance(answer, Exception):
+            raise self._refusal(answer) from answer
+        return answer
 
-    def _layout(self) -> dict[Address, str]:
-        """Each master, with the slots it has, gives away and takes in, in its own words."""
+    def _values_at(self, node: Any, keys: Sequence[bytes]) -> Sequence[Any]:
+        """One by one: they lie in several slots, which MGET does not take."""
+        return [
+            self._moved_value(key) if isinstance(value, self._errors.AskError) else _text(value)
+            for key, value in zip(keys, self._at(node, [("GET", key) for key in keys]), strict=True)
+        ]
+
+    def _moved_value(self, key: bytes) -> Any:
+        try:
+            return self._ask("GET", key)
+        except self._errors.ResponseError:  # somebody's list or hash
+            return None
+
+    def _layout(self) -> dict[str, tuple[Any, Any]]:
+        """Each master's slots and the moves it takes part in, in its own words; asked anew who they are."""
+        self._forget()
         layout = {}
-        for address in sorted(set(self._learnt()) - {("", 0)}):
-            text = self._node(address, False).execute("CLUSTER", "NODES").decode()
-            mine = next(line for line in text.splitlines() if "myself" in line)
-            layout[address] = " ".join(mine.split()[8:])
+        for node in self._client().get_primaries():
+            told = self._one_at(node, "CLUSTER NODES")
+            mine = next(one for one in told.values() if "myself" in one["flags"])
+            layout[node.name] = mine["slots"], mine["migrations"]
         return layout
 
 
-def _slot(key: str) -> int:
-    from redis.crc import key_slot
-
-    return int(key_slot(key.encode()))
+def _text(value: Any) -> Any:
+    """A value, or nothing where a node answered with an error: it holds a list or a hash."""
+    return None if isinstance(value, Exception) else value
 
 
 def _address(host: str) -> Address:

@@ -156,11 +156,12 @@ class Watched:
 
 
 class Cluster:
-    """Three masters that share the slots."""
+    """Masters that share the slots, and where wanted a replica for each."""
 
-    def __init__(self, folder: Path, size: int = 3) -> None:
+    def __init__(self, folder: Path, size: int = 3, replicas: int = 0) -> None:
         self._folder = folder
         self._size = size
+        self._replicas = replicas
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Cluster:
@@ -171,13 +172,7 @@ class Cluster:
                 for n in range(self._size)
             ]
             hosts = [f"127.0.0.1:{node.port}" for node in self.nodes]
-            made = subprocess.run(
-                ["redis-cli", "--cluster", "create", *hosts, "--cluster-yes"],
-                capture_output=True,
-                text=True,
-                timeout=60,
-            )
-            assert made.returncode == 0, made.stdout + made.stderr
+            self._manage("create", *hosts, "--cluster-replicas", str(self._replicas), "--cluster-yes")
             wait_for(self._ready, 30, "every node to know every slot")
             self._stack = stack.pop_all()
         return self
@@ -194,9 +189,45 @@ class Cluster:
             with client(node) as one:
                 info = one.execute_command("CLUSTER INFO")
                 known = one.execute_command("CLUSTER SLOTS")
-                if info["cluster_state"] != "ok" or len(known) != self._size:
+                if info["cluster_state"] != "ok" or len(known) != self._size // (1 + self._replicas):
                     return False
         return True
+
+    def _manage(self, *words: str) -> None:
+        """What an operator does with redis-cli."""
+        command = ["redis-cli", "--cluster", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+
+    def give_away(self, slots: range, source: RedisServer, target: RedisServer) -> None:
+        """Move slots without keys: at once, where `redis-cli --cluster reshard` takes a minute for thousands."""
+        with client(source) as giving, client(target) as taking:
+            heir = taking.execute_command("CLUSTER MYID").decode()
+            for one in (taking, giving):
+                with one.pipeline(transaction=False) as pipe:
+                    for slot in slots:
+                        pipe.execute_command(f"CLUSTER SETSLOT {slot} NODE", heir)
+                    pipe.execute()
+                if one is taking:
+                    one.execute_command("CLUSTER BUMPEPOCH")
+        wait_for(lambda: self._agreed(slots.start, target), 30, "every node to know of it")
+
+    def _agreed(self, slot: int, owner: RedisServer) -> bool:
+        for node in self.nodes:
+            with client(node) as one:
+                ranges = one.execute_command("CLUSTER SLOTS")
+            if not any(r[0] <= slot <= r[1] and r[2][1] == owner.port for r in ranges):
+                return False
+        return True
+
+    def remove(self, node: RedisServer, heir: RedisServer) -> None:
+        """Move a master's slots to another one and take it out of the cluster; it goes on as a node of its own."""
+        with client(node) as going, client(heir) as staying:
+            gone, left = [one.execute_command("CLUSTER MYID").decode() for one in (going, staying)]
+        host = f"127.0.0.1:{heir.port}"
+        ways = ("--cluster-from", gone, "--cluster-to", left, "--cluster-slots", "16384", "--cluster-yes")
+        self._manage("reshard", host, *ways)
+        self._manage("del-node", host, gone)
 
     def move(self, slot: int, source: RedisServer, target: RedisServer, pause: Callable[[], None]) -> None:
         """Move one slot as `redis-cli --cluster reshard` does; `pause` is called while it is half moved."""

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from redis.crc import key_slot
+
 from celery_idem.errors import ConfigurationError, StoreError
 from celery_idem.intent import MICROSECONDS, Stored
 from celery_idem.stores import open_store
 from celery_idem.stores.base import OWNER, Reply, Store
-from celery_idem.stores.redis_cluster import ClusterStore, _slot
+from celery_idem.stores.redis_cluster import ClusterStore
 from celery_idem.stores.redis_sentinel import SentinelStore
 from celery_idem.testing import StoreConformance
 from tests.conftest import running
@@ -132,7 +134,7 @@ class Load:
 
 def test_a_slot_moves_under_load_and_every_key_has_one_winner(cluster: Cluster) -> None:
     tag = uuid.uuid4().hex
-    slot = _slot(f"{{{tag}}}")
+    slot = key_slot(tag.encode())
     owner = next(n for n in cluster.nodes if owns(n, slot))
     target = next(n for n in cluster.nodes if n is not owner)
     # Every second key lies in the slot that moves.
@@ -149,20 +151,82 @@ def test_a_slot_moves_under_load_and_every_key_has_one_winner(cluster: Cluster) 
     assert {seen[key].value[OWNER:] for key in load.winners} == {b"2"}
 
 
-def test_a_scan_while_slots_move_says_so(cluster: Cluster) -> None:
+def test_a_scan_while_slots_move_leaves_nothing_out(cluster: Cluster) -> None:
+    """A slot goes from a master that is still to come to the one that was read first."""
     tag = uuid.uuid4().hex
-    slot = _slot(f"{{{tag}}}")
+    store = open_store(cluster.url)
+    keys = {f"{tag}:{n}" for n in range(300)}
+    assert all(store.create(key, MINE).done for key in keys)
+    at = {key: next(n for n in cluster.nodes if owns(n, key_slot(key.encode()))) for key in keys}
+    seen: set[str] = set()
+    moved = False
+    read: list[RedisServer] = []
+    for key, _ in store.scan(tag):
+        seen.add(key)
+        if at[key] not in read:
+            read.append(at[key])
+        if len(read) == 2 and not moved:
+            moved = True
+            later = next(node for node in cluster.nodes if node not in read)
+            slot = key_slot(next(key for key in keys if at[key] is later).encode())
+            cluster.move(slot, later, read[0], lambda: None)
+    assert moved
+    assert seen == keys
+
+
+def test_a_scan_while_a_slot_is_half_moved(cluster: Cluster) -> None:
+    tag = uuid.uuid4().hex
+    slot = key_slot(tag.encode())
     owner = next(n for n in cluster.nodes if owns(n, slot))
     target = next(n for n in cluster.nodes if n is not owner)
     store = open_store(cluster.url)
-    store.create(f"{{{tag}}}:1", MINE)
+    keys = {f"{{{tag}}}:{n}" for n in range(15)}  # MIGRATE takes ten at a time
+    assert all(store.create(key, MINE).done for key in keys)
+    cluster.move(slot, owner, target, lambda: _same({key for key, _ in store.scan(f"{{{tag}}}")}, keys))
+    _same({key for key, _ in store.scan(f"{{{tag}}}")}, keys)
 
-    def look() -> None:
-        with pytest.raises(StoreError, match="being moved"):
-            list(store.scan(tag))
 
-    cluster.move(slot, owner, target, look)
-    assert [key for key, _ in store.scan(f"{{{tag}}}")] == [f"{{{tag}}}:1"]
+def _same(one: set[str], other: set[str]) -> None:
+    assert one == other
+
+
+def test_the_urls_first_node_leaves_the_cluster(tmp_path: Path) -> None:
+    """Its slots are moved away and it is removed, under load: nobody is left asking it."""
+    with running(lambda: Cluster(tmp_path / "cluster")) as cluster:
+        cluster.give_away(range(50, 5461), *cluster.nodes[:2])
+        used = open_store(cluster.url)
+        assert used.create("before", MINE).done
+        with Load(cluster.url, str) as load:
+            load.wait_for(50)
+            cluster.remove(cluster.nodes[0], cluster.nodes[1])
+            load.wait_for(200)
+        twice = {key: winners for key, winners in load.winners.items() if len(winners) > 1}
+        assert not twice
+        assert all(used.create(f"after:{n}", MINE).done for n in range(200))
+        assert used.read("before").done
+        others = ",".join(f"127.0.0.1:{node.port}" for node in cluster.nodes)
+        anew = open_store(f"redis-cluster://{others}")
+        assert all(anew.read(f"after:{n}").done for n in range(200))
+        assert len(list(anew.scan("after:"))) >= 200
+        cluster.nodes[0].kill()
+        assert all(used.read(f"after:{n}").done for n in range(200))
+
+
+def test_a_master_fails_under_load_and_its_replica_takes_over(tmp_path: Path) -> None:
+    with running(lambda: Cluster(tmp_path / "cluster", size=6, replicas=1)) as cluster:
+        masters = [node for node in cluster.nodes if role(node) == "master"]
+        first = open_store(cluster.url, "replicas:1")
+        wait_for(lambda: all(written(first, str(-n)) for n in range(30)), 30, "the replicas' acknowledgements")
+        with Load(cluster.url, str, durability="replicas:1") as load:
+            load.wait_for(100)
+            masters[0].kill()
+            wait_for(lambda: sum(role(n) == "master" for n in cluster.nodes if n.alive) == 3, 30, "the failover")
+            masters[0].restart()
+            load.wait_for(100)
+        twice = {key: winners for key, winners in load.winners.items() if len(winners) > 1}
+        assert not twice
+        seen = dict(open_store(cluster.url).scan(""))
+        assert set(load.winners) <= set(seen)
 
 
 def owns(node: RedisServer, slot: int) -> bool:
@@ -182,7 +246,7 @@ def test_a_node_that_is_down_is_an_error_for_its_keys_only(tmp_path: Path) -> No
                 one.config_set("cluster-require-full-coverage", "no")
         store = open_store(cluster.url)
         assert all(store.create(str(n), MINE).done for n in range(30))
-        cluster.nodes[0].kill()
+        cluster.nodes[0].kill()  # the URL's own
         answered = 0
         for n in range(30):
             with contextlib.suppress(StoreError):
@@ -309,12 +373,13 @@ def test_sentinel_urls() -> None:
 
 
 def test_cluster_urls() -> None:
-    store = open_store("rediss-cluster://me:s3cret@a:1,b/?socket_timeout=7")
+    store = open_store("rediss-cluster://me:s3cret@a:1,b/?socket_timeout=7&ssl_cert_reqs=CERT_NONE")
     assert isinstance(store, ClusterStore)
     assert "s3cret" not in store.url
     assert store._seeds == [("a", 1), ("b", 6379)]
-    given = store._node(("a", 1), False)._pool.connection_kwargs
+    given = store._how
     assert (given["username"], given["password"], given["socket_timeout"]) == ("me", "s3cret", 7.0)
+    assert (given["ssl"], given["ssl_cert_reqs"]) == (True, "none")
     for wrong in ("redis-cluster://", "redis-cluster://a:port", "redis-cluster://a:1/3"):
         with pytest.raises(ConfigurationError):
             open_store(wrong)
