@@ -141,7 +141,10 @@ def _task_facts(task: Any, guarded: IdempotentTask | None, scheduled: bool) -> T
 
 def _retry_horizon(task: Any) -> float | None:
     """Seconds until the last retry; None where they never end, or not within a century."""
-    retries = task.max_retries
+    try:
+        retries = None if task.max_retries is None else float(task.max_retries)
+    except OverflowError:
+        retries = None
     delay = float(task.default_retry_delay or 0)
     backoff = getattr(task, "retry_backoff", False)
     if retries is None:
@@ -151,7 +154,7 @@ def _retry_horizon(task: Any) -> float | None:
     else:
         longest = float(getattr(task, "retry_backoff_max", 600))
         first = 1.0 if backoff is True else float(backoff)
-        doubling = int(min(retries, DOUBLINGS))
+        doubling = max(0, int(min(retries, DOUBLINGS)))
         growing = sum(min(longest, first * 2.0**n) for n in range(doubling))
         horizon = growing + (retries - doubling) * longest if retries > doubling else growing
     return horizon if horizon <= LONGEST else None

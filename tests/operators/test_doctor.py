@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ import redis as redis_py
 from celery import Celery
 
 from celery_idem import ALL_ARGUMENTS, IdempotentTask, Ledger, StoreError, doctor
-from celery_idem.doctor import intents, stores
+from celery_idem.doctor import at_start, gathering, intents, stores
 from tests.operators.conftest import Idem, command_line
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_for
@@ -234,6 +236,141 @@ def test_strict_fails_on_a_warning(start_redis: Callable[..., RedisServer]) -> N
 
 @pytest.mark.redis
 def test_a_worker_says_so_when_it_starts(redis_url: str, start_worker: Callable[..., CeleryWorker]) -> None:
+    """What is wrong, that its store answers, and nothing of what an author's own attributes do."""
     worker = start_worker("tests.operators.wrong", env={"IDEM_TEST_REDIS": redis_url})
-    assert "volatile-intent: wrong.send" in worker.log_text()
-    assert "acks-early: wrong.send" in worker.log_text()
+    wait_for(lambda: "answered in" in worker.log_text(), 20, worker.log_text)
+    text = worker.log_text()
+    for said in (
+        "volatile-intent: wrong.send",
+        "acks-early: wrong.send",
+        "not-looked-at: wrong.odd: Its options could not be read",
+        f"store {redis_url} answered in ",
+        "(Redis ",
+        "prefix 'staging:'",
+    ):
+        assert said in text, text
+
+
+@pytest.mark.redis
+def test_a_worker_starts_though_its_store_is_away(
+    redis_url: str, start_worker: Callable[..., CeleryWorker]
+) -> None:
+    away = "redis://me:s3cret@127.0.0.1:1/0"
+    worker = start_worker("tests.operators.wrong", env={"IDEM_TEST_REDIS": redis_url, "IDEM_TEST_STORE": away})
+    wait_for(lambda: "did not answer" in worker.log_text(), 20, worker.log_text)
+    assert "Start it, or set idem_store" in worker.log_text()
+    assert "s3cret" not in worker.log_text()
+
+
+# --- what no check may trip over ------------------------------------------------------------------
+
+
+class Odd:
+    """As an attribute of a task: whoever reads it gets an error."""
+
+    def __get__(self, *_: object) -> object:
+        raise LookupError("no such tenant")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_retries": float("inf")},
+        {"max_retries": float("inf"), "retry_backoff": True},
+        {"max_retries": 10**7, "retry_backoff": True},
+        {"max_retries": 10**400, "retry_backoff": 5},
+        {"max_retries": 10**7, "retry_backoff": True, "retry_backoff_max": 0},
+        {"max_retries": 5, "retry_backoff": 10**300},
+    ],
+)
+def test_retries_without_an_end_are_not_counted_one_by_one(options: dict[str, Any]) -> None:
+    assert not set(codes(an_app(**options))) - {"retention"}
+
+
+def test_the_horizon_of_retries() -> None:
+    def horizon(**options: Any) -> float | None:
+        return gathering._retry_horizon(SimpleNamespace(default_retry_delay=180, **options))
+
+    assert horizon(max_retries=3) == 540
+    assert horizon(max_retries=0) == 0
+    assert horizon(max_retries=None) is None
+    assert horizon(max_retries=float("inf")) is None
+    assert horizon(max_retries=5, retry_backoff=True) == 1 + 2 + 4 + 8 + 16
+    assert horizon(max_retries=5, retry_backoff=10, retry_backoff_max=30) == 10 + 20 + 30 + 30 + 30
+    assert horizon(max_retries=1000, retry_backoff=True) == 1023 + 990 * 600
+    assert horizon(max_retries=10**12, retry_backoff=True) is None  # not within a century
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"time_limit": "60"}, None),
+        ({"time_limit": "a minute"}, "ValueError"),
+        ({"max_retries": "many"}, "ValueError"),
+        ({"default_retry_delay": Odd()}, "no such tenant"),
+    ],
+)
+def test_a_task_that_cannot_be_read_is_named(options: dict[str, Any], says: str | None) -> None:
+    found = {f.code: f.wrong for f in doctor.examine(doctor.gather(an_app(**options), ask=False), doctor.CHEAP)}
+    assert ("not-looked-at" in found) is (says is not None)
+    assert says is None or says in found["not-looked-at"]
+
+
+REDIS, SQS, AMQP = "redis://localhost:1/0", "sqs://", "amqp://localhost:1//"
+
+
+@pytest.mark.parametrize(
+    ("broker", "visibility", "confirmed"),
+    [
+        (REDIS, 3600.0, True),
+        ([REDIS, "redis://elsewhere:1/0"], 3600.0, True),
+        (f"{SQS};{REDIS}", 3600.0, True),
+        ("sentinel://a:1;sentinel://b:1", 3600.0, True),
+        ([SQS], 1800.0, True),
+        ([AMQP, "amqp://elsewhere//"], None, False),
+        (f"{AMQP};{REDIS}", 3600.0, False),
+        ("", None, False),
+    ],
+)
+def test_several_brokers_are_all_looked_at(broker: Any, visibility: float | None, confirmed: bool) -> None:
+    seen = doctor.gather(an_app(conf={"broker_url": broker}), ask=False)
+    assert (seen.visibility, seen.confirmed) == (visibility, confirmed)
+
+
+@pytest.mark.parametrize(
+    "conf",
+    [
+        {"beat_schedule": [("a", 1)]},
+        {"beat_schedule": {"a": {"task": "x", "options": {"countdown": float("inf")}}}},
+        {"beat_schedule": {"a": {"task": "x", "options": {"countdown": 10**400}}}},
+        {"beat_schedule": {"a": {"task": "x", "options": "none"}}},
+        {"beat_scheduler": object},
+        {"broker_transport_options": {"visibility_timeout": "long"}},
+        {"broker_transport_options": {"visibility_timeout": float("nan")}},
+    ],
+)
+def test_odd_configuration_stops_no_check(conf: dict[str, Any]) -> None:
+    assert codes(an_app(conf=conf)) == {}
+
+
+def test_whatever_a_check_raises_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(at_start, "gather", lambda *_, **__: 1 / 0)
+    app = an_app(conf={"idem_store": "memory://"})
+    with caplog.at_level("INFO", logger="celery_idem"):
+        at_start._look(app, "prefork")
+    assert "ZeroDivisionError" in caplog.text
+    assert "store memory:// answered in" in caplog.text
+
+
+def test_what_takes_too_long_is_said_and_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    end = threading.Event()
+    monkeypatch.setattr(at_start, "WITHIN", 0.05)
+    monkeypatch.setattr(at_start, "gather", lambda *_, **__: end.wait(30))
+    step = at_start.AtStart(SimpleNamespace(app=None, steps=[]))
+    try:
+        step.start(SimpleNamespace(app=an_app(), pool_cls=None))
+        wait_for(lambda: "nothing to be heard" in caplog.text, 10)
+    finally:
+        end.set()

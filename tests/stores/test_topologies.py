@@ -17,7 +17,7 @@ from redis.crc import key_slot
 from celery_idem.errors import ConfigurationError, StoreError
 from celery_idem.intent import MICROSECONDS, Stored
 from celery_idem.stores import open_store
-from celery_idem.stores.base import OWNER, Reply, Store
+from celery_idem.stores.base import OWNER, Change, Reply, Store
 from celery_idem.stores.redis_cluster import ClusterStore
 from celery_idem.stores.redis_sentinel import SentinelStore
 from celery_idem.testing import StoreConformance
@@ -307,6 +307,45 @@ def test_a_replica_that_missed_a_claim_is_promoted(
     assert after.create("a", MINE).done  # a second winner, where the first was told that it had won
 
 
+@pytest.mark.parametrize("durability", ["none", "replicas:1"])
+def test_a_failover_in_the_middle_of_a_claim_to_a_replica_that_lags(tmp_path: Path, durability: str) -> None:
+    """Without waiting, a claim that was won is forgotten, and won again; with it nobody was told that it was won."""
+    with running(lambda: Watched(tmp_path / "watched")) as servers:
+        wait_for(lambda: acknowledged(servers.master), 30, "the replica's first acknowledgement")
+        store = open_store(f"{servers.url}&socket_timeout=20", durability)
+        assert store.create("before", MINE).done
+        servers.replica.pause()
+        told: list[Reply | StoreError] = []
+        try:
+            with client(servers.master) as master:  # what it has not yet is never going to come
+                master.execute_command("CLIENT", "KILL", "TYPE", "replica")
+
+            def claim() -> None:
+                try:
+                    told.append(store.create("a", MINE))
+                except StoreError as error:
+                    told.append(error)
+
+            claiming = threading.Thread(target=claim)
+            claiming.start()
+            with client(servers.master) as master:
+                wait_for(lambda: master.exists("a"), 10, "the claim to be written")
+            if durability == "none":
+                claiming.join(10)  # it has its answer
+            servers.master.kill()
+        finally:
+            servers.replica.resume()
+        claiming.join(30)
+        assert not claiming.is_alive()
+        wait_for(lambda: servers.master_port() == servers.replica.port, 30, "the failover")
+        (answer,) = told
+        assert isinstance(answer, Reply if durability == "none" else StoreError)
+        after = open_store(servers.url)
+        assert wait_for(lambda: written(after, "b"), 30)
+        assert after.read("before").done
+        assert after.create("a", b"owner-yours-").done
+
+
 def acknowledged(master: RedisServer) -> bool:
     """Whether a replica has acknowledged what was written. One whose link has just come up gets no commands
     before its first acknowledgement, which comes with the next beat of its clock, up to a second later."""
@@ -388,23 +427,43 @@ def test_cluster_urls() -> None:
 # --- rights -------------------------------------------------------------------------------------------
 
 
-def test_a_user_with_the_documented_rights_can_do_everything(start_redis: Callable[..., RedisServer]) -> None:
+def documented_rule() -> str:
     page = (Path(__file__).parents[2] / "docs" / "how-to" / "redis.md").read_text()
     (rule,) = re.findall(r"^ACL SETUSER celery_idem (.*)$", page, re.MULTILINE)
+    return str(rule).replace("PASSWORD", "s3cret")
+
+
+def test_a_user_with_the_documented_rights_can_do_everything(start_redis: Callable[..., RedisServer]) -> None:
     server = start_redis()
     with client(server) as admin:
-        admin.execute_command("ACL", "SETUSER", "celery_idem", *rule.replace("PASSWORD", "s3cret").split())
+        admin.execute_command("ACL", "SETUSER", "celery_idem", *documented_rule().split())
     store = open_store(f"redis://celery_idem:s3cret@127.0.0.1:{server.port}/0")
-    created = store.create("idem:a", MINE)
-    assert created.stored is not None
-    assert store.create("idem:a", MINE).stored == created.stored
-    assert store.read("idem:a").done
-    replaced = store.replace("idem:a", created.stored, MINE, DAY)
-    assert replaced.stored is not None
-    assert dict(store.scan("idem:")) == {"idem:a": replaced.stored}
-    assert store.replace("idem:a", replaced.stored, MINE, 0).done  # forget
+    use(store)
     with pytest.raises(StoreError, match=r"(?i)no permissions"):
         store.create("other:a", MINE)
     for command in ("FLUSHALL", "KEYS *", "CONFIG GET *"):
         with pytest.raises(StoreError, match=r"(?i)no permissions"):
             store.execute(*command.split())  # type: ignore[attr-defined]
+
+
+def test_a_user_with_the_documented_rights_can_do_everything_in_a_cluster(cluster: Cluster) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "redis.md").read_text()
+    (more,) = re.findall(r"^On a cluster add `(.*?)`", page, re.MULTILINE)
+    for node in cluster.nodes:
+        with client(node) as admin:
+            admin.execute_command("ACL", "SETUSER", "celery_idem", *documented_rule().split(), *more.split())
+    use(open_store(cluster.url.replace("//", "//celery_idem:s3cret@")))
+
+
+def use(store: Store) -> None:
+    created = store.create("idem:a", MINE)
+    assert created.stored is not None
+    assert store.create("idem:a", MINE).stored == created.stored
+    assert store.read("idem:a").done
+    assert store.peek("idem:a") == created.stored
+    replaced = store.replace("idem:a", created.stored, MINE, DAY)
+    assert replaced.stored is not None
+    (renewed,) = store.replace_many([Change("idem:a", replaced.stored, MINE, DAY)])
+    assert renewed.stored is not None
+    assert dict(store.scan("idem:")) == {"idem:a": renewed.stored}
+    assert store.replace("idem:a", renewed.stored, MINE, 0).done  # forget
