@@ -67,9 +67,7 @@ def _bounded(what: str, call: Any) -> None:
     except ConfigurationError as error:
         events.logger.error("celery_idem: %s", error)
     except Exception:
-        events.logger.warning(
-            "celery_idem: %s: failed; tasks are guarded all the same", what, exc_info=True
-        )
+        events.logger.warning("celery_idem: %s: failed; tasks are guarded all the same", what, exc_info=True)
     finally:
         late.cancel()
 

@@ -98,9 +98,7 @@ def _countdown(entry: Any) -> float:
     return _number(options.get("countdown"), 0.0) if isinstance(options, Mapping) else 0.0
 
 
-def _facts_or_why_not(
-    name: str, task: Any, guarded: IdempotentTask | None, scheduled: bool
-) -> TaskFacts:
+def _facts_or_why_not(name: str, task: Any, guarded: IdempotentTask | None, scheduled: bool) -> TaskFacts:
     """What matters of a task; of one whose attributes cannot be read, why."""
     try:
         return _task_facts(task, guarded, scheduled)

@@ -82,11 +82,12 @@ class ClusterStore(RedisStore):
 
     def replace_many(self, changes: Sequence[Change]) -> list[Reply]:
         """One round trip for each node that has any of them."""
-        by_node: dict[Any, list[int]] = {}
+        by_node: dict[str, tuple[Any, list[int]]] = {}
         for n, change in enumerate(changes):
-            by_node.setdefault(self._owner(change.key), []).append(n)
+            node = self._owner(self.prefix + change.key)
+            by_node.setdefault(node.name, (node, []))[1].append(n)
         replies: dict[int, Reply] = {}
-        for node, numbers in by_node.items():
+        for node, numbers in by_node.values():
             some = [changes[n] for n in numbers]
             commands = [("EVALSHA", REPLACE.sha, 1, *self._replacement(*change)[1::2]) for change in some]
             answers = self._at(node, [*commands, *self._waits])
@@ -188,8 +189,8 @@ class ClusterStore(RedisStore):
 
         return self._safely(call)
 
-    def _owner(self, key: str) -> Any:
-        return self._safely(lambda: self._client().get_node_from_key(self.prefix + key))
+    def _owner(self, name: str) -> Any:
+        return self._safely(lambda: self._client().get_node_from_key(name))
 
     def _run(self, script: _Script, key: str, words: tuple[int | bytes, ...]) -> Any:
         run = self._write_durably if self._waits and script.writes else self._ask
@@ -204,7 +205,7 @@ class ClusterStore(RedisStore):
     def _write_durably(self, *words: Any) -> Any:
         """A write and the waiting for it, on one connection: WAIT speaks of what its own connection wrote."""
         name = words[3].decode()
-        node, asking = self._safely(lambda: self._client().get_node_from_key(name)), False
+        node, asking = self._owner(name), False
         for _ in range(TRIES):
             before = [("ASKING",)] if asking else []
             answers = self._at(node, [*before, words, *self._waits])

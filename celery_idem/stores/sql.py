@@ -194,8 +194,8 @@ class SqlStore(SqlPrimitives):
         state = getattr(cause, "sqlstate", None)
         if state == sql_connections.READ_ONLY:
             return StoreError(
-                f"The store {self.url} only reads: it is a standby, or was demoted ({text.rstrip('.')}). Point idem_store "
-                "at the primary, or name all servers: postgresql://user@/database?host=one:5432&host=two:5432."
+                f"The store {self.url} only reads: it is a standby, or was demoted ({text.rstrip('.')}). Point "
+                "idem_store at the primary, or name all servers: postgresql://user@/database?host=one:5432&host=two:5432."
             )
         if state == "42501":  # insufficient_privilege
             return _RefusedError(

@@ -106,7 +106,9 @@ def postgresql_engine(sa: Any, url: URL) -> Engine:
     arguments, options = url.get_dialect()().create_connect_args(url)
     options.setdefault("connect_timeout", int(TIMEOUT))
     options.setdefault("application_name", "celery_idem")
-    if "," in str(options.get("host", "")):  # the first that answers may be a standby, or the primary of before
+    if "," in str(
+        options.get("host", "")
+    ):  # the first that answers may be a standby, or the primary of before
         options.setdefault("target_session_attrs", "read-write")
 
     def creator() -> Any:

@@ -256,7 +256,9 @@ def test_a_worker_starts_though_its_store_is_away(
     redis_url: str, start_worker: Callable[..., CeleryWorker]
 ) -> None:
     away = "redis://me:s3cret@127.0.0.1:1/0"
-    worker = start_worker("tests.operators.wrong", env={"IDEM_TEST_REDIS": redis_url, "IDEM_TEST_STORE": away})
+    worker = start_worker(
+        "tests.operators.wrong", env={"IDEM_TEST_REDIS": redis_url, "IDEM_TEST_STORE": away}
+    )
     wait_for(lambda: "did not answer" in worker.log_text(), 20, worker.log_text)
     assert "Start it, or set idem_store" in worker.log_text()
     assert "s3cret" not in worker.log_text()
@@ -311,7 +313,9 @@ def test_the_horizon_of_retries() -> None:
     ],
 )
 def test_a_task_that_cannot_be_read_is_named(options: dict[str, Any], says: str | None) -> None:
-    found = {f.code: f.wrong for f in doctor.examine(doctor.gather(an_app(**options), ask=False), doctor.CHEAP)}
+    found = {
+        f.code: f.wrong for f in doctor.examine(doctor.gather(an_app(**options), ask=False), doctor.CHEAP)
+    }
     assert ("not-looked-at" in found) is (says is not None)
     assert says is None or says in found["not-looked-at"]
 
@@ -353,7 +357,9 @@ def test_odd_configuration_stops_no_check(conf: dict[str, Any]) -> None:
     assert codes(an_app(conf=conf)) == {}
 
 
-def test_whatever_a_check_raises_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_whatever_a_check_raises_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(at_start, "gather", lambda *_, **__: 1 / 0)
     app = an_app(conf={"idem_store": "memory://"})
     with caplog.at_level("INFO", logger="celery_idem"):

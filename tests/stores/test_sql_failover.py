@@ -101,7 +101,9 @@ def test_behind_a_pooler_a_server_that_is_back_is_found_again(postgres: Postgres
         database = postgres.create_database("behind_a_pooler").rpartition("/")[2]
         store = with_connections(pooler.url_for(database))
         with psycopg.connect(postgres.url, autocommit=True) as admin:
-            admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (database,))
+            admin.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (database,)
+            )
         assert all(store.create(str(n), MINE).done for n in range(CALLS))
 
 
@@ -114,7 +116,7 @@ def test_a_transaction_left_open_that_the_server_ends_is_the_authors_alone(postg
         inside = store.inside(author)
         assert inside.create("theirs", MINE).done
         with psycopg.connect(postgres_url, autocommit=True) as admin:
-            gone = f"SELECT count(*) FROM pg_stat_activity WHERE pid = {author.info.backend_pid}"
+            gone = f"SELECT count(*) FROM pg_stat_activity WHERE pid = {author.info.backend_pid}"  # noqa: S608
             wait_for(lambda: one(admin, gone) == 0, 20, "the server to end the transaction")
         with pytest.raises(psycopg.Error):
             inside.read("theirs")

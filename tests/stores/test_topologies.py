@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
 from redis.crc import key_slot
 
 from celery_idem.errors import ConfigurationError, StoreError
@@ -216,11 +215,15 @@ def test_a_master_fails_under_load_and_its_replica_takes_over(tmp_path: Path) ->
     with running(lambda: Cluster(tmp_path / "cluster", size=6, replicas=1)) as cluster:
         masters = [node for node in cluster.nodes if role(node) == "master"]
         first = open_store(cluster.url, "replicas:1")
-        wait_for(lambda: all(written(first, str(-n)) for n in range(30)), 30, "the replicas' acknowledgements")
+        wait_for(
+            lambda: all(written(first, str(-n)) for n in range(30)), 30, "the replicas' acknowledgements"
+        )
         with Load(cluster.url, str, durability="replicas:1") as load:
             load.wait_for(100)
             masters[0].kill()
-            wait_for(lambda: sum(role(n) == "master" for n in cluster.nodes if n.alive) == 3, 30, "the failover")
+            wait_for(
+                lambda: sum(role(n) == "master" for n in cluster.nodes if n.alive) == 3, 30, "the failover"
+            )
             masters[0].restart()
             load.wait_for(100)
         twice = {key: winners for key, winners in load.winners.items() if len(winners) > 1}
