@@ -11,10 +11,10 @@ import time
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from celery_idem import events
+from celery_idem.declaring import called_of
 from celery_idem.errors import ConfigurationError, IntentError
 from celery_idem.keys import Declaration
 from celery_idem.receipts import FIRST_LOOK, LONGEST_LOOK, LOOK_GROWTH, PENDING, Receipt, submit_task
@@ -245,16 +245,20 @@ def annotations_of(task: IdempotentTask) -> dict[str, Any]:
     Raises:
         ConfigurationError: one of them cannot be.
     """
-    run = inspect.getattr_static(type(task), "run")
-    function = inspect.unwrap(run.__func__ if isinstance(run, staticmethod) else run)
+    known = called_of(type(task))
+    hints: dict[str, Any] = {}
     try:
-        return (
-            typing.get_type_hints(function, include_extras=True) if isinstance(function, FunctionType) else {}
-        )
+        for function in {id(each): each for each in known.owners.values()}.values():
+            theirs = typing.get_type_hints(function, include_extras=True)
+            hints.update({n: hint for n, hint in theirs.items() if known.owners.get(n) is function})
     except Exception as error:
         raise ConfigurationError(
             f"The annotations of {task.name} cannot be evaluated ({error}), so there is no schema for them."
         ) from error
+    for name, parameter in known.signature.parameters.items():
+        if name not in known.owners and parameter.annotation is not parameter.empty:
+            hints[name] = parameter.annotation
+    return hints
 
 
 async def answer(receipt: Receipt, timeout: float) -> Receipt:
