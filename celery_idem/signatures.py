@@ -269,6 +269,12 @@ def _composed(fun: FunctionType, own: inspect.Signature, wrapped: Any) -> Called
             reachable = by_name and name not in injected
             if name in injected:
                 continue
+        if (
+            kind is Parameter.KEYWORD_ONLY
+            and name in own.parameters
+            and parameter.default is not parameter.empty
+        ):
+            continue  # the wrapper's own of that name stands in front
         if reachable:
             rest.append(parameter.replace(kind=kind))
         elif parameter.default is Parameter.empty and kind in (*POSITIONAL, Parameter.KEYWORD_ONLY):

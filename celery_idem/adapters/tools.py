@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import time
 import typing
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,7 @@ from celery_idem import events
 from celery_idem.declaring import called_of
 from celery_idem.errors import ConfigurationError, IntentError
 from celery_idem.keys import Declaration
+from celery_idem.models import is_model
 from celery_idem.receipts import FIRST_LOOK, LONGEST_LOOK, LOOK_GROWTH, PENDING, Receipt, submit_task
 from celery_idem.task import IdempotentTask
 
@@ -142,7 +144,13 @@ class Tool:
                 f"{'.'.join(map(str, problem['loc'])) or 'arguments'}: {problem['msg']}"
                 for problem in error.errors(include_input=False, include_context=False, include_url=False)
             ) from None
-        return parsed.model_dump(by_alias=True, exclude_unset=True)
+        known = parsed.model_dump(by_alias=True, exclude_unset=True)
+        sent = json.loads(arguments)
+        for name, field in type(parsed).model_fields.items():
+            if field.alias in sent and _has_model(getattr(parsed, name)):
+                # As it was sent: dumping a model masks secrets and drops excluded fields.
+                known[field.alias] = sent[field.alias]
+        return known
 
     def submit(
         self,
@@ -178,6 +186,14 @@ class Tool:
             if parameter.kind is inspect.Parameter.POSITIONAL_ONLY and name in kwargs:
                 args.append(kwargs.pop(name))
         return args, kwargs
+
+
+def _has_model(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return is_model(value) or (
+        isinstance(value, (list, tuple, set, frozenset)) and any(map(_has_model, value))
+    )
 
 
 def tool_of(app: Celery, name: str, occurrences: bool = False) -> Tool:
