@@ -1,18 +1,21 @@
-"""What a task class declares, read off the class: its signature, its intent, its options."""
+"""What a task class declares, read off the class: its parameters, its models, its intent, its options."""
 
 from __future__ import annotations
 
 import inspect
-import typing
+from collections.abc import Mapping
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from celery import Task
+from celery.app import base
 from celery.utils.imports import symbol_by_name
 
 from celery_idem import keys
 from celery_idem.errors import ConfigurationError
+from celery_idem.models import Reader
 from celery_idem.settings import NAMES, Settings, checked, of_app
+from celery_idem.signatures import Called, Opaque, called
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -21,6 +24,7 @@ OWN_OPTIONS = (
     "intent",
     "must_match",
     "secret",
+    "signature",
     "intent_version",
     "reconcile",
     "no_effect_errors",
@@ -60,19 +64,23 @@ def _declaration_of(cls: type[Any], app: Celery) -> keys.Declaration | None:
         raise ConfigurationError(
             f"{cls.name} is declared with {cls.__mro__[1].__name__} but without an intent. Say which parameters make "
             "two calls the same "
-            "action: intent=(…). Parameters: " + (", ".join(_signature(cls).parameters) or "none") + "."
+            "action: intent=(…). Parameters: "
+            + (", ".join(called_of(cls).signature.parameters) or "none")
+            + "."
         )
     if isinstance(intent, str) and ":" in intent:  # from a configuration file: a function by its path
         intent = symbol_by_name(intent)
     settings_of(cls, app)
+    known = called_of(cls)
     return keys.declare(
         task=cls.name,
-        signature=_signature(cls),
+        signature=known.signature,
         intent=intent,
         must_match=cls.must_match,
         secret=cls.secret,
         version=cls.intent_version,
-        models=_models(cls),
+        readers=_readers(cls, known),
+        renamed=known.renamed,
     )
 
 
@@ -86,35 +94,113 @@ def settings_of(cls: type[Any], app: Celery) -> Settings:
     return checked(of_app(app.conf), own, where=cls.name or cls.__name__)
 
 
-def _signature(cls: type[Any]) -> inspect.Signature:
-    """Of the body, without ``self``."""
-    run = inspect.getattr_static(cls, "run")
-    if isinstance(run, staticmethod):
-        return inspect.signature(run.__func__)
-    signature = inspect.signature(run)
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
+def called_of(cls: type[Any]) -> Called:
+    """The parameters that callers of a task give, without ``self``: of ``signature=``, else of its body.
 
-
-def _models(cls: type[Any]) -> dict[str, Any]:
-    """Parameters annotated with a pydantic model: a dictionary given for one is read as the model,
-    because that is what the body will get, defaults included."""
+    Raises:
+        ConfigurationError: they cannot be known.
+    """
+    given = getattr(cls, "_signature_given", None)
+    if given is not None:
+        return given if isinstance(given, Called) else Called(given, {}, {})
     run = inspect.getattr_static(cls, "run")
-    fun = inspect.unwrap(run.__func__ if isinstance(run, staticmethod) else run)
+    fun = run.__func__ if isinstance(run, (staticmethod, classmethod)) else run
+    bound = isinstance(run, classmethod) or (
+        hasattr(type(run), "__get__") and not isinstance(run, staticmethod)
+    )
     try:
-        hints = typing.get_type_hints(fun) if isinstance(fun, FunctionType) else {}
-    except Exception:  # an annotation that cannot be evaluated is somebody else's business
+        inner = _pydantic(fun)
+        known = called(fun) if inner is None else _as_celery_binds(inner)
+        return known.without_first() if bound else known
+    except Opaque as why:
+        raise ConfigurationError(
+            f"{cls.name}: nobody can tell from its decorators which parameters its callers give: {why}. Say it: "
+            "signature= a function (or an inspect.Signature) with these parameters, without self. Else one action "
+            "could be taken for another."
+        ) from None
+
+
+def take_signature(cls: type[Any]) -> None:
+    """Keep the option ``signature=`` elsewhere: in its place belongs Celery's method of that name."""
+    named = [vars(c)["signature"] for c in cls.__mro__ if "signature" in vars(c)]
+    given = named[0]
+    if _is_method(given):
+        return
+    cls.signature = next(filter(_is_method, named))
+    if isinstance(given, str):
+        given = symbol_by_name(given)
+    given = given.__func__ if isinstance(given, staticmethod) else given
+    if not isinstance(given, inspect.Signature):
+        try:
+            given = called(given)
+        except (Opaque, TypeError) as why:
+            raise ConfigurationError(
+                f"{cls.name}: signature= must be a function with the parameters that callers give, or an "
+                f"inspect.Signature ({why})."
+            ) from None
+    cls._signature_given = given
+
+
+def _is_method(given: Any) -> bool:
+    """Celery's, or an override of it; not a function whose parameters stand for the task's."""
+    return (
+        isinstance(given, FunctionType)
+        and given.__name__ == "signature"
+        and given.__code__.co_varnames[: given.__code__.co_argcount][:1] == ("self",)
+    )
+
+
+# --- Celery's own wrapper for pydantic=True ---------------------------------------------
+
+
+def _pydantic(fun: Any) -> dict[str, Any] | None:
+    """The variables of Celery's pydantic wrapper; None for any other function. Celery before 5.5 has none."""
+    maker = getattr(base, "pydantic_wrapper", None)
+    code = getattr(fun, "__code__", None)
+    if maker is None or code is None or not any(code is each for each in maker.__code__.co_consts):
+        return None
+    known: dict[str, Any] = {}
+    for cell_of in (fun, inspect.getclosurevars(fun).nonlocals.get("validate_argument")):  # 5.7 moved some
+        known.update(inspect.getclosurevars(cell_of).nonlocals if cell_of is not None else {})
+    return known
+
+
+def _as_celery_binds(wrapper: Mapping[str, Any]) -> Called:
+    """Celery binds a call to the signature of the innermost function and passes it on by position, so that has to
+    be the signature of what it calls."""
+    inner = called(wrapper["task_fun"])
+    bound: inspect.Signature = wrapper["task_signature"]
+    takes = [
+        p
+        for p in inner.signature.parameters.values()
+        if p.name in bound.parameters or p.kind is not p.KEYWORD_ONLY or p.default is p.empty
+    ]
+    if [(p.name, p.kind) for p in takes] != [(p.name, p.kind) for p in bound.parameters.values()]:
+        raise Opaque("pydantic=True passes arguments on by the parameters of the innermost function")
+    return inner._replace(signature=inner.signature.replace(parameters=takes))
+
+
+def _readers(cls: type[Any], known: Called) -> dict[str, Reader]:
+    """Of the parameters of which Celery makes a model: with ``pydantic=True``, ``Model`` and ``Optional[Model]``."""
+    run = inspect.getattr_static(cls, "run")
+    wrapper = _pydantic(run.__func__ if isinstance(run, staticmethod) else run)
+    if wrapper is None:
         return {}
-    models = {}
-    for name, hint in hints.items():
-        for option in (hint, *typing.get_args(hint)):
-            if (
-                isinstance(option, type)
-                and hasattr(option, "model_validate")
-                and hasattr(option, "model_dump")
-            ):
-                models[name] = option
-    models.pop("return", None)
-    return models
+    from celery.utils.annotations import annotation_issubclass, get_optional_arg
+
+    hints = wrapper.get("type_hints") or {}
+    context = {
+        **wrapper["context"],
+        "celery_app": wrapper["app"],
+        "celery_task_name": wrapper["task_name"],
+    }
+    readers = {}
+    for name, parameter in wrapper["task_signature"].parameters.items():
+        hint = hints.get(name, parameter.annotation)
+        inner = get_optional_arg(hint)
+        if name in known.signature.parameters and annotation_issubclass(inner or hint, wrapper["BaseModel"]):
+            readers[name] = Reader(inner or hint, inner is not None, wrapper["strict"], context)
+    return readers
 
 
 def _check_spelling(cls: type[Any]) -> None:

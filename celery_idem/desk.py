@@ -249,6 +249,8 @@ class Desk:
             args, kwargs = result.args, result.kwargs
         except Exception:  # no backend, or one that does not answer: then the arguments are not known
             return None
+        if not isinstance(args, (list, tuple, type(None))) or not isinstance(kwargs, (dict, type(None))):
+            return None
         if args is None and kwargs is None:
             return None
         return Arguments(tuple(args or ()), dict(kwargs or {}))
@@ -367,7 +369,9 @@ def read_arguments(lines: Iterator[str]) -> dict[str, Arguments]:
             form: Any = json.loads(line)
             if not isinstance(form, dict) or "key" not in form:
                 raise ValueError('it is no object with a "key"')
-            known[str(form["key"])] = Arguments(tuple(form.get("args") or ()), dict(form.get("kwargs") or {}))
+            args, kwargs = form.get("args"), form.get("kwargs")
+            keys.check_call(str(form["key"]), args, kwargs)
+            known[str(form["key"])] = Arguments(tuple(args or ()), dict(kwargs or {}))
         except (ValueError, TypeError) as error:
             raise IdempotencyError(
                 f'Line {number} is not {{"key": …, "args": […], "kwargs": {{…}}}}: {error}.'

@@ -9,9 +9,9 @@ values are the same:
   ``Decimal("1.00")``); a bool is not a number;
 * text is compared in Unicode normal form C;
 * lists and tuples are the same; an Enum is its value; a dataclass or pydantic model is
-  the dictionary of its fields; integer dictionary keys are text (JSON makes them so);
+  the dictionary of its fields, as they are in Python; integer dictionary keys are text (JSON makes them so);
 * aware datetimes are the same when they are the same instant;
-* bytes, dates, UUIDs, time spans and sets keep their type: ``"2026-11-01"`` is not
+* bytes, dates, UUIDs, time spans, sets, addresses and secrets keep their type: ``"2026-11-01"`` is not
   ``date(2026, 11, 1)``;
 * naive datetimes, NaN, infinities and any other object are refused.
 """
@@ -31,10 +31,12 @@ from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from enum import Enum
 from functools import lru_cache
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 from typing import Any, Final, NamedTuple
 
 import rfc8785
 
+from celery_idem import models
 from celery_idem.errors import ConfigurationError, IntentError
 from celery_idem.intent import FINGERPRINT_ENTRY, FINGERPRINT_TAG, NO_FINGERPRINT, Fingerprint
 
@@ -53,6 +55,11 @@ MAX_DEPTH = 64
 
 MAX_INT_BITS = 14_000
 """Larger integers are refused: Python itself converts at most 4,300 digits to text."""
+
+_ADDRESSES = (IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network)
+
+_URLS = frozenset({"pydantic.networks", "pydantic_core._pydantic_core"})
+"""Where pydantic's URLs come from, which are no text."""
 
 _SAFE_INT = 2**53 - 1  # the largest integer every JSON reader keeps exactly (RFC 8785, section 3.2.2.3)
 
@@ -122,8 +129,15 @@ def _canonical(value: Any, depth: int) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return _mapping(fields, depth)
-    if hasattr(value, "model_dump") and not isinstance(value, type):  # a pydantic model
-        return _canonical(value.model_dump(mode="json"), depth + 1)
+    if models.is_model(value):
+        fields = models.fields_of(value)
+        return _canonical(fields["root"], depth + 1) if models.is_root(value) else _mapping(fields, depth)
+    if isinstance(value, _ADDRESSES):
+        return {"$ip": str(value)}
+    if hasattr(type(value), "get_secret_value"):  # its digest: a form may be shown
+        return {"$secret": _hash(_canonical(value.get_secret_value(), depth + 1)).hexdigest()}
+    if type(value).__module__ in _URLS and hasattr(value, "unicode_string"):
+        return {"$url": str(value)}
     raise IntentError(f"a {type(value).__name__} has no canonical form: pass an id, a number or text instead")
 
 
@@ -199,10 +213,10 @@ def _hash_of_start(*items: Any) -> hashlib._Hash:
     return hashlib.sha256(_json(list(items))[:-1])
 
 
-def _named(parameter: str, value: Any) -> Any:
+def _named(parameter: str, value: Any, reader: models.Reader | None = None) -> Any:
     """Canonical form of one argument; the error names the parameter, never the value."""
     try:
-        form = canonical(value)
+        form = canonical(value if reader is None else reader(value))
         if type(form) is str:
             form.encode()  # all that can be wrong with text
         else:
@@ -214,6 +228,18 @@ def _named(parameter: str, value: Any) -> Any:
     except Exception as error:  # an object whose own methods fail: still an argument that cannot be used
         raise _refused(parameter, f"reading it failed with {type(error).__name__}") from error
     return form
+
+
+def _read(parameter: str, value: Any, reader: models.Reader) -> Any:
+    try:
+        return reader(value)
+    except IntentError as error:
+        raise _refused(parameter, error) from None
+    except Exception as error:
+        raise _refused(parameter, f"reading it failed with {type(error).__name__}") from error
+
+
+_UNSTEADY = "its model's validators make another value each time it is read"
 
 
 def _refused(parameter: str, why: object) -> IntentError:
@@ -238,7 +264,8 @@ class Declaration(NamedTuple):
     must_match: tuple[str, ...]
     secret: tuple[str, ...]
     version: int | str
-    models: Mapping[str, Any]
+    readers: Mapping[str, models.Reader]
+    defaults: Mapping[str, Any]
 
     def bind(self, args: Iterable[Any] | None, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
         """Arguments by parameter name, defaults applied, ``**kwargs`` opened up.
@@ -246,9 +273,12 @@ class Declaration(NamedTuple):
         Raises:
             TypeError: the call does not fit the signature.
         """
+        check_call(self.task, args, kwargs)
         bound = self.signature.bind(*(args or ()), **(kwargs or {}))
         parameters = self.signature.parameters
         if len(bound.arguments) < len(parameters):  # where all are given this would only cost time
+            for name, value in self.defaults.items():
+                bound.arguments.setdefault(name, value)
             bound.apply_defaults()
         arguments = bound.arguments
         for name, parameter in parameters.items():
@@ -262,21 +292,21 @@ class Declaration(NamedTuple):
                         clash,
                     )
                 arguments.update(extra)
-        for name, model in self.models.items():
-            if isinstance(arguments.get(name), Mapping):
-                arguments[name] = _validated(model, arguments[name])
         return arguments
 
     def intent(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Canonical fields that say what the action is."""
+        """Canonical fields that say what the action is.
+
+        Raises:
+            IntentError: a value cannot be part of a key.
+        """
         if self.compute is not None:
-            fields = self.compute(dict(arguments))
-            if not isinstance(fields, Mapping) or not fields:
-                raise IntentError(
-                    f"intent= of {self.task} returned {type(fields).__name__!r} instead of a dictionary with at "
-                    "least one field."
-                )
-            return {str(name): _named(str(name), value) for name, value in fields.items()}
+            forms = self._computed(self.compute, arguments)
+            if any(reader.runs_code for reader in self.readers.values()):
+                again = self._computed(self.compute, arguments)
+                for name in (n for n in (*forms, *again) if forms.get(n) != again.get(n)):
+                    raise _refused(name, _UNSTEADY)
+            return forms
         names = arguments if self.fields is None else self.fields
         missing = [name for name in names if name not in arguments]
         if missing:
@@ -285,7 +315,27 @@ class Declaration(NamedTuple):
                 None,
                 missing[0],
             )
-        return {name: _named(name, arguments[name]) for name in names}
+        return {name: self._form(name, arguments[name]) for name in names}
+
+    def _computed(self, compute: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+        given = dict(arguments)
+        for name in self.readers.keys() & given.keys():
+            given[name] = _read(name, given[name], self.readers[name])
+        fields = compute(given)
+        if not isinstance(fields, Mapping) or not fields:
+            raise IntentError(
+                f"intent= of {self.task} returned {type(fields).__name__!r} instead of a dictionary with at "
+                "least one field."
+            )
+        return {str(name): _named(str(name), value) for name, value in fields.items()}
+
+    def _form(self, name: str, value: Any) -> Any:
+        """Canonical form of the argument ``name``: of the model, where Celery makes one of it."""
+        reader = self.readers.get(name)
+        form = _named(name, value, reader)
+        if reader is not None and reader.runs_code and _named(name, value, reader) != form:
+            raise _refused(name, _UNSTEADY)
+        return form
 
     def key(
         self,
@@ -324,7 +374,7 @@ class Declaration(NamedTuple):
             return NO_FINGERPRINT
         packed = b"".join(
             _hash([SCHEME, self.task, name]).digest()[:FINGERPRINT_TAG]
-            + _hash([SCHEME, self.task, name, _named(name, arguments.get(name))]).digest()[:VALUE]
+            + _hash([SCHEME, self.task, name, self._form(name, arguments.get(name))]).digest()[:VALUE]
             for name in names
         )
         return Fingerprint(tuple(names), packed)
@@ -344,13 +394,21 @@ def _label(what: str, value: Any) -> str | None:
     return unicodedata.normalize("NFC", text)
 
 
-def _validated(model: Any, value: Mapping[str, Any]) -> Any:
-    """The pydantic model of a dictionary, so that its defaults count; invalid data stays as it is
-    (the task itself will refuse it, in words of its own)."""
-    try:
-        return model.model_validate(value)
-    except ValueError:
-        return value
+def check_call(task: str, args: Any, kwargs: Any) -> None:
+    """Refuse what Python would take apart in its own way: a dictionary into its keys, text into letters.
+
+    Raises:
+        TypeError: ``args`` is no list or tuple, or ``kwargs`` no mapping.
+    """
+    if args is not None and not isinstance(args, (list, tuple)):
+        raise TypeError(
+            f"{task}: args must be a list or tuple, not {type(args).__name__}. Give named arguments as kwargs={{…}}, "
+            "one positional argument as args=(value,)."
+        )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(
+            f"{task}: kwargs must be a dictionary, not {type(kwargs).__name__}. Give positional arguments as args=(…)."
+        )
 
 
 def declare(
@@ -360,9 +418,14 @@ def declare(
     must_match: Iterable[str] | str = (),
     secret: Iterable[str] | str = (),
     version: int | str = 1,
-    models: Mapping[str, Any] | None = None,
+    readers: Mapping[str, models.Reader] | None = None,
+    renamed: Mapping[str, str] | None = None,
 ) -> Declaration:
     """Check a declaration against the task's signature.
+
+    Args:
+        readers: of parameters of which Celery makes a pydantic model.
+        renamed: names that a wrapped function has for parameters of the signature.
 
     Raises:
         ConfigurationError: an unknown name (the message lists the real ones), or an
@@ -370,12 +433,13 @@ def declare(
     """
     fields: tuple[str, ...] | None = None
     compute = None
+    other = renamed or {}
     if isinstance(intent, AllArguments):
         pass
     elif callable(intent):
         compute = intent
     else:
-        fields = _names(task, "intent", intent, signature)
+        fields = _names(task, "intent", intent, signature, other)
         if not fields:
             raise ConfigurationError(
                 f"{task}: intent= names no parameter, so every call would be the same action. Name what tells "
@@ -386,18 +450,35 @@ def declare(
         signature=signature,
         fields=fields,
         compute=compute,
-        must_match=tuple(sorted(_names(task, "must_match", must_match, signature))),
-        secret=_names(task, "secret", secret, signature),
+        must_match=tuple(sorted(_names(task, "must_match", must_match, signature, other))),
+        secret=_names(task, "secret", secret, signature, other),
         version=version,
-        models=models or {},
+        readers=readers or {},
+        defaults=_settled_defaults(task, signature),
     )
 
 
-def _names(task: str, option: str, given: Any, signature: inspect.Signature) -> tuple[str, ...]:
+def _settled_defaults(task: str, signature: inspect.Signature) -> dict[str, Any]:
+    """Models as defaults, without what was minted when their module was imported: each process has another value."""
+    try:
+        return {
+            name: models.settled(parameter.default)
+            for name, parameter in signature.parameters.items()
+            if models.is_model(parameter.default)
+        }
+    except IntentError as error:
+        raise ConfigurationError(
+            f"{task}: a default cannot be part of an idempotency key: {error}."
+        ) from None
+
+
+def _names(
+    task: str, option: str, given: Any, signature: inspect.Signature, renamed: Mapping[str, str]
+) -> tuple[str, ...]:
     if isinstance(given, str):
         given = (given,)
     try:
-        names = tuple(given)
+        names = tuple(renamed.get(name, name) if isinstance(name, str) else name for name in given)
     except TypeError:
         raise ConfigurationError(
             f"{task}: {option}= must be parameter names, not {type(given).__name__}."

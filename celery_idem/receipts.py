@@ -228,6 +228,7 @@ def submit(
         ConfigurationError: the task is known here, and has no intent.
         TypeError, IntentError, kombu.exceptions.OperationalError: as ``IdempotentTask.submit``.
     """
+    keys.check_call(name, args, kwargs)
     task = app.tasks.get(name)
     if task is not None:
         if getattr(task, "declaration", None) is None:

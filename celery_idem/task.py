@@ -53,6 +53,9 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             included (a message that ``send_task`` publishes by name is Celery's alone). One that is
             part of the intent or of ``must_match`` is in the store as an unkeyed digest: whoever
             reads the store could guess a short one.
+        signature: the parameters as callers give them, without ``self``: a function or an
+            ``inspect.Signature``. Needed where a decorator hides them. (On the task itself
+            ``signature`` is Celery's method, as ever.)
         intent_version: change it when the same fields begin to mean another action.
         reconcile: ``(task, *args, **kwargs)``, or a method: asks the destination after a
             crash and returns ``Happened(result)``, ``NotHappened()`` or ``Unknown(reason)``.
@@ -95,6 +98,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         """
         super().on_bound(app)
         cls._guard_made = None
+        declaring.take_signature(cls)
         cls.declaration = declaring.declaration_of(cls, app)
         if cls.declaration is None:  # an ordinary task: as if this class were not there
             setattr(cls, "__call__", Task.__call__)  # noqa: B010  # mypy takes an assignment for a mistake
@@ -210,6 +214,14 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         options = self._with_key(args, kwargs, options, scope, occurrence, idempotency_key)
         return super().apply(args, kwargs, *more, **options)
 
+    def signature(self, args: Any = None, *more: Any, **options: Any) -> Signature:
+        """As Celery's, which makes a tuple of whatever it gets as ``args``, also of a dictionary's keys."""
+        if self.declaration is not None:
+            keys.check_call(self.name, args, more[0] if more else options.get("kwargs"))
+        return super().signature(args, *more, **options)
+
+    subtask = signature
+
     def signature_from_request(self, *args: Any, **kwargs: Any) -> Signature:
         """As Celery's. What is published from it is the same intent, whatever its arguments."""
         signature = super().signature_from_request(*args, **kwargs)
@@ -263,6 +275,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             if given:
                 self._declared(f"{', '.join(given)} of a call")
             return options
+        keys.check_call(self.name, args, kwargs)
         if self.declaration.secret:
             options = {**_shown(self.declaration, args or (), kwargs or {}), **options}
         same = options.pop("idem_same_intent", False)
@@ -314,6 +327,9 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
 
     def _run_guarded(self, request: Context, args: Any, kwargs: Any, nested: bool) -> Any:
         guard = self._guard_made or self.guard
+        given = request.args
+        if given is not None and not isinstance(given, (list, tuple)):  # a foreign message
+            keys.check_call(self.name, given, None)
         if self.typing:  # a call that does not fit claims nothing; a class-based task has no __header__
             getattr(self, "__header__", guard.declaration.signature.bind)(*args, **kwargs)
         key, fingerprint = guard.identify(request, args, kwargs)

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import time
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from celery_idem import events
+from celery_idem.declaring import called_of
 from celery_idem.errors import ConfigurationError, IntentError
 from celery_idem.keys import Declaration
+from celery_idem.models import is_model
 from celery_idem.receipts import FIRST_LOOK, LONGEST_LOOK, LOOK_GROWTH, PENDING, Receipt, submit_task
 from celery_idem.task import IdempotentTask
 
@@ -142,7 +144,13 @@ class Tool:
                 f"{'.'.join(map(str, problem['loc'])) or 'arguments'}: {problem['msg']}"
                 for problem in error.errors(include_input=False, include_context=False, include_url=False)
             ) from None
-        return parsed.model_dump(by_alias=True, exclude_unset=True)
+        known = parsed.model_dump(by_alias=True, exclude_unset=True)
+        sent = json.loads(arguments)
+        for name, field in type(parsed).model_fields.items():
+            if field.alias in sent and _has_model(getattr(parsed, name)):
+                # As it was sent: dumping a model masks secrets and drops excluded fields.
+                known[field.alias] = sent[field.alias]
+        return known
 
     def submit(
         self,
@@ -178,6 +186,14 @@ class Tool:
             if parameter.kind is inspect.Parameter.POSITIONAL_ONLY and name in kwargs:
                 args.append(kwargs.pop(name))
         return args, kwargs
+
+
+def _has_model(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return is_model(value) or (
+        isinstance(value, (list, tuple, set, frozenset)) and any(map(_has_model, value))
+    )
 
 
 def tool_of(app: Celery, name: str, occurrences: bool = False) -> Tool:
@@ -245,16 +261,20 @@ def annotations_of(task: IdempotentTask) -> dict[str, Any]:
     Raises:
         ConfigurationError: one of them cannot be.
     """
-    run = inspect.getattr_static(type(task), "run")
-    function = inspect.unwrap(run.__func__ if isinstance(run, staticmethod) else run)
+    known = called_of(type(task))
+    hints: dict[str, Any] = {}
     try:
-        return (
-            typing.get_type_hints(function, include_extras=True) if isinstance(function, FunctionType) else {}
-        )
+        for function in {id(each): each for each in known.owners.values()}.values():
+            theirs = typing.get_type_hints(function, include_extras=True)
+            hints.update({n: hint for n, hint in theirs.items() if known.owners.get(n) is function})
     except Exception as error:
         raise ConfigurationError(
             f"The annotations of {task.name} cannot be evaluated ({error}), so there is no schema for them."
         ) from error
+    for name, parameter in known.signature.parameters.items():
+        if name not in known.owners and parameter.annotation is not parameter.empty:
+            hints[name] = parameter.annotation
+    return hints
 
 
 async def answer(receipt: Receipt, timeout: float) -> Receipt:
