@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from celery import Celery, Task, chain, chord, group
 from celery.exceptions import Retry
-from celery.worker.request import Request
 
 from celery_idem import ConfigurationError, FingerprintMismatch, Happened, IdempotentTask, InProgress, Ledger
 from tests.celery import apps
@@ -309,13 +308,6 @@ def test_a_key_does_not_depend_on_who_computes_it() -> None:
 
         keys.add(pay.intent_key("a"))
     assert len(keys) == 1
-
-
-def test_the_default_worker_request_is_ours_and_celerys(here: Here) -> None:
-    from celery_idem.worker import IdempotentRequest
-
-    assert issubclass(IdempotentRequest, Request)
-    assert here.pay.Request == "celery_idem.worker:IdempotentRequest"
 
 
 # --- Django --------------------------------------------------------------------------------------
