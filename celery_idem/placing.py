@@ -22,7 +22,7 @@ KEPT = "_idem_kept"
 """The class attribute with what ours replaced, by name. It is in the class's own namespace or not at all."""
 
 _CELERYS = frozenset({"celery.app.task", "celery.app.trace"})
-"""Modules of ``Task.__call__``: the second is the worker's. Of any other it is somebody's own, as Celery sees it too."""
+"""Modules that ``Task.__call__`` is from; the second is the worker's. One from elsewhere is somebody's own."""
 
 _NOTHING: Any = object()
 
