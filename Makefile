@@ -8,10 +8,10 @@ VENV := .venv
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo check docs matrix audit clean bench bench-full fuzz chaos
+.PHONY: help test demo check docs matrix audit clean bench bench-full fuzz chaos celery-suite
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 test: $(VENV)/.ready-test ## run the tests; ARGS="-k x" goes to pytest
 	@$(PY) -m pytest $(ARGS)
@@ -47,6 +47,9 @@ fuzz: $(VENV)/.ready-test ## a million random calls: one key for each action; AR
 
 chaos: $(VENV)/.ready-test ## minutes of traffic while workers, store and brokers are broken; ARGS="--minutes 60 --seed 7"
 	@$(PY) -m tests.chaos $(ARGS)
+
+celery-suite: $(VENV)/.ready-test ## Celery's own tests with and without our task class; needs the network, ten minutes
+	@$(PY) -m tests.compat.celery_suite $(ARGS)
 
 clean: ## remove the environment, builds and caches
 	rm -rf $(VENV) .nox build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from celery import Task
 from celery.app import base
 from celery.utils.imports import symbol_by_name
 
-from celery_idem import keys
+from celery_idem import keys, placing
 from celery_idem.errors import ConfigurationError
 from celery_idem.models import Reader
 from celery_idem.settings import NAMES, Settings, checked, of_app
@@ -39,28 +39,36 @@ the root class to the current app, and Celery annotates no task below a class th
 _ALIKE = 0.85
 """How alike a task's attribute and one of our options must be to be taken for a slip of the pen."""
 
+_ALIKE_INTENT = 0.8
+"""The same where the value names the task's parameters, which says as much: two letters exchanged are one slip."""
 
-def declaration_of(cls: type[Any], app: Celery) -> keys.Declaration | None:
+
+def declaration_of(cls: type[Any], app: Celery, asked: bool) -> keys.Declaration | None:
     """The checked declaration of a task class; None for an ordinary task.
+
+    Args:
+        asked: its author chose the guarded class, so there has to be an intent.
 
     Raises:
         ConfigurationError: it is wrong, or missing where the task asked to be guarded.
     """
     try:
-        return _declaration_of(cls, app)
+        return _declaration_of(cls, app, asked)
     except ConfigurationError:
         app._tasks.pop(cls.name, None)  # Celery registered it already; a wrong one must not run unguarded
         raise
 
 
-def _declaration_of(cls: type[Any], app: Celery) -> keys.Declaration | None:
+def _declaration_of(cls: type[Any], app: Celery, asked: bool) -> keys.Declaration | None:
     intent = inspect.getattr_static(cls, "intent", None)
     if isinstance(intent, staticmethod):
         intent = intent.__func__
+    if intent is None and not asked:  # through task_cls=: its author asked for nothing
+        _check_no_intent(cls)
+        return None
+    _take_signature(cls)
     _check_spelling(cls)
     if intent is None:
-        if issubclass(cls, app.Task):  # through task_cls=: its author asked for nothing
-            return None
         raise ConfigurationError(
             f"{cls.name} is declared with {cls.__mro__[1].__name__} but without an intent. Say which parameters make "
             "two calls the same "
@@ -103,7 +111,7 @@ def called_of(cls: type[Any]) -> Called:
     given = getattr(cls, "_signature_given", None)
     if given is not None:
         return given if isinstance(given, Called) else Called(given, {}, {})
-    run = inspect.getattr_static(cls, "run")
+    run = placing.beneath(cls, "run")
     fun = run.__func__ if isinstance(run, (staticmethod, classmethod)) else run
     bound = isinstance(run, classmethod) or (
         hasattr(type(run), "__get__") and not isinstance(run, staticmethod)
@@ -120,7 +128,7 @@ def called_of(cls: type[Any]) -> Called:
         ) from None
 
 
-def take_signature(cls: type[Any]) -> None:
+def _take_signature(cls: type[Any]) -> None:
     """Keep the option ``signature=`` elsewhere: in its place belongs Celery's method of that name."""
     named = [vars(c)["signature"] for c in cls.__mro__ if "signature" in vars(c)]
     given = named[0]
@@ -182,7 +190,7 @@ def _as_celery_binds(wrapper: Mapping[str, Any]) -> Called:
 
 def _readers(cls: type[Any], known: Called) -> dict[str, Reader]:
     """Of the parameters of which Celery makes a model: with ``pydantic=True``, ``Model`` and ``Optional[Model]``."""
-    run = inspect.getattr_static(cls, "run")
+    run = placing.beneath(cls, "run")
     wrapper = _pydantic(run.__func__ if isinstance(run, staticmethod) else run)
     if wrapper is None:
         return {}
@@ -205,17 +213,38 @@ def _readers(cls: type[Any], known: Called) -> dict[str, Reader]:
 
 def _check_spelling(cls: type[Any]) -> None:
     """An attribute that looks like one of our options and is none would be silently ignored."""
-    for name in vars(cls):
-        if (
-            name.startswith("_")
-            or name in OPTIONS
-            or name in _CELERYS_OWN
-            or callable(getattr(cls, name, None))
-        ):
-            continue
+    for name in _strange(cls):
         import difflib  # only a suspect needs it
 
-        bare = name.removeprefix("idem_")
-        near = difflib.get_close_matches(bare, OPTIONS, n=1, cutoff=_ALIKE)
+        near = difflib.get_close_matches(name.removeprefix("idem_"), OPTIONS, n=1, cutoff=_ALIKE)
         if near:
             raise ConfigurationError(f"{cls.name}: there is no option {name}=. Did you mean {near[0]}=?")
+
+
+def _check_no_intent(cls: type[Any]) -> None:
+    """The attributes of an ordinary task are its author's own, unless one says what an intent would say:
+    a slip of the pen would leave that task without a guard, and nobody would know."""
+    for name in _strange(cls):
+        value = getattr(cls, name)
+        if not (isinstance(value, (tuple, list)) and value and all(isinstance(one, str) for one in value)):
+            continue
+        import difflib
+
+        likeness = difflib.SequenceMatcher(None, "intent", name.removeprefix("idem_")).ratio()
+        if likeness <= _ALIKE_INTENT:
+            continue
+        try:
+            parameters = called_of(cls).signature.parameters
+        except ConfigurationError:  # they cannot be known, and an ordinary task may be as it likes
+            continue
+        if set(value) <= set(parameters):
+            raise ConfigurationError(f"{cls.name}: there is no option {name}=. Did you mean intent=?")
+
+
+def _strange(cls: type[Any]) -> Iterator[str]:
+    """Names of a class's own attributes that neither we nor Celery know."""
+    for name in vars(cls):
+        if name.startswith("_") or name in OPTIONS or name in _CELERYS_OWN:
+            continue
+        if not callable(getattr(cls, name, None)):
+            yield name

@@ -20,7 +20,7 @@ from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from celery.states import PROPAGATE_STATES
 from celery.utils.imports import symbol_by_name
 
-from celery_idem import declaring, keys
+from celery_idem import declaring, keys, placing
 from celery_idem.claims import Claim
 from celery_idem.digests import LABELS, Digester
 from celery_idem.errors import (
@@ -86,6 +86,9 @@ class Guard(NamedTuple):
     ambiguous: tuple[type[BaseException], ...]
     ask: Callable[..., Answer] | None
     digester: Digester | None
+    around: Callable[..., Any] | None
+    net: Any
+    body: Callable[..., Any]
 
     @classmethod
     def of(cls, task: IdempotentTask) -> Guard:
@@ -93,6 +96,7 @@ class Guard(NamedTuple):
         settings = declaring.settings_of(type(task), task.app)
         ask = _ask_of(task)
         ledger = ledger_of(task.app, settings)
+        net, body = placing.body(task)
         return cls(
             declaration=declaration,
             settings=settings,
@@ -108,6 +112,9 @@ class Guard(NamedTuple):
             ambiguous=(*task.ambiguous_errors, OutcomeUnknown, InProgress, StoreError, LeaseLost),
             ask=ask,
             digester=Digester(declaration, ledger.namespace, settings.audit_key) if settings.audit else None,
+            around=placing.around(task),
+            net=net,
+            body=body,
         )
 
     def identify(self, request: Context, args: Any, kwargs: Any) -> tuple[str, Fingerprint]:
@@ -194,7 +201,17 @@ class Delivery(Job):
 
     def body(self, claim: Claim) -> Any:
         self.request.idem_claim = claim
-        return self.task.run(*self.args, **self.kwargs)
+        guard = self.guard
+        if guard.around is not None:
+            self.request.idem_opened = True
+            try:
+                return guard.around(*self.args, **self.kwargs)
+            finally:
+                self.request.idem_opened = False
+        run = self.task.run  # looked up: autoretry, and tests, put their own into the task
+        if getattr(run, "__func__", None) is guard.net:  # the net has nothing to catch here
+            run = guard.body
+        return run(*self.args, **self.kwargs)
 
     def ask(self, claim: Claim) -> Answer:
         """On the runner's side thread: it gets this request, so that ``task.request`` and ``task.claim`` work."""

@@ -3,7 +3,7 @@
 The guard stands in ``__call__``, which is the one place that sees every attempt: the
 tracer calls it when a class overrides it, autoretry and pydantic wrap what is inside
 (``run``), and a value it returns is an ordinary success, with its state, links, chain
-and chord.
+and chord. ``placing`` puts it there, task by task.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from celery import Task
 from celery._state import _task_stack
 from celery.app.task import Context
 from celery.exceptions import Ignore
+from celery.utils.imports import symbol_by_name
 
-from celery_idem import declaring, keys, receipts
+from celery_idem import declaring, keys, placing, receipts
 from celery_idem.claims import Claim
 from celery_idem.delivery import Delivery, Guard, Replaced
 from celery_idem.errors import ConfigurationError, IdempotencyError, StoreError
@@ -72,8 +73,6 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
     calls its own task with its own intent simply runs on: it holds the claim already.
     """
 
-    Request = "celery_idem.worker:IdempotentRequest"
-
     intent: Any = None
     must_match: Any = ()
     secret: Any = ()
@@ -97,14 +96,20 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             ConfigurationError: the declaration or a setting is wrong.
         """
         super().on_bound(app)
-        cls._guard_made = None
-        declaring.take_signature(cls)
-        cls.declaration = declaring.declaration_of(cls, app)
-        if cls.declaration is None:  # an ordinary task: as if this class were not there
-            setattr(cls, "__call__", Task.__call__)  # noqa: B010  # mypy takes an assignment for a mistake
-            cls.Request = Task.Request
-        else:
+        declaration = declaring.declaration_of(cls, app, _asked(cls, app))
+        if declaration is not None:
+            cls._guard_made, cls.declaration = None, declaration
+            placing.put_on(cls, IdempotentTask._call_guarded)
             app.steps["worker"].add("celery_idem.doctor.at_start:AtStart")  # by name: only workers load it
+        elif cls.declaration is not None:  # bound before, where it had an intent
+            cls._guard_made = cls.declaration = None
+            placing.take_off(cls)
+
+    def start_strategy(self, app: Celery, consumer: Any, **kwargs: Any) -> Any:
+        """As Celery's. The worker's request of a guarded task is ours, whatever else it is."""
+        if self.declaration is not None:
+            self.Request = symbol_by_name("celery_idem.worker:request_class")(self)
+        return super().start_strategy(app, consumer, **kwargs)
 
     @property
     def guard(self) -> Guard:
@@ -301,7 +306,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
 
     # --- running ----------------------------------------------------------------------
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def _call_guarded(self, *args: Any, **kwargs: Any) -> Any:
+        """The ``__call__`` of a task that declares an intent."""
         stack = self.request_stack.stack  # taken once: it is found by thread, and that costs
         request = stack[-1] if stack else None
         if request is None or request.called_directly or hasattr(request, "idem_claim"):
@@ -310,6 +316,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
 
     def _call_directly(self, caller: Context | None, args: Any, kwargs: Any) -> Any:
         """A plain Python call: a request of its own, so that the body finds what it expects."""
+        if getattr(caller, "idem_opened", False):  # not one: a wrapper of __call__ goes on to what it wrapped
+            return self.run(*args, **kwargs)
         headers = None
         if caller is not None and hasattr(
             caller, "idem_claim"
@@ -336,6 +344,17 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         if nested and self._holds(key):
             return self.run(*args, **kwargs)
         return guard.runner.run(Delivery(guard, self, request, args, kwargs, key, fingerprint))
+
+    def _came_past(self, request: Context, args: Any, kwargs: Any, nested: bool) -> Any:
+        """A delivery is in ``run`` and has no claim: whatever replaced ``__call__`` did not call the guard."""
+        if hasattr(self, "_orig_run"):
+            raise ConfigurationError(
+                f"{self.name} was about to run past its guard: something replaced its __call__ after it was declared, "
+                "or calls run() itself. Nothing was run. autoretry_for stands before the guard then, and would take "
+                f"each error for the outcome. Put that __call__ into a base class, or have it call "
+                f"the one it replaces."
+            )
+        return self._run_guarded(request, args, kwargs, nested)
 
     def _holds(self, key: str) -> bool:
         """An outer execution of this thread has the claim already."""
@@ -437,6 +456,14 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         settlement = Settlement()
         yield settlement
         ledger.settle_within(claim, inside, settlement.result)
+
+
+def _asked(cls: type[Any], app: Celery) -> bool:
+    """Whether a task's author chose this class, rather than the application's ``task_cls`` for all tasks."""
+    own = vars(cls).get("_app")
+    if any(vars(one).get("Task") is cls for one in (app, own) if one is not None):
+        return False
+    return cls is IdempotentTask or any(_asked(base, app) for base in cls.__bases__)
 
 
 class Settlement:

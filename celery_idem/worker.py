@@ -24,13 +24,14 @@ from typing import Any
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from celery import signals
 from celery.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
+from celery.utils.imports import symbol_by_name
 from celery.utils.saferepr import saferepr
 from celery.worker.request import Request
 from celery.worker.state import task_ready
 
 from celery_idem import events, owners, protocol, purging
 from celery_idem.claims import doubt_message
-from celery_idem.errors import OutcomeUnknown
+from celery_idem.errors import ConfigurationError, OutcomeUnknown
 from celery_idem.intent import KEY, Again, Coming, InDoubt, Verdict
 
 DEATHS = "idem-deaths"
@@ -176,6 +177,23 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             einfo=info,
         )
         self.send_event("task-failed", exception=saferepr(error), traceback=info.traceback)
+
+
+def request_class(task: Any) -> type[IdempotentRequest]:
+    """The request of a guarded task: ours, below the author's own where there is one.
+
+    Raises:
+        ConfigurationError: the author's own is none of Celery's.
+    """
+    own = symbol_by_name(task.Request)
+    if not (isinstance(own, type) and issubclass(own, Request)):
+        raise ConfigurationError(
+            f"{task.name}: Request = {own!r} is no subclass of celery.worker.request.Request, so nothing would see "
+            "the death of its processes. Derive it from celery_idem.worker.IdempotentRequest."
+        )
+    if issubclass(own, IdempotentRequest):
+        return own
+    return IdempotentRequest if own is Request else type(own.__name__, (own, IdempotentRequest), {})
 
 
 def _look_often(sender: Any = None, **_: Any) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from celery import Celery, Task, chain, chord, group
 from celery.exceptions import Retry
-from celery.worker.request import Request
 
 from celery_idem import ConfigurationError, FingerprintMismatch, Happened, IdempotentTask, InProgress, Ledger
 from tests.celery import apps
@@ -311,13 +310,6 @@ def test_a_key_does_not_depend_on_who_computes_it() -> None:
     assert len(keys) == 1
 
 
-def test_the_default_worker_request_is_ours_and_celerys(here: Here) -> None:
-    from celery_idem.worker import IdempotentRequest
-
-    assert issubclass(IdempotentRequest, Request)
-    assert here.pay.Request == "celery_idem.worker:IdempotentRequest"
-
-
 # --- Django --------------------------------------------------------------------------------------
 
 DJANGO = """
@@ -335,19 +327,21 @@ django.setup()
 from celery import Celery
 from celery.contrib.django.task import DjangoTask
 from django.db import transaction
-from celery_idem import IdempotentTask
 
-class T(IdempotentTask, DjangoTask):
-    pass
-
-app = Celery("proj")
+app = Celery("proj", task_cls="celery_idem.adapters.django:IdempotentDjangoTask")
 app.config_from_object("django.conf:settings", namespace="CELERY")
 done = []
 
-@app.task(base=T, bind=True, intent=("name",))
+@app.task(bind=True, intent=("name",))
 def pay(self, name):
     done.append(name)
     return len(done)
+
+ordinary = []
+
+@app.task
+def plain(name):
+    ordinary.append(name)
 
 assert isinstance(pay._get_current_object(), DjangoTask)
 assert pay.guard.settings.lease == 7
@@ -355,8 +349,11 @@ with transaction.atomic():
     pay.delay_on_commit("a")
     pay.delay_on_commit("a")
     pay.apply_async_on_commit(args=("a",), occurrence="second")
-    assert done == []
+    plain.delay_on_commit("a")
+    plain.delay_on_commit("a")
+    assert done == ordinary == []
 assert done == ["a", "a"], done
+assert ordinary == ["a", "a"], ordinary
 assert pay.delay("a").get() == 1
 try:
     with transaction.atomic():

@@ -1,0 +1,120 @@
+"""Where the guard stands: in the class of each task that declares an intent, and in no other.
+
+A task class finds ``__call__`` along its bases, and whichever comes first wins: a framework's (Flask's documented
+pattern opens its application context there and calls ``self.run``), a mixin's, or ours. So the guard is no base
+class's method: it is put into the class of the task itself when that is bound. What its bases would have called runs
+inside, around the body; a class without an intent is not touched.
+
+``run`` gets a net: a delivery that arrives there without a claim came past the guard (somebody replaced ``__call__``
+later, or a tracer of their own calls ``run``), and is sent through it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from celery import Task
+
+KEPT = "_idem_kept"
+"""The class attribute with what ours replaced, by name. It is in the class's own namespace or not at all."""
+
+_CELERYS = frozenset({"celery.app.task", "celery.app.trace"})
+"""Modules that ``Task.__call__`` is from; the second is the worker's. One from elsewhere is somebody's own."""
+
+_NOTHING: Any = object()
+
+
+def put_on(cls: type[Any], guard: Callable[..., Any]) -> None:
+    """Make ``guard`` the ``__call__`` of a task class, and put the net under its ``run``."""
+    if KEPT in vars(cls):  # bound again
+        return
+    kept = {name: vars(cls).get(name, _NOTHING) for name in ("__call__", "run")}
+    net = _net(beneath(cls, "run"))
+    setattr(cls, KEPT, kept)
+    setattr(cls, "__call__", guard)  # noqa: B010  # mypy takes an assignment for a mistake
+    cls.run = net
+
+
+def take_off(cls: type[Any]) -> None:
+    """Undo ``put_on``: the class is bound again, where it declares no intent."""
+    for name, was in vars(cls).get(KEPT, {}).items():
+        if was is _NOTHING:
+            delattr(cls, name)
+        else:
+            setattr(cls, name, was)
+    if KEPT in vars(cls):
+        delattr(cls, KEPT)
+
+
+def around(task: Task) -> Callable[..., Any] | None:
+    """What the task's bases would have called in place of ``run``; None where that is Celery's own."""
+    call = beneath(type(task), "__call__")
+    if call is vars(Task)["__call__"] and call.__module__ in _CELERYS:
+        return None
+    bound: Callable[..., Any] = call.__get__(task, type(task))
+    return bound
+
+
+def body(task: Task) -> tuple[Any, Callable[..., Any]]:
+    """The net of a task's class, and what is under it."""
+    cls = type(task)
+    return vars(cls).get("run"), _bound(beneath(cls, "run"), task)
+
+
+def beneath(cls: type[Any], name: str) -> Any:
+    """What a class has under a name, ours left out."""
+    for base in cls.__mro__:
+        own = vars(base)
+        own_one = own.get(KEPT, own).get(name, _NOTHING)
+        if own_one is not _NOTHING:
+            return own_one
+    raise AttributeError(name)  # never: Task has both
+
+
+def _bound(found: Any, task: Task) -> Callable[..., Any]:
+    bound: Callable[..., Any] = found.__get__(task, type(task)) if hasattr(found, "__get__") else found
+    return bound
+
+
+def _net(found: Any) -> Callable[..., Any]:
+    """``run`` as everybody else finds it. The guard itself goes to the body directly."""
+    function = found.__func__ if isinstance(found, staticmethod) else found
+
+    @functools.wraps(function)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        stack = self.request_stack.stack
+        if not stack:  # task.run(…): the body alone
+            return _bound(found, self)(*args, **kwargs)
+        request = stack[-1]
+        if not request.called_directly and not hasattr(request, "idem_claim"):
+            return self._came_past(request, args, kwargs, len(stack) > 1)
+        inside = _opened(stack)
+        above = stack[inside:]
+        del stack[inside:]
+        try:
+            return _bound(found, self)(*args, **kwargs)
+        finally:
+            stack.extend(above)
+
+    if function is not found:  # a signature reader drops the first parameter, and this one has none to drop
+        signature = inspect.signature(function)
+        myself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        signature = signature.replace(parameters=[myself, *signature.parameters.values()])
+        setattr(run, "__signature__", signature)  # noqa: B010  # mypy knows only functools' attributes
+    return run
+
+
+def _opened(stack: list[Any]) -> int:
+    """How many requests to keep for the body: up to the one whose ``__call__`` is under way, and it counts as begun.
+
+    Celery's own ``Task.__call__``, which a base's ``super().__call__`` ends in, puts a copy of it on top. What the
+    body publishes, or does to its chain, would be lost with the copy.
+    """
+    keep = len(stack)
+    while keep and getattr(stack[keep - 1], "idem_opened", False):
+        keep -= 1
+        stack[keep].idem_opened = False
+    return min(keep + 1, len(stack))
