@@ -243,7 +243,6 @@ def _backend_as_store(app: Celery, durability: str) -> Store:
     """
     from celery.app.defaults import DEFAULTS
     from celery.backends.redis import RedisBackend, SentinelBackend
-    from redis import ConnectionPool
 
     from celery_idem.stores import redis, redis_sentinel
 
@@ -259,7 +258,7 @@ def _backend_as_store(app: Celery, durability: str) -> Store:
     kind = type(backend)
     made_by = kind._get_pool, kind._create_client, kind.client
     theirs = [(one._get_pool, one._create_client, one.client) for one in (RedisBackend, SentinelBackend)]
-    if made_by not in theirs or not issubclass(backend.ConnectionPool, ConnectionPool):
+    if made_by not in theirs or not issubclass(backend.ConnectionPool, backend.redis.ConnectionPool):
         raise _no_store(f"({kind.__name__}) makes its connections in a way of its own")
     options = app.conf.get("result_backend_transport_options") or {}
     values = {**backend.connparams, "global_keyprefix": options.get("global_keyprefix")}

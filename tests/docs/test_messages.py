@@ -357,7 +357,7 @@ AWAY: list[tuple[str, tuple[str, ...]]] = [
     ),
     (
         "redis-cluster://:hunter2@127.0.0.1:1,127.0.0.1:2",
-        ("No node of redis-cluster://127.0.0.1:1,127.0.0.1:2 answers", "refused"),
+        ("redis-cluster://127.0.0.1:1,127.0.0.1:2 did not answer", "refused"),
     ),
     ("postgresql://me:hunter2@127.0.0.1:1/shop", ("postgresql://127.0.0.1:1/shop did not answer", "refused")),
     ("sqlite:////nowhere/idem.db", ("sqlite:////nowhere/idem.db did not answer", "unable to open")),
