@@ -16,7 +16,7 @@ from celery_idem.errors import ConfigurationError
 from celery_idem.intent import MICROSECONDS, OnCrash, Policy
 from celery_idem.ledger import Ledger
 from celery_idem.protocol import MAX_CRASHES
-from celery_idem.stores import Store, open_store
+from celery_idem.stores import Store, open_server, open_store, readable
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -244,11 +244,9 @@ def _backend_as_store(app: Celery, durability: str) -> Store:
     from celery.app.defaults import DEFAULTS
     from celery.backends.redis import RedisBackend, SentinelBackend
 
-    from celery_idem.stores import redis, redis_sentinel
-
     url = app.conf.result_backend
     if isinstance(url, str) and url.startswith(("redis", "sentinel")):
-        redis_sentinel.SentinelStore.readable(url)
+        readable(url)
     try:
         backend = app.backend
     except Exception as error:  # of a URL, a credential provider; its text may show parts of them
@@ -266,15 +264,14 @@ def _backend_as_store(app: Celery, durability: str) -> Store:
     if values.get("socket_timeout") == DEFAULTS["redis_socket_timeout"]:
         del values["socket_timeout"]
     if not isinstance(backend, SentinelBackend):
-        return redis.RedisStore(redis.address(values), durability, values)
+        return open_server(values, durability)
     hosts = values.pop("hosts")
     values["sentinels"] = [(host["host"], int(host["port"])) for host in hosts]
     values["master_name"] = next((host["master_name"] for host in hosts if host.get("master_name")), None)
     for name in ("master_name", "sentinel_kwargs", "min_other_sentinels"):
         if options.get(name) is not None:
             values[name] = options[name]
-    address = ";".join(f"sentinel://{host}:{port}" for host, port in values["sentinels"])
-    return redis_sentinel.SentinelStore(f"{address}/{values['db']}", durability, values)
+    return open_server(values, durability)
 
 
 def _no_store(why: str) -> ConfigurationError:

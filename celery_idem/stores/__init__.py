@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
 from celery_idem.errors import ConfigurationError
 from celery_idem.stores.base import Change, Reply, Store
 
-__all__ = ["Change", "Reply", "Store", "open_store"]
+__all__ = ["Change", "Reply", "Store", "open_server", "open_store", "readable"]
 
 _OPENERS = {
     "memory": "celery_idem.stores.memory:open_memory",
@@ -52,3 +54,28 @@ def open_store(url: str, durability: str = "none") -> Store:
     module, _, function = target.partition(":")
     store: Store = getattr(importlib.import_module(module), function)(url, durability)
     return store
+
+
+def open_server(options: Mapping[str, Any], durability: str = "none") -> Store:
+    """The store in a Redis whose connections are known, and not its URL. Connects to nothing yet.
+
+    Args:
+        options: arguments of redis-py's connection pool, and ``global_keyprefix``; behind Sentinel also
+            ``sentinels`` and ``master_name``.
+        durability: as for ``open_store``.
+
+    Raises:
+        ConfigurationError: they do not fit together.
+    """
+    name = "redis_sentinel" if "sentinels" in options else "redis"
+    store: Store = importlib.import_module(f"celery_idem.stores.{name}").open_server(options, durability)
+    return store
+
+
+def readable(url: str) -> None:
+    """Look at the URL of a Redis, or of several sentinels.
+
+    Raises:
+        ConfigurationError: its password cannot be told from its address, so no text may show any of it.
+    """
+    importlib.import_module("celery_idem.stores.redis_sentinel").SentinelStore.readable(url)

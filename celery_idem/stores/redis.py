@@ -359,13 +359,15 @@ def open_redis(url: str, durability: str = "none") -> RedisStore:
     return RedisStore(url, durability)
 
 
-def address(options: Mapping[str, Any]) -> str:
-    """The URL, without any secret, that arguments of redis-py's connection pool amount to."""
+def open_server(options: Mapping[str, Any], durability: str = "none") -> RedisStore:
+    """The store for arguments of redis-py's connection pool."""
     if "path" in options:
-        return f"unix://{options['path']}?db={options.get('db', 0)}"
-    kind = options.get("connection_class")
-    scheme = "rediss" if isinstance(kind, type) and "SSL" in kind.__name__ else "redis"
-    return f"{scheme}://{options.get('host')}:{options.get('port')}/{options.get('db', 0)}"
+        shown = f"unix://{options['path']}"
+    else:
+        kind = options.get("connection_class")
+        scheme = "rediss" if isinstance(kind, type) and "SSL" in kind.__name__ else "redis"
+        shown = f"{scheme}://{options.get('host')}:{options.get('port')}/{options.get('db', 0)}"
+    return RedisStore(shown, durability, options)
 
 
 def key_prefix(given: str | None) -> str:

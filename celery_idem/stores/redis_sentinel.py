@@ -6,6 +6,7 @@ the old ones, the next call opens new ones, and so finds the new master.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
@@ -113,3 +114,9 @@ def _readable(part: str) -> bool:
 def open_sentinel(url: str, durability: str = "none") -> SentinelStore:
     """The store for kombu's form of a Sentinel URL."""
     return SentinelStore(url, durability)
+
+
+def open_server(options: Mapping[str, Any], durability: str = "none") -> SentinelStore:
+    """The store for arguments of redis-py's connection pool, ``sentinels`` and ``master_name``."""
+    shown = ";".join(f"sentinel://{host}:{port}" for host, port in options["sentinels"])
+    return SentinelStore(f"{shown}/{options.get('db', 0)}", durability, options)
