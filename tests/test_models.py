@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import inspect
+import typing
 import uuid
 from collections.abc import Callable, Iterator
 from decimal import Decimal
@@ -30,6 +32,8 @@ def an_app() -> Celery:
 def a_task(
     fun: Callable[..., Any], intent: Any = ALL_ARGUMENTS, pydantic: bool = True, **options: Any
 ) -> Any:
+    inside = inspect.unwrap(fun)
+    inside.__annotations__ = typing.get_type_hints(inside)  # Celery 5.5 reads no annotations that are text
     app = an_app()
     app.task(
         base=IdempotentTask, name="shop.place", intent=intent, shared=False, pydantic=pydantic, **options

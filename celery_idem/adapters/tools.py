@@ -147,9 +147,10 @@ class Tool:
         known = parsed.model_dump(by_alias=True, exclude_unset=True)
         sent = json.loads(arguments)
         for name, field in type(parsed).model_fields.items():
-            if field.alias in sent and _has_model(getattr(parsed, name)):
+            alias = field.alias or name
+            if alias in sent and _has_model(getattr(parsed, name)):
                 # As it was sent: dumping a model masks secrets and drops excluded fields.
-                known[field.alias] = sent[field.alias]
+                known[alias] = sent[alias]
         return known
 
     def submit(
