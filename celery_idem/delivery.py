@@ -58,6 +58,9 @@ if TYPE_CHECKING:
 CARRIED = "idem-carried"
 WAITS = "idem-waits"
 
+PROPAGATES = "idem-propagates"
+"""Header of an eager call whose errors its caller gets: Celery raises its ``Retry`` there, and runs it nowhere."""
+
 FIRST_WAIT = 0.05
 """Seconds a duplicate first waits inside its worker slot: most bodies that are nearly done end in it."""
 
@@ -284,6 +287,10 @@ class Delivery(Job):
         claim: Claim | None = getattr(self.request, "idem_claim", None)
         return (claim and claim._retries) or Retries()
 
+    @property
+    def _propagates(self) -> bool:
+        return bool(self.request.is_eager) and PROPAGATES in (self.request.headers or {})
+
     def causes_of(self, error: BaseException) -> tuple[BaseException, ...]:
         retries = self._retries
         if isinstance(error, (Retry, Ignore, Reject)) and retries.signal is not None:
@@ -299,14 +306,15 @@ class Delivery(Job):
         doubt = next((kind for kind in kinds if kind in DOUBTFUL), None)
         if isinstance(error, Replaced):
             return Raised.REPLACED
-        if retries.signal is not None and isinstance(error, (Retry, Ignore, Reject)):
+        coming = retries.signal is not None and not self._propagates
+        if coming and isinstance(error, (Retry, Ignore, Reject)):
             return Raised.RETRY if doubt is None else Raised.DOUBTFUL_RETRY
         if doubt is not None:
             return doubt
         if isinstance(error, Retry):
             if any(error is signal for signal in retries.apart):
                 return Raised.REPLACED
-            if not self.request.called_directly:
+            if retries.signal is None and not self.request.called_directly:
                 events.logger.warning("%s: Retry was raised, but no retry was published", self.key)
             return Raised.IGNORE  # nobody but the caller can try again
         if self.request.called_directly and retries.refused is not None and error is retries.refused[0]:

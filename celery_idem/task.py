@@ -22,7 +22,7 @@ from celery.utils.imports import symbol_by_name
 
 from celery_idem import declaring, keys, placing, receipts, retrying
 from celery_idem.claims import Claim
-from celery_idem.delivery import Delivery, Guard, Replaced
+from celery_idem.delivery import PROPAGATES, Delivery, Guard, Replaced
 from celery_idem.errors import ConfigurationError, IdempotencyError, StoreError
 from celery_idem.intent import CALLER_KEY, FINGERPRINT, KEY, OCCURRENCE, SCOPE, Answer
 from celery_idem.receipts import Receipt
@@ -222,6 +222,9 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
     ) -> EagerResult:
         """As Celery's, with the options of ``apply_async``."""
         options = self._with_key(args, kwargs, options, scope, occurrence, idempotency_key)
+        throw = options.get("throw")
+        if self.app.conf.task_eager_propagates if throw is None else throw:
+            options["headers"] = {**(options.get("headers") or {}), PROPAGATES: True}
         return super().apply(args, kwargs, *more, **options)
 
     def signature(self, args: Any = None, *more: Any, **options: Any) -> Signature:

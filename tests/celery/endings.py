@@ -5,6 +5,7 @@ A body tells its effects ledger what it did. `row` is what the page says of it.
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
 import sys
@@ -129,7 +130,7 @@ if sys.version_info >= (3, 11):
     @case("raises an `ExceptionGroup` with one of `ambiguous_errors` in it")
     def raises_group(task: Any, effect: Any, name: str, part: int) -> None:
         effect()
-        raise ExceptionGroup("two calls", [Declined(), Timeout()])
+        raise vars(builtins)["ExceptionGroup"]("two calls", [Declined(), Timeout()])
 
 
 @case("runs into its soft time limit", soft_time_limit=0.5)

@@ -365,6 +365,26 @@ def test_an_eager_retry_runs_in_place_however_it_was_asked_for(here: InProcess, 
     assert (here.effects, here.states) == (["a", "a"], ["succeeded"])
 
 
+@pytest.mark.parametrize("conf", [{}, {"task_eager_propagates": True}])
+def test_an_eager_retry_that_is_raised_to_its_caller_keeps_nobody_waiting(conf: dict[str, Any]) -> None:
+    """Celery hands the `Retry` over where errors propagate, and runs it nowhere."""
+    here = InProcess(**conf)
+
+    @here.task("poll")
+    def poll(self: Any, name: str) -> str:
+        here.effects.append(name)
+        if len(here.effects) < 3:
+            raise self.retry()
+        return "done"
+
+    options = {} if conf else {"throw": True}
+    for _ in range(2):
+        with pytest.raises(Retry):
+            poll.apply(("a",), **options)
+        assert here.states == ["released"]
+    assert poll.apply(("a",), **options).get() == "done"
+
+
 def test_eager_parts_run_in_place_too(here: InProcess) -> None:
     @here.task("mail", intent=ALL_ARGUMENTS)
     def mail(self: Any, messages: list[str]) -> int:
