@@ -343,10 +343,10 @@ class Delivery(Job):
         return again
 
     def successor(self, error: BaseException) -> str:
-        apart = [signal.sig for signal in self._retries.apart if signal is error]
-        if not apart or self.in_place:  # eager: Celery runs it in place, and has the result
+        apart = {id(signal): signal.sig for signal in self._retries.apart}
+        if id(error) not in apart or self.in_place:  # eager: Celery runs it in place, and has the result
             return self.task_id
-        return str(apart[0].options["task_id"])
+        return str(apart[id(error)].options["task_id"])
 
     def retry_task_id(self) -> str:
         sig = getattr(self._retries.signal, "sig", None)
