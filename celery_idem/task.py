@@ -251,6 +251,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             retrying.continue_intent(self, request, signature)
         return signature
 
+    subtask_from_request = signature_from_request
+
     def retry(
         self,
         args: Any = None,
