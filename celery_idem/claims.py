@@ -82,6 +82,25 @@ class Entry:
         return f"<Entry {self.key} {self.state}>"
 
 
+class Retries:
+    """What a body has published to be run later, and what it got instead. Celery's ``Retry`` is a signal here.
+
+    Attributes:
+        signal: of the message that continues this intent; None while there is none.
+        causes: the errors because of which it was asked for.
+        apart: signals of messages that are intents of their own.
+        refused: what ``retry`` raised instead of publishing, and because of which error.
+    """
+
+    __slots__ = ("apart", "causes", "refused", "signal")
+
+    def __init__(self) -> None:
+        self.signal: Any = None  # any: this module knows nothing of Celery
+        self.causes: list[BaseException] = []
+        self.apart: list[Any] = []
+        self.refused: tuple[BaseException, BaseException | None] | None = None
+
+
 class Claim:
     """One execution's hold on one intent: what a body sees as ``self.claim``.
 
@@ -95,6 +114,7 @@ class Claim:
     _taken_over = False
     _step_running = ""
     _step_unrecorded = False
+    _retries: Retries | None = None
     _promised: tuple[Outcome, Any] | None = None
     """What a transaction of the author's is to commit: the outcome, and its value as the body gave it."""
 

@@ -7,6 +7,7 @@ back to the broker).
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import random
 import threading
@@ -19,9 +20,10 @@ from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from celery.states import PROPAGATE_STATES
 from celery.utils.imports import symbol_by_name
+from celery.utils.time import maybe_iso8601
 
-from celery_idem import declaring, keys, placing
-from celery_idem.claims import Claim
+from celery_idem import declaring, events, keys, placing
+from celery_idem.claims import Claim, Retries
 from celery_idem.digests import LABELS, Digester
 from celery_idem.errors import (
     ConfigurationError,
@@ -33,11 +35,13 @@ from celery_idem.errors import (
 )
 from celery_idem.intent import (
     CALLER_KEY,
+    FINGERPRINT,
     KEY,
     NO_FINGERPRINT,
     OCCURRENCE,
     SCOPE,
     Answer,
+    Busy,
     Fingerprint,
     Raised,
 )
@@ -53,6 +57,9 @@ if TYPE_CHECKING:
 # Message headers between one delivery of a message and the next.
 CARRIED = "idem-carried"
 WAITS = "idem-waits"
+
+PROPAGATES = "idem-propagates"
+"""Header of an eager call whose errors its caller gets: Celery raises its ``Retry`` there, and runs it nowhere."""
 
 FIRST_WAIT = 0.05
 """Seconds a duplicate first waits inside its worker slot: most bodies that are nearly done end in it."""
@@ -73,6 +80,12 @@ minutes. Celery cannot tell a task that waits from one whose result has expired.
 INLINE_LIMIT = 30.0
 """Seconds an eager or direct call waits for another execution: the default lease, after
 which a dead one is decided."""
+
+
+DOUBTFUL = {Raised.AMBIGUOUS, Raised.TIME_LIMIT, Raised.EXIT}
+"""Kinds of errors after which nobody knows whether the effect happened."""
+
+_GROUP: Any = getattr(builtins, "ExceptionGroup", ())  # since Python 3.11
 
 
 class Guard(NamedTuple):
@@ -130,7 +143,28 @@ class Guard(NamedTuple):
             key = self.declaration.key(
                 self.ledger.namespace, arguments, headers.get(SCOPE), headers.get(OCCURRENCE), caller_key
             )
+        elif FINGERPRINT in headers:
+            return key, self.declaration.continued(headers[FINGERPRINT], arguments, caller_key)
         return key, self.declaration.fingerprint(arguments, caller_key)
+
+    def kind_of(self, error: BaseException) -> Raised:
+        """What an error says of the effect, by what the task declares."""
+        if isinstance(error, Ignore):
+            return Raised.REPLACED if isinstance(error, Replaced) else Raised.IGNORE
+        if isinstance(error, Reject):
+            return Raised.REJECT
+        if isinstance(error, self.options.no_effect_errors):
+            return Raised.NO_EFFECT
+        if isinstance(error, self.ambiguous):
+            return Raised.AMBIGUOUS
+        if isinstance(error, SoftTimeLimitExceeded):
+            return Raised.TIME_LIMIT
+        if not isinstance(error, Exception):
+            return Raised.EXIT
+        if isinstance(error, _GROUP):  # one doubt among its members is a doubt; "no effect" takes all of them
+            kinds = {self.kind_of(member) for member in error.exceptions}
+            return next(iter(kinds & DOUBTFUL or (kinds if kinds == {Raised.NO_EFFECT} else {Raised.ERROR})))
+        return Raised.ERROR
 
     def step(self, claim: Claim, name: str, run: Callable[[], Any], ask: Callable[[], Answer] | None) -> Any:
         if not claim.guarded:
@@ -246,28 +280,83 @@ class Delivery(Job):
             f"{self.key} is done and will not be done again; {reason}.", self.key, reason
         )
 
+    # --- what left the body -------------------------------------------------------------
+
+    @property
+    def _retries(self) -> Retries:
+        claim: Claim | None = getattr(self.request, "idem_claim", None)
+        return (claim and claim._retries) or Retries()
+
+    @property
+    def _propagates(self) -> bool:
+        return bool(self.request.is_eager) and PROPAGATES in (self.request.headers or {})
+
+    def causes_of(self, error: BaseException) -> tuple[BaseException, ...]:
+        retries = self._retries
+        if isinstance(error, (Retry, Ignore, Reject)) and retries.signal is not None:
+            hand_made = (error.exc,) if isinstance(error, Retry) and error is not retries.signal else ()
+            return tuple(cause for cause in (*retries.causes, *hand_made) if cause is not None) or (error,)
+        if retries.refused is not None and error is retries.refused[0]:
+            return (retries.refused[1] or error,)
+        return ((error.exc or error) if isinstance(error, Retry) else error,)
+
     def kind_of(self, error: BaseException) -> Raised:
-        if error is getattr(self.request, "idem_retry", None):  # nobody but the caller could try again
-            return Raised.IGNORE
-        if isinstance(error, Retry):
-            return Raised.RETRY
+        retries = self._retries
+        kinds = [self.guard.kind_of(cause) for cause in self.causes_of(error)]
+        doubt = next((kind for kind in kinds if kind in DOUBTFUL), None)
         if isinstance(error, Replaced):
             return Raised.REPLACED
-        if isinstance(error, Ignore):
+        coming = retries.signal is not None and not self._propagates
+        if coming and isinstance(error, (Retry, Ignore, Reject)):
+            return Raised.RETRY if doubt is None else Raised.DOUBTFUL_RETRY
+        if doubt is not None:
+            return doubt
+        if isinstance(error, Retry):
+            if any(error is signal for signal in retries.apart):
+                return Raised.REPLACED
+            if retries.signal is None and not self.request.called_directly:
+                events.logger.warning("%s: Retry was raised, but no retry was published", self.key)
+            return Raised.IGNORE  # nobody but the caller can try again
+        if self.request.called_directly and retries.refused is not None and error is retries.refused[0]:
             return Raised.IGNORE
-        if isinstance(error, Reject):
-            return Raised.REJECT
-        if isinstance(error, self.options.no_effect_errors):
-            return Raised.NO_EFFECT
-        if isinstance(error, self.guard.ambiguous):
-            return Raised.AMBIGUOUS
-        if isinstance(error, SoftTimeLimitExceeded):
-            return Raised.TIME_LIMIT
-        return Raised.ERROR if isinstance(error, Exception) else Raised.EXIT
+        return self.guard.kind_of(error)
+
+    def returned(self, value: Any) -> None:
+        retries = self._retries
+        if retries.signal is not None:
+            raise retries.signal
+        if any(value is signal for signal in retries.apart):
+            raise value
+
+    def raised(self, error: BaseException) -> BaseException:
+        retries = self._retries
+        first: Any = retries.signal
+        if first is None or isinstance(error, (Retry, Replaced)) or not isinstance(error, Exception):
+            return error
+        if isinstance(error, (Ignore, Reject)):  # the worker needs it for the message; in place there is none
+            counts: BaseException = first if self.in_place else error
+            return counts
+        again: BaseException = Retry(exc=error, when=first.when, is_eager=first.is_eager, sig=first.sig)
+        again.__cause__ = error
+        retries.signal = again
+        retries.causes.append(error)
+        return again
+
+    def successor(self, error: BaseException) -> str:
+        apart = {id(signal): signal.sig for signal in self._retries.apart}
+        if id(error) not in apart or self.in_place:  # eager: Celery runs it in place, and has the result
+            return self.task_id
+        return str(apart[id(error)].options["task_id"])
+
+    def retry_task_id(self) -> str:
+        sig = getattr(self._retries.signal, "sig", None)
+        return str(sig.options.get("task_id") or self.task_id) if sig is not None else self.task_id
 
     def retry_delay(self, error: BaseException) -> float:
         """Until the retry's ETA, and one lease more for its way through the queue."""
-        when = getattr(error, "when", None)
+        when = getattr(self._retries.signal or error, "when", None)
+        if isinstance(when, str):
+            when = maybe_iso8601(when)
         if isinstance(when, datetime):
             aware = when if when.tzinfo is not None else when.replace(tzinfo=timezone.utc)
             seconds = (aware - datetime.now(timezone.utc)).total_seconds()
@@ -275,20 +364,23 @@ class Delivery(Job):
             seconds = float(when or 0)
         return max(0.0, seconds) + self.guard.settings.lease
 
-    def come_back(self, seconds: float, carried: tuple[bytes, ...], why: str) -> None:
+    # --- waiting --------------------------------------------------------------------------
+
+    def come_back(
+        self, seconds: float, carried: tuple[bytes, ...], why: str, busy: Busy | None = None
+    ) -> None:
         """Try again later: in place for a moment, then by a message that is published anew.
 
         This is what Celery's own ``retry`` does, less the counting: message id, chord, chain,
         links and headers stay, and no retry is used up.
         """
-        busy = why == "in progress"
-        if busy and self.guard.settings.on_duplicate == "raise":
+        if busy is not None and self.guard.settings.on_duplicate == "raise" and not self._continues(busy):
             raise self._in_progress(seconds)
         if self.in_place:
-            self._wait_in_place(seconds, why)
+            self._wait_in_place(seconds, why, busy)
             return
         waits = self._waits
-        if busy and waits == 0 and self.waited < SLOT_WAITS:
+        if busy is not None and waits == 0 and self.waited < SLOT_WAITS:
             self.waited += 1
             threading.Event().wait(FIRST_WAIT * self.waited)
             return
@@ -296,14 +388,18 @@ class Delivery(Job):
         signature = self.task.signature_from_request(
             self.request, countdown=delay, retries=self.request.retries
         )
-        signature.options["headers"] = {
-            **(signature.options.get("headers") or {}),
+        signature.options["headers"] |= {
             KEY: self.key,
+            FINGERPRINT: self.fingerprint.packed.hex(),
             WAITS: waits + 1,
             CARRIED: [owner.hex() for owner in carried],
         }
         signature.apply_async()
         raise Retry(f"{self.key}: {why}", when=delay, sig=signature)
+
+    def _continues(self, busy: Busy) -> bool:
+        """Not a duplicate: a redelivery, or the intent's own retry."""
+        return busy.own or FINGERPRINT in (self.request.headers or {})
 
     def _shortest_delay(self) -> float:
         """Seconds. With quorum queues Celery lets RabbitMQ do the waiting: whole seconds, and an error for none."""
@@ -316,12 +412,12 @@ class Delivery(Job):
         waits = (self.request.headers or {}).get(WAITS, 0)
         return waits if isinstance(waits, int) and waits >= 0 else 0
 
-    def _wait_in_place(self, seconds: float, why: str) -> None:
+    def _wait_in_place(self, seconds: float, why: str, busy: Busy | None) -> None:
         now = time.monotonic()
         if not self.began:
             self.began = now
         if now - self.began > INLINE_LIMIT:
-            if why == "in progress":
+            if busy is not None:
                 raise self._in_progress(seconds)
             raise StoreError(f"{why} Nothing was run for {self.key}.", self.key)
         threading.Event().wait(min(backoff(self.waited, seconds), FIRST_WAIT * 2**self.waited, 1.0))

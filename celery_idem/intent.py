@@ -24,6 +24,9 @@ KEY = "idem-key"
 SCOPE = "idem-scope"
 OCCURRENCE = "idem-occurrence"
 CALLER_KEY = "idempotency-key"
+FINGERPRINT = "idem-fingerprint"
+"""Only in a message that continues an intent (its retry, a waiting duplicate): what the intent's
+arguments were, in hex. It is compared with itself, whatever the body made of its arguments."""
 
 
 class State(IntEnum):
@@ -187,10 +190,13 @@ class Busy(NamedTuple):
 
     Attributes:
         holder: the owner that runs it, or asks; empty when it waits for its own retry.
+        own: the message is the intent's own (the same task id): a redelivery, or a retry that came
+            before SCHEDULED was written. It waits, whatever duplicates receive.
     """
 
     retry_after: int
     holder: bytes = b""
+    own: bool = False
 
 
 class Ask(NamedTuple):
@@ -281,7 +287,8 @@ Answer = Happened | NotHappened | Unknown
 class Raised(Enum):
     """What kind of exception left the body."""
 
-    RETRY = "retry"
+    RETRY = "retry"  # and the message is published
+    DOUBTFUL_RETRY = "doubtful_retry"  # the same, because of an error after which nobody knows
     REPLACED = "replaced"
     IGNORE = "ignore"
     REJECT = "reject"

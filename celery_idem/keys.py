@@ -372,12 +372,36 @@ class Declaration(NamedTuple):
         names = sorted(arguments) if caller_key is not None else self.must_match
         if not names:
             return NO_FINGERPRINT
-        packed = b"".join(
-            _hash([SCHEME, self.task, name]).digest()[:FINGERPRINT_TAG]
-            + _hash([SCHEME, self.task, name, self._form(name, arguments.get(name))]).digest()[:VALUE]
-            for name in names
+        return Fingerprint(tuple(names), b"".join(self._entry(name, arguments) for name in names))
+
+    def continued(self, sent: Any, arguments: dict[str, Any], caller_key: str | None = None) -> Fingerprint:
+        """The fingerprint of a message that continues an intent: the one that was sent with it, in hex.
+
+        A parameter that is not in there (another release, a header that is not ours) counts as it is now.
+        """
+        try:
+            first = bytes.fromhex(sent)
+        except (TypeError, ValueError):
+            first = b""
+        if len(first) % FINGERPRINT_ENTRY:
+            first = b""
+        known = [first[i : i + FINGERPRINT_TAG] for i in range(0, len(first), FINGERPRINT_ENTRY)]
+        names = {
+            _tag(self.task, name): name for name in (arguments if caller_key is not None else self.must_match)
+        }
+        added = sorted(name for tag, name in names.items() if tag not in known)
+        return Fingerprint(
+            (*(names.get(tag, tag.hex()) for tag in known), *added),
+            first + b"".join(self._entry(name, arguments) for name in added),
         )
-        return Fingerprint(tuple(names), packed)
+
+    def _entry(self, name: str, arguments: dict[str, Any]) -> bytes:
+        value = _hash([SCHEME, self.task, name, self._form(name, arguments.get(name))]).digest()[:VALUE]
+        return _tag(self.task, name) + value
+
+
+def _tag(task: str, name: str) -> bytes:
+    return _hash([SCHEME, task, name]).digest()[:FINGERPRINT_TAG]
 
 
 def _label(what: str, value: Any) -> str | None:

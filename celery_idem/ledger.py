@@ -187,12 +187,12 @@ class Ledger(Transitions):
         """Release a claim that may or may not have been written, and whose body did not run."""
         self.release(Claim.unguarded(key, request), 0.0)
 
-    def schedule(self, claim: Claim, delay: float, patience: float) -> Done | Refused:
-        """Keep the intent for this task id for ``delay`` seconds, until its retry comes."""
+    def schedule(self, claim: Claim, delay: float, patience: float, task_id: str = "") -> Done | Refused:
+        """Keep the intent for the retry's task id ("": this one) for ``delay`` seconds, until it comes."""
         wait = int(delay * MICROSECONDS)
         return self.patient_transition(
             claim,
-            kept(claim, lambda record: protocol.schedule(record, claim._request.owner, wait)),
+            kept(claim, lambda record: protocol.schedule(record, claim._request.owner, wait, task_id)),
             patience,
         )
 

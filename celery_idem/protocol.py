@@ -30,6 +30,9 @@ IN_DOUBT     can ask                                          Ask, IN_DOUBT     
 IN_DOUBT     otherwise                                        InDoubt                (3)
 ===========  ===============================================  =========================
 
+``Busy`` says whether the message is the intent's own (the record's task id): a redelivery or an
+early retry is no duplicate.
+
 After the body, or between its steps, only the current owner is heard, however late (4):
 
 ============  =========================  ==============================================
@@ -99,6 +102,7 @@ MAX_CRASHES = 255
 
 ENDINGS: dict[Raised, State] = {
     Raised.RETRY: State.SCHEDULED,
+    Raised.DOUBTFUL_RETRY: State.IN_DOUBT,
     Raised.REPLACED: State.SUCCEEDED,
     Raised.IGNORE: State.RELEASED,
     Raised.REJECT: State.RELEASED,
@@ -116,7 +120,9 @@ def ending(kind: Raised, policy: Policy) -> State:
     settled the intent, has had none. An exit is left to ``exited``."""
     state = ENDINGS[kind]
     in_transaction = policy.on_crash == "transaction" and kind is not Raised.EXIT
-    return State.RELEASED if state is State.IN_DOUBT and in_transaction else state
+    if state is State.IN_DOUBT and in_transaction:
+        return State.SCHEDULED if kind is Raised.DOUBTFUL_RETRY else State.RELEASED
+    return state
 
 
 def replace(record: Record, **changes: Any) -> Record:
@@ -232,7 +238,7 @@ def claim(record: Record, stamp: int, now: int, request: Request) -> tuple[Decis
         if record.owner in request.carried:
             return _take_up_again(record, now, request)
         if now < deadline:
-            return Busy(deadline - now, record.owner), None
+            return _busy(deadline - now, record, request, record.owner), None
         return _crashed(record, stamp, now, request)
     if record.state is State.SCHEDULED:
         if record.task_id != request.task_id and now < deadline:
@@ -241,6 +247,10 @@ def claim(record: Record, stamp: int, now: int, request: Request) -> tuple[Decis
     if record.state is State.RELEASED:
         return _acquire(record, now, request)
     return _claim_in_doubt(record, stamp, now, request)
+
+
+def _busy(retry_after: int, record: Record, request: Request, holder: bytes = b"") -> Busy:
+    return Busy(retry_after, holder, request.task_id != "" and record.task_id == request.task_id)
 
 
 def standing(
@@ -263,7 +273,7 @@ def _claim_in_doubt(record: Record, stamp: int, now: int, request: Request) -> t
         if record.asking == request.owner:
             return Ask(record), None
         if now < deadline:
-            return Busy(deadline - now, record.asking), None
+            return _busy(deadline - now, record, request, record.asking), None
     if request.policy.asks:
         return _ask(_with_past(record, stamp), now, request)
     return InDoubt(record.reason), None
@@ -394,7 +404,7 @@ def conclude(
             return Acquired(record), None
         if record.state is State.IN_DOUBT and not record.asking and reason:
             return InDoubt(record.reason), None
-        return Busy(0), None
+        return _busy(0, record, request), None
     if reason:
         return _doubt(_noted(record, Note(now, "reconcile", "cannot tell", reason)), reason)
     record = _noted(record, Note(now, "reconcile", "did not happen", ""))
@@ -460,10 +470,18 @@ def committed(record: Record | None, owner: bytes) -> tuple[Done | Refused, Reco
     return (Done(record) if record.outcome is not None else Refused(record)), None
 
 
-def schedule(record: Record, owner: bytes, delay: int) -> tuple[Done | Refused, Record | None]:
-    """The body asked for a retry: keep the claim for its task id for ``delay`` microseconds."""
+def schedule(
+    record: Record, owner: bytes, delay: int, task_id: str = ""
+) -> tuple[Done | Refused, Record | None]:
+    """The body asked for a retry: keep the claim for its task id for ``delay`` microseconds.
+
+    Args:
+        task_id: of the retry; "" for the record's own.
+    """
     if _holds(record, owner):
         new = replace(record, state=State.SCHEDULED, lease=delay, asking=b"", reason="")
+        if task_id:
+            new = replace(new, task_id=task_id)
         return Done(new), new
     if record.owner == owner and record.state is State.SCHEDULED:
         return Done(record), None

@@ -53,7 +53,7 @@ MAX_CARRIED = 16
 should that claim have been applied after all, the intent ends in doubt, not twice."""
 
 
-SIGNALS = (Raised.RETRY, Raised.REPLACED, Raised.IGNORE, Raised.REJECT)
+SIGNALS = (Raised.RETRY, Raised.DOUBTFUL_RETRY, Raised.REPLACED, Raised.IGNORE, Raised.REJECT)
 """What a body raises to tell Celery something, and not because something went wrong."""
 
 
@@ -95,6 +95,25 @@ class Job(ABC):
     def kind_of(self, error: BaseException) -> Raised:
         """What kind of exception left the body."""
 
+    def causes_of(self, error: BaseException) -> tuple[BaseException, ...]:
+        """The errors that say what happened: of a retry, those because of which it was asked for."""
+        return (error,)
+
+    def returned(self, value: Any) -> None:
+        """The body published something to be run later, and returned. Raises where that is what counts."""
+
+    def raised(self, error: BaseException) -> BaseException:
+        """The same of a body that raised: what counts as its error."""
+        return error
+
+    def successor(self, error: BaseException) -> str:
+        """Id of the task that the action was handed over to."""
+        return self.task_id
+
+    def retry_task_id(self) -> str:
+        """Id of the message that continues the intent."""
+        return self.task_id
+
     @abstractmethod
     def retry_delay(self, error: BaseException) -> float:
         """Seconds until the retry that the body asked for, and a grace."""
@@ -111,8 +130,14 @@ class Job(ABC):
         """
 
     @abstractmethod
-    def come_back(self, seconds: float, carried: tuple[bytes, ...], why: str) -> None:
-        """Wait: return when it is time to try again here, or raise to leave."""
+    def come_back(
+        self, seconds: float, carried: tuple[bytes, ...], why: str, busy: Busy | None = None
+    ) -> None:
+        """Wait: return when it is time to try again here, or raise to leave.
+
+        Args:
+            busy: what another execution does meanwhile; None where the store is what does not answer.
+        """
 
 
 class Runner:
@@ -136,6 +161,7 @@ class Runner:
         """
         carried = job.carried
         ended = NO_OWNER
+        ran = False
         while True:
             request = Request(
                 owners.mint(), job.task_id, job.fingerprint, job.options.policy, carried, job.digests
@@ -160,19 +186,20 @@ class Runner:
                 done, value = self._execute(job, claim)
                 if done:
                     return value
+                ran = True
             elif isinstance(decision, Busy):
                 # Once for each holder: where the store's clock was set back, its end is still to come.
                 if decision.holder != ended and self._lapsed(job, decision):
                     ended = decision.holder
                     continue
                 events.emit("waiting", job.key, task_id=job.task_id)
-                job.come_back(decision.retry_after / MICROSECONDS, carried, "in progress")
+                job.come_back(decision.retry_after / MICROSECONDS, carried, "in progress", decision)
             elif isinstance(decision, Replay) and protocol.replacement(decision.outcome):
                 known, value = job.follow(protocol.replacement(decision.outcome))
                 if known:
                     events.emit("replayed", job.key, task_id=job.task_id, succeeded=True)
                     return value
-                job.come_back(0.0, carried, "in progress")
+                job.come_back(0.0, carried, "in progress", Busy(0, own=ran))
             else:
                 return self._answer(job, decision)
 
@@ -262,8 +289,10 @@ class Runner:
     def _unguarded(self, job: Job, request: Request) -> Any:
         """The author's explicit way to fail open: run without a claim, record it if that works."""
         events.emit("unguarded", job.key, task_id=job.task_id)
-        value = job.body(Claim.unguarded(job.key, request))
         claim = Claim.unguarded(job.key, request)
+        value = job.body(claim)
+        if claim._retries is not None:
+            job.returned(value)
         try:
             self.ledger.settle(claim, self.ledger.outcome_of(value), EXIT_PATIENCE)
         except StoreError as error:
@@ -321,7 +350,11 @@ class Runner:
             try:
                 RENEWER.watch(claim, self.ledger, job.options.policy.lease)
                 value = job.body(claim)
+                if claim._retries is not None:
+                    job.returned(value)
             except BaseException as error:
+                if claim._retries is not None:
+                    error = job.raised(error)
                 if self._committed(job, claim, error):
                     return True, self._promised(job, claim)
                 self._ended_by(job, claim, error)
@@ -435,25 +468,30 @@ class Runner:
 
     def _ended_by(self, job: Job, claim: Claim, error: BaseException) -> None:
         """Rule 5: what an exception of the body means. Raises, unless the intent may be claimed again now."""
-        if isinstance(error, LeaseLost) and error.key == job.key:
+        causes = job.causes_of(error)
+        own = tuple(cause for cause in causes if getattr(cause, "key", None) == job.key)
+        if any(isinstance(cause, LeaseLost) for cause in own):
             raise error
-        if isinstance(error, StoreError) and claim._step_unrecorded:
-            self._step_is_unrecorded(job, claim, error)
         kind = job.kind_of(error)
+        if claim._step_unrecorded and any(isinstance(cause, StoreError) for cause in causes):
+            self._step_is_unrecorded(job, kind, error)
         ending = protocol.ending(kind, job.options.policy)
-        if isinstance(error, OutcomeUnknown) and error.key == job.key:
+        if any(isinstance(cause, OutcomeUnknown) for cause in own):
             raise error  # a step in doubt has said so in the record already
         patience = EXIT_PATIENCE if kind is Raised.EXIT else job.options.patience
         if ending is State.SUCCEEDED:
-            self._settle(job, claim, protocol.replaced_by(job.task_id), patience)
-            raise error
+            successor = job.successor(error)
+            self._settle(job, claim, protocol.replaced_by(successor), patience)
+            if successor == job.task_id:
+                raise error
+            return
         if ending is State.FAILED:
             _whatever_comes(lambda p: self._settle_error(job, claim, error, p), patience)
             raise error
-        reason = f"the body was interrupted by {type(error).__name__}"
+        reason = f"the body was interrupted by {', '.join(type(cause).__name__ for cause in causes)}"
         try:
             if ending is State.SCHEDULED:
-                self.ledger.schedule(claim, job.retry_delay(error), patience)
+                self.ledger.schedule(claim, job.retry_delay(error), patience, job.retry_task_id())
                 events.emit("scheduled", job.key, task_id=job.task_id)
             elif ending is State.RELEASED:
                 self.ledger.release(claim, patience)
@@ -466,17 +504,19 @@ class Runner:
                 events.emit("in_doubt", job.key, task_id=job.task_id, reason=reason)
         except StoreError as silence:
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(silence))
-        if ending is not State.IN_DOUBT or kind is Raised.EXIT:
-            raise error
+        if ending is not State.IN_DOUBT or kind in (Raised.EXIT, Raised.DOUBTFUL_RETRY):
+            raise error  # the retry that is on its way asks the destination, or says that it is in doubt
         if job.options.policy.asks:
             return  # claim again: that asks the destination
         raise OutcomeUnknown(doubt_message(job.key, reason), job.key, reason) from error
 
-    def _step_is_unrecorded(self, job: Job, claim: Claim, error: StoreError) -> None:
+    def _step_is_unrecorded(self, job: Job, kind: Raised, error: BaseException) -> None:
         """The store went away around a step. Its record says how far the body came, so a body
         that may resume does, once the lease has lapsed; any other is in doubt."""
         if job.options.policy.on_crash == "resume":
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(error))
+            if kind is Raised.DOUBTFUL_RETRY:
+                raise error  # its own message comes back
             job.come_back(job.options.policy.lease / MICROSECONDS, (), str(error))
 
 

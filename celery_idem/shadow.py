@@ -59,13 +59,15 @@ class ShadowRunner(Runner):
         claim = self._claim(job, request)
         if claim is not None:
             RENEWER.watch(claim, self._shadow, policy.lease)
+        own = Claim.unguarded(job.key, request)
         try:
-            value = job.body(Claim.unguarded(job.key, request))
+            value = job.body(own)
         except BaseException as error:
             self._end(job, claim, protocol.ENDINGS[job.kind_of(error)], error)
             raise
         else:
-            self._end(job, claim, State.SUCCEEDED, None)
+            again = own._retries.signal if own._retries is not None else None
+            self._end(job, claim, State.SCHEDULED if again else State.SUCCEEDED, again)
             return value
         finally:
             if claim is not None:

@@ -8,6 +8,7 @@ and chord. ``placing`` puts it there, task by task.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -16,14 +17,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from celery import Task
 from celery._state import _task_stack
 from celery.app.task import Context
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, Retry
 from celery.utils.imports import symbol_by_name
 
-from celery_idem import declaring, keys, placing, receipts
+from celery_idem import declaring, keys, placing, receipts, retrying
 from celery_idem.claims import Claim
-from celery_idem.delivery import Delivery, Guard, Replaced
+from celery_idem.delivery import PROPAGATES, Delivery, Guard, Replaced
 from celery_idem.errors import ConfigurationError, IdempotencyError, StoreError
-from celery_idem.intent import CALLER_KEY, KEY, OCCURRENCE, SCOPE, Answer
+from celery_idem.intent import CALLER_KEY, FINGERPRINT, KEY, OCCURRENCE, SCOPE, Answer
 from celery_idem.receipts import Receipt
 
 if TYPE_CHECKING:
@@ -202,8 +203,12 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         Raises:
             IntentError: an argument cannot be part of a key.
         """
+        same = options.get(retrying.SAME_INTENT)
         options = self._with_key(args, kwargs, options, scope, occurrence, idempotency_key)
-        return super().apply_async(args, kwargs, *more, **options)
+        result = super().apply_async(args, kwargs, *more, **options)
+        if same:
+            retrying.note_published(self.request_stack.top, options)
+        return result
 
     def apply(
         self,
@@ -217,6 +222,9 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
     ) -> EagerResult:
         """As Celery's, with the options of ``apply_async``."""
         options = self._with_key(args, kwargs, options, scope, occurrence, idempotency_key)
+        throw = options.get("throw")
+        if self.app.conf.task_eager_propagates if throw is None else throw:
+            options["headers"] = {**(options.get("headers") or {}), PROPAGATES: True}
         return super().apply(args, kwargs, *more, **options)
 
     def signature(self, args: Any = None, *more: Any, **options: Any) -> Signature:
@@ -227,21 +235,61 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
 
     subtask = signature
 
-    def signature_from_request(self, *args: Any, **kwargs: Any) -> Signature:
+    def signature_from_request(
+        self, request: Any = None, args: Any = None, kwargs: Any = None, queue: Any = None, **options: Any
+    ) -> Signature:
         """As Celery's. What is published from it is the same intent, whatever its arguments."""
-        signature = super().signature_from_request(*args, **kwargs)
-        if self.declaration is not None:
-            signature.options["idem_same_intent"] = True
+        maybe_apart = options.pop(retrying.MAYBE_APART, None)
+        signature = super().signature_from_request(request, args, kwargs, queue, **options)
+        if self.declaration is None:
+            return signature
+        request = self.request if request is None else request
+        if maybe_apart:
+            given = args is not None or kwargs is not None
+            retrying.shape_retry(self, request, signature, given, *maybe_apart)
+        else:
+            retrying.continue_intent(self, request, signature)
         return signature
 
-    def retry(self, *args: Any, **kwargs: Any) -> Any:
-        """As Celery's. In a direct call, where it raises the error itself, that error is no outcome either."""
+    subtask_from_request = signature_from_request
+
+    def retry(
+        self,
+        args: Any = None,
+        kwargs: Any = None,
+        exc: Any = None,
+        throw: bool = True,
+        *more: Any,
+        **options: Any,
+    ) -> Any:
+        """As Celery's: the same intent comes back, whatever its arguments.
+
+        A retry that is published counts, also where the body swallows ``Retry`` or asked for
+        ``throw=False``. With ``throw=False``, or after another retry, arguments that make another
+        intent are published as that: with a task id of its own, beside this body, which goes on.
+
+        Raises:
+            ConfigurationError: a second retry of the same intent, with other arguments.
+        """
+        claim = getattr(self.request, "idem_claim", None)
+        if claim is None:
+            return super().retry(args, kwargs, exc, throw, *more, **options)
+        cause = exc if isinstance(exc, BaseException) else sys.exc_info()[1]
+        retries = retrying.retries_of(claim)
+        if not self.guard.settings.shadow and (not throw or retries.signal is not None):
+            options[retrying.MAYBE_APART] = (cause,)
         try:
-            return super().retry(*args, **kwargs)
+            signal = super().retry(args, kwargs, exc, False, *more, **options)
+        except retrying.AlreadyComing:
+            first = retries.signal
+            signal = Retry(exc=cause, when=first.when, is_eager=first.is_eager, sig=first.sig)
         except BaseException as error:
-            if self.request.called_directly:
-                self.request.idem_retry = error
+            retries.refused = error, cause
             raise
+        retrying.note_retry(claim, signal, cause)
+        if throw:
+            raise signal
+        return signal
 
     def replace(self, sig: Signature) -> Any:
         """As Celery's. The replacement belongs to the same scope and occurrence, and to the same caller's key.
@@ -283,11 +331,12 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         keys.check_call(self.name, args, kwargs)
         if self.declaration.secret:
             options = {**_shown(self.declaration, args or (), kwargs or {}), **options}
-        same = options.pop("idem_same_intent", False)
+        same = options.pop(retrying.SAME_INTENT, False)
         headers = dict(options.get("headers") or {})  # a copy: beat hands the same one at every tick
         headers.update(given)
         if not (same and KEY in headers):
             headers.pop(KEY, None)
+            headers.pop(FINGERPRINT, None)
             try:
                 arguments = self.declaration.bind(args, kwargs)
             except TypeError:

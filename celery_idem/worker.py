@@ -32,7 +32,7 @@ from celery.worker.state import task_ready
 from celery_idem import events, owners, protocol, purging
 from celery_idem.claims import doubt_message
 from celery_idem.errors import ConfigurationError, OutcomeUnknown
-from celery_idem.intent import KEY, Again, Coming, InDoubt, Verdict
+from celery_idem.intent import Again, Coming, InDoubt, Verdict
 
 DEATHS = "idem-deaths"
 """Header: how often this message was published anew after a death."""
@@ -130,7 +130,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
 
     def _carry_out(self, verdict: Verdict, key: str, again: int) -> bool:
         if isinstance(verdict, Again):
-            self._publish_again(key, again + 1)
+            self._publish_again(again + 1)
         task_ready(self)
         if isinstance(verdict, InDoubt):
             self._tell(OutcomeUnknown(doubt_message(key, verdict.reason), key, verdict.reason))
@@ -140,15 +140,11 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             self.send_event("task-retried", exception=type(verdict).__name__, traceback="")
         return True
 
-    def _publish_again(self, key: str, again: int) -> None:
+    def _publish_again(self, again: int) -> None:
         """The same message: id, chord, chain, links and headers stay, and no retry is used up."""
         context = self._context
         signature = self.task.signature_from_request(context, retries=context.retries)
-        signature.options["headers"] = {
-            **(signature.options.get("headers") or {}),
-            KEY: key,
-            DEATHS: again,
-        }
+        signature.options["headers"][DEATHS] = again
         # On a connection of its own: those in the application's pool are shared with the children
         # forked since, and a child that drops its copy shuts the socket down for everybody.
         with self.task.app.connection_for_write() as connection:

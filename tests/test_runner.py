@@ -97,6 +97,7 @@ def test_a_duplicate_comes_back_and_may_wait_in_place(bench: Bench) -> None:
 
 ENDS = {
     Raised.RETRY: State.SCHEDULED,
+    Raised.DOUBTFUL_RETRY: State.IN_DOUBT,
     Raised.IGNORE: State.RELEASED,
     Raised.REJECT: State.RELEASED,
     Raised.NO_EFFECT: State.RELEASED,

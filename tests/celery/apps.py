@@ -229,6 +229,25 @@ def add_tasks(app: Celery, effects: Effects, folder: Path) -> None:
 
     app.register_task(Shipping())
 
+    @task("hasty", bind=True, on_duplicate="raise")
+    def hasty(self: Any, name: str) -> str:
+        effects.add(name)
+        if not self.request.retries:
+            self.retry(countdown=0, throw=False)
+            Gate(folder / f"gate-{name}").wait(60)
+            time.sleep(0.5)  # until the retry has met this body: that is what the task is for
+        return "done"
+
+    @task("instant", bind=True, on_duplicate="raise")
+    def instant(self: Any, name: str) -> str:
+        if not self.request.retries:
+            try:
+                raise self.retry(countdown=0)
+            finally:
+                time.sleep(0.002)  # what a body still has to close: about what the retry takes to come
+        effects.add(name)
+        return "done"
+
     @task("on_store_error_raise", on_store_error="raise")
     def on_store_error_raise(name: str) -> str:
         effects.add(name)

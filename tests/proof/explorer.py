@@ -45,6 +45,7 @@ from celery_idem.errors import (
 from celery_idem.intent import (
     NO_OWNER,
     Answer,
+    Busy,
     Fingerprint,
     Happened,
     NotHappened,
@@ -334,7 +335,9 @@ class ModelJob(Job):
     def follow(self, task_id: str) -> tuple[bool, Any]:
         raise AssertionError("nothing is handed over here")
 
-    def come_back(self, seconds: float, carried: tuple[bytes, ...], why: str) -> None:
+    def come_back(
+        self, seconds: float, carried: tuple[bytes, ...], why: str, busy: Busy | None = None
+    ) -> None:
         self.world.publish_again(self.actor, carried, why == "in progress")
         raise Left
 

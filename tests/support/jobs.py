@@ -11,6 +11,7 @@ from celery_idem import (
 from celery_idem.intent import (
     MICROSECONDS,
     Answer,
+    Busy,
     Fingerprint,
     Policy,
     Raised,
@@ -88,7 +89,9 @@ class FakeJob(Job):
     def follow(self, task_id: str) -> tuple[bool, Any]:
         return True, f"of {task_id}"
 
-    def come_back(self, seconds: float, carried: tuple[bytes, ...], why: str) -> None:
+    def come_back(
+        self, seconds: float, carried: tuple[bytes, ...], why: str, busy: Busy | None = None
+    ) -> None:
         self.came_back.append((seconds, carried, why))
         if self._wait is None:
             raise Left(why)

@@ -1,0 +1,68 @@
+"""A broker, a worker and a store in this very process: messages are delivered when the test says so."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from celery import Celery
+from celery.app.trace import build_tracer
+from kombu import Connection
+
+from celery_idem import IdempotentTask, Ledger
+from celery_idem.claims import Entry
+
+
+class InProcess:
+    """An application with a broker in memory, and a worker that is this test."""
+
+    def __init__(self, **conf: Any) -> None:
+        name = uuid.uuid4().hex
+        self.app = Celery(
+            "here",
+            broker=f"memory://{name}",
+            backend="cache+memory://",
+            task_cls=IdempotentTask,
+            set_as_current=False,
+        )
+        self.app.conf.update(task_default_queue=name, idem_store=f"memory://{name}", idem_audit=False, **conf)
+        self.queue = name
+        self.effects: list[Any] = []
+        self.headers: list[dict[str, Any]] = []
+
+    def task(self, name: str, **options: Any) -> Any:
+        return self.app.task(name=name, shared=False, bind=True, **{"intent": ("name",), **options})
+
+    def deliver(self, most: int = 20) -> list[str]:
+        """Run what is in the queue, ETA or not, and what that publishes; the states it ended in.
+
+        Raises:
+            AssertionError: it does not come to an end.
+        """
+        states = []
+        with Connection(self.app.conf.broker_url) as connection, connection.SimpleQueue(self.queue) as queue:
+            for _ in range(most):
+                try:
+                    message = queue.get(block=False)
+                except queue.Empty:
+                    return states
+                message.ack()
+                states.append(self.run(message))
+        raise AssertionError(f"after {most} messages: {states}")
+
+    def run(self, message: Any) -> str:
+        headers = message.headers
+        self.headers.append(headers)
+        args, kwargs, embed = message.payload
+        request = {**headers, **embed, "delivery_info": {"exchange": "", "routing_key": self.queue}}
+        trace = build_tracer(headers["task"], self.app.tasks[headers["task"]], app=self.app)
+        result = trace(headers["id"], args, kwargs, request)
+        return result.info.state if result.info else "SUCCESS"
+
+    @property
+    def entries(self) -> list[Entry]:
+        return list(Ledger.from_app(self.app).list())
+
+    @property
+    def states(self) -> list[str]:
+        return [entry.state for entry in self.entries]
