@@ -8,11 +8,10 @@ with the record as this execution last wrote it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from celery_idem import codec, events, keys, protocol
+from celery_idem import clock, codec, events, keys, protocol
 from celery_idem.claims import Claim, Entry, Tally, age, lease_lost, renewed, tallied
 from celery_idem.codec import Codec, NotStorable
 from celery_idem.errors import IdempotencyError, StoreError
@@ -96,7 +95,7 @@ class Ledger(Transitions):
             StoreError: nobody knows whether the claim was written. The owner in
                 ``request`` does: carry it along.
         """
-        before = time.monotonic()
+        before = clock.elapsed()
         new = protocol.fresh(request)
         reply = self.store.create(self._prefix + key, codec.pack(new))
         if reply.done:
@@ -122,7 +121,7 @@ class Ledger(Transitions):
             return protocol.conclude(record, now or stamp, claim._request, outcome, reason)
 
         reply, held = self._last_seen(claim)
-        return self._decide(claim.key, claim._request, reply, decide, time.monotonic(), held)
+        return self._decide(claim.key, claim._request, reply, decide, clock.elapsed(), held)
 
     def settle(self, claim: Claim, outcome: Outcome, patience: float) -> Done | Refused:
         """Write how the body ended; ``Refused`` when somebody took over.
@@ -151,6 +150,7 @@ class Ledger(Transitions):
         held = claim._seen[1]
         settle = present(lambda record: protocol.settle(record, held, outcome))
         there = Ledger(inside, self.namespace, self.codec)
+        claim._end()
         reply, _ = self._last_seen(claim)
         done, _ = there._compare_and_set(claim.key, reply, settle, claim._request.policy)
         if isinstance(done, Done):
@@ -172,9 +172,13 @@ class Ledger(Transitions):
         Raises:
             StoreError: the store did not answer for ``patience`` seconds.
         """
-        owner = claim._request.owner
+        assert claim._promised is not None
+        held, outcome, policy = claim._seen[1], claim._promised[0], claim._request.policy
         return self.patient_transition(
-            claim, lambda record, stamp, now: protocol.committed(record, owner), patience, fresh=True
+            claim,
+            lambda record, stamp, now: protocol.committed(record, held, outcome, policy),
+            patience,
+            fresh=True,
         )
 
     def release(self, claim: Claim, patience: float) -> Done | Refused:
@@ -211,7 +215,7 @@ class Ledger(Transitions):
 
     def renew(self, claims: Sequence[Claim]) -> None:
         """Renew the leases of running claims, in one round trip where the store can."""
-        before = time.monotonic()
+        before = clock.elapsed()
         changes = []
         seen = []
         for claim in claims:
@@ -230,10 +234,11 @@ class Ledger(Transitions):
     def _renew_again(self, claim: Claim, reply: Reply, before: float) -> None:
         """The body itself wrote meanwhile (a step, the outcome), or somebody took over."""
         if reply.stored is None:  # the store lost the record
-            held = claim._seen[1]
-            if held.state is not State.RUNNING:
-                return  # ended meanwhile
-            reply = self.store.create(self._prefix + claim.key, codec.pack(held))
+            with claim._lock:  # an ending that begins meanwhile waits: it must not be undone
+                held = claim._seen[1]
+                if claim._ending or held.state is not State.RUNNING:
+                    return
+                reply = self.store.create(self._prefix + claim.key, codec.pack(held))
             if reply.done:
                 renewed(claim, held, reply, before)
                 return
@@ -453,7 +458,7 @@ class Ledger(Transitions):
             else:
                 return self.claim(key, request)
             if new is not None:
-                before = time.monotonic()
+                before = clock.elapsed()
                 value = codec.pack(new)
                 keep = protocol.ttl(new, request.policy)
                 if stored is None:

@@ -40,7 +40,7 @@ committed     SUCCEEDED                  nothing: an author's transaction settle
 schedule      RUNNING, IN_DOUBT          SCHEDULED until the retry's ETA and a grace (5)
 release       RUNNING, IN_DOUBT          RELEASED (finished steps stay)              (5)
 doubt         RUNNING, IN_DOUBT          IN_DOUBT                                    (5)
-renew         RUNNING                    RUNNING, new lease
+renew         RUNNING, own IN_DOUBT      same, new lease (a question is its asker's)
 begin_step    RUNNING                    RUNNING with one more open step
 end_step      RUNNING, IN_DOUBT          same, the step and its result added
 exited        RUNNING                    IN_DOUBT; RUNNING, lease over, where a claim decides (5)
@@ -446,16 +446,21 @@ def settle(record: Record | None, held: Record, outcome: Outcome) -> tuple[Done 
     return Refused(record), None
 
 
-def committed(record: Record | None, owner: bytes) -> tuple[Done | Refused, Record | None]:
-    """After a transaction that was to settle (rule 9): did it?
+def committed(
+    record: Record | None, held: Record, outcome: Outcome, policy: Policy
+) -> tuple[Done | Refused, Record | None]:
+    """After a transaction that was to settle with ``outcome`` (rule 9): did it?
 
     ``Done`` with an outcome in its record: it committed. ``Done`` without, once the
     rewritten record is in: it did not, and never will. The rewriting is what makes that
     sure: it waits for a commit that is still under way.
     """
-    if record is None or record.owner != owner:
+    if record is None:
+        promised = _settled(held, outcome)
+        return (Refused(None) if ttl(promised, policy) else Done(promised)), None  # kept for no time
+    if record.owner != held.owner:
         return Refused(record), None
-    if _holds(record, owner):
+    if _holds(record, held.owner):
         return Done(record), record
     return (Done(record) if record.outcome is not None else Refused(record)), None
 
@@ -491,8 +496,9 @@ def doubt(record: Record, owner: bytes, reason: str) -> tuple[Done | Refused, Re
 
 
 def renew(record: Record, owner: bytes) -> tuple[Done | Refused, Record | None]:
-    """Keep a running claim: the store's new stamp is what moves the deadline."""
-    if record.state is State.RUNNING and record.owner == owner:
+    """Keep a running claim, or a question: the store's new stamp is what moves the deadline."""
+    asks = record.state is State.IN_DOUBT and record.asking == owner
+    if asks or (record.state is State.RUNNING and record.owner == owner):
         return Done(record), record
     return Refused(record), None
 

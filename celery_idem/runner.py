@@ -284,7 +284,7 @@ class Runner:
         try:
             answer = self.bounded(lambda: job.ask(claim), job.options.ask_timeout)
         finally:
-            RENEWER.unwatch(claim)
+            RENEWER.unwatch(claim, self.ledger)
         events.emit("asked", job.key, task_id=job.task_id, answer=type(answer).__name__)
         return self.ledger.conclude(claim, answer)
 
@@ -331,7 +331,7 @@ class Runner:
             patience = job.options.patience
             return True, _whatever_comes(lambda p: self._settle_value(job, claim, value, p), patience)
         finally:
-            RENEWER.unwatch(claim)
+            RENEWER.unwatch(claim, self.ledger)
 
     def _settle_value(self, job: Job, claim: Claim, value: Any, patience: float) -> Any:
         codec = self.ledger.codec

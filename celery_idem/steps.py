@@ -114,7 +114,7 @@ def _close_step(ledger: Ledger, claim: Claim, name: str, payload: bytes | None, 
         return protocol.end_step(record, claim._request.owner, name, payload)
 
     try:
-        done = ledger.patient_transition(claim, kept(claim, end), patience)
+        done = ledger.patient_transition(claim, kept(claim, end), patience, ends=False)
     except StoreError:
         claim._step_unrecorded = True
         raise

@@ -56,7 +56,7 @@ def test_a_thousand_leases_are_one_round_trip_on_one_thread(redis_url: str) -> N
     wait_for(for_three_leases, 40.0, "every lease to be renewed for three times its length", LEASE / 4)
     assert not any(claim.lost for claim in claims)
     for claim in claims:
-        renewer.unwatch(claim)
+        renewer.unwatch(claim, ledger)
     renewals = [replies for thread, replies in store.exchanges if thread == "celery_idem leases"]
     # Whole batches, but for the first looks, when some were claimed a moment later than others.
     assert renewals.count(len(claims)) >= 3
