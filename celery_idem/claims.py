@@ -71,7 +71,7 @@ class Entry:
     @property
     def retry_after(self) -> float:
         """Seconds until whoever holds it must have renewed; 0 or less when nobody does."""
-        return self.changed_at + self.record.lease / MICROSECONDS - self.now
+        return protocol.left(self.record, self._stamp, self._now) / MICROSECONDS
 
     def standing(self, fingerprint: Fingerprint, policy: Policy) -> Decision | None:
         """What a claim would be told; None where it would have something to do (see ``protocol``)."""

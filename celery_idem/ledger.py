@@ -20,6 +20,7 @@ from celery_idem.intent import (
     Acquired,
     Answer,
     Ask,
+    Busy,
     Decision,
     Done,
     Happened,
@@ -66,6 +67,7 @@ class Ledger(Transitions):
     ) -> None:
         super().__init__(store, f"{namespace}:")
         self.result_ttl = result_ttl
+        self._stepped = 0.0
         self.namespace = namespace
         self.codec = codec or Codec()
 
@@ -225,11 +227,26 @@ class Ledger(Transitions):
             ttl = protocol.ttl(record, claim._request.policy)
             changes.append(Change(self._prefix + claim.key, stored, codec.pack(record), ttl))
         replies = self.store.replace_many(changes)
+        if replies[0].done:
+            self._compare_clocks(claims[0], replies[0], before)
         for claim, record, reply in zip(claims, seen, replies, strict=True):
             if reply.done:
                 renewed(claim, record, reply, before)
             else:
                 self._renew_again(claim, reply, before)
+
+    def _compare_clocks(self, claim: Claim, reply: Reply, before: float) -> None:
+        """Between two writes of a claim as much time should have passed in the store as here."""
+        old = claim._seen[0]
+        assert old is not None
+        assert reply.stored is not None
+        there = reply.stored.stamp - old.stamp
+        ahead = there - (clock.elapsed() - claim._written_at) * MICROSECONDS
+        back = (before - claim._written_at) * MICROSECONDS if there == 1 else 0.0  # or more: 1 hides how much
+        by = ahead if ahead > protocol.STEP else -back if back > protocol.STEP else 0.0
+        if by and by * self._stepped <= 0:  # once, and not at every renewal until it is over
+            events.emit("clock_stepped", claim.key, by=round(by / MICROSECONDS, 1), store=self.store.url)
+        self._stepped = by
 
     def _renew_again(self, claim: Claim, reply: Reply, before: float) -> None:
         """The body itself wrote meanwhile (a step, the outcome), or somebody took over."""
@@ -244,7 +261,12 @@ class Ledger(Transitions):
                 return
             assert reply.stored is not None
         record = self._read(claim.key, reply.stored)
-        decision, _ = protocol.renew(record, claim._request.owner)
+        decision, new = protocol.renew(record, claim._request.owner)
+        if new is not None and record.noticed is not None:  # another's mark: answer with a sign of life, now
+            reply = self.store.replace(self._prefix + claim.key, reply.stored, codec.pack(new))
+            if reply.done:
+                renewed(claim, new, reply, before)
+            return
         if isinstance(decision, Done):
             # Its own newer write moved the deadline already. The next look renews that one,
             # also where the reply to it got lost and the body's thread does not know it.
@@ -351,6 +373,15 @@ class Ledger(Transitions):
                 raise IdempotencyError(
                     f"{key} was taken up again since you looked at it (fence {fence} then, {done.record.fence} now). "
                     "Nothing was written. Look again: `idem show`, and the destination.",
+                    key,
+                )
+            mark = done.record.noticed
+            if mark is not None and reply.stored is not None and mark.stamp == reply.stored.stamp:
+                _clock_went_back(key, done.record)
+                raise IdempotencyError(
+                    f"The clock of {self.store.url} went back after {key} was last written, so whether its worker "
+                    f"lives is not known yet. Try again in {done.record.lease / MICROSECONDS:g} s: a worker that lives "
+                    "has renewed its lease by then.",
                     key,
                 )
             raise IdempotencyError(
@@ -468,9 +499,17 @@ class Ledger(Transitions):
                 if not reply.done and (reply.stored is None or reply.stored.value != value):
                     continue
                 assert reply.stored is not None
+                if isinstance(decision, Busy):
+                    _clock_went_back(key, new)
             if isinstance(decision, (Acquired, Ask)):
                 assert reply.stored is not None
                 since = before - age(reply)
                 return decision, Claim(key, request, reply.stored, decision.record, since)
             return decision, None
         raise StoreError(f"{key} changes all the time; nothing was run. It will be tried again.", key)
+
+
+def _clock_went_back(key: str, record: Record) -> None:
+    assert record.noticed is not None
+    by = (record.noticed.at - record.noticed.stamp) / MICROSECONDS
+    events.emit("clock_stepped", key, by=round(by, 1))
