@@ -7,11 +7,10 @@ both write to the store, and each tells the claim what it wrote last.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from celery_idem import keys, protocol
+from celery_idem import clock, keys, protocol
 from celery_idem.errors import LeaseLost
 from celery_idem.intent import (
     MICROSECONDS,
@@ -72,7 +71,7 @@ class Entry:
     @property
     def retry_after(self) -> float:
         """Seconds until whoever holds it must have renewed; 0 or less when nobody does."""
-        return self.changed_at + self.record.lease / MICROSECONDS - self.now
+        return protocol.left(self.record, self._stamp, self._now) / MICROSECONDS
 
     def standing(self, fingerprint: Fingerprint, policy: Policy) -> Decision | None:
         """What a claim would be told; None where it would have something to do (see ``protocol``)."""
@@ -112,6 +111,7 @@ class Claim:
 
     # What few executions change.
     _taken_over = False
+    _ending = False
     _step_running = ""
     _step_unrecorded = False
     _retries: Retries | None = None
@@ -163,7 +163,7 @@ class Claim:
 
     @property
     def lost(self) -> bool:
-        return self._taken_over or time.monotonic() > self._trusted_until
+        return self._taken_over or clock.elapsed() > self._trusted_until
 
     @property
     def _trusted_until(self) -> float:
@@ -173,6 +173,12 @@ class Claim:
     def guarded(self) -> bool:
         """False when the body runs without a store."""
         return self._seen[0] is not None
+
+    def _end(self) -> None:
+        """Before the first write that ends this hold. No renewal creates the record anew from here on;
+        one that is doing so is waited for, and what it created is then there to be ended."""
+        with self._lock:
+            self._ending = True
 
     def downstream_key(self, name: str) -> str:
         """A key for one call this body makes, such as ``"charge"``: the same in every

@@ -28,7 +28,7 @@ from kombu.exceptions import KombuError
 from kombu.utils import json as kombu_json
 
 from celery_idem.errors import StoreError
-from celery_idem.intent import FINGERPRINT_ENTRY, Note, Outcome, Record, State, Step
+from celery_idem.intent import FINGERPRINT_ENTRY, Note, Noticed, Outcome, Record, State, Step
 
 _VERSION = 1
 _HEAD = struct.Struct(">12sBBHHBQ")
@@ -51,7 +51,8 @@ _NOTES = 1 << 8
 _DIGESTS = 1 << 9
 _MISSING = 1 << 10
 _PAYLOAD = 1 << 11
-_KNOWN = (1 << 12) - 1
+_NOTICED = 1 << 12  # before the outcome, which comes last
+_KNOWN = (1 << 13) - 1
 
 
 def pack(record: Record) -> bytes:
@@ -71,6 +72,7 @@ def pack(record: Record) -> bytes:
         reason,
         notes,
         digests,
+        noticed,
         outcome,
     ) = record  # taken apart once: a named tuple's fields are slow to read by name
     parts = 0
@@ -112,6 +114,9 @@ def pack(record: Record) -> bytes:
     if digests:
         parts |= _DIGESTS
         tail.append(_blob(digests))
+    if noticed is not None:
+        parts |= _NOTICED
+        tail += map(_TIME.pack, noticed)
     if outcome is not None:
         if outcome.payload is None:
             parts |= _MISSING
@@ -171,6 +176,7 @@ def _unpack(value: bytes, stamp: int) -> Record:
     if parts & _NOTES:
         notes = tuple(Note(read.time(), read.text(), read.text(), read.text()) for _ in range(read.count()))
     digests = read.blob() if parts & _DIGESTS else b""
+    noticed = Noticed(read.time(), read.time()) if parts & _NOTICED else None
     outcome = None
     if parts & _MISSING:
         outcome = Outcome(state is State.SUCCEEDED, None, read.text())
@@ -193,6 +199,7 @@ def _unpack(value: bytes, stamp: int) -> Record:
         reason=reason,
         notes=notes,
         digests=digests,
+        noticed=noticed,
         outcome=outcome,
     )
 

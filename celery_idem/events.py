@@ -30,6 +30,7 @@ LEVELS = {
     "in_doubt": logging.ERROR,
     "asked": logging.WARNING,
     "lease_lost": logging.ERROR,
+    "clock_stepped": logging.WARNING,
     "stale_settle": logging.CRITICAL,
     "store_error": logging.WARNING,
     "unguarded": logging.WARNING,

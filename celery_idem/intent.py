@@ -99,6 +99,18 @@ NO_FINGERPRINT = Fingerprint()
 """Of a task whose intent says everything: nothing else must match."""
 
 
+class Noticed(NamedTuple):
+    """The store's clock had gone back when a record was met: its stamp says nothing of how old it is.
+
+    Attributes:
+        at: the store's time then: the hold counts from there.
+        stamp: of the write that noted this. Any later one is a sign of life, and makes it void.
+    """
+
+    at: int
+    stamp: int
+
+
 class Record(NamedTuple):
     """All that is known of one intent. A named tuple: it is made four times per task,
     and a frozen dataclass takes five times as long to make.
@@ -116,6 +128,7 @@ class Record(NamedTuple):
             whose error its body swallowed, so that nobody knows whether they took effect.
         reason: why it is in doubt.
         digests: per-field digests for finding key drift; may be empty.
+        noticed: the store's clock had gone back, see there.
     """
 
     state: State
@@ -132,6 +145,7 @@ class Record(NamedTuple):
     reason: str = ""
     notes: tuple[Note, ...] = ()
     digests: bytes = b""
+    noticed: Noticed | None = None
     outcome: Outcome | None = None
 
 
@@ -151,6 +165,7 @@ class Policy(NamedTuple):
     on_crash: OnCrash = "in_doubt"
     asks: bool = False
     max_attempts: int = 3
+    max_step_bytes: int = 1 << 20
 
 
 class Request(NamedTuple):
@@ -244,7 +259,19 @@ class StepOpen(NamedTuple):
     record: Record
 
 
-StepDecision = Done | Refused | StepDone | StepOpen
+class StepsFull(NamedTuple):
+    """The record has no place for one more step: it may not begin.
+
+    Attributes:
+        steps: finished ones.
+        size: bytes of their results.
+    """
+
+    steps: int
+    size: int
+
+
+StepDecision = Done | Refused | StepDone | StepOpen | StepsFull
 
 
 class Again(NamedTuple):

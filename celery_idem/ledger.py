@@ -8,11 +8,10 @@ with the record as this execution last wrote it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from celery_idem import codec, events, keys, protocol
+from celery_idem import clock, codec, events, keys, protocol
 from celery_idem.claims import Claim, Entry, Tally, age, lease_lost, renewed, tallied
 from celery_idem.codec import Codec, NotStorable
 from celery_idem.errors import IdempotencyError, StoreError
@@ -21,6 +20,7 @@ from celery_idem.intent import (
     Acquired,
     Answer,
     Ask,
+    Busy,
     Decision,
     Done,
     Happened,
@@ -67,6 +67,7 @@ class Ledger(Transitions):
     ) -> None:
         super().__init__(store, f"{namespace}:")
         self.result_ttl = result_ttl
+        self._stepped = 0.0
         self.namespace = namespace
         self.codec = codec or Codec()
 
@@ -96,7 +97,7 @@ class Ledger(Transitions):
             StoreError: nobody knows whether the claim was written. The owner in
                 ``request`` does: carry it along.
         """
-        before = time.monotonic()
+        before = clock.elapsed()
         new = protocol.fresh(request)
         reply = self.store.create(self._prefix + key, codec.pack(new))
         if reply.done:
@@ -122,7 +123,7 @@ class Ledger(Transitions):
             return protocol.conclude(record, now or stamp, claim._request, outcome, reason)
 
         reply, held = self._last_seen(claim)
-        return self._decide(claim.key, claim._request, reply, decide, time.monotonic(), held)
+        return self._decide(claim.key, claim._request, reply, decide, clock.elapsed(), held)
 
     def settle(self, claim: Claim, outcome: Outcome, patience: float) -> Done | Refused:
         """Write how the body ended; ``Refused`` when somebody took over.
@@ -151,6 +152,7 @@ class Ledger(Transitions):
         held = claim._seen[1]
         settle = present(lambda record: protocol.settle(record, held, outcome))
         there = Ledger(inside, self.namespace, self.codec)
+        claim._end()
         reply, _ = self._last_seen(claim)
         done, _ = there._compare_and_set(claim.key, reply, settle, claim._request.policy)
         if isinstance(done, Done):
@@ -172,9 +174,13 @@ class Ledger(Transitions):
         Raises:
             StoreError: the store did not answer for ``patience`` seconds.
         """
-        owner = claim._request.owner
+        assert claim._promised is not None
+        held, outcome, policy = claim._seen[1], claim._promised[0], claim._request.policy
         return self.patient_transition(
-            claim, lambda record, stamp, now: protocol.committed(record, owner), patience, fresh=True
+            claim,
+            lambda record, stamp, now: protocol.committed(record, held, outcome, policy),
+            patience,
+            fresh=True,
         )
 
     def release(self, claim: Claim, patience: float) -> Done | Refused:
@@ -211,7 +217,7 @@ class Ledger(Transitions):
 
     def renew(self, claims: Sequence[Claim]) -> None:
         """Renew the leases of running claims, in one round trip where the store can."""
-        before = time.monotonic()
+        before = clock.elapsed()
         changes = []
         seen = []
         for claim in claims:
@@ -221,25 +227,46 @@ class Ledger(Transitions):
             ttl = protocol.ttl(record, claim._request.policy)
             changes.append(Change(self._prefix + claim.key, stored, codec.pack(record), ttl))
         replies = self.store.replace_many(changes)
+        if replies[0].done:
+            self._compare_clocks(claims[0], replies[0], before)
         for claim, record, reply in zip(claims, seen, replies, strict=True):
             if reply.done:
                 renewed(claim, record, reply, before)
             else:
                 self._renew_again(claim, reply, before)
 
+    def _compare_clocks(self, claim: Claim, reply: Reply, before: float) -> None:
+        """Between two writes of a claim as much time should have passed in the store as here."""
+        old = claim._seen[0]
+        assert old is not None
+        assert reply.stored is not None
+        there = reply.stored.stamp - old.stamp
+        ahead = there - (clock.elapsed() - claim._written_at) * MICROSECONDS
+        back = (before - claim._written_at) * MICROSECONDS if there == 1 else 0.0  # or more: 1 hides how much
+        by = ahead if ahead > protocol.STEP else -back if back > protocol.STEP else 0.0
+        if by and by * self._stepped <= 0:  # once, and not at every renewal until it is over
+            events.emit("clock_stepped", claim.key, by=round(by / MICROSECONDS, 1), store=self.store.url)
+        self._stepped = by
+
     def _renew_again(self, claim: Claim, reply: Reply, before: float) -> None:
         """The body itself wrote meanwhile (a step, the outcome), or somebody took over."""
         if reply.stored is None:  # the store lost the record
-            held = claim._seen[1]
-            if held.state is not State.RUNNING:
-                return  # ended meanwhile
-            reply = self.store.create(self._prefix + claim.key, codec.pack(held))
+            with claim._lock:  # an ending that begins meanwhile waits: it must not be undone
+                held = claim._seen[1]
+                if claim._ending or held.state is not State.RUNNING:
+                    return
+                reply = self.store.create(self._prefix + claim.key, codec.pack(held))
             if reply.done:
                 renewed(claim, held, reply, before)
                 return
             assert reply.stored is not None
         record = self._read(claim.key, reply.stored)
-        decision, _ = protocol.renew(record, claim._request.owner)
+        decision, new = protocol.renew(record, claim._request.owner)
+        if new is not None and record.noticed is not None:  # another's mark: answer with a sign of life, now
+            reply = self.store.replace(self._prefix + claim.key, reply.stored, codec.pack(new))
+            if reply.done:
+                renewed(claim, new, reply, before)
+            return
         if isinstance(decision, Done):
             # Its own newer write moved the deadline already. The next look renews that one,
             # also where the reply to it got lost and the body's thread does not know it.
@@ -348,6 +375,15 @@ class Ledger(Transitions):
                     "Nothing was written. Look again: `idem show`, and the destination.",
                     key,
                 )
+            mark = done.record.noticed
+            if mark is not None and reply.stored is not None and mark.stamp == reply.stored.stamp:
+                _clock_went_back(key, done.record)
+                raise IdempotencyError(
+                    f"The clock of {self.store.url} went back after {key} was last written, so whether its worker "
+                    f"lives is not known yet. Try again in {done.record.lease / MICROSECONDS:g} s: a worker that lives "
+                    "has renewed its lease by then.",
+                    key,
+                )
             raise IdempotencyError(
                 f"{key} is {done.record.state.name.lower()}, not in doubt, so there is nothing to resolve. Look at "
                 "it with `idem show`; `idem forget` removes it.",
@@ -453,7 +489,7 @@ class Ledger(Transitions):
             else:
                 return self.claim(key, request)
             if new is not None:
-                before = time.monotonic()
+                before = clock.elapsed()
                 value = codec.pack(new)
                 keep = protocol.ttl(new, request.policy)
                 if stored is None:
@@ -463,9 +499,17 @@ class Ledger(Transitions):
                 if not reply.done and (reply.stored is None or reply.stored.value != value):
                     continue
                 assert reply.stored is not None
+                if isinstance(decision, Busy):
+                    _clock_went_back(key, new)
             if isinstance(decision, (Acquired, Ask)):
                 assert reply.stored is not None
                 since = before - age(reply)
                 return decision, Claim(key, request, reply.stored, decision.record, since)
             return decision, None
         raise StoreError(f"{key} changes all the time; nothing was run. It will be tried again.", key)
+
+
+def _clock_went_back(key: str, record: Record) -> None:
+    assert record.noticed is not None
+    by = (record.noticed.at - record.noticed.stamp) / MICROSECONDS
+    events.emit("clock_stepped", key, by=round(by, 1))

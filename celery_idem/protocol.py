@@ -32,6 +32,7 @@ IN_DOUBT     otherwise                                        InDoubt           
 
 ``Busy`` says whether the message is the intent's own (the record's task id): a redelivery or an
 early retry is no duplicate.
+Busy under a stamp in the future (the store's clock went back) notes when it was met: the hold counts from there.
 
 After the body, or between its steps, only the current owner is heard, however late (4):
 
@@ -43,7 +44,7 @@ committed     SUCCEEDED                  nothing: an author's transaction settle
 schedule      RUNNING, IN_DOUBT          SCHEDULED until the retry's ETA and a grace (5)
 release       RUNNING, IN_DOUBT          RELEASED (finished steps stay)              (5)
 doubt         RUNNING, IN_DOUBT          IN_DOUBT                                    (5)
-renew         RUNNING                    RUNNING, new lease
+renew         RUNNING, own IN_DOUBT      same, new lease (a question is its asker's)
 begin_step    RUNNING                    RUNNING with one more open step
 end_step      RUNNING, IN_DOUBT          same, the step and its result added
 exited        RUNNING                    IN_DOUBT; RUNNING, lease over, where a claim decides (5)
@@ -63,6 +64,7 @@ from celery_idem import digests
 from celery_idem.intent import (
     FINGERPRINT_ENTRY,
     FINGERPRINT_TAG,
+    MICROSECONDS,
     NO_OWNER,
     Acquired,
     Again,
@@ -75,6 +77,7 @@ from celery_idem.intent import (
     InDoubt,
     Mismatch,
     Note,
+    Noticed,
     Outcome,
     Policy,
     Raised,
@@ -87,12 +90,21 @@ from celery_idem.intent import (
     StepDecision,
     StepDone,
     StepOpen,
+    StepsFull,
     Verdict,
 )
+
+STEP = 1_000_000
+"""Microseconds that a store's clock may go back before anybody takes notice: a lease then ends that much
+later. More is no adjustment, but a clock that was set, or another machine's."""
 
 MAX_NOTES = 32
 """Lines of history in a record: some 100 bytes each, and only a contested intent has any.
 Thirty-two tell a story of ten crashes; a loop of crashes ends at ``max_attempts`` anyway."""
+
+MAX_STEPS = 500
+"""Steps of one intent. Each writes the record twice, with the results of all before it: with results of 40 bytes
+five hundred of them send 20 MB to the store, four thousand sent 1.1 GB."""
 
 MAX_COUNT = 65_535
 """Attempts are kept in two bytes; a task that retries for ever stops counting there."""
@@ -209,9 +221,46 @@ def differing(stored: bytes, fingerprint: Fingerprint) -> tuple[str, ...]:
     return tuple(names)
 
 
+def left(record: Record, stamp: int, now: int) -> int:
+    """Microseconds until a hold is over unless its holder writes again; 0 or less: it is over.
+
+    A stamp in the future says that the store's clock went back, and not when the holder was last heard
+    of. Such a hold counts from when somebody noticed (``noticed``), and ends a whole lease later: its holder,
+    if it lives, has written by then, and any write of its makes the mark void.
+    """
+    if not record.lease:
+        return 0  # ended by somebody who knew: that needs no clock
+    since = stamp
+    if _went_back(stamp, now):
+        mark = _mark(record, stamp, now)
+        since = now if mark is None else mark.at
+    return since + record.lease - now
+
+
+def _went_back(stamp: int, now: int) -> bool:
+    return now + STEP < stamp
+
+
+def _mark(record: Record, stamp: int, now: int) -> Noticed | None:
+    """Since when this very write is known to be in the store's future."""
+    mark = record.noticed
+    return mark if mark is not None and mark.stamp == stamp and not _went_back(mark.at, now) else None
+
+
+def noticed(record: Record, stamp: int, now: int) -> Record | None:
+    """The record with a mark, where the store's clock went back and it has none yet; None: nothing to write.
+
+    The mark names its own write: a stamp is one more than the one before while that lies in the future.
+    """
+    if not record.lease or not _went_back(stamp, now) or _mark(record, stamp, now) is not None:
+        return None
+    note = Note(now, "clock", "went back", f"at least {(stamp - now) / MICROSECONDS:.0f} s in the store")
+    return replace(_noted(record, note), noticed=Noticed(now, stamp + 1))
+
+
 def lapsed(record: Record, stamp: int, now: int) -> bool:
-    """It runs, and nobody has renewed its lease: its worker stopped without a word."""
-    return record.state is State.RUNNING and now >= stamp + record.lease
+    """It runs, and nobody has renewed its lease: its worker stopped reporting."""
+    return record.state is State.RUNNING and left(record, stamp, now) <= 0
 
 
 def claim(record: Record, stamp: int, now: int, request: Request) -> tuple[Decision, Record | None]:
@@ -231,18 +280,18 @@ def claim(record: Record, stamp: int, now: int, request: Request) -> tuple[Decis
         return Mismatch(differs), None
     if record.outcome is not None:
         return Replay(record.outcome), _varied(record, request)
-    deadline = stamp + record.lease
+    remaining = left(record, stamp, now)
     if record.state is State.RUNNING:
         if record.owner == request.owner:
             return Acquired(record), None
         if record.owner in request.carried:
             return _take_up_again(record, now, request)
-        if now < deadline:
-            return _busy(deadline - now, record, request, record.owner), None
+        if remaining > 0:
+            return _busy(remaining, record, request, record.owner), noticed(record, stamp, now)
         return _crashed(record, stamp, now, request)
     if record.state is State.SCHEDULED:
-        if record.task_id != request.task_id and now < deadline:
-            return Busy(deadline - now), None
+        if record.task_id != request.task_id and remaining > 0:
+            return Busy(remaining), noticed(record, stamp, now)
         return _acquire(record, now, request)
     if record.state is State.RELEASED:
         return _acquire(record, now, request)
@@ -262,18 +311,18 @@ def standing(
     mismatch. Where it is None, a delivery has something to do: run, ask, decide on a crash.
     """
     decision, new = claim(record, stamp, now, Request(NO_OWNER, "", fingerprint, policy))
-    return decision if new is None else None
+    return decision if new is None or isinstance(decision, Busy) else None
 
 
 def _claim_in_doubt(record: Record, stamp: int, now: int, request: Request) -> tuple[Decision, Record | None]:
-    deadline = stamp + record.lease
+    remaining = left(record, stamp, now)
     if record.owner in request.carried:
         return _take_up_again(record, now, request)
     if record.asking:
         if record.asking == request.owner:
             return Ask(record), None
-        if now < deadline:
-            return _busy(deadline - now, record, request, record.asking), None
+        if remaining > 0:
+            return _busy(remaining, record, request, record.asking), noticed(record, stamp, now)
     if request.policy.asks:
         return _ask(_with_past(record, stamp), now, request)
     return InDoubt(record.reason), None
@@ -308,6 +357,7 @@ def _acquire(record: Record, now: int, request: Request) -> tuple[Decision, Reco
         digests=request.digests or record.digests,
         asking=b"",
         reason="",
+        noticed=None,
     )
     return Acquired(new), new
 
@@ -456,16 +506,21 @@ def settle(record: Record | None, held: Record, outcome: Outcome) -> tuple[Done 
     return Refused(record), None
 
 
-def committed(record: Record | None, owner: bytes) -> tuple[Done | Refused, Record | None]:
-    """After a transaction that was to settle (rule 9): did it?
+def committed(
+    record: Record | None, held: Record, outcome: Outcome, policy: Policy
+) -> tuple[Done | Refused, Record | None]:
+    """After a transaction that was to settle with ``outcome`` (rule 9): did it?
 
     ``Done`` with an outcome in its record: it committed. ``Done`` without, once the
     rewritten record is in: it did not, and never will. The rewriting is what makes that
     sure: it waits for a commit that is still under way.
     """
-    if record is None or record.owner != owner:
+    if record is None:
+        promised = _settled(held, outcome)
+        return (Refused(None) if ttl(promised, policy) else Done(promised)), None  # kept for no time
+    if record.owner != held.owner:
         return Refused(record), None
-    if _holds(record, owner):
+    if _holds(record, held.owner):
         return Done(record), record
     return (Done(record) if record.outcome is not None else Refused(record)), None
 
@@ -509,9 +564,11 @@ def doubt(record: Record, owner: bytes, reason: str) -> tuple[Done | Refused, Re
 
 
 def renew(record: Record, owner: bytes) -> tuple[Done | Refused, Record | None]:
-    """Keep a running claim: the store's new stamp is what moves the deadline."""
-    if record.state is State.RUNNING and record.owner == owner:
-        return Done(record), record
+    """Keep a running claim, or a question: the store's new stamp is what moves the deadline."""
+    asks = record.state is State.IN_DOUBT and record.asking == owner
+    if asks or (record.state is State.RUNNING and record.owner == owner):
+        new = record if record.noticed is None else replace(record, noticed=None)
+        return Done(new), new
     return Refused(record), None
 
 
@@ -610,6 +667,9 @@ def begin_step(
     own = tuple(step for step in record.open_steps if step in begun)
     if own != record.open_steps and policy.on_crash != "rerun":
         return StepOpen(record), None
+    size = sum(len(step.payload) for step in record.steps)
+    if len(record.steps) >= MAX_STEPS or size >= policy.max_step_bytes:
+        return StepsFull(len(record.steps), size), None
     new = replace(record, open_steps=(*own, name))
     return Done(new), new
 
@@ -642,7 +702,8 @@ def resolve(
     looked_at_another = fence is not None and fence != record.fence
     open_question = record.state is State.IN_DOUBT or lapsed(record, stamp, now)
     if looked_at_another or not open_question:
-        return Refused(record), None
+        new = noticed(record, stamp, now)
+        return Refused(new or record), new
     record = _noted(_with_past(record, stamp), note)
     if outcome is not None:
         new = replace(_settled(record, outcome), owner=NO_OWNER)

@@ -7,19 +7,18 @@ exceptions, and how to wait. ``celery_idem.task`` makes jobs of Celery's request
 from __future__ import annotations
 
 import sys
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from celery_idem import events, owners, protocol
+from celery_idem.bounded import Bounded, TooLateError
 from celery_idem.claims import Claim, doubt_message, lease_lost
 from celery_idem.codec import NotStorable
 from celery_idem.errors import FingerprintMismatch, LeaseLost, OutcomeUnknown, ResultUnavailable, StoreError
 from celery_idem.intent import (
     MICROSECONDS,
-    NO_OWNER,
     Acquired,
     Answer,
     Ask,
@@ -52,6 +51,10 @@ MAX_CARRIED = 16
 """Owners a message carries along after lost replies. Beyond it the oldest is dropped:
 should that claim have been applied after all, the intent ends in doubt, not twice."""
 
+
+MAX_HANGING = 4
+"""Questions of one task that may hang past ``ask_timeout`` in a process. Each is a thread for as long as the
+destination hangs; when four of them get no answer, another would not either, and is not asked."""
 
 SIGNALS = (Raised.RETRY, Raised.DOUBTFUL_RETRY, Raised.REPLACED, Raised.IGNORE, Raised.REJECT)
 """What a body raises to tell Celery something, and not because something went wrong."""
@@ -145,6 +148,7 @@ class Runner:
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
+        self._asking = Bounded("celery_idem reconcile", MAX_HANGING)
 
     def run(self, job: Job) -> Any:
         """The value of the intent: of the body, run now and for the first time, or of the
@@ -160,7 +164,6 @@ class Runner:
                 ``Job.come_back`` raises to leave.
         """
         carried = job.carried
-        ended = NO_OWNER
         ran = False
         while True:
             request = Request(
@@ -188,9 +191,7 @@ class Runner:
                     return value
                 ran = True
             elif isinstance(decision, Busy):
-                # Once for each holder: where the store's clock was set back, its end is still to come.
-                if decision.holder != ended and self._lapsed(job, decision):
-                    ended = decision.holder
+                if self._lapsed(job, decision):
                     continue
                 events.emit("waiting", job.key, task_id=job.task_id)
                 job.come_back(decision.retry_after / MICROSECONDS, carried, "in progress", decision)
@@ -313,34 +314,29 @@ class Runner:
         try:
             answer = self.bounded(lambda: job.ask(claim), job.options.ask_timeout)
         finally:
-            RENEWER.unwatch(claim)
+            RENEWER.unwatch(claim, self.ledger)
         events.emit("asked", job.key, task_id=job.task_id, answer=type(answer).__name__)
         return self.ledger.conclude(claim, answer)
 
-    @staticmethod
-    def bounded(ask: Callable[[], Answer], timeout: float) -> Answer:
+    def bounded(self, ask: Callable[[], Answer], timeout: float) -> Answer:
         """Ask on a side thread, so that a destination that hangs cannot hold this one for ever."""
-        answers: list[Answer] = []
 
-        def run() -> None:
+        def asked() -> Answer:
             try:
                 answer: object = ask()
             except BaseException as error:
-                answers.append(Unknown(f"asking the destination failed: {type(error).__name__}"))
                 events.logger.warning("reconcile failed", exc_info=True)
-            else:
-                if isinstance(answer, (Happened, NotHappened, Unknown)):
-                    answers.append(answer)
-                else:
-                    what = type(answer).__name__
-                    answers.append(
-                        Unknown(f"reconcile returned {what}, not Happened, NotHappened or Unknown")
-                    )
+                return Unknown(f"asking the destination failed: {type(error).__name__}")
+            if isinstance(answer, (Happened, NotHappened, Unknown)):
+                return answer
+            return Unknown(
+                f"reconcile returned {type(answer).__name__}, not Happened, NotHappened or Unknown"
+            )
 
-        thread = threading.Thread(target=run, name="celery_idem reconcile", daemon=True)
-        thread.start()
-        thread.join(timeout)
-        return answers[0] if answers else Unknown(f"the destination did not answer within {timeout:g} s")
+        try:
+            return self._asking.call(asked, timeout)
+        except TooLateError as late:
+            return Unknown(f"the destination did not answer: {late}")
 
     # --- running ----------------------------------------------------------------------
 
@@ -364,7 +360,7 @@ class Runner:
             patience = job.options.patience
             return True, _whatever_comes(lambda p: self._settle_value(job, claim, value, p), patience)
         finally:
-            RENEWER.unwatch(claim)
+            RENEWER.unwatch(claim, self.ledger)
 
     def _settle_value(self, job: Job, claim: Claim, value: Any, patience: float) -> Any:
         codec = self.ledger.codec

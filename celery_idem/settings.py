@@ -92,6 +92,7 @@ class Settings:
             on_crash=self.on_crash,
             asks=asks,
             max_attempts=self.max_attempts,
+            max_step_bytes=self.max_result_bytes,
         )
 
 

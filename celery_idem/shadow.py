@@ -71,7 +71,7 @@ class ShadowRunner(Runner):
             return value
         finally:
             if claim is not None:
-                RENEWER.unwatch(claim)
+                RENEWER.unwatch(claim, self._shadow)
 
     def _claim(self, job: Job, request: Request) -> Claim | None:
         """The shadow's claim; None when it did not get one, and then that is noted."""

@@ -9,7 +9,7 @@ from celery_idem import protocol
 from celery_idem.claims import Claim, doubt_message, lease_lost
 from celery_idem.codec import NotStorable
 from celery_idem.errors import ConfigurationError, OutcomeUnknown, StoreError
-from celery_idem.intent import Answer, Done, Happened, Record, Refused, StepDone, StepOpen, Unknown
+from celery_idem.intent import Answer, Done, Happened, Record, Refused, StepDone, StepOpen, StepsFull, Unknown
 from celery_idem.ledger import Ledger
 from celery_idem.transitions import kept
 
@@ -48,6 +48,14 @@ def run_step(
         raise
     if isinstance(decision, StepDone):
         return ledger.codec.decode(decision.payload, claim.key)
+    if isinstance(decision, StepsFull):
+        raise ConfigurationError(
+            f"{claim.key}: step {name!r} was not begun. The record holds {decision.steps} finished steps, with results "
+            f"of {decision.size} bytes, and it is written anew at each step: {protocol.MAX_STEPS} steps and "
+            f"idem_max_result_bytes = {claim._request.policy.max_step_bytes} are the most. Give each part a task of "
+            "its own (a group), or do many parts in one step whose destination knows which it has done.",
+            claim.key,
+        )
     if isinstance(decision, StepOpen):
         open_steps = decision.record.open_steps
         left = name if name in open_steps else open_steps[0]
@@ -114,7 +122,7 @@ def _close_step(ledger: Ledger, claim: Claim, name: str, payload: bytes | None, 
         return protocol.end_step(record, claim._request.owner, name, payload)
 
     try:
-        done = ledger.patient_transition(claim, kept(claim, end), patience)
+        done = ledger.patient_transition(claim, kept(claim, end), patience, ends=False)
     except StoreError:
         claim._step_unrecorded = True
         raise

@@ -7,11 +7,10 @@ mean for a record is ``protocol``'s.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
-from celery_idem import codec, events, protocol
+from celery_idem import clock, codec, events, protocol
 from celery_idem.claims import Claim, renewed
 from celery_idem.errors import StoreError
 from celery_idem.intent import Done, Policy, Record, Refused, Stored
@@ -96,7 +95,7 @@ class Transitions:
         def checked(record: Record | None, stamp: int, now: int) -> tuple[Any, Record | None]:
             return decide(protocol.restored(record, claim._seen[1]), stamp, now)
 
-        before = time.monotonic()
+        before = clock.elapsed()
         reply, seen = self._last_seen(claim)
         decision, reply = self._compare_and_set(claim.key, reply, checked, claim._request.policy, seen)
         if isinstance(decision, Done):
@@ -109,13 +108,17 @@ class Transitions:
         decide: Callable[[Record | None, int, int], tuple[Done | Refused, Record | None]],
         patience: float,
         fresh: bool = False,
+        ends: bool = True,
     ) -> Done | Refused:
         """The same, trying again while the store does not answer.
 
         Args:
             fresh: begin by reading: what this claim wrote last is not what stands there.
+            ends: this write ends the hold.
         """
-        before = began = time.monotonic()
+        if ends:
+            claim._end()
+        before = began = clock.elapsed()
         tries = 0
         while True:
             try:
@@ -127,12 +130,12 @@ class Transitions:
             except StoreError as error:
                 pause = PAUSES[min(tries, len(PAUSES) - 1)]
                 tries += 1
-                if time.monotonic() + pause > began + patience:
+                if clock.elapsed() + pause > began + patience:
                     raise
                 if tries == 1:
                     events.emit("store_error", claim.key, error=str(error), while_="settling")
                 threading.Event().wait(pause)
-                before = time.monotonic()
+                before = clock.elapsed()
                 continue
             if isinstance(decision, Done):
                 renewed(claim, decision.record, reply, before)

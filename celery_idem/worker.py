@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from typing import Any
 
@@ -30,6 +29,7 @@ from celery.worker.request import Request
 from celery.worker.state import task_ready
 
 from celery_idem import events, owners, protocol, purging
+from celery_idem.bounded import Bounded, TooLateError
 from celery_idem.claims import doubt_message
 from celery_idem.errors import ConfigurationError, OutcomeUnknown
 from celery_idem.intent import Again, Coming, InDoubt, Verdict
@@ -53,6 +53,10 @@ system call for each process."""
 
 EXIT_IS_A_DEATH = hasattr(Request, "_worker_lost_info")
 """Since 5.7 Celery takes a process that exits for lost. Before, it acknowledges the message, as after any error."""
+
+_DEATHS_NOTED = Bounded("celery_idem death", 16)
+"""Each takes ``PATIENCE`` of the main process before it is left alone. After sixteen the store hangs, and waiting
+for it once more would only hold up the worker."""
 
 _DEATHS = (WorkerLostError, TimeLimitExceeded, Terminated, SystemExit, KeyboardInterrupt)
 
@@ -104,8 +108,19 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         again = _count(context.headers)
         prefix = owners.prefix(process)
         policy = guard.options.policy
-        answers = _bounded(lambda: guard.ledger.died(key, prefix, self.id, policy, again), PATIENCE)
-        verdict = answers[0][0] if answers else protocol.died_unseen(policy)
+
+        def died() -> Verdict | None:
+            try:
+                verdict: Verdict | None = guard.ledger.died(key, prefix, self.id, policy, again)[0]
+            except Exception as error:
+                events.logger.warning("the death of a process could not be recorded: %s", error)
+                return protocol.died_unseen(policy)
+            return verdict
+
+        try:
+            verdict = _DEATHS_NOTED.call(died, PATIENCE)
+        except TooLateError:  # what it writes later is harmless: it is guarded by the dead process' owner
+            verdict = protocol.died_unseen(policy)
         redelivered = self._celery_delivers_again(error)
         events.emit(
             "died",
@@ -212,26 +227,6 @@ def _unwrapped(exc_info: Any) -> BaseException:
 def _count(headers: Any) -> int:
     count = (headers or {}).get(DEATHS, 0)
     return count if isinstance(count, int) and count >= 0 else 0
-
-
-def _bounded(call: Any, seconds: float) -> list[Any]:
-    """What a call returned, in a list; empty when it failed or took too long.
-
-    On a thread of its own, because no driver bounds a whole call. One that comes too
-    late is harmless: what it writes is guarded by the dead process' owner.
-    """
-    answers: list[Any] = []
-
-    def run() -> None:
-        try:
-            answers.append(call())
-        except Exception as error:
-            events.logger.warning("the death of a process could not be recorded: %s", error)
-
-    thread = threading.Thread(target=run, name="celery_idem death", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return list(answers)
 
 
 def _ended(pid: int) -> bool:

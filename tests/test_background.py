@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 
+from celery_idem import background as module
 from celery_idem.background import Background
 from tests.support.waiting import wait_for
 
@@ -75,15 +77,23 @@ def test_the_last_whole_one_stands_until_the_next_is_whole(source: Source) -> No
     wait_for(lambda: background.look().began > began, LONG, "the next whole one")
 
 
-def test_after_a_slow_reading_comes_a_pause_also_for_who_asks_to_read_anew(source: Source) -> None:
+def test_after_a_slow_reading_comes_a_pause_also_for_who_asks_to_read_anew(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
     background = Background(source, fresh=0.0, patience=SHORT)
     wait_for(lambda: background.look().unfinished, LONG, "the reading")
-    threading.Event().wait(0.2)  # the reading is slow
+    now += 1.0  # the reading is slow
     source.go.set()
     wait_for(whole(background), LONG, "the whole")
     background.outdate()
+    now += module.PAUSE - 0.1
     background.look()
-    assert source.begun == 1  # nine times 0.2 s are not over
+    assert source.begun == 1
+    now += 0.2
+    background.look()
+    assert source.begun == 2
 
 
 def test_a_reading_that_fails_is_told_and_tried_again(source: Source) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
-from celery_idem import events, owners
+from celery_idem import clock, events, lease, owners
 from celery_idem.intent import MICROSECONDS, Acquired, Done, Fingerprint, Outcome, Policy, Request
 from celery_idem.lease import Renewer
 from celery_idem.ledger import Claim, Ledger
@@ -27,14 +29,18 @@ SOON = 20.0
 
 
 class Counting(CrashingStore):
-    """Keeps the size of every batch of renewals."""
+    """Keeps the size of every batch of renewals, and calls ``during`` once, in the middle of one."""
 
     def __init__(self) -> None:
         super().__init__(MemoryStore())
         self.batches: list[int] = []
+        self.during: Callable[[], object] | None = None
 
     def replace_many(self, changes: Sequence[Change]) -> list[Reply]:
         self.batches.append(len(changes))
+        during, self.during = self.during, None
+        if during is not None:
+            during()
         return super().replace_many(changes)
 
 
@@ -64,11 +70,11 @@ def threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "celery_idem leases"]
 
 
-def test_no_thread_without_a_claim_and_one_for_all_of_them(ledger: Ledger) -> None:
+def test_no_thread_without_a_claim_and_one_for_all_of_a_store(ledger: Ledger) -> None:
     before = threads()
     renewer = Renewer()
     assert threads() == before
-    other = Ledger(Counting(), "another")
+    other = Ledger(ledger.store, "another")
     claims = [(claimed(place, f"k{n}"), place) for n in range(10) for place in (ledger, other)]
     start = threading.Barrier(len(claims))
 
@@ -82,8 +88,8 @@ def test_no_thread_without_a_claim_and_one_for_all_of_them(ledger: Ledger) -> No
     for watcher in watchers:
         watcher.join(SOON)
     assert len(threads()) == len(before) + 1
-    for claim, _ in claims:
-        renewer.unwatch(claim)
+    for claim, place in claims:
+        renewer.unwatch(claim, place)
 
 
 def test_claims_are_renewed_together_and_live_on(ledger: Ledger) -> None:
@@ -105,7 +111,7 @@ def test_claims_are_renewed_together_and_live_on(ledger: Ledger) -> None:
     assert "replace" not in store.calls
     assert not any(claim.lost for claim in claims)
     for claim in claims:
-        renewer.unwatch(claim)
+        renewer.unwatch(claim, ledger)
 
 
 def test_a_short_lease_after_a_long_one_is_not_missed(ledger: Ledger) -> None:
@@ -117,8 +123,92 @@ def test_a_short_lease_after_a_long_one_is_not_missed(ledger: Ledger) -> None:
     renewer.watch(short, ledger, LEASE)
     wait_for(lambda: stamp_of(ledger, "short") > began, SOON, "the short lease to be renewed")
     assert not short.lost
-    renewer.unwatch(long)
-    renewer.unwatch(short)
+    renewer.unwatch(long, ledger)
+    renewer.unwatch(short, ledger)
+
+
+def test_a_short_lease_that_comes_in_the_middle_of_a_look_is_not_missed(ledger: Ledger) -> None:
+    """The thread has looked at what is watched, and goes to sleep for longer than the short one lives."""
+    renewer = Renewer()
+    length = 3 * MICROSECONDS
+    long, short = claimed(ledger, "long", 60 * MICROSECONDS), claimed(ledger, "short", length)
+    long._written_at -= 3600.0  # due at once
+    store = ledger.store
+    assert isinstance(store, Counting)
+    store.during = lambda: renewer.watch(short, ledger, length)
+    began = stamp_of(ledger, "short")
+    renewer.watch(long, ledger, 60 * MICROSECONDS)
+    wait_for(lambda: stamp_of(ledger, "short") > began, SOON, "the short lease to be renewed")
+    assert stamp_of(ledger, "short") < began + length / MICROSECONDS
+    renewer.unwatch(long, ledger)
+    renewer.unwatch(short, ledger)
+
+
+def test_a_store_that_hangs_delays_no_other(ledger: Ledger) -> None:
+    renewer = Renewer()
+    hanging = Ledger(Counting())
+    assert isinstance(hanging.store, Counting)
+    began, go_on = threading.Event(), threading.Event()
+    hanging.store.during = lambda: (began.set(), go_on.wait(3 * SOON))
+    there, here = claimed(hanging, "k"), claimed(ledger, "k")
+    try:
+        renewer.watch(there, hanging, LEASE)
+        assert began.wait(SOON)
+        renewer.watch(here, ledger, LEASE)
+        first = stamp_of(ledger, "k")
+        wait_for(
+            lambda: stamp_of(ledger, "k") > first + 2 * LEASE / MICROSECONDS, SOON, "renewals of the other"
+        )
+        assert there.lost
+    finally:
+        go_on.set()
+        renewer.unwatch(there, hanging)
+        renewer.unwatch(here, ledger)
+
+
+def test_a_thread_without_claims_ends_and_the_next_claim_starts_another(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "LONGEST_SLEEP", 0.0001)
+    renewer = Renewer()
+    claim = claimed(ledger, "k")
+    renewer.watch(claim, ledger, 1)
+    (keeper,) = renewer._keepers.values()
+    renewer.unwatch(claim, ledger)
+    for n in range(100):  # each meets the thread at another moment of its end
+        wait_for(lambda: keeper._thread is None, SOON, "the thread to end", every=0.0)
+        claim = claimed(ledger, f"k{n}")
+        renewer.watch(claim, ledger, 1)
+        assert keeper._thread is not None
+        renewer.unwatch(claim, ledger)
+    renewer.watch(claim, ledger, LEASE)
+    began = stamp_of(ledger, claim.key)
+    wait_for(lambda: stamp_of(ledger, claim.key) > began, SOON, "a renewal")
+    renewer.unwatch(claim, ledger)
+
+
+def test_nothing_is_kept_of_a_store_that_is_no_more() -> None:
+    renewer = Renewer()
+    place = Ledger(Counting())
+    claim = claimed(place, "k")
+    renewer.watch(claim, place, LEASE)
+    renewer.unwatch(claim, place)
+    del place
+    wait_for(lambda: (gc.collect(), not renewer._keepers)[1], SOON, "it to be forgotten")
+
+
+def test_the_trust_in_a_lease_ends_while_the_machine_is_suspended(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = claimed(ledger, "k", 3600 * MICROSECONDS)
+    assert not claim.lost
+    elapsed = clock.elapsed
+    monkeypatch.setattr(clock, "elapsed", lambda: elapsed() + 3600.0)
+    assert claim.lost
+    if sys.platform == "linux":
+        monkeypatch.undo()
+        before = time.clock_gettime(time.CLOCK_BOOTTIME)
+        assert before <= clock.elapsed() <= time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def test_what_has_ended_is_renewed_no_more(ledger: Ledger) -> None:
@@ -127,13 +217,13 @@ def test_what_has_ended_is_renewed_no_more(ledger: Ledger) -> None:
     renewer.watch(ended, ledger, LEASE)
     renewer.watch(running, ledger, LEASE)
     assert isinstance(ledger.settle(ended, Outcome(True, b"j1"), 0.0), Done)
-    renewer.unwatch(ended)
+    renewer.unwatch(ended, ledger)
     settled, began = stamp_of(ledger, "ended"), stamp_of(ledger, "running")
     wait_for(
         lambda: stamp_of(ledger, "running") > began + LEASE / MICROSECONDS, SOON, "renewals of the other"
     )
     assert stamp_of(ledger, "ended") == settled
-    renewer.unwatch(running)
+    renewer.unwatch(running, ledger)
 
 
 def test_settling_while_it_is_renewed_keeps_the_outcome(ledger: Ledger) -> None:
@@ -143,7 +233,7 @@ def test_settling_while_it_is_renewed_keeps_the_outcome(ledger: Ledger) -> None:
         renewer.watch(claim, ledger, MICROSECONDS // 100)
         threading.Event().wait(0.01)  # into a renewal, with luck; the outcome must not depend on it
         assert isinstance(ledger.settle(claim, Outcome(True, b"j1"), 5.0), Done)
-        renewer.unwatch(claim)
+        renewer.unwatch(claim, ledger)
         entry = ledger.get(f"k{n}")
         assert entry is not None
         assert entry.state == "succeeded"
@@ -159,7 +249,7 @@ def test_a_store_that_fails_for_a_moment_costs_nothing(ledger: Ledger) -> None:
     renewer.watch(claim, ledger, 2 * MICROSECONDS)
     wait_for(lambda: stamp_of(ledger, "k") > began, SOON, "a renewal after two that failed")
     assert not claim.lost
-    renewer.unwatch(claim)
+    renewer.unwatch(claim, ledger)
 
 
 def test_a_lost_reply_to_a_renewal_costs_nothing(ledger: Ledger) -> None:
@@ -171,7 +261,7 @@ def test_a_lost_reply_to_a_renewal_costs_nothing(ledger: Ledger) -> None:
     renewer.watch(claim, ledger, 2 * MICROSECONDS)
     wait_for(lambda: len(store.batches) >= 3, SOON, "renewals after the one whose reply got lost")
     assert not claim.lost
-    renewer.unwatch(claim)
+    renewer.unwatch(claim, ledger)
     assert isinstance(ledger.settle(claim, Outcome(True, b"j1"), 0.0), Done)
 
 
@@ -189,7 +279,7 @@ def test_a_body_learns_that_nobody_could_renew(ledger: Ledger) -> None:
     # Told before the lease is over for everybody else: in the store it still stands.
     store.heal()
     wait_for(lambda: not claim.lost, SOON, "the next renewal, because nobody took over")
-    renewer.unwatch(claim)
+    renewer.unwatch(claim, ledger)
 
 
 def test_a_body_learns_that_somebody_took_over(ledger: Ledger) -> None:
@@ -202,7 +292,7 @@ def test_a_body_learns_that_somebody_took_over(ledger: Ledger) -> None:
     try:
         renewer.watch(claim, ledger, LEASE)
         wait_for(lambda: claim.lost and "lease_lost" in [event.kind for event in seen], SOON, "the loss")
-        renewer.unwatch(claim)
+        renewer.unwatch(claim, ledger)
     finally:
         stop()
     assert [event.kind for event in seen if event.kind == "lease_lost"] == ["lease_lost"]
@@ -230,7 +320,7 @@ def test_a_forked_child_starts_a_thread_of_its_own(ledger: Ledger) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        renewer.unwatch(claim)
+        renewer.unwatch(claim, ledger)
     assert os.waitstatus_to_exitcode(status) == 0
 
 

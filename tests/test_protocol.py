@@ -277,12 +277,18 @@ def test_standing_is_what_a_claim_would_be_told_and_nothing_where_it_would_act()
 
 Result = tuple[Any, Record | None]
 
+
+def committed(record: Record | None, keep: int = 1) -> Result:
+    policy = a_request().policy._replace(result_ttl=keep)
+    return protocol.committed(record, Record(State.RUNNING, OWN), OUTCOME, policy)
+
+
 APPLY: dict[str, list[Callable[[Record], Result]]] = {
     "settle": [
         lambda r: protocol.settle(r, r._replace(owner=OWN), OUTCOME),
         lambda r: protocol.settle(r, r._replace(owner=OWN), ERROR),
     ],
-    "committed": [lambda r: protocol.committed(r, OWN)],
+    "committed": [committed],
     "schedule": [lambda r: protocol.schedule(r, OWN, 5)],
     "release": [lambda r: protocol.release(r, OWN)],
     "doubt": [lambda r: protocol.doubt(r, OWN, "why")],
@@ -331,7 +337,7 @@ def test_a_transition_goes_where_its_row_says_and_from_nowhere_else(name: str) -
     expected = states_in(to)
     reached = set()
     for state in State:
-        asking = OWN if name in ("conclude", "lapse") and state is State.IN_DOUBT else b""
+        asking = OWN if name in ("conclude", "lapse", "renew") and state is State.IN_DOUBT else b""
         record = held(state, asking=asking)
         assert record is not None
         there = reached_by(name, record)
@@ -355,13 +361,16 @@ def test_whether_a_transaction_settled_it_is_found_out_by_writing() -> None:
         for owner in (OWN, OTHER):
             record = held(state, owner=owner)
             assert record is not None
-            decision, new = protocol.committed(record, OWN)
+            decision, new = committed(record)
             if owner == OTHER or state in (State.RELEASED, State.SCHEDULED):
                 assert isinstance(decision, Refused)
             else:
                 assert isinstance(decision, Done)
             assert new == (record if owner == OWN and state in (State.RUNNING, State.IN_DOUBT) else None)
-    assert protocol.committed(None, OWN) == (Refused(None), None)
+    assert committed(None) == (Refused(None), None)
+    decision, new = committed(None, keep=0)  # then that it is gone says that it was settled
+    assert isinstance(decision, Done)
+    assert (decision.record.outcome, new) == (OUTCOME, None)
 
 
 def said_already(name: str, state: State) -> bool:

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import celery_idem
 
 ROOT = Path(celery_idem.__file__).parent
@@ -40,7 +42,7 @@ def python(program: str, *words: str) -> str:
         [sys.executable, *words, "-c", program],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,  # all modules, one after the other: 6 s alone
         env=environment,
         cwd=ROOT.parent.parent,
     )
@@ -98,6 +100,7 @@ print(pay(1), pay.apply((1,)).get(), celery_idem.Ledger.from_app(app).get(pay.in
     assert python(program).split() == ["1", "1", "succeeded"]
 
 
+@pytest.mark.timeout(400)
 def test_every_module_imports_alone() -> None:
     """No module needs another one to be imported first."""
     names = sorted(

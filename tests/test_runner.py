@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from celery_idem import (
+    ConfigurationError,
     FingerprintMismatch,
     Happened,
     IdempotencyError,
@@ -32,8 +34,10 @@ from celery_idem.intent import (
     State,
 )
 from celery_idem.ledger import Claim
+from celery_idem.runner import MAX_HANGING
 from celery_idem.steps import run_step
 from tests.support.jobs import KEY, LEASE, Bench, Ended, Failed, FakeJob, Left
+from tests.support.waiting import wait_for
 
 # --- once ------------------------------------------------------------------------------------
 
@@ -232,8 +236,6 @@ def test_what_the_destination_said_survives_a_record_that_got_lost_meanwhile(ben
 
 
 def test_a_destination_that_hangs_is_not_waited_for_for_ever(bench: Bench) -> None:
-    import threading
-
     crashed(bench, ask=NotHappened())
     release = threading.Event()
     try:
@@ -241,6 +243,34 @@ def test_a_destination_that_hangs_is_not_waited_for_for_ever(bench: Bench) -> No
             bench.run(ask=lambda: release.wait(30), ask_timeout=0.05)
     finally:
         release.set()
+
+
+def test_a_destination_that_hangs_costs_few_threads_and_is_asked_again_when_they_end(bench: Bench) -> None:
+    crashed(bench, ask=NotHappened())
+    asked: list[int] = []
+    release = threading.Event()
+
+    def hangs() -> NotHappened:
+        asked.append(1)
+        release.wait(60)
+        return NotHappened()
+
+    try:
+        for _ in range(3 * MAX_HANGING):
+            with pytest.raises(OutcomeUnknown, match="did not answer"):
+                bench.run(ask=hangs, ask_timeout=0.01)
+        assert len(asked) == MAX_HANGING
+        with pytest.raises(OutcomeUnknown, match="4 earlier calls still hang"):
+            bench.run(ask=hangs)
+    finally:
+        release.set()
+
+    def answers() -> bool:
+        with contextlib.suppress(OutcomeUnknown):
+            return bool(bench.run(ask=Happened("it did")) == "it did")
+        return False
+
+    wait_for(answers, 20.0, "the questions that hung to end")
 
 
 def test_an_ambiguous_error_is_a_question_where_one_can_ask(bench: Bench) -> None:
@@ -361,3 +391,42 @@ def test_a_step_whose_error_was_swallowed_is_not_run_again_unasked(bench: Bench)
         bench.run(body, on_crash="resume")
     assert charges == ["one"]
     assert bench.state is State.IN_DOUBT
+
+
+@pytest.mark.parametrize(("most", "size"), [(20, 1), (2, 1 << 19)])
+def test_a_record_full_of_steps_is_an_error_before_the_next_one(
+    bench: Bench, most: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written anew at each step: what has no end here costs its square in traffic."""
+    monkeypatch.setattr(protocol, "MAX_STEPS", 20)
+    done: list[int] = []
+
+    def step() -> str:
+        done.append(1)
+        return "x" * size
+
+    def body(claim: Claim) -> None:
+        for n in range(most + 1):
+            run_step(bench.ledger, claim, f"s{n}", step, None, 0.0)
+
+    with pytest.raises(ConfigurationError, match=r"was not begun.*Give each part a task"):
+        bench.run(body, on_crash="resume")
+    assert len(done) == most
+
+
+def test_what_fills_a_record_is_still_known_to_a_resumed_attempt(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "MAX_STEPS", 20)
+    job = FakeJob(on_crash="resume")
+    _, first = bench.ledger.claim(KEY, Request(owners.mint(), "one", job.fingerprint, job.options.policy))
+    assert first is not None
+    results = iter(range(20))
+    for n in range(20):
+        run_step(bench.ledger, first, f"s{n}", lambda: next(results), None, 0.0)
+    bench.lapse()
+
+    def body(claim: Claim) -> list[int]:
+        return [run_step(bench.ledger, claim, f"s{n}", lambda: -1, None, 0.0) for n in range(20)]
+
+    assert bench.run(body, on_crash="resume") == list(range(20))

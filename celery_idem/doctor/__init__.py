@@ -39,6 +39,7 @@ ASKING: tuple[Check, ...] = (
     stores.replicas,
     stores.replica_as_store,
     stores.clock_skew,
+    stores.clock_went_back,
 )
 """Checks that look at what the stores said."""
 

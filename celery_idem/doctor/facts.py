@@ -64,6 +64,7 @@ class StoreFacts:
         unseen: why its INFO was not to be had, though it answers; "" where it was.
         info: the server's INFO, for a Redis.
         skew: seconds between its clock and ours, beyond what the round trip explains.
+        ahead: seconds by which the latest of the records looked at was written in the future of its clock.
     """
 
     url: str
@@ -72,6 +73,7 @@ class StoreFacts:
     unseen: str = ""
     info: Mapping[str, str] = field(default_factory=dict)
     skew: float = 0.0
+    ahead: float = 0.0
 
 
 @dataclass(frozen=True)

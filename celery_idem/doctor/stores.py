@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from celery_idem.desk import duration
 from celery_idem.doctor.facts import Finding, Snapshot
 
 SKEW_LIMIT = 1.0
@@ -109,6 +110,21 @@ def replica_as_store(s: Snapshot) -> Iterator[Finding]:
                 store.url,
                 "This Redis is a replica: it refuses every claim.",
                 "Set idem_store to the primary, or to sentinel://… so that it is found.",
+            )
+
+
+def clock_went_back(s: Snapshot) -> Iterator[Finding]:
+    for store in s.stores:
+        if store.ahead > SKEW_LIMIT:
+            yield Finding(
+                "warning",
+                "clock-back",
+                store.url,
+                f"Records were written up to {duration(store.ahead)} ahead of the store's clock: it was set back, or "
+                "another server with another clock took over. A lease then counts from when a delivery, or "
+                "`idem resolve`, meets the record; nothing runs twice.",
+                "Let NTP slew the clocks of the store's servers instead of setting them (chrony: no makestep after the "
+                "start).",
             )
 
 

@@ -103,10 +103,10 @@ def add_tasks(app: Celery, effects: Effects, folder: Path) -> None:
         Gate(folder / f"gate-{name}").wait(60)
         return cents
 
-    @task("longer_than_its_lease", lease=0.6)
+    @task("longer_than_its_lease", lease=1.5)
     def longer_than_its_lease(name: str) -> str:
         effects.add(name)
-        time.sleep(1.8)  # three leases: this is the work
+        time.sleep(3.2)  # two leases: this is the work
         return "done"
 
     @task("refuses_to_wait", on_duplicate="raise")

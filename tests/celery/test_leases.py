@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,25 +47,23 @@ def test_a_thousand_leases_are_one_round_trip_on_one_thread(redis_url: str) -> N
         renewer.watch(claim, ledger, policy.lease)
     began = max(entry.now for entry in ledger.list())
     store.exchanges.clear()
+    watched = time.monotonic()
 
     def for_three_leases() -> bool:
         entries = list(ledger.list())
         assert {entry.state for entry in entries} == {"running"}
         return min(entry.changed_at for entry in entries) > began + 3 * LEASE
 
-    wait_for(for_three_leases, 40.0, "every lease to be renewed for three times its length", LEASE / 4)
+    wait_for(for_three_leases, 80.0, "every lease to be renewed for three times its length", LEASE / 4)
+    renewals = [(thread, replies) for thread, replies in store.exchanges if thread == "celery_idem leases"]
+    watched = time.monotonic() - watched
     assert not any(claim.lost for claim in claims)
     for claim in claims:
-        renewer.unwatch(claim)
-    renewals = [replies for thread, replies in store.exchanges if thread == "celery_idem leases"]
+        renewer.unwatch(claim, ledger)
     # Whole batches, but for the first looks, when some were claimed a moment later than others.
-    assert renewals.count(len(claims)) >= 3
-    assert len(renewals) <= _looks(store.exchanges, 3 * LEASE)
-
-
-def _looks(exchanges: Sequence[tuple[str, int]], seconds: float) -> int:
-    """Looks in that time at most; twice as many, because the wait above ends some time later."""
-    return int(2 * LOOKS_PER_LEASE * seconds / LEASE)
+    assert [replies for _, replies in renewals].count(len(claims)) >= 3
+    # However slow the machine is: no more exchanges than looks in that time, and one that was under way.
+    assert len(renewals) <= watched * LOOKS_PER_LEASE / LEASE + 2
 
 
 def test_a_real_worker_keeps_all_its_leases(start_redis: Any, tmp_path: Path) -> None:

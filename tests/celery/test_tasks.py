@@ -276,7 +276,7 @@ def test_a_duplicate_does_not_give_up_while_the_winner_runs_on(stage: Stage, nam
 
 
 def test_a_lease_is_kept_while_the_body_runs_longer(stage: Stage, name: str) -> None:
-    """`idem_lease` of this task is 0.6 s, and its body takes three of them."""
+    """`idem_lease` of this task is 1.5 s, and its body takes two of them."""
     task = stage.app.tasks["longer_than_its_lease"]
     results = [task.delay(name) for _ in range(3)]
     assert stage.answers(*results) == ["done"] * 3

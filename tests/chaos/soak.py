@@ -44,9 +44,11 @@ STALLED = 90.0
 # Seconds beyond that for agents to write down what they heard: more than agents.LONGEST_PATIENCE.
 GRACE = 40.0
 
-# How often the operator settles, and callers ask again. An execution that was let run may still meet the fate
-# that its plan has for it, once, and is then in doubt again; what is not settled by the third turn is a fault.
-TURNS = 3
+# How often the operator settles, and callers ask again, at most. It ends when nothing is in doubt and everybody has
+# an answer. An execution that was let run may meet the fate that its plan has for it, once; a caller may be told "in
+# doubt" of what a late owner settles a moment later; and on a busy machine a lease of two seconds lapses by itself.
+# What is not settled after that many turns is a fault.
+TURNS = 6
 
 STORIES = 3  # of offending intents, in full
 
@@ -118,7 +120,7 @@ def run(options: Options, show: Callable[[str], None]) -> report.Run:
                 decided = clerk.settle(stage, plan, records)
                 settled += decided
                 again = _unanswered(folder, calls)
-                if turn > 1 and not decided:
+                if not again and not decided:
                     break
                 now = time.time()
                 agents = _agents(stage, f"asking-again-{turn}", now, now + drain, again)

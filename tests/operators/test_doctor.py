@@ -14,8 +14,11 @@ import pytest
 import redis as redis_py
 from celery import Celery
 
-from celery_idem import ALL_ARGUMENTS, IdempotentTask, Ledger, StoreError, doctor
+from celery_idem import ALL_ARGUMENTS, IdempotentTask, Ledger, StoreError, doctor, owners
 from celery_idem.doctor import at_start, gathering, intents, stores
+from celery_idem.intent import Fingerprint, Policy, Request
+from celery_idem.stores.memory import MemoryStore
+from celery_idem.testing import FakeClock
 from tests.operators.conftest import Idem, command_line
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_for
@@ -212,6 +215,23 @@ def test_skew_beyond_the_limit() -> None:
     found = doctor.examine(doctor.Snapshot(stores=(store,)), doctor.ASKING)
     assert [finding.code for finding in found] == ["clock-skew"]
     assert not doctor.examine(doctor.Snapshot(stores=(replace(store, skew=0.2),)), doctor.ASKING)
+
+
+def test_records_from_the_future() -> None:
+    clock = FakeClock()
+    ledger = Ledger(MemoryStore(clock))
+    for task in ("wrong.a", "wrong.b"):
+        request = Request(owners.mint(), "task", Fingerprint(), Policy(10**6, 10**6, 10**6))
+        ledger.claim(f"{task}:1", request)
+        clock.advance(3600)
+    assert found_in(ledger) == set()
+    clock.advance(-2 * 3600)
+    assert found_in(ledger) == {"clock-back"}
+
+
+def found_in(ledger: Ledger) -> set[str]:
+    facts = gathering._store_facts(ledger, "none")
+    return {finding.code for finding in stores.clock_went_back(doctor.Snapshot(stores=(facts,)))}
 
 
 # --- the command, and a worker ---------------------------------------------------------------

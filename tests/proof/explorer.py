@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
-from celery_idem import codec, events, owners
+from celery_idem import clock, codec, events, owners
 from celery_idem import runner as runner_module
 from celery_idem.claims import Claim, Entry
 from celery_idem.errors import (
@@ -1040,7 +1040,7 @@ class Watcher:
     def watch(self, claim: Claim, ledger: Ledger, lease: int) -> None:
         self.world.watch(claim, ledger, lease)
 
-    def unwatch(self, claim: Claim) -> None:
+    def unwatch(self, claim: Claim, ledger: Ledger) -> None:
         self.world.unwatch(claim)
 
 
@@ -1069,6 +1069,9 @@ def modelled() -> Iterator[Callable[[World], None]]:
         def monotonic() -> float:
             return now[0].clock.monotonic()
 
+    def elapsed() -> float:
+        return now[0].clock.monotonic()
+
     # Whichever modules read the clock or wait: a rule that looks at the real time would prove nothing here.
     ours = [module for name, module in sys.modules.items() if name.startswith("celery_idem.")]
     saved: list[tuple[Any, str, Any]] = [
@@ -1078,13 +1081,14 @@ def modelled() -> Iterator[Callable[[World], None]]:
         if getattr(module, name, None) is standard
     ]
     saved += [(runner_module, "RENEWER", runner_module.RENEWER), (owners, "mint", owners.mint)]
-    saved += [(owners, "gone", owners.gone)]
+    saved += [(owners, "gone", owners.gone), (clock, "elapsed", clock.elapsed)]
     pure = (codec.unpack, codec.pack)
     codec.unpack, codec.pack = lru_cache(100_000)(codec.unpack), lru_cache(100_000)(codec.pack)
     level = events.logger.level
     deaf = events.listen(heard)
     for module, name, _ in saved:
         setattr(module, name, {"time": Time, "threading": _Threading}.get(name))
+    clock.elapsed = elapsed
     runner_module.RENEWER = watcher  # type: ignore[assignment]
 
     def mint() -> bytes:

@@ -347,15 +347,15 @@ def interrupted_in_the_middle(settle: Any, patience: float) -> Any:
     return settle(patience)
 
 
-def a_commit_is_believed(record: Record | None, owner: bytes) -> Any:
+def a_commit_is_believed(record: Record | None, held: Record, *promised: Any) -> Any:
     """Whether or not it happened."""
-    if record is not None and record.owner == owner and record.outcome is None:
+    if record is not None and record.owner == held.owner and record.outcome is None:
         return Done(record._replace(outcome=Outcome(True, b"j1"))), None
-    return _committed(record, owner)
+    return _committed(record, held, *promised)
 
 
-def a_commit_is_not_waited_for(record: Record | None, owner: bytes) -> Any:
-    return _committed(record, owner)[0], None
+def a_commit_is_not_waited_for(*met: Any) -> Any:
+    return _committed(*met)[0], None
 
 
 def an_error_counts_after_the_commit(self: Any, job: Any, claim: Any, error: Any) -> bool:

@@ -14,6 +14,9 @@ from tests.proof.explorer import Scenario, explore
 from tests.proof.mutants import MUTANTS, Mutant, mutated
 from tests.proof.scenarios import CI, DEEP
 
+# The largest take 20 s of CPU: on a busy machine ten times as long.
+pytestmark = pytest.mark.timeout(900)
+
 BY_NAME = {scenario.name: scenario for scenario in CI}
 
 

@@ -5,11 +5,11 @@ Each test forces one order by calling one side from inside the other's store cal
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import pytest
 
+from celery_idem import clock as workers_clock
 from celery_idem.claims import Claim
 from celery_idem.errors import StoreError
 from celery_idem.intent import Acquired, Fingerprint, Policy, Request, State, Stored
@@ -55,9 +55,9 @@ class Hooked(MemoryStore):
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(time, "monotonic", clock.monotonic)
-    return clock
+    times = Clock()
+    monkeypatch.setattr(workers_clock, "elapsed", times.monotonic)
+    return times
 
 
 def begin(clock: Clock) -> tuple[Hooked, Ledger, Claim]:

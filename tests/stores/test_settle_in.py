@@ -170,6 +170,12 @@ def test_a_rolled_back_transaction_settles_nothing(shop: Shop) -> None:
         shop.call()
 
 
+def test_an_outcome_that_is_kept_for_no_time_was_committed_all_the_same(shop: Shop) -> None:
+    shop.app.conf.idem_result_ttl = 0
+    assert shop.call() == ANNA
+    assert shop.rows() == ["anna"]
+
+
 def test_an_error_that_says_no_more_than_a_crash_leaves_no_doubt(shop: Shop) -> None:
     def fail(point: str) -> None:
         if point == "settled":

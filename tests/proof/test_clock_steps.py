@@ -1,0 +1,246 @@
+"""The store's clock is set back, or ahead: nobody takes over from a holder that lives, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from celery_idem import clock as workers_clock
+from celery_idem import events
+from celery_idem.claims import Claim
+from celery_idem.errors import IdempotencyError
+from celery_idem.intent import (
+    MICROSECONDS,
+    Acquired,
+    Ask,
+    Busy,
+    Decision,
+    Fingerprint,
+    InDoubt,
+    NotHappened,
+    Policy,
+    Request,
+    Unknown,
+)
+from celery_idem.lease import LOOKS_PER_LEASE
+from celery_idem.ledger import Ledger
+from celery_idem.steps import run_step
+from celery_idem.stores.memory import MemoryStore
+
+KEY = "shop.charge:0123456789abcdef0123456789abcdef"
+LEASE = 30 * MICROSECONDS
+HOUR = 3600 * MICROSECONDS
+POLICY = Policy(lease=LEASE, result_ttl=10**12, failure_ttl=10**12, on_crash="rerun", max_attempts=255)
+
+
+class Times:
+    """Real time, and a store whose clock may be set."""
+
+    def __init__(self) -> None:
+        self.real = 1_000_000 * HOUR
+        self.off = 0
+
+    def store(self) -> int:
+        return self.real + self.off
+
+    def elapsed(self) -> float:
+        return self.real / MICROSECONDS
+
+
+@pytest.fixture
+def times(monkeypatch: pytest.MonkeyPatch) -> Times:
+    times = Times()
+    monkeypatch.setattr(workers_clock, "elapsed", times.elapsed)
+    return times
+
+
+@pytest.fixture
+def ledger(times: Times) -> Ledger:
+    return Ledger(MemoryStore(times.store))
+
+
+@pytest.fixture
+def stepped() -> Iterator[list[float]]:
+    """By how much each ``clock_stepped`` said."""
+    seen: list[float] = []
+
+    def hear(event: events.Event) -> None:
+        if event.kind == "clock_stepped":
+            seen.append(event.details["by"])
+
+    stop = events.listen(hear)
+    yield seen
+    stop()
+
+
+def ask(ledger: Ledger, name: bytes = b"b", policy: Policy = POLICY) -> tuple[Decision, Claim | None]:
+    return ledger.claim(KEY, Request(name * 12, f"task-{name.decode()}", Fingerprint(), policy))
+
+
+def held(ledger: Ledger) -> Claim:
+    decision, claim = ask(ledger, b"a")
+    assert isinstance(decision, Acquired)
+    assert claim is not None
+    return claim
+
+
+def test_what_a_dead_worker_holds_is_decided_a_lease_after_the_clock_went_back(
+    times: Times, ledger: Ledger, stepped: list[float]
+) -> None:
+    held(ledger)
+    times.real += LEASE
+    times.off -= HOUR
+    decision, _ = ask(ledger)
+    assert decision == Busy(LEASE, b"a" * 12)
+    assert stepped == [LEASE / MICROSECONDS - 3600]
+    entry = ledger.get(KEY)
+    assert entry is not None
+    assert (entry.state, entry.retry_after) == ("running", LEASE / MICROSECONDS)
+    assert [note.by for note in entry.record.notes] == ["clock"]
+    times.real += LEASE - 1
+    assert ask(ledger)[0] == Busy(1, b"a" * 12)
+    times.real += 1
+    entry = ledger.get(KEY)
+    assert entry is not None
+    assert entry.state == "lapsed"
+    assert isinstance(ask(ledger)[0], Acquired)
+    assert len(stepped) == 1
+
+
+@pytest.mark.parametrize("how", ["renewal", "step"])
+def test_a_worker_that_lives_is_not_taken_for_dead(times: Times, ledger: Ledger, how: str) -> None:
+    claim = held(ledger)
+    times.off -= HOUR
+    for n in range(10):
+        assert ask(ledger)[0] == Busy(LEASE, b"a" * 12)
+        times.real += LEASE // 3
+        if how == "renewal":
+            ledger.renew([claim])
+        else:
+            run_step(ledger, claim, f"step {n}", lambda: 1, None, 0.0)
+        times.real += LEASE * 7 // 12
+        assert isinstance(ask(ledger)[0], Busy)
+        assert not claim.lost or how == "step"
+        times.real += LEASE // 12
+        ledger.renew([claim])
+        assert not claim.lost
+
+
+def test_a_mark_is_answered_at_once_and_trusted_only_from_then(times: Times, ledger: Ledger) -> None:
+    """A renewal that meets the mark of another must not take that write for its own."""
+    claim = held(ledger)
+    times.off -= HOUR
+    ask(ledger)
+    times.real += LEASE // 2
+    ledger.renew([claim])
+    entry = ledger.get(KEY)
+    assert entry is not None
+    assert entry.record.noticed is None
+    assert claim._seen[0] is not None
+    assert entry.changed_at == claim._seen[0].stamp / MICROSECONDS
+
+
+def test_a_person_is_refused_for_a_lease_and_not_for_an_hour(
+    times: Times, ledger: Ledger, stepped: list[float]
+) -> None:
+    held(ledger)
+    times.real += 2 * LEASE
+    times.off -= HOUR
+    with pytest.raises(IdempotencyError, match=r"went back after .* Try again in 30 s"):
+        ledger.resolve(KEY, NotHappened(), by="anna")
+    assert len(stepped) == 1
+    times.real += LEASE
+    assert ledger.resolve(KEY, NotHappened(), by="anna").state == "released"
+
+
+def test_a_retry_that_never_comes_and_a_question_that_was_dropped(times: Times, ledger: Ledger) -> None:
+    ledger.schedule(held(ledger), 60.0, 0.0)
+    times.off -= HOUR
+    assert ask(ledger)[0] == Busy(2 * LEASE)
+    times.real += 2 * LEASE
+    decision, claim = ask(ledger)
+    assert isinstance(decision, Acquired)
+    assert claim is not None
+    ledger.doubt(claim, "why", 0.0)
+    asks = POLICY._replace(asks=True)
+    assert isinstance(ask(ledger, b"c", asks)[0], Ask)
+    times.off -= HOUR
+    assert ask(ledger, b"d", asks)[0] == Busy(LEASE, b"c" * 12)
+    times.real += LEASE
+    decision, claim = ask(ledger, b"d", asks)
+    assert isinstance(decision, Ask)
+    assert claim is not None
+    assert isinstance(ledger.conclude(claim, Unknown("no"))[0], InDoubt)
+
+
+def test_an_asker_whose_renewal_lost_its_reply_goes_on_asking(times: Times, ledger: Ledger) -> None:
+    ledger.doubt(held(ledger), "why", 0.0)
+    _, claim = ask(ledger, b"c", POLICY._replace(asks=True))
+    assert claim is not None
+    seen, written_at = claim._seen, claim._written_at
+    times.real += LEASE // 3
+    ledger.renew([claim])
+    claim._seen, claim._written_at = seen, written_at  # as if it had not been heard of
+    times.real += LEASE // 3
+    ledger.renew([claim])
+    ledger.renew([claim])
+    assert not claim.lost
+    entry = ledger.get(KEY)
+    assert entry is not None
+    assert entry.age == 0.0
+
+
+def test_a_hold_that_somebody_ended_needs_no_clock(times: Times, ledger: Ledger) -> None:
+    held(ledger)
+    ledger.lapse(KEY, b"a" * 12)
+    times.off -= HOUR
+    assert isinstance(ask(ledger)[0], Acquired)
+
+
+def test_a_second_step_back_begins_the_count_anew(times: Times, ledger: Ledger) -> None:
+    held(ledger)
+    times.off -= HOUR
+    ask(ledger)
+    times.real += LEASE // 2
+    times.off -= HOUR
+    assert ask(ledger)[0] == Busy(LEASE, b"a" * 12)
+    times.real += LEASE
+    assert isinstance(ask(ledger)[0], Acquired)
+
+
+def test_a_renewal_tells_of_a_clock_that_stepped(times: Times, ledger: Ledger, stepped: list[float]) -> None:
+    claim = held(ledger)
+    for off in (0, 10, 0, 10, -3600, 0, 0, 0):
+        times.real += LEASE // 3
+        times.off += off * MICROSECONDS
+        ledger.renew([claim])
+    assert stepped == [10.0, 10.0, -10.0]
+
+
+def test_nobody_takes_over_from_a_holder_that_renews(
+    times: Times, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any step back, and a step ahead of half a lease: what the guarantees page says is tolerated."""
+    monkeypatch.setattr(events, "emit", lambda kind, key, **details: None)
+    chance = random.Random(7)
+    claim, lives, stepped_at, took_over = held(ledger), True, 0, 0
+    for n in range(3_000):
+        times.real += LEASE // 12
+        if chance.random() < 0.05:
+            times.off -= chance.randrange(HOUR)
+        elif chance.random() < 0.1 and times.real - stepped_at > LEASE:
+            times.off += chance.randrange(LEASE // 2)
+            stepped_at = times.real
+        decision, other = ledger.claim(KEY, Request(b"%012d" % n, f"t{n}", Fingerprint(), POLICY))
+        if isinstance(decision, Acquired):
+            assert other is not None
+            assert not lives
+            claim, lives = other, True
+            took_over += 1
+        if lives and times.elapsed() - claim._written_at >= LEASE / MICROSECONDS / LOOKS_PER_LEASE:
+            ledger.renew([claim])
+            assert not claim.lost
+            lives = chance.random() < 0.98
+    assert took_over > 5
