@@ -11,6 +11,7 @@ later, or a tracer of their own calls ``run``), and is sent through it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -100,10 +101,11 @@ def _net(found: Any) -> Callable[..., Any]:
             stack.extend(above)
 
     if function is not found:  # a signature reader drops the first parameter, and this one has none to drop
-        signature = inspect.signature(function)
-        myself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        signature = signature.replace(parameters=[myself, *signature.parameters.values()])
-        setattr(run, "__signature__", signature)  # noqa: B010  # mypy knows only functools' attributes
+        with contextlib.suppress(TypeError, ValueError):  # a callable that has none
+            signature = inspect.signature(function)
+            myself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+            signature = signature.replace(parameters=[myself, *signature.parameters.values()])
+            setattr(run, "__signature__", signature)  # noqa: B010  # mypy knows only functools' attributes
     return run
 
 

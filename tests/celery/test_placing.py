@@ -280,6 +280,23 @@ def test_run_is_the_body_alone_and_reads_like_it() -> None:
     assert plain.run.__doc__ == "What it does."
 
 
+class Opaque:
+    """A callable that says nothing of its parameters."""
+
+    __signature__ = "none"
+
+    def __call__(self, order: str) -> str:
+        done.append(order)
+        return order
+
+
+def test_a_body_that_is_no_function() -> None:
+    parts = {"name": "built", "intent": ("order",), "signature": nothing, "run": staticmethod(Opaque())}
+    task = make().register_task(type("Built", (IdempotentTask,), parts)())
+    assert [task.apply(("a",)).get(), task.apply(("a",)).get()] == ["a", "a"]
+    assert done == ["a"]
+
+
 # --- an ordinary task -----------------------------------------------------------------------
 
 
