@@ -106,17 +106,20 @@ class Claim:
     Attributes:
         key: the idempotency key.
         lost: True once this execution must not start another effect: somebody took
-            over, or the lease could not be renewed in time.
+            over, the lease could not be renewed in time, or the body has ended (a thread
+            that it did not wait for sees that).
     """
 
     # What few executions change.
     _taken_over = False
     _ending = False
+    _ended = False
+    """Its body has ended. A thread that the body left behind may still have this claim."""
     _step_running = ""
     _step_unrecorded = False
     _retries: Retries | None = None
     _promised: tuple[Outcome, Any] | None = None
-    """What a transaction of the author's is to commit: the outcome, and its value as the body gave it."""
+    """What a transaction of the author's is to commit: the outcome, and its value as every caller gets it."""
 
     def __init__(
         self,
@@ -163,7 +166,7 @@ class Claim:
 
     @property
     def lost(self) -> bool:
-        return self._taken_over or clock.elapsed() > self._trusted_until
+        return self._taken_over or self._ended or clock.elapsed() > self._trusted_until
 
     @property
     def _trusted_until(self) -> float:

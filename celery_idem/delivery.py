@@ -13,12 +13,13 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from celery.app.task import Context
-from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
-from celery.states import PROPAGATE_STATES
+from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded, TaskError
+from celery.states import FAILURE, PROPAGATE_STATES, SUCCESS
 from celery.utils.imports import symbol_by_name
 from celery.utils.time import maybe_iso8601
 
@@ -102,6 +103,8 @@ class Guard(NamedTuple):
     around: Callable[..., Any] | None
     net: Any
     body: Callable[..., Any]
+    unusable: str = ""
+    """Why results could not be read again, as it was when this was made."""
 
     @classmethod
     def of(cls, task: IdempotentTask) -> Guard:
@@ -128,7 +131,21 @@ class Guard(NamedTuple):
             around=placing.around(task),
             net=net,
             body=body,
+            unusable=ledger.codec.unusable(),
         )
+
+    def check_serializer(self) -> None:
+        """Before anything runs.
+
+        Raises:
+            ConfigurationError: results could not be read again.
+        """
+        why = self.ledger.codec.unusable()  # it may have been registered since
+        if why:
+            raise ConfigurationError(
+                f"{self.declaration.task}: {why}. Nothing was run. Register it (kombu.serialization.register) where "
+                "the application is made, and list it in accept_content or result_accept_content."
+            )
 
     def identify(self, request: Context, args: Any, kwargs: Any) -> tuple[str, Fingerprint]:
         """Key and fingerprint of a delivery: from its headers, else from its arguments."""
@@ -194,12 +211,25 @@ _LABELS = tuple(zip(LABELS, (SCOPE, OCCURRENCE, CALLER_KEY), strict=True))
 _LABEL_HEADERS = frozenset((SCOPE, OCCURRENCE, CALLER_KEY))
 
 
+HELD: ContextVar[Delivery | None] = ContextVar("celery_idem_held", default=None)
+"""The innermost guarded body that runs here. A context variable, because Celery's request stack belongs to
+one thread: it is seen by coroutines, and by threads and greenlets that run in a copy of the body's context."""
+
+
+_SAID = {SUCCESS: Raised.SAID_DONE, FAILURE: Raised.SAID_FAILED}
+"""Final states of Celery's that a body may write itself, with ``update_state``, before it raises ``Ignore``."""
+
+
 class Replaced(Ignore):  # type: ignore[misc]
     """The body handed its action over to a task that has no guard of its own."""
 
 
 class Delivery(Job):
     """One request of Celery's as a job for the runner."""
+
+    claim: Claim
+    outer: Delivery | None
+    """The guarded body from which this one was called."""
 
     began = 0.0
     """When it began to wait in place, by this process' clock; 0: it does not."""
@@ -226,7 +256,34 @@ class Delivery(Job):
             labels = None
             if not _LABEL_HEADERS.isdisjoint(headers):
                 labels = {name: headers[header] for name, header in _LABELS if header in headers}
-            self.digests = guard.digester.of(args, kwargs, labels)
+            try:
+                self.digests = guard.digester.of(args, kwargs, labels)
+            except Exception:  # they decide nothing, so they may stop nothing
+                events.logger.exception("%s: no digests of its arguments are kept", key)
+
+    def said(self) -> Any:
+        state, meta = self.request.idem_said
+        if state == SUCCESS or isinstance(meta, BaseException):
+            return meta
+        if isinstance(meta, dict) and "exc_type" in meta:  # what Celery itself writes for an error
+            try:
+                return self.task.backend.exception_to_python(meta)
+            except Exception:  # not quite that
+                return TaskError(str(meta))
+        return TaskError(*(() if meta is None else (meta,)))
+
+    @property
+    def ignores_result(self) -> bool:
+        """Neither a result backend nor a link, a chain, a chord or a direct caller gets the value."""
+        request = self.request
+        if request.called_directly or request.callbacks or request.chain or request.chord:
+            return False
+        # As Celery's get_actual_ignore_result, which 5.4 lacks: the class' False says nothing.
+        given = vars(request).get("ignore_result")
+        return bool(self.task.ignore_result if given is None else given)
+
+    def replaying(self) -> None:
+        self.request.idem_replayed = True
 
     @property
     def in_place(self) -> bool:
@@ -234,29 +291,38 @@ class Delivery(Job):
         return bool(self.request.is_eager or self.request.called_directly)
 
     def body(self, claim: Claim) -> Any:
-        self.request.idem_claim = claim
+        self.request.idem_claim = self.claim = claim
+        self.outer = HELD.get()
+        HELD.set(self)
         guard = self.guard
-        if guard.around is not None:
-            self.request.idem_opened = True
-            try:
+        try:
+            if guard.around is not None:
+                self.request.idem_opened = self.entered = True
                 return guard.around(*self.args, **self.kwargs)
-            finally:
+            run = self.task.run  # looked up: autoretry, and tests, put their own into the task
+            if getattr(run, "__func__", None) is guard.net:  # the net has nothing to catch here
+                run = guard.body
+            self.entered = True
+            return run(*self.args, **self.kwargs)
+        finally:
+            if guard.around is not None:
                 self.request.idem_opened = False
-        run = self.task.run  # looked up: autoretry, and tests, put their own into the task
-        if getattr(run, "__func__", None) is guard.net:  # the net has nothing to catch here
-            run = guard.body
-        return run(*self.args, **self.kwargs)
+            HELD.set(self.outer)  # not reset(), which raises in another context: the outcome is known
+            claim._ended = True
 
     def ask(self, claim: Claim) -> Answer:
         """On the runner's side thread: it gets this request, so that ``task.request`` and ``task.claim`` work."""
-        self.request.idem_claim = claim
+        self.request.idem_claim = self.claim = claim
         ask = self.guard.ask
         assert ask is not None
+        self.outer = HELD.get()
+        HELD.set(self)
         self.task.request_stack.push(self.request)
         try:
             return ask(*self.args, **self.kwargs)
         finally:
             self.task.request_stack.pop()
+            HELD.set(self.outer)
 
     def follow(self, task_id: str) -> tuple[bool, Any]:
         if task_id == self.task_id:  # the replacement goes by this very id, and will give the answer
@@ -319,7 +385,10 @@ class Delivery(Job):
             return Raised.IGNORE  # nobody but the caller can try again
         if self.request.called_directly and retries.refused is not None and error is retries.refused[0]:
             return Raised.IGNORE
-        return self.guard.kind_of(error)
+        kind = self.guard.kind_of(error)
+        if kind is Raised.IGNORE:
+            return _SAID.get(getattr(self.request, "idem_said", ("",))[0], kind)
+        return kind
 
     def returned(self, value: Any) -> None:
         retries = self._retries

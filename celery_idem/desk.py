@@ -179,9 +179,9 @@ class Desk:
         """See ``Ledger.resolve``."""
         return self.ledger_of(key).resolve(key, answer, by=by, evidence=evidence, fence=fence)
 
-    def forget(self, key: str) -> bool:
+    def forget(self, key: str, steps: bool = False) -> bool:
         """See ``Ledger.forget``."""
-        return self.ledger_of(key).forget(key)
+        return self.ledger_of(key).forget(key, steps)
 
     def purge(self) -> int:
         """See ``Ledger.purge``; each store once."""

@@ -10,6 +10,7 @@ formatters that write JSON.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -85,11 +86,13 @@ def emit(kind: str, key: str, **details: Any) -> None:
             "idem_task": keys.task_of(key) or "",
             "idem_details": details,
         }
-        logger.log(level, "%s %s %s", kind, key, details or "", extra=extra)
+        with contextlib.suppress(Exception):  # an application's own filter; handlers catch theirs
+            logger.log(level, "%s %s %s", kind, key, details or "", extra=extra)
     if _listeners:
         event = Event(kind, key, details)
         for listener in _listeners:
             try:
                 listener(event)
             except Exception:
-                logger.exception("a listener of celery_idem events failed on %s %s", kind, key)
+                with contextlib.suppress(Exception):
+                    logger.exception("a listener of celery_idem events failed on %s %s", kind, key)

@@ -318,6 +318,8 @@ class Raised(Enum):
     DOUBTFUL_RETRY = "doubtful_retry"  # the same, because of an error after which nobody knows
     REPLACED = "replaced"
     IGNORE = "ignore"
+    SAID_DONE = "said_done"  # Ignore, after the body has written the state SUCCESS itself
+    SAID_FAILED = "said_failed"  # the same with FAILURE
     REJECT = "reject"
     NO_EFFECT = "no_effect"
     AMBIGUOUS = "ambiguous"

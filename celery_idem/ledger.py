@@ -148,7 +148,7 @@ class Ledger(Transitions):
             LeaseLost: somebody took over: the transaction must roll back.
             ConfigurationError: the record is not in that database.
         """
-        outcome = self.outcome_of(value)
+        outcome, shown = self.kept(value)
         held = claim._seen[1]
         settle = present(lambda record: protocol.settle(record, held, outcome))
         there = Ledger(inside, self.namespace, self.codec)
@@ -156,7 +156,7 @@ class Ledger(Transitions):
         reply, _ = self._last_seen(claim)
         done, _ = there._compare_and_set(claim.key, reply, settle, claim._request.policy)
         if isinstance(done, Done):
-            claim._promised = (outcome, value)
+            claim._promised = (outcome, shown)
         elif done.record is None:
             raise elsewhere(self.store.url)
         elif done.record.owner == held.owner:
@@ -291,7 +291,7 @@ class Ledger(Transitions):
         if stored is None:
             return None
         record = self._read(key, stored)
-        return Entry(key, record, stored.stamp, stored.stamp) if record.state.settled else self.get(key)
+        return Entry(key, record, stored.stamp, stored.stamp) if protocol.final(record) else self.get(key)
 
     def list(
         self, state: str | None = None, task: str | None = None, tick: Callable[[], object] | None = None
@@ -393,19 +393,33 @@ class Ledger(Transitions):
         events.emit("resolved", key, by=by, what=what)
         return Entry(key, done.record, reply.stored.stamp, reply.stored.stamp)
 
-    def forget(self, key: str) -> bool:
-        """Remove an intent, whatever its state: the next call with this key runs.
+    def forget(self, key: str, steps: bool = False) -> bool:
+        """Let an intent run again, whatever its state: the next call with this key runs.
 
-        An execution under way keeps its hold: its next renewal or its outcome writes the record anew.
+        Finished steps of an action that is not done stay, and with them the values of ``must_match``:
+        the next call does not run those steps again. An execution under way keeps its hold: its next
+        renewal or its outcome writes the record anew.
+
+        Args:
+            steps: forget finished steps too: they run again.
 
         Returns:
             False when there was none.
         """
+        keep = int(self.result_ttl(keys.task_of(key) or key) * MICROSECONDS)
         reply = self.store.read(self._prefix + key)
         for _ in range(ROUNDS):
-            if reply.stored is None:
+            stored = reply.stored
+            if stored is None:
                 return False
-            reply = self.store.replace(self._prefix + key, reply.stored, reply.stored.value, 0)
+            left = None
+            try:
+                left = protocol.forget(self._read(key, stored), stored.stamp, reply.now, steps)
+            except StoreError:  # no record: forgetting is what helps
+                events.logger.warning("forgetting something at %s that is not a record", key)
+            value = stored.value if left is None else codec.pack(left)
+            ttl = 0 if left is None else protocol.ttl(left, Policy(0, result_ttl=keep, failure_ttl=keep))
+            reply = self.store.replace(self._prefix + key, stored, value, ttl)
             if reply.done:
                 events.emit("forgotten", key)
                 return True
@@ -459,10 +473,15 @@ class Ledger(Transitions):
 
     def outcome_of(self, value: Any) -> Outcome:
         """A value as an outcome; one without payload, and the reason, when it cannot be stored."""
+        return self.kept(value)[0]
+
+    def kept(self, value: Any) -> tuple[Outcome, Any]:
+        """The same, and what every caller gets: what is stored, as it will be read."""
         try:
-            return Outcome(True, self.codec.encode(value))
+            payload, shown = self.codec.kept(value)
         except NotStorable as why:
-            return Outcome(True, None, str(why))
+            return Outcome(True, None, str(why)), value
+        return Outcome(True, payload), shown
 
     def _decide(
         self,

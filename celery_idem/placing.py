@@ -91,7 +91,7 @@ def _net(found: Any) -> Callable[..., Any]:
             return _bound(found, self)(*args, **kwargs)
         request = stack[-1]
         if not request.called_directly and not hasattr(request, "idem_claim"):
-            return self._came_past(request, args, kwargs, len(stack) > 1)
+            return self._came_past(request, args, kwargs)
         inside = _opened(stack)
         above = stack[inside:]
         del stack[inside:]

@@ -12,7 +12,8 @@ record       condition, first that holds                      decision, and new 
 absent                                                        Acquired, RUNNING      (1)
 any          fingerprint differs                              Mismatch               (2)
 SUCCEEDED                                                     Replay                 (1)
-FAILED                                                        Replay                 (1)
+FAILED       has finished steps, failure_ttl is over          Acquired, RUNNING      (10)
+FAILED       otherwise                                        Replay                 (1)
 RELEASED                                                      Acquired, RUNNING      (1)
 SCHEDULED    same task id, or past its deadline               Acquired, RUNNING      (1)
 SCHEDULED    otherwise                                        Busy                   (1)
@@ -52,6 +53,7 @@ lapse         RUNNING, IN_DOUBT          same, lease over: its process is dead  
 died          RUNNING of a dead process  the same (says its parent)                      (3)
 conclude      IN_DOUBT, own question     SUCCEEDED, RUNNING or IN_DOUBT              (3)
 resolve       IN_DOUBT, lapsed RUNNING   SUCCEEDED or RELEASED (says a person)
+forget        any but a live RUNNING     RELEASED with its finished steps; else nothing is left (10)
 ============  =========================  ==============================================
 """
 
@@ -106,8 +108,15 @@ MAX_STEPS = 500
 """Steps of one intent. Each writes the record twice, with the results of all before it: with results of 40 bytes
 five hundred of them send 20 MB to the store, four thousand sent 1.1 GB."""
 
+LEAST_STEPS = 86_400_000_000
+"""Microseconds that finished steps of an action that is not done are kept at least, whatever ``result_ttl`` is: they
+are what keeps the next attempt from charging twice. A day, the default ``result_ttl``."""
+
 MAX_COUNT = 65_535
 """Attempts are kept in two bytes; a task that retries for ever stops counting there."""
+
+MAX_NAMED = 8
+"""Steps named in a line of history: enough to recognise the body by."""
 
 MAX_CRASHES = 255
 """Crashes are kept in one byte; ``max_attempts`` is refused above it (see settings)."""
@@ -117,6 +126,8 @@ ENDINGS: dict[Raised, State] = {
     Raised.DOUBTFUL_RETRY: State.IN_DOUBT,
     Raised.REPLACED: State.SUCCEEDED,
     Raised.IGNORE: State.RELEASED,
+    Raised.SAID_DONE: State.SUCCEEDED,
+    Raised.SAID_FAILED: State.FAILED,
     Raised.REJECT: State.RELEASED,
     Raised.NO_EFFECT: State.RELEASED,
     Raised.AMBIGUOUS: State.IN_DOUBT,
@@ -161,24 +172,33 @@ def replacement(outcome: Outcome) -> str:
 
 def ttl(record: Record, policy: Policy) -> int | None:
     """How long a record is kept, in microseconds; None for evidence, which never expires."""
-    if record.state is State.SUCCEEDED or record.state is State.RELEASED:
+    state = record.state
+    if state is State.SUCCEEDED:
         return policy.result_ttl
-    if record.state is State.FAILED:
-        return policy.failure_ttl
-    return None
+    if state is not State.FAILED and state is not State.RELEASED:
+        return None
+    if not record.steps:
+        return policy.failure_ttl if state is State.FAILED else policy.result_ttl
+    steps = max(policy.result_ttl, LEAST_STEPS)
+    return policy.failure_ttl + steps if state is State.FAILED else steps
+
+
+def final(record: Record) -> bool:
+    """Its outcome will not change any more. A failure that has finished steps is run again when its time is over."""
+    return record.outcome is not None and not (record.state is State.FAILED and record.steps)
 
 
 def supersedes(record: Record, other: Record) -> bool:
     """Of two copies of one intent, ``record`` is the later state.
 
-    A settled one is never superseded. Otherwise the greater fence has the later owner;
+    A final one is never superseded. Otherwise the greater fence has the later owner;
     with equal fences an outcome counts for more than a doubt, and a doubt more than a hold.
     """
 
     def rank(one: Record) -> tuple[int, int]:
         return one.fence, 2 if one.outcome is not None else one.state is State.IN_DOUBT
 
-    return other.outcome is None and rank(record) > rank(other)
+    return not final(other) and rank(record) > rank(other)
 
 
 def trusted_for(lease: int) -> int:
@@ -279,6 +299,8 @@ def claim(record: Record, stamp: int, now: int, request: Request) -> tuple[Decis
     if differs:
         return Mismatch(differs), None
     if record.outcome is not None:
+        if not final(record) and now >= stamp + request.policy.failure_ttl:
+            return _acquire(replace(record, outcome=None), now, request)
         return Replay(record.outcome), _varied(record, request)
     remaining = left(record, stamp, now)
     if record.state is State.RUNNING:
@@ -464,7 +486,7 @@ def conclude(
 
 
 def _settled(record: Record, outcome: Outcome) -> Record:
-    """Only what a replay, or a late owner, needs to see stays in a settled record."""
+    """Only what a replay, a late owner, or the attempt after a failure needs to see stays in a settled record."""
     return Record(
         state=State.SUCCEEDED if outcome.succeeded else State.FAILED,
         owner=record.owner,
@@ -473,9 +495,26 @@ def _settled(record: Record, outcome: Outcome) -> Record:
         attempts=record.attempts,
         crashes=record.crashes,
         fingerprint=record.fingerprint,
+        steps=() if outcome.succeeded else record.steps,
         notes=record.notes,
         digests=record.digests,
         outcome=outcome,
+    )
+
+
+def _let_run(record: Record, now: int) -> Record:
+    """A person lets it run again; finished steps stay."""
+    return replace(
+        record,
+        state=State.RELEASED,
+        owner=NO_OWNER,
+        fence=max(record.fence + 1, now),
+        crashes=0,
+        lease=0,
+        open_steps=(),
+        asking=b"",
+        reason="",
+        outcome=None,
     )
 
 
@@ -705,18 +744,23 @@ def resolve(
         new = noticed(record, stamp, now)
         return Refused(new or record), new
     record = _noted(_with_past(record, stamp), note)
-    if outcome is not None:
-        new = replace(_settled(record, outcome), owner=NO_OWNER)
-    else:
-        new = replace(
-            record,
-            state=State.RELEASED,
-            owner=NO_OWNER,
-            fence=max(record.fence + 1, now),
-            crashes=0,
-            lease=0,
-            open_steps=(),
-            asking=b"",
-            reason="",
-        )
+    if outcome is None:
+        new = _let_run(record, now)
+        return Done(new), new
+    new = replace(_settled(record, outcome), owner=NO_OWNER)
     return Done(new), new
+
+
+def forget(record: Record, stamp: int, now: int, steps: bool) -> Record | None:
+    """A person lets an intent run again. What is left of its record; None: nothing.
+
+    Of one under way nothing is left: its holder's next write brings it back, steps and all.
+
+    Args:
+        steps: forget the finished steps too.
+    """
+    under_way = record.state is State.RUNNING and not lapsed(record, stamp, now)
+    if steps or under_way or not record.steps:
+        return None
+    kept = "finished steps stay: " + ", ".join(repr(step.name) for step in record.steps[:MAX_NAMED])
+    return _let_run(_noted(record, Note(now, "forget", "may run again", kept)), now)

@@ -99,6 +99,9 @@ UNSURE_FAILURE = (
     "Then report the failure."
 )
 NOTHING_DONE = "Nothing was done. Safe to call again unchanged."
+PARTLY_DONE = "Only its finished steps are done. Safe to call again unchanged: it goes on after them."
+NOT_RUN_NOW = "The store did not answer, so nothing was run now. Safe to call again unchanged."
+CALL_AGAIN = (NOTHING_DONE, PARTLY_DONE, NOT_RUN_NOW)
 NO_RESULT = " Its result was not kept."
 
 
@@ -313,8 +316,8 @@ def _of_scope(entry: Entry, scope: str | None, digester: digests.Digester | None
     return known is not None and digester.label("scope", scope) == tag + known
 
 
-_PLAIN_POLICY = Policy(lease=0, result_ttl=0, failure_ttl=0)
-"""For looking only: what is lapsed counts as lapsed, and nobody asks."""
+_PLAIN_POLICY = Policy(lease=0, result_ttl=0, failure_ttl=1 << 62)
+"""For looking only: what is lapsed counts as lapsed, what has failed as failed, and nobody asks."""
 
 
 def _accepted(key: str, task_id: str, source: _Source) -> Receipt:
@@ -388,9 +391,15 @@ def _undecided(entry: Entry, receipt: Receipt) -> Receipt:
     if receipt._source is not None and receipt._source.published and state is not State.IN_DOUBT:
         return receipt  # that delivery is under way
     if state is State.RELEASED:
-        return replace(receipt, status="failed", next=NOTHING_DONE)
+        return _released(receipt, entry)
+    if state is State.FAILED:  # long enough ago, with finished steps: the next delivery goes on after them
+        return replace(receipt, status="failed", next=PARTLY_DONE)
     reasons = {State.IN_DOUBT: entry.record.reason, State.SCHEDULED: "its retry is overdue"}
     return replace(receipt, status="in_doubt", reason=reasons.get(state, protocol.CRASHED), next=WORKER_GONE)
+
+
+def _released(receipt: Receipt, entry: Entry) -> Receipt:
+    return replace(receipt, status="failed", next=PARTLY_DONE if entry.record.steps else NOTHING_DONE)
 
 
 def _conflict(receipt: Receipt, differs: Sequence[str]) -> Receipt:
@@ -411,8 +420,14 @@ def _celery_result(receipt: Receipt, source: _Source, entry: Entry | None) -> Re
     receipt = replace(receipt, retry_after=None)
     if state == "SUCCESS":
         return replace(receipt, status="executed", result=value, next=DONE)
+    released = entry is not None and entry.record.state is State.RELEASED
     if state == "REVOKED":
-        return replace(receipt, status="failed", reason="revoked", next=NOTHING_DONE)
+        if entry is not None and not released:
+            return None  # it had begun: the record speaks
+        # Only where records can be seen is it known that it had not begun.
+        never = NOTHING_DONE if source.ledger is not None else UNSURE_FAILURE
+        revoked = replace(receipt, status="failed", reason="revoked", next=never)
+        return revoked if entry is None else _released(revoked, entry)
     if state != "FAILURE":
         return None
     receipt = replace(receipt, reason=_words(value))
@@ -426,9 +441,10 @@ def _celery_result(receipt: Receipt, source: _Source, entry: Entry | None) -> Re
         return replace(receipt, status="in_progress", retry_after=value.retry_after, next=RUNNING)
     if isinstance(value, (OutcomeUnknown, LeaseLost)):
         return replace(receipt, status="in_doubt", next=MAY_HAVE_HAPPENED)
-    released = entry is not None and entry.record.state is State.RELEASED
-    if released or isinstance(value, StoreError):
-        return replace(receipt, status="failed", next=NOTHING_DONE)
+    if entry is not None and released:
+        return _released(receipt, entry)
+    if isinstance(value, StoreError):
+        return replace(receipt, status="failed", next=NOT_RUN_NOW)
     # No record says so: the body may not have run. Celery itself reports a failure where its connection to the result
     # backend breaks before a task begins, or after it ended. Only where failures are not kept there is nothing to ask.
     forgotten = source.ledger is not None and entry is None and source.policy.failure_ttl == 0

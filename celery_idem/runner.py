@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from celery_idem import events, owners, protocol
 from celery_idem.bounded import Bounded, TooLateError
 from celery_idem.claims import Claim, doubt_message, lease_lost
-from celery_idem.codec import NotStorable
 from celery_idem.errors import FingerprintMismatch, LeaseLost, OutcomeUnknown, ResultUnavailable, StoreError
 from celery_idem.intent import (
     MICROSECONDS,
@@ -56,7 +55,15 @@ MAX_HANGING = 4
 """Questions of one task that may hang past ``ask_timeout`` in a process. Each is a thread for as long as the
 destination hangs; when four of them get no answer, another would not either, and is not asked."""
 
-SIGNALS = (Raised.RETRY, Raised.DOUBTFUL_RETRY, Raised.REPLACED, Raised.IGNORE, Raised.REJECT)
+SIGNALS = (
+    Raised.RETRY,
+    Raised.DOUBTFUL_RETRY,
+    Raised.REPLACED,
+    Raised.IGNORE,
+    Raised.SAID_DONE,
+    Raised.SAID_FAILED,
+    Raised.REJECT,
+)
 """What a body raises to tell Celery something, and not because something went wrong."""
 
 
@@ -89,6 +96,8 @@ class Job(ABC):
     carried: tuple[bytes, ...] = ()
     digests: bytes = b""
     waited = 0
+    entered = False
+    """Set by ``body`` just before the author's code: until then, nothing ran."""
 
     @abstractmethod
     def body(self, claim: Claim) -> Any:
@@ -131,6 +140,18 @@ class Job(ABC):
 
         Raises what that task raised, ``ResultUnavailable``, or to leave.
         """
+
+    def said(self) -> Any:
+        """The value, or the error, of a final state that the body has written itself."""
+        raise NotImplementedError
+
+    @property
+    def ignores_result(self) -> bool:
+        """Nobody looks at the value."""
+        return False
+
+    def replaying(self) -> None:
+        """What follows is the answer of an earlier execution."""
 
     @abstractmethod
     def come_back(
@@ -180,16 +201,20 @@ class Runner:
                 if job.options.on_store_error == "run":
                     return self._unguarded(job, request)
                 continue
-            except BaseException:
-                # A time limit or an exit between our request and its answer: the body did not run.
-                self._let_go(job, request)
-                raise
+            except BaseException as error:
+                carried = self._not_begun(job, request, error)
+                continue
             if isinstance(decision, Acquired):
                 assert claim is not None
-                done, value = self._execute(job, claim)
+                try:
+                    done, value = self._execute(job, claim)
+                except _NotBegunError as failed:
+                    carried = self._not_begun(job, request, failed.error)
+                    continue
                 if done:
                     return value
                 ran = True
+                job.entered = False
             elif isinstance(decision, Busy):
                 if self._lapsed(job, decision):
                     continue
@@ -234,7 +259,7 @@ class Runner:
     def _answer(self, job: Job, decision: Decision) -> Any:
         if isinstance(decision, Replay):
             events.emit("replayed", job.key, task_id=job.task_id, succeeded=decision.outcome.succeeded)
-            return self.replayed(job.key, decision.outcome)
+            return self._replayed(job, decision.outcome)
         if isinstance(decision, Mismatch):
             events.emit("mismatch", job.key, task_id=job.task_id, differs=decision.differs)
             raise mismatch(job.key, decision.differs)
@@ -242,17 +267,25 @@ class Runner:
         events.emit("in_doubt", job.key, task_id=job.task_id, reason=decision.reason)
         raise OutcomeUnknown(doubt_message(job.key, decision.reason), job.key, decision.reason)
 
-    def replayed(self, key: str, outcome: Outcome) -> Any:
+    def _replayed(self, job: Job, outcome: Outcome) -> Any:
         """The stored value, or the stored exception raised."""
-        if outcome.payload is None:
+        key, codec = job.key, self.ledger.codec
+        what, why = "was not stored", outcome.missing
+        job.replaying()
+        if outcome.succeeded and outcome.payload is not None:
+            try:
+                return codec.decode(outcome.payload, key)
+            except StoreError as unread:  # the store has answered, and the action is done
+                what, why = "cannot be read here", str(unread)
+        if outcome.succeeded and job.ignores_result:
+            return None
+        if outcome.payload is None or outcome.succeeded:
             raise ResultUnavailable(
-                f"{key} is done and will not be done again, but its result was not stored: {outcome.missing}.",
+                f"{key} is done and will not be done again, but its result {what}: {why.removesuffix('.')}.",
                 key,
-                outcome.missing,
+                why,
             )
-        if outcome.succeeded:
-            return self.ledger.codec.decode(outcome.payload, key)
-        error = self.ledger.codec.decode_error(outcome.payload, key)
+        error = codec.decode_error(outcome.payload, key)
         if sys.version_info >= (3, 11):  # else its traceback in the worker's log looks like a new failure
             error.add_note(
                 f"Nothing was run now: this is how {key} ended earlier. After a bug that is mended, "
@@ -296,7 +329,7 @@ class Runner:
             job.returned(value)
         try:
             self.ledger.settle(claim, self.ledger.outcome_of(value), EXIT_PATIENCE)
-        except StoreError as error:
+        except Exception as error:
             events.emit("unsettled", job.key, error=str(error))
         return value
 
@@ -308,10 +341,28 @@ class Runner:
         except StoreError as error:
             events.emit("unsettled", job.key, error=str(error))
 
+    def _not_begun(self, job: Job, request: Request, error: BaseException) -> tuple[bytes, ...]:
+        """Whatever failed before the body, a time limit, an order to exit, or something of ours: nothing ran.
+
+        Returns the owners to carry along, when it is time to try again here.
+        """
+        self._let_go(job, request)
+        if not isinstance(error, Exception) or job.kind_of(error) is Raised.TIME_LIMIT:
+            raise error
+        why = f"The guard failed before the body ({type(error).__name__}: {error})."
+        events.logger.error("%s: %s Nothing was run.", job.key, why, exc_info=error)
+        if job.options.on_store_error == "raise":
+            raise StoreError(
+                f"{why} Nothing was run for {job.key}. Call again unchanged.", job.key
+            ) from error
+        carried = (*request.carried, request.owner)[-MAX_CARRIED:]  # should it not have been released
+        job.come_back(0.0, carried, why)
+        return carried
+
     def _ask(self, job: Job, claim: Claim) -> tuple[Decision, Claim | None]:
         """Rule 3: the destination is asked under a lease, and gets a bounded time to answer."""
-        RENEWER.watch(claim, self.ledger, job.options.policy.lease)
         try:
+            RENEWER.watch(claim, self.ledger, job.options.policy.lease)
             answer = self.bounded(lambda: job.ask(claim), job.options.ask_timeout)
         finally:
             RENEWER.unwatch(claim, self.ledger)
@@ -349,6 +400,8 @@ class Runner:
                 if claim._retries is not None:
                     job.returned(value)
             except BaseException as error:
+                if not job.entered:
+                    raise _NotBegunError(error) from error
                 if claim._retries is not None:
                     error = job.raised(error)
                 if self._committed(job, claim, error):
@@ -358,19 +411,22 @@ class Runner:
             if claim._promised is not None:
                 return self._transacted(job, claim)
             patience = job.options.patience
-            return True, _whatever_comes(lambda p: self._settle_value(job, claim, value, p), patience)
+            return True, _whatever_comes(
+                lambda p, last: self._settle_value(job, claim, value, p, last), patience
+            )
         finally:
             RENEWER.unwatch(claim, self.ledger)
 
-    def _settle_value(self, job: Job, claim: Claim, value: Any, patience: float) -> Any:
-        codec = self.ledger.codec
+    def _settle_value(self, job: Job, claim: Claim, value: Any, patience: float, last: bool) -> Any:
         try:
-            payload = codec.encode(value)
-        except NotStorable as why:
-            self._settle(job, claim, Outcome(True, None, str(why)), patience)
-            return value
-        self._settle(job, claim, Outcome(True, payload), patience)
-        return codec.as_replayed(value, payload)
+            outcome, shown = self.ledger.kept(value)
+        except BaseException as error:
+            if not last:
+                raise
+            # Not an order to exit, which comes once: code of the value's own.
+            outcome, shown = Outcome(True, None, f"encoding it raised {type(error).__name__}"), value
+        self._settle(job, claim, outcome, patience)
+        return shown
 
     # --- in a transaction of the author's own (rule 9) ------------------------------------
 
@@ -424,10 +480,7 @@ class Runner:
 
     def _promised(self, job: Job, claim: Claim) -> Any:
         assert claim._promised is not None
-        outcome, value = claim._promised
-        if outcome.payload is None:
-            return value
-        return self.ledger.codec.as_replayed(value, outcome.payload)
+        return claim._promised[1]
 
     def _settle_error(self, job: Job, claim: Claim, error: BaseException, patience: float) -> None:
         self._settle(job, claim, Outcome(False, self.ledger.codec.encode_error(error)), patience)
@@ -475,14 +528,21 @@ class Runner:
         if any(isinstance(cause, OutcomeUnknown) for cause in own):
             raise error  # a step in doubt has said so in the record already
         patience = EXIT_PATIENCE if kind is Raised.EXIT else job.options.patience
-        if ending is State.SUCCEEDED:
+        if kind is Raised.REPLACED:
             successor = job.successor(error)
             self._settle(job, claim, protocol.replaced_by(successor), patience)
             if successor == job.task_id:
                 raise error
             return
+        if kind is Raised.SAID_DONE:
+            _whatever_comes(lambda p, last: self._settle_value(job, claim, job.said(), p, last), patience)
+            raise error
+        if kind is Raised.SAID_FAILED:
+            failure = job.said()
+            _whatever_comes(lambda p, last: self._settle_error(job, claim, failure, p), patience)
+            raise error
         if ending is State.FAILED:
-            _whatever_comes(lambda p: self._settle_error(job, claim, error, p), patience)
+            _whatever_comes(lambda p, last: self._settle_error(job, claim, error, p), patience)
             raise error
         reason = f"the body was interrupted by {', '.join(type(cause).__name__ for cause in causes)}"
         try:
@@ -516,15 +576,23 @@ class Runner:
             job.come_back(job.options.policy.lease / MICROSECONDS, (), str(error))
 
 
-def _whatever_comes(settle: Callable[[float], T], patience: float) -> T:
+class _NotBegunError(Exception):
+    """Between the claim and the author's code; ``error`` says what."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def _whatever_comes(settle: Callable[[float, bool], T], patience: float) -> T:
     """A soft time limit, or the order to exit, fires wherever it likes, here around our own
     write. The body is done and its outcome known: keep that first. Writing it twice is harmless."""
     try:
-        return settle(patience)
+        return settle(patience, False)
     except LeaseLost:
         raise
     except BaseException as interrupt:
-        kept = settle(EXIT_PATIENCE)
+        kept = settle(EXIT_PATIENCE, True)
         if isinstance(interrupt, Exception):
             return kept
         raise

@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from kombu.serialization import registry
+from kombu.utils import json as kombu_json
+
 from celery_idem.codec import Codec
 from celery_idem.errors import ConfigurationError
 from celery_idem.intent import MICROSECONDS, OnCrash, Policy
@@ -286,12 +289,15 @@ def codec_of(settings: Settings, conf: Mapping[str, Any]) -> Codec:
     """How results are written: as the application's result backend writes them."""
     serializer = conf.get("result_serializer") or "json"
     accept = conf.get("result_accept_content") or conf.get("accept_content") or ("json",)
-    return Codec(serializer, frozenset(_short_name(name) for name in accept), settings.max_result_bytes)
+    json = getattr(registry, "_encoders", {}).get("json")
+    kombus_json = json is None or json.encoder is kombu_json.dumps
+    return Codec(serializer, frozenset(map(_short_name, accept)), settings.max_result_bytes, kombus_json)
 
 
 def _short_name(name: str) -> str:
     """kombu's name of a serializer, which may be given as a content type."""
-    return name.rpartition("/")[2].removeprefix("x-").replace("python-serialize", "pickle")
+    guess = name.rpartition("/")[2].removeprefix("x-").replace("python-serialize", "pickle")
+    return str(registry.type_to_name.get(name, guess))
 
 
 _ledgers: weakref.WeakKeyDictionary[Any, Ledger] = weakref.WeakKeyDictionary()

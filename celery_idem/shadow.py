@@ -57,8 +57,6 @@ class ShadowRunner(Runner):
         policy = job.options.policy._replace(asks=False)  # a question to the destination is not free
         request = Request(owners.mint(), job.task_id, job.fingerprint, policy, (), job.digests)
         claim = self._claim(job, request)
-        if claim is not None:
-            RENEWER.watch(claim, self._shadow, policy.lease)
         own = Claim.unguarded(job.key, request)
         try:
             value = job.body(own)
@@ -77,15 +75,22 @@ class ShadowRunner(Runner):
         """The shadow's claim; None when it did not get one, and then that is noted."""
         if time.monotonic() < self._quiet_until:
             return None
+        claim = None
         try:
             decision, claim = self._shadow.claim(job.key, request)
             if isinstance(decision, Acquired):
+                assert claim is not None
+                RENEWER.watch(claim, self._shadow, request.policy.lease)
                 return claim
             would, evidence = _would(decision)
             events.emit("shadow", job.key, task_id=job.task_id, would=would, why=evidence)
             self._shadow.note_shadow(job.key, would, evidence, request)
         except StoreError as error:
             self._be_quiet(job, error)
+        except (RuntimeError, MemoryError) as error:  # no thread for the lease
+            if claim is not None:
+                RENEWER.unwatch(claim)
+            self._be_quiet(job, StoreError(str(error)))
         return None
 
     def _end(self, job: Job, claim: Claim | None, ending: State, error: BaseException | None) -> None:

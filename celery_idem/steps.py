@@ -106,7 +106,7 @@ def _check_step(claim: Claim, name: str) -> None:
 
 def _end_step(ledger: Ledger, claim: Claim, name: str, value: Any, patience: float) -> Any:
     try:
-        payload = ledger.codec.encode(value)
+        payload, shown = ledger.codec.kept(value)
     except NotStorable as why:
         raise ConfigurationError(
             f"{claim.key}: the result of step {name!r} cannot be stored ({why}). The step has run; return "
@@ -114,7 +114,7 @@ def _end_step(ledger: Ledger, claim: Claim, name: str, value: Any, patience: flo
             claim.key,
         ) from None
     _close_step(ledger, claim, name, payload, patience)
-    return ledger.codec.as_replayed(value, payload)
+    return shown
 
 
 def _close_step(ledger: Ledger, claim: Claim, name: str, payload: bytes | None, patience: float) -> None:

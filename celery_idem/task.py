@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,7 +23,7 @@ from celery.utils.imports import symbol_by_name
 
 from celery_idem import declaring, keys, placing, receipts, retrying
 from celery_idem.claims import Claim
-from celery_idem.delivery import PROPAGATES, Delivery, Guard, Replaced
+from celery_idem.delivery import HELD, PROPAGATES, Delivery, Guard, Replaced
 from celery_idem.errors import ConfigurationError, IdempotencyError, StoreError
 from celery_idem.intent import CALLER_KEY, FINGERPRINT, KEY, OCCURRENCE, SCOPE, Answer
 from celery_idem.receipts import Receipt
@@ -64,6 +65,11 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         no_effect_errors: exceptions that prove that nothing happened: the intent may be tried again.
         ambiguous_errors: exceptions after which nobody knows (a timeout while waiting for
             the answer): in doubt, or a question to the destination.
+
+    *Ignore and Reject* say that nothing happened: the intent is released, and the next call RUNS.
+    Never raise them after an effect. One exception: a body that has written its final state itself
+    (``update_state`` with ``SUCCESS`` or ``FAILURE``) and then raises ``Ignore`` is done: that state
+    is the outcome, and duplicates get what stands in its ``meta``.
 
     and every setting of ``celery_idem.settings.Settings`` by its name (``lease``, ``on_crash``, …).
 
@@ -251,6 +257,13 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             retrying.continue_intent(self, request, signature)
         return signature
 
+    def update_state(self, task_id: Any = None, state: Any = None, meta: Any = None, **kwargs: Any) -> None:
+        """As Celery's. A body that writes SUCCESS or FAILURE for itself and then raises ``Ignore`` has ended so."""
+        super().update_state(task_id, state, meta, **kwargs)
+        held = next(self._held(), None)
+        if held is not None and task_id in (None, held.request.id):
+            held.request.idem_said = (state, meta)
+
     subtask_from_request = signature_from_request
 
     def retry(
@@ -361,40 +374,40 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         request = stack[-1] if stack else None
         if request is None or request.called_directly or hasattr(request, "idem_claim"):
             return self._call_directly(request, args, kwargs)
-        return self._run_guarded(request, args, kwargs, len(stack) > 1)
+        return self._run_guarded(request, args, kwargs)
 
-    def _call_directly(self, caller: Context | None, args: Any, kwargs: Any) -> Any:
+    def _call_directly(self, above: Context | None, args: Any, kwargs: Any) -> Any:
         """A plain Python call: a request of its own, so that the body finds what it expects."""
-        if getattr(caller, "idem_opened", False):  # not one: a wrapper of __call__ goes on to what it wrapped
+        if getattr(above, "idem_opened", False):  # not one: a wrapper of __call__ goes on to what it wrapped
             return self.run(*args, **kwargs)
         headers = None
-        if caller is not None and hasattr(
-            caller, "idem_claim"
-        ):  # its own body calls: same scope, same occurrence
-            known = caller.headers or {}
+        caller = next(self._held(), None)
+        if caller is not None:  # its own body calls: same scope, same occurrence
+            known = caller.request.headers or {}
             headers = {name: known[name] for name in (SCOPE, OCCURRENCE, CALLER_KEY) if name in known}
         _task_stack.push(self)
         self.push_request(args=args, kwargs=kwargs, headers=headers)
         try:
-            stack = self.request_stack.stack
-            return self._run_guarded(stack[-1], args, kwargs, len(stack) > 1)
+            return self._run_guarded(self.request_stack.stack[-1], args, kwargs)
         finally:
             self.pop_request()
             _task_stack.pop()
 
-    def _run_guarded(self, request: Context, args: Any, kwargs: Any, nested: bool) -> Any:
+    def _run_guarded(self, request: Context, args: Any, kwargs: Any) -> Any:
         guard = self._guard_made or self.guard
         given = request.args
         if given is not None and not isinstance(given, (list, tuple)):  # a foreign message
             keys.check_call(self.name, given, None)
         if self.typing:  # a call that does not fit claims nothing; a class-based task has no __header__
             getattr(self, "__header__", guard.declaration.signature.bind)(*args, **kwargs)
+        if guard.unusable:
+            guard.check_serializer()
         key, fingerprint = guard.identify(request, args, kwargs)
-        if nested and self._holds(key):
+        if HELD.get() is not None and self._holds(key):
             return self.run(*args, **kwargs)
         return guard.runner.run(Delivery(guard, self, request, args, kwargs, key, fingerprint))
 
-    def _came_past(self, request: Context, args: Any, kwargs: Any, nested: bool) -> Any:
+    def _came_past(self, request: Context, args: Any, kwargs: Any) -> Any:
         """A delivery is in ``run`` and has no claim: whatever replaced ``__call__`` did not call the guard."""
         if hasattr(self, "_orig_run"):
             raise ConfigurationError(
@@ -403,12 +416,19 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
                 f"each error for the outcome. Put that __call__ into a base class, or have it call "
                 f"the one it replaces."
             )
-        return self._run_guarded(request, args, kwargs, nested)
+        return self._run_guarded(request, args, kwargs)
+
+    def _held(self) -> Iterator[Delivery]:
+        """This task's executions around the running code, innermost first."""
+        held = HELD.get()
+        while held is not None:
+            if held.task is self:
+                yield held
+            held = held.outer
 
     def _holds(self, key: str) -> bool:
-        """An outer execution of this thread has the claim already."""
-        outer = (getattr(request, "idem_claim", None) for request in self.request_stack.stack)
-        return any(claim is not None and claim.key == key for claim in outer)
+        """A body that this code belongs to has the claim already."""
+        return any(held.claim.key == key and not held.claim._ended for held in self._held())
 
     # --- what a body has --------------------------------------------------------------
 
@@ -419,15 +439,26 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         Raises:
             IdempotencyError: no guarded execution is under way.
         """
-        for request in reversed(self.request_stack.stack if self.request_stack is not None else ()):
-            claim = getattr(request, "idem_claim", None)
-            if claim is not None:
-                assert isinstance(claim, Claim)
-                return claim
+        held = next(self._held(), None)
+        if held is not None:
+            return held.claim
         raise IdempotencyError(
-            f"{self.name} is not running under a claim, so there is no self.claim. It is there while the "
-            "task runs: by a worker, by apply(), or called directly; not in task.run()."
+            f"{self.name} is not running under a claim, so there is no self.claim. It is there while the task runs: by "
+            "a worker, by apply(), or called directly; not in task.run(). In a thread of your own it is there when the "
+            "thread runs in a copy of the body's context: asyncio.to_thread, or contextvars.copy_context().run."
         )
+
+    @property
+    def _open_claim(self) -> Claim:
+        """The claim, of a body that has not ended."""
+        claim = self.claim
+        if claim._ended:
+            raise IdempotencyError(
+                f"The body of {claim.key} has ended, so nothing more can begin in its name. Wait for your threads and "
+                "coroutines (join, await) before the body returns.",
+                claim.key,
+            )
+        return claim
 
     def step(
         self,
@@ -454,18 +485,22 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
                 ``fn`` cannot be stored.
         """
         return self.guard.step(
-            self.claim, name, lambda: fn(*args, **kwargs), reconcile and self._later(reconcile, args, kwargs)
+            self._open_claim,
+            name,
+            lambda: fn(*args, **kwargs),
+            reconcile and self._later(reconcile, args, kwargs),
         )
 
     def _later(self, ask: Callable[..., Answer], args: Any, kwargs: Any) -> Callable[[], Answer]:
         """A step's question for the runner's side thread, with ``self.request`` and ``self.claim`` of this one."""
         requests = list(self.request_stack.stack)
+        context = copy_context()
 
         def call() -> Answer:
             for request in requests:
                 self.request_stack.push(request)
             try:
-                return ask(*args, **kwargs)
+                return context.run(ask, *args, **kwargs)
             finally:
                 for _ in requests:
                     self.request_stack.pop()
@@ -496,7 +531,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
                 does when this error leaves it.
             ConfigurationError: another database, or no transaction.
         """
-        ledger, claim = self.guard.ledger, self.claim
+        ledger, claim = self.guard.ledger, self._open_claim
         if not claim.guarded:
             raise StoreError(
                 f"{claim.key} runs without a store (on_store_error='run'), so its outcome cannot be committed."

@@ -172,9 +172,8 @@ json_values = st.recursive(
 
 @given(json_values)
 def test_a_value_comes_back(value: Any) -> None:
-    payload = Codec().encode(value)
-    assert Codec().decode(payload, "k") == value
-    assert Codec().as_replayed(value, payload) == value
+    payload, shown = Codec().kept(value)
+    assert Codec().decode(payload, "k") == value == shown
 
 
 @pytest.mark.parametrize(
@@ -196,7 +195,7 @@ def test_celerys_json_keeps_more_than_json(value: Any) -> None:
 
 @pytest.mark.parametrize(("value", "decoded"), [((1, 2), [1, 2]), ({1: "a"}, {"1": "a"})])
 def test_the_first_caller_gets_what_every_later_one_gets(value: Any, decoded: Any) -> None:
-    assert Codec().as_replayed(value, Codec().encode(value)) == decoded
+    assert Codec().kept(value)[1] == decoded
 
 
 def _loop() -> list[Any]:

@@ -34,6 +34,7 @@ from tests.support.records import (
     ASKING,
     DEADLINE,
     ERROR,
+    FAILURE_TTL,
     FENCE,
     LAPSED,
     LEASE,
@@ -46,6 +47,7 @@ from tests.support.records import (
     PRINT,
     PRINTS,
     STAMP,
+    STEPS,
     Meeting,
     a_request,
     held,
@@ -81,6 +83,8 @@ def states_in(text: str) -> set[State]:
 
 def meetings() -> Iterator[Meeting]:
     yield Meeting(None, "none", "other", True, STAMP, "in_doubt", False, 0, "nobody")
+    for now, print_ in itertools.product((STAMP, STAMP + FAILURE_TTL - 1, STAMP + FAILURE_TTL), PRINTS):
+        yield Meeting(State.FAILED, print_, "other", False, now, "in_doubt", True, 0, "nobody", steps=True)
     yield from itertools.starmap(
         Meeting,
         itertools.product(
@@ -105,6 +109,7 @@ CONDITIONS: dict[str, Callable[[Meeting], bool]] = {
     "": lambda met: True,
     "otherwise": lambda met: True,
     "fingerprint differs": lambda met: met.print == "differs",
+    "has finished steps, failure_ttl is over": lambda met: met.steps and met.now >= STAMP + FAILURE_TTL,
     "same task id, or past its deadline": lambda met: met.same_task or not live(met),
     "own owner (a lost reply)": lambda met: met.owner == "own",
     "owner carried by this message": lambda met: met.owner == "carried",
@@ -313,6 +318,10 @@ APPLY: dict[str, list[Callable[[Record], Result]]] = {
         lambda r: protocol.resolve(r, STAMP, LAPSED, OUTCOME, NOTE),
         lambda r: protocol.resolve(r, STAMP, LAPSED, None, NOTE),
     ],
+    "forget": [
+        lambda r: (None, protocol.forget(r, STAMP, LAPSED, False)),
+        lambda r: (None, protocol.forget(r, STAMP, LAPSED, True)),
+    ],
 }
 """Each transition by its name in the table, in each of its ways."""
 
@@ -331,7 +340,7 @@ def test_every_transition_of_the_table_is_known_here_and_none_is_left_over() -> 
         assert callable(getattr(protocol, name))
 
 
-@pytest.mark.parametrize("name", sorted(APPLY.keys() - {"committed"}))
+@pytest.mark.parametrize("name", sorted(APPLY.keys() - {"committed", "forget"}))
 def test_a_transition_goes_where_its_row_says_and_from_nowhere_else(name: str) -> None:
     to = TO["exited"] if TO[name].startswith("the same") else TO[name]
     expected = states_in(to)
@@ -371,6 +380,54 @@ def test_whether_a_transaction_settled_it_is_found_out_by_writing() -> None:
     decision, new = committed(None, keep=0)  # then that it is gone says that it was settled
     assert isinstance(decision, Done)
     assert (decision.record.outcome, new) == (OUTCOME, None)
+
+
+def test_forgetting_keeps_finished_steps_unless_told() -> None:
+    """Row "forget"."""
+    for state in State:
+        record = held(state, steps=STEPS, open_steps=("mail",), crashes=2)
+        assert record is not None
+        assert protocol.forget(record, STAMP, LAPSED, True) is None
+        assert protocol.forget(record._replace(steps=()), STAMP, LAPSED, False) is None
+        if state is State.RUNNING:
+            assert protocol.forget(record, STAMP, LAPSED - 1, False) is None  # its holder writes it again
+        new = protocol.forget(record, STAMP, LAPSED, False)
+        assert new is not None
+        assert {new.state} == states_in(TO["forget"])
+        assert (new.steps, new.open_steps, new.owner, new.crashes, new.outcome) == (
+            STEPS,
+            (),
+            NO_OWNER,
+            0,
+            None,
+        )
+        assert new.fingerprint == record.fingerprint
+        assert new.fence > record.fence
+        assert new.notes[-1].evidence == "finished steps stay: 'charge'"
+
+
+def test_steps_outlive_a_failure() -> None:
+    record = held(State.RUNNING, steps=STEPS, open_steps=("mail",))
+    assert record is not None
+    _, failed = protocol.settle(record, record, ERROR)
+    assert failed is not None
+    assert (failed.steps, failed.open_steps) == (STEPS, ())
+    request = a_request(OTHER)
+    assert protocol.claim(failed, STAMP, STAMP + FAILURE_TTL - 1, request)[0] == protocol.Replay(ERROR)
+    decision, again = protocol.claim(failed, STAMP, STAMP + FAILURE_TTL, request)
+    assert isinstance(decision, Acquired)
+    assert again is not None
+    assert (again.state, again.steps, again.outcome) == (State.RUNNING, STEPS, None)
+    kept = protocol.ttl(failed, request.policy)
+    assert kept is not None
+    assert kept > request.policy.failure_ttl
+    never = a_request(result_ttl=0, failure_ttl=0).policy
+    assert protocol.ttl(failed, never) == protocol.ttl(held(State.RELEASED, steps=STEPS), never)  # type: ignore[arg-type]
+    assert protocol.ttl(failed, never) == protocol.LEAST_STEPS
+    assert protocol.ttl(failed._replace(steps=()), never) == 0
+    # A copy of the failure is older than the attempt that came after it.
+    assert protocol.supersedes(again, failed)
+    assert not protocol.supersedes(again, failed._replace(steps=()))
 
 
 def said_already(name: str, state: State) -> bool:

@@ -103,6 +103,8 @@ ENDS = {
     Raised.RETRY: State.SCHEDULED,
     Raised.DOUBTFUL_RETRY: State.IN_DOUBT,
     Raised.IGNORE: State.RELEASED,
+    Raised.SAID_DONE: State.SUCCEEDED,
+    Raised.SAID_FAILED: State.FAILED,
     Raised.REJECT: State.RELEASED,
     Raised.NO_EFFECT: State.RELEASED,
     Raised.AMBIGUOUS: State.IN_DOUBT,

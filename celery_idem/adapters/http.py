@@ -12,7 +12,8 @@ or ``authenticate`` it does not open. A caller that repeats a request gets:
 ======  ==========================================================================
 status  meaning
 ======  ==========================================================================
-200     done; a repetition gets the same body, and ``Idempotent-Replayed: true``
+200     done; a repetition gets the same body, and ``Idempotent-Replayed: true``. A ``result`` that
+        was not kept is null, and ``not_kept`` says why
 202     published by this request, and still running: look at ``Location``
 400     the request is malformed, or lacks ``Idempotency-Key`` where one is required
 401     who are you?
@@ -22,7 +23,7 @@ status  meaning
 415     the body is not JSON
 422     known already, with other arguments; the answer names them
 500     it was tried and failed; a repetition gets the same answer
-503     nothing was done; repeat it (``Retry-After``)
+503     nothing was done, or only its finished steps; repeat it (``Retry-After``)
 ======  ==========================================================================
 
 Everything but 200 and 202 is ``application/problem+json`` (RFC 9457) with the
@@ -43,7 +44,7 @@ from urllib.parse import quote
 from celery_idem.adapters.tools import NOT_SENT, OCCURRENCE_MAX, RECEIPT, BadArguments, Tool, answer, tool_of
 from celery_idem.errors import ConfigurationError, StoreError
 from celery_idem.keys import task_of
-from celery_idem.receipts import NOTHING_DONE, Receipt, look_up, plain
+from celery_idem.receipts import CALL_AGAIN, PARTLY_DONE, Receipt, look_up, plain
 
 try:
     from starlette.applications import Starlette
@@ -80,6 +81,7 @@ _TITLES = {
     "in_progress": "In progress",
     "failed": "Failed",
     "nothing_done": "Nothing was done",
+    "partly_done": "Only a part was done",
     "invalid": "The request cannot be understood",
     "key_required": "Idempotency-Key is required",
     "unauthorized": "Who are you?",
@@ -321,12 +323,15 @@ def _response(receipt: Receipt, request: Request) -> Response:
         if receipt.status == "replayed":
             headers["Idempotent-Replayed"] = "true"
         # The same body for every caller: nothing in it says who was first.
-        return JSONResponse({"key": receipt.key, "result": plain(receipt.result)}, headers=headers)
+        body = {"key": receipt.key, "result": plain(receipt.result)}
+        if receipt.reason:
+            body["not_kept"] = receipt.reason
+        return JSONResponse(body, headers=headers)
     if receipt.status == "accepted":
         return JSONResponse(receipt.to_dict(), 202, headers)
     status, kind = _STATUS.get(receipt.status, 500), str(receipt.status)
-    if receipt.next in (NOTHING_DONE, NOT_SENT):
-        status, kind = 503, "nothing_done"
+    if receipt.next in (*CALL_AGAIN, NOT_SENT):
+        status, kind = 503, "partly_done" if receipt.next == PARTLY_DONE else "nothing_done"
         headers["Retry-After"] = "1"
     told = {name: value for name, value in receipt.to_dict().items() if name not in ("status", "result")}
     raise _Problem(status, kind, receipt.reason or receipt.next, headers, **told)
@@ -357,7 +362,7 @@ def _openapi(tools: Mapping[str, Tool], require_key: bool) -> dict[str, Any]:
             schemas[f"{name}.{inner}"] = _moved(definition, name)
         done = {
             "type": "object",
-            "properties": {"key": {"type": "string"}, "result": {}},
+            "properties": {"key": {"type": "string"}, "result": {}, "not_kept": {"type": "string"}},
             "required": ["key", "result"],
         }
         paths[f"/tasks/{name}"] = {

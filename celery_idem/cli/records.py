@@ -242,23 +242,32 @@ def resolve(
 
 @command(idem, "forget")
 @click.argument("key")
+@click.option("--steps", is_flag=True, help="Forget its finished steps too: they RUN AGAIN.")
 @yes_option
-def forget(screen: Screen, desk: Desk, key: str, yes: bool) -> None:
-    """Remove an intent, whatever its state: the next call with this key RUNS."""
+def forget(screen: Screen, desk: Desk, key: str, steps: bool, yes: bool) -> None:
+    """Let an intent run again, whatever its state: the next call with this key RUNS.
+
+    Finished steps of an action that is not done stay done; --steps forgets them too.
+    """
     entry = desk.find(key)
+    finished = ", ".join(repr(step.name) for step in entry.record.steps)
     running = (
         " A WORKER IS AT IT RIGHT NOW, and a second one could start." if entry.state == "running" else ""
     )
-    screen.confirm(
-        f"{entry.key} is {entry.state}. Its record, and every proof that it ever ran, will be gone, and the next "
-        f"call RUNS.{running} Go on?",
-        yes,
-    )
-    gone = desk.forget(entry.key)
+    gone = "Its record, and every proof that it ever ran, will be gone, and the next call RUNS."
+    if finished and steps:
+        gone += f" So do its finished steps, AGAIN: {finished}."
+    elif finished:
+        gone = (
+            f"The next call RUNS, without its finished steps: {finished}. They stay done, and what must match stays "
+            "as it was. (--steps forgets all.)"
+        )
+    screen.confirm(f"{entry.key} is {entry.state}. {gone}{running} Go on?", yes)
+    forgotten = desk.forget(entry.key, steps)
     if screen.as_json:
-        screen.json({"key": entry.key, "forgotten": gone})
+        screen.json({"key": entry.key, "forgotten": forgotten})
     else:
-        screen.line(f"Forgotten: {entry.key}" if gone else "It was gone already.")
+        screen.line(f"Forgotten: {entry.key}" if forgotten else "It was gone already.")
 
 
 @command(idem, "purge")

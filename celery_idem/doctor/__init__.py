@@ -24,6 +24,7 @@ CHEAP: tuple[Check, ...] = (
     running.time_limits,
     running.acknowledgement,
     running.publishing,
+    running.results,
     intents.no_intent,
     intents.volatile_intent,
     intents.all_arguments,

@@ -86,6 +86,7 @@ class Snapshot:
         pool: the worker's pool; "" where it is not known.
         result_expires: seconds the result backend keeps results; None: for ever.
         pickled: pickle is accepted for results.
+        unusable: why results could not be read again; "" where they can.
         ticks: the beat scheduler gives each tick its occurrence.
         longest_delay: the longest countdown in the beat schedule, in seconds.
         store_scheme: of ``idem_store``, or of the result backend that stands in for it.
@@ -96,6 +97,7 @@ class Snapshot:
     pool: str = ""
     result_expires: float | None = 86_400.0
     pickled: bool = False
+    unusable: str = ""
     ticks: bool = False
     longest_delay: float = 0.0
     store_scheme: str = "redis"

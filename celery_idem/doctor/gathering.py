@@ -14,7 +14,7 @@ from celery_idem.doctor.facts import Snapshot, StoreFacts, TaskFacts
 from celery_idem.doctor.intents import annotated
 from celery_idem.errors import ConfigurationError, StoreError
 from celery_idem.intent import MICROSECONDS, State
-from celery_idem.settings import LONGEST, of_app, store_of
+from celery_idem.settings import LONGEST, codec_of, of_app, store_of
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -62,6 +62,7 @@ def gather(app: Celery, *, ask: bool = True, pool: str = "") -> Snapshot:
         pool=pool or str(conf.worker_pool or ""),
         result_expires=_seconds(conf.result_expires),
         pickled="pickle" in str(conf.result_accept_content or conf.accept_content),
+        unusable=codec_of(settings, conf).unusable(),
         ticks="celery_idem" in str(conf.beat_scheduler or ""),
         longest_delay=max((_countdown(entry) for entry in schedule.values()), default=0.0),
         store_scheme=urlsplit(store_of(settings, app).url).scheme,

@@ -102,6 +102,18 @@ def publishing(s: Snapshot) -> Iterator[Finding]:
         )
 
 
+def results(s: Snapshot) -> Iterator[Finding]:
+    if s.unusable:
+        yield Finding(
+            "error",
+            "serializer",
+            "result_serializer",
+            f"Guarded tasks refuse to run: {s.unusable}.",
+            "Register it with kombu.serialization.register where the application is made, and list it in "
+            "accept_content or result_accept_content.",
+        )
+
+
 def choices(s: Snapshot) -> Iterator[Finding]:
     for task in s.tasks:
         if not task.guarded:

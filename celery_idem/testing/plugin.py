@@ -149,8 +149,8 @@ def duplicate(app: Celery, clock: FakeClock) -> Callable[[], None]:
 
     guarded, apply = IdempotentTask._run_guarded, Task.apply
 
-    def run_guarded(self: Any, request: Any, args: Any, kwargs: Any, nested: bool) -> Any:
-        return _deliver(self, request, args, kwargs, nested, clock)
+    def run_guarded(self: Any, request: Any, args: Any, kwargs: Any) -> Any:
+        return _deliver(self, request, args, kwargs, clock)
 
     def apply_twice(self: Any, *args: Any, **options: Any) -> Any:
         result = apply(self, *args, **options)
@@ -172,7 +172,7 @@ def duplicate(app: Celery, clock: FakeClock) -> Callable[[], None]:
     return undo
 
 
-def _deliver(task: Any, request: Any, args: Any, kwargs: Any, nested: bool, clock: FakeClock) -> Any:
+def _deliver(task: Any, request: Any, args: Any, kwargs: Any, clock: FakeClock) -> Any:
     """One delivery whose worker dies after the effect, then another after the lease, then a duplicate.
 
     The caller gets what the first one got: that its outcome was written late (which rule 4
@@ -190,7 +190,7 @@ def _deliver(task: Any, request: Any, args: Any, kwargs: Any, nested: bool, cloc
 
     guard = task.guard
     key, fingerprint = guard.identify(request, args, kwargs)
-    if nested and task._holds(key):
+    if task._holds(key):
         return task.run(*args, **kwargs)
 
     def delivery() -> Any:
@@ -209,7 +209,8 @@ def _deliver(task: Any, request: Any, args: Any, kwargs: Any, nested: bool, cloc
             try:
                 guard.runner.run(delivery())
             except Exception as error:
-                if not isinstance(error, IdempotencyError) and type(error) is not type(raised):
+                told = isinstance(error, IdempotencyError) or getattr(error, "idem_replayed", False)
+                if not told and type(error) is not type(raised):
                     raise
             if again:
                 guard.ledger.settle(*first.held, 0.0)  # refused where the second delivery took over

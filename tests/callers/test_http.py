@@ -108,6 +108,15 @@ def test_what_went_wrong(
     assert done.count(f"fails-{name}") == count
 
 
+def test_a_result_that_was_not_kept_says_so(client: httpx.Client, done: Effects, name: str) -> None:
+    answers = [client.post("/tasks/shop.large", json={"name": name}) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[0].content == answers[1].content
+    assert answers[1].json()["result"] is None
+    assert "idem_max_result_bytes" in answers[1].json()["not_kept"]
+    assert done.count(f"large-{name}") == 1
+
+
 def test_required_key(http_url: str, done: Effects, name: str) -> None:
     with httpx.Client(base_url=f"{http_url}/strict", headers={"x-user": "ada"}, timeout=20) as client:
         without = client.post("/tasks/shop.pay", json=bill(name))
@@ -201,6 +210,7 @@ def test_document(client: httpx.Client) -> None:
         "/tasks/shop.pay",
         "/tasks/shop.slow",
         "/tasks/shop.fails",
+        "/tasks/shop.large",
         "/intents/{key}",
     }
     schema = document["paths"]["/tasks/shop.pay"]["post"]["requestBody"]["content"]["application/json"][

@@ -15,6 +15,8 @@ from typing import Any
 import pydantic
 from celery import Celery
 from celery.exceptions import Ignore, Reject
+from celery.signals import task_failure
+from celery.utils.imports import symbol_by_name
 
 from celery_idem import ALL_ARGUMENTS, IdempotentTask
 from tests.support.effects import Effects, Gate
@@ -68,7 +70,18 @@ def make(broker: str, backend: str, folder: str, queue: str, conf: Mapping[str, 
         },
     )
     app.conf.update(conf)
-    add_tasks(app, Effects(Path(folder) / "effects.jsonl"), Path(folder))
+    effects = Effects(Path(folder) / "effects.jsonl")
+    add_tasks(app, effects, Path(folder))
+
+    @task_failure.connect(sender=app.tasks["declined"], weak=False)
+    def failed(sender: Any, exception: BaseException, args: Any, **_: Any) -> None:
+        effects.add(
+            f"failed {args[0]}",
+            replayed=getattr(exception, "idem_replayed", False),
+            request=getattr(sender.request, "idem_replayed", False),
+            text=str(exception),
+        )
+
     return app
 
 
@@ -154,6 +167,17 @@ def add_tasks(app: Celery, effects: Effects, folder: Path) -> None:
     def big(name: str) -> str:
         effects.add(name)
         return "x" * 200
+
+    @task("special")
+    def special(name: str, kind: str) -> None:
+        effects.add(name)
+        raise symbol_by_name(kind)(f"of {name}")
+
+    @task("said_done", bind=True)
+    def said_done(self: Any, name: str) -> None:
+        effects.add(name)
+        self.update_state(state="SUCCESS", meta={"paid": name})
+        raise Ignore
 
     @task("ignored")
     def ignored(name: str) -> None:

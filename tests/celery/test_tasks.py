@@ -10,7 +10,7 @@ from celery.exceptions import TimeoutError as CeleryTimeoutError
 
 from celery_idem import FingerprintMismatch, InProgress, IntentError, Ledger, ResultUnavailable
 from celery_idem.intent import State
-from tests.celery.apps import Busy
+from tests.celery.apps import Busy, Declined
 from tests.celery.conftest import SOON, Kind, Stage
 from tests.support.waiting import wait_for
 
@@ -280,4 +280,48 @@ def test_a_lease_is_kept_while_the_body_runs_longer(stage: Stage, name: str) -> 
     task = stage.app.tasks["longer_than_its_lease"]
     results = [task.delay(name) for _ in range(3)]
     assert stage.answers(*results) == ["done"] * 3
+    assert stage.effects.count(name) == 1
+
+
+# --- stored errors and states ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "builtins.MemoryError",
+        "builtins.StopIteration",
+        "billiard.exceptions.WorkerLostError",
+        "billiard.exceptions.Terminated",
+        "billiard.exceptions.TimeLimitExceeded",
+    ],
+)
+def test_a_replayed_error_is_no_message_to_the_workers_main_process(
+    stage: Stage, name: str, kind: str
+) -> None:
+    special = stage.special
+    with pytest.raises(Exception, match=f"of {name}"):  # run here, so that the worker is spared the first one
+        special(name, kind)
+    assert state_of(stage, special.intent_key(name, kind)) == "failed"
+    for _ in range(2):
+        with pytest.raises(Exception, match=f"of {name}") as caught:
+            special.delay(name, kind).get(timeout=SOON)
+        assert type(caught.value).__name__ == kind.rpartition(".")[2]
+        assert not isinstance(caught.value, MemoryError)
+    assert stage.plain.delay("up").get(timeout=SOON) == "up"
+    assert stage.worker.alive
+    assert stage.effects.count(name) == 1
+
+
+def test_a_listener_can_tell_a_replayed_failure(stage: Stage, name: str) -> None:
+    for _ in range(2):
+        with pytest.raises(Declined):
+            stage.declined.delay(name).get(timeout=SOON)
+    heard = stage.effects.wait(f"failed {name}", 2)
+    assert [(one["replayed"], one["request"]) for one in heard] == [(False, False), (True, True)]
+    assert heard[0]["text"] == heard[1]["text"]
+
+
+def test_a_state_that_the_body_wrote_itself_is_its_outcome(stage: Stage, name: str) -> None:
+    assert [stage.said_done.delay(name).get(timeout=SOON) for _ in range(2)] == [{"paid": name}] * 2
     assert stage.effects.count(name) == 1

@@ -90,6 +90,7 @@ WRONG: dict[str, tuple[Callable[[], Celery], str]] = {
         lambda: an_app(conf={"task_reject_on_worker_lost": False}),
         "task_reject_on_worker_lost = True",
     ),
+    "serializer": (lambda: an_app(conf={"result_serializer": "pickle"}), "kombu.serialization.register"),
     "unconfirmed": (lambda: an_app(conf={"broker_url": "amqp://localhost:1//"}), '"confirm_publish": True'),
     "volatile-intent": (
         lambda: an_app(with_timestamp, intent=("customer_id", "requested_at")),

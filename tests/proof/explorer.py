@@ -306,6 +306,7 @@ class ModelJob(Job):
         self.actor = actor
 
     def body(self, claim: Claim) -> Any:
+        self.entered = True
         return self.world.body(self.actor, claim)
 
     def kind_of(self, error: BaseException) -> Raised:

@@ -70,6 +70,7 @@ class FakeJob(Job):
         self.came_back: list[tuple[float, tuple[bytes, ...], str]] = []
 
     def body(self, claim: Claim) -> Any:
+        self.entered = True
         self.ran += 1
         self.claims.append(claim)
         if isinstance(self._body, BaseException):
@@ -85,6 +86,9 @@ class FakeJob(Job):
     def ask(self, claim: Claim) -> Answer:
         answer: Answer = self._answer() if callable(self._answer) else self._answer
         return answer
+
+    def said(self) -> Any:
+        return "said" if self._body.kind is Raised.SAID_DONE else Failed("said")
 
     def follow(self, task_id: str) -> tuple[bool, Any]:
         return True, f"of {task_id}"

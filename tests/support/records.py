@@ -12,6 +12,7 @@ from celery_idem.intent import (
     Record,
     Request,
     State,
+    Step,
 )
 
 OWN, CARRIED, OTHER = b"own---owner-", b"carry-owner-", b"other-owner-"
@@ -26,6 +27,8 @@ OTHER_PRINT = Fingerprint(("cents",), b"tag.VALUEDIG")
 FENCE = 77
 NOTE = Note(STAMP, "jo", "happened", "invoice 7")
 LAPSED = DEADLINE
+STEPS = (Step("charge", b"j1"),)
+FAILURE_TTL = 2
 
 
 class Meeting(NamedTuple):
@@ -40,6 +43,7 @@ class Meeting(NamedTuple):
     asks: bool
     crashes: int
     asking: str
+    steps: bool = False
 
     @property
     def record(self) -> Record | None:
@@ -57,12 +61,13 @@ class Meeting(NamedTuple):
             fingerprint=PRINTS[self.print].packed,
             asking=ASKING[self.asking],
             reason="because",
+            steps=STEPS if self.steps else (),
             outcome=outcome,
         )
 
     @property
     def request(self) -> Request:
-        policy = Policy(LEASE, 1, 2, self.on_crash, self.asks, MAX_ATTEMPTS)  # type: ignore[arg-type]
+        policy = Policy(LEASE, 1, FAILURE_TTL, self.on_crash, self.asks, MAX_ATTEMPTS)  # type: ignore[arg-type]
         return Request(OWN, "task", PRINT, policy, (b"first-owner-", CARRIED))
 
 
@@ -78,5 +83,8 @@ def held(state: State | None, **changes: Any) -> Record | None:
 
 def a_request(owner: bytes = OWN, **policy: Any) -> Request:
     return Request(
-        owner, "task", PRINT, Policy(**{"lease": LEASE, "result_ttl": 1, "failure_ttl": 2, **policy})
+        owner,
+        "task",
+        PRINT,
+        Policy(**{"lease": LEASE, "result_ttl": 1, "failure_ttl": FAILURE_TTL, **policy}),
     )
