@@ -18,7 +18,7 @@ from celery_idem.errors import (
 from celery_idem.intent import Happened, NotHappened, Unknown
 from celery_idem.keys import ALL_ARGUMENTS
 from celery_idem.ledger import Ledger
-from celery_idem.receipts import Receipt, submit
+from celery_idem.receipts import Receipt, look_up, submit
 from celery_idem.task import IdempotentTask
 from celery_idem.typed import idempotent_task
 
@@ -42,5 +42,6 @@ __all__ = [
     "StoreError",
     "Unknown",
     "idempotent_task",
+    "look_up",
     "submit",
 ]

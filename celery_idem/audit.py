@@ -22,7 +22,7 @@ from celery_idem import digests
 from celery_idem.claims import Entry
 from celery_idem.doctor.intents import FREE_TEXT, annotated, minted_anew
 from celery_idem.intent import MICROSECONDS
-from celery_idem.keys import Declaration
+from celery_idem.keys import LABELS, Declaration
 from celery_idem.task import IdempotentTask
 
 MAX_CALLS = 50_000
@@ -181,14 +181,14 @@ def _names(declaration: Declaration) -> dict[bytes, str]:
     names = {digests.tag_of(name): name for name in declaration.signature.parameters}
     for field_name in declaration.fields or ():  # of **kwargs, which the signature does not name
         names[digests.tag_of(field_name)] = field_name
-    for label in digests.LABELS:
+    for label in LABELS:
         names[digests.label_tag(label)] = label
     return names
 
 
 def _identity(declaration: Declaration, names: dict[bytes, str]) -> set[bytes]:
     """Tags of what is in the key; all parameters where a function computes it."""
-    labels = {digests.label_tag(label) for label in digests.LABELS}
+    labels = {digests.label_tag(label) for label in LABELS}
     if declaration.fields is None:
         return set(names)
     return {digests.tag_of(name) for name in declaration.fields} | labels

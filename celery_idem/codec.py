@@ -30,7 +30,7 @@ from kombu.exceptions import KombuError, SerializerNotInstalled
 from kombu.utils import json as kombu_json
 
 from celery_idem.errors import StoreError
-from celery_idem.intent import FINGERPRINT_ENTRY, Note, Noticed, Outcome, Record, State, Step
+from celery_idem.intent import FINGERPRINT_ENTRY, SCOPE_SIZE, Note, Noticed, Outcome, Record, State, Step
 
 _VERSION = 1
 _HEAD = struct.Struct(">12sBBHHBQ")
@@ -53,8 +53,9 @@ _NOTES = 1 << 8
 _DIGESTS = 1 << 9
 _MISSING = 1 << 10
 _PAYLOAD = 1 << 11
-_NOTICED = 1 << 12  # before the outcome, which comes last
-_KNOWN = (1 << 13) - 1
+_NOTICED = 1 << 12  # this and what follows stand before the outcome, which comes last
+_SCOPE = 1 << 13
+_KNOWN = (1 << 14) - 1
 
 
 def pack(record: Record) -> bytes:
@@ -75,6 +76,7 @@ def pack(record: Record) -> bytes:
         notes,
         digests,
         noticed,
+        scope,
         outcome,
     ) = record  # taken apart once: a named tuple's fields are slow to read by name
     parts = 0
@@ -119,6 +121,9 @@ def pack(record: Record) -> bytes:
     if noticed is not None:
         parts |= _NOTICED
         tail += map(_TIME.pack, noticed)
+    if scope:
+        parts |= _SCOPE
+        tail.append(scope)
     if outcome is not None:
         if outcome.payload is None:
             parts |= _MISSING
@@ -179,6 +184,7 @@ def _unpack(value: bytes, stamp: int) -> Record:
         notes = tuple(Note(read.time(), read.text(), read.text(), read.text()) for _ in range(read.count()))
     digests = read.blob() if parts & _DIGESTS else b""
     noticed = Noticed(read.time(), read.time()) if parts & _NOTICED else None
+    scope = read.take(SCOPE_SIZE) if parts & _SCOPE else b""
     outcome = None
     if parts & _MISSING:
         outcome = Outcome(state is State.SUCCEEDED, None, read.text())
@@ -202,6 +208,7 @@ def _unpack(value: bytes, stamp: int) -> Record:
         notes=notes,
         digests=digests,
         noticed=noticed,
+        scope=scope,
         outcome=outcome,
     )
 

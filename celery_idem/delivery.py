@@ -25,7 +25,7 @@ from celery.utils.time import maybe_iso8601
 
 from celery_idem import declaring, events, keys, placing
 from celery_idem.claims import Claim, Retries
-from celery_idem.digests import LABELS, Digester
+from celery_idem.digests import Digester
 from celery_idem.errors import (
     ConfigurationError,
     InProgress,
@@ -38,9 +38,8 @@ from celery_idem.intent import (
     CALLER_KEY,
     FINGERPRINT,
     KEY,
+    MESSAGE,
     NO_FINGERPRINT,
-    OCCURRENCE,
-    SCOPE,
     Answer,
     Busy,
     Fingerprint,
@@ -150,19 +149,27 @@ class Guard(NamedTuple):
     def identify(self, request: Context, args: Any, kwargs: Any) -> tuple[str, Fingerprint]:
         """Key and fingerprint of a delivery: from its headers, else from its arguments."""
         headers = request.headers or {}
-        caller_key = headers.get(CALLER_KEY)
-        sent = headers.get(KEY)
-        key = sent if isinstance(sent, str) and keys.task_of(sent) == self.declaration.task else None
-        if key is not None and caller_key is None and not self.declaration.must_match:
-            return key, NO_FINGERPRINT
-        arguments = self.declaration.bind(args, kwargs)
-        if key is None:
-            key = self.declaration.key(
-                self.ledger.namespace, arguments, headers.get(SCOPE), headers.get(OCCURRENCE), caller_key
-            )
-        elif FINGERPRINT in headers:
-            return key, self.declaration.continued(headers[FINGERPRINT], arguments, caller_key)
-        return key, self.declaration.fingerprint(arguments, caller_key)
+        declaration = self.declaration
+        key = headers.get(KEY)
+        if (
+            isinstance(key, str)
+            and keys.task_of(key) == declaration.task
+            and headers.get(MESSAGE, request.id) == request.id
+        ):
+            caller_key = headers.get(CALLER_KEY)
+            if caller_key is None and not declaration.must_match:
+                return key, NO_FINGERPRINT
+            arguments = declaration.bind(args, kwargs)
+            if FINGERPRINT in headers:
+                return key, declaration.continued(headers[FINGERPRINT], arguments, caller_key)
+            return key, declaration.fingerprint(arguments, caller_key)
+        own = keys.identity({**as_headers(request), **headers}, request.id)
+        arguments = declaration.bind(args, kwargs)
+        key, caller_key = keys.key_of(declaration, self.ledger.namespace, arguments, own), own.get(CALLER_KEY)
+        # Whatever this delivery publishes next is the same intent, also with other arguments.
+        others = {name: value for name, value in headers.items() if name not in keys.MADE}
+        request.headers = {**others, **own, KEY: key, MESSAGE: request.id or ""}
+        return key, declaration.fingerprint(arguments, caller_key)
 
     def kind_of(self, error: BaseException) -> Raised:
         """What an error says of the effect, by what the task declares."""
@@ -207,8 +214,13 @@ def _ask_of(task: IdempotentTask) -> Callable[..., Answer] | None:
     return lambda *args, **kwargs: given(task, *args, **kwargs)
 
 
-_LABELS = tuple(zip(LABELS, (SCOPE, OCCURRENCE, CALLER_KEY), strict=True))
-_LABEL_HEADERS = frozenset((SCOPE, OCCURRENCE, CALLER_KEY))
+def as_headers(request: Context) -> dict[str, Any]:
+    """Headers for what a process without this package published as options that Celery does not know.
+
+    Celery makes message properties of them. Transports that keep any property (Redis) bring them here.
+    """
+    given = getattr(request, "properties", None) or {}
+    return {header: given[name] for name, header in keys.LABELS.items() if given.get(name) is not None}
 
 
 HELD: ContextVar[Delivery | None] = ContextVar("celery_idem_held", default=None)
@@ -252,10 +264,12 @@ class Delivery(Job):
         headers = request.headers or {}
         carried = _unhex(headers[CARRIED]) if CARRIED in headers else ()
         super().__init__(key, request.id or "", fingerprint, guard.options, carried)
+        labels = None
+        if not keys.IDENTITY.isdisjoint(headers):
+            given = {name: keys.label(name, headers.get(header)) for name, header in keys.LABELS.items()}
+            labels = {name: value for name, value in given.items() if value is not None}
+            self.scope = keys.scope_digest(guard.ledger.namespace, labels.get("scope"))
         if guard.digester is not None:
-            labels = None
-            if not _LABEL_HEADERS.isdisjoint(headers):
-                labels = {name: headers[header] for name, header in _LABELS if header in headers}
             try:
                 self.digests = guard.digester.of(args, kwargs, labels)
             except Exception:  # they decide nothing, so they may stop nothing

@@ -32,9 +32,6 @@ VARIED = 0x80
 MAX_ENTRIES = 24
 """Parameters digested at most, 144 bytes: half of what a whole record without a result takes in Redis."""
 
-LABELS = ("scope", "occurrence", "idempotency_key")
-"""What else makes a call's identity; kept like parameters, where given."""
-
 
 def tag_of(name: str) -> bytes:
     """The tag of a parameter's name."""

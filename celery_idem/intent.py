@@ -28,6 +28,13 @@ FINGERPRINT = "idem-fingerprint"
 """Only in a message that continues an intent (its retry, a waiting duplicate): what the intent's
 arguments were, in hex. It is compared with itself, whatever the body made of its arguments."""
 
+PART_OF = "idem-part-of"
+"""The action, named by a caller's own key, whose body made this call (``docs/adr/0014``)."""
+
+MESSAGE = "idem-message"
+"""Id of the message that the headers above were made for; "" for one that is still to be made of them.
+Headers that were copied into another message are not that message's own."""
+
 
 class State(IntEnum):
     """Where an intent stands. The numbers are part of the stored format: never reuse one."""
@@ -82,6 +89,10 @@ FINGERPRINT_ENTRY = 12
 """Bytes of a parameter's tag and its value's digest: 64 bits of it, so that no two values agree by chance."""
 
 
+SCOPE_SIZE = 16
+"""Bytes of a scope's digest: as much of it as of a key's, because it too decides who may look."""
+
+
 class Fingerprint(NamedTuple):
     """What must be equal whenever the same intent comes back.
 
@@ -129,6 +140,7 @@ class Record(NamedTuple):
         reason: why it is in doubt.
         digests: per-field digests for finding key drift; may be empty.
         noticed: the store's clock had gone back, see there.
+        scope: digest of the scope that the intent belongs to; empty for none.
     """
 
     state: State
@@ -146,6 +158,7 @@ class Record(NamedTuple):
     notes: tuple[Note, ...] = ()
     digests: bytes = b""
     noticed: Noticed | None = None
+    scope: bytes = b""
     outcome: Outcome | None = None
 
 
@@ -175,6 +188,7 @@ class Request(NamedTuple):
         owner: minted for this attempt to claim, and for no other.
         carried: owners of earlier attempts of the same message whose reply got
             lost before the body ran.
+        scope: digest of the scope that the call was made in; empty for none.
     """
 
     owner: bytes
@@ -183,6 +197,7 @@ class Request(NamedTuple):
     policy: Policy
     carried: tuple[bytes, ...] = ()
     digests: bytes = b""
+    scope: bytes = b""
 
 
 # --- decisions: a closed set ---------------------------------------------------------

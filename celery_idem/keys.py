@@ -38,7 +38,20 @@ import rfc8785
 
 from celery_idem import models
 from celery_idem.errors import ConfigurationError, IntentError
-from celery_idem.intent import FINGERPRINT_ENTRY, FINGERPRINT_TAG, NO_FINGERPRINT, Fingerprint
+from celery_idem.intent import (
+    CALLER_KEY,
+    FINGERPRINT,
+    FINGERPRINT_ENTRY,
+    FINGERPRINT_TAG,
+    KEY,
+    MESSAGE,
+    NO_FINGERPRINT,
+    OCCURRENCE,
+    PART_OF,
+    SCOPE,
+    SCOPE_SIZE,
+    Fingerprint,
+)
 
 SCHEME = 1
 """Version of everything below that decides which calls share a key. Part of every key."""
@@ -344,6 +357,7 @@ class Declaration(NamedTuple):
         scope: str | None = None,
         occurrence: str | None = None,
         caller_key: str | None = None,
+        part_of: str | None = None,
     ) -> str:
         """The idempotency key: the task's name, a colon, and 32 hex digits.
 
@@ -351,19 +365,23 @@ class Declaration(NamedTuple):
             scope: tenant, conversation: whose action it is.
             occurrence: which of several meant repetitions.
             caller_key: the caller's own key; then it is the identity instead of the fields.
+            part_of: the action, named by a caller's own key, that made the call.
 
         Raises:
             IntentError: a value cannot be part of a key.
         """
         fields = {} if caller_key is not None else self.intent(arguments)
         # One list [SCHEME, namespace, …, fields], whose start all calls of a task share.
-        labels = [
-            _label("scope", scope),
-            _label("occurrence", occurrence),
-            _label("idempotency_key", caller_key),
+        items: list[Any] = [
+            label("scope", scope),
+            label("occurrence", occurrence),
+            label("idempotency_key", caller_key),
+            fields,
         ]
+        if part_of is not None and caller_key is None:
+            items.append(label("part_of", part_of))
         digest = _hash_of_start(SCHEME, namespace, self.task, str(self.version)).copy()
-        digest.update(b"," + _json([*labels, fields])[1:])
+        digest.update(b"," + _json(items)[1:])
         return f"{self.task}:{digest.hexdigest()[:DIGEST]}"
 
     def fingerprint(self, arguments: dict[str, Any], caller_key: str | None = None) -> Fingerprint:
@@ -404,7 +422,26 @@ def _tag(task: str, name: str) -> bytes:
     return _hash([SCHEME, task, name]).digest()[:FINGERPRINT_TAG]
 
 
-def _label(what: str, value: Any) -> str | None:
+# --- scope, occurrence, caller's key -------------------------------------------------
+
+LABELS = {"scope": SCOPE, "occurrence": OCCURRENCE, "idempotency_key": CALLER_KEY}
+"""What a call may say of its identity beside its arguments: the option's name, and its message header."""
+
+IDENTITY = frozenset((*LABELS.values(), PART_OF))
+"""Message headers that are part of a call's identity."""
+
+MADE = frozenset((KEY, FINGERPRINT, MESSAGE, *IDENTITY))
+"""Message headers that are made anew for each call that continues no intent."""
+
+
+def label(what: str, value: Any) -> str | None:
+    """The one form of a scope, an occurrence or a caller's key: text in NFC; of an int its digits, of an
+    Enum its value. Everything that takes one from outside uses this, so that header, key, record
+    and look-up agree.
+
+    Raises:
+        IntentError: it is something else, or empty.
+    """
     if isinstance(value, Enum):
         value = value.value
     if value is None:
@@ -413,8 +450,13 @@ def _label(what: str, value: Any) -> str | None:
         raise IntentError(f"{what} must be text, not {type(value).__name__}.", None, what)
     try:
         text = str.__str__(value) if isinstance(value, str) else _text_of(int(value))
+        text.encode()
     except IntentError as error:
         raise IntentError(f"{what} cannot be part of an idempotency key: {error}.", None, what) from None
+    except UnicodeEncodeError:
+        raise IntentError(f"{what} is not valid Unicode.", None, what) from None
+    if not text:
+        raise IntentError(f"{what} is empty: give None where there is none.", None, what)
     return unicodedata.normalize("NFC", text)
 
 
@@ -433,6 +475,57 @@ def check_call(task: str, args: Any, kwargs: Any) -> None:
         raise TypeError(
             f"{task}: kwargs must be a dictionary, not {type(kwargs).__name__}. Give positional arguments as args=(…)."
         )
+
+
+def labelled(given: Mapping[str, Any]) -> dict[str, str]:
+    """Options of a call (``scope``, …) as message headers.
+
+    Raises:
+        IntentError: one of them has no normal form.
+    """
+    found = ((header, label(name, given.get(name))) for name, header in LABELS.items())
+    return {header: value for header, value in found if value is not None}
+
+
+def identity(headers: Mapping[str, Any], message: str | None) -> dict[str, str]:
+    """What a message's headers say of its identity, in normal form.
+
+    Headers that were made for another message count for less: its scope and occurrence hold, its key
+    does not, and under a caller's own key this call is a part of that action.
+
+    Args:
+        message: the message's id; None where it has none yet.
+
+    Raises:
+        IntentError: one of them has no normal form.
+    """
+    own = labelled({name: headers.get(header) for name, header in LABELS.items()})
+    part_of = label("part_of", headers.get(PART_OF))
+    if headers.get(MESSAGE, message) != message:
+        part_of = own.pop(CALLER_KEY, None) or part_of
+        if part_of is not None:
+            part_of = label("part_of", headers.get(KEY)) or part_of
+    if part_of is not None:
+        own[PART_OF] = part_of
+    return own
+
+
+def key_of(
+    declaration: Declaration, namespace: str, arguments: dict[str, Any], own: Mapping[str, str]
+) -> str:
+    """The key of a call whose identity is in ``own`` (see ``identity``)."""
+    return declaration.key(
+        namespace, arguments, own.get(SCOPE), own.get(OCCURRENCE), own.get(CALLER_KEY), own.get(PART_OF)
+    )
+
+
+def scope_digest(namespace: str, scope: str | None) -> bytes:
+    """What a record keeps of its scope; empty for none.
+
+    Args:
+        scope: in normal form.
+    """
+    return b"" if scope is None else _hash([SCHEME, namespace, scope]).digest()[:SCOPE_SIZE]
 
 
 def declare(

@@ -219,6 +219,7 @@ def fresh(request: Request) -> Record:
         lease=request.policy.lease,
         fingerprint=request.fingerprint.packed,
         digests=request.digests,
+        scope=request.scope,
     )
 
 
@@ -498,6 +499,7 @@ def _settled(record: Record, outcome: Outcome) -> Record:
         steps=() if outcome.succeeded else record.steps,
         notes=record.notes,
         digests=record.digests,
+        scope=record.scope,
         outcome=outcome,
     )
 

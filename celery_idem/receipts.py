@@ -30,7 +30,9 @@ from datetime import time as clock_time
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from celery_idem import digests, events, keys, protocol
+from kombu.utils.imports import symbol_by_name
+
+from celery_idem import events, keys, protocol
 from celery_idem.claims import Entry
 from celery_idem.errors import (
     ConfigurationError,
@@ -43,11 +45,8 @@ from celery_idem.errors import (
     StoreError,
 )
 from celery_idem.intent import (
-    CALLER_KEY,
     MICROSECONDS,
     NO_FINGERPRINT,
-    OCCURRENCE,
-    SCOPE,
     Busy,
     Fingerprint,
     InDoubt,
@@ -113,6 +112,7 @@ class _Source(NamedTuple):
     fingerprint: Fingerprint
     policy: Policy
     published: bool
+    secret: bool = False  # what the body says of an error may quote a secret argument of another caller
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,8 @@ class Receipt:
         task_id: Celery's id of the delivery that this call published, else of the
             execution that stands in the record; "" where there is none.
         result: the value, when done and kept.
-        reason: why there is no result: the error of a body that failed, what makes it
+        reason: why there is no result: the error of a body that failed (of a task with
+            secret parameters its class only), what makes it
             doubtful, why the value was not kept; "" otherwise.
         differs: names of parameters whose values differ from the first call's; never values.
         retry_after: seconds after which asking again makes sense; None when it does not.
@@ -205,6 +206,21 @@ class Receipt:
         return self if entry is None else _undecided(entry, self)
 
 
+def in_scope(setting: Any, given: Any = None) -> str | None:
+    """The scope of a call that is made here and now, in normal form.
+
+    Args:
+        setting: ``idem_scope``, or the task's own.
+        given: what the call says; it goes before.
+
+    Raises:
+        IntentError: it cannot be a scope.
+    """
+    if given is None and setting is not None:
+        given = symbol_by_name(setting)()
+    return keys.label("scope", given)
+
+
 def submit(
     app: Celery,
     name: str,
@@ -240,8 +256,9 @@ def submit(
                 "base=IdempotentTask and intent=(…)."
             )
         return submit_task(task, args or (), kwargs or {}, scope, occurrence, idempotency_key, options)
-    given = {SCOPE: scope, OCCURRENCE: occurrence, CALLER_KEY: idempotency_key}
-    headers = {**(options.pop("headers", None) or {}), **{n: v for n, v in given.items() if v is not None}}
+    scope = in_scope(app.conf.get("idem_scope"), scope)
+    own = keys.labelled({"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key})
+    headers = {**(options.pop("headers", None) or {}), **own}
     result = app.send_task(name, args=args, kwargs=kwargs, headers=headers, **options)
     return _accepted("", result.id, _Source(app, None, NO_FINGERPRINT, _PLAIN_POLICY, published=True))
 
@@ -258,10 +275,12 @@ def submit_task(
     """What ``IdempotentTask.submit`` does. One look for what is known already."""
     guard = task.guard
     ledger = guard.ledger
+    scope = in_scope(guard.settings.scope, scope)
     arguments = guard.declaration.bind(args, kwargs)
     key = guard.declaration.key(ledger.namespace, arguments, scope, occurrence, idempotency_key)
     fingerprint = guard.declaration.fingerprint(arguments, idempotency_key)
-    source = _Source(task.app, ledger, fingerprint, guard.options.policy, published=False)
+    secret = bool(guard.declaration.secret)
+    source = _Source(task.app, ledger, fingerprint, guard.options.policy, published=False, secret=secret)
     try:
         entry = ledger.look(key)
     except StoreError as error:
@@ -288,8 +307,8 @@ def look_up(app: Celery, key: str, scope: str | None = None) -> Receipt | None:
     """Where the intent with this key stands; None when nothing is stored under it for this scope.
 
     Args:
-        scope: the caller's. Whoever knows the arguments of a call can compute its key, so a key
-            proves nothing: the record of another scope is as good as none.
+        scope: the caller's; None: that of ``idem_scope``. Whoever knows the arguments of a call can
+            compute its key, so a key proves nothing: the record of another scope is as good as none.
 
     Raises:
         StoreError: the store did not answer.
@@ -298,22 +317,14 @@ def look_up(app: Celery, key: str, scope: str | None = None) -> Receipt | None:
     guarded = getattr(task, "declaration", None) is not None
     ledger = task.guard.ledger if guarded else Ledger.from_app(app)
     policy = task.guard.options.policy if guarded else _PLAIN_POLICY
+    scope = in_scope(task.guard.settings.scope if guarded else app.conf.get("idem_scope"), scope)
     entry = ledger.get(key)
-    if entry is None or not _of_scope(entry, scope, task.guard.digester if guarded else None):
+    if entry is None or entry.record.scope != keys.scope_digest(ledger.namespace, scope):
         return None
-    source = _Source(app, ledger, NO_FINGERPRINT, policy, published=False)
+    secret = guarded and bool(task.guard.declaration.secret)
+    source = _Source(app, ledger, NO_FINGERPRINT, policy, published=False, secret=secret)
     known = _told(entry, key, "", source)
     return known if known is not None else _undecided(entry, Receipt("in_progress", key, _source=source))
-
-
-def _of_scope(entry: Entry, scope: str | None, digester: digests.Digester | None) -> bool:
-    """Was this intent called with that scope? Its digest in the record says so; without digests
-    (``idem_audit`` off) nothing is known, and nobody with a scope is told anything."""
-    tag = digests.label_tag("scope")
-    known = digests.entries(entry.record.digests).get(tag)
-    if scope is None or digester is None:
-        return known is None and scope is None
-    return known is not None and digester.label("scope", scope) == tag + known
 
 
 _PLAIN_POLICY = Policy(lease=0, result_ttl=0, failure_ttl=1 << 62)
@@ -340,7 +351,7 @@ def _told(entry: Entry, key: str, task_id: str, source: _Source) -> Receipt | No
         if elsewhere:
             return _replaced(Receipt("in_progress", key, task_id, _source=source), elsewhere, source)
         assert source.ledger is not None
-        result, why = _outcome(outcome, key, source.ledger)
+        result, why = _outcome(outcome, key, source.ledger, source.secret)
         if not outcome.succeeded:
             return Receipt("failed", key, task_id, None, why, next=FINAL_FAILURE, _source=source)
         status, text = ("executed", DONE) if mine else ("replayed", DONE_EARLIER)
@@ -359,14 +370,14 @@ def _told(entry: Entry, key: str, task_id: str, source: _Source) -> Receipt | No
     return None
 
 
-def _outcome(outcome: Outcome, key: str, ledger: Ledger) -> tuple[Any, str]:
+def _outcome(outcome: Outcome, key: str, ledger: Ledger, secret: bool) -> tuple[Any, str]:
     """The value, and why there is none: the body's error, or that it was not kept or cannot be read."""
     if outcome.payload is None:
         return None, outcome.missing
     try:
         if outcome.succeeded:
             return ledger.codec.decode(outcome.payload, key), ""
-        return None, _words(ledger.codec.decode_error(outcome.payload, key))
+        return None, _words(ledger.codec.decode_error(outcome.payload, key), secret)
     except StoreError as error:  # written with a serializer that is not accepted here: done all the same
         return None, str(error)
 
@@ -430,7 +441,7 @@ def _celery_result(receipt: Receipt, source: _Source, entry: Entry | None) -> Re
         return revoked if entry is None else _released(revoked, entry)
     if state != "FAILURE":
         return None
-    receipt = replace(receipt, reason=_words(value))
+    receipt = replace(receipt, reason=_words(value, source.secret))
     if isinstance(value, IdempotencyError) and value.key and not receipt.key:
         receipt = replace(receipt, key=value.key)
     if isinstance(value, FingerprintMismatch):
@@ -451,8 +462,8 @@ def _celery_result(receipt: Receipt, source: _Source, entry: Entry | None) -> Re
     return replace(receipt, status="failed", next=FINAL_FAILURE if forgotten else UNSURE_FAILURE)
 
 
-def _words(error: object) -> str:
-    return f"{type(error).__name__}: {error}"
+def _words(error: object, secret: bool) -> str:
+    return type(error).__name__ if secret else f"{type(error).__name__}: {error}"
 
 
 def plain(value: Any) -> Any:

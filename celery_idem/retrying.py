@@ -17,7 +17,7 @@ from celery_idem import keys
 from celery_idem.claims import Claim, Retries
 from celery_idem.delivery import DOUBTFUL
 from celery_idem.errors import ConfigurationError
-from celery_idem.intent import CALLER_KEY, FINGERPRINT, KEY, OCCURRENCE, SCOPE, Fingerprint
+from celery_idem.intent import CALLER_KEY, FINGERPRINT, KEY, MESSAGE, Fingerprint
 
 if TYPE_CHECKING:
     from celery.canvas import Signature
@@ -30,7 +30,6 @@ SAME_INTENT = "idem_same_intent"
 MAYBE_APART = "idem_maybe_apart"
 """Option of a retry that may be another action: a tuple of the error because of which it was asked for."""
 
-_LABELS = (SCOPE, OCCURRENCE, CALLER_KEY)
 _OF_ITS_CANVAS = ("chain", "chord", "group_id", "group_index", "link", "reply_to")
 """What waits for the result of the body itself, and gets that."""
 
@@ -57,8 +56,9 @@ def identity_of(task: IdempotentTask, request: Context) -> tuple[str, Fingerprin
 def continue_intent(task: IdempotentTask, request: Context, signature: Signature) -> None:
     """Mark a signature made from a request: whoever receives it works on the same intent."""
     key, fingerprint = identity_of(task, request)
+    headers = signature.options.get("headers") or {}
     signature.options["headers"] = {
-        **(signature.options.get("headers") or {}),
+        **{name: value for name, value in headers.items() if name not in keys.IDENTITY},
         **_labels(request),
         KEY: key,
         FINGERPRINT: fingerprint.packed.hex(),
@@ -108,7 +108,7 @@ def _make_apart(task: IdempotentTask, request: Context, claim: Claim, signature:
 
     def identity(args: Any, kwargs: Any) -> tuple[str, bytes]:
         arguments = declaration.bind(args, kwargs)
-        key = declaration.key(namespace, arguments, labels.get(SCOPE), labels.get(OCCURRENCE), caller_key)
+        key = keys.key_of(declaration, namespace, arguments, labels)
         return key, b"" if caller_key is None else declaration.fingerprint(arguments, caller_key).packed
 
     try:
@@ -122,16 +122,16 @@ def _make_apart(task: IdempotentTask, request: Context, claim: Claim, signature:
     if caller_key is not None:  # it names the whole call: of this part, a key of its own
         labels[CALLER_KEY] = keys.downstream_key(claim.key, asked[1].hex())
     kept = {k: v for k, v in (options.get("headers") or {}).items() if not k.startswith("idem-")}
-    options["headers"] = {**kept, **labels}
+    options.update(task_id=uuid(), parent_id=request.id)
+    options["headers"] = {**kept, **labels, MESSAGE: options["task_id"]}
     for name in _OF_ITS_CANVAS:
         options.pop(name, None)
-    options.update(task_id=uuid(), parent_id=request.id)
     return True
 
 
 def _labels(request: Context) -> dict[str, Any]:
     known = request.headers or {}
-    return {name: known[name] for name in _LABELS if name in known}
+    return {name: known[name] for name in keys.IDENTITY if name in known}
 
 
 def _alike(one: Signature, other: Signature) -> bool:

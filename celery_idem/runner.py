@@ -95,6 +95,7 @@ class Job(ABC):
     options: Options
     carried: tuple[bytes, ...] = ()
     digests: bytes = b""
+    scope: bytes = b""
     waited = 0
     entered = False
     """Set by ``body`` just before the author's code: until then, nothing ran."""
@@ -188,7 +189,13 @@ class Runner:
         ran = False
         while True:
             request = Request(
-                owners.mint(), job.task_id, job.fingerprint, job.options.policy, carried, job.digests
+                owners.mint(),
+                job.task_id,
+                job.fingerprint,
+                job.options.policy,
+                carried,
+                job.digests,
+                job.scope,
             )
             try:
                 decision, claim = self.ledger.claim(job.key, request)

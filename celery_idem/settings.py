@@ -5,6 +5,7 @@ Every default says why. Durations are seconds, as everywhere in Celery's setting
 
 from __future__ import annotations
 
+import inspect
 import re
 import weakref
 from collections.abc import Callable, Mapping
@@ -62,6 +63,8 @@ class Settings:
             default lease: after that the record has lapsed anyway.
         reconcile_timeout: how long a destination may take to say what happened. 10 s:
             a slow API call; the worker's slot is held meanwhile.
+        scope: of calls that name none: a function without arguments, or its path "module:function",
+            called where the call is made. None: such calls have no scope.
     """
 
     store: str = field(default="", repr=False)  # error trackers keep the repr of local variables
@@ -80,6 +83,7 @@ class Settings:
     audit_key: str = field(default="", repr=False)
     settle_patience: float = 30.0
     reconcile_timeout: float = 10.0
+    scope: Callable[[], Any] | str | None = None
 
     def policy(self, asks: bool) -> Policy:
         """The part the protocol needs.
@@ -211,9 +215,24 @@ def _allowed(name: str, value: Any) -> str:
     if name == "namespace":
         fits = isinstance(value, str) and value != "" and not {":", "~"} & set(value)
         return "" if fits else "use a short name without a colon or a tilde"  # "~shadow" marks shadow records
+    if name == "scope":
+        fits = value is None or (isinstance(value, str) and ":" in value) or _takes_nothing(value)
+        return "" if fits else 'use a function that takes no arguments, or its path "module:function"'
     if name == "audit_key":
         return "" if isinstance(value, str) else "use text that nobody can guess"
     return "" if isinstance(value, str) else "use a URL such as redis://localhost:6379/1"
+
+
+def _takes_nothing(value: Any) -> bool:
+    if not callable(value):
+        return False
+    try:
+        inspect.signature(value).bind()
+    except TypeError:
+        return False
+    except ValueError:  # a built-in method that does not say, such as ContextVar.get before Python 3.13
+        return True
+    return True
 
 
 _stores: dict[tuple[str, str], Store] = {}

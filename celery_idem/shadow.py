@@ -55,7 +55,7 @@ class ShadowRunner(Runner):
     def run(self, job: Job) -> Any:
         """The value of the body, run now."""
         policy = job.options.policy._replace(asks=False)  # a question to the destination is not free
-        request = Request(owners.mint(), job.task_id, job.fingerprint, policy, (), job.digests)
+        request = Request(owners.mint(), job.task_id, job.fingerprint, policy, (), job.digests, job.scope)
         claim = self._claim(job, request)
         own = Claim.unguarded(job.key, request)
         try:

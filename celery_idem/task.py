@@ -9,36 +9,34 @@ and chord. ``placing`` puts it there, task by task.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import copy_context
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from celery import Task
 from celery._state import _task_stack
 from celery.app.task import Context
+from celery.canvas import Signature
 from celery.exceptions import Ignore, Retry
+from celery.utils import uuid
 from celery.utils.imports import symbol_by_name
 
-from celery_idem import declaring, keys, placing, receipts, retrying
+from celery_idem import declaring, keys, placing, publishing, receipts, retrying
 from celery_idem.claims import Claim
-from celery_idem.delivery import HELD, PROPAGATES, Delivery, Guard, Replaced
+from celery_idem.delivery import HELD, PROPAGATES, Delivery, Guard, Replaced, as_headers
 from celery_idem.errors import ConfigurationError, IdempotencyError, StoreError
-from celery_idem.intent import CALLER_KEY, FINGERPRINT, KEY, OCCURRENCE, SCOPE, Answer
+from celery_idem.intent import CALLER_KEY, KEY, MESSAGE, SCOPE, Answer
+from celery_idem.publishing import LOOPS
 from celery_idem.receipts import Receipt
 
 if TYPE_CHECKING:
     from celery import Celery
-    from celery.canvas import Signature
     from celery.result import AsyncResult, EagerResult
 
 
 OWN_WORDS = frozenset({"scope", "occurrence", "idempotency_key"})
 """What ``submit`` takes beside the task's own arguments."""
-
-HIDDEN = "(secret)"
-"""What stands in the place of a secret value."""
 
 
 class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task is untyped before 5.7
@@ -107,6 +105,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         if declaration is not None:
             cls._guard_made, cls.declaration = None, declaration
             placing.put_on(cls, IdempotentTask._call_guarded)
+            if declaration.secret:
+                publishing.hide(declaration)
             app.steps["worker"].add("celery_idem.doctor.at_start:AtStart")  # by name: only workers load it
         elif cls.declaration is not None:  # bound before, where it had an intent
             cls._guard_made = cls.declaration = None
@@ -141,6 +141,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         """
         declaration = self._declared("intent_key")
         self._refuse_clash("intent_key", "scope", "occurrence")
+        scope = receipts.in_scope(self.guard.settings.scope, scope)
         return declaration.key(self.guard.ledger.namespace, declaration.bind(args, kwargs), scope, occurrence)
 
     def submit(
@@ -201,16 +202,28 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         """As Celery's, with three more options.
 
         Args:
-            scope: tenant or conversation that the action belongs to.
+            scope: tenant or conversation that the action belongs to; None: what ``idem_scope`` says.
             occurrence: which of several meant repetitions this is.
             idempotency_key: the caller's own key; then it is the identity, and every
                 argument must match.
+
+        Each of them is text, an int (its digits) or an Enum (its value), and not empty.
 
         Raises:
             IntentError: an argument cannot be part of a key.
         """
         same = options.get(retrying.SAME_INTENT)
-        options = self._with_key(args, kwargs, options, scope, occurrence, idempotency_key)
+        given = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
+        if self.declaration is not None:
+            task_id = (more[0] if more else options.get("task_id")) or uuid()
+            if more:
+                more = (task_id, *more[1:])
+            else:
+                options["task_id"] = task_id
+            options = self._with_key(args, kwargs, options, given, task_id)
+            options["headers"][MESSAGE] = task_id
+        else:
+            options = self._without_key(options, given)
         result = super().apply_async(args, kwargs, *more, **options)
         if same:
             retrying.note_published(self.request_stack.top, options)
@@ -227,11 +240,36 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         **options: Any,
     ) -> EagerResult:
         """As Celery's, with the options of ``apply_async``."""
-        options = self._with_key(args, kwargs, options, scope, occurrence, idempotency_key)
+        given = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
+        if self.declaration is not None:
+            # With task_always_eager these are the headers that apply_async made for this very call.
+            task_id = more[2] if len(more) > 2 else options.get("task_id")
+            options = self._with_key(args, kwargs, options, given, task_id)
+            options["headers"].pop(MESSAGE, None)
+        else:
+            options = self._without_key(options, given)
         throw = options.get("throw")
         if self.app.conf.task_eager_propagates if throw is None else throw:
             options["headers"] = {**(options.get("headers") or {}), PROPAGATES: True}
         return super().apply(args, kwargs, *more, **options)
+
+    def map(self, it: Any) -> Signature:
+        """As Celery's."""
+        return super().map(it) if self.declaration is None else publishing.Map(self.s(), it, app=self.app)
+
+    def starmap(self, it: Any) -> Signature:
+        """As Celery's."""
+        return (
+            super().starmap(it)
+            if self.declaration is None
+            else publishing.StarMap(self.s(), it, app=self.app)
+        )
+
+    def chunks(self, it: Any, n: int) -> Signature:
+        """As Celery's."""
+        if self.declaration is None:
+            return super().chunks(it, n)
+        return publishing.Chunks(self.s(), it, n, app=self.app)
 
     def signature(self, args: Any = None, *more: Any, **options: Any) -> Signature:
         """As Celery's, which makes a tuple of whatever it gets as ``args``, also of a dictionary's keys."""
@@ -297,15 +335,28 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             first = retries.signal
             signal = Retry(exc=cause, when=first.when, is_eager=first.is_eager, sig=first.sig)
         except BaseException as error:
-            retries.refused = error, cause
+            shown = self._without_arguments(error, exc)
+            retries.refused = shown, cause
+            if shown is not error:
+                raise shown from None
             raise
         retrying.note_retry(claim, signal, cause)
         if throw:
             raise signal
         return signal
 
+    def _without_arguments(self, error: BaseException, given: Any) -> BaseException:
+        """Celery's error for the last retry shows every argument, and is stored."""
+        if error is given or not isinstance(error, self.MaxRetriesExceededError):
+            return error
+        if self.declaration is None or not self.declaration.secret:
+            return error  # type: ignore[no-any-return]
+        hidden: BaseException = self.MaxRetriesExceededError(f"Can't retry {self.name}[{self.request.id}]")
+        return hidden
+
     def replace(self, sig: Signature) -> Any:
-        """As Celery's. The replacement belongs to the same scope and occurrence, and to the same caller's key.
+        """As Celery's. The replacement belongs to the same scope and occurrence. Under a caller's own key each
+        of its calls is a part of this action, told apart from the others by its own intent.
 
         Where it is guarded itself, this intent is released: another delivery finds the
         replacement's record. Any other must be published only once, so this intent is
@@ -313,11 +364,13 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         """
         if self.declaration is None:
             return super().replace(sig)
-        known = self.request.headers or {}
-        given = {name: known[name] for name in (SCOPE, OCCURRENCE, CALLER_KEY) if name in known}
+        given = {**_of_another_message(self.request.headers or {}), MESSAGE: ""}
         guarded = True
         for leaf in _leaves(sig):
-            leaf.options["headers"] = {**given, **(leaf.options.get("headers") or {})}
+            own = dict(leaf.options.get("headers") or {})
+            if CALLER_KEY in own:  # its own, and not that of the message whose identity it takes over
+                leaf.options.setdefault("idempotency_key", own.pop(CALLER_KEY))
+            leaf.options["headers"] = {**given, **own}
             guarded = guarded and getattr(self.app.tasks.get(leaf.task), "declaration", None) is not None
         if guarded:
             return super().replace(sig)
@@ -327,44 +380,57 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             raise Replaced(*error.args) from None
 
     def _with_key(
-        self,
-        args: Any,
-        kwargs: Any,
-        options: dict[str, Any],
-        scope: str | None,
-        occurrence: str | None,
-        idempotency_key: str | None,
+        self, args: Any, kwargs: Any, options: dict[str, Any], given: Mapping[str, Any], message: str | None
     ) -> dict[str, Any]:
-        given = {SCOPE: scope, OCCURRENCE: occurrence, CALLER_KEY: idempotency_key}
-        given = {name: value for name, value in given.items() if value is not None}
-        if self.declaration is None:
-            if given:
-                self._declared(f"{', '.join(given)} of a call")
-            return options
+        """The options of a call with the headers that say which intent it is.
+
+        Args:
+            given: what the call says of its identity.
+            message: the id of the message that will carry them; None where it has none yet.
+        """
+        declaration = self._declared("a key")
         keys.check_call(self.name, args, kwargs)
-        if self.declaration.secret:
-            options = {**_shown(self.declaration, args or (), kwargs or {}), **options}
+        if declaration.secret:
+            options = {**publishing.shown(declaration, args or (), kwargs or {}), **options}
         same = options.pop(retrying.SAME_INTENT, False)
         headers = dict(options.get("headers") or {})  # a copy: beat hands the same one at every tick
-        headers.update(given)
         if not (same and KEY in headers):
-            headers.pop(KEY, None)
-            headers.pop(FINGERPRINT, None)
             try:
-                arguments = self.declaration.bind(args, kwargs)
+                arguments = declaration.bind(args, kwargs)
             except TypeError:
                 if self.typing:
                     raise
-            else:
-                headers[KEY] = self.declaration.key(
-                    self.guard.ledger.namespace,
-                    arguments,
-                    headers.get(SCOPE),
-                    headers.get(OCCURRENCE),
-                    headers.get(CALLER_KEY),
-                )
+                arguments = None
+            headers = self._identified(headers, given, message, same)
+            if arguments is not None:
+                headers[KEY] = keys.key_of(declaration, self.guard.ledger.namespace, arguments, headers)
         options["headers"] = headers
         return options
+
+    def _identified(
+        self, headers: Mapping[str, Any], given: Mapping[str, Any], message: str | None, same: bool = False
+    ) -> dict[str, Any]:
+        """Headers of a call with its identity, without a key.
+
+        Args:
+            same: the call continues an intent, so nothing of this moment becomes part of it.
+        """
+        own = keys.identity(headers, message)
+        own.update(keys.labelled(given))
+        if SCOPE not in own and MESSAGE not in headers and not same:
+            scope = receipts.in_scope(self.guard.settings.scope)
+            if scope is not None:
+                own[SCOPE] = scope
+        return {**{name: value for name, value in headers.items() if name not in keys.MADE}, **own}
+
+    def _without_key(self, options: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Of an ordinary task: it has no identity. Celery's own that call others in a loop hand theirs on."""
+        own = keys.labelled(given)
+        if own and self.name not in LOOPS:
+            self._declared(
+                f"{', '.join(name for name, value in given.items() if value is not None)} of a call"
+            )
+        return {**options, "headers": {**(options.get("headers") or {}), **own}} if own else options
 
     # --- running ----------------------------------------------------------------------
 
@@ -380,11 +446,20 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         """A plain Python call: a request of its own, so that the body finds what it expects."""
         if getattr(above, "idem_opened", False):  # not one: a wrapper of __call__ goes on to what it wrapped
             return self.run(*args, **kwargs)
-        headers = None
+        options = _of_signature()
+        given = {name: options.get(name) for name in keys.LABELS}
+        headers: Mapping[str, Any] = options.get("headers") or {}
+        outer = _task_stack.top
         caller = next(self._held(), None)
-        if caller is not None:  # its own body calls: same scope, same occurrence
+        if caller is not None and keys.labelled(given) == {} and keys.IDENTITY.isdisjoint(headers):
+            # Its own body calls, perhaps with its own arguments: the same identity, so that it may run on.
             known = caller.request.headers or {}
-            headers = {name: known[name] for name in (SCOPE, OCCURRENCE, CALLER_KEY) if name in known}
+            headers = {name: value for name, value in known.items() if name in keys.IDENTITY}
+        else:
+            if outer is not None and outer.name in LOOPS:
+                known = {**as_headers(outer.request), **(outer.request.headers or {})}
+                headers = {**_of_another_message(known), MESSAGE: "", **headers}
+            headers = self._identified(headers, given, None)
         _task_stack.push(self)
         self.push_request(args=args, kwargs=kwargs, headers=headers)
         try:
@@ -557,25 +632,24 @@ class Settlement:
         self.result: Any = None
 
 
-def _shown(declaration: keys.Declaration, args: Any, kwargs: Any) -> dict[str, str]:
-    """What Celery writes into a message for its log, its events and its monitors, without secret values."""
-    from celery.app.amqp import AMQP  # loaded by now; importing it with this module would cost every process
-    from celery.utils.saferepr import saferepr
+def _of_another_message(headers: Mapping[str, Any]) -> dict[str, str]:
+    """What a message's headers say of a call that it makes."""
+    return keys.identity({**headers, MESSAGE: ""}, None)
 
-    names, rest = [], ""
-    for name, parameter in declaration.signature.parameters.items():
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            rest = name
-        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            names.append(name)
-    hidden = declaration.secret
-    given = zip_longest(names[: len(args)], args, fillvalue=rest)
-    positional = tuple(HIDDEN if name in hidden else value for name, value in given)
-    named = {name: HIDDEN if name in hidden else value for name, value in kwargs.items()}
-    return {
-        "argsrepr": saferepr(positional, maxlen=AMQP.argsrepr_maxsize),
-        "kwargsrepr": saferepr(named, maxlen=AMQP.kwargsrepr_maxsize),
-    }
+
+_SIGNATURE_CALLS = Signature.__call__.__code__
+
+
+def _of_signature() -> Mapping[str, Any]:
+    """Options of the signature whose direct call this is: of ``signature()`` itself, and of an errback
+    ``(request, exc, traceback)``, which Celery calls so in the worker. It hands none of them on."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name in ("__call__", "_call_guarded"):
+        if frame.f_code is _SIGNATURE_CALLS:
+            options: Mapping[str, Any] = frame.f_locals["self"].options
+            return options
+        frame = frame.f_back  # type: ignore[assignment]
+    return {}
 
 
 def _leaves(signature: Signature) -> Iterator[Signature]:

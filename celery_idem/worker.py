@@ -28,7 +28,7 @@ from celery.utils.saferepr import saferepr
 from celery.worker.request import Request
 from celery.worker.state import task_ready
 
-from celery_idem import events, owners, protocol, purging
+from celery_idem import events, owners, protocol, publishing, purging
 from celery_idem.bounded import Bounded, TooLateError
 from celery_idem.claims import doubt_message
 from celery_idem.errors import ConfigurationError, OutcomeUnknown
@@ -190,6 +190,23 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         self.send_event("task-failed", exception=saferepr(error), traceback=info.traceback)
 
 
+class SecretRequest(IdempotentRequest):
+    """That of a task with secret parameters: what Celery logs, sends as events and answers to ``inspect``
+    shows none of them, whoever published the message."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        try:
+            shown = publishing.shown(self.task.declaration, self.args, self.kwargs)
+        except Exception:  # no call of this task: the worker will say so
+            shown = dict.fromkeys(("argsrepr", "kwargsrepr"), publishing.HIDDEN)
+        self._argsrepr, self._kwargsrepr = shown["argsrepr"], shown["kwargsrepr"]
+        self.request_dict.update(shown)  # for the child, whose log has them too
+
+    def info(self, safe: bool = False) -> Any:
+        return super().info(safe=True)
+
+
 def request_class(task: Any) -> type[IdempotentRequest]:
     """The request of a guarded task: ours, below the author's own where there is one.
 
@@ -202,9 +219,10 @@ def request_class(task: Any) -> type[IdempotentRequest]:
             f"{task.name}: Request = {own!r} is no subclass of celery.worker.request.Request, so nothing would see "
             "the death of its processes. Derive it from celery_idem.worker.IdempotentRequest."
         )
-    if issubclass(own, IdempotentRequest):
+    ours = SecretRequest if task.declaration.secret else IdempotentRequest
+    if issubclass(own, ours):
         return own
-    return IdempotentRequest if own is Request else type(own.__name__, (own, IdempotentRequest), {})
+    return ours if own in (Request, IdempotentRequest) else type(own.__name__, (own, ours), {})
 
 
 def _look_often(sender: Any = None, **_: Any) -> None:

@@ -81,7 +81,7 @@ def test_everything_that_tells_intents_apart_is_in_the_key() -> None:
         a_task().key("idem", arguments, caller_key="acme"),
         a_task().key("idem", arguments, scope="a", occurrence="b"),
         a_task().key("idem", arguments, scope="b", occurrence="a"),
-        a_task().key("idem", arguments, scope=""),
+        a_task().key("idem", arguments, part_of="acme"),
         declare("shop.refund", inspect.signature(send), ("customer_id", "invoice_id")).key("idem", arguments),
         a_task(("customer_id",)).key("idem", arguments),
     ]

@@ -145,12 +145,13 @@ SLIPS = {
     "durability": "durabilty durabilities",
     "settle_patience": "setle_patience settle_patients",
     "reconcile_timeout": "reconcile_timout reconcile_time reconciliation_timeout",
+    "scope": "scopes scoope scpoe",
 }
 
 OTHER_THINGS = (
     "xyzzy backend broker url timeout ttl key keys enabled debug region retries queue workers secret password host "
     "port database schema serializer expire heartbeat visibility_timeout interval limit concurrency pool log_level "
-    "hash salt version scope intent must_match strategy mode policy cache events metrics callback on_success "
+    "hash salt version intent must_match strategy mode policy cache events metrics callback on_success "
     "on_replay on_retry header name token owner max_retries result_expires settle_timeout leader shade audit_secret"
 )
 
@@ -229,6 +230,7 @@ WRONG: dict[str, list[Any]] = {
     "audit_key": [5, None],
     "settle_patience": [-1, None, math.inf],
     "reconcile_timeout": [-1, None, math.inf],
+    "scope": ["acme", 5, True, lambda request: "acme"],
 }
 
 

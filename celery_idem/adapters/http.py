@@ -43,7 +43,7 @@ from urllib.parse import quote
 
 from celery_idem.adapters.tools import NOT_SENT, OCCURRENCE_MAX, RECEIPT, BadArguments, Tool, answer, tool_of
 from celery_idem.errors import ConfigurationError, StoreError
-from celery_idem.keys import task_of
+from celery_idem.keys import label, task_of
 from celery_idem.receipts import CALL_AGAIN, PARTLY_DONE, Receipt, look_up, plain
 
 try:
@@ -254,7 +254,7 @@ class _Rooms:
             raise _Problem(
                 401, "unauthorized", "Send Authorization: Bearer …", {"WWW-Authenticate": "Bearer"}
             )
-        return scope or None
+        return label("scope", None if scope == "" else scope)
 
     async def _body(self, request: Request) -> bytes:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()

@@ -13,8 +13,8 @@ from celery_idem.cli.screen import Screen, command
 from celery_idem.desk import Desk
 from celery_idem.errors import IdempotencyError
 from celery_idem.intent import Fingerprint
-from celery_idem.keys import Declaration
-from celery_idem.task import HIDDEN
+from celery_idem.keys import Declaration, label
+from celery_idem.publishing import HIDDEN
 
 
 @command(idem, "key")
@@ -49,11 +49,15 @@ def key(
     prints: list[Fingerprint] = []
     for n, call in enumerate(calls):
         args, kwargs = _call(call)
-        labels = {"scope": _nth(scope, n), "occurrence": _nth(occurrence, n)}
+        labels = {
+            "scope": label("scope", _nth(scope, n)),
+            "occurrence": label("occurrence", _nth(occurrence, n)),
+        }
         try:
             arguments = declaration.bind(args, kwargs)
         except TypeError as error:
-            raise IdempotencyError(f"{call} is no call of {task}: {error}.") from None
+            what = "This" if declaration.secret else call
+            raise IdempotencyError(f"{what} is no call of {task}: {error}.") from None
         fields = {**{k: v for k, v in labels.items() if v is not None}, **declaration.intent(arguments)}
         made = declaration.key(namespace, arguments, labels["scope"], labels["occurrence"])
         forms.append({"key": made, "intent": _hidden(fields, declaration)})

@@ -33,6 +33,7 @@ from celery_idem.settings import Settings, of_app
 from celery_idem.stores import open_store
 from celery_idem.stores.redis import redact
 from celery_idem.telemetry import otel, prometheus
+from celery_idem.worker import request_class
 from tests.security.conftest import application, command_line
 
 VALUE = "4111-1111-1111-1111"
@@ -172,6 +173,113 @@ def test_celery_shows_no_secret_either(
         assert "(secret)" in shown
         assert shown == bare(shown)
         assert VALUE.encode() in message.body  # it does get to the worker
+
+
+def messages(app: Celery) -> Iterator[Any]:
+    with app.connection_for_read() as connection:
+        while (message := connection.default_channel.basic_get(app.conf.task_default_queue)) is not None:
+            yield message
+
+
+def test_a_worker_shows_no_secret_whoever_published_it(memory_app: Callable[..., Celery]) -> None:
+    """In its answers to `inspect`, in events, and in the log of the process that runs the task."""
+    app = memory_app()
+    other = Celery("other", broker="memory://", set_as_current=False)
+    other.send_task(
+        "shop.elsewhere", queue=app.conf.task_default_queue
+    )  # a producer that does not know the task
+    (message,) = messages(app)
+    task = app.tasks["shop.login"]
+    kind = request_class(task)
+    for args, kwargs in (([["ann"], {}]), (["ann", VALUE, VALUE, VALUE], {}), (["ann"], {"token": VALUE})):
+        message.headers.update(task="shop.login", argsrepr=repr(args), kwargsrepr=repr(kwargs))
+        request = kind(message, app=app, task=task, body=(args, kwargs, {}), decoded=True)
+        shown = [str(request.info()), str(request.info(safe=True)), repr(request), request.argsrepr]
+        shown += [request.kwargsrepr, request.request_dict["argsrepr"], request.request_dict["kwargsrepr"]]
+        assert all(text == bare(text) for text in shown), shown
+        assert "ann" in shown[0]
+        assert request.args == args
+    strange = kind(message, app=app, task=task, body=(None, None, {}), decoded=True)
+    assert strange.info()["args"] == "(secret)"
+    plain = request_class(app.tasks["shop.pay"])
+    assert not issubclass(plain, kind), "a task without secrets pays nothing"
+
+
+def test_a_call_by_name_shows_no_secret_where_the_task_is_known(memory_app: Callable[..., Celery]) -> None:
+    app = memory_app()
+    app.send_task("shop.login", ("ann", VALUE), {"pin": VALUE})
+    (message,) = messages(app)
+    shown = message.headers["argsrepr"] + message.headers["kwargsrepr"]
+    assert "ann" in shown
+    assert shown == bare(shown)
+
+
+def test_a_loop_over_calls_shows_no_secret(
+    memory_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`map`, `starmap` and `chunks` are tasks of Celery's own, with every call among their arguments."""
+    app = memory_app(task_send_sent_event=True)
+    task = app.tasks["shop.login"]
+    sent: list[Any] = []
+    monkeypatch.setattr(app.amqp, "send_task_message", _also(sent, app.amqp.send_task_message))
+    calls = [("ann", VALUE)]
+    task.starmap(calls).apply_async()
+    task.chunks(calls, 1).apply_async()
+    task.map(calls).apply_async()
+    assert len(sent) == 3
+    assert all(str(event) == bare(str(event)) for event in sent)
+    app.signature("celery.starmap", kwargs={"task": dict(task.s()), "it": calls}).apply_async()  # by hand
+    for message in messages(app):
+        shown = message.headers["argsrepr"] + message.headers["kwargsrepr"]
+        assert shown == bare(shown)
+        assert VALUE.encode() in message.body
+
+
+def _also(sent: list[Any], publish: Any) -> Any:
+    def also(producer: Any, name: str, message: Any, **options: Any) -> Any:
+        sent.append(message.sent_event)
+        return publish(producer, name, message, **options)
+
+    return also
+
+
+def test_a_retry_that_is_given_up_shows_no_secret(memory_app: Callable[..., Celery]) -> None:
+    """Celery's error for it has all arguments in it, and is stored as the outcome."""
+    app = memory_app()
+
+    def charge(self: Any, card: str) -> None:
+        self.retry(max_retries=0, countdown=0)
+
+    options: dict[str, Any] = {"base": IdempotentTask, "bind": True, "shared": False, "lazy": False}
+    task = app.task(name="shop.gives_up", intent=("card",), secret=("card",), **options)(charge)
+    result = task.apply((VALUE,))
+    assert isinstance(result.result, task.MaxRetriesExceededError)
+    stored = [value.value.decode("latin-1") for _, value in Ledger.from_app(app).store.scan("")]
+    assert stored
+    for text in (str(result.result), repr(vars(result.result)), *stored):
+        assert text == bare(text)
+
+
+def test_another_callers_secret_is_in_no_receipt(memory_app: Callable[..., Celery]) -> None:
+    """The body's error quotes the first caller's note; the second caller asks for the same action."""
+    app = memory_app()
+
+    def charge(card: str, note: str) -> None:
+        raise ValueError(f"not for {note}")
+
+    options: dict[str, Any] = {"base": IdempotentTask, "shared": False, "lazy": False}
+    task = app.task(name="shop.quotes", intent=("card",), secret=("note",), **options)(charge)
+    task.apply(("c1", VALUE))
+    site = TestClient(door(app, ["shop.quotes"], token=TOKEN), headers={"authorization": f"Bearer {TOKEN}"})
+    told = site.post("/tasks/shop.quotes", json={"card": "c1", "note": OTHER})
+    looked = site.get(f"/intents/{task.intent_key('c1', OTHER)}")
+    receipt = task.submit("c1", OTHER)
+    assert (told.status_code, told.json()["detail"], receipt.reason) == (500, "ValueError", "ValueError")
+    for text in (told.text, looked.text, str(receipt.to_dict())):
+        assert text == bare(text)
+    assert command_line(app, "key", "shop.quotes", json.dumps({"note": VALUE, "x": 1})) == bare(
+        command_line(app, "key", "shop.quotes", json.dumps({"note": VALUE, "x": 1}))
+    )
 
 
 # --- what errors say -----------------------------------------------------------------------------------

@@ -1,0 +1,57 @@
+"""A worker in this process: takes messages from a broker in memory and traces them as Celery does."""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from typing import Any
+
+from celery import Celery, _state
+from celery.app.trace import build_tracer
+
+
+def application(**conf: Any) -> Celery:
+    """An application with a broker queue, a result backend and a store of its own, all in memory."""
+    app = Celery("hand", broker="memory://", backend="cache+memory://", set_as_current=False)
+    own = {"task_default_queue": f"hand-{uuid.uuid4().hex}", "idem_store": f"memory://{uuid.uuid4().hex}"}
+    app.conf.update({**own, **conf})
+    return app
+
+
+def take(app: Celery) -> Any:
+    """The next message; None when there is none."""
+    with app.connection_for_read() as connection:
+        return connection.default_channel.basic_get(app.conf.task_default_queue)
+
+
+def deliver(app: Celery, message: Any, by: Celery | None = None) -> Any:
+    """What a worker of `by` does with a message: run the task, and publish what comes after it."""
+    worker = by or app
+    args, kwargs, embedded = message.payload
+    task = worker.tasks[message.headers["task"]]
+    request = {
+        **message.headers,
+        **embedded,
+        "args": args,
+        "kwargs": kwargs,
+        "properties": message.properties,
+        "delivery_info": {"exchange": "", "routing_key": worker.conf.task_default_queue},
+        "called_directly": False,
+        "hostname": socket.gethostname(),
+    }
+    trace = build_tracer(task.name, task, app=worker)
+    before = _state.get_current_app()
+    worker.set_current()  # as in a worker: Celery's own tasks use the current one
+    try:
+        return trace(message.headers["id"], args, kwargs, request).retval
+    finally:
+        before.set_current()
+
+
+def drain(app: Celery, by: Celery | None = None) -> list[dict[str, Any]]:
+    """Deliver until nothing is left; the headers of every message, in order."""
+    seen = []
+    while (message := take(app)) is not None:
+        seen.append(dict(message.headers))
+        deliver(app, message, by)
+    return seen
