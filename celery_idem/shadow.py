@@ -89,7 +89,7 @@ class ShadowRunner(Runner):
             self._be_quiet(job, error)
         except (RuntimeError, MemoryError) as error:  # no thread for the lease
             if claim is not None:
-                RENEWER.unwatch(claim)
+                RENEWER.unwatch(claim, self._shadow)
             self._be_quiet(job, StoreError(str(error)))
         return None
 
