@@ -50,14 +50,14 @@ def test_a_thousand_leases_are_one_round_trip_on_one_thread(redis_url: str) -> N
     watched = time.monotonic()
 
     def for_three_leases() -> bool:
-        entries = list(ledger.list())
-        assert {entry.state for entry in entries} == {"running"}
-        return min(entry.changed_at for entry in entries) > began + 3 * LEASE
+        return min(entry.changed_at for entry in ledger.list()) > began + 3 * LEASE
 
     wait_for(for_three_leases, 80.0, "every lease to be renewed for three times its length", LEASE / 4)
     renewals = [(thread, replies) for thread, replies in store.exchanges if thread == "celery_idem leases"]
     watched = time.monotonic() - watched
-    assert not any(claim.lost for claim in claims)
+    # A thread that got no turn for a whole lease catches up at its next look.
+    wait_for(lambda: not any(claim.lost for claim in claims), 80.0, "every claim to be trusted")
+    assert {entry.record.state.name for entry in ledger.list()} == {"RUNNING"}
     for claim in claims:
         renewer.unwatch(claim, ledger)
     # Whole batches, but for the first looks, when some were claimed a moment later than others.

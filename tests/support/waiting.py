@@ -14,7 +14,7 @@ LOOK_EVERY = 0.02
 
 def wait_for(
     predicate: Callable[[], T],
-    timeout: float = 30.0,
+    timeout: float = 60.0,
     message: str | Callable[[], str] = "the condition",
     every: float = LOOK_EVERY,
 ) -> T:
