@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,17 +34,9 @@ class Once:
         return self.then(*args, **kwargs)
 
 
-@pytest.fixture
-def no_renewing_thread() -> Iterator[None]:
-    """As in a process that has not run anything yet."""
-    thread, RENEWER._thread = RENEWER._thread, None
-    yield
-    RENEWER._thread = thread
-
-
 @pytest.mark.parametrize("error", FAILURES, ids=repr)
 def test_a_thread_that_cannot_start_is_not_how_the_body_ended(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, no_renewing_thread: None, error: Exception
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     once = Once(error, threading.Thread.start)
     monkeypatch.setattr(threading.Thread, "start", lambda thread: once(thread))  # noqa: PLW0108  # a method

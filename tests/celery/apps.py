@@ -70,13 +70,12 @@ def make(broker: str, backend: str, folder: str, queue: str, conf: Mapping[str, 
         },
     )
     app.conf.update(conf)
-    effects = Effects(Path(folder) / "effects.jsonl")
-    add_tasks(app, effects, Path(folder))
+    add_tasks(app, Effects(Path(folder) / "effects.jsonl"), Path(folder))
 
     @task_failure.connect(sender=app.tasks["declined"], weak=False)
     def failed(sender: Any, exception: BaseException, args: Any, **_: Any) -> None:
-        effects.add(
-            f"failed {args[0]}",
+        Effects(Path(folder) / "failures.jsonl").add(
+            args[0],
             replayed=getattr(exception, "idem_replayed", False),
             request=getattr(sender.request, "idem_replayed", False),
             text=str(exception),

@@ -151,6 +151,20 @@ def ignores(task: Any, effect: Any, name: str, part: int) -> None:
     raise Ignore
 
 
+@case('`self.update_state(state="SUCCESS", meta=…)`, and raises `Ignore`')
+def says_done(task: Any, effect: Any, name: str, part: int) -> None:
+    effect()
+    task.update_state(state="SUCCESS", meta="done")
+    raise Ignore
+
+
+@case('`self.update_state(state="FAILURE", meta=…)`, and raises `Ignore`')
+def says_failed(task: Any, effect: Any, name: str, part: int) -> None:
+    effect()
+    task.update_state(state="FAILURE", meta=Declined("no"))
+    raise Ignore
+
+
 @case("raises `Reject` without requeue", answers=False)
 def rejects(task: Any, effect: Any, name: str, part: int) -> None:
     effect()

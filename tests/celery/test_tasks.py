@@ -12,6 +12,7 @@ from celery_idem import FingerprintMismatch, InProgress, IntentError, Ledger, Re
 from celery_idem.intent import State
 from tests.celery.apps import Busy, Declined
 from tests.celery.conftest import SOON, Kind, Stage
+from tests.support.effects import Effects
 from tests.support.waiting import wait_for
 
 
@@ -317,7 +318,7 @@ def test_a_listener_can_tell_a_replayed_failure(stage: Stage, name: str) -> None
     for _ in range(2):
         with pytest.raises(Declined):
             stage.declined.delay(name).get(timeout=SOON)
-    heard = stage.effects.wait(f"failed {name}", 2)
+    heard = Effects(stage.folder / "failures.jsonl").wait(name, 2)
     assert [(one["replayed"], one["request"]) for one in heard] == [(False, False), (True, True)]
     assert heard[0]["text"] == heard[1]["text"]
 
