@@ -34,6 +34,7 @@ LEVELS = {
     "clock_stepped": logging.WARNING,
     "stale_settle": logging.CRITICAL,
     "store_error": logging.WARNING,
+    "broker_error": logging.WARNING,
     "unguarded": logging.WARNING,
     "unsettled": logging.ERROR,
     "late_error": logging.ERROR,

@@ -21,7 +21,7 @@ from celery.app.task import Context
 from celery.exceptions import Ignore, Retry
 from celery.utils.imports import symbol_by_name
 
-from celery_idem import declaring, keys, placing, receipts, retrying
+from celery_idem import declaring, keys, placing, receipts, republishing, retrying
 from celery_idem.claims import Claim
 from celery_idem.delivery import HELD, PROPAGATES, Delivery, Guard, Replaced
 from celery_idem.errors import ConfigurationError, IdempotencyError, StoreError
@@ -255,6 +255,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             retrying.shape_retry(self, request, signature, given, *maybe_apart)
         else:
             retrying.continue_intent(self, request, signature)
+        republishing.restore(signature.options, request, self.ignore_result, options)
         return signature
 
     def update_state(self, task_id: Any = None, state: Any = None, meta: Any = None, **kwargs: Any) -> None:

@@ -28,7 +28,7 @@ from celery.utils.saferepr import saferepr
 from celery.worker.request import Request
 from celery.worker.state import task_ready
 
-from celery_idem import events, owners, protocol, purging
+from celery_idem import events, owners, protocol, purging, republishing
 from celery_idem.bounded import Bounded, TooLateError
 from celery_idem.claims import doubt_message
 from celery_idem.errors import ConfigurationError, OutcomeUnknown
@@ -65,6 +65,13 @@ class IdempotentRequest(Request):  # type: ignore[misc]
     """Celery's request of an idempotent task, in the worker's main process."""
 
     _idem_decided = False
+
+    def __init__(self, message: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(message, *args, **kwargs)
+        # The child that publishes the message again must know its serializer. RabbitMQ has it among the properties.
+        properties = self._request_dict["properties"]
+        if "content_type" not in properties:
+            self._request_dict["properties"] = {**properties, "content_type": self._content_type}
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
         """Celery's hook for what a child raised (``return_ok``), and for its death."""
@@ -159,6 +166,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         """The same message: id, chord, chain, links and headers stay, and no retry is used up."""
         context = self._context
         signature = self.task.signature_from_request(context, retries=context.retries)
+        signature.options.update(republishing.to_its_queue(self.task.app, context) or {})
         signature.options["headers"][DEATHS] = again
         # On a connection of its own: those in the application's pool are shared with the children
         # forked since, and a child that drops its copy shuts the socket down for everybody.
