@@ -21,11 +21,11 @@ from celery.app.task import Context
 from celery.exceptions import Ignore, Retry
 from celery.utils.imports import symbol_by_name
 
-from celery_idem import declaring, keys, placing, receipts, republishing, retrying
+from celery_idem import declaring, events, keys, owners, placing, receipts, republishing, retrying
 from celery_idem.claims import Claim
 from celery_idem.delivery import HELD, PROPAGATES, Delivery, Guard, Replaced
 from celery_idem.errors import ConfigurationError, IdempotencyError, StoreError
-from celery_idem.intent import CALLER_KEY, FINGERPRINT, KEY, OCCURRENCE, SCOPE, Answer
+from celery_idem.intent import CALLER_KEY, FINGERPRINT, KEY, NO_FINGERPRINT, OCCURRENCE, SCOPE, Answer, Request
 from celery_idem.receipts import Receipt
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 OWN_WORDS = frozenset({"scope", "occurrence", "idempotency_key"})
 """What ``submit`` takes beside the task's own arguments."""
+
+UNKEYED = "0" * 32
+"""The digest in the key of a call that has none."""
 
 HIDDEN = "(secret)"
 """What stands in the place of a secret value."""
@@ -357,13 +360,17 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
                 if self.typing:
                     raise
             else:
-                headers[KEY] = self.declaration.key(
-                    self.guard.ledger.namespace,
-                    arguments,
-                    headers.get(SCOPE),
-                    headers.get(OCCURRENCE),
-                    headers.get(CALLER_KEY),
-                )
+                try:
+                    headers[KEY] = self.declaration.key(
+                        self.guard.ledger.namespace,
+                        arguments,
+                        headers.get(SCOPE),
+                        headers.get(OCCURRENCE),
+                        headers.get(CALLER_KEY),
+                    )
+                except Exception:
+                    if not self.guard.settings.shadow:  # which refuses no call
+                        raise
         options["headers"] = headers
         return options
 
@@ -401,9 +408,14 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             keys.check_call(self.name, given, None)
         if self.typing:  # a call that does not fit claims nothing; a class-based task has no __header__
             getattr(self, "__header__", guard.declaration.signature.bind)(*args, **kwargs)
-        if guard.unusable:
-            guard.check_serializer()
-        key, fingerprint = guard.identify(request, args, kwargs)
+        try:
+            if guard.unusable:
+                guard.check_serializer()
+            key, fingerprint = guard.identify(request, args, kwargs)
+        except Exception as error:
+            if not guard.settings.shadow:
+                raise
+            return self._run_unkeyed(guard, request, args, kwargs, error)
         if HELD.get() is not None and self._holds(key):
             return self.run(*args, **kwargs)
         return guard.runner.run(Delivery(guard, self, request, args, kwargs, key, fingerprint))
@@ -426,6 +438,14 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             if held.task is self:
                 yield held
             held = held.outer
+
+    def _run_unkeyed(self, guard: Guard, request: Context, args: Any, kwargs: Any, error: Exception) -> Any:
+        """Shadow mode, and a call that has no key: a guard would refuse it."""
+        key = f"{self.name}:{UNKEYED}"
+        events.emit("shadow", key, task_id=request.id, would="refuse", why=type(error).__name__)
+        asked = Request(owners.mint(), request.id or "", NO_FINGERPRINT, guard.options.policy)
+        request.idem_claim = Claim.unguarded(key, asked)
+        return self.run(*args, **kwargs)
 
     def _holds(self, key: str) -> bool:
         """A body that this code belongs to has the claim already."""
@@ -533,6 +553,9 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             ConfigurationError: another database, or no transaction.
         """
         ledger, claim = self.guard.ledger, self._open_claim
+        if self.guard.settings.shadow:  # the transaction is the author's alone
+            yield Settlement()
+            return
         if not claim.guarded:
             raise StoreError(
                 f"{claim.key} runs without a store (on_store_error='run'), so its outcome cannot be committed."

@@ -110,6 +110,8 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         if process and isinstance(error, TimeLimitExceeded) and not _ended(process):
             return False  # it lives, and may still act: its lease protects it
         guard = self.task.guard
+        if guard.settings.shadow:
+            return False
         context = self._context
         key, _ = guard.identify(context, self.args, self.kwargs)
         again = _count(context.headers)
@@ -152,7 +154,15 @@ class IdempotentRequest(Request):  # type: ignore[misc]
 
     def _carry_out(self, verdict: Verdict, key: str, again: int) -> bool:
         if isinstance(verdict, Again):
-            self._publish_again(again + 1)
+            try:
+                self._publish_again(again + 1)
+            except Exception:
+                if not self.task.acks_late:
+                    raise
+                events.logger.warning("%s could not be published again; back to its queue", self.id, exc_info=True)
+                task_ready(self)
+                self.reject(requeue=True)
+                return True
         task_ready(self)
         if isinstance(verdict, InDoubt):
             self._tell(OutcomeUnknown(doubt_message(key, verdict.reason), key, verdict.reason))
