@@ -25,7 +25,6 @@ from celery_idem.intent import (
 )
 from celery_idem.stores.base import Reply
 
-
 STATES = (*(state.name.lower() for state in State), "lapsed")
 """Names of all states an entry can be in."""
 

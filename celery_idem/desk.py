@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from celery.app.task import Context
 
 from celery_idem import digests, keys
-from celery_idem.claims import STATES as STATES
 from celery_idem.claims import Claim, Entry, Tally, tallied
 from celery_idem.delivery import Delivery, Guard
 from celery_idem.errors import IdempotencyError, StoreError
@@ -113,7 +112,7 @@ class Desk:
         """Intents, in no order and in bounded memory.
 
         Args:
-            state: one of ``STATES``.
+            state: one of ``claims.STATES``.
             older_than: only those whose last write is at least that many seconds ago.
             tick: see ``Ledger.list``.
         """

@@ -77,11 +77,11 @@ class Event(NamedTuple):
 Listener = Callable[[Event], None]
 
 PATIENCE = 0.1
-"""Seconds that an event waits for its listeners: any that only counts or queues is done within one. A task is never held up
-longer, and not again until the listeners have caught up."""
+"""Seconds that a task waits for the listeners of an event, which is long for any that only counts or queues.
+It does not wait again until they have caught up."""
 
 BACKLOG = 1000
-"""Events kept for listeners that fell behind. Beyond it they are dropped, which is logged once; the log has them all."""
+"""Events kept for listeners that fell behind. Beyond it they are dropped, which is logged once."""
 
 _here: list[Listener] = []
 _listeners: list[tuple[Listener, Callable[[Event], bool]]] = []
@@ -137,6 +137,10 @@ class _Speaker:
     """Calls listeners on a thread of its own, one for each process, so that none can fail or block a task."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start anew. In a forked child the thread is the parent's, and its locks may be held."""
         self._lock = Lock()
         self._waiting: deque[tuple[Event, list[Listener], Lock]] = deque()
         self._some = Semaphore(0)
@@ -171,19 +175,13 @@ class _Speaker:
                 try:
                     listener(event)
                 except BaseException:  # whatever it raises is its own affair, an exit included
-                    logger.exception("a listener of celery_idem events failed on %s %s", event.kind, event.key)
+                    logger.exception(
+                        "a listener of celery_idem events failed on %s %s", event.kind, event.key
+                    )
             told.release()
             if not self._waiting:
                 self._behind = self._dropped = False
 
 
 _speaker = _Speaker()
-
-
-def _after_fork() -> None:
-    """The thread is the parent's, and its locks may be held."""
-    global _speaker
-    _speaker = _Speaker()
-
-
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(after_in_child=_speaker.reset)

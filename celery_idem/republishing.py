@@ -14,8 +14,8 @@ from typing import Any
 
 from celery import Celery
 from celery.app.task import Context
-from kombu import Exchange, Queue
 from kombu.common import Broadcast
+from kombu.entity import Exchange, Queue
 from kombu.serialization import registry
 
 try:
@@ -45,9 +45,7 @@ X_DEATH = re.compile(r"x-(?:death|(?:first|last)-death-(?:exchange|queue|reason)
 circle. Celery removes it since 5.7."""
 
 
-def restore(
-    options: dict[str, Any], request: Context, ignore_result: bool, given: Mapping[str, Any]
-) -> None:
+def restore(options: dict[str, Any], request: Context, ignore_result: bool, given: Mapping[str, Any]) -> None:
     """Complete the options that Celery's ``signature_from_request`` made: it copies less than a call may have.
 
     Args:

@@ -159,7 +159,9 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             except Exception:
                 if not self.task.acks_late:
                     raise
-                events.logger.warning("%s could not be published again; back to its queue", self.id, exc_info=True)
+                events.logger.warning(
+                    "%s could not be published again; back to its queue", self.id, exc_info=True
+                )
                 task_ready(self)
                 self.reject(requeue=True)
                 return True

@@ -19,7 +19,15 @@ from celery_idem.declaring import called_of
 from celery_idem.errors import ConfigurationError, IntentError
 from celery_idem.keys import Declaration
 from celery_idem.models import is_model
-from celery_idem.receipts import FIRST_LOOK, LONGEST_LOOK, LOOK_GROWTH, PENDING, Published, Receipt, submit_task
+from celery_idem.receipts import (
+    FIRST_LOOK,
+    LONGEST_LOOK,
+    LOOK_GROWTH,
+    PENDING,
+    Published,
+    Receipt,
+    submit_task,
+)
 from celery_idem.task import IdempotentTask
 
 if TYPE_CHECKING:
@@ -174,7 +182,9 @@ class Tool:
             occurrence = kwargs.pop("occurrence", None) or occurrence
         try:
             # Only where a record will say that the message was claimed.
-            published = self.published if self.idempotent and self.task.guard.settings.failure_ttl != 0 else None
+            published = (
+                self.published if self.idempotent and self.task.guard.settings.failure_ttl != 0 else None
+            )
             return submit_task(self.task, args, kwargs, scope, occurrence, idempotency_key, {}, published)
         except (TypeError, IntentError) as error:
             raise BadArguments([str(error)]) from None

@@ -23,19 +23,18 @@ TYPE = "task-idem-{}"
 the worker that the event names."""
 
 OTHER_TYPE = "idem-{}"
-"""Type of any other event, such as an operator's ``resolve``. Monitors make nothing of it: as a ``task-`` event it would
-become a worker of the process' name."""
+"""Type of any other event, such as an operator's ``resolve``. Monitors make nothing of it; a ``task-`` event
+would be a worker of that process' name to them."""
 
 _installed: dict[int, Callable[[], None]] = {}
 
-_node: str | None = None
-"""Name of the worker that this process belongs to, as its own events have it."""
+_node: list[str] = []
+"""Name of the worker that this process belongs to, as its own events have it; empty where it is none."""
 
 
-def in_worker(sender: str | None = None, **_: Any) -> None:
+def in_worker(sender: str, **_: Any) -> None:
     """This process is a worker of that name, and will fork its children."""
-    global _node
-    _node = sender
+    _node[:] = [sender]
 
 
 signals.celeryd_init.connect(in_worker)
@@ -61,5 +60,5 @@ def _send(app: Celery, event: events.Event) -> None:
     if task_id:
         fields["uuid"] = task_id
     form = TYPE if task_id and _node else OTHER_TYPE
-    with app.events.default_dispatcher(hostname=_node) as dispatcher:
+    with app.events.default_dispatcher(hostname=_node[0] if _node else None) as dispatcher:
         dispatcher.send(form.format(event.kind.replace("_", "-")), **fields)

@@ -93,7 +93,9 @@ def test_a_message_that_ended_without_a_claim(app: Celery) -> None:
     assert tool.submit({"invoice": "1"}).status == "accepted"
 
 
-def test_one_that_could_not_be_published_is_not_remembered(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_could_not_be_published_is_not_remembered(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tool = tool_of(app, "shop.pay")
     with monkeypatch.context() as broken:
         broken.setattr(app, "send_task", lambda *args, **kwargs: 1 / 0)

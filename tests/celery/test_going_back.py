@@ -137,7 +137,9 @@ def test_celery_reports_nothing_of_it(app: Celery, monkeypatch: pytest.MonkeyPat
     """Neither a retry, nor a state, nor a message that somebody sent."""
     app.conf.task_send_sent_event = True
     sent: list[str] = []
-    monkeypatch.setattr(app.amqp._event_dispatcher, "publish", lambda type, *args, **kwargs: sent.append(type))
+    monkeypatch.setattr(
+        app.amqp._event_dispatcher, "publish", lambda kind, *args, **kwargs: sent.append(kind)
+    )
     job = delivered(app)
     claimed(Ledger.from_app(app), job.key)
     for _ in range(3):
@@ -165,8 +167,20 @@ DELAY = "0." * 27 + "1."
         (AMQP, [Broadcast("all", queue="mine")], "", "mine", "mine"),
         (NOWHERE, [Broadcast("all", queue="mine")], "all", "celery", None),
         ("memory://", [Broadcast("all", queue="mine")], "all", "", None),
-        (AMQP, [Queue("a", ORDERS, "orders.*"), Queue("b", ORDERS, "bills.#")], "orders", "bills.new.eu", "b"),
-        (AMQP, [Queue("a", ORDERS, "orders.#.eu"), Queue("b", ORDERS, "bills.#")], "orders", "orders.eu", "a"),
+        (
+            AMQP,
+            [Queue("a", ORDERS, "orders.*"), Queue("b", ORDERS, "bills.#")],
+            "orders",
+            "bills.new.eu",
+            "b",
+        ),
+        (
+            AMQP,
+            [Queue("a", ORDERS, "orders.#.eu"), Queue("b", ORDERS, "bills.#")],
+            "orders",
+            "orders.eu",
+            "a",
+        ),
         (NOWHERE, [Queue("a", ORDERS, "orders.*"), Queue("b", ORDERS, "bills.#")], "orders", "orders.x", "a"),
         (AMQP, [Queue("a", Exchange("d", type="direct"), "k1")], "d", "k1", "a"),
         (AMQP, [Queue("a", Exchange("h", type="headers"), "k"), Queue("z")], "h", "whatever", "a"),
@@ -188,7 +202,11 @@ def test_it_goes_to_the_queue_that_it_came_from(
         return
     assert options is not None
     assert options["queue"].name == queue
-    assert (options["exchange"], options["routing_key"], options["queue"].exchange.type) == ("", queue, "direct")
+    assert (options["exchange"], options["routing_key"], options["queue"].exchange.type) == (
+        "",
+        queue,
+        "direct",
+    )
     assert all(declared in [*queues, Queue("z")] for declared in options["declare"])  # with its own arguments
 
 
@@ -284,7 +302,10 @@ def test_a_death_and_the_broker_is_away(monkeypatch: pytest.MonkeyPatch) -> None
     app.tasks["shop.pay"].delay("a")
     rejected: list[bool] = []
     request = IdempotentRequest(
-        taken(app), app=app, task=app.tasks["shop.pay"], on_reject=lambda log, errors, requeue: rejected.append(requeue)
+        taken(app),
+        app=app,
+        task=app.tasks["shop.pay"],
+        on_reject=lambda log, errors, requeue: rejected.append(requeue),
     )
 
     def away(key: str, again: int) -> None:

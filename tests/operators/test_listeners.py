@@ -115,10 +115,10 @@ class Dispatcher:
     def __exit__(self, *_: Any) -> None:
         pass
 
-    def send(self, type: str, **fields: Any) -> None:
+    def send(self, kind: str, **fields: Any) -> None:
         now = time.time()
         fields = {"clock": 1, "timestamp": now, "local_received": now, "pid": 1, **fields}
-        self.state.event({"type": type, "hostname": self.hostname, **fields})
+        self.state.event({"type": kind, "hostname": self.hostname, **fields})
 
 
 @pytest.mark.parametrize("node", [None, "w1@here"])
@@ -128,8 +128,10 @@ def test_no_event_makes_a_worker_that_does_not_exist(
 ) -> None:
     """Whatever thread and process it comes from: the main process (``died``), a side thread, a web server."""
     state = State()
-    state.event({"type": "worker-online", "hostname": "w1@here", "timestamp": 1.0, "local_received": 1.0, "clock": 1})
-    monkeypatch.setattr(celery_events, "_node", node)
+    state.event(
+        {"type": "worker-online", "hostname": "w1@here", "timestamp": 1.0, "local_received": 1.0, "clock": 1}
+    )
+    monkeypatch.setattr(celery_events, "_node", [node] if node else [])
     monkeypatch.setattr(app.events, "default_dispatcher", lambda hostname=None: Dispatcher(state, hostname))
     for details in ({"task_id": "t1"}, {"task_id": ""}, {}):
         celery_events._send(app, events.Event(kind, "shop.send_invoice:1", details))

@@ -53,7 +53,9 @@ def test_the_beginning_of_several_keys_is_none_of_them(idem: Idem, ledger: Ledge
     keys = [f"shop.send_invoice:{number:032x}" for number in range(2)]
     for key in keys:
         in_doubt(ledger, key)
-    more = {"resolve": ["--not-happened", "--evidence", "looked", "--yes"], "forget": ["--yes"]}.get(command, [])
+    more = {"resolve": ["--not-happened", "--evidence", "looked", "--yes"], "forget": ["--yes"]}.get(
+        command, []
+    )
     for start in ("shop.send_invoice:000", "s", ""):
         run = idem(command, start, *more)
         assert run.exit_code == 1, run.output

@@ -67,7 +67,9 @@ def test_settle_in_lets_the_authors_transaction_go_on(app: Celery, tmp_path: Pat
     with pytest.raises(ValueError, match="b"):
         task(app, fails).apply(("b",)).get()
     with sqlite3.connect(path) as made:
-        assert len(made.execute("SELECT what FROM invoices").fetchall()) == 2  # rolled back, as without a guard
+        assert (
+            len(made.execute("SELECT what FROM invoices").fetchall()) == 2
+        )  # rolled back, as without a guard
 
 
 def test_steps_and_the_claim_are_there(app: Celery, ran: Ran) -> None:

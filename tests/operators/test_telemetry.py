@@ -247,7 +247,7 @@ def queries() -> dict[str, str]:
 
 @pytest.mark.parametrize("where", queries())
 def test_dashboard_and_alerts_ask_for_what_there_is(where: str) -> None:
-    from celery_idem.desk import STATES
+    from celery_idem.claims import STATES
 
     query = queries()[where]
     names = re.findall(r"\bcelery_idem_\w+", query)
