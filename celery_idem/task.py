@@ -444,8 +444,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         key = f"{self.name}:{UNKEYED}"
         events.emit("shadow", key, task_id=request.id, would="refuse", why=type(error).__name__)
         asked = Request(owners.mint(), request.id or "", NO_FINGERPRINT, guard.options.policy)
-        request.idem_claim = Claim.unguarded(key, asked)
-        return self.run(*args, **kwargs)
+        delivery = Delivery(guard, self, request, args, kwargs, key, NO_FINGERPRINT)
+        return delivery.body(Claim.unguarded(key, asked))
 
     def _holds(self, key: str) -> bool:
         """A body that this code belongs to has the claim already."""

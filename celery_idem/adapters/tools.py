@@ -11,7 +11,8 @@ import json
 import time
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field as new
 from typing import TYPE_CHECKING, Any
 
 from celery_idem import events
@@ -96,7 +97,7 @@ class Tool:
     declaration: Declaration
     model: type[BaseModel]
     occurrences: bool
-    published: Published = field(default_factory=Published, repr=False, compare=False)
+    published: Published = new(default_factory=Published, repr=False, compare=False)
 
     @property
     def name(self) -> str:
