@@ -153,8 +153,12 @@ class _Speaker:
         told.acquire()
         with self._lock:
             if self._thread is None:
-                self._thread = Thread(target=self._run, name="celery_idem events", daemon=True)
-                self._thread.start()
+                thread = Thread(target=self._run, name="celery_idem events", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # no more threads: then the log alone has the event
+                    return
+                self._thread = thread
             full = len(self._waiting) >= BACKLOG
             if not full:
                 self._waiting.append((event, listeners, told))

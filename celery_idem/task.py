@@ -25,7 +25,16 @@ from celery_idem import declaring, events, keys, owners, placing, receipts, repu
 from celery_idem.claims import Claim
 from celery_idem.delivery import HELD, PROPAGATES, Delivery, Guard, Replaced
 from celery_idem.errors import ConfigurationError, IdempotencyError, StoreError
-from celery_idem.intent import CALLER_KEY, FINGERPRINT, KEY, NO_FINGERPRINT, OCCURRENCE, SCOPE, Answer, Request
+from celery_idem.intent import (
+    CALLER_KEY,
+    FINGERPRINT,
+    KEY,
+    NO_FINGERPRINT,
+    OCCURRENCE,
+    SCOPE,
+    Answer,
+    Request,
+)
 from celery_idem.receipts import Receipt
 
 if TYPE_CHECKING:

@@ -100,7 +100,7 @@ def test_it_keeps_what_it_was_published_with(app: Celery, how: str) -> None:
             run(Delivery(task.guard, task, request, request.args, request.kwargs, key, fingerprint))
     elif how == "death":
         parent = IdempotentRequest(first, app=app, task=task)
-        parent._publish_again(task.intent_key(what), 1)
+        parent._publish_again(1)
     else:
         task.push_request(**vars(request))
         with pytest.raises(Ignore.__base__):  # Retry
@@ -129,7 +129,7 @@ def test_what_the_author_asks_for_in_a_retry_counts(app: Celery) -> None:
 def test_a_history_of_dead_letters_does_not_travel(app: Celery) -> None:
     job = delivered(app, headers={"x-death": [{"count": 1}], "x-first-death-queue": "q", "x-mine": "1"})
     signature = job.task.signature_from_request(job.request)
-    assert signature.options["headers"] == {"x-mine": "1"}
+    assert {name for name in signature.options["headers"] if name.startswith("x-")} == {"x-mine"}
     assert "redelivered" not in signature.options
 
 
@@ -308,7 +308,7 @@ def test_a_death_and_the_broker_is_away(monkeypatch: pytest.MonkeyPatch) -> None
         on_reject=lambda log, errors, requeue: rejected.append(requeue),
     )
 
-    def away(key: str, again: int) -> None:
+    def away(again: int) -> None:
         raise ConnectionError("the broker")
 
     monkeypatch.setattr(request, "_publish_again", away)

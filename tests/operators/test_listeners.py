@@ -72,6 +72,25 @@ def test_whatever_a_listener_raises_is_its_own_affair(app: Celery, error: type[B
     wait_for(lambda: heard == ["settled", "settled"], message=lambda: str(heard))
 
 
+def test_no_thread_can_be_started(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
+    speaker = events._Speaker()
+    monkeypatch.setattr(events, "_speaker", speaker)
+
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    heard: list[str] = []
+    stop = events.listen(lambda event: heard.append(event.kind))
+    try:
+        with monkeypatch.context() as without:
+            without.setattr(events.Thread, "start", fail)
+            events.emit("told", "shop.send_invoice:1")
+        events.emit("told", "shop.send_invoice:2")
+        wait_for(lambda: heard == ["told"], message=lambda: str(heard))
+    finally:
+        stop()
+
+
 def test_a_receiver_of_a_signal_that_blocks_holds_up_no_task(app: Celery) -> None:
     gate = threading.Event()
     seen: list[str] = []
