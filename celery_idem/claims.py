@@ -20,9 +20,13 @@ from celery_idem.intent import (
     Policy,
     Record,
     Request,
+    State,
     Stored,
 )
 from celery_idem.stores.base import Reply
+
+STATES = (*(state.name.lower() for state in State), "lapsed")
+"""Names of all states an entry can be in."""
 
 
 class Entry:

@@ -23,7 +23,7 @@ from celery.states import FAILURE, PROPAGATE_STATES, SUCCESS
 from celery.utils.imports import symbol_by_name
 from celery.utils.time import maybe_iso8601
 
-from celery_idem import declaring, events, keys, placing
+from celery_idem import declaring, events, keys, placing, republishing
 from celery_idem.claims import Claim, Retries
 from celery_idem.digests import Digester
 from celery_idem.errors import (
@@ -78,8 +78,12 @@ MAX_FOLLOWS = 30
 minutes. Celery cannot tell a task that waits from one whose result has expired."""
 
 INLINE_LIMIT = 30.0
-"""Seconds an eager or direct call waits for another execution: the default lease, after
-which a dead one is decided."""
+"""Seconds an eager or direct call, or a copy on a fanout exchange of Redis, waits for another
+execution: the default lease, after which a dead one is decided."""
+
+BROKER_PATIENCE = 300.0
+"""Seconds a delivery waits in its slot while the broker does not take its message back: longer than a restart
+or a failover takes. A warm shutdown of a worker without a broker takes as long at most."""
 
 
 DOUBTFUL = {Raised.AMBIGUOUS, Raised.TIME_LIMIT, Raised.EXIT}
@@ -232,6 +236,10 @@ _SAID = {SUCCESS: Raised.SAID_DONE, FAILURE: Raised.SAID_FAILED}
 """Final states of Celery's that a body may write itself, with ``update_state``, before it raises ``Ignore``."""
 
 
+class Waiting(Ignore):  # type: ignore[misc]
+    """The message was published again and comes back. ``Ignore``: nothing happened that Celery could report."""
+
+
 class Replaced(Ignore):  # type: ignore[misc]
     """The body handed its action over to a task that has no guard of its own."""
 
@@ -245,6 +253,9 @@ class Delivery(Job):
 
     began = 0.0
     """When it began to wait in place, by this process' clock; 0: it does not."""
+
+    pauses = 0
+    """How often it waited in place."""
 
     def __init__(
         self,
@@ -452,10 +463,10 @@ class Delivery(Job):
     def come_back(
         self, seconds: float, carried: tuple[bytes, ...], why: str, busy: Busy | None = None
     ) -> None:
-        """Try again later: in place for a moment, then by a message that is published anew.
+        """Try again later: in place for a moment, then by a message that is published again.
 
-        This is what Celery's own ``retry`` does, less the counting: message id, chord, chain,
-        links and headers stay, and no retry is used up.
+        It goes back as it was: message id, chord, chain, links, headers, serializer and queue stay. Celery
+        counts no retry, writes no state and sends no ``task-retried``: for it this delivery is ignored.
         """
         if busy is not None and self.guard.settings.on_duplicate == "raise" and not self._continues(busy):
             raise self._in_progress(seconds)
@@ -467,18 +478,27 @@ class Delivery(Job):
             self.waited += 1
             threading.Event().wait(FIRST_WAIT * self.waited)
             return
+        route = republishing.to_its_queue(self.task.app, self.request)
+        if route is None:  # a fanout: what is published to it again reaches every worker
+            self._wait_in_place(seconds, why, busy)
+            return
         delay = max(backoff(waits, seconds), self._shortest_delay())
         signature = self.task.signature_from_request(
             self.request, countdown=delay, retries=self.request.retries
         )
+        signature.options.update(route)
         signature.options["headers"] |= {
             KEY: self.key,
             FINGERPRINT: self.fingerprint.packed.hex(),
             WAITS: waits + 1,
             CARRIED: [owner.hex() for owner in carried],
         }
-        signature.apply_async()
-        raise Retry(f"{self.key}: {why}", when=delay, sig=signature)
+        try:
+            signature.apply_async()
+        except Exception as error:  # of any driver, or of a serializer: what is known here stays known
+            self._stay(seconds, why, busy, error)
+            return
+        raise Waiting(f"{self.key}: {why}")
 
     def _continues(self, busy: Busy) -> bool:
         """Not a duplicate: a redelivery, or the intent's own retry."""
@@ -487,7 +507,7 @@ class Delivery(Job):
     def _shortest_delay(self) -> float:
         """Seconds. With quorum queues Celery lets RabbitMQ do the waiting: whole seconds, and an error for none."""
         driver = self.task.app.connection_for_write().transport.driver_type
-        return 1.0 if driver == "amqp" else 0.0
+        return 1.0 if driver == republishing.AMQP else 0.0
 
     @property
     def _waits(self) -> int:
@@ -496,15 +516,55 @@ class Delivery(Job):
         return waits if isinstance(waits, int) and waits >= 0 else 0
 
     def _wait_in_place(self, seconds: float, why: str, busy: Busy | None) -> None:
+        """Wait for ``INLINE_LIMIT``: there is no message to send back, or no way back for it."""
+        if self._waited_for() > INLINE_LIMIT:
+            if not self.in_place and self._is_a_copy():
+                raise Waiting(f"{self.key}: its other delivery answers")
+            raise self._not_run(seconds, why, busy)
+        self._pause(seconds)
+
+    def _stay(self, seconds: float, why: str, busy: Busy | None, error: Exception) -> None:
+        """The broker did not take the message: wait here for ``BROKER_PATIENCE``, and look again meanwhile.
+
+        The answer may be there before the broker is. A worker without a broker receives nothing, so
+        its slot is free.
+        """
+        if not self.began:
+            events.emit("broker_error", self.key, task_id=self.task_id, error=type(error).__name__)
+            events.logger.debug("%s could not be published again", self.key, exc_info=error)
+        try:
+            if self._waited_for() <= BROKER_PATIENCE:
+                self._pause(seconds)
+                return
+        except SoftTimeLimitExceeded:
+            events.logger.warning("%s: a soft time limit ended the waiting", self.key)
+        if self.task.acks_late:  # the message is the broker's still
+            raise Reject(f"{self.key}: {why}", requeue=True) from error
+        raise self._not_run(seconds, why, busy) from error
+
+    def _waited_for(self) -> float:
         now = time.monotonic()
         if not self.began:
             self.began = now
-        if now - self.began > INLINE_LIMIT:
-            if busy is not None:
-                raise self._in_progress(seconds)
-            raise StoreError(f"{why} Nothing was run for {self.key}.", self.key)
-        threading.Event().wait(min(backoff(self.waited, seconds), FIRST_WAIT * 2**self.waited, 1.0))
-        self.waited += 1
+        return now - self.began
+
+    def _pause(self, seconds: float) -> None:
+        pauses = self.pauses
+        self.pauses += 1
+        threading.Event().wait(min(backoff(pauses, seconds), FIRST_WAIT * 2 ** min(pauses, 5), 1.0))
+
+    def _is_a_copy(self) -> bool:
+        """Another delivery of the same message, under the same task id, holds the intent and gives the answer."""
+        try:
+            entry = self.guard.ledger.get(self.key)
+        except StoreError:
+            return False
+        return entry is not None and entry.record.task_id == self.task_id
+
+    def _not_run(self, seconds: float, why: str, busy: Busy | None) -> Exception:
+        if busy is not None:
+            return self._in_progress(seconds)
+        return StoreError(f"{why} Nothing was run for {self.key}.", self.key)
 
     def _in_progress(self, seconds: float) -> InProgress:
         return InProgress(

@@ -29,7 +29,6 @@ from celery_idem.intent import (
     NotHappened,
     Replay,
     Request,
-    State,
     Unknown,
 )
 from celery_idem.ledger import Ledger
@@ -42,9 +41,6 @@ if TYPE_CHECKING:
 DOUBTFUL = ("in_doubt", "lapsed")
 """States that wait for somebody to find out. ``lapsed`` becomes ``in_doubt`` at its next delivery,
 and when none comes it stays: both need an eye."""
-
-STATES = (*(state.name.lower() for state in State), "lapsed")
-"""Names of all states an entry can be in."""
 
 
 class Arguments(NamedTuple):
@@ -116,7 +112,7 @@ class Desk:
         """Intents, in no order and in bounded memory.
 
         Args:
-            state: one of ``STATES``.
+            state: one of ``claims.STATES``.
             older_than: only those whose last write is at least that many seconds ago.
             tick: see ``Ledger.list``.
         """
@@ -136,6 +132,8 @@ class Desk:
         Raises:
             IdempotencyError: there is none, or there are several.
         """
+        if not key:
+            raise IdempotencyError("Every key begins with nothing. Give a key, or the beginning of one.")
         try:
             key.encode()
         except UnicodeEncodeError:
@@ -144,12 +142,12 @@ class Desk:
         if entry is not None:
             return entry
         if keys.task_of(key) is None:  # not a whole key
-            found = {entry.key: entry for entry in self._beginning_with(key)}
+            found = self._beginning_with(key)
             if len(found) == 1:
                 return next(iter(found.values()))
             if found:
                 raise IdempotencyError(
-                    f"Several intents begin with {key!r}, such as {min(found)}. Give more of the key."
+                    f"Several intents begin with {key!r}, such as {' and '.join(sorted(found))}. Give more of the key."
                 )
         places = ", ".join(f"{ledger.store.url} (namespace {ledger.namespace})" for ledger in self.ledgers())
         raise IdempotencyError(
@@ -158,14 +156,18 @@ class Desk:
             key,
         )
 
-    def _beginning_with(self, start: str) -> Iterator[Entry]:
+    def _beginning_with(self, start: str) -> dict[str, Entry]:
+        """Intents by key; two are enough to know that a beginning is ambiguous. A store may name a key twice."""
+        found: dict[str, Entry] = {}
         for ledger in self.ledgers():
-            for n, (stored_key, _) in enumerate(ledger.store.scan(f"{ledger.namespace}:{start}")):
-                entry = ledger.get(stored_key.partition(":")[2])
+            for stored_key, _ in ledger.store.scan(f"{ledger.namespace}:{start}"):
+                key = stored_key.partition(":")[2]
+                entry = None if key in found else ledger.get(key)
                 if entry is not None:
-                    yield entry
-                if n:  # two are enough to know that it is ambiguous
-                    break
+                    found[key] = entry
+                    if len(found) > 1:
+                        return found
+        return found
 
     def stats(self) -> dict[tuple[str, str], Tally]:
         """Counts by (task, state) over all ledgers."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from celery_idem import clock, codec, events, keys, protocol
-from celery_idem.claims import Claim, Entry, Tally, age, lease_lost, renewed, tallied
+from celery_idem.claims import STATES, Claim, Entry, Tally, age, lease_lost, renewed, tallied
 from celery_idem.codec import Codec, NotStorable
 from celery_idem.errors import IdempotencyError, StoreError
 from celery_idem.intent import (
@@ -32,6 +32,7 @@ from celery_idem.intent import (
     Refused,
     Request,
     State,
+    Stored,
     Unknown,
     Verdict,
 )
@@ -46,6 +47,22 @@ SHADOW = "~shadow"
 
 DAY = 86_400.0
 """Seconds; what ``result_ttl`` is where nobody said otherwise."""
+
+
+REMEMBERED = 50_000
+"""Keys, at least, that a listing remembers: 15 MB at most. Redis repeats a key within the part of its table that it
+is about to merge, so soon; where a cluster moves slots the whole listing is repeated."""
+
+
+def _each_once(found: Iterator[tuple[str, Stored]]) -> Iterator[tuple[str, Stored]]:
+    recent: set[str] = set()
+    older: set[str] = set()
+    for key, stored in found:
+        if key not in recent and key not in older:
+            if len(recent) >= REMEMBERED:
+                recent, older = set(), recent
+            recent.add(key)
+            yield key, stored
 
 
 class Ledger(Transitions):
@@ -296,14 +313,27 @@ class Ledger(Transitions):
     def list(
         self, state: str | None = None, task: str | None = None, tick: Callable[[], object] | None = None
     ) -> Iterator[Entry]:
-        """Intents, in no order and in bounded memory.
+        """Intents, in no order and in bounded memory, each once.
+
+        A server may name a key again while its table shrinks or its slots move; it is left out where it was
+        among the latest ``REMEMBERED`` keys, which is where such repetitions are.
 
         Args:
             state: only those in this state (``"in_doubt"``, ``"lapsed"``, …).
             task: only those of this task.
             tick: called for every record that is read, wanted or not. What it raises ends the listing.
+
+        Raises:
+            IdempotencyError: there is no such state.
         """
-        wanted = state.lower() if state else None
+        wanted = state.lower() if state is not None else None
+        if wanted is not None and wanted not in STATES:
+            raise IdempotencyError(f"There is no state {state!r}. The states are {', '.join(STATES)}.")
+        return self._list(wanted, task, tick)
+
+    def _list(
+        self, wanted: str | None, task: str | None, tick: Callable[[], object] | None
+    ) -> Iterator[Entry]:
         prefix = f"{self._prefix}{task}:" if task else self._prefix
         now = self.store.read(self._prefix).now
         if wanted is None:
@@ -311,7 +341,7 @@ class Ledger(Transitions):
         else:
             name = "RUNNING" if wanted == "lapsed" else wanted.upper()
             found = self.store.scan_states(prefix, bytes([s for s in State if s.name == name]))
-        for stored_key, stored in found:
+        for stored_key, stored in _each_once(found):
             if tick is not None:
                 tick()
             key = stored_key.removeprefix(self._prefix)

@@ -23,7 +23,8 @@ import base64
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime
 from datetime import time as clock_time
@@ -221,6 +222,50 @@ def in_scope(setting: Any, given: Any = None) -> str | None:
     return keys.label("scope", given)
 
 
+PUBLISHED_FOR = 30.0
+"""Seconds for which a repeat of something published and not yet claimed is not published again: most queues are
+quicker, and one whose message got lost is published again after so long."""
+
+PUBLISHED_MAX = 10_000
+"""Intents remembered at once, about 5 MB. The oldest is forgotten first: its repeat is one more message."""
+
+
+class Published:
+    """What this process has published and no worker has claimed: no record says so yet."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: OrderedDict[str, tuple[float, Fingerprint, int, str]] = OrderedDict()
+
+    def first(self, key: str, fingerprint: Fingerprint, fence: int, ended: Callable[[str], bool]) -> bool:
+        """Is the caller the first to publish this intent? Then it is remembered.
+
+        Args:
+            fence: of its record, 0 without one. Another one since: the message was claimed.
+            ended: whether the message with this task id came to an end, as Celery knows it.
+        """
+        now = time.monotonic()
+        with self._lock:
+            until, known, seen, task_id = self._known.get(key, (0.0, fingerprint, fence, ""))
+        if until > now and (known, seen) == (fingerprint, fence) and not (task_id and ended(task_id)):
+            return False
+        with self._lock:
+            if self._known.get(key, (0.0,))[0] > until:  # another thread was faster
+                return False
+            self._known[key] = (now + PUBLISHED_FOR, fingerprint, fence, "")
+            self._known.move_to_end(key)
+            while len(self._known) > PUBLISHED_MAX:
+                self._known.popitem(last=False)
+        return True
+
+    def done(self, key: str, task_id: str | None) -> None:
+        """It was published under this task id; None: it was not."""
+        with self._lock:
+            known = self._known.pop(key, None)
+            if known is not None and task_id is not None:
+                self._known[key] = (*known[:3], task_id)
+
+
 def submit(
     app: Celery,
     name: str,
@@ -271,8 +316,13 @@ def submit_task(
     occurrence: str | None,
     idempotency_key: str | None,
     options: Mapping[str, Any],
+    published: Published | None = None,
 ) -> Receipt:
-    """What ``IdempotentTask.submit`` does. One look for what is known already."""
+    """What ``IdempotentTask.submit`` does. One look for what is known already.
+
+    Args:
+        published: what the caller's process has published before.
+    """
     guard = task.guard
     ledger = guard.ledger
     scope = in_scope(guard.settings.scope, scope)
@@ -282,7 +332,7 @@ def submit_task(
     secret = bool(guard.declaration.secret)
     source = _Source(task.app, ledger, fingerprint, guard.options.policy, published=False, secret=secret)
     try:
-        entry = ledger.look(key)
+        entry = None if guard.settings.shadow else ledger.look(key)
     except StoreError as error:
         # The worker looks again before it runs anything, so a store that is down here stops nothing.
         events.emit("store_error", key, error=str(error), while_="submitting", then="published")
@@ -292,15 +342,29 @@ def submit_task(
         if known is not None:
             events.emit("told", key, status=known.status)
             return known
-    result = task.apply_async(
-        tuple(args),
-        dict(kwargs),
-        scope=scope,
-        occurrence=occurrence,
-        idempotency_key=idempotency_key,
-        **options,
-    )
-    return _accepted(key, result.id, source._replace(published=True))
+    mine = source._replace(published=True)
+    if published is not None:
+
+        def ended(task_id: str) -> bool:
+            return _celery_result(Receipt("in_progress", key, task_id), mine, entry) is not None
+
+        if not published.first(key, fingerprint, entry.record.fence if entry is not None else 0, ended):
+            events.emit("told", key, status="in_progress")
+            return Receipt("in_progress", key, retry_after=1.0, next=RUNNING, _source=source)
+    task_id = None
+    try:
+        task_id = task.apply_async(
+            tuple(args),
+            dict(kwargs),
+            scope=scope,
+            occurrence=occurrence,
+            idempotency_key=idempotency_key,
+            **options,
+        ).id
+    finally:
+        if published is not None:
+            published.done(key, task_id)
+    return _accepted(key, task_id, mine)
 
 
 def look_up(app: Celery, key: str, scope: str | None = None) -> Receipt | None:

@@ -12,7 +12,6 @@ from typing import Any
 
 from celery_idem import events, owners, protocol
 from celery_idem.claims import Claim
-from celery_idem.errors import StoreError
 from celery_idem.intent import (
     Acquired,
     Ask,
@@ -21,6 +20,7 @@ from celery_idem.intent import (
     InDoubt,
     Mismatch,
     Outcome,
+    Raised,
     Replay,
     Request,
     State,
@@ -85,12 +85,10 @@ class ShadowRunner(Runner):
             would, evidence = _would(decision)
             events.emit("shadow", job.key, task_id=job.task_id, would=would, why=evidence)
             self._shadow.note_shadow(job.key, would, evidence, request)
-        except StoreError as error:
-            self._be_quiet(job, error)
-        except (RuntimeError, MemoryError) as error:  # no thread for the lease
+        except Exception as error:  # that of a store, or no thread for the lease
             if claim is not None:
                 RENEWER.unwatch(claim, self._shadow)
-            self._be_quiet(job, StoreError(str(error)))
+            self._be_quiet(job, error)
         return None
 
     def _end(self, job: Job, claim: Claim | None, ending: State, error: BaseException | None) -> None:
@@ -106,10 +104,13 @@ class ShadowRunner(Runner):
                 self._shadow.doubt(claim, type(error).__name__, 0.0)
             else:
                 self._shadow.settle(claim, Outcome(ending is State.SUCCEEDED, None, NO_RESULT), 0.0)
-        except StoreError as silence:
+        except Exception as silence:
             self._be_quiet(job, silence)
 
-    def _be_quiet(self, job: Job, error: StoreError) -> None:
+    def _be_quiet(self, job: Job, error: Exception) -> None:
+        """Whatever goes wrong with the shadow's own work is no concern of the body."""
+        if job.kind_of(error) is Raised.TIME_LIMIT:  # that is not the shadow's error: it fires anywhere
+            raise error
         self._quiet_until = time.monotonic() + QUIET
         events.emit("store_error", job.key, error=str(error), while_="shadowing", then="run")
 

@@ -9,7 +9,8 @@
         ...
 
 ``sender`` is the task's name, so ``connect(sender="shop.send_invoice")`` filters; ``event`` is an
-``events.Event``. A receiver runs where the event happened, in the worker's process: be quick.
+``events.Event``. A receiver runs in the process where the event happened, on a thread of its own: there is no current
+task. See ``celery_idem.events`` for one that fails or blocks.
 """
 
 from __future__ import annotations
@@ -35,4 +36,4 @@ def _send(event: events.Event) -> None:
     SIGNALS[event.kind].send(sender=event.task, event=event)
 
 
-events.listen(_send)
+events.listen(_send, wants=lambda event: bool(SIGNALS[event.kind].receivers))

@@ -22,11 +22,19 @@ from celery.exceptions import Ignore, Retry
 from celery.utils import uuid
 from celery.utils.imports import symbol_by_name
 
-from celery_idem import declaring, keys, placing, publishing, receipts, retrying
+from celery_idem import declaring, events, keys, owners, placing, publishing, receipts, republishing, retrying
 from celery_idem.claims import Claim
 from celery_idem.delivery import HELD, PROPAGATES, Delivery, Guard, Replaced, as_headers
 from celery_idem.errors import ConfigurationError, IdempotencyError, StoreError
-from celery_idem.intent import CALLER_KEY, KEY, MESSAGE, SCOPE, Answer
+from celery_idem.intent import (
+    CALLER_KEY,
+    KEY,
+    MESSAGE,
+    NO_FINGERPRINT,
+    SCOPE,
+    Answer,
+    Request,
+)
 from celery_idem.publishing import LOOPS
 from celery_idem.receipts import Receipt
 
@@ -37,6 +45,9 @@ if TYPE_CHECKING:
 
 OWN_WORDS = frozenset({"scope", "occurrence", "idempotency_key"})
 """What ``submit`` takes beside the task's own arguments."""
+
+UNKEYED = "0" * 32
+"""The digest in the key of a call that has none."""
 
 
 class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task is untyped before 5.7
@@ -293,6 +304,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             retrying.shape_retry(self, request, signature, given, *maybe_apart)
         else:
             retrying.continue_intent(self, request, signature)
+        republishing.restore(signature.options, request, self.ignore_result, options)
         return signature
 
     def update_state(self, task_id: Any = None, state: Any = None, meta: Any = None, **kwargs: Any) -> None:
@@ -403,7 +415,11 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
                 arguments = None
             headers = self._identified(headers, given, message, same)
             if arguments is not None:
-                headers[KEY] = keys.key_of(declaration, self.guard.ledger.namespace, arguments, headers)
+                try:
+                    headers[KEY] = keys.key_of(declaration, self.guard.ledger.namespace, arguments, headers)
+                except Exception:
+                    if not self.guard.settings.shadow:  # which refuses no call
+                        raise
         options["headers"] = headers
         return options
 
@@ -475,9 +491,14 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             keys.check_call(self.name, given, None)
         if self.typing:  # a call that does not fit claims nothing; a class-based task has no __header__
             getattr(self, "__header__", guard.declaration.signature.bind)(*args, **kwargs)
-        if guard.unusable:
-            guard.check_serializer()
-        key, fingerprint = guard.identify(request, args, kwargs)
+        try:
+            if guard.unusable:
+                guard.check_serializer()
+            key, fingerprint = guard.identify(request, args, kwargs)
+        except Exception as error:
+            if not guard.settings.shadow:
+                raise
+            return self._run_unkeyed(guard, request, args, kwargs, error)
         if HELD.get() is not None and self._holds(key):
             return self.run(*args, **kwargs)
         return guard.runner.run(Delivery(guard, self, request, args, kwargs, key, fingerprint))
@@ -500,6 +521,14 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             if held.task is self:
                 yield held
             held = held.outer
+
+    def _run_unkeyed(self, guard: Guard, request: Context, args: Any, kwargs: Any, error: Exception) -> Any:
+        """Shadow mode, and a call that has no key: a guard would refuse it."""
+        key = f"{self.name}:{UNKEYED}"
+        events.emit("shadow", key, task_id=request.id, would="refuse", why=type(error).__name__)
+        asked = Request(owners.mint(), request.id or "", NO_FINGERPRINT, guard.options.policy)
+        delivery = Delivery(guard, self, request, args, kwargs, key, NO_FINGERPRINT)
+        return delivery.body(Claim.unguarded(key, asked))
 
     def _holds(self, key: str) -> bool:
         """A body that this code belongs to has the claim already."""
@@ -607,6 +636,9 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             ConfigurationError: another database, or no transaction.
         """
         ledger, claim = self.guard.ledger, self._open_claim
+        if self.guard.settings.shadow:  # the transaction is the author's alone
+            yield Settlement()
+            return
         if not claim.guarded:
             raise StoreError(
                 f"{claim.key} runs without a store (on_store_error='run'), so its outcome cannot be committed."

@@ -28,7 +28,7 @@ from celery.utils.saferepr import saferepr
 from celery.worker.request import Request
 from celery.worker.state import task_ready
 
-from celery_idem import events, owners, protocol, publishing, purging
+from celery_idem import events, owners, protocol, publishing, purging, republishing
 from celery_idem.bounded import Bounded, TooLateError
 from celery_idem.claims import doubt_message
 from celery_idem.errors import ConfigurationError, OutcomeUnknown
@@ -65,6 +65,13 @@ class IdempotentRequest(Request):  # type: ignore[misc]
     """Celery's request of an idempotent task, in the worker's main process."""
 
     _idem_decided = False
+
+    def __init__(self, message: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(message, *args, **kwargs)
+        # The child that publishes the message again must know its serializer. RabbitMQ has it among the properties.
+        properties = self._request_dict["properties"]
+        if "content_type" not in properties:
+            self._request_dict["properties"] = {**properties, "content_type": self._content_type}
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
         """Celery's hook for what a child raised (``return_ok``), and for its death."""
@@ -103,6 +110,8 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         if process and isinstance(error, TimeLimitExceeded) and not _ended(process):
             return False  # it lives, and may still act: its lease protects it
         guard = self.task.guard
+        if guard.settings.shadow:
+            return False
         context = self._context
         key, _ = guard.identify(context, self.args, self.kwargs)
         again = _count(context.headers)
@@ -145,7 +154,17 @@ class IdempotentRequest(Request):  # type: ignore[misc]
 
     def _carry_out(self, verdict: Verdict, key: str, again: int) -> bool:
         if isinstance(verdict, Again):
-            self._publish_again(again + 1)
+            try:
+                self._publish_again(again + 1)
+            except Exception:
+                if not self.task.acks_late:
+                    raise
+                events.logger.warning(
+                    "%s could not be published again; back to its queue", self.id, exc_info=True
+                )
+                task_ready(self)
+                self.reject(requeue=True)
+                return True
         task_ready(self)
         if isinstance(verdict, InDoubt):
             self._tell(OutcomeUnknown(doubt_message(key, verdict.reason), key, verdict.reason))
@@ -159,6 +178,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         """The same message: id, chord, chain, links and headers stay, and no retry is used up."""
         context = self._context
         signature = self.task.signature_from_request(context, retries=context.retries)
+        signature.options.update(republishing.to_its_queue(self.task.app, context) or {})
         signature.options["headers"][DEATHS] = again
         # On a connection of its own: those in the application's pool are shared with the children
         # forked since, and a child that drops its copy shuts the socket down for everybody.

@@ -245,6 +245,6 @@ def pytest_runtest_makereport(
 def bench() -> Iterator[Bench]:
     """A runner over a store in memory, and every event."""
     made = Bench()
-    stop = events.listen(made.events.append)
+    stop = events.listen(made.events.append, here=True)
     yield made
     stop()

@@ -178,7 +178,7 @@ def test_a_listener_and_a_log_filter_that_fail_change_no_outcome(bench: Bench) -
     def fail(*_: Any) -> bool:
         raise RuntimeError("the monitoring is down")
 
-    stop = events.listen(fail)
+    stop = events.listen(fail, here=True)
     level = events.logger.level
     events.logger.addFilter(fail)
     events.logger.setLevel(logging.DEBUG)

@@ -284,7 +284,7 @@ def test_a_body_learns_that_nobody_could_renew(ledger: Ledger) -> None:
 
 def test_a_body_learns_that_somebody_took_over(ledger: Ledger) -> None:
     seen: list[events.Event] = []
-    stop = events.listen(seen.append)
+    stop = events.listen(seen.append, here=True)
     renewer = Renewer()
     claim = claimed(ledger, "k")
     wait_for(lambda: (entry := ledger.get("k")) and entry.state == "lapsed", SOON, "the lease to lapse")

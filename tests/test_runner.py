@@ -352,7 +352,7 @@ def test_a_listener_that_fails_costs_nothing(bench: Bench) -> None:
     def broken(event: events.Event) -> None:
         raise RuntimeError
 
-    stop = events.listen(broken)
+    stop = events.listen(broken, here=True)
     try:
         assert bench.run() == "done"
     finally:

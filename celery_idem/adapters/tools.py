@@ -12,6 +12,7 @@ import time
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from dataclasses import field as new
 from typing import TYPE_CHECKING, Any
 
 from celery_idem import events
@@ -19,7 +20,15 @@ from celery_idem.declaring import called_of
 from celery_idem.errors import ConfigurationError, IntentError
 from celery_idem.keys import Declaration
 from celery_idem.models import is_model
-from celery_idem.receipts import FIRST_LOOK, LONGEST_LOOK, LOOK_GROWTH, PENDING, Receipt, submit_task
+from celery_idem.receipts import (
+    FIRST_LOOK,
+    LONGEST_LOOK,
+    LOOK_GROWTH,
+    PENDING,
+    Published,
+    Receipt,
+    submit_task,
+)
 from celery_idem.task import IdempotentTask
 
 if TYPE_CHECKING:
@@ -88,6 +97,7 @@ class Tool:
     declaration: Declaration
     model: type[BaseModel]
     occurrences: bool
+    published: Published = new(default_factory=Published, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -172,7 +182,11 @@ class Tool:
         if self.occurrences:
             occurrence = kwargs.pop("occurrence", None) or occurrence
         try:
-            return submit_task(self.task, args, kwargs, scope, occurrence, idempotency_key, {})
+            # Only where a record will say that the message was claimed.
+            published = (
+                self.published if self.idempotent and self.task.guard.settings.failure_ttl != 0 else None
+            )
+            return submit_task(self.task, args, kwargs, scope, occurrence, idempotency_key, {}, published)
         except (TypeError, IntentError) as error:
             raise BadArguments([str(error)]) from None
         except Exception as error:  # of any driver: there is no receipt, but there must be an answer

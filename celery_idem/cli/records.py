@@ -12,11 +12,11 @@ from typing import Any
 
 import click
 
-from celery_idem.claims import Entry, tallied
+from celery_idem.claims import STATES, Entry, tallied
 from celery_idem.cli.group import idem
 from celery_idem.cli.reading import Reading, within_option
 from celery_idem.cli.screen import Screen, command, yes_option
-from celery_idem.desk import DOUBTFUL, STATES, Desk, Oldest, duration
+from celery_idem.desk import DOUBTFUL, Desk, Oldest, duration
 from celery_idem.intent import Happened, NotHappened
 
 LINES = 50

@@ -34,6 +34,7 @@ class AtStart(bootsteps.StartStopStep):  # type: ignore[misc]
     def __init__(self, parent: Any, **_: Any) -> None:
         super().__init__(parent)
         if getattr(parent, "task_events", False):  # -E. Before the pool forks, so that its children send too.
+            celery_events.in_worker(parent.hostname)
             celery_events.install(parent.app)
 
     def start(self, parent: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
-from celery import current_task
+from celery import signals
 
 from celery_idem import events
 
@@ -19,23 +19,31 @@ RARE = frozenset(events.LEVELS) - {"claimed", "settled", "scheduled"}
 """Kinds that are sent. The others happen with every task, and Celery's own events tell as much."""
 
 TYPE = "task-idem-{}"
-"""Type of an event of a task's execution: Celery's monitors show it as a state of that task."""
+"""Type of an event of a task's execution in a worker: Celery's monitors show it as a state of that task, on
+the worker that the event names."""
 
 OTHER_TYPE = "idem-{}"
-"""Type of an event that no execution stands behind, such as somebody's ``resolve``."""
+"""Type of any other event, such as an operator's ``resolve``. Monitors make nothing of it; a ``task-`` event
+would be a worker of that process' name to them."""
 
 _installed: dict[int, Callable[[], None]] = {}
+
+_node: list[str] = []
+"""Name of the worker that this process belongs to, as its own events have it; empty where it is none."""
+
+
+def in_worker(sender: str, **_: Any) -> None:
+    """This process is a worker of that name, and will fork its children."""
+    _node[:] = [sender]
+
+
+signals.celeryd_init.connect(in_worker)
 
 
 def install(app: Celery, kinds: Collection[str] = RARE) -> Callable[[], None]:
     """Send events of these kinds; returns a function that stops it. Installing twice counts once."""
     if id(app) not in _installed:
-
-        def send(event: events.Event) -> None:
-            if event.kind in kinds:
-                _send(app, event)
-
-        stop = events.listen(send)
+        stop = events.listen(lambda event: _send(app, event), wants=lambda event: event.kind in kinds)
 
         def uninstall() -> None:
             if _installed.pop(id(app), None) is not None:
@@ -49,10 +57,8 @@ def _send(app: Celery, event: events.Event) -> None:
     fields: dict[str, Any] = {"idem_key": event.key, "idem_task": event.task}
     fields.update({name: value for name, value in event.details.items() if name != "task_id"})
     task_id = event.details.get("task_id")
-    kind = event.kind.replace("_", "-")
-    hostname = getattr(current_task.request, "hostname", None) if current_task else None
-    with app.events.default_dispatcher(hostname=hostname) as dispatcher:
-        if task_id:
-            dispatcher.send(TYPE.format(kind), uuid=task_id, **fields)
-        else:
-            dispatcher.send(OTHER_TYPE.format(kind), **fields)
+    if task_id:
+        fields["uuid"] = task_id
+    form = TYPE if task_id and _node else OTHER_TYPE
+    with app.events.default_dispatcher(hostname=_node[0] if _node else None) as dispatcher:
+        dispatcher.send(form.format(event.kind.replace("_", "-")), **fields)

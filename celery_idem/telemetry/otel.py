@@ -45,7 +45,7 @@ def install(meter_provider: MeterProvider | None = None) -> Callable[[], None]:
         span.set_attribute("celery_idem.outcome", event.kind)
         span.add_event(f"celery_idem.{event.kind}", _attributes(event.details))
 
-    return events.listen(tell)
+    return events.listen(tell, here=True)  # the span is the thread's
 
 
 def _attributes(details: dict[str, Any]) -> dict[str, Any]:

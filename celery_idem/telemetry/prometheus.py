@@ -69,7 +69,7 @@ def install(registry: CollectorRegistry | None = None) -> Callable[[], None]:
     def count(event: events.Event) -> None:
         counter.labels(event.task, event.kind).inc()
 
-    stop = events.listen(count)
+    stop = events.listen(count, here=True)  # adds to a number in memory
 
     def uninstall() -> None:
         stop()

@@ -434,7 +434,7 @@ def from_environment() -> Celery | None:
     def listen(event: events.Event) -> None:
         effects.add(event.key, event=event.kind, succeeded=event.details.get("succeeded"))
 
-    events.listen(listen)
+    events.listen(listen, here=True)
     return make(**place)
 
 

@@ -45,7 +45,9 @@ def test_down_before_the_body_it_comes_back_and_uses_no_retries(
     results = [stage.pay.delay(name) for _ in range(3)]
     retried = stage.retried.delay(f"{name}-retried", 3)  # needs every retry that it has
     wait_for(
-        lambda: {r.state for r in (*results, retried)} == {"RETRY"}, SOON, "messages that come back later"
+        lambda: all(stage.worker.sent_back(r.id) for r in (*results, retried)),
+        SOON,
+        "messages that come back later",
     )
     assert stage.effects.count(name) == 0
     store.restart()
@@ -60,7 +62,7 @@ def test_frozen_before_the_body(stage: Stage, store: RedisServer, name: str) -> 
     store.pause()
     try:
         result = stage.app.tasks["pay"].delay(name)
-        wait_for(lambda: result.state == "RETRY", SOON, lambda: result.state)
+        wait_for(lambda: stage.worker.sent_back(result.id), SOON, lambda: result.state)
     finally:
         store.resume()
     assert result.get(timeout=SOON) == {"paid": 5, "of": [name]}

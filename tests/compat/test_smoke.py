@@ -98,7 +98,7 @@ def test_a_duplicate_of_something_running(stage: Stage, name: str) -> None:
     first = stage.call("slow", name)
     stage.effects.wait(name)
     second = stage.call("slow", name)
-    wait_for(lambda: second.state == "RETRY", SOON, lambda: f"the duplicate to wait, it is {second.state}")
+    wait_for(lambda: stage.worker.sent_back(second.id), SOON, "the duplicate to wait")
     Gate(stage.folder / f"gate-{name}").open()
     assert first.get(timeout=SOON) == second.get(timeout=SOON) == f"slow {name}"
     assert stage.effects.count(name) == 1
@@ -166,7 +166,7 @@ def test_a_message_that_was_dead_lettered(stage: Stage, name: str) -> None:
             serializer="json",
         )
         late = stage.app.AsyncResult(task_id)
-        wait_for(lambda: late.state == "RETRY", SOON, lambda: f"the duplicate to wait, it is {late.state}")
+        wait_for(lambda: stage.worker.sent_back(task_id), SOON, "the duplicate to wait")
         parking.delete()
     Gate(stage.folder / f"gate-{name}").open()
     assert first.get(timeout=SOON) == late.get(timeout=SOON) == f"slow {name}"

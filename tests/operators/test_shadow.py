@@ -56,7 +56,7 @@ def report(app: Celery) -> dict[str, dict[str, Any]]:
 def test_nothing_is_blocked_and_everything_is_counted(shop: Celery, ran: Ran) -> None:
     charge = shop.tasks["shop.charge"]
     heard: list[Any] = []
-    stop = events.listen(heard.append)
+    stop = events.listen(heard.append, here=True)
     try:
         assert charge.apply(("a", 1)).get() == "charged a 1"
         assert charge.apply(("a", 1)).get() == "charged a 2"  # a guard would have replayed
@@ -101,7 +101,7 @@ def test_errors_and_retries_pass_through(shop: Celery, ran: Ran) -> None:
 def test_a_store_that_is_away_stops_nothing(shop: Celery, ran: Ran) -> None:
     use_store(shop, "redis://localhost:1/0")
     heard: list[Any] = []
-    stop = events.listen(heard.append)
+    stop = events.listen(heard.append, here=True)
     try:
         for _ in range(3):
             shop.tasks["shop.charge"].apply(("a", 1)).get()

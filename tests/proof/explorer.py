@@ -1086,7 +1086,7 @@ def modelled() -> Iterator[Callable[[World], None]]:
     pure = (codec.unpack, codec.pack)
     codec.unpack, codec.pack = lru_cache(100_000)(codec.unpack), lru_cache(100_000)(codec.pack)
     level = events.logger.level
-    deaf = events.listen(heard)
+    deaf = events.listen(heard, here=True)
     for module, name, _ in saved:
         setattr(module, name, {"time": Time, "threading": _Threading}.get(name))
     clock.elapsed = elapsed

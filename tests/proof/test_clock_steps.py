@@ -70,7 +70,7 @@ def stepped() -> Iterator[list[float]]:
         if event.kind == "clock_stepped":
             seen.append(event.details["by"])
 
-    stop = events.listen(hear)
+    stop = events.listen(hear, here=True)
     yield seen
     stop()
 

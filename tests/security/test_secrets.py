@@ -45,7 +45,7 @@ TOKEN = "a-token-of-enough-characters"
 def told() -> Iterator[list[str]]:
     """All events, as text."""
     seen: list[str] = []
-    stop = events.listen(lambda event: seen.append(repr(event)))
+    stop = events.listen(lambda event: seen.append(repr(event)), here=True)
     yield seen
     stop()
 

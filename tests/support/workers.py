@@ -113,6 +113,10 @@ class CeleryWorker:
     def resume(self) -> None:
         self.program.resume()
 
+    def sent_back(self, task_id: str) -> bool:
+        """A delivery of this message waits outside of the worker: for Celery it is ignored."""
+        return f"[{task_id}] ignored" in self.log_text()
+
     def log_text(self) -> str:
         return self.program.log_text()
 

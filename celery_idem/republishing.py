@@ -1,0 +1,156 @@
+"""Options that publish a message again as it was, to the queue that it came from.
+
+A delivery knows the exchange and the routing key of its message, not its queue. What is published
+to that exchange again goes to every queue bound there: on a fanout exchange each copy that waits
+becomes a copy for each worker. So the queue is looked up among those that this worker consumes,
+and the message goes to it alone, through the broker's default exchange.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from celery import Celery
+from celery.app.task import Context
+from kombu.common import Broadcast
+from kombu.entity import Exchange, Queue
+from kombu.serialization import registry
+
+try:
+    from celery.utils.quorum_queues import detect_quorum_queues
+except ImportError:  # before Celery 5.5 there is no native delayed delivery
+
+    def detect_quorum_queues(app: Celery, driver_type: str) -> tuple[bool, str]:
+        return False, ""
+
+
+AMQP = "amqp"
+"""kombu's name for RabbitMQ: every queue has a binding to the default exchange there. The other
+transports do the same for queues, but send a fanout through channels that are no queues."""
+
+DELAYED = "celery_delayed_delivery"
+"""End of the name of the exchange from which a message with a native delay comes."""
+
+DELAY = re.compile(r"(?:[01]\.){28}")
+"""What a native delay puts before the routing key."""
+
+KEPT = ("delivery_mode", "MessageGroupId")
+"""Message properties that Celery does not copy: RabbitMQ's persistence, the group of an SQS FIFO queue.
+Not ``MessageDeduplicationId``: SQS would drop the second message."""
+
+X_DEATH = re.compile(r"x-(?:death|(?:first|last)-death-(?:exchange|queue|reason))")
+"""RabbitMQ's history of a message that was dead-lettered. It takes a message that has it for one that goes in a
+circle. Celery removes it since 5.7."""
+
+
+def restore(options: dict[str, Any], request: Context, ignore_result: bool, given: Mapping[str, Any]) -> None:
+    """Complete the options that Celery's ``signature_from_request`` made: it copies less than a call may have.
+
+    Args:
+        ignore_result: the task's own.
+        given: what the author asked for, which stays.
+    """
+    properties = request.properties or {}
+    was = {name: properties.get(name) for name in KEPT}
+    was["serializer"] = registry.type_to_name.get(properties.get("content_type"))
+    was["compression"] = getattr(request, "compression", None)
+    # The class has a default, which is not what the caller said. Celery copies this since 5.7.
+    was["ignore_result"] = request.__dict__.get("ignore_result", ignore_result)
+    options.update({name: value for name, value in was.items() if value is not None and name not in given})
+    options.pop("redelivered", None)  # a fact of the old delivery
+    headers = options.get("headers") or {}
+    options["headers"] = {name: headers[name] for name in headers if not X_DEATH.fullmatch(name)}
+
+
+class _Silent:
+    """Sends no ``task-sent`` event: a message that is published again is no new call."""
+
+    def publish(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+_SILENT = _Silent()
+
+
+def to_its_queue(app: Celery, request: Context) -> dict[str, Any] | None:
+    """Options that publish to the queue that a delivery came from, and to no other.
+
+    None where there are none: a fanout of a broker that keeps it outside of its queues (Redis),
+    or an exchange of which this worker knows nothing that could be relied on.
+    """
+    info = request.delivery_info or {}
+    exchange, routing_key = info.get("exchange") or "", info.get("routing_key") or ""
+    driver = app.connection_for_write().transport.driver_type
+    delays = detect_quorum_queues(app, driver)[0]
+    consumed: Mapping[str, Queue] = app.amqp.queues.consume_from
+    quiet = {"event_dispatcher": _SILENT}
+    if not exchange:
+        queue = consumed.get(routing_key)
+        if queue is None:  # added to the worker while it runs: the main process knows it, and it exists
+            return {**quiet, **_direct(routing_key, [])} if routing_key else None
+    else:
+        queue = _source(consumed, exchange, routing_key)
+        if queue is None:
+            if not routing_key or delays:  # Celery's routing would send it elsewhere
+                return None
+            return {**quiet, "exchange": exchange, "routing_key": routing_key}
+    kind = queue.exchange.type if queue.exchange else "direct"
+    if kind == "fanout" and driver != AMQP:
+        return None
+    if delays and kind not in ("direct", "fanout"):
+        return {
+            **quiet,
+            "queue": queue,
+            "exchange": queue.exchange.name,
+            "routing_key": queue.routing_key,
+        }
+    # A broadcast queue exists as long as its worker, and only the worker's process declares it.
+    declare = [] if isinstance(queue, Broadcast) else [queue]
+    return {**quiet, **_direct(queue.name, declare)}
+
+
+def _direct(name: str, declare: list[Queue]) -> dict[str, Any]:
+    """Options that publish through the default exchange, which has a binding for each queue's name."""
+    return {
+        "queue": Queue(name, Exchange("", type="direct"), routing_key=name),
+        "exchange": "",  # said, because a route of task_routes may name another one
+        "routing_key": name,
+        "declare": declare,
+    }
+
+
+def _source(consumed: Mapping[str, Queue], exchange: str, routing_key: str) -> Queue | None:
+    """The queue among those that this worker consumes from which a message of that exchange came.
+
+    Where several are bound so, each got a copy, and any of them will do: one message in, one out.
+    """
+    if exchange.endswith(DELAYED):
+        exchange, routing_key = "", DELAY.sub("", routing_key)
+    bound = [
+        (queue, binding.exchange, binding.routing_key)
+        for queue in consumed.values()
+        for binding in (queue, *(queue.bindings or ()))
+        if binding.exchange and (not exchange or binding.exchange.name == exchange)
+    ]
+    for queue, _, pattern in bound:
+        if pattern == routing_key:
+            return queue
+    for queue, source, pattern in bound:
+        if source.type == "topic" and _matches((pattern or "").split("."), routing_key.split(".")):
+            return queue
+    if not exchange:
+        return None
+    # The key says nothing where the exchange does not go by it (fanout, headers, a hash), or with a single queue.
+    others = [queue for queue, source, _ in bound if source.type not in ("direct", "topic")]
+    return others[0] if others else bound[0][0] if len(bound) == 1 else None
+
+
+def _matches(pattern: list[str], words: list[str]) -> bool:
+    """AMQP's topic patterns: ``*`` is one word, ``#`` any number of them."""
+    if not pattern:
+        return not words
+    if pattern[0] == "#":
+        return any(_matches(pattern[1:], words[n:]) for n in range(len(words) + 1))
+    return bool(words) and pattern[0] in ("*", words[0]) and _matches(pattern[1:], words[1:])

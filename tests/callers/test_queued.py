@@ -1,0 +1,117 @@
+"""Repeats of something that is queued and that no worker has claimed yet: one message, whatever the caller does."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from celery import Celery
+
+from celery_idem import IdempotentTask, Ledger, receipts
+from celery_idem.adapters.http import door
+from celery_idem.adapters.tools import tool_of
+
+
+@pytest.fixture
+def app() -> Iterator[Celery]:
+    """Its queue is in memory, and no worker looks at it."""
+    app = Celery("queued", broker="memory://", backend="cache+memory://", set_as_current=False)
+    queue = f"queued-{uuid.uuid4().hex}"
+    app.conf.update(idem_store=f"memory://{uuid.uuid4().hex}", task_default_queue=queue)
+
+    @app.task(base=IdempotentTask, shared=False, name="shop.pay", intent=("invoice",), must_match=("cents",))
+    def pay(invoice: str, cents: int = 1) -> str:
+        return f"paid {invoice}"
+
+    yield app
+    app.close()
+
+
+def messages(app: Celery) -> int:
+    with app.connection_for_read() as connection:
+        return int(connection.default_channel.queue_declare(app.conf.task_default_queue).message_count)
+
+
+async def post(app: Celery, bodies: list[dict[str, Any]]) -> list[httpx.Response]:
+    transport = httpx.ASGITransport(app=door(app, ["shop.pay"], token="t"))
+    headers = {"authorization": "Bearer t", "prefer": "wait=0"}
+    async with httpx.AsyncClient(transport=transport, base_url="http://door", headers=headers) as client:
+        return list(await asyncio.gather(*(client.post("/tasks/shop.pay", json=body) for body in bodies)))
+
+
+def test_repeats_over_http_are_one_message(app: Celery) -> None:
+    answers = asyncio.run(post(app, [{"invoice": "1"}] * 8))
+    assert sorted(answer.status_code for answer in answers) == [202, *[409] * 7]
+    assert all("retry-after" in answer.headers for answer in answers)
+    assert messages(app) == 1
+    other = asyncio.run(post(app, [{"invoice": "2"}]))
+    assert (other[0].status_code, messages(app)) == (202, 2)
+
+
+def test_threads_that_publish_at_once_are_one_message(app: Celery) -> None:
+    tool = tool_of(app, "shop.pay")
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: tool.submit({"invoice": "1"}).status, range(40)))
+    assert sorted(found) == ["accepted", *["in_progress"] * 39]
+    assert messages(app) == 1
+
+
+def test_other_arguments_are_the_workers_to_refuse(app: Celery) -> None:
+    tool = tool_of(app, "shop.pay")
+    assert [tool.submit({"invoice": "1", "cents": cents}).status for cents in (1, 2)] == ["accepted"] * 2
+    assert messages(app) == 2
+
+
+def test_what_was_claimed_since_may_be_published_again(app: Celery) -> None:
+    tool, task = tool_of(app, "shop.pay"), app.tasks["shop.pay"]
+    tool.submit({"invoice": "1"})
+    assert task.apply(kwargs={"invoice": "1"}).get() == "paid 1"
+    assert tool.submit({"invoice": "1"}).status == "replayed"
+    ledger = Ledger.from_app(app)
+    entry = ledger.get(task.intent_key("1"))
+    assert entry is not None
+    # A record of which nothing happened: the caller is told to call again, and then it is published.
+    from tests.operators.intents import claimed
+
+    key = task.intent_key("2")
+    tool.submit({"invoice": "2"})
+    ledger.release(claimed(ledger, key), 0.0)
+    assert tool.submit({"invoice": "2"}).status == "accepted"
+    assert tool.submit({"invoice": "2"}).status == "in_progress"
+    assert messages(app) == 3
+
+
+def test_a_message_that_ended_without_a_claim(app: Celery) -> None:
+    tool = tool_of(app, "shop.pay")
+    first = tool.submit({"invoice": "1"})
+    app.backend.mark_as_revoked(first.task_id, "revoked")
+    assert tool.submit({"invoice": "1"}).status == "accepted"
+
+
+def test_one_that_could_not_be_published_is_not_remembered(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tool_of(app, "shop.pay")
+    with monkeypatch.context() as broken:
+        broken.setattr(app, "send_task", lambda *args, **kwargs: 1 / 0)
+        assert tool.submit({"invoice": "1"}).status == "failed"
+    assert tool.submit({"invoice": "1"}).status == "accepted"
+
+
+def test_it_is_remembered_for_a_while_and_in_bounded_memory(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tool_of(app, "shop.pay")
+    monkeypatch.setattr(receipts, "PUBLISHED_MAX", 3)
+    for invoice in range(10):
+        tool.submit({"invoice": str(invoice)})
+    assert len(tool.published._known) == 3
+    assert tool.submit({"invoice": "9"}).status == "in_progress"
+    monkeypatch.setattr(receipts, "PUBLISHED_FOR", 0.0)
+    tool.submit({"invoice": "a"})
+    assert tool.submit({"invoice": "a"}).status == "accepted"

@@ -1,0 +1,44 @@
+"""Two workers, each with a queue of its own; a topic and a fanout exchange give every message to both."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from celery import Celery
+from kombu import Exchange, Queue
+
+from celery_idem import IdempotentTask
+from tests.support.effects import Effects, Gate
+
+
+def make(broker: str, store: str, folder: Path, prefix: str) -> Celery:
+    app = Celery("exchanges", broker=broker, backend=store, set_as_current=False)
+    topic, fanout = Exchange(f"{prefix}-topic", type="topic"), Exchange(f"{prefix}-fanout", type="fanout")
+    app.conf.task_queues = [
+        queue
+        for name in ("one", "two")
+        for queue in (
+            Queue(f"{prefix}-topic-{name}", topic, routing_key="orders.#" if name == "one" else "*.new"),
+            Queue(f"{prefix}-fanout-{name}", fanout, routing_key="k"),
+        )
+    ]
+    effects = Effects(folder / "effects.jsonl")
+
+    @app.task(base=IdempotentTask, shared=False, name="slow", intent=("name",))
+    def slow(name: str) -> str:
+        effects.add(name)
+        Gate(folder / f"gate-{name}").wait(60)
+        return f"slow {name}"
+
+    app.finalize()
+    return app
+
+
+if "EXCHANGES_BROKER" in os.environ:
+    app = make(
+        os.environ["EXCHANGES_BROKER"],
+        os.environ["EXCHANGES_STORE"],
+        Path(os.environ["EXCHANGES_FOLDER"]),
+        os.environ["EXCHANGES_PREFIX"],
+    )

@@ -1,0 +1,81 @@
+"""A listing names each intent once, whatever the server's SCAN does; a beginning of a key is one intent or none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from celery import Celery
+
+from celery_idem import IdempotencyError, Ledger
+from celery_idem import ledger as ledger_module
+from celery_idem.desk import Desk
+from celery_idem.stores.memory import MemoryStore
+from tests.operators.conftest import Idem
+from tests.operators.intents import claimed, in_doubt, succeeded
+
+
+@pytest.fixture(autouse=True)
+def repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store whose scan names every key three times, the first one at once and the others at the end."""
+    scan = MemoryStore.scan
+
+    def again(self: MemoryStore, prefix: str) -> Iterator[object]:
+        found = list(scan(self, prefix))
+        yield from [*found[:1] * 2, *found[1:], *found, *found[1:]]
+
+    monkeypatch.setattr(MemoryStore, "scan", again)
+
+
+def test_each_intent_is_listed_and_counted_once(app: Celery, ledger: Ledger, idem: Idem) -> None:
+    keys = [f"shop.send_invoice:{number:032x}" for number in range(5)]
+    for key in keys:
+        in_doubt(ledger, key)
+    assert sorted(entry.key for entry in ledger.list()) == keys
+    assert sorted(entry.key for entry in ledger.list("in_doubt")) == keys
+    assert [tally.intents for tally in Desk(app).stats().values()] == [5]
+    assert len(idem("list", "--json").output.splitlines()) == 5
+
+
+def test_the_memory_is_bounded(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "REMEMBERED", 2)
+    keys = [f"shop.send_invoice:{number:032x}" for number in range(20)]
+    for key in keys:
+        succeeded(ledger, key)
+    found = [entry.key for entry in ledger.list()]
+    assert sorted(set(found)) == keys  # none is missing
+    assert found[0] != found[1]  # what comes again at once is left out
+    assert len(found) > 20  # what comes again much later is not
+
+
+@pytest.mark.parametrize("command", ["show", "forget", "resolve"])
+def test_the_beginning_of_several_keys_is_none_of_them(idem: Idem, ledger: Ledger, command: str) -> None:
+    keys = [f"shop.send_invoice:{number:032x}" for number in range(2)]
+    for key in keys:
+        in_doubt(ledger, key)
+    more = {"resolve": ["--not-happened", "--evidence", "looked", "--yes"], "forget": ["--yes"]}.get(
+        command, []
+    )
+    for start in ("shop.send_invoice:000", "s", ""):
+        run = idem(command, start, *more)
+        assert run.exit_code == 1, run.output
+    assert "Give more of the key" in idem(command, "shop", *more).output
+    assert sorted(entry.key for entry in ledger.list("in_doubt")) == keys
+
+
+def test_the_beginning_of_one_key_is_that_one(idem: Idem, ledger: Ledger) -> None:
+    keys = [f"shop.send_invoice:{number}{'0' * 31}" for number in range(2)]
+    for key in keys:
+        in_doubt(ledger, key)
+    assert idem("forget", "shop.send_invoice:1", "--yes").exit_code == 0
+    assert [entry.key for entry in ledger.list()] == keys[:1]
+
+
+@pytest.mark.parametrize("state", ["indoubt", "done", "", "RUNNING ", "busy"])
+def test_a_state_that_does_not_exist(ledger: Ledger, app: Celery, state: str) -> None:
+    claimed(ledger, f"shop.send_invoice:{1:032x}")
+    with pytest.raises(IdempotencyError, match=r"running, scheduled, .*in_doubt, lapsed"):
+        ledger.list(state)  # at once, not at the first entry
+    with pytest.raises(IdempotencyError, match="There is no state"):
+        list(Desk(app).list(state))
+    assert [entry.state for entry in ledger.list("RUNNING")] == ["running"]
