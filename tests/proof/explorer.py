@@ -918,7 +918,7 @@ class World:
         if before is None:
             return
         old = codec.unpack(before.value, before.stamp, KEY)
-        live = self.clock.now < before.stamp + old.lease
+        live = bool(old.lease) and self.clock.now < before.stamp + old.lease  # ended by who knew: no clock says more
         mine = old.owner in who.minted
         taken = new.owner not in (old.owner, NO_OWNER)
         carried = old.owner in who.carried
