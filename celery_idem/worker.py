@@ -239,7 +239,8 @@ def request_class(task: Any) -> type[IdempotentRequest]:
             f"{task.name}: Request = {own!r} is no subclass of celery.worker.request.Request, so nothing would see "
             "the death of its processes. Derive it from celery_idem.worker.IdempotentRequest."
         )
-    ours = SecretRequest if task.declaration.secret else IdempotentRequest
+    secret = getattr(getattr(task, "declaration", None), "secret", ())
+    ours = SecretRequest if secret else IdempotentRequest
     if issubclass(own, ours):
         return own
     return ours if own in (Request, IdempotentRequest) else type(own.__name__, (own, ours), {})
