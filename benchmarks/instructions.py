@@ -98,7 +98,7 @@ def messages(noop: Any, number: int) -> list[tuple[str, dict[str, Any], bytes]]:
     for n in range(first, first + number):
         options: dict[str, Any] = {}
         if hasattr(noop, "_with_key"):
-            options = noop._with_key((n,), {}, {}, None, None, None)
+            options = noop._with_key((n,), {}, {}, {}, None)
         task_id = str(uuid.UUID(int=n))
         message = app.amqp.as_task_v2(task_id, noop.name, (n,), {})
         request = {

@@ -918,7 +918,9 @@ class World:
         if before is None:
             return
         old = codec.unpack(before.value, before.stamp, KEY)
-        live = bool(old.lease) and self.clock.now < before.stamp + old.lease  # ended by who knew: no clock says more
+        live = (
+            bool(old.lease) and self.clock.now < before.stamp + old.lease
+        )  # ended by who knew: no clock says more
         mine = old.owner in who.minted
         taken = new.owner not in (old.owner, NO_OWNER)
         carried = old.owner in who.carried
