@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import Row, show
+from celery_idem.intent import MESSAGE
 from tests.support.servers import RedisServer
 
 FEW, MANY = 20, 100
@@ -97,9 +98,10 @@ def messages(noop: Any, number: int) -> list[tuple[str, dict[str, Any], bytes]]:
     made = []
     for n in range(first, first + number):
         options: dict[str, Any] = {}
-        if hasattr(noop, "_with_key"):
-            options = noop._with_key((n,), {}, {}, {}, None)
         task_id = str(uuid.UUID(int=n))
+        if hasattr(noop, "_with_key"):
+            options = noop._with_key((n,), {}, {}, {}, task_id)
+            options["headers"][MESSAGE] = task_id
         message = app.amqp.as_task_v2(task_id, noop.name, (n,), {})
         request = {
             **message.headers,
