@@ -234,7 +234,7 @@ def anybody_releases(record: Record, owner: bytes) -> Any:
     return Done(new), new
 
 
-def anybody_schedules(record: Record, owner: bytes, delay: int) -> Any:
+def anybody_schedules(record: Record, owner: bytes, delay: int, task_id: str = "") -> Any:
     if record.outcome is not None:
         return Refused(record), None
     new = record._replace(state=State.SCHEDULED, lease=delay, asking=b"", reason="")
@@ -344,7 +344,7 @@ def only_the_last_claim_is_let_go(self: Any, job: Any, request: Any) -> None:
 
 def interrupted_in_the_middle(settle: Any, patience: float) -> Any:
     """An outcome is written once, or not at all."""
-    return settle(patience)
+    return settle(patience, False)
 
 
 def a_commit_is_believed(record: Record | None, held: Record, *promised: Any) -> Any:
