@@ -351,6 +351,8 @@ def delivered(task: Any, number: str, **request: Any) -> None:
 def test_a_body_has_the_request_of_its_delivery(guarded: bool) -> None:
     """What it publishes are its children, and what it takes out of its chain does not run."""
     app = make(task_cls=IdempotentTask) if not guarded else make()
+    number = uuid.uuid4().hex
+    app.conf.task_default_queue = number  # the broker in memory is one for all tests of the process
     options = {"base": that_calls_super(Task), "intent": ALL_ARGUMENTS} if guarded else {}
 
     @app.task(bind=True, name="publishes", shared=False, **options)
@@ -361,11 +363,10 @@ def test_a_body_has_the_request_of_its_delivery(guarded: bool) -> None:
     @app.task(name="then", shared=False)
     def then() -> None: ...
 
-    number = uuid.uuid4().hex
     delivered(publishes, number, chain=[then.si()])
     with app.connection_for_read() as connection:
         channel = connection.default_channel
-        assert channel.queue_purge("celery") == 1
+        assert channel.queue_purge(number) == 1
     (child,) = app.AsyncResult(number).children
     assert child.id
 
