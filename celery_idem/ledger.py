@@ -37,7 +37,7 @@ from celery_idem.intent import (
     Verdict,
 )
 from celery_idem.stores.base import Change, Reply, Store, elsewhere
-from celery_idem.transitions import ROUNDS, Transitions, kept, present
+from celery_idem.transitions import ROUNDS, Transitions, kept, known, present
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -154,7 +154,7 @@ class Ledger(Transitions):
         held = claim._seen[1]
 
         def decide(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
-            return protocol.settle(record, held, outcome)
+            return protocol.settle(known(claim, record, stamp) if record is not None else None, held, outcome)
 
         return self.patient_transition(claim, decide, patience)
 
@@ -202,9 +202,13 @@ class Ledger(Transitions):
 
     def release(self, claim: Claim, patience: float) -> Done | Refused:
         """Nothing happened: anybody may claim the intent again."""
-        return self.patient_transition(
-            claim, present(lambda record: protocol.release(record, claim._request.owner)), patience
-        )
+
+        def decide(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
+            if record is None:
+                return Refused(None), None
+            return protocol.release(known(claim, record, stamp), claim._request.owner)
+
+        return self.patient_transition(claim, decide, patience)
 
     def let_go(self, key: str, request: Request) -> None:
         """Release a claim that may or may not have been written, and whose body did not run."""
@@ -267,17 +271,24 @@ class Ledger(Transitions):
 
     def _renew_again(self, claim: Claim, reply: Reply, before: float) -> None:
         """The body itself wrote meanwhile (a step, the outcome), or somebody took over."""
-        if reply.stored is None:  # the store lost the record
+        lost = reply.stored
+        record = self._read(claim.key, lost) if lost is not None else None
+        # The store has lost the record, or what was written to it lately.
+        if lost is None or known(claim, record, lost.stamp) is not record:
             with claim._lock:  # an ending that begins meanwhile waits: it must not be undone
                 held = claim._seen[1]
                 if claim._ending or held.state is not State.RUNNING:
                     return
-                reply = self.store.create(self._prefix + claim.key, codec.pack(held))
+                name, value = self._prefix + claim.key, codec.pack(held)
+                reply = self.store.create(name, value) if lost is None else self.store.replace(name, lost, value)
             if reply.done:
                 renewed(claim, held, reply, before)
                 return
-            assert reply.stored is not None
-        record = self._read(claim.key, reply.stored)
+            if reply.stored is None:
+                return  # the next look creates it anew
+            record = self._read(claim.key, reply.stored)
+        assert record is not None
+        assert reply.stored is not None
         decision, new = protocol.renew(record, claim._request.owner)
         if new is not None and record.noticed is not None:  # another's mark: answer with a sign of life, now
             reply = self.store.replace(self._prefix + claim.key, reply.stored, codec.pack(new))

@@ -525,10 +525,18 @@ def _holds(record: Record, owner: bytes) -> bool:
     return record.owner == owner and record.state in (State.RUNNING, State.IN_DOUBT)
 
 
-def restored(record: Record | None, held: Record) -> Record:
-    """The record, or what its holder last wrote where the store has lost it: a holder's next
-    write (renewal, step, outcome) creates it anew, unless somebody else has begun from nothing."""
-    return held if record is None else record
+def restored(record: Record | None, held: Record, older: bool = False) -> Record:
+    """The record, or what its holder last wrote where the store has lost that: a holder's next write
+    (renewal, step, outcome) writes it anew, unless somebody else has begun from what was left.
+
+    Args:
+        older: what stands there was written before what the holder wrote. Stamps only grow, so the store
+            has lost its latest writes: a replica took over that lagged behind, or a server was restarted.
+    """
+    if record is None:
+        return held
+    earlier = record.owner == held.owner or record.fence < held.fence
+    return held if older and earlier and record.outcome is None else record
 
 
 def settle(record: Record | None, held: Record, outcome: Outcome) -> tuple[Done | Refused, Record | None]:

@@ -93,7 +93,7 @@ class Transitions:
         """A transition of the record that this claim holds, starting from its own last write."""
 
         def checked(record: Record | None, stamp: int, now: int) -> tuple[Any, Record | None]:
-            return decide(protocol.restored(record, claim._seen[1]), stamp, now)
+            return decide(known(claim, record, stamp), stamp, now)
 
         before = clock.elapsed()
         reply, seen = self._last_seen(claim)
@@ -158,4 +158,10 @@ def kept(
     claim: Claim, decide: Callable[[Record], tuple[Done | Refused, Record | None]]
 ) -> Callable[[Record | None, int, int], tuple[Done | Refused, Record | None]]:
     """A transition that has something to say also where the store has lost the record."""
-    return lambda record, stamp, now: decide(protocol.restored(record, claim._seen[1]))
+    return lambda record, stamp, now: decide(known(claim, record, stamp))
+
+
+def known(claim: Claim, record: Record | None, stamp: int) -> Record:
+    """What stands in the store; what this claim wrote there last, where the store has lost that."""
+    stored, held = claim._seen
+    return protocol.restored(record, held, stored is not None and stamp < stored.stamp)

@@ -1,0 +1,134 @@
+"""A server that has lost its latest writes: a replica that lagged behind is the master now, or an old file was loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from celery_idem import owners, protocol
+from celery_idem.intent import (
+    MICROSECONDS,
+    NO_FINGERPRINT,
+    Acquired,
+    Done,
+    Policy,
+    Record,
+    Refused,
+    Request,
+    State,
+)
+from celery_idem.ledger import Claim, Ledger
+from celery_idem.stores import open_store
+from celery_idem.stores.redis import RedisStore
+
+pytestmark = pytest.mark.redis
+
+DAY = 86_400 * MICROSECONDS
+POLICY = Policy(30 * MICROSECONDS, DAY, DAY, on_crash="rerun")
+KEY = "shop.pay:1"
+
+
+@pytest.fixture
+def store(redis_url: str) -> Iterator[RedisStore]:
+    opened = open_store(redis_url)
+    assert isinstance(opened, RedisStore)
+    yield opened
+    opened.close()
+
+
+def claimed(ledger: Ledger, task: str = "first") -> Claim:
+    decision, claim = ledger.claim(KEY, Request(owners.mint(), task, NO_FINGERPRINT, POLICY))
+    assert isinstance(decision, Acquired)
+    assert claim is not None
+    return claim
+
+
+def with_step(ledger: Ledger, claim: Claim, name: str) -> None:
+    owner = claim._request.owner
+    begun = ledger.transition(
+        claim, lambda record, stamp, now: protocol.begin_step(record, owner, name, POLICY)
+    )
+    ended = ledger.transition(
+        claim, lambda record, stamp, now: protocol.end_step(record, owner, name, b"done")
+    )
+    assert isinstance(begun, Done)
+    assert isinstance(ended, Done)
+
+
+def stored(ledger: Ledger) -> Record:
+    entry = ledger.get(KEY)
+    assert entry is not None
+    return entry.record
+
+
+def test_a_holder_goes_on_renewing(store: RedisStore) -> None:
+    ledger = Ledger(store)
+    claim = claimed(ledger)
+    before = store.execute("GET", f"idem:{KEY}")
+    ledger.renew([claim])
+    store.execute("SET", f"idem:{KEY}", before)
+
+    ledger.renew([claim])
+
+    now = store.read(f"idem:{KEY}").stored
+    assert now is not None
+    assert now == claim._seen[0]
+
+
+def test_its_finished_steps_stay_finished(store: RedisStore) -> None:
+    ledger = Ledger(store)
+    claim = claimed(ledger)
+    with_step(ledger, claim, "one")
+    before = store.execute("GET", f"idem:{KEY}")
+    with_step(ledger, claim, "two")
+    store.execute("SET", f"idem:{KEY}", before)
+
+    with_step(ledger, claim, "three")
+
+    assert [step.name for step in stored(ledger).steps] == ["one", "two", "three"]
+
+
+def test_a_released_claim_keeps_its_steps(store: RedisStore) -> None:
+    ledger = Ledger(store)
+    claim = claimed(ledger)
+    before = store.execute("GET", f"idem:{KEY}")
+    with_step(ledger, claim, "one")
+    store.execute("SET", f"idem:{KEY}", before)
+
+    ledger.release(claim, 0.0)
+
+    assert stored(ledger).state is State.RELEASED
+    assert [step.name for step in stored(ledger).steps] == ["one"]
+
+
+@pytest.mark.parametrize("next_write", ["renew", "settle"])
+def test_a_retry_that_runs_keeps_its_hold(store: RedisStore, next_write: str) -> None:
+    ledger = Ledger(store)
+    ledger.schedule(claimed(ledger), 60.0, 0.0)
+    before = store.execute("GET", f"idem:{KEY}")
+    claim = claimed(ledger)
+    store.execute("SET", f"idem:{KEY}", before)
+
+    if next_write == "renew":
+        ledger.renew([claim])
+        assert stored(ledger).owner == claim._request.owner
+        assert not claim.lost
+    else:
+        assert isinstance(ledger.settle(claim, ledger.outcome_of(1), 0.0), Done)
+        assert stored(ledger).state is State.SUCCEEDED
+
+
+def test_who_claimed_since_then_has_it(store: RedisStore) -> None:
+    ledger = Ledger(store)
+    ledger.release(claimed(ledger), 0.0)
+    before = store.execute("GET", f"idem:{KEY}")
+    claim = claimed(ledger)
+    store.execute("SET", f"idem:{KEY}", before)
+    other = claimed(ledger, "second")
+
+    ledger.renew([claim])
+
+    assert claim.lost
+    assert stored(ledger).owner == other._request.owner
+    assert isinstance(ledger.settle(claim, ledger.outcome_of(1), 0.0), Refused)
