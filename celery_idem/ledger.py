@@ -36,7 +36,7 @@ from celery_idem.intent import (
     Unknown,
     Verdict,
 )
-from celery_idem.stores.base import Change, Reply, Store, elsewhere
+from celery_idem.stores.base import Change, PartlyError, Reply, Store, elsewhere
 from celery_idem.transitions import ROUNDS, Transitions, kept, known, present
 
 if TYPE_CHECKING:
@@ -247,14 +247,30 @@ class Ledger(Transitions):
             seen.append(record)
             ttl = protocol.ttl(record, claim._request.policy)
             changes.append(Change(self._prefix + claim.key, stored, codec.pack(record), ttl))
-        replies = self.store.replace_many(changes)
-        if replies[0].done:
+        failed: StoreError | None = None
+        replies: Sequence[Reply | None]
+        try:
+            replies = self.store.replace_many(changes)
+        except PartlyError as error:
+            failed, replies = error, error.replies
+        if replies[0] is not None and replies[0].done:
             self._compare_clocks(claims[0], replies[0], before)
         for claim, record, reply in zip(claims, seen, replies, strict=True):
+            if reply is None:
+                continue
             if reply.done:
                 renewed(claim, record, reply, before)
-            else:
+                continue
+            try:
                 self._renew_again(claim, reply, before)
+            except StoreError as error:
+                if not error.key:
+                    raise
+                failed = (
+                    error  # the store answered: with something that is no record. Others need not suffer.
+                )
+        if failed is not None:
+            raise failed
 
     def _compare_clocks(self, claim: Claim, reply: Reply, before: float) -> None:
         """Between two writes of a claim as much time should have passed in the store as here."""
@@ -280,7 +296,9 @@ class Ledger(Transitions):
                 if claim._ending or held.state is not State.RUNNING:
                     return
                 name, value = self._prefix + claim.key, codec.pack(held)
-                reply = self.store.create(name, value) if lost is None else self.store.replace(name, lost, value)
+                reply = (
+                    self.store.create(name, value) if lost is None else self.store.replace(name, lost, value)
+                )
             if reply.done:
                 renewed(claim, held, reply, before)
                 return

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-from celery_idem.errors import ConfigurationError
+from celery_idem.errors import ConfigurationError, StoreError
 from celery_idem.intent import Stored
 
 OWNER = 12
@@ -41,6 +41,18 @@ class Change(NamedTuple):
     old: Stored
     value: bytes
     ttl: int | None = None
+
+
+class PartlyError(StoreError):
+    """Some of several replacements got no answer, and others did.
+
+    Attributes:
+        replies: in order; None where there is none.
+    """
+
+    def __init__(self, first: StoreError, replies: Sequence[Reply | None]) -> None:
+        super().__init__(str(first), first.key)
+        self.replies = replies
 
 
 def elsewhere(url: str) -> ConfigurationError:
@@ -111,7 +123,11 @@ class Store(ABC):
         """Delete at most ``limit`` expired values; how many. A server that expires by itself: 0."""
 
     def replace_many(self, changes: Sequence[Change]) -> list[Reply]:
-        """Several independent replacements, in one round trip where the store can."""
+        """Several independent replacements, in one round trip where the store can.
+
+        Raises:
+            PartlyError: one that fails does not keep the others from being made, where the store can tell them apart.
+        """
         return [self.replace(*change) for change in changes]
 
     def inside(self, connection: Any) -> Store:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from celery_idem.errors import ConfigurationError, StoreError
 from celery_idem.intent import Stored
-from celery_idem.stores.base import OWNER, Change, Reply, Store, tell_after_fork
+from celery_idem.stores.base import OWNER, Change, PartlyError, Reply, Store, tell_after_fork
 
 TIMEOUT = 5.0
 """Seconds to wait for a connection or an answer: redis-py's own default for connections
@@ -203,13 +203,20 @@ class RedisStore(Store):
             waited = replies.pop()
             if any(type(reply) is int for reply in replies):
                 self._check_durable(waited)
-        answers = []
-        for change, reply in zip(changes, replies, strict=True):
+        return whole(
+            [self._one_of_many(change, reply) for change, reply in zip(changes, replies, strict=True)]
+        )
+
+    def _one_of_many(self, change: Change, reply: Any) -> Reply | StoreError:
+        """What came of it; an error where the server has answered with one that concerns its key alone."""
+        try:
             if isinstance(reply, Exception):  # NOSCRIPT after a restart, for one
-                answers.append(self.replace(*change))
-            else:
-                answers.append(_replaced(reply, change.key, change.value))
-        return answers
+                return self.replace(*change)
+            return _replaced(reply, change.key, change.value)
+        except StoreError as error:
+            if not error.key:
+                raise
+            return error
 
     def scan(self, prefix: str) -> Iterator[tuple[str, Stored]]:
         return self._scan(prefix, self.execute, lambda keys: self.execute(b"MGET", *keys))
@@ -405,6 +412,19 @@ def _waiting(durability: str, seconds: float) -> list[tuple[bytes, ...]]:
 
 def _command(words: Sequence[bytes]) -> bytes:
     return b"*%d\r\n" % len(words) + _pack(words)
+
+
+def whole(answers: Sequence[Reply | StoreError]) -> list[Reply]:
+    """The replies.
+
+    Raises:
+        PartlyError: an answer is an error.
+    """
+    replies = [answer if isinstance(answer, Reply) else None for answer in answers]
+    for answer in answers:
+        if isinstance(answer, StoreError):
+            raise PartlyError(answer, replies) from answer
+    return [reply for reply in replies if reply is not None]
 
 
 def _replaced(reply: Any, key: str, value: bytes) -> Reply:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from celery_idem.errors import ConfigurationError, StoreError
 from celery_idem.intent import Stored
 from celery_idem.stores.base import Change, Reply
-from celery_idem.stores.redis import REPLACE, RedisStore, _held, _replaced, _Script
+from celery_idem.stores.redis import REPLACE, RedisStore, _held, _Script, whole
 
 T = TypeVar("T")
 Address = tuple[str, int]
@@ -44,6 +44,7 @@ class ClusterStore(RedisStore):
     def __init__(self, url: str, durability: str = "none") -> None:
         self._cluster: Any = None
         self._making = threading.Lock()
+        self._silent: set[str] = set()  # nodes that did not answer the last time
         self._known: list[Address] = []  # found earlier; asked first, because the URL's may be gone for good
         super().__init__(url, durability)
 
@@ -81,23 +82,34 @@ class ClusterStore(RedisStore):
         return _held((0, reply), key).stored
 
     def replace_many(self, changes: Sequence[Change]) -> list[Reply]:
-        """One round trip for each node that has any of them."""
+        """One round trip for each node that has any of them. A node that did not answer the last time comes last."""
+        answers: dict[int, Reply | StoreError] = {}
         by_node: dict[str, tuple[Any, list[int]]] = {}
+        self._client()
         for n, change in enumerate(changes):
-            node = self._owner(self.prefix + change.key)
-            by_node.setdefault(node.name, (node, []))[1].append(n)
-        replies: dict[int, Reply] = {}
-        for node, numbers in by_node.values():
-            some = [changes[n] for n in numbers]
-            commands = [("EVALSHA", REPLACE.sha, 1, *self._replacement(*change)[1::2]) for change in some]
-            answers = self._at(node, [*commands, *self._waits])
-            if self._waits and any(type(answer) is int for answer in answers[:-1]):
-                self._check_durable(answers[-1])
-            for n, change, answer in zip(numbers, some, answers, strict=False):
-                # Not known there, or elsewhere by now. Those before it may be written; this meets none of them.
-                failed = isinstance(answer, Exception)
-                replies[n] = self.replace(*change) if failed else _replaced(answer, change.key, change.value)
-        return [replies[n] for n in range(len(changes))]
+            try:
+                node = self._owner(self.prefix + change.key)
+            except StoreError as error:  # no node has its slot
+                answers[n] = error
+            else:
+                by_node.setdefault(node.name, (node, []))[1].append(n)
+        for name in sorted(by_node, key=lambda name: name in self._silent):
+            node, numbers = by_node[name]
+            try:
+                answers.update(zip(numbers, self._many_at(node, [changes[n] for n in numbers]), strict=True))
+                self._silent.discard(name)
+            except StoreError as error:
+                self._silent.add(name)
+                answers.update(dict.fromkeys(numbers, error))
+        return whole([answers[n] for n in range(len(changes))])
+
+    def _many_at(self, node: Any, changes: Sequence[Change]) -> list[Reply | StoreError]:
+        commands = [("EVALSHA", REPLACE.sha, 1, *self._replacement(*change)[1::2]) for change in changes]
+        answers = self._at(node, [*commands, *self._waits])
+        if self._waits and any(type(answer) is int for answer in answers[:-1]):
+            self._check_durable(answers[-1])
+        # An error: not known there, or elsewhere by now. Those before it may be written; this meets none of them.
+        return [self._one_of_many(*one) for one in zip(changes, answers, strict=False)]
 
     def scan(self, prefix: str) -> Iterator[tuple[str, Stored]]:
         """Master by master. When slots moved meanwhile, all once more: a key may have gone from a master that was
@@ -142,6 +154,7 @@ class ClusterStore(RedisStore):
         from redis.cluster import ClusterNode, RedisCluster
 
         nodes = [ClusterNode(*address) for address in dict.fromkeys([*self._known, *self._seeds])]
+        nodes.sort(key=lambda node: node.name in self._silent)
         # Keys of a slot that no node has are an error; those of all others need not be.
         client = RedisCluster(startup_nodes=nodes, require_full_coverage=False, **self._how)
         self._known = [(node.host, node.port) for node in client.get_primaries()]

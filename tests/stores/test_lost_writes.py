@@ -1,4 +1,4 @@
-"""A server that has lost its latest writes: a replica that lagged behind is the master now, or an old file was loaded."""
+"""A server that has lost its latest writes: a replica that lagged is the master now, or an old file was loaded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from celery_idem import owners, protocol
+from celery_idem.errors import StoreError
 from celery_idem.intent import (
     MICROSECONDS,
     NO_FINGERPRINT,
@@ -132,3 +133,26 @@ def test_who_claimed_since_then_has_it(store: RedisStore) -> None:
     assert claim.lost
     assert stored(ledger).owner == other._request.owner
     assert isinstance(ledger.settle(claim, ledger.outcome_of(1), 0.0), Refused)
+
+
+@pytest.mark.parametrize("strange", [("SET", "x"), ("RPUSH", "x")], ids=["text", "list"])
+def test_one_key_that_holds_no_record_ends_nobody_elses_lease(
+    store: RedisStore, strange: tuple[str, str]
+) -> None:
+    ledger = Ledger(store)
+    claims = []
+    for key in ("shop.pay:1", "shop.pay:2", "shop.pay:3"):
+        _, claim = ledger.claim(key, Request(owners.mint(), "first", NO_FINGERPRINT, POLICY))
+        assert claim is not None
+        claims.append(claim)
+    store.execute("DEL", "idem:shop.pay:2")
+    command, value = strange
+    store.execute(command, "idem:shop.pay:2", value)
+
+    for _ in range(2):
+        before = [claim._seen[0] for claim in claims]
+        with pytest.raises(StoreError, match="not a record"):
+            ledger.renew(claims)
+        after = [store.peek(f"idem:shop.pay:{n}") for n in (1, 3)]
+        assert after == [claims[0]._seen[0], claims[2]._seen[0]]
+        assert after != [before[0], before[2]]

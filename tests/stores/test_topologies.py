@@ -16,7 +16,7 @@ from redis.crc import key_slot
 from celery_idem.errors import ConfigurationError, StoreError
 from celery_idem.intent import MICROSECONDS, Stored
 from celery_idem.stores import open_store
-from celery_idem.stores.base import OWNER, Change, Reply, Store
+from celery_idem.stores.base import OWNER, Change, PartlyError, Reply, Store
 from celery_idem.stores.redis_cluster import ClusterStore
 from celery_idem.stores.redis_sentinel import SentinelStore
 from celery_idem.testing import StoreConformance
@@ -187,6 +187,34 @@ def test_a_scan_while_a_slot_is_half_moved(cluster: Cluster) -> None:
 
 def _same(one: set[str], other: set[str]) -> None:
     assert one == other
+
+
+def test_a_node_that_is_silent_keeps_no_other_from_renewing(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ClusterStore(cluster.url)
+    olds = {f"silent-{n}": store.create(f"silent-{n}", MINE, DAY).stored for n in range(30)}
+    silent = store._owner("silent-0").name
+    reach, asked = store._at, []
+
+    def at(node: object, commands: object) -> list[object]:
+        asked.append(node.name)  # type: ignore[attr-defined]
+        if asked[-1] == silent:
+            raise StoreError("no answer")
+        return reach(node, commands)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store, "_at", at)
+    changes = [Change(key, old, MINE, DAY) for key, old in olds.items() if old is not None]
+    for _ in range(2):
+        asked.clear()
+        with pytest.raises(PartlyError, match="no answer") as error:
+            store.replace_many(changes)
+        answered = {
+            change.key: reply is not None for change, reply in zip(changes, error.value.replies, strict=True)
+        }
+        assert answered == {key: store._owner(key).name != silent for key in olds}
+    assert asked[-1] == silent, "it comes last once it is known"
+    assert len(asked) > 1
 
 
 def test_the_urls_first_node_leaves_the_cluster(tmp_path: Path) -> None:
