@@ -155,10 +155,19 @@ class _Loop(Signature):  # type: ignore[misc]
     """A loop that keeps what was set on it: Celery's forget their own options, in some releases all of them."""
 
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
-        kept = {name: self.options[name] for name in (*keys.LABELS, "headers") if name in self.options}
         if self.kwargs["task"].get("task") in _secrets:
-            kept |= {"argsrepr": HIDDEN, "kwargsrepr": HIDDEN}
-        return super().apply_async(args, kwargs, **{**kept, **options})
+            options = {"argsrepr": HIDDEN, "kwargsrepr": HIDDEN, **options}
+        return super().apply_async(args, kwargs, **self._kept(options))
+
+    def apply(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        return super().apply(args, kwargs, **self._kept(options))
+
+    def _kept(self, options: dict[str, Any]) -> dict[str, Any]:
+        """In headers, because no other option reaches a loop that runs in place."""
+        kept = {name: self.options[name] for name in (*keys.LABELS, "headers") if name in self.options}
+        kept |= options
+        own = keys.labelled(kept)
+        return {**kept, "headers": {**(kept.get("headers") or {}), **own}} if own else kept
 
 
 class Map(_Loop, xmap):  # type: ignore[misc]

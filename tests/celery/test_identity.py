@@ -451,6 +451,36 @@ def test_an_ambient_scope_holds_for_every_way_of_calling(way: str, acme: str) ->
     assert look_up(shop.app, key) is not None
 
 
+@pytest.mark.parametrize("eager", [True, False])
+def test_an_ambient_scope_holds_for_loops_that_run_in_place(acme: str, eager: bool) -> None:
+    shop = Shop(idem_scope=ambient, task_always_eager=eager)
+    for name in (acme, "globex"):
+        tenant.set(name)
+        loops = [shop.line.starmap([("a", 1)]), shop.line.chunks([("a", 2)], 1)]
+        if eager:
+            for loop in loops:
+                loop.apply_async()
+        else:
+            loops[0]()
+            shop.line.starmap([("a", 2)]).apply()
+        assert [shop.line.submit("a", n).status for n in (1, 2)] == ["replayed"] * 2
+    assert [shop.done[f"line a/{n}"] for n in (1, 2)] == [2, 2]
+
+
+@pytest.mark.parametrize("task_cls", [Task, IdempotentTask])
+@pytest.mark.parametrize("eager", [True, False])
+def test_a_loop_that_runs_in_place_hands_its_identity_to_every_call(task_cls: Any, eager: bool) -> None:
+    shop = Shop(task_always_eager=eager)
+    shop.app.task_cls = task_cls
+    for given in ({"scope": "acme"}, {"scope": "globex"}, {"idempotency_key": "evt_1"}, {"idempotency_key": "evt_1"}):
+        items = [[("a", n), ("a", n + 1)] for n in (1, 3, 5)]
+        shop.line.starmap(items[0]).set(**given)()
+        shop.line.starmap(items[1]).set(**given).apply()
+        shop.line.starmap(items[2]).set(**given).apply_async()
+        drain(shop.app)
+    assert [shop.done[f"line a/{n}"] for n in range(1, 7)] == [3] * 6
+
+
 def test_an_ambient_scope_gives_way_and_is_asked_where_the_call_is_made(acme: str) -> None:
     shop = Shop(idem_scope="tests.celery.test_identity:ambient")
     assert shop.line.apply_async(("a", 1), scope="other")
