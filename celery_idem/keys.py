@@ -603,10 +603,17 @@ def _names(
     parameters = signature.parameters
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     real = [n for n, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    rest = next((n for n, p in parameters.items() if p.kind is inspect.Parameter.VAR_POSITIONAL), None)
     for name in names:
         if not isinstance(name, str) or (name not in real and not open_ended):
             raise ConfigurationError(
                 f"{task}: {option}= names {name!r}, which is not a parameter. It has: {', '.join(real) or 'none'}."
+            )
+        if name not in real and rest is not None and rest not in names:
+            raise ConfigurationError(
+                f"{task}: {option}= names {name!r}, which callers may give by position too, and in *{rest} it has no "
+                "name. Write it as a parameter of its own, or say signature= a function (or an inspect.Signature) "
+                "with the parameters that callers give, without self."
             )
     return names
 

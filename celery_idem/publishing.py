@@ -10,17 +10,18 @@ headers arrive wherever Celery's own do.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from itertools import zip_longest
 from typing import Any
 
 from celery import signals
 from celery._state import _task_stack
-from celery.canvas import Signature, chunks, xmap, xstarmap
+from celery.canvas import Signature, _chain, chunks, xmap, xstarmap
 
 from celery_idem import events, keys
 from celery_idem.errors import IntentError
-from celery_idem.intent import MESSAGE, SCOPE
+from celery_idem.intent import CALLER_KEY, MESSAGE, PART_OF, SCOPE
 from celery_idem.receipts import in_scope
 
 HIDDEN = "(secret)"
@@ -82,6 +83,12 @@ def carry(
     elif sender == "celery.chord_unlock" and len(args) > 1 and isinstance(args[1], Signature):
         # Without a native chord its body goes here: a clone of the author's.
         args[1].update(_identified(args[1]))
+    if embedded.get("chain") and not (
+        keys.LABELS.keys().isdisjoint(properties) and keys.IDENTITY.isdisjoint(headers)
+    ):
+        own = _of_the_chain()
+        if own:
+            embedded["chain"] = _belonging(embedded["chain"], own)
     if not made and (MESSAGE in headers or not keys.LABELS.keys().isdisjoint(properties)):
         _settle(headers, properties, headers["id"])
     for name in ("callbacks", "errbacks", "chain", "chord"):
@@ -90,6 +97,44 @@ def carry(
 
 
 signals.before_task_publish.connect(carry)
+
+
+_CHAIN_RUNS = _chain.run.__code__
+
+
+def _of_the_chain() -> dict[str, str]:
+    """What options of a whole chain say for its later parts. Celery gives them to the first one only.
+
+    Under a caller's own key each later part is a part of that action.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not _CHAIN_RUNS:
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is None:
+        return {}
+    options = frame.f_locals["options"]
+    own = {header: options[name] for name, header in keys.LABELS.items() if options.get(name) is not None}
+    own |= dict(_said(options))  # what has no normal form stays as it is, and the worker refuses it
+    if CALLER_KEY in own:
+        own[PART_OF] = own.pop(CALLER_KEY)
+    return own
+
+
+def _belonging(given: Any, own: Mapping[str, str]) -> Any:
+    """Copies of signatures that say what the whole says, where they do not say it themselves."""
+    if not isinstance(given, Mapping):
+        return [_belonging(part, own) if isinstance(part, Mapping) else part for part in given]
+    kwargs = given.get("kwargs") or {}
+    if given["task"] not in LOOPS:
+        inner = {name: _belonging(kwargs[name], own) for name in _PARTS.get(given["task"], ()) if kwargs.get(name)}
+        if inner:
+            return {**given, "kwargs": {**kwargs, **inner}}
+    options = given.get("options") or {}
+    headers = {**own, **(options.get("headers") or {}), **dict(_said(options))}
+    if CALLER_KEY in headers:
+        headers.pop(PART_OF, None)
+    changed = {**given, "options": {**options, "headers": headers}}
+    return Signature(changed, app=given.app) if isinstance(given, Signature) else changed
 
 
 def _of_the_loop(inner: Any, headers: MutableMapping[str, Any]) -> None:
@@ -110,10 +155,19 @@ class _Loop(Signature):  # type: ignore[misc]
     """A loop that keeps what was set on it: Celery's forget their own options, in some releases all of them."""
 
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
-        kept = {name: self.options[name] for name in (*keys.LABELS, "headers") if name in self.options}
         if self.kwargs["task"].get("task") in _secrets:
-            kept |= {"argsrepr": HIDDEN, "kwargsrepr": HIDDEN}
-        return super().apply_async(args, kwargs, **{**kept, **options})
+            options = {"argsrepr": HIDDEN, "kwargsrepr": HIDDEN, **options}
+        return super().apply_async(args, kwargs, **self._kept(options))
+
+    def apply(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        return super().apply(args, kwargs, **self._kept(options))
+
+    def _kept(self, options: dict[str, Any]) -> dict[str, Any]:
+        """In headers, because no other option reaches a loop that runs in place."""
+        kept = {name: self.options[name] for name in (*keys.LABELS, "headers") if name in self.options}
+        kept |= options
+        own = keys.labelled(kept)
+        return {**kept, "headers": {**(kept.get("headers") or {}), **own}} if own else kept
 
 
 class Map(_Loop, xmap):  # type: ignore[misc]

@@ -64,9 +64,10 @@ def called(fun: Any) -> Called:
     """
     if isinstance(fun, functools.partial):
         return _partial(fun)
-    if isinstance(fun, MethodType):
+    real = type(fun)  # a proxy (wrapt's, a mock) says that its class is that of what it stands for
+    if issubclass(real, MethodType):
         return called(fun.__func__).without_first()
-    if isinstance(fun, FunctionType):
+    if issubclass(real, FunctionType):
         return _function(fun)
     call = inspect.getattr_static(type(fun), "__call__", None)
     if hasattr(fun, "__wrapped__"):

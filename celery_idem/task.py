@@ -270,17 +270,21 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
 
     def starmap(self, it: Any) -> Signature:
         """As Celery's."""
-        return (
-            super().starmap(it)
-            if self.declaration is None
-            else publishing.StarMap(self.s(), it, app=self.app)
-        )
+        if self.declaration is None:
+            return super().starmap(it)
+        return publishing.StarMap(self.s(), self._checked(it), app=self.app)
 
     def chunks(self, it: Any, n: int) -> Signature:
         """As Celery's."""
         if self.declaration is None:
             return super().chunks(it, n)
-        return publishing.Chunks(self.s(), it, n, app=self.app)
+        return publishing.Chunks(self.s(), self._checked(it), n, app=self.app)
+
+    def _checked(self, calls: Any) -> list[Any]:
+        calls = list(calls)
+        for args in calls:
+            keys.check_call(self.name, args, None)
+        return calls
 
     def signature(self, args: Any = None, *more: Any, **options: Any) -> Signature:
         """As Celery's, which makes a tuple of whatever it gets as ``args``, also of a dictionary's keys."""
@@ -473,8 +477,12 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             headers = {name: value for name, value in known.items() if name in keys.IDENTITY}
         else:
             if outer is not None and outer.name in LOOPS:
-                known = {**as_headers(outer.request), **(outer.request.headers or {})}
-                headers = {**_of_another_message(known), MESSAGE: "", **headers}
+                loop = outer.request
+                known = {**as_headers(loop), **(loop.headers or {}), **keys.labelled(given)}
+                given = {}
+                headers = {**_of_another_message(known), **headers}
+                if MESSAGE in known or not (loop.is_eager or loop.called_directly):
+                    headers[MESSAGE] = ""  # the loop's call was made elsewhere, so nothing of here becomes part of it
             headers = self._identified(headers, given, None)
         _task_stack.push(self)
         self.push_request(args=args, kwargs=kwargs, headers=headers)
@@ -671,12 +679,15 @@ def _of_another_message(headers: Mapping[str, Any]) -> dict[str, str]:
 
 _SIGNATURE_CALLS = Signature.__call__.__code__
 
+_BETWEEN = frozenset({"__call__", "_call_guarded", "xmap", "xstarmap", "<listcomp>"})
+"""Functions between a signature that is called and its task, or each call of a loop."""
+
 
 def _of_signature() -> Mapping[str, Any]:
     """Options of the signature whose direct call this is: of ``signature()`` itself, and of an errback
     ``(request, exc, traceback)``, which Celery calls so in the worker. It hands none of them on."""
     frame = sys._getframe(2)
-    while frame is not None and frame.f_code.co_name in ("__call__", "_call_guarded"):
+    while frame is not None and frame.f_code.co_name in _BETWEEN:
         if frame.f_code is _SIGNATURE_CALLS:
             options: Mapping[str, Any] = frame.f_locals["self"].options
             return options

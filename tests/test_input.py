@@ -82,6 +82,15 @@ def test_args_are_a_list_or_a_tuple(app: Celery, call: str, args: Any) -> None:
     assert list(Ledger.from_app(app).list()) == []
 
 
+@pytest.mark.parametrize("args", NO_ARGS, ids=lambda value: type(value).__name__)
+def test_args_in_a_loop_are_lists_or_tuples(app: Celery, args: Any) -> None:
+    task = app.tasks["shop.charge"]
+    for build in (task.starmap, lambda calls: task.chunks(calls, 1)):
+        with pytest.raises(TypeError, match="args must be a list or tuple"):
+            build([(1,), args])
+    assert task.starmap(iter([(1,), [2]])).kwargs["it"] == [(1,), [2]]
+
+
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("kwargs", NO_KWARGS, ids=lambda value: type(value).__name__)
 def test_kwargs_are_a_mapping(app: Celery, call: str, kwargs: Any) -> None:

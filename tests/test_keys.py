@@ -161,6 +161,16 @@ def test_an_unknown_name_lists_the_real_ones(option: str) -> None:
     assert "customer_id, invoice_id, cents, note" in str(caught.value)
 
 
+@pytest.mark.parametrize("option", ["intent", "must_match", "secret"])
+def test_a_name_that_a_position_may_hide_is_refused(option: str) -> None:
+    """Behind a decorator without ``functools.wraps``, a positional ``cents`` was not compared."""
+
+    def fun(*args: int, **kwargs: int) -> None: ...
+
+    with pytest.raises(ConfigurationError, match=r"names 'cents', .* in \*args it has no name.* signature="):
+        declare("shop.pay", inspect.signature(fun), **{"intent": ("args",), option: ("cents",)})
+
+
 @pytest.mark.parametrize("nothing", [(), [], set()])
 def test_an_intent_that_names_nothing_is_refused(nothing: Any) -> None:
     with pytest.raises(ConfigurationError, match="ALL_ARGUMENTS"):

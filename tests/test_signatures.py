@@ -402,9 +402,38 @@ class Standing:
         return self.fn("session", *args, **kwargs)
 
 
+class Proxy:
+    """As wrapt's: whatever is asked, the function inside answers, also of its class."""
+
+    def __init__(self, fn: Any) -> None:
+        self._fn = fn
+
+    @property
+    def __wrapped__(self) -> Any:
+        return self._fn
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return type(self._fn)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._fn, name)
+
+    @property
+    def __module__(self) -> Any:  # type: ignore[override]
+        return self._fn.__module__
+
+    @property
+    def __doc__(self) -> Any:  # type: ignore[override]
+        return self._fn.__doc__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._fn("session", *args, **kwargs)
+
+
 UNTRUSTED = [
     first_dropped, assigned, behind, sometimes, handed_over, by_another_name, rebound_by_a_loop, shadowed, popping,
-    without_a_closure, without_source, saying_otherwise, Standing,
+    without_a_closure, without_source, saying_otherwise, Standing, Proxy,
 ]  # fmt: skip
 
 

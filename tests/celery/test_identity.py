@@ -203,6 +203,54 @@ def test_what_is_inside_a_message_needs_nothing_of_ours_where_it_is_dispatched(s
     assert part.options == {"scope": "acme"}, "the author's own signature was changed"
 
 
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("how", ["set", "call", "inside a group"])
+def test_options_of_a_chain_hold_for_all_of_it(shop: Shop, how: str, known: bool) -> None:
+    """Celery gives them to its first part only: the later parts of two tenants were one action."""
+    app = shop.app if known else stranger(shop)
+
+    def line(n: int) -> Any:
+        return signature("x.line", ("a", n), immutable=True, app=app)
+
+    def whole(**given: Any) -> None:
+        own = line(6).set(occurrence="own")
+        parts = chain(app.tasks["x.plain"].s(), line(1), group([line(2), line(3)], app=app), line(4), own, app=app)
+        first = chain(line(5), line(7), app=app)
+        for one in (parts, first):
+            if how == "set":
+                one.set(**given).apply_async()
+            elif how == "call":
+                one.apply_async(**given)
+            else:
+                group([one, app.tasks["x.plain"].s()], app=app).apply_async(**given)
+
+    for given in ({"scope": "acme"}, {"scope": Place.ACME}, {"scope": "globex"}, {"occurrence": 7}):
+        whole(**given)
+        drain(shop.app)
+    assert {shop.done[f"line a/{n}"] for n in (1, 2, 3, 4, 5, 7)} == {3}
+    for n in (1, 2, 3, 4, 5, 7):
+        key = shop.line.intent_key("a", n, scope="globex")
+        assert look_up(shop.app, key, "globex") is not None
+    assert shop.done["line a/6"] == 3, "scopes; its occurrence is its own"
+    assert look_up(shop.app, shop.line.intent_key("a", 6, occurrence="own")) is not None
+
+
+def test_a_callers_key_of_a_chain(shop: Shop) -> None:
+    """Its first part has the key. The later ones are parts of that action, told apart by what they are."""
+    for key in ("evt_1", "evt_1", "evt_2"):
+        chain(shop.line.si("a", 1), shop.line.si("a", 2), shop.line.si("a", 3), app=shop.app).apply_async(
+            idempotency_key=key
+        )
+        drain(shop.app)
+    assert [shop.done[f"line a/{n}"] for n in (1, 2, 3)] == [2, 2, 2]
+
+
+def test_a_scope_of_a_chain_that_has_no_form_is_refused(shop: Shop) -> None:
+    chain(shop.plain.s(), shop.line.si("a", 1), app=shop.app).apply_async(scope="")
+    drain(shop.app)
+    assert not shop.done
+
+
 def test_a_property_that_arrives_is_read(shop: Shop) -> None:
     """From a process without this package, over a broker that keeps properties it does not know."""
     shop.app.send_task("x.line", ("a", 1), scope="acme")
@@ -401,6 +449,36 @@ def test_an_ambient_scope_holds_for_every_way_of_calling(way: str, acme: str) ->
     tenant.set(acme)
     assert shop.line.intent_key("a", 1) == key
     assert look_up(shop.app, key) is not None
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_an_ambient_scope_holds_for_loops_that_run_in_place(acme: str, eager: bool) -> None:
+    shop = Shop(idem_scope=ambient, task_always_eager=eager)
+    for name in (acme, "globex"):
+        tenant.set(name)
+        loops = [shop.line.starmap([("a", 1)]), shop.line.chunks([("a", 2)], 1)]
+        if eager:
+            for loop in loops:
+                loop.apply_async()
+        else:
+            loops[0]()
+            shop.line.starmap([("a", 2)]).apply()
+        assert [shop.line.submit("a", n).status for n in (1, 2)] == ["replayed"] * 2
+    assert [shop.done[f"line a/{n}"] for n in (1, 2)] == [2, 2]
+
+
+@pytest.mark.parametrize("task_cls", [Task, IdempotentTask])
+@pytest.mark.parametrize("eager", [True, False])
+def test_a_loop_that_runs_in_place_hands_its_identity_to_every_call(task_cls: Any, eager: bool) -> None:
+    shop = Shop(task_always_eager=eager)
+    shop.app.task_cls = task_cls
+    for given in ({"scope": "acme"}, {"scope": "globex"}, {"idempotency_key": "evt_1"}, {"idempotency_key": "evt_1"}):
+        items = [[("a", n), ("a", n + 1)] for n in (1, 3, 5)]
+        shop.line.starmap(items[0]).set(**given)()
+        shop.line.starmap(items[1]).set(**given).apply()
+        shop.line.starmap(items[2]).set(**given).apply_async()
+        drain(shop.app)
+    assert [shop.done[f"line a/{n}"] for n in range(1, 7)] == [3] * 6
 
 
 def test_an_ambient_scope_gives_way_and_is_asked_where_the_call_is_made(acme: str) -> None:
