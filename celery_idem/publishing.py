@@ -213,7 +213,7 @@ def _ambient(part: Signature, headers: Mapping[str, Any]) -> dict[str, str]:
     task = app.tasks.get(part["task"])
     if task is None:
         setting = app.conf.get("idem_scope")
-    elif getattr(task, "declaration", None) is None:
+    elif getattr(task, "idem_declaration", None) is None:
         return {}
     else:
         setting = task.guard.settings.scope
