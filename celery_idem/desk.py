@@ -76,7 +76,7 @@ class Desk:
         return {
             name: task
             for name, task in sorted(self.app.tasks.items())
-            if isinstance(task, IdempotentTask) and task.declaration is not None
+            if isinstance(task, IdempotentTask) and task.idem_declaration is not None
         }
 
     def task_of(self, key: str) -> IdempotentTask | None:
@@ -295,7 +295,7 @@ class Desk:
         if outcome.payload is None:
             return f"not stored: {outcome.missing}"
         task = self.task_of(entry.key)
-        if task is None or (task.declaration is not None and task.declaration.secret):
+        if task is None or (task.idem_declaration is not None and task.idem_declaration.secret):
             why = (
                 "this application does not have the task"
                 if task is None

@@ -40,7 +40,7 @@ def put_on(cls: type[Any], guard: Callable[..., Any]) -> None:
 
 
 def take_off(cls: type[Any]) -> None:
-    """Undo ``put_on``: the class is bound again, where it declares no intent."""
+    """Undo ``put_on``: the class is bound again, where it declares no intent, or one of its bases was."""
     for name, was in vars(cls).get(KEPT, {}).items():
         if was is _NOTHING:
             delattr(cls, name)
@@ -48,6 +48,11 @@ def take_off(cls: type[Any]) -> None:
             setattr(cls, name, was)
     if KEPT in vars(cls):
         delattr(cls, KEPT)
+    if any(
+        KEPT in vars(base) for base in cls.__mro__
+    ):  # a guarded task is a base of it, and stays what it is
+        for name in ("__call__", "run"):
+            setattr(cls, name, beneath(cls, name))
 
 
 def around(task: Task) -> Callable[..., Any] | None:
@@ -90,6 +95,8 @@ def _net(found: Any) -> Callable[..., Any]:
         if not stack:  # task.run(…): the body alone
             return _bound(found, self)(*args, **kwargs)
         request = stack[-1]
+        if self.idem_declaration is None:  # an ordinary task whose base this is
+            return _bound(found, self)(*args, **kwargs)
         if not request.called_directly and not hasattr(request, "idem_claim"):
             return self._came_past(request, args, kwargs)
         inside = _opened(stack)

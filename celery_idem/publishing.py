@@ -126,7 +126,9 @@ def _belonging(given: Any, own: Mapping[str, str]) -> Any:
         return [_belonging(part, own) if isinstance(part, Mapping) else part for part in given]
     kwargs = given.get("kwargs") or {}
     if given["task"] not in LOOPS:
-        inner = {name: _belonging(kwargs[name], own) for name in _PARTS.get(given["task"], ()) if kwargs.get(name)}
+        inner = {
+            name: _belonging(kwargs[name], own) for name in _PARTS.get(given["task"], ()) if kwargs.get(name)
+        }
         if inner:
             return {**given, "kwargs": {**kwargs, **inner}}
     options = given.get("options") or {}
@@ -267,7 +269,7 @@ def _ambient(part: Signature, headers: Mapping[str, Any]) -> dict[str, str]:
     task = app.tasks.get(part["task"])
     if task is None:
         setting = app.conf.get("idem_scope")
-    elif getattr(task, "declaration", None) is None:
+    elif getattr(task, "idem_declaration", None) is None:
         return {}
     else:
         setting = task.guard.settings.scope

@@ -112,7 +112,7 @@ def stores_of(app: Celery) -> list[Store]:
     """The stores of an application's tasks that do not expire by themselves, each once."""
     found: dict[int, Store] = {}
     for task in list(app.tasks.values()):
-        if getattr(task, "declaration", None) is not None:
+        if getattr(task, "idem_declaration", None) is not None:
             store: Store = task.guard.ledger.store
             if not store.expires:
                 found[id(store)] = store

@@ -295,7 +295,7 @@ def submit(
     keys.check_call(name, args, kwargs)
     task = app.tasks.get(name)
     if task is not None:
-        if getattr(task, "declaration", None) is None:
+        if getattr(task, "idem_declaration", None) is None:
             raise ConfigurationError(
                 f"{name} declares no intent, so submit() means nothing for it. Declare it with "
                 "base=IdempotentTask and intent=(…)."
@@ -378,7 +378,7 @@ def look_up(app: Celery, key: str, scope: str | None = None) -> Receipt | None:
         StoreError: the store did not answer.
     """
     task = app.tasks.get(keys.task_of(key) or key)
-    guarded = getattr(task, "declaration", None) is not None
+    guarded = getattr(task, "idem_declaration", None) is not None
     ledger = task.guard.ledger if guarded else Ledger.from_app(app)
     policy = task.guard.options.policy if guarded else _PLAIN_POLICY
     scope = in_scope(task.guard.settings.scope if guarded else app.conf.get("idem_scope"), scope)

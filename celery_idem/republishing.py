@@ -99,7 +99,7 @@ def to_its_queue(app: Celery, request: Context) -> dict[str, Any] | None:
     kind = queue.exchange.type if queue.exchange else "direct"
     if kind == "fanout" and driver != AMQP:
         return None
-    if delays and kind not in ("direct", "fanout"):
+    if delays and kind not in ("direct", "fanout") and _alone(app, queue):
         return {
             **quiet,
             "queue": queue,
@@ -109,6 +109,24 @@ def to_its_queue(app: Celery, request: Context) -> dict[str, Any] | None:
     # A broadcast queue exists as long as its worker, and only the worker's process declares it.
     declare = [] if isinstance(queue, Broadcast) else [queue]
     return {**quiet, **_direct(queue.name, declare)}
+
+
+def _alone(app: Celery, queue: Queue) -> bool:
+    """Whether a message with a native delay and a queue's own routing key comes to that queue and to no other.
+
+    Celery binds every queue's exchange to the one from which such messages come, and every queue to its
+    exchange, with ``#.`` before the key and nothing else: a headers exchange then gives a copy to each of its queues.
+    """
+    if not queue.routing_key or queue.exchange.type != "topic":
+        return False
+    words = queue.routing_key.split(".")
+    return not any(
+        _matches(["#", *(binding.routing_key or "").split(".")], words)
+        for other in app.amqp.queues.values()
+        if other.name != queue.name
+        for binding in (other, *(other.bindings or ()))
+        if binding.exchange and binding.exchange.type != "direct"
+    )
 
 
 def _direct(name: str, declare: list[Queue]) -> dict[str, Any]:

@@ -347,7 +347,9 @@ def _result_ttl(app: weakref.ref[Any], default: float) -> Callable[[str], float]
         alive = app()
         task: Any = alive.tasks.get(name) if alive is not None else None
         return (
-            default if getattr(task, "declaration", None) is None else float(task.guard.settings.result_ttl)
+            default
+            if getattr(task, "idem_declaration", None) is None
+            else float(task.guard.settings.result_ttl)
         )
 
     return of_task

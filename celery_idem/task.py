@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 OWN_WORDS = frozenset({"scope", "occurrence", "idempotency_key"})
 """What ``submit`` takes beside the task's own arguments."""
 
+_OF_APPLY = ("link", "link_error", "task_id", "retries", "throw", "logfile", "loglevel", "headers")
+"""The parameters of Celery's ``apply`` after ``args`` and ``kwargs``."""
+
 UNKEYED = "0" * 32
 """The digest in the key of a call that has none."""
 
@@ -97,7 +100,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
     no_effect_errors: tuple[type[BaseException], ...] = ()
     ambiguous_errors: tuple[type[BaseException], ...] = ()
 
-    declaration: ClassVar[keys.Declaration | None] = None
+    idem_declaration: ClassVar[keys.Declaration | None] = None
     """The checked declaration; None for an ordinary task."""
 
     _guard_made: ClassVar[Guard | None] = None
@@ -105,27 +108,32 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
     # --- declaration ------------------------------------------------------------------
 
     @classmethod
-    def on_bound(cls, app: Celery) -> None:
-        """Check the declaration. Called by Celery when the task is registered.
+    def bind(cls, app: Celery) -> Any:
+        """As Celery's, and check the declaration. Celery calls it when the task is registered.
+
+        Not in ``on_bound``: Celery's own does nothing, so an author's takes its place and never calls it.
 
         Raises:
             ConfigurationError: the declaration or a setting is wrong.
         """
-        super().on_bound(app)
+        bound = super().bind(app)
         declaration = declaring.declaration_of(cls, app, _asked(cls, app))
         if declaration is not None:
-            cls._guard_made, cls.declaration = None, declaration
+            cls._guard_made, cls.idem_declaration = None, declaration
             placing.put_on(cls, IdempotentTask._call_guarded)
             if declaration.secret:
                 publishing.hide(declaration)
             app.steps["worker"].add("celery_idem.doctor.at_start:AtStart")  # by name: only workers load it
-        elif cls.declaration is not None:  # bound before, where it had an intent
-            cls._guard_made = cls.declaration = None
+        elif (
+            cls.idem_declaration is not None
+        ):  # bound before, where it had an intent; or a base of it has one
+            cls._guard_made = cls.idem_declaration = None
             placing.take_off(cls)
+        return bound
 
     def start_strategy(self, app: Celery, consumer: Any, **kwargs: Any) -> Any:
         """As Celery's. The worker's request of a guarded task is ours, whatever else it is."""
-        if self.declaration is not None:
+        if self.idem_declaration is not None:
             self.Request = symbol_by_name("celery_idem.worker:request_class")(self)
         return super().start_strategy(app, consumer, **kwargs)
 
@@ -192,11 +200,11 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
                 )
 
     def _declared(self, what: str) -> keys.Declaration:
-        if self.declaration is None:
+        if self.idem_declaration is None:
             raise ConfigurationError(
                 f"{self.name} declares no intent, so {what} means nothing for it. Add intent=(…) to the task."
             )
-        return self.declaration
+        return self.idem_declaration
 
     # --- publishing -------------------------------------------------------------------
 
@@ -225,7 +233,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         """
         same = options.get(retrying.SAME_INTENT)
         given = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
-        if self.declaration is not None:
+        if self.idem_declaration is not None:
             task_id = (more[0] if more else options.get("task_id")) or uuid()
             if more:
                 more = (task_id, *more[1:])
@@ -252,31 +260,34 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
     ) -> EagerResult:
         """As Celery's, with the options of ``apply_async``."""
         given = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
-        if self.declaration is not None:
+        if self.idem_declaration is not None:
+            options.update(zip(_OF_APPLY, more))  # headers and throw may be given by position
+            more = ()
             # With task_always_eager these are the headers that apply_async made for this very call.
-            task_id = more[2] if len(more) > 2 else options.get("task_id")
-            options = self._with_key(args, kwargs, options, given, task_id)
+            options = self._with_key(args, kwargs, options, given, options.get("task_id"))
             options["headers"].pop(MESSAGE, None)
+            throw = options.get("throw")
+            if self.app.conf.task_eager_propagates if throw is None else throw:
+                options["headers"][PROPAGATES] = True
         else:
             options = self._without_key(options, given)
-        throw = options.get("throw")
-        if self.app.conf.task_eager_propagates if throw is None else throw:
-            options["headers"] = {**(options.get("headers") or {}), PROPAGATES: True}
         return super().apply(args, kwargs, *more, **options)
 
     def map(self, it: Any) -> Signature:
         """As Celery's."""
-        return super().map(it) if self.declaration is None else publishing.Map(self.s(), it, app=self.app)
+        return (
+            super().map(it) if self.idem_declaration is None else publishing.Map(self.s(), it, app=self.app)
+        )
 
     def starmap(self, it: Any) -> Signature:
         """As Celery's."""
-        if self.declaration is None:
+        if self.idem_declaration is None:
             return super().starmap(it)
         return publishing.StarMap(self.s(), self._checked(it), app=self.app)
 
     def chunks(self, it: Any, n: int) -> Signature:
         """As Celery's."""
-        if self.declaration is None:
+        if self.idem_declaration is None:
             return super().chunks(it, n)
         return publishing.Chunks(self.s(), self._checked(it), n, app=self.app)
 
@@ -288,7 +299,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
 
     def signature(self, args: Any = None, *more: Any, **options: Any) -> Signature:
         """As Celery's, which makes a tuple of whatever it gets as ``args``, also of a dictionary's keys."""
-        if self.declaration is not None:
+        if self.idem_declaration is not None:
             keys.check_call(self.name, args, more[0] if more else options.get("kwargs"))
         return super().signature(args, *more, **options)
 
@@ -300,7 +311,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         """As Celery's. What is published from it is the same intent, whatever its arguments."""
         maybe_apart = options.pop(retrying.MAYBE_APART, None)
         signature = super().signature_from_request(request, args, kwargs, queue, **options)
-        if self.declaration is None:
+        if self.idem_declaration is None:
             return signature
         request = self.request if request is None else request
         if maybe_apart:
@@ -365,7 +376,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         """Celery's error for the last retry shows every argument, and is stored."""
         if error is given or not isinstance(error, self.MaxRetriesExceededError):
             return error
-        if self.declaration is None or not self.declaration.secret:
+        if self.idem_declaration is None or not self.idem_declaration.secret:
             return error  # type: ignore[no-any-return]
         hidden: BaseException = self.MaxRetriesExceededError(f"Can't retry {self.name}[{self.request.id}]")
         return hidden
@@ -378,7 +389,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         replacement's record. Any other must be published only once, so this intent is
         done, and its result is that of the task that took its place.
         """
-        if self.declaration is None:
+        if self.idem_declaration is None:
             return super().replace(sig)
         given = {**_of_another_message(self.request.headers or {}), MESSAGE: ""}
         guarded = True
@@ -387,7 +398,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             if CALLER_KEY in own:  # its own, and not that of the message whose identity it takes over
                 leaf.options.setdefault("idempotency_key", own.pop(CALLER_KEY))
             leaf.options["headers"] = {**given, **own}
-            guarded = guarded and getattr(self.app.tasks.get(leaf.task), "declaration", None) is not None
+            guarded = guarded and getattr(self.app.tasks.get(leaf.task), "idem_declaration", None) is not None
         if guarded:
             return super().replace(sig)
         try:
@@ -482,7 +493,9 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
                 given = {}
                 headers = {**_of_another_message(known), **headers}
                 if MESSAGE in known or not (loop.is_eager or loop.called_directly):
-                    headers[MESSAGE] = ""  # the loop's call was made elsewhere, so nothing of here becomes part of it
+                    headers[MESSAGE] = (
+                        ""  # the loop's call was made elsewhere, so nothing of here becomes part of it
+                    )
             headers = self._identified(headers, given, None)
         _task_stack.push(self)
         self.push_request(args=args, kwargs=kwargs, headers=headers)

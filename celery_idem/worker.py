@@ -217,7 +217,7 @@ class SecretRequest(IdempotentRequest):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         try:
-            shown = publishing.shown(self.task.declaration, self.args, self.kwargs)
+            shown = publishing.shown(self.task.idem_declaration, self.args, self.kwargs)
         except Exception:  # no call of this task: the worker will say so
             shown = dict.fromkeys(("argsrepr", "kwargsrepr"), publishing.HIDDEN)
         self._argsrepr, self._kwargsrepr = shown["argsrepr"], shown["kwargsrepr"]
@@ -239,8 +239,7 @@ def request_class(task: Any) -> type[IdempotentRequest]:
             f"{task.name}: Request = {own!r} is no subclass of celery.worker.request.Request, so nothing would see "
             "the death of its processes. Derive it from celery_idem.worker.IdempotentRequest."
         )
-    secret = getattr(getattr(task, "declaration", None), "secret", ())
-    ours = SecretRequest if secret else IdempotentRequest
+    ours = SecretRequest if task.idem_declaration.secret else IdempotentRequest
     if issubclass(own, ours):
         return own
     return ours if own in (Request, IdempotentRequest) else type(own.__name__, (own, ours), {})

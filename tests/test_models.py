@@ -300,7 +300,7 @@ def test_what_has_no_canonical_form_is_refused_by_name(value: Any) -> None:
 
 
 def test_a_secret_is_in_no_canonical_form() -> None:
-    declaration = taking(Holding).declaration
+    declaration = taking(Holding).idem_declaration
     assert "hunter2" not in str(declaration.intent(declaration.bind(({"token": "hunter2"},), {})))
 
 
@@ -313,7 +313,7 @@ def test_a_secret_is_in_no_canonical_form() -> None:
 def test_a_minted_value_is_in_no_key_and_no_fingerprint(options: Any) -> None:
     def place(x: Traced, note: str = "") -> None: ...
 
-    declaration = a_task(place, **options).declaration
+    declaration = a_task(place, **options).idem_declaration
 
     def identity(value: Any) -> Any:
         arguments = declaration.bind((value,), {})
@@ -339,7 +339,7 @@ def test_a_minted_value_is_in_no_key_and_no_fingerprint(options: Any) -> None:
 
 
 def test_also_with_a_callers_key_and_a_computed_intent() -> None:
-    declaration = taking(Traced).declaration
+    declaration = taking(Traced).idem_declaration
     one, other = (declaration.bind(({"number": 1},), {}) for _ in range(2))
     assert declaration.fingerprint(one, "key") == declaration.fingerprint(other, "key")
     key = taking(Traced, intent=lambda a: {"order": a["x"]}).intent_key

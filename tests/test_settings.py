@@ -289,8 +289,8 @@ def test_annotations_are_options() -> None:
     def pay(a: int, b: int) -> None: ...
 
     assert pay.guard.settings.lease == 3
-    assert pay.declaration.fields == ("a",)
-    assert pay.declaration.must_match == ("b",)
+    assert pay.idem_declaration.fields == ("a",)
+    assert pay.idem_declaration.must_match == ("b",)
 
 
 # --- what becomes of them --------------------------------------------------------------------------

@@ -197,7 +197,7 @@ def test_a_body_that_is_bound(case: str) -> None:
     for order in (1, 2, 1):
         task.apply((order,)).get()
     assert GOT == [1, 2]
-    assert "self" not in task.declaration.signature.parameters
+    assert "self" not in task.idem_declaration.signature.parameters
 
 
 def test_a_body_of_a_class() -> None:
@@ -254,7 +254,7 @@ def test_defaults_are_those_of_the_function_that_is_called() -> None:
 
 def test_must_match_and_secret_by_the_name_of_the_body() -> None:
     task = a_task(by_id(ship), ("dry",), must_match=("order",), secret=("order",))
-    assert task.declaration.must_match == task.declaration.secret == ("order_id",)
+    assert task.idem_declaration.must_match == task.idem_declaration.secret == ("order_id",)
 
 
 def test_names_that_nobody_gives_are_refused_and_the_real_ones_listed() -> None:

@@ -225,7 +225,7 @@ def tool_of(app: Celery, name: str, occurrences: bool = False) -> Tool:
     task = app.tasks.get(name)
     if task is None:
         raise ConfigurationError(f"There is no task {name!r}. Import its module before you offer it.")
-    declaration = getattr(task, "declaration", None)
+    declaration = getattr(task, "idem_declaration", None)
     if declaration is None:
         raise ConfigurationError(
             f"{name} declares no intent, so a caller that repeats it would do it twice. Add intent=(…) to the task."

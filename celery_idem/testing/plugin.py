@@ -112,7 +112,7 @@ def _point(app: Celery, url: Any) -> None:
     app.conf.idem_store = url or ""
     settings._ledgers.pop(app, None)
     for task in app.tasks.values():
-        if getattr(task, "declaration", None) is not None:
+        if getattr(task, "idem_declaration", None) is not None:
             type(task)._guard_made = None
 
 
@@ -154,7 +154,7 @@ def duplicate(app: Celery, clock: FakeClock) -> Callable[[], None]:
 
     def apply_twice(self: Any, *args: Any, **options: Any) -> Any:
         result = apply(self, *args, **options)
-        if getattr(self, "declaration", None) is None and not self.name.startswith("celery."):
+        if getattr(self, "idem_declaration", None) is None and not self.name.startswith("celery."):
             apply(
                 self,
                 *args,

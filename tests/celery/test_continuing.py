@@ -112,7 +112,7 @@ def test_a_release_between_a_body_and_its_retry_may_change_must_match(here: InPr
         @InProcess().task("pay", must_match=names)
         def pay(self: Any, name: str, cents: int, to: str) -> None: ...
 
-        return pay.declaration
+        return pay.idem_declaration
 
     before = declared("cents").fingerprint({"name": "a", "cents": 5, "to": "x"})
     changed = {"name": "a", "cents": 6, "to": "y"}

@@ -223,6 +223,29 @@ def test_with_native_delays_it_goes_by_its_own_exchange(prefix: str) -> None:
     assert to_its_queue(app, Context(delivery_info=lost)) is None
 
 
+@pytest.mark.parametrize(
+    "queues",
+    [
+        [Queue("a", ORDERS, "orders.*"), Queue("b", ORDERS, "orders.#")],
+        [Queue("a", ORDERS, "orders.eu"), Queue("b", Exchange("others", type="topic"), "eu")],
+        [Queue("a", ORDERS, "orders.eu"), Queue("b", bindings=[binding(ORDERS, "#.eu")])],
+        [Queue("a", Exchange("h", type="headers"), "a"), Queue("b", Exchange("h", type="headers"), "b")],
+        [Queue("a", Exchange("h", type="headers"))],
+    ],
+)
+def test_with_native_delays_it_goes_to_its_queue_where_another_one_would_get_a_copy(
+    queues: list[Queue],
+) -> None:
+    """Each copy that waits would become two, and each of those again."""
+    for queue in queues:
+        queue.queue_arguments = QUORUM
+    app = make(AMQP, task_queues=queues)
+    info = {"exchange": queues[0].exchange.name, "routing_key": queues[0].routing_key}
+    options = to_its_queue(app, Context(delivery_info=info))
+    assert options is not None
+    assert (options["queue"].name, options["exchange"], options["routing_key"]) == ("a", "", "a")
+
+
 def test_an_exchange_that_the_worker_knows_nothing_of(app: Celery) -> None:
     info = {"exchange": "dead-letters", "routing_key": "k"}
     options = to_its_queue(app, Context(delivery_info=info))

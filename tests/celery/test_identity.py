@@ -214,7 +214,9 @@ def test_options_of_a_chain_hold_for_all_of_it(shop: Shop, how: str, known: bool
 
     def whole(**given: Any) -> None:
         own = line(6).set(occurrence="own")
-        parts = chain(app.tasks["x.plain"].s(), line(1), group([line(2), line(3)], app=app), line(4), own, app=app)
+        parts = chain(
+            app.tasks["x.plain"].s(), line(1), group([line(2), line(3)], app=app), line(4), own, app=app
+        )
         first = chain(line(5), line(7), app=app)
         for one in (parts, first):
             if how == "set":
@@ -472,7 +474,12 @@ def test_an_ambient_scope_holds_for_loops_that_run_in_place(acme: str, eager: bo
 def test_a_loop_that_runs_in_place_hands_its_identity_to_every_call(task_cls: Any, eager: bool) -> None:
     shop = Shop(task_always_eager=eager)
     shop.app.task_cls = task_cls
-    for given in ({"scope": "acme"}, {"scope": "globex"}, {"idempotency_key": "evt_1"}, {"idempotency_key": "evt_1"}):
+    for given in (
+        {"scope": "acme"},
+        {"scope": "globex"},
+        {"idempotency_key": "evt_1"},
+        {"idempotency_key": "evt_1"},
+    ):
         items = [[("a", n), ("a", n + 1)] for n in (1, 3, 5)]
         shop.line.starmap(items[0]).set(**given)()
         shop.line.starmap(items[1]).set(**given).apply()

@@ -232,7 +232,7 @@ def test_celerys_own_tasks_stay_its_own(here: Here) -> None:
     assert len(own) >= 8
     for task in own:
         assert isinstance(task, IdempotentTask)
-        assert task.declaration is None
+        assert task.idem_declaration is None
         assert type(task).__call__ is Task.__call__
         assert type(task).Request == Task.Request
         assert type(task).Strategy == Task.Strategy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from celery import Celery, Task
 from celery.app.trace import task_has_custom, trace_task
 from celery.worker.request import Request
 
-from celery_idem import ALL_ARGUMENTS, ConfigurationError, IdempotentTask
+from celery_idem import ALL_ARGUMENTS, ConfigurationError, IdempotentTask, keys
 from celery_idem.worker import IdempotentRequest, request_class
 
 done: list[str] = []
@@ -123,6 +124,36 @@ def test_so_it_does_in_a_plain_call(charged: Any) -> None:
     assert charged("a") == charged.apply(("a",)).get() == [charged.intent_key("a"), None]
     assert done == ["a"]
     assert charged.request_stack.top is None
+
+
+class BoundByItsAuthor:
+    """Celery's ``on_bound`` does nothing, so nobody calls it."""
+
+    @classmethod
+    def on_bound(cls, app: Celery) -> None:
+        contexts.append("bound")
+
+
+@pytest.mark.parametrize("bases", [(BoundByItsAuthor, IdempotentTask), (IdempotentTask, BoundByItsAuthor)])
+def test_an_on_bound_of_the_authors_takes_no_guard_away(bases: tuple[type, ...]) -> None:
+    base = type("Base", bases, {"abstract": True, "on_bound": vars(BoundByItsAuthor)["on_bound"]})
+
+    @make().task(base=base, name="charge", intent=("order",), shared=False)
+    def charged(order: str) -> None:
+        done.append(order)
+
+    charged.apply(("a",))
+    charged.apply(("a",))
+    assert (done, contexts) == (["a"], ["bound"])
+
+
+def test_apply_takes_its_options_by_position() -> None:
+    @make().task(base=IdempotentTask, bind=True, name="charge", intent=("order",), shared=False)
+    def charged(self: Any, order: str) -> Any:
+        return self.request.id, self.request.headers["own"]
+
+    positional = (None, None, "id", 0, True, None, None, {"own": 1})
+    assert charged.apply(("a",), None, *positional).get() == ["id", 1]
 
 
 def test_a_body_that_calls_its_own_task_is_guarded_there(charged: Any) -> None:
@@ -275,7 +306,7 @@ def test_run_is_the_body_alone_and_reads_like_it() -> None:
         task.run("a")
         assert list(inspect.signature(task.run).parameters) == ["order", "cents"]
         task.bind(make())  # reads the signature again
-        assert list(task.declaration.signature.parameters) == ["order", "cents"]
+        assert list(task.idem_declaration.signature.parameters) == ["order", "cents"]
     assert done == ["a"] * 4
     assert plain.run.__doc__ == "What it does."
 
@@ -337,7 +368,49 @@ def test_celery_takes_its_own_way_to_an_ordinary_task() -> None:
 
     assert not task_has_custom(ordinary, "__call__")
     assert ordinary.Request == Task.Request
-    assert not {"__call__", "Request", "declaration", "_guard_made"} & set(vars(type(ordinary)))
+    assert not {"__call__", "Request", "idem_declaration", "_guard_made"} & set(vars(type(ordinary)))
+
+
+def test_an_ordinary_tasks_attribute_may_have_any_name() -> None:
+    app = ordinary_app()
+    app.conf.task_eager_propagates = True
+
+    class Form(app.Task):  # type: ignore[name-defined,misc]
+        name = "form"
+        declaration = "customs"
+
+        def run(self) -> Any:
+            return self.declaration, self.request.headers
+
+    form = app.register_task(Form())
+    assert form.apply().get() == ("customs", None)
+    assert not hasattr(Task, "idem_declaration")
+
+
+def test_a_task_without_an_intent_may_have_a_guarded_one_as_its_base() -> None:
+    app = ordinary_app()
+
+    class Charge(app.Task):  # type: ignore[name-defined,misc]
+        name, intent = "charge", ("order",)
+
+        def run(self, order: str) -> str:
+            done.append(order)
+            return order
+
+    class Free(Charge):
+        name, intent = "free", None  # type: ignore[assignment]
+
+    class Wider(Charge):
+        name, intent = "wider", None  # type: ignore[assignment]
+
+        def run(self, order: str) -> str:
+            return super().run(order) + "!"
+
+    charge, free, wider = (app.register_task(each()) for each in (Charge, Free, Wider))
+    results = [task.apply((order,)).get() for task, order in ((free, "f"), (wider, "w"), (charge, "c")) * 2]
+    assert results == ["f", "w!", "c"] * 2
+    assert sorted(done) == ["c", "f", "f", "w", "w"]
+    assert free("f") == "f"
 
 
 def delivered(task: Any, number: str, **request: Any) -> None:
@@ -399,7 +472,7 @@ def test_a_guarded_task_bound_where_it_has_no_intent_is_ordinary_and_guarded_aga
     other = ordinary_app()
     other.tasks.register(charged._get_current_object())
     charged.bind(other)
-    assert charged.declaration is None
+    assert charged.idem_declaration is None
     assert not task_has_custom(charged, "__call__")
     charged.apply(("a",))
     charged.apply(("a",))
@@ -482,7 +555,8 @@ def test_a_request_of_ones_own_stands_above_ours() -> None:
     class Ours(IdempotentRequest):
         pass
 
-    task: Any = type("T", (), {"name": "t", "Request": Task.Request})
+    declares = keys.declare("t", inspect.signature(lambda order: None), "order")
+    task: Any = type("T", (), {"name": "t", "Request": Task.Request, "idem_declaration": declares})
     assert request_class(task) is IdempotentRequest
     task.Request = Own
     both = request_class(task)

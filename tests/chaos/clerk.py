@@ -51,7 +51,7 @@ class Records:
         """As the task derives it: the shop's own declaration, without a worker."""
         from tests.chaos.shop import app
 
-        declaration = app.tasks[intent.task].declaration
+        declaration = app.tasks[intent.task].idem_declaration
         assert declaration is not None
         bound = declaration.bind((), {"ref": intent.ref, "cents": intent.cents, "note": ""})
         return str(declaration.key(self.ledger.namespace, bound, None, None, intent.key or None))

@@ -26,7 +26,7 @@ def use_store(app: Celery, url: str) -> None:
     app.conf.idem_store = url
     settings._ledgers.pop(app, None)
     for task in app.tasks.values():
-        if getattr(task, "declaration", None) is not None:
+        if getattr(task, "idem_declaration", None) is not None:
             type(task)._guard_made = None
 
 

@@ -341,10 +341,10 @@ def a_model(rng: random.Random, app: Celery) -> tuple[str, Sorted, str]:
                 args, kwargs = rng.choice(
                     (((1, value), {}), ((1,), {"order": value}), ((), {"order": value, "before": 1}))
                 )
-                arguments = task.declaration.bind(args, kwargs)
+                arguments = task.idem_declaration.bind(args, kwargs)
                 identity = (
-                    task.declaration.key("idem", arguments)
-                    + task.declaration.fingerprint(arguments).packed.hex()
+                    task.idem_declaration.key("idem", arguments)
+                    + task.idem_declaration.fingerprint(arguments).packed.hex()
                 )
                 calls.add(sorted(variant.items()), identity)
     return "model", calls, str(fields)
