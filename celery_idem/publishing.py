@@ -13,6 +13,7 @@ import contextlib
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from itertools import zip_longest
+from types import FrameType
 from typing import Any
 
 from celery import signals
@@ -107,9 +108,9 @@ def _of_the_chain() -> dict[str, str]:
 
     Under a caller's own key each later part is a part of that action.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not _CHAIN_RUNS:
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     if frame is None:
         return {}
     options = frame.f_locals["options"]

@@ -292,10 +292,10 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         return publishing.Chunks(self.s(), self._checked(it), n, app=self.app)
 
     def _checked(self, calls: Any) -> list[Any]:
-        calls = list(calls)
-        for args in calls:
+        checked = list(calls)
+        for args in checked:
             keys.check_call(self.name, args, None)
-        return calls
+        return checked
 
     def signature(self, args: Any = None, *more: Any, **options: Any) -> Signature:
         """As Celery's, which makes a tuple of whatever it gets as ``args``, also of a dictionary's keys."""
