@@ -221,8 +221,11 @@ def _ask_of(task: IdempotentTask) -> Callable[..., Answer] | None:
 def as_headers(request: Context) -> dict[str, Any]:
     """Headers for what a process without this package published as options that Celery does not know.
 
-    Celery makes message properties of them. Transports that keep any property (Redis) bring them here.
+    Celery makes message properties of them. Transports that keep any property (Redis) bring them here. A process
+    with this package has written into the headers what they mean.
     """
+    if MESSAGE in (request.headers or {}):
+        return {}
     given = getattr(request, "properties", None) or {}
     return {header: given[name] for name, header in keys.LABELS.items() if given.get(name) is not None}
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from celery import signals
 from celery._state import _task_stack
-from celery.canvas import Signature, _chain, chunks, xmap, xstarmap
+from celery.canvas import Signature, _chain, chunks, group, xmap, xstarmap
 
 from celery_idem import events, keys
 from celery_idem.errors import IntentError
@@ -91,7 +91,12 @@ def carry(
         if own:
             embedded["chain"] = _belonging(embedded["chain"], own)
     if not made and (MESSAGE in headers or not keys.LABELS.keys().isdisjoint(properties)):
-        _settle(headers, properties, headers["id"])
+        said = dict(properties)
+        if headers.get("group") and KEY_OPTION in said:
+            said[KEY_OPTION], part_of = of_a_group(said[KEY_OPTION])
+            headers.update(part_of)
+        _settle(headers, said, headers["id"])
+        properties.update((name, said[name]) for name in keys.LABELS if said.get(name) is not None)
     for name in ("callbacks", "errbacks", "chain", "chord"):
         if embedded.get(name):
             embedded[name] = _inside(embedded[name])
@@ -119,6 +124,27 @@ def _of_the_chain() -> dict[str, str]:
     if CALLER_KEY in own:
         own[PART_OF] = own.pop(CALLER_KEY)
     return own
+
+
+_GROUP_RUNS = frozenset((group._apply_tasks.__code__, group.apply.__code__))
+
+KEY_OPTION = "idempotency_key"
+
+
+def of_a_group(given: Any) -> tuple[Any, dict[str, Any]]:
+    """A caller's own key that a call in a group came with: the call's own key, and the header of a part.
+
+    Celery gives the options of a group to each of its calls. Under one key all of them would be one action, so each
+    is a part of that action instead, told apart by its own intent, as with ``replace``.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code not in _GROUP_RUNS:
+        frame = frame.f_back
+    if frame is None or frame.f_locals["options"].get(KEY_OPTION) != given:
+        return given, {}
+    call = frame.f_locals.get("sig")
+    own = call.options.get(KEY_OPTION) if isinstance(call, Signature) else None
+    return (own, {}) if own not in (None, given) else (None, {PART_OF: given})
 
 
 def _belonging(given: Any, own: Mapping[str, str]) -> Any:

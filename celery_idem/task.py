@@ -239,6 +239,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
                 more = (task_id, *more[1:])
             else:
                 options["task_id"] = task_id
+            if idempotency_key is not None and "group_id" in options:
+                options = self._in_a_group(options, given)
             options = self._with_key(args, kwargs, options, given, task_id)
             options["headers"][MESSAGE] = task_id
         else:
@@ -263,6 +265,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         if self.idem_declaration is not None:
             options.update(zip(_OF_APPLY, more, strict=False))  # headers and throw may be given by position
             more = ()
+            if idempotency_key is not None and "group_id" in options:
+                options = self._in_a_group(options, given)
             # With task_always_eager these are the headers that apply_async made for this very call.
             options = self._with_key(args, kwargs, options, given, options.get("task_id"))
             options["headers"].pop(MESSAGE, None)
@@ -405,6 +409,12 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             return super().replace(sig)
         except Ignore as error:
             raise Replaced(*error.args) from None
+
+    @staticmethod
+    def _in_a_group(options: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """The options of a call in a group whose key may be that of the whole group."""
+        given["idempotency_key"], part_of = publishing.of_a_group(given["idempotency_key"])
+        return {**options, "headers": {**(options.get("headers") or {}), **part_of}}
 
     def _with_key(
         self, args: Any, kwargs: Any, options: dict[str, Any], given: Mapping[str, Any], message: str | None

@@ -247,6 +247,31 @@ def test_a_callers_key_of_a_chain(shop: Shop) -> None:
     assert [shop.done[f"line a/{n}"] for n in (1, 2, 3)] == [2, 2, 2]
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["own process", "without the task"])
+@pytest.mark.parametrize("eager", [False, True], ids=["published", "eager"])
+def test_a_callers_key_of_a_group(shop: Shop, known: bool, eager: bool) -> None:
+    """Each of its calls is a part of that action; one key for all would let only one of them run."""
+    if eager and not known:
+        pytest.skip("an eager call needs the task")
+    app = shop.app if known else stranger(shop)
+    name = shop.line.name
+    for key in ("evt_1", "evt_1", "evt_2"):
+        lines = [signature(name, args=("a", n), immutable=True, app=app) for n in (1, 2, 3)]
+        lines[2].set(idempotency_key="its own")
+        whole = group(lines, app=app)
+        whole.apply(idempotency_key=key) if eager else whole.apply_async(idempotency_key=key)
+        drain(shop.app)
+    assert [shop.done[f"line a/{n}"] for n in (1, 2, 3)] == [2, 2, 1]
+
+
+def test_a_callers_key_of_a_chord(shop: Shop) -> None:
+    for _ in range(2):
+        header = [shop.line.si("a", n) for n in (1, 2)]
+        chord(header, shop.total.s("a"), app=shop.app).apply_async(idempotency_key="evt_1")
+        drain(shop.app)
+    assert [shop.done[f"line a/{n}"] for n in (1, 2)] == [1, 1]
+
+
 def test_a_scope_of_a_chain_that_has_no_form_is_refused(shop: Shop) -> None:
     chain(shop.plain.s(), shop.line.si("a", 1), app=shop.app).apply_async(scope="")
     drain(shop.app)
