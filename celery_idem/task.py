@@ -262,7 +262,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         given = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
         if self.idem_declaration is not None:
             options.update(zip(_OF_APPLY, more, strict=False))  # headers and throw may be given by position
-            more = ()
+            more = more[len(_OF_APPLY) :]
             # With task_always_eager these are the headers that apply_async made for this very call.
             options = self._with_key(args, kwargs, options, given, options.get("task_id"))
             options["headers"].pop(MESSAGE, None)
