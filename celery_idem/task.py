@@ -264,7 +264,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         given = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
         if self.idem_declaration is not None:
             options.update(zip(_OF_APPLY, more, strict=False))  # headers and throw may be given by position
-            more = ()
+            more = more[len(_OF_APPLY) :]
             if idempotency_key is not None and "group_id" in options:
                 options = self._in_a_group(options, given)
             # With task_always_eager these are the headers that apply_async made for this very call.
