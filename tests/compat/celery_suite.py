@@ -26,8 +26,8 @@ import celery
 ROOT = Path(__file__).resolve().parents[2]
 
 DJANGOS = (
-    "asks for Celery's Django class, which Celery puts in the place of its own default only: any other task class stays. "
-    "With both, it is celery_idem.adapters.django:IdempotentDjangoTask"
+    "asks for Celery's Django class, which Celery puts in the place of its own default only: any other task "
+    "class stays. With both, it is celery_idem.adapters.django:IdempotentDjangoTask"
 )
 
 EXPECTED = {
