@@ -126,7 +126,12 @@ def test_what_cannot_be_read_again_is_not_written(memory_app: Callable[..., Cele
 
 
 def error(module: str, name: str, *args: object) -> bytes:
-    return b"j" + json.dumps({"module": module, "type": name, "args": args, "text": " ".join(map(str, args))}).encode()
+    return (
+        b"j"
+        + json.dumps(
+            {"module": module, "type": name, "args": args, "text": " ".join(map(str, args))}
+        ).encode()
+    )
 
 
 @pytest.mark.parametrize(
