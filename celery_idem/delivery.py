@@ -8,12 +8,15 @@ back to the broker).
 from __future__ import annotations
 
 import builtins
+import contextlib
 import inspect
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
+from copy import deepcopy
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -175,12 +178,22 @@ class Guard(NamedTuple):
         request.headers = {**others, **own, KEY: key, MESSAGE: request.id or ""}
         return key, declaration.fingerprint(arguments, caller_key)
 
+    def has_outcome(self, key: str) -> bool:
+        """Whether an intent is known to have ended for good."""
+        try:
+            entry = None if self.settings.shadow else self.ledger.get(key)
+        except StoreError:
+            return False
+        return entry is not None and entry.record.state.settled
+
     def kind_of(self, error: BaseException) -> Raised:
         """What an error says of the effect, by what the task declares."""
         if isinstance(error, Ignore):
             return Raised.REPLACED if isinstance(error, Replaced) else Raised.IGNORE
         if isinstance(error, Reject):
             return Raised.REJECT
+        if isinstance(error, Retry):  # a wish, and no error, also where Exception itself is declared
+            return Raised.RETRY
         if isinstance(error, self.options.no_effect_errors):
             return Raised.NO_EFFECT
         if isinstance(error, self.ambiguous):
@@ -188,7 +201,9 @@ class Guard(NamedTuple):
         if isinstance(error, SoftTimeLimitExceeded):
             return Raised.TIME_LIMIT
         if not isinstance(error, Exception):
-            return Raised.EXIT
+            # No order to exit, but what a coroutine ends with. Looked up: most tasks never load asyncio.
+            cancelled = getattr(sys.modules.get("asyncio"), "CancelledError", ())
+            return Raised.AMBIGUOUS if isinstance(error, cancelled) else Raised.EXIT
         if isinstance(error, _GROUP):  # one doubt among its members is a doubt; "no effect" takes all of them
             kinds = {self.kind_of(member) for member in error.exceptions}
             return next(iter(kinds & DOUBTFUL or (kinds if kinds == {Raised.NO_EFFECT} else {Raised.ERROR})))
@@ -199,7 +214,14 @@ class Guard(NamedTuple):
             return run()
         options = self.options
         bounded = None if ask is None else (lambda: self.runner.bounded(ask, options.ask_timeout))
-        return run_step(self.ledger, claim, name, run, bounded, options.patience, options.no_effect_errors)
+
+        def no_effect(error: BaseException) -> bool:
+            causes = [error]
+            if isinstance(error, Retry):
+                causes = [error.exc] if error.exc else claim._retries.causes if claim._retries else []
+            return bool(causes) and all(self.kind_of(cause) is Raised.NO_EFFECT for cause in causes)
+
+        return run_step(self.ledger, claim, name, run, bounded, options.patience, no_effect)
 
 
 def _ask_of(task: IdempotentTask) -> Callable[..., Answer] | None:
@@ -260,6 +282,9 @@ class Delivery(Job):
     pauses = 0
     """How often it waited in place."""
 
+    received: tuple[Any, Any] | None = None
+    """A copy of the arguments, for the question and for what runs after it: the body may change its own."""
+
     def __init__(
         self,
         guard: Guard,
@@ -318,11 +343,22 @@ class Delivery(Job):
         """There is no message to send back."""
         return bool(self.request.is_eager or self.request.called_directly)
 
+    def _as_received(self) -> None:
+        """Give whoever comes next the arguments as the message brought them, and no word of an earlier run."""
+        if self.received is None:
+            with contextlib.suppress(Exception):  # of a direct call: something that cannot be copied
+                self.received = deepcopy((self.args, self.kwargs))
+            return
+        self.args, self.kwargs = self.request.args, self.request.kwargs = deepcopy(self.received)
+        vars(self.request).pop("idem_said", None)
+
     def body(self, claim: Claim) -> Any:
         self.request.idem_claim = self.claim = claim
         self.outer = HELD.get()
         HELD.set(self)
         guard = self.guard
+        if guard.ask is not None:  # any other runs once
+            self._as_received()
         try:
             if guard.around is not None:
                 self.request.idem_opened = self.entered = True
@@ -343,6 +379,7 @@ class Delivery(Job):
         self.request.idem_claim = self.claim = claim
         ask = self.guard.ask
         assert ask is not None
+        self._as_received()
         self.outer = HELD.get()
         HELD.set(self)
         self.task.request_stack.push(self.request)
@@ -486,6 +523,8 @@ class Delivery(Job):
             self._wait_in_place(seconds, why, busy)
             return
         delay = max(backoff(waits, seconds), self._shortest_delay())
+        if self.received is not None:
+            self._as_received()
         signature = self.task.signature_from_request(
             self.request, countdown=delay, retries=self.request.retries
         )

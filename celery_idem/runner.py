@@ -6,6 +6,7 @@ exceptions, and how to wait. ``celery_idem.task`` makes jobs of Celery's request
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -294,10 +295,13 @@ class Runner:
             )
         error = codec.decode_error(outcome.payload, key)
         if sys.version_info >= (3, 11):  # else its traceback in the worker's log looks like a new failure
-            error.add_note(
+            note = (
                 f"Nothing was run now: this is how {key} ended earlier. After a bug that is mended, "
                 f"`celery -A proj idem forget '{key}'` lets it run again."
             )
+            with contextlib.suppress(Exception):  # not add_note, which runs code of the class, or fails
+                own = object.__getattribute__(error, "__dict__")
+                own["__notes__"] = [*own.get("__notes__", ()), note]
         raise error
 
     def _lapsed(self, job: Job, busy: Busy) -> bool:

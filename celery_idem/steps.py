@@ -8,10 +8,13 @@ from typing import Any
 from celery_idem import protocol
 from celery_idem.claims import Claim, doubt_message, lease_lost
 from celery_idem.codec import NotStorable
-from celery_idem.errors import ConfigurationError, OutcomeUnknown, StoreError
+from celery_idem.errors import ConfigurationError, OutcomeUnknown, ResultUnavailable, StoreError
 from celery_idem.intent import Answer, Done, Happened, Record, Refused, StepDone, StepOpen, StepsFull, Unknown
 from celery_idem.ledger import Ledger
 from celery_idem.transitions import kept
+
+_NO_RESULT = b""
+"""In the place of a step's result that could not be stored: no payload is empty."""
 
 
 def run_step(
@@ -21,7 +24,7 @@ def run_step(
     run: Callable[[], Any],
     ask: Callable[[], Answer] | None,
     patience: float,
-    no_effect: tuple[type[BaseException], ...] = (),
+    no_effect: Callable[[BaseException], bool] = lambda error: False,
 ) -> Any:
     """Run a part of the body once per intent.
 
@@ -29,11 +32,12 @@ def run_step(
         run: the part.
         ask: asks the destination whether the part happened; None: nobody can.
         patience: seconds to keep trying to record its result.
-        no_effect: exceptions that prove the part did not happen.
+        no_effect: whether an exception proves that the part did not happen.
 
     Raises:
         LeaseLost: somebody took the intent over.
         OutcomeUnknown: the part began in an earlier attempt, and nobody knows how it ended.
+        ResultUnavailable: it ended in an earlier attempt, and its result could not be stored.
     """
     begun = frozenset(claim._steps_seen)
     _check_step(claim, name)
@@ -47,6 +51,14 @@ def run_step(
         claim._step_unrecorded = True
         raise
     if isinstance(decision, StepDone):
+        if decision.payload == _NO_RESULT:
+            raise ResultUnavailable(
+                f"{claim.key}: step {name!r} has run in an earlier attempt and does not run again, but its result "
+                "could not be stored. Look it up at the destination, and give the body another step for that; or let "
+                f"the step run AGAIN: `celery -A proj idem forget {claim.key!r} --steps`.",
+                claim.key,
+                f"the result of step {name!r} could not be stored",
+            )
         return ledger.codec.decode(decision.payload, claim.key)
     if isinstance(decision, StepsFull):
         raise ConfigurationError(
@@ -78,8 +90,9 @@ def run_step(
     claim._step_running = name
     try:
         value = run()
-    except no_effect:
-        _close_step(ledger, claim, name, None, patience)
+    except BaseException as error:
+        if no_effect(error):
+            _close_step(ledger, claim, name, None, patience)
         raise
     finally:
         claim._step_running = ""
@@ -108,6 +121,9 @@ def _end_step(ledger: Ledger, claim: Claim, name: str, value: Any, patience: flo
     try:
         payload, shown = ledger.codec.kept(value)
     except NotStorable as why:
+        _close_step(
+            ledger, claim, name, _NO_RESULT, patience
+        )  # it has run: no later attempt may run it again
         raise ConfigurationError(
             f"{claim.key}: the result of step {name!r} cannot be stored ({why}). The step has run; return "
             "something small and serializable from it, such as an id.",

@@ -351,11 +351,22 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         intent are published as that: with a task id of its own, beside this body, which goes on.
 
         Raises:
-            ConfigurationError: a second retry of the same intent, with other arguments.
+            ConfigurationError: a second retry of the same intent, with other arguments; or one that was asked
+                for after the outcome was recorded.
         """
         claim = getattr(self.request, "idem_claim", None)
         if claim is None:
             return super().retry(args, kwargs, exc, throw, *more, **options)
+        if claim._ended and self.guard.has_outcome(claim.key):
+            events.logger.error(
+                "%s: a retry was asked for after the body had ended; none was published", claim.key
+            )
+            raise ConfigurationError(
+                f"{claim.key}: a retry was asked for after the body had ended and its outcome was recorded (in "
+                "on_failure, after_return, a signal): it would only replay that. Nothing was published. Catch the "
+                "error in the body and `raise self.retry(exc=error)` there, or use autoretry_for.",
+                claim.key,
+            )
         cause = exc if isinstance(exc, BaseException) else sys.exc_info()[1]
         retries = retrying.retries_of(claim)
         if not self.guard.settings.shadow and (not throw or retries.signal is not None):

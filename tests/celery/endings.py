@@ -5,6 +5,7 @@ A body tells its effects ledger what it did. `row` is what the page says of it.
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 import json
 import os
@@ -145,6 +146,15 @@ def exits(task: Any, effect: Any, name: str, part: int) -> None:
     raise SystemExit
 
 
+@case("raises `asyncio.CancelledError`")
+def cancelled(task: Any, effect: Any, name: str, part: int) -> None:
+    async def inside() -> None:
+        effect()
+        raise asyncio.CancelledError
+
+    asyncio.run(inside())
+
+
 @case("raises `Ignore`", answers=False)
 def ignores(task: Any, effect: Any, name: str, part: int) -> None:
     effect()
@@ -219,6 +229,24 @@ def retries_and_raises(task: Any, effect: Any, name: str, part: int) -> str:
     if not task.request.retries:
         task.retry(throw=False, **SOON)
         raise Declined
+    return "done"
+
+
+@case("`self.retry(throw=False)`, and raises an error of `ambiguous_errors`")
+def retries_and_doubts(task: Any, effect: Any, name: str, part: int) -> None:
+    effect()
+    task.retry(throw=False, **SOON)
+    raise Timeout
+
+
+@case(
+    "`raise self.retry()` outside of any error, where `ambiguous_errors=(Exception,)`",
+    ambiguous_errors=(Exception,),
+)
+def polls(task: Any, effect: Any, name: str, part: int) -> str:
+    effect()
+    if not task.request.retries:
+        raise task.retry(**SOON)
     return "done"
 
 
@@ -363,6 +391,12 @@ def autoretries_step(task: Any, effect: Any, name: str, part: int) -> str:
     return "done"
 
 
+@case("a step of it returns a value that cannot be stored")
+def step_returns_much(task: Any, effect: Any, name: str, part: int) -> None:
+    effect()
+    task.step("charge", object)
+
+
 @case("raises `self.retry(exc=e)` when no retries are left", max_retries=0)
 def exhausted(task: Any, effect: Any, name: str, part: int) -> None:
     effect()
@@ -373,6 +407,23 @@ def exhausted(task: Any, effect: Any, name: str, part: int) -> None:
 def exhausted_ambiguous(task: Any, effect: Any, name: str, part: int) -> None:
     effect()
     raise task.retry(exc=Timeout(), **SOON)
+
+
+@case("the same, with an error of `no_effect_errors`", max_retries=0)
+def exhausted_no_effect(task: Any, effect: Any, name: str, part: int) -> None:
+    effect()
+    raise task.retry(exc=Refused("closed"), **SOON)
+
+
+@case("raises `self.retry(exc=e)` in a step, with an error of `no_effect_errors`")
+def retries_a_step(task: Any, effect: Any, name: str, part: int) -> str:
+    def charge() -> None:
+        effect()
+        if not task.request.retries:
+            raise task.retry(exc=Refused("closed"), **SOON)
+
+    task.step("charge", charge)
+    return "done"
 
 
 @case("raises a `Retry` of its own, and publishes nothing", answers=False)

@@ -87,6 +87,10 @@ class NoEffect(Exception):
     """The body's error that proves that nothing happened."""
 
 
+def _is_no_effect(error: BaseException) -> bool:
+    return isinstance(error, NoEffect)
+
+
 class Ambiguous(Exception):
     """The body's error after which nobody knows."""
 
@@ -791,7 +795,7 @@ class World:
                     raise Exit
                 return value
 
-            values[name] = run_step(self.ledger, claim, name, run, None, self.options.patience, (NoEffect,))
+            values[name] = run_step(self.ledger, claim, name, run, None, self.options.patience, _is_no_effect)
         return [values["charge"], values["mail"]]
 
     def effect(self, actor: Actor, claim: Claim, part: str) -> str:
