@@ -310,7 +310,7 @@ def test_the_store_is_the_redis_result_backend_unless_it_is_set() -> None:
     app = an_app(result_backend="redis://host/3")
     assert url_of(app) == "redis://host:6379/3"
     assert url_of(app, "redis://other/1") == "redis://other/1"
-    for nothing in (None, "rpc://", "db+sqlite:///x"):
+    for nothing in (None, "rpc://", "db+sqlite://"):
         with pytest.raises(ConfigurationError, match="Set idem_store"):
             url_of(an_app(result_backend=nothing))
 
