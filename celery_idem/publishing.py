@@ -138,11 +138,15 @@ def of_a_group(given: Any) -> tuple[Any, dict[str, Any]]:
     is a part of that action instead, told apart by its own intent, as with ``replace``.
     """
     frame: FrameType | None = sys._getframe(1)
+    call = None
     while frame is not None and frame.f_code not in _GROUP_RUNS:
+        call = frame.f_locals.get(
+            "sig", call
+        )  # where a group runs in place its comprehension has a frame of its own
         frame = frame.f_back
     if frame is None or frame.f_locals["options"].get(KEY_OPTION) != given:
         return given, {}
-    call = frame.f_locals.get("sig")
+    call = frame.f_locals.get("sig", call)
     own = call.options.get(KEY_OPTION) if isinstance(call, Signature) else None
     return (own, {}) if own not in (None, given) else (None, {PART_OF: given})
 
