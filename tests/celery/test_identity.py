@@ -247,12 +247,13 @@ def test_a_callers_key_of_a_chain(shop: Shop) -> None:
     assert [shop.done[f"line a/{n}"] for n in (1, 2, 3)] == [2, 2, 2]
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["own process", "without the task"])
-@pytest.mark.parametrize("eager", [False, True], ids=["published", "eager"])
+@pytest.mark.parametrize(
+    ("known", "eager"),
+    [(True, False), (False, False), (True, True)],
+    ids=["published", "published without the task", "in place"],
+)
 def test_a_callers_key_of_a_group(shop: Shop, known: bool, eager: bool) -> None:
     """Each of its calls is a part of that action; one key for all would let only one of them run."""
-    if eager and not known:
-        pytest.skip("an eager call needs the task")
     app = shop.app if known else stranger(shop)
     name = shop.line.name
     for key in ("evt_1", "evt_1", "evt_2"):
