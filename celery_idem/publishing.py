@@ -81,9 +81,12 @@ def carry(
         headers.update(shown(_secrets[sender], args, kwargs))
     elif sender in LOOPS:
         _of_the_loop(kwargs.get("task"), headers)
-    elif sender == "celery.chord_unlock" and len(args) > 1 and isinstance(args[1], Signature):
-        # Without a native chord its body goes here: a clone of the author's.
-        args[1].update(_identified(args[1]))
+    elif sender == "celery.chord_unlock":
+        # Without a native chord its body goes here: a clone of the author's, or, as it retries, a dictionary.
+        if len(args) > 1 and isinstance(args[1], Signature):
+            args[1].update(_identified(args[1]))
+        if _secrets:  # perhaps of a call deep inside; its arguments tell a person nothing
+            headers["argsrepr"] = headers["kwargsrepr"] = HIDDEN
     if embedded.get("chain") and not (
         keys.LABELS.keys().isdisjoint(properties) and keys.IDENTITY.isdisjoint(headers)
     ):

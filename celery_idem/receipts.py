@@ -235,7 +235,7 @@ class Published:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._known: OrderedDict[str, tuple[float, Fingerprint, int, str]] = OrderedDict()
+        self._known: OrderedDict[tuple[str, Fingerprint], tuple[float, int, str]] = OrderedDict()
 
     def first(self, key: str, fingerprint: Fingerprint, fence: int, ended: Callable[[str], bool]) -> bool:
         """Is the caller the first to publish this intent? Then it is remembered.
@@ -245,25 +245,27 @@ class Published:
             ended: whether the message with this task id came to an end, as Celery knows it.
         """
         now = time.monotonic()
+        call = (key, fingerprint)
         with self._lock:
-            until, known, seen, task_id = self._known.get(key, (0.0, fingerprint, fence, ""))
-        if until > now and (known, seen) == (fingerprint, fence) and not (task_id and ended(task_id)):
+            until, seen, task_id = self._known.get(call, (0.0, fence, ""))
+        if until > now and seen == fence and not (task_id and ended(task_id)):
             return False
         with self._lock:
-            if self._known.get(key, (0.0,))[0] > until:  # another thread was faster
+            if self._known.get(call, (0.0,))[0] > until:  # another thread was faster
                 return False
-            self._known[key] = (now + PUBLISHED_FOR, fingerprint, fence, "")
-            self._known.move_to_end(key)
+            self._known[call] = (now + PUBLISHED_FOR, fence, "")
+            self._known.move_to_end(call)
             while len(self._known) > PUBLISHED_MAX:
                 self._known.popitem(last=False)
         return True
 
-    def done(self, key: str, task_id: str | None) -> None:
+    def done(self, key: str, fingerprint: Fingerprint, task_id: str | None) -> None:
         """It was published under this task id; None: it was not."""
+        call = (key, fingerprint)
         with self._lock:
-            known = self._known.pop(key, None)
+            known = self._known.pop(call, None)
             if known is not None and task_id is not None:
-                self._known[key] = (*known[:3], task_id)
+                self._known[call] = (*known[:2], task_id)
 
 
 def submit(
@@ -330,9 +332,11 @@ def submit_task(
     key = guard.declaration.key(ledger.namespace, arguments, scope, occurrence, idempotency_key)
     fingerprint = guard.declaration.fingerprint(arguments, idempotency_key)
     secret = bool(guard.declaration.secret)
-    source = _Source(task.app, ledger, fingerprint, guard.options.policy, published=False, secret=secret)
+    shadow = guard.settings.shadow  # then a record is of a time with the guard, and no answer to this call
+    known_by = None if shadow else ledger
+    source = _Source(task.app, known_by, fingerprint, guard.options.policy, published=False, secret=secret)
     try:
-        entry = None if guard.settings.shadow else ledger.look(key)
+        entry = None if shadow else ledger.look(key)
     except StoreError as error:
         # The worker looks again before it runs anything, so a store that is down here stops nothing.
         events.emit("store_error", key, error=str(error), while_="submitting", then="published")
@@ -363,7 +367,7 @@ def submit_task(
         ).id
     finally:
         if published is not None:
-            published.done(key, task_id)
+            published.done(key, fingerprint, task_id)
     return _accepted(key, task_id, mine)
 
 
@@ -373,6 +377,9 @@ def look_up(app: Celery, key: str, scope: str | None = None) -> Receipt | None:
     Args:
         scope: the caller's; None: that of ``idem_scope``. Whoever knows the arguments of a call can
             compute its key, so a key proves nothing: the record of another scope is as good as none.
+
+    Of a failure an application that does not have the task is told the error's class only: which
+    parameters are secret stands in the task.
 
     Raises:
         StoreError: the store did not answer.
@@ -385,7 +392,7 @@ def look_up(app: Celery, key: str, scope: str | None = None) -> Receipt | None:
     entry = ledger.get(key)
     if entry is None or entry.record.scope != keys.scope_digest(ledger.namespace, scope):
         return None
-    secret = guarded and bool(task.guard.declaration.secret)
+    secret = not guarded or bool(task.guard.declaration.secret)  # without the task nobody here can tell
     source = _Source(app, ledger, NO_FINGERPRINT, policy, published=False, secret=secret)
     known = _told(entry, key, "", source)
     return known if known is not None else _undecided(entry, Receipt("in_progress", key, _source=source))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from celery import signals
+from celery._state import _task_stack
 
 from celery_idem import events
 
@@ -23,7 +24,7 @@ TYPE = "task-idem-{}"
 the worker that the event names."""
 
 OTHER_TYPE = "idem-{}"
-"""Type of any other event, such as an operator's ``resolve``. Monitors make nothing of it; a ``task-`` event
+"""Type of any other event, such as an operator's ``resolve``, or one of an eager call in a body. Monitors make nothing of it; a ``task-`` event
 would be a worker of that process' name to them."""
 
 _installed: dict[int, Callable[[], None]] = {}
@@ -43,22 +44,40 @@ signals.celeryd_init.connect(in_worker)
 def install(app: Celery, kinds: Collection[str] = RARE) -> Callable[[], None]:
     """Send events of these kinds; returns a function that stops it. Installing twice counts once."""
     if id(app) not in _installed:
-        stop = events.listen(lambda event: _send(app, event), wants=lambda event: event.kind in kinds)
+        stops = [
+            events.listen(
+                lambda event, form=form: _send(app, event, form),  # type: ignore[misc]
+                wants=lambda event, form=form: event.kind in kinds and _form(event) == form,  # type: ignore[misc]
+            )
+            for form in (TYPE, OTHER_TYPE)
+        ]
 
         def uninstall() -> None:
             if _installed.pop(id(app), None) is not None:
-                stop()
+                for stop in stops:
+                    stop()
 
         _installed[id(app)] = uninstall
     return _installed[id(app)]
 
 
-def _send(app: Celery, event: events.Event) -> None:
+def _form(event: events.Event) -> str:
+    """``TYPE`` where a worker received the task that it happened to: monitors know no other. Asked on the thread
+    where it happens, which has the request of an eager call."""
+    task_id = event.details.get("task_id")
+    if not task_id or not _node:
+        return OTHER_TYPE
+    task = _task_stack.top
+    request = task.request_stack.top if task is not None else None
+    eager = request is not None and request.is_eager and request.id == task_id
+    return OTHER_TYPE if eager else TYPE
+
+
+def _send(app: Celery, event: events.Event, form: str) -> None:
     fields: dict[str, Any] = {"idem_key": event.key, "idem_task": event.task}
     fields.update({name: value for name, value in event.details.items() if name != "task_id"})
     task_id = event.details.get("task_id")
     if task_id:
         fields["uuid"] = task_id
-    form = TYPE if task_id and _node else OTHER_TYPE
     with app.events.default_dispatcher(hostname=_node[0] if _node else None) as dispatcher:
         dispatcher.send(form.format(event.kind.replace("_", "-")), **fields)

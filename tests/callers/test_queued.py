@@ -65,6 +65,9 @@ def test_other_arguments_are_the_workers_to_refuse(app: Celery) -> None:
     tool = tool_of(app, "shop.pay")
     assert [tool.submit({"invoice": "1", "cents": cents}).status for cents in (1, 2)] == ["accepted"] * 2
     assert messages(app) == 2
+    for cents in (1, 2, 1, 2):  # two callers that disagree, and both repeat: neither makes the other's new
+        assert tool.submit({"invoice": "1", "cents": cents}).status == "in_progress"
+    assert messages(app) == 2
 
 
 def test_what_was_claimed_since_may_be_published_again(app: Celery) -> None:

@@ -153,8 +153,27 @@ def test_no_event_makes_a_worker_that_does_not_exist(
     monkeypatch.setattr(celery_events, "_node", [node] if node else [])
     monkeypatch.setattr(app.events, "default_dispatcher", lambda hostname=None: Dispatcher(state, hostname))
     for details in ({"task_id": "t1"}, {"task_id": ""}, {}):
-        celery_events._send(app, events.Event(kind, "shop.send_invoice:1", details))
+        event = events.Event(kind, "shop.send_invoice:1", details)
+        celery_events._send(app, event, celery_events._form(event))
     assert list(state.workers) == ["w1@here"]
     assert set(state.tasks) == ({"t1"} if node else set())
     if node:
         assert state.tasks["t1"].worker.hostname == "w1@here"
+
+
+def test_an_eager_call_in_a_body_is_no_task_to_a_monitor(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No worker has received it, so an event of it would make a task without a name."""
+    state = State()
+    monkeypatch.setattr(celery_events, "_node", ["w1@here"])
+    monkeypatch.setattr(app.events, "default_dispatcher", lambda hostname=None: Dispatcher(state, hostname))
+    stop = celery_events.install(app)
+    try:
+        for _ in range(2):
+            send_invoice.apply(("c1", "eager")).get()
+        events.emit("replayed", "shop.send_invoice:1", task_id="t1")  # of a message
+    finally:
+        stop()
+    wait_for(lambda: state.event_count >= 2, message="the events")
+    assert set(state.tasks) == {"t1"}

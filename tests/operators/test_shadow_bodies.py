@@ -158,3 +158,18 @@ def test_submit_publishes_what_an_older_record_knows(app: Celery, ran: Ran) -> N
     use_store(app, app.conf.idem_store)
     assert charge.submit("a").status == "accepted"
     assert [entry.state for entry in Ledger.from_app(app).list()] == ["succeeded"]
+
+
+def test_an_older_record_is_no_answer_to_a_call_that_runs(app: Celery, ran: Ran) -> None:
+    """It ran now, so nobody may be told that it was done earlier, or that its values were refused."""
+    app.conf.task_always_eager = app.conf.task_store_eager_result = True
+    charge = task(app, lambda self, what, cents=1: ran.append(cents) or len(ran), must_match=("cents",))
+    app.conf.idem_shadow = False
+    use_store(app, app.conf.idem_store)
+    assert charge.submit("a").wait(5).result == 1
+    app.conf.idem_shadow = True
+    use_store(app, app.conf.idem_store)
+    for cents in (1, 2):
+        receipt = charge.submit("a", cents).wait(5)
+        assert (receipt.status, receipt.result) == ("executed", len(ran))
+    assert ran == [1, 1, 2]

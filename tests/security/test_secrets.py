@@ -11,7 +11,7 @@ from typing import Any
 
 import prometheus_client
 import pytest
-from celery import Celery
+from celery import Celery, chain
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -26,6 +26,7 @@ from celery_idem import (
     Ledger,
     StoreError,
     events,
+    look_up,
 )
 from celery_idem.adapters.http import door
 from celery_idem.adapters.inbox import inbox
@@ -235,6 +236,20 @@ def test_a_loop_over_calls_shows_no_secret(
         assert VALUE.encode() in message.body
 
 
+def test_the_wait_for_a_chord_shows_no_secret(memory_app: Callable[..., Celery]) -> None:
+    """Without a native chord its body is an argument of a task of Celery's own, which retries until it is time."""
+    app = memory_app()
+    body = app.tasks["shop.login"].si("ann", VALUE)
+    for args in (("group", chain(app.tasks["shop.pay"].si("c1", 7), body)), ("group", dict(body))):
+        app.signature("celery.chord_unlock", args=args).apply_async()
+    found = list(messages(app))
+    assert len(found) == 2
+    for message in found:
+        shown = message.headers["argsrepr"] + message.headers["kwargsrepr"]
+        assert shown == bare(shown)
+        assert VALUE.encode() in message.body
+
+
 def _also(sent: list[Any], publish: Any) -> Any:
     def also(producer: Any, name: str, message: Any, **options: Any) -> Any:
         sent.append(message.sent_event)
@@ -274,6 +289,11 @@ def test_another_callers_secret_is_in_no_receipt(memory_app: Callable[..., Celer
     told = site.post("/tasks/shop.quotes", json={"card": "c1", "note": OTHER})
     looked = site.get(f"/intents/{task.intent_key('c1', OTHER)}")
     receipt = task.submit("c1", OTHER)
+    stranger = Celery("stranger", broker="memory://", set_as_current=False)  # it does not have the task
+    stranger.conf.update(idem_store=app.conf.idem_store, idem_namespace=Ledger.from_app(app).namespace)
+    from_outside = look_up(stranger, task.intent_key("c1", OTHER))
+    assert from_outside is not None
+    assert from_outside.reason == "ValueError"
     assert (told.status_code, told.json()["detail"], receipt.reason) == (500, "ValueError", "ValueError")
     for text in (told.text, looked.text, str(receipt.to_dict())):
         assert text == bare(text)
