@@ -24,8 +24,8 @@ TYPE = "task-idem-{}"
 the worker that the event names."""
 
 OTHER_TYPE = "idem-{}"
-"""Type of any other event, such as an operator's ``resolve``, or one of an eager call in a body. Monitors make nothing of it; a ``task-`` event
-would be a worker of that process' name to them."""
+"""Type of any other event, such as an operator's ``resolve``, or one of an eager call in a body. Monitors make
+nothing of it; a ``task-`` event would be a worker of that process' name to them, or a task without one."""
 
 _installed: dict[int, Callable[[], None]] = {}
 
