@@ -120,7 +120,7 @@ def test_a_signal_in_the_middle_leaves_no_process(demos: MakeDemo, number: int, 
     demo = demos()
     demo.wait_for_text(moment)
     # Itself, Valkey and its launcher, billing, two orchestrators, two workers with four children each.
-    assert len(demo.processes()) >= 16
+    wait_for(lambda: len(demo.processes()) >= 16, 30, demo.program.log_tail)  # a child may still be starting
     demo.program.send(number)
     assert demo.wait_for_end(STOP_WITHIN) == 128 + number
     wait_for(lambda: not demo.processes(), 5, lambda: f"the end of {demo.processes()}")
