@@ -72,12 +72,13 @@ def make_idem() -> Any:
 
 def make_wasteful() -> Any:
     """Ours, with a little needless work in each task, for the tests of the instruction count."""
-    from celery_idem import IdempotentTask, codec
+    from celery_idem import IdempotentTask
+    from celery_idem.core.record import unpack
 
     class Wasteful(IdempotentTask):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             value = super().__call__(*args, **kwargs)
-            codec.unpack(self.request.idem_claim._seen[0].value, 1, "")
+            unpack(self.request.idem_claim._seen[0].value, 1, "")
             return value
 
     return app.task(base=Wasteful, intent=("n",), name="bench.noop")(bare)

@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.store import DAY, POLICY, RESULT
-from celery_idem import codec, owners, protocol
-from celery_idem.intent import Outcome, Record, State
+from celery_idem.core import protocol
+from celery_idem.core.model import Outcome, Record, State
+from celery_idem.core.record import pack
+from celery_idem.engine import owners
 
 CHUNK = 1_000
 """Records sent at once: about 300 KB."""
@@ -58,7 +60,7 @@ def rows(
     for n in range(first, last):
         made = make(n, now)
         stamp = now - n % DAY * 1_000_000
-        yield key(n), stamp, codec.pack(made), protocol.ttl(made, POLICY)
+        yield key(n), stamp, pack(made), protocol.ttl(made, POLICY)
 
 
 def fill_redis(

@@ -30,9 +30,9 @@ from typing import Any
 
 from benchmarks import filling, operations
 from benchmarks.store import DAY, POLICY
-from celery_idem import owners
-from celery_idem.intent import Fingerprint, Request
-from celery_idem.ledger import Ledger
+from celery_idem.core.model import Fingerprint, Request
+from celery_idem.engine import owners
+from celery_idem.engine.ledger import Ledger
 from celery_idem.stores import open_store
 from tests.support.servers import PostgresServer, RedisServer
 

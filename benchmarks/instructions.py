@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import Row, show
-from celery_idem.intent import MESSAGE
+from celery_idem.core.model import MESSAGE
 from tests.support.servers import RedisServer
 
 FEW, MANY = 20, 100
@@ -37,7 +37,7 @@ IMPORTED = (
     "celery.backends.redis",
     "kombu.transport.redis",
     "redis.connection",
-    "celery_idem.delivery",
+    "celery_idem.integration.delivery",
     "celery_idem.stores.redis",
 )
 """What every child needs: loaded once, for it is most of the time."""

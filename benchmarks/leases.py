@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from celery_idem.lease import LOOKS_PER_LEASE
+from celery_idem.engine.lease import LOOKS_PER_LEASE
 from tests.celery.leases import LEASE, hold_many
 from tests.support.servers import RedisServer
 

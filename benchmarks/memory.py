@@ -18,9 +18,10 @@ import redis
 
 from benchmarks import filling
 from benchmarks.store import POLICY, RESULT
-from celery_idem import codec, owners
-from celery_idem.intent import Fingerprint, Outcome, Request
-from celery_idem.ledger import Ledger
+from celery_idem.core.model import Fingerprint, Outcome, Request
+from celery_idem.core.record import pack
+from celery_idem.engine import owners
+from celery_idem.engine.ledger import Ledger
 from celery_idem.stores.memory import MemoryStore
 from tests.support.servers import RedisServer
 
@@ -36,7 +37,7 @@ def check(payload: bytes) -> None:
     ledger.settle(claim, Outcome(True, payload), 0.0)
     real = store.read("idem:k").stored
     assert real is not None
-    assert len(real.value) == len(codec.pack(filling.same(payload)(0, 1)))
+    assert len(real.value) == len(pack(filling.same(payload)(0, 1)))
 
 
 def per_record(client: redis.Redis, count: int, payload: bytes, bare: bool) -> float:

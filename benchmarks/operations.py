@@ -26,9 +26,10 @@ from celery import Celery
 
 from benchmarks import filling
 from benchmarks.store import POLICY
-from celery_idem import IdempotentTask, owners
-from celery_idem.intent import Fingerprint, Request
-from celery_idem.ledger import Ledger
+from celery_idem import IdempotentTask
+from celery_idem.core.model import Fingerprint, Request
+from celery_idem.engine import owners
+from celery_idem.engine.ledger import Ledger
 from celery_idem.stores import open_store
 
 STORE = "BENCH_STORE"
@@ -220,7 +221,7 @@ def _command(words: tuple[str, ...]) -> Callable[[], Any]:
 def _overview() -> Callable[[], Any]:
     from benchmarks.apps import app
     from celery_idem.adapters import inbox_overview, inbox_pages
-    from celery_idem.desk import Desk
+    from celery_idem.operate.operators import Desk
 
     def read() -> None:
         *_, whole = inbox_overview.look(Desk(app))

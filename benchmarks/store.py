@@ -14,9 +14,9 @@ import redis
 
 from benchmarks.report import Row, compared, show
 from benchmarks.timing import rounds_of
-from celery_idem import owners
-from celery_idem.intent import Fingerprint, Outcome, Policy, Request
-from celery_idem.ledger import Ledger
+from celery_idem.core.model import Fingerprint, Outcome, Policy, Request
+from celery_idem.engine import owners
+from celery_idem.engine.ledger import Ledger
 from celery_idem.stores import open_store
 from tests.support.servers import RedisServer
 

@@ -25,7 +25,7 @@ import redis
 import sqlalchemy as sa
 
 from benchmarks.store import claim_and_settle
-from celery_idem.ledger import Ledger
+from celery_idem.engine.ledger import Ledger
 from celery_idem.stores import open_store
 from tests.stores.servers import Cluster
 from tests.support.servers import PostgresServer, RedisServer, ValkeyServer

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from celery_idem.claims import Claim
-from celery_idem.errors import (
+from celery_idem.core.errors import (
     ConfigurationError,
     FingerprintMismatch,
     IdempotencyError,
@@ -15,12 +14,13 @@ from celery_idem.errors import (
     ResultUnavailable,
     StoreError,
 )
-from celery_idem.intent import Happened, NotHappened, Unknown
-from celery_idem.keys import ALL_ARGUMENTS
-from celery_idem.ledger import Ledger
-from celery_idem.receipts import Receipt, look_up, submit
-from celery_idem.task import IdempotentTask
-from celery_idem.typed import idempotent_task
+from celery_idem.core.keys import ALL_ARGUMENTS
+from celery_idem.core.model import Happened, NotHappened, Unknown
+from celery_idem.engine.claim import Claim
+from celery_idem.integration.receipts import Receipt, look_up, submit
+from celery_idem.integration.task import IdempotentTask
+from celery_idem.integration.typed import idempotent_task
+from celery_idem.integration.wiring import Ledger
 
 __all__ = [
     "ALL_ARGUMENTS",

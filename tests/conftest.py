@@ -22,7 +22,7 @@ import redis
 from celery._state import _on_app_finalizers
 
 import example_project.legacy  # noqa: F401  # a shared task by intention
-from celery_idem import events
+from celery_idem.engine import events
 from tests.support.effects import Effects, Gate
 from tests.support.jobs import Bench
 from tests.support.servers import (

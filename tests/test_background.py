@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from celery_idem import background as module
-from celery_idem.background import Background
+from celery_idem.operate import background as module
+from celery_idem.operate.background import Background
 from tests.support.waiting import wait_for
 
 LONG, SHORT = 20.0, 0.01

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from celery_idem import Happened, StoreError, events
-from celery_idem.intent import Raised, State
-from celery_idem.lease import RENEWER
-from celery_idem.ledger import Ledger
-from celery_idem.shadow import ShadowRunner
+from celery_idem import Happened, StoreError
+from celery_idem.core.model import Raised, State
+from celery_idem.engine import events
+from celery_idem.engine.lease import RENEWER
+from celery_idem.engine.ledger import Ledger
+from celery_idem.engine.shadow import ShadowRunner
 from tests.support.jobs import Bench, Ended, FakeJob, Left
 
 FAILURES = [RuntimeError("can't start new thread"), MemoryError("no memory"), OSError(24, "too many files")]

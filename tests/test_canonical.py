@@ -17,8 +17,9 @@ import rfc8785
 from hypothesis import given
 from hypothesis import strategies as st
 
-from celery_idem import IntentError, keys
-from celery_idem.keys import canonical
+from celery_idem import IntentError
+from celery_idem.core import keys
+from celery_idem.core.keys import canonical
 from tests.support.calls import NOON, Colour, Invoice, Money, key_for
 
 

@@ -17,9 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from celery_idem import FingerprintMismatch, StoreError, codec
-from celery_idem.codec import Codec, NotStorable
-from celery_idem.intent import Note, Outcome, Record, State, Step
+from celery_idem import FingerprintMismatch, StoreError
+from celery_idem.core.model import Note, Outcome, Record, State, Step
+from celery_idem.core.record import STATE_AT, pack, unpack
+from celery_idem.core.results import Codec, NotStorable
 
 # --- records -----------------------------------------------------------------------------
 
@@ -58,28 +59,28 @@ def records(draw: st.DrawFn) -> Record:
 
 @given(records())
 def test_a_record_comes_back_as_it_was(record: Record) -> None:
-    value = codec.pack(record)
-    assert codec.unpack(value, 5, "k") == record
+    value = pack(record)
+    assert unpack(value, 5, "k") == record
     assert value[:12] == record.owner
-    assert value[codec.STATE_AT] == record.state
+    assert value[STATE_AT] == record.state
 
 
 @given(records())
 def test_a_record_written_before_anybody_knew_the_time_has_the_stamp_as_its_fence(record: Record) -> None:
-    value = codec.pack(record._replace(fence=0))
-    assert codec.unpack(value, 5, "k") == record._replace(fence=5)
+    value = pack(record._replace(fence=0))
+    assert unpack(value, 5, "k") == record._replace(fence=5)
 
 
 def unpacked(value: bytes) -> Record | StoreError:
     try:
-        return codec.unpack(value, 5, "shop.pay:1")
+        return unpack(value, 5, "shop.pay:1")
     except StoreError as error:
         return error
 
 
 @given(records(), st.data())
 def test_a_cut_record_is_an_error_that_names_the_key_or_a_shorter_payload(record: Record, draw: Any) -> None:
-    value = codec.pack(record)
+    value = pack(record)
     found = unpacked(value[: draw.draw(st.integers(0, len(value) - 1))])
     if isinstance(found, StoreError):
         assert found.key == "shop.pay:1"
@@ -96,27 +97,27 @@ def test_nonsense_is_a_store_error(value: bytes) -> None:
 
 @given(records(), st.data())
 def test_a_changed_byte_never_escapes_as_another_error(record: Record, draw: Any) -> None:
-    value = bytearray(codec.pack(record))
+    value = bytearray(pack(record))
     at = draw.draw(st.integers(0, len(value) - 1))
     value[at] ^= draw.draw(st.integers(1, 255))
     unpacked(bytes(value))
 
 
 def test_a_later_version_is_refused_and_not_guessed_at() -> None:
-    value = bytearray(codec.pack(Record(State.RELEASED)))
+    value = bytearray(pack(Record(State.RELEASED)))
     value[12] = 2
     with pytest.raises(StoreError, match="version 2"):
-        codec.unpack(bytes(value), 5, "k")
+        unpack(bytes(value), 5, "k")
 
 
 def test_state_and_outcome_must_agree() -> None:
-    value = bytearray(codec.pack(Record(State.RUNNING)))
-    value[codec.STATE_AT] = State.SUCCEEDED
+    value = bytearray(pack(Record(State.RUNNING)))
+    value[STATE_AT] = State.SUCCEEDED
     with pytest.raises(StoreError, match="disagree"):
-        codec.unpack(bytes(value), 5, "k")
-    value[codec.STATE_AT] = 99
+        unpack(bytes(value), 5, "k")
+    value[STATE_AT] = 99
     with pytest.raises(StoreError):
-        codec.unpack(bytes(value), 5, "k")
+        unpack(bytes(value), 5, "k")
 
 
 def test_the_format_of_version_1_never_changes() -> None:
@@ -134,13 +135,13 @@ def test_the_format_of_version_1_never_changes() -> None:
     parts = ["303132333435363738396162", "01", "04", "080a", "0002", "01", "0000000000000007"]
     parts += ["0000000000000000000000000000002a", "0000000c", "7461672e76616c7565646967", "6a3432"]
     expected = "".join(parts)
-    assert codec.pack(record).hex() == expected
-    assert codec.unpack(bytes.fromhex(expected), 5, "k") == record
+    assert pack(record).hex() == expected
+    assert unpack(bytes.fromhex(expected), 5, "k") == record
 
 
 def test_a_finished_record_is_small() -> None:
     record = Record(State.SUCCEEDED, task_id=str(uuid.uuid4()), outcome=Outcome(True, b"j1"))
-    assert len(codec.pack(record)) == 27 + 16 + 2
+    assert len(pack(record)) == 27 + 16 + 2
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_a_finished_record_is_small() -> None:
     ["", "short", str(uuid.uuid4()).upper(), "{" + "0" * 34 + "}", "größe", "-" * 36, str(uuid.uuid4())],
 )
 def test_any_task_id_comes_back(task_id: str) -> None:
-    assert codec.unpack(codec.pack(Record(State.RUNNING, task_id=task_id)), 5, "k").task_id == task_id
+    assert unpack(pack(Record(State.RUNNING, task_id=task_id)), 5, "k").task_id == task_id
 
 
 # --- values -------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from celery import Celery
 from kombu.utils import json as kombu_json
 
 import celery_idem
-from celery_idem import errors
+from celery_idem.core import errors
 
 SAMPLES: list[errors.IdempotencyError] = [
     errors.IdempotencyError("what happened", "shop.pay:1"),

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, SecretStr
 import celery_idem
 from celery_idem import IdempotencyError, IdempotentTask, Ledger
 from celery_idem.adapters.tools import tool_of
-from celery_idem.desk import read_arguments
+from celery_idem.operate.operators import read_arguments
 
 DONE: list[Any] = []
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from celery_idem import ALL_ARGUMENTS, ConfigurationError, IntentError, keys
-from celery_idem.keys import declare
+from celery_idem import ALL_ARGUMENTS, ConfigurationError, IntentError
+from celery_idem.core import keys
+from celery_idem.core.keys import declare
 from tests.support.calls import NOON, Colour, Invoice, Money, a_task, key_for, key_of, send
 
 # --- binding -----------------------------------------------------------------------------

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from celery_idem import clock, events, lease, owners
-from celery_idem.intent import MICROSECONDS, Acquired, Done, Fingerprint, Outcome, Policy, Request
-from celery_idem.lease import Renewer
-from celery_idem.ledger import Claim, Ledger
+from celery_idem.core.model import MICROSECONDS, Acquired, Done, Fingerprint, Outcome, Policy, Request
+from celery_idem.engine import clock, events, lease, owners
+from celery_idem.engine.lease import Renewer
+from celery_idem.engine.ledger import Claim, Ledger
 from celery_idem.stores.base import Change, Reply
 from celery_idem.stores.memory import MemoryStore
 from celery_idem.testing import CrashingStore

@@ -13,8 +13,8 @@ from typing import Any, get_args
 
 import pytest
 
-from celery_idem import protocol
-from celery_idem.intent import (
+from celery_idem.core import protocol
+from celery_idem.core.model import (
     NO_OWNER,
     Acquired,
     Busy,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from celery_idem import protocol
-from celery_idem.intent import (
+from celery_idem.core import protocol
+from celery_idem.core.model import (
     NO_OWNER,
     Acquired,
     Ask,

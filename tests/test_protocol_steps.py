@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from celery_idem import protocol
-from celery_idem.intent import (
+from celery_idem.core import protocol
+from celery_idem.core.model import (
     Done,
     State,
     StepDone,

@@ -19,11 +19,9 @@ from celery_idem import (
     OutcomeUnknown,
     ResultUnavailable,
     Unknown,
-    events,
-    owners,
-    protocol,
 )
-from celery_idem.intent import (
+from celery_idem.core import protocol
+from celery_idem.core.model import (
     MICROSECONDS,
     Acquired,
     Answer,
@@ -33,9 +31,10 @@ from celery_idem.intent import (
     Request,
     State,
 )
-from celery_idem.ledger import Claim
-from celery_idem.runner import MAX_HANGING
-from celery_idem.steps import run_step
+from celery_idem.engine import events, owners
+from celery_idem.engine.ledger import Claim
+from celery_idem.engine.runner import MAX_HANGING
+from celery_idem.engine.steps import run_step
 from tests.support.jobs import KEY, LEASE, Bench, Ended, Failed, FakeJob, Left
 from tests.support.waiting import wait_for
 

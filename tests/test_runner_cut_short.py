@@ -8,10 +8,10 @@ from celery_idem import (
     OutcomeUnknown,
     StoreError,
 )
-from celery_idem.intent import (
+from celery_idem.core.model import (
     State,
 )
-from celery_idem.ledger import Claim
+from celery_idem.engine.ledger import Claim
 from tests.support.jobs import KEY, Bench, FakeJob, Left
 
 

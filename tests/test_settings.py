@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from celery_idem import ConfigurationError, IdempotentTask, Ledger, settings
-from celery_idem.intent import Policy
-from celery_idem.settings import NAMES, Settings, ledger_of, of_app, store_of
+from celery_idem import ConfigurationError, IdempotentTask, Ledger
+from celery_idem.core.model import Policy
+from celery_idem.integration import settings
+from celery_idem.integration.settings import NAMES, Settings, of_app
+from celery_idem.integration.wiring import ledger_of, store_of
 
 
 def an_app(**conf: Any) -> Celery:

@@ -15,7 +15,7 @@ from celery.exceptions import Retry
 
 from celery_idem import ALL_ARGUMENTS, ConfigurationError, IdempotentTask
 from celery_idem.adapters.tools import tool_of
-from celery_idem.signatures import Opaque, called
+from celery_idem.core.signatures import Opaque, called
 
 GOT: list[Any] = []
 """The orders that bodies got."""

@@ -15,7 +15,7 @@ import pytest
 import requests
 
 from celery_idem import FingerprintMismatch, OutcomeUnknown, ResultUnavailable
-from celery_idem.codec import Codec
+from celery_idem.core.results import Codec
 from tests.support.jobs import Bench, FakeJob
 
 

@@ -14,10 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kombu.serialization import register, registry, unregister
 
-from celery_idem import ConfigurationError, IdempotentTask, ResultUnavailable, codec
-from celery_idem.codec import Codec
-from celery_idem.intent import Note, Record, State, Step
-from celery_idem.settings import Settings, codec_of
+from celery_idem import ConfigurationError, IdempotentTask, ResultUnavailable
+from celery_idem.core.model import Note, Record, State, Step
+from celery_idem.core.record import pack, unpack
+from celery_idem.core.results import Codec
+from celery_idem.integration.settings import Settings
+from celery_idem.integration.wiring import codec_of
 from tests.support.jobs import Bench, FakeJob
 
 MARK = {"__type__": "uuid", "__value__": {"hex": "00" * 16}}
@@ -189,11 +191,11 @@ def test_text_of_any_kind_comes_back(name: str, reason: str, task_id: str) -> No
         reason=reason,
         notes=(Note(1, *names, reason),),
     )
-    assert codec.unpack(codec.pack(record), 5, "k") == record._replace(fence=5)
+    assert unpack(pack(record), 5, "k") == record._replace(fence=5)
 
 
 def test_steps_of_undecodable_names_do_not_meet(bench: Bench) -> None:
-    from celery_idem.steps import run_step
+    from celery_idem.engine.steps import run_step
 
     one, other = (raw.decode("utf-8", "surrogateescape") for raw in (b"mail-\xe9", b"mail-\xe8"))
     sent: list[str] = []

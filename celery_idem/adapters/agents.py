@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 from celery_idem.adapters.tools import BadArguments, Tool, annotations_of, tool_of
-from celery_idem.receipts import Receipt
+from celery_idem.integration.receipts import Receipt
 
 if TYPE_CHECKING:
     from celery import Celery

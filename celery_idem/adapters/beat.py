@@ -24,7 +24,7 @@ from celery.beat import PersistentScheduler, ScheduleEntry
 from celery.schedules import crontab, schedule
 from celery.utils.time import remaining
 
-from celery_idem.intent import OCCURRENCE
+from celery_idem.core.model import OCCURRENCE
 
 if TYPE_CHECKING:
     from celery.result import AsyncResult

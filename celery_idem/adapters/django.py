@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from celery.contrib.django.task import DjangoTask
 
-from celery_idem.task import IdempotentTask
+from celery_idem.integration.task import IdempotentTask
 
 
 class IdempotentDjangoTask(IdempotentTask, DjangoTask):  # type: ignore[misc,unused-ignore]  # Celery's has no types

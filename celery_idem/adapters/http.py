@@ -42,9 +42,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from celery_idem.adapters.tools import NOT_SENT, OCCURRENCE_MAX, RECEIPT, BadArguments, Tool, answer, tool_of
-from celery_idem.errors import ConfigurationError, StoreError
-from celery_idem.keys import label, task_of
-from celery_idem.receipts import CALL_AGAIN, PARTLY_DONE, Receipt, look_up, plain
+from celery_idem.core.errors import ConfigurationError, StoreError
+from celery_idem.core.keys import label, task_of
+from celery_idem.integration.receipts import CALL_AGAIN, PARTLY_DONE, Receipt, look_up, plain
 
 try:
     from starlette.applications import Starlette

@@ -33,10 +33,10 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 from celery_idem.adapters import inbox_pages as pages
 from celery_idem.adapters.inbox_overview import Overview, look
-from celery_idem.background import Background
-from celery_idem.desk import Desk
-from celery_idem.errors import ConfigurationError, IdempotencyError, StoreError
-from celery_idem.intent import Happened, NotHappened
+from celery_idem.core.errors import ConfigurationError, IdempotencyError, StoreError
+from celery_idem.core.model import Happened, NotHappened
+from celery_idem.operate.background import Background
+from celery_idem.operate.operators import Desk
 
 try:
     from starlette.applications import Starlette

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 
-from celery_idem.claims import Entry, Tally, count
-from celery_idem.desk import DOUBTFUL, Desk, Oldest
+from celery_idem.engine.entries import Entry, Tally, count
+from celery_idem.operate.operators import DOUBTFUL, Desk, Oldest
 
 LISTED = 200
 """Intents in the list, the oldest first: more than anybody settles before the page is read again."""

@@ -7,9 +7,9 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from celery_idem.adapters.inbox_overview import HOURS, Overview
-from celery_idem.claims import Entry
-from celery_idem.desk import DOUBTFUL, Desk, duration, iso
-from celery_idem.intent import NO_OWNER
+from celery_idem.core.model import NO_OWNER
+from celery_idem.engine.entries import Entry
+from celery_idem.operate.operators import DOUBTFUL, Desk, duration, iso
 
 SHOWN = 4000
 """Characters of a result that are shown: a screen or two."""

@@ -25,9 +25,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from celery_idem.adapters.tools import OCCURRENCE_MAX, RECEIPT, BadArguments, Tool, answer, tool_of
-from celery_idem.errors import ConfigurationError, StoreError
-from celery_idem.keys import task_of
-from celery_idem.receipts import PENDING, Receipt, look_up
+from celery_idem.core.errors import ConfigurationError, StoreError
+from celery_idem.core.keys import task_of
+from celery_idem.integration.receipts import PENDING, Receipt, look_up
 
 try:
     from mcp.server import Server

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from dataclasses import field as new
 from typing import TYPE_CHECKING, Any
 
-from celery_idem import events
-from celery_idem.declaring import called_of
-from celery_idem.errors import ConfigurationError, IntentError
-from celery_idem.keys import Declaration
-from celery_idem.models import is_model
-from celery_idem.receipts import (
+from celery_idem.core.errors import ConfigurationError, IntentError
+from celery_idem.core.keys import Declaration
+from celery_idem.core.pydantic_models import is_model
+from celery_idem.engine import events
+from celery_idem.integration.declaring import called_of
+from celery_idem.integration.receipts import (
     FIRST_LOOK,
     LONGEST_LOOK,
     LOOK_GROWTH,
@@ -29,7 +29,7 @@ from celery_idem.receipts import (
     Receipt,
     submit_task,
 )
-from celery_idem.task import IdempotentTask
+from celery_idem.integration.task import IdempotentTask
 
 if TYPE_CHECKING:
     from celery import Celery

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import click
 
-from celery_idem import copying
 from celery_idem.cli.group import idem
 from celery_idem.cli.screen import Screen, command, yes_option
-from celery_idem.copying import Copied
-from celery_idem.desk import Desk
-from celery_idem.errors import ConfigurationError
-from celery_idem.ledger import Ledger
+from celery_idem.core.errors import ConfigurationError
+from celery_idem.engine.ledger import Ledger
+from celery_idem.operate import copying
+from celery_idem.operate.copying import Copied
+from celery_idem.operate.operators import Desk
 from celery_idem.stores import open_store, sql_statements
 
 
@@ -26,7 +26,7 @@ def doctor(screen: Screen, desk: Desk, pool: str, strict: bool) -> None:
 
     Exit status 1 when there is an error (with --strict: a warning), so that a CI can stop.
     """
-    from celery_idem.doctor import examine, gather
+    from celery_idem.operate.doctor import examine, gather
 
     found = examine(gather(desk.app, pool=pool))
     if screen.as_json:
@@ -57,7 +57,7 @@ def audit(screen: Screen, desk: Desk, task: str | None, within: float) -> None:
     Drift: calls that differ in one value of their intent only, so that retries run again. Spread:
     replays whose free arguments differ, so that a second action may never have happened.
     """
-    from celery_idem.audit import audit as look
+    from celery_idem.operate.audit import audit as look
 
     found = look(desk.list(None, task), desk.tasks(), within)
     if screen.as_json:
@@ -76,7 +76,7 @@ def audit(screen: Screen, desk: Desk, task: str | None, within: float) -> None:
 @yes_option
 def shadow(screen: Screen, desk: Desk, clear: bool, yes: bool) -> None:
     """What shadow mode (idem_shadow) has seen, and which tasks are ready for the real thing."""
-    from celery_idem.readiness import readiness
+    from celery_idem.operate.readiness import readiness
 
     ledgers = [ledger.shadow() for ledger in desk.ledgers()]
     if clear:

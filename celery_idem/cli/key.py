@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from celery_idem import protocol
 from celery_idem.cli.group import idem
 from celery_idem.cli.screen import Screen, command
-from celery_idem.desk import Desk
-from celery_idem.errors import IdempotencyError
-from celery_idem.intent import Fingerprint
-from celery_idem.keys import Declaration, label
-from celery_idem.publishing import HIDDEN
+from celery_idem.core import protocol
+from celery_idem.core.errors import IdempotencyError
+from celery_idem.core.keys import Declaration, label
+from celery_idem.core.model import Fingerprint
+from celery_idem.integration.publishing import HIDDEN
+from celery_idem.operate.operators import Desk
 
 
 @command(idem, "key")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 import click
 from celery.bin.base import CeleryOption
 
-from celery_idem.claims import Entry
+from celery_idem.engine.entries import Entry
 
 SHOW_EVERY = 0.5
 """Seconds between two signs of progress: often enough to see that it moves."""

@@ -12,12 +12,12 @@ from typing import Any
 
 import click
 
-from celery_idem.claims import STATES, Entry, tallied
 from celery_idem.cli.group import idem
 from celery_idem.cli.reading import Reading, within_option
 from celery_idem.cli.screen import Screen, command, yes_option
-from celery_idem.desk import DOUBTFUL, Desk, Oldest, duration
-from celery_idem.intent import Happened, NotHappened
+from celery_idem.core.model import Happened, NotHappened
+from celery_idem.engine.entries import STATES, Entry, tallied
+from celery_idem.operate.operators import DOUBTFUL, Desk, Oldest, duration
 
 LINES = 50
 """Entries shown to a person unless told otherwise: about a screen."""

@@ -14,8 +14,8 @@ import click
 from celery import _state
 from celery.bin.base import CeleryCommand, CeleryOption
 
-from celery_idem.desk import Desk
-from celery_idem.errors import ConfigurationError, IdempotencyError, StoreError
+from celery_idem.core.errors import ConfigurationError, IdempotencyError, StoreError
+from celery_idem.operate.operators import Desk
 
 if TYPE_CHECKING:
     from celery import Celery

@@ -10,8 +10,8 @@ import click
 
 from celery_idem.cli.group import idem
 from celery_idem.cli.screen import Screen, command, yes_option
-from celery_idem.desk import Desk, read_arguments
-from celery_idem.errors import StoreError
+from celery_idem.core.errors import StoreError
+from celery_idem.operate.operators import Desk, read_arguments
 
 WORDS = {
     "happened": "happened",

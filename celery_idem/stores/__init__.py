@@ -1,4 +1,7 @@
-"""Opening a store by its URL."""
+"""Bytes by key, and a clock: one file for each kind of store, and the function that opens one by its URL.
+
+Never here: rules.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from celery_idem.errors import ConfigurationError
+from celery_idem.core.errors import ConfigurationError
 from celery_idem.stores.base import Change, Reply, Store
 
 __all__ = ["Change", "Reply", "Store", "open_server", "open_store", "readable"]

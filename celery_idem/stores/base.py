@@ -13,8 +13,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-from celery_idem.errors import ConfigurationError, StoreError
-from celery_idem.intent import Stored
+from celery_idem.core.errors import ConfigurationError, StoreError
+from celery_idem.core.model import Stored
 
 OWNER = 12
 """Bytes at the start of every value that a replacement compares, together with the stamp."""

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from celery_idem.intent import Stored
+from celery_idem.core.model import Stored
 from celery_idem.stores.base import OWNER, Reply, Store
 
 

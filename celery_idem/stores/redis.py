@@ -16,8 +16,8 @@ from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
 
-from celery_idem.errors import ConfigurationError, StoreError
-from celery_idem.intent import Stored
+from celery_idem.core.errors import ConfigurationError, StoreError
+from celery_idem.core.model import Stored
 from celery_idem.stores.base import OWNER, Change, PartlyError, Reply, Store, tell_after_fork
 
 TIMEOUT = 5.0

@@ -13,8 +13,8 @@ from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from celery_idem.errors import ConfigurationError, StoreError
-from celery_idem.intent import Stored
+from celery_idem.core.errors import ConfigurationError, StoreError
+from celery_idem.core.model import Stored
 from celery_idem.stores.base import Change, Reply
 from celery_idem.stores.redis import REPLACE, RedisStore, _held, _Script, whole
 

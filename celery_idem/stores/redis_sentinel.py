@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
-from celery_idem.errors import ConfigurationError, StoreError
+from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.stores.redis import HIDDEN, RedisStore, redact
 
 SENTINEL_TIMEOUT = 1.0

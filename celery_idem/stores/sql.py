@@ -15,8 +15,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from celery_idem.errors import ConfigurationError, StoreError
-from celery_idem.intent import Stored
+from celery_idem.core.errors import ConfigurationError, StoreError
+from celery_idem.core.model import Stored
 from celery_idem.stores import sql_connections
 from celery_idem.stores.base import OWNER, Change, Reply, Store, tell_after_fork
 from celery_idem.stores.sql_primitives import SqlPrimitives, no_table

@@ -6,7 +6,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from celery_idem.errors import ConfigurationError
+from celery_idem.core.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from sqlalchemy import URL

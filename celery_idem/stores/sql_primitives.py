@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from celery_idem.errors import StoreError
-from celery_idem.intent import Stored
+from celery_idem.core.errors import StoreError
+from celery_idem.core.model import Stored
 from celery_idem.stores.base import OWNER, Reply, Store
 from celery_idem.stores.sql_statements import Statements
 

@@ -13,7 +13,7 @@ import re
 from importlib.resources import files
 from typing import NamedTuple
 
-from celery_idem.errors import ConfigurationError
+from celery_idem.core.errors import ConfigurationError
 
 _NOW = {
     "postgresql": "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from celery_idem.errors import ConfigurationError
+from celery_idem.core.errors import ConfigurationError
 from celery_idem.stores.base import elsewhere
 from celery_idem.stores.sql_primitives import SqlPrimitives, no_table
 from celery_idem.stores.sql_statements import statements

@@ -1,1 +1,4 @@
-"""Listeners for what ``celery_idem.events`` tells. Install the ones you want, where your application is made."""
+"""Listeners for ``celery_idem.engine.events``. Install the ones you want, where your application is made.
+
+Never here: rules, stores, records.
+"""

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
-from celery import signals
+from celery import bootsteps, signals
 from celery._state import _task_stack
 
-from celery_idem import events
+from celery_idem.engine import events
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -39,6 +39,18 @@ def in_worker(sender: str, **_: Any) -> None:
 
 
 signals.celeryd_init.connect(in_worker)
+
+
+class AtStart(bootsteps.Step):  # type: ignore[misc]
+    """Installs this in a worker started with ``-E``, before its pool forks, so that its children send too."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, parent: Any, **_: Any) -> None:
+        super().__init__(parent)
+        if getattr(parent, "task_events", False):
+            in_worker(parent.hostname)
+            install(parent.app)
 
 
 def install(app: Celery, kinds: Collection[str] = RARE) -> Callable[[], None]:

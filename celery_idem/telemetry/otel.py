@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from celery_idem import events
-from celery_idem.errors import ConfigurationError
+from celery_idem.core.errors import ConfigurationError
+from celery_idem.engine import events
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider
 
-COUNTER = "celery_idem.events"
+COUNTER = "celery_idem.engine.events"
 SCOPE = "celery_idem"
 """Name of the instrumentation scope."""
 

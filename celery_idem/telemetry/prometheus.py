@@ -21,10 +21,10 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from celery_idem import events
-from celery_idem.background import Background
-from celery_idem.desk import Desk
-from celery_idem.errors import ConfigurationError, StoreError
+from celery_idem.core.errors import ConfigurationError, StoreError
+from celery_idem.engine import events
+from celery_idem.operate.background import Background
+from celery_idem.operate.operators import Desk
 
 if TYPE_CHECKING:
     from celery import Celery

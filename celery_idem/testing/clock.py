@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from celery_idem.intent import MICROSECONDS
+from celery_idem.core.model import MICROSECONDS
 
 START = 1_767_225_600 * MICROSECONDS
 """1 January 2026, 00:00 UTC, in microseconds: a time like the ones that real stores give."""

@@ -7,9 +7,9 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeVar
 
-from celery_idem import settings
-from celery_idem.errors import StoreError
-from celery_idem.intent import Stored
+from celery_idem.core.errors import StoreError
+from celery_idem.core.model import Stored
+from celery_idem.integration import wiring
 from celery_idem.stores.base import Change, Reply, Store
 
 T = TypeVar("T")
@@ -125,4 +125,4 @@ def use_store(url: str, store: Store, durability: str = "none") -> None:
 
     Call it before the first task runs, for example in the module that makes the application.
     """
-    settings._stores[url, durability] = store
+    wiring._stores[url, durability] = store

@@ -107,10 +107,10 @@ def idem_effects() -> RepeatedEffects:
 
 def _point(app: Celery, url: Any) -> None:
     """Have the application, which may have been used before, open another store."""
-    from celery_idem import settings
+    from celery_idem.integration import wiring
 
     app.conf.idem_store = url or ""
-    settings._ledgers.pop(app, None)
+    wiring._ledgers.pop(app, None)
     for task in app.tasks.values():
         if getattr(task, "idem_declaration", None) is not None:
             type(task)._guard_made = None
@@ -145,7 +145,7 @@ def duplicate(app: Celery, clock: FakeClock) -> Callable[[], None]:
     """Deliver twice from now on; returns a function that stops it."""
     from celery import Task
 
-    from celery_idem.task import IdempotentTask
+    from celery_idem.integration.task import IdempotentTask
 
     guarded, apply = IdempotentTask._run_guarded, Task.apply
 
@@ -178,9 +178,9 @@ def _deliver(task: Any, request: Any, args: Any, kwargs: Any, clock: FakeClock) 
     The caller gets what the first one got: that its outcome was written late (which rule 4
     allows) is the only thing that it could notice.
     """
-    from celery_idem.delivery import Delivery
-    from celery_idem.errors import IdempotencyError
-    from celery_idem.runner import Runner
+    from celery_idem.core.errors import IdempotencyError
+    from celery_idem.engine.runner import Runner
+    from celery_idem.integration.delivery import Delivery
 
     class DiesBeforeTheRecord(Runner):
         held: Any = None

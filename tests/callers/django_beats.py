@@ -26,7 +26,7 @@ from django_celery_beat.models import CrontabSchedule, PeriodicTask  # noqa: E40
 from django_celery_beat.schedulers import DatabaseScheduler  # noqa: E402
 
 from celery_idem.adapters.beat import Ticks  # noqa: E402
-from celery_idem.intent import OCCURRENCE  # noqa: E402
+from celery_idem.core.model import OCCURRENCE  # noqa: E402
 from tests.callers.shop import FOLDER, URL, make  # noqa: E402
 
 

@@ -68,7 +68,9 @@ def test_without_the_claim_the_check_of_this_door_fails(
             unguarded.knockers, unguarded.done, tmp_path, name, door
         )
     # The check may have failed on an answer, before the worker came to the next message.
-    wait_for(lambda: unguarded.count(name) > 1, 30, lambda: "it failed, but not because something happened twice")
+    wait_for(
+        lambda: unguarded.count(name) > 1, 30, lambda: "it failed, but not because something happened twice"
+    )
 
 
 @pytest.mark.parametrize("test", RESUMED, ids=["node", "sibling", "sibling call"])

@@ -12,9 +12,10 @@ import httpx
 import pytest
 from celery import Celery
 
-from celery_idem import IdempotentTask, Ledger, receipts
+from celery_idem import IdempotentTask, Ledger
 from celery_idem.adapters.http import door
 from celery_idem.adapters.tools import tool_of
+from celery_idem.integration import receipts
 
 
 @pytest.fixture

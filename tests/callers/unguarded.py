@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from celery_idem.runner import Runner
+from celery_idem.engine.runner import Runner
 from tests.callers import shop
 from tests.celery import unguarded  # importing it takes the claim out
 

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from celery import Celery
 from celery.exceptions import Ignore, Reject, Retry
 
-from celery_idem import Happened, IdempotentTask, NotHappened, events
+from celery_idem import Happened, IdempotentTask, NotHappened
+from celery_idem.engine import events
 from tests.support.effects import Effects
 
 ENV = "CELERY_TESTS"

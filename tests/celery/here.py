@@ -10,7 +10,7 @@ from celery.app.trace import build_tracer
 from kombu import Connection
 
 from celery_idem import IdempotentTask, Ledger
-from celery_idem.claims import Entry
+from celery_idem.engine.entries import Entry
 
 
 class InProcess:

@@ -15,7 +15,7 @@ import redis as redis_py
 from celery import Celery
 
 from celery_idem import IdempotentTask
-from celery_idem.desk import Desk
+from celery_idem.operate.operators import Desk
 from tests.support.effects import Effects
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_for

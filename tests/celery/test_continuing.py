@@ -9,7 +9,7 @@ from celery.exceptions import Reject, Retry
 from kombu.exceptions import OperationalError
 
 from celery_idem import ALL_ARGUMENTS, Happened, OutcomeUnknown
-from celery_idem.intent import CALLER_KEY, FINGERPRINT, KEY, SCOPE
+from celery_idem.core.model import CALLER_KEY, FINGERPRINT, KEY, SCOPE
 from tests.celery.conftest import SOON, Stage
 from tests.celery.here import InProcess
 

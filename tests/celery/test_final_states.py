@@ -167,7 +167,7 @@ def test_an_error_without_effect_keeps_steps_though_results_are_not_kept(app: Ce
 
 
 def test_receipts_of_what_is_partly_done(app: Celery) -> None:
-    from celery_idem.receipts import CALL_AGAIN, look_up
+    from celery_idem.integration.receipts import CALL_AGAIN, look_up
 
     pay, _, _ = in_steps(app, no_effect_errors=(Bug,))
     with pytest.raises(Bug):

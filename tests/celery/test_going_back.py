@@ -14,10 +14,11 @@ from celery.exceptions import Ignore, Reject
 from kombu import Exchange, Queue, binding
 from kombu.common import Broadcast
 
-from celery_idem import IdempotentTask, InProgress, Ledger, StoreError, delivery
-from celery_idem.delivery import Delivery, Waiting
-from celery_idem.republishing import to_its_queue
-from celery_idem.worker import IdempotentRequest
+from celery_idem import IdempotentTask, InProgress, Ledger, StoreError
+from celery_idem.integration import delivery
+from celery_idem.integration.deaths import IdempotentRequest
+from celery_idem.integration.delivery import Delivery, Waiting
+from celery_idem.integration.republishing import to_its_queue
 from tests.operators.intents import claimed
 
 NOWHERE = "redis://127.0.0.1:1/0"
@@ -319,7 +320,7 @@ def test_the_broker_stays_away(late: bool, store: str, monkeypatch: pytest.Monke
 
 
 def test_a_death_and_the_broker_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    from celery_idem.intent import Again
+    from celery_idem.core.model import Again
 
     app = make(task_acks_late=True)
     app.tasks["shop.pay"].delay("a")

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from celery_idem import owners
-from celery_idem.intent import MICROSECONDS, Acquired, Fingerprint, Policy, Request
-from celery_idem.lease import LOOKS_PER_LEASE, Renewer
-from celery_idem.ledger import Ledger
+from celery_idem.core.model import MICROSECONDS, Acquired, Fingerprint, Policy, Request
+from celery_idem.engine import owners
+from celery_idem.engine.lease import LOOKS_PER_LEASE, Renewer
+from celery_idem.engine.ledger import Ledger
 from celery_idem.stores.redis import RedisStore
 from tests.celery.leases import LEASE, hold_many
 from tests.support.servers import RedisServer

@@ -14,8 +14,9 @@ from celery import Celery, Task
 from celery.app.trace import task_has_custom, trace_task
 from celery.worker.request import Request
 
-from celery_idem import ALL_ARGUMENTS, ConfigurationError, IdempotentTask, keys
-from celery_idem.worker import IdempotentRequest, request_class
+from celery_idem import ALL_ARGUMENTS, ConfigurationError, IdempotentTask
+from celery_idem.core import keys
+from celery_idem.integration.deaths import IdempotentRequest, request_class
 
 done: list[str] = []
 contexts: list[str] = []

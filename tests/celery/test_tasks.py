@@ -9,7 +9,7 @@ from celery import chain, chord, group
 from celery.exceptions import TimeoutError as CeleryTimeoutError
 
 from celery_idem import FingerprintMismatch, InProgress, IntentError, Ledger, ResultUnavailable
-from celery_idem.intent import State
+from celery_idem.core.model import State
 from tests.celery.apps import Busy, Declined
 from tests.celery.conftest import SOON, Kind, Stage
 from tests.support.effects import Effects

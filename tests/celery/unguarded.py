@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from celery_idem import owners
-from celery_idem.claims import Claim
-from celery_idem.intent import Request
-from celery_idem.runner import Job, Runner
+from celery_idem.core.model import Request
+from celery_idem.engine import owners
+from celery_idem.engine.claim import Claim
+from celery_idem.engine.runner import Job, Runner
 from tests.celery import apps
 
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import redis as redis_py
 
-from celery_idem.delivery import BACKOFF, SLOT_WAITS
-from celery_idem.receipts import FIRST_LOOK, LONGEST_LOOK, LOOK_GROWTH
+from celery_idem.integration.delivery import BACKOFF, SLOT_WAITS
+from celery_idem.integration.receipts import FIRST_LOOK, LONGEST_LOOK, LOOK_GROWTH
 from tests.support.waiting import wait_for
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import psutil
 
 from celery_idem import Happened, IdempotencyError, Ledger, NotHappened
-from celery_idem.claims import Entry
+from celery_idem.engine.entries import Entry
 from celery_idem.stores import open_store
 from tests.chaos.destination import tell
 from tests.chaos.plan import Intent, Plan

@@ -20,8 +20,8 @@ import celery_idem
 from celery_idem import OutcomeUnknown
 from celery_idem.adapters.agents import function
 from celery_idem.adapters.tools import NOT_SENT
-from celery_idem.intent import CALLER_KEY
-from celery_idem.receipts import NOTHING_DONE, WORKER_GONE, Receipt
+from celery_idem.core.model import CALLER_KEY
+from celery_idem.integration.receipts import NOTHING_DONE, WORKER_GONE, Receipt
 from tests.chaos import shop
 from tests.chaos.plan import Intent
 

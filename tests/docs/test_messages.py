@@ -29,10 +29,10 @@ from celery_idem import (
     OutcomeUnknown,
     ResultUnavailable,
     StoreError,
-    codec,
-    owners,
 )
-from celery_idem.intent import MICROSECONDS, Acquired, Fingerprint, Policy, Request
+from celery_idem.core.model import MICROSECONDS, Acquired, Fingerprint, Policy, Request
+from celery_idem.core.record import pack, unpack
+from celery_idem.engine import owners
 from celery_idem.stores import open_store
 from celery_idem.testing import CrashingStore, use_store
 from tests.support.servers import PostgresServer, RedisServer
@@ -66,8 +66,8 @@ class Shop:
         """Somebody else has the intent now."""
         stored = self.store.read(f"idem:{key}").stored
         assert stored is not None
-        record = codec.unpack(stored.value, stored.stamp, key)._replace(owner=owners.mint())
-        assert self.store.replace(f"idem:{key}", stored, codec.pack(record)).done
+        record = unpack(stored.value, stored.stamp, key)._replace(owner=owners.mint())
+        assert self.store.replace(f"idem:{key}", stored, pack(record)).done
 
     def held(self, task: Any, *args: Any, lease: int = HOUR) -> str:
         """A claim of somebody else's that stands."""

@@ -10,9 +10,10 @@ from dataclasses import fields
 import pytest
 
 import celery_idem
-from celery_idem import errors, events
-from celery_idem.declaring import OWN_OPTIONS
-from celery_idem.settings import Settings
+from celery_idem.core import errors
+from celery_idem.engine import events
+from celery_idem.integration.declaring import OWN_OPTIONS
+from celery_idem.integration.settings import Settings
 from celery_idem.stores import _OPENERS
 from tests.docs.page import ROOT
 

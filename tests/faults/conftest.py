@@ -14,7 +14,7 @@ from celery.result import AsyncResult
 from celery.states import READY_STATES
 
 from celery_idem import Ledger
-from celery_idem.claims import Entry
+from celery_idem.engine.entries import Entry
 from celery_idem.stores import open_store
 from tests.conftest import running
 from tests.faults import app as faulty

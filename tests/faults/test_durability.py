@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from celery_idem.errors import StoreError
+from celery_idem.core.errors import StoreError
 from celery_idem.stores.redis import RedisStore
 from tests.support.servers import RedisServer, ValkeyServer
 from tests.support.waiting import wait_for

@@ -13,8 +13,9 @@ from celery import Celery
 from celery.bin.base import CLIContext
 from click.testing import CliRunner, Result
 
-from celery_idem import Ledger, settings
+from celery_idem import Ledger
 from celery_idem.cli import idem
+from celery_idem.integration import wiring
 from tests.conftest import missing
 from tests.operators.shop import app as shop
 
@@ -24,7 +25,7 @@ Idem = Callable[..., Result]
 def use_store(app: Celery, url: str) -> None:
     """Point an application that was used before at another store."""
     app.conf.idem_store = url
-    settings._ledgers.pop(app, None)
+    wiring._ledgers.pop(app, None)
     for task in app.tasks.values():
         if getattr(task, "idem_declaration", None) is not None:
             type(task)._guard_made = None

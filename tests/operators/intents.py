@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from celery_idem import Ledger, owners
-from celery_idem.intent import MICROSECONDS, Acquired, Fingerprint, Outcome, Policy, Request
+from celery_idem import Ledger
+from celery_idem.core.model import MICROSECONDS, Acquired, Fingerprint, Outcome, Policy, Request
+from celery_idem.engine import owners
 
 KEEP = 3600 * MICROSECONDS
 

@@ -11,7 +11,7 @@ import pytest
 from celery import Celery
 
 from celery_idem import IdempotentTask, Ledger
-from celery_idem.digests import MAX_ENTRIES, Digester, differing, marked, tag_of, varied
+from celery_idem.core.digests import MAX_ENTRIES, Digester, differing, marked, tag_of, varied
 from tests.operators.conftest import Idem, command_line
 
 Calls = dict[str, Any]
@@ -141,7 +141,7 @@ def test_digests_agree_however_a_call_is_spelt(shop: Celery) -> None:
 def test_many_parameters_stay_within_the_budget() -> None:
     import inspect
 
-    from celery_idem import keys
+    from celery_idem.core import keys
 
     def wide(**values: Any) -> None: ...
 

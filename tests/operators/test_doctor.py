@@ -14,9 +14,11 @@ import pytest
 import redis as redis_py
 from celery import Celery
 
-from celery_idem import ALL_ARGUMENTS, IdempotentTask, Ledger, StoreError, doctor, owners
-from celery_idem.doctor import at_start, gathering, intents, stores
-from celery_idem.intent import Fingerprint, Policy, Request
+from celery_idem import ALL_ARGUMENTS, IdempotentTask, Ledger, StoreError
+from celery_idem.core.model import Fingerprint, Policy, Request
+from celery_idem.engine import owners
+from celery_idem.operate import doctor
+from celery_idem.operate.doctor import at_start, gathering, intents, stores
 from celery_idem.stores.memory import MemoryStore
 from celery_idem.testing import FakeClock
 from tests.operators.conftest import Idem, command_line

@@ -12,8 +12,8 @@ import pytest
 from celery import Celery
 from celery.events.state import State
 
-from celery_idem import events, signals
-from celery_idem.telemetry import celery_events
+from celery_idem.engine import events
+from celery_idem.telemetry import celery_events, signals
 from tests.operators.shop import send_invoice
 from tests.support.waiting import wait_for
 

@@ -8,8 +8,8 @@ import pytest
 from celery import Celery
 
 from celery_idem import IdempotencyError, Ledger
-from celery_idem import ledger as ledger_module
-from celery_idem.desk import Desk
+from celery_idem.engine import ledger as ledger_module
+from celery_idem.operate.operators import Desk
 from celery_idem.stores.memory import MemoryStore
 from tests.operators.conftest import Idem
 from tests.operators.intents import claimed, in_doubt, succeeded

@@ -13,10 +13,11 @@ import pytest
 from celery import Celery
 from celery.exceptions import SoftTimeLimitExceeded
 
-from celery_idem import IdempotentTask, Ledger, events
-from celery_idem.lease import RENEWER
-from celery_idem.ledger import Ledger as Place
-from celery_idem.worker import IdempotentRequest
+from celery_idem import IdempotentTask, Ledger
+from celery_idem.engine import events
+from celery_idem.engine.lease import RENEWER
+from celery_idem.engine.ledger import Ledger as Place
+from celery_idem.integration.deaths import IdempotentRequest
 from tests.operators.conftest import use_store
 
 Ran = list[Any]

@@ -18,8 +18,9 @@ import yaml
 from celery import Celery
 from celery.events.state import State
 
-from celery_idem import FingerprintMismatch, Ledger, events, signals
-from celery_idem.telemetry import celery_events, otel, prometheus
+from celery_idem import FingerprintMismatch, Ledger
+from celery_idem.engine import events
+from celery_idem.telemetry import celery_events, otel, prometheus, signals
 from tests.operators.conftest import Idem, use_store
 from tests.operators.counted import app as counted
 from tests.operators.counted import send
@@ -247,7 +248,7 @@ def queries() -> dict[str, str]:
 
 @pytest.mark.parametrize("where", queries())
 def test_dashboard_and_alerts_ask_for_what_there_is(where: str) -> None:
-    from celery_idem.claims import STATES
+    from celery_idem.engine.entries import STATES
 
     query = queries()[where]
     names = re.findall(r"\bcelery_idem_\w+", query)

@@ -32,17 +32,14 @@ from typing import Any, NamedTuple
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
-from celery_idem import clock, codec, events, owners
-from celery_idem import runner as runner_module
-from celery_idem.claims import Claim, Entry
-from celery_idem.errors import (
+from celery_idem.core.errors import (
     FingerprintMismatch,
     IdempotencyError,
     LeaseLost,
     OutcomeUnknown,
     StoreError,
 )
-from celery_idem.intent import (
+from celery_idem.core.model import (
     NO_OWNER,
     Answer,
     Busy,
@@ -57,9 +54,14 @@ from celery_idem.intent import (
     Stored,
     Unknown,
 )
-from celery_idem.ledger import Ledger
-from celery_idem.runner import Job, Options, Runner
-from celery_idem.steps import run_step
+from celery_idem.core.record import pack, unpack
+from celery_idem.engine import clock, events, owners
+from celery_idem.engine import runner as runner_module
+from celery_idem.engine.claim import Claim
+from celery_idem.engine.entries import Entry
+from celery_idem.engine.ledger import Ledger
+from celery_idem.engine.runner import Job, Options, Runner
+from celery_idem.engine.steps import run_step
 from celery_idem.stores.base import Reply
 from celery_idem.stores.memory import MemoryStore
 from tests.proof.transaction import Inside, Lock, LostCommit
@@ -890,7 +892,7 @@ class World:
 
     def record(self) -> Record | None:
         stored = self.store.held()
-        return None if stored is None else codec.unpack(stored.value, stored.stamp, KEY)
+        return None if stored is None else unpack(stored.value, stored.stamp, KEY)
 
     def began(self, actor: Actor, claim: Claim) -> None:
         """A body begins: nobody else may believe that it holds the intent, and the fence has grown."""
@@ -915,13 +917,13 @@ class World:
     def written(self, who: Actor, before: Stored | None, after: Stored | None) -> None:
         """The rules that can be seen from a single write, said again in other words than the protocol's."""
         assert after is not None
-        new = codec.unpack(after.value, after.stamp, KEY)
+        new = unpack(after.value, after.stamp, KEY)
         expires = self.store._values[STORED][1]
         if not (new.state.settled or new.state is State.RELEASED) and expires is not None:
             self.broken(f"{new.state.name} expires: evidence would be lost")
         if before is None:
             return
-        old = codec.unpack(before.value, before.stamp, KEY)
+        old = unpack(before.value, before.stamp, KEY)
         live = (
             bool(old.lease) and self.clock.now < before.stamp + old.lease
         )  # ended by who knew: no clock says more
@@ -1089,12 +1091,20 @@ def modelled() -> Iterator[Callable[[World], None]]:
     ]
     saved += [(runner_module, "RENEWER", runner_module.RENEWER), (owners, "mint", owners.mint)]
     saved += [(owners, "gone", owners.gone), (clock, "elapsed", clock.elapsed)]
-    pure = (codec.unpack, codec.pack)
-    codec.unpack, codec.pack = lru_cache(100_000)(codec.unpack), lru_cache(100_000)(codec.pack)
     level = events.logger.level
     deaf = events.listen(heard, here=True)
     for module, name, _ in saved:
         setattr(module, name, {"time": Time, "threading": _Threading}.get(name))
+    cached = {"pack": lru_cache(100_000)(pack), "unpack": lru_cache(100_000)(unpack)}
+    packing = [
+        (module, name, standard)
+        for module in (*ours, sys.modules[__name__])
+        for name, standard in (("pack", pack), ("unpack", unpack))
+        if getattr(module, name, None) is standard
+    ]
+    for module, name, _ in packing:
+        setattr(module, name, cached[name])
+    saved += packing
     clock.elapsed = elapsed
     runner_module.RENEWER = watcher  # type: ignore[assignment]
 
@@ -1112,7 +1122,6 @@ def modelled() -> Iterator[Callable[[World], None]]:
     finally:
         for module, name, standard in saved:
             setattr(module, name, standard)
-        codec.unpack, codec.pack = pure
         events.logger.setLevel(level)
         deaf()
 

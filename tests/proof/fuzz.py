@@ -22,8 +22,8 @@ from enum import Enum, IntEnum
 from fractions import Fraction
 from typing import Any
 
-from celery_idem.errors import IntentError
-from celery_idem.keys import declare
+from celery_idem.core.errors import IntentError
+from celery_idem.core.keys import declare
 
 
 class Colour(Enum):

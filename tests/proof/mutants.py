@@ -1,6 +1,6 @@
 """The protocol with one rule broken at a time. A proof that does not notice one of these proves nothing.
 
-Each mutant replaces functions of `celery_idem.protocol` (a few: what the ledger makes of its answers), and names
+Each mutant replaces functions of `celery_idem.core.protocol` (a few: what the ledger makes of its answers), and names
 the scenario that catches it.
 """
 
@@ -10,10 +10,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from celery_idem import protocol
-from celery_idem import runner as runner_module
-from celery_idem.errors import IdempotencyError
-from celery_idem.intent import (
+from celery_idem.core import protocol
+from celery_idem.core.errors import IdempotencyError
+from celery_idem.core.model import (
     NO_OWNER,
     Acquired,
     Again,
@@ -29,7 +28,8 @@ from celery_idem.intent import (
     Request,
     State,
 )
-from celery_idem.ledger import Ledger
+from celery_idem.engine import runner as runner_module
+from celery_idem.engine.ledger import Ledger
 
 _claim = protocol.claim
 _claim_in_doubt = protocol._claim_in_doubt

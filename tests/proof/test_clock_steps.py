@@ -7,11 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from celery_idem import clock as workers_clock
-from celery_idem import events
-from celery_idem.claims import Claim
-from celery_idem.errors import IdempotencyError
-from celery_idem.intent import (
+from celery_idem.core.errors import IdempotencyError
+from celery_idem.core.model import (
     MICROSECONDS,
     Acquired,
     Ask,
@@ -24,9 +21,12 @@ from celery_idem.intent import (
     Request,
     Unknown,
 )
-from celery_idem.lease import LOOKS_PER_LEASE
-from celery_idem.ledger import Ledger
-from celery_idem.steps import run_step
+from celery_idem.engine import clock as workers_clock
+from celery_idem.engine import events
+from celery_idem.engine.claim import Claim
+from celery_idem.engine.lease import LOOKS_PER_LEASE
+from celery_idem.engine.ledger import Ledger
+from celery_idem.engine.steps import run_step
 from celery_idem.stores.memory import MemoryStore
 
 KEY = "shop.charge:0123456789abcdef0123456789abcdef"

@@ -12,11 +12,12 @@ from collections.abc import Callable
 import pytest
 from greenlet import getcurrent, greenlet
 
-from celery_idem import codec, events, owners, transitions
-from celery_idem.claims import Claim
-from celery_idem.errors import StoreError
-from celery_idem.intent import Acquired, Done, Fingerprint, Outcome, Policy, Request, State, Stored
-from celery_idem.ledger import Ledger
+from celery_idem.core.errors import StoreError
+from celery_idem.core.model import Acquired, Done, Fingerprint, Outcome, Policy, Request, State, Stored
+from celery_idem.core.record import STATE_AT
+from celery_idem.engine import events, owners, transitions
+from celery_idem.engine.claim import Claim
+from celery_idem.engine.ledger import Ledger
 from celery_idem.stores import open_store
 from celery_idem.stores.base import Reply
 from celery_idem.stores.memory import MemoryStore
@@ -145,7 +146,7 @@ def test_no_order_of_an_ending_and_a_renewal_brings_the_hold_back(
     while True:
         world = World(ending, path)
         left = world.run()
-        state = State(left.value[codec.STATE_AT]) if left is not None else None
+        state = State(left.value[STATE_AT]) if left is not None else None
         # Lost after it was written, a record is of course not there.
         assert state == ENDINGS[ending][1] or (state is None and " forget, " in world.trace), world.trace
         runs += 1

@@ -20,11 +20,13 @@ import pytest
 import redis
 from celery import Celery
 
-from celery_idem import IdempotentTask, NotHappened, codec, delivery
-from celery_idem.errors import IntentError, StoreError
-from celery_idem.intent import Fingerprint, Note, Outcome, Policy, Record, Request, State, Step, Stored
-from celery_idem.keys import ALL_ARGUMENTS, declare
-from celery_idem.ledger import Ledger
+from celery_idem import IdempotentTask, NotHappened
+from celery_idem.core.errors import IntentError, StoreError
+from celery_idem.core.keys import ALL_ARGUMENTS, declare
+from celery_idem.core.model import Fingerprint, Note, Outcome, Policy, Record, Request, State, Step, Stored
+from celery_idem.core.record import pack, unpack
+from celery_idem.engine.ledger import Ledger
+from celery_idem.integration import delivery
 from celery_idem.stores import Store, open_store
 from celery_idem.testing import use_store
 from tests.proof.fuzz import fuzz
@@ -107,21 +109,21 @@ def test_a_record_survives_packing() -> None:
     rng = random.Random(seed := secrets.randbelow(10**9))
     for _ in range(5_000):
         record = random_record(rng)
-        assert codec.unpack(codec.pack(record), 1, KEY) == record, f"seed {seed}"
+        assert unpack(pack(record), 1, KEY) == record, f"seed {seed}"
 
 
 def test_arbitrary_bytes_are_a_record_or_a_store_error_that_names_the_key() -> None:
     rng = random.Random(seed := secrets.randbelow(10**9))
     refused = 0
     for number in range(20_000):
-        value = bytearray(codec.pack(random_record(rng)) if number % 2 else rng.randbytes(rng.randrange(200)))
+        value = bytearray(pack(random_record(rng)) if number % 2 else rng.randbytes(rng.randrange(200)))
         for _ in range(rng.randrange(4)):
             if value:
                 value[rng.randrange(len(value))] = rng.randrange(256)
         cut = bytes(value[: rng.randrange(len(value) + 1)] if number % 3 else value)
         error: StoreError | None = None
         try:
-            record = codec.unpack(cut, 1, KEY)
+            record = unpack(cut, 1, KEY)
         except StoreError as refusal:
             error = refusal
         if error is None:

@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 import pytest
 
-from celery_idem import clock as workers_clock
-from celery_idem.claims import Claim
-from celery_idem.errors import StoreError
-from celery_idem.intent import Acquired, Fingerprint, Policy, Request, State, Stored
-from celery_idem.ledger import Ledger
-from celery_idem.steps import run_step
+from celery_idem.core.errors import StoreError
+from celery_idem.core.model import Acquired, Fingerprint, Policy, Request, State, Stored
+from celery_idem.engine import clock as workers_clock
+from celery_idem.engine.claim import Claim
+from celery_idem.engine.ledger import Ledger
+from celery_idem.engine.steps import run_step
 from celery_idem.stores.base import Reply
 from celery_idem.stores.memory import MemoryStore
 

@@ -24,9 +24,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from celery_idem import codec, protocol
-from celery_idem.errors import IdempotencyError
-from celery_idem.intent import (
+from celery_idem.core import protocol
+from celery_idem.core.errors import IdempotencyError
+from celery_idem.core.model import (
     Acquired,
     Ask,
     Busy,
@@ -42,9 +42,10 @@ from celery_idem.intent import (
     Request,
     Unknown,
 )
-from celery_idem.ledger import Ledger
+from celery_idem.core.record import pack, unpack
+from celery_idem.engine.ledger import Ledger
+from celery_idem.engine.transitions import kept
 from celery_idem.stores import open_store
-from celery_idem.transitions import kept
 from tests.conftest import running
 from tests.stores.servers import Cluster, Watched
 
@@ -52,7 +53,7 @@ HOUR = 3_600_000_000
 DAY = 24 * HOUR
 owners = itertools.count(1)
 PROCESS = 7
-"""Bytes of an owner that name its process (see `celery_idem.owners`): here each has its own."""
+"""Bytes of an owner that name its process (see `celery_idem.engine.owners`): here each has its own."""
 
 POLICIES = st.builds(
     Policy,
@@ -102,7 +103,7 @@ class Pure:
         if new is not None:
             # As a store would give it back: a record that its bytes do not hold would be no record.
             self.stamp = max(self.now, self.stamp + 1)
-            self.record = codec.unpack(codec.pack(new), self.stamp, "")
+            self.record = unpack(pack(new), self.stamp, "")
         return told(decision)
 
     def claim(self, request: Request) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from celery_idem.intent import Stored
+from celery_idem.core.model import Stored
 from celery_idem.stores.base import OWNER, Reply, Store
 from celery_idem.stores.memory import MemoryStore
 

@@ -12,12 +12,13 @@ import pytest
 from celery import Celery
 from starlette.testclient import TestClient
 
-from celery_idem import ConfigurationError, Ledger, NotHappened, owners
+from celery_idem import ConfigurationError, Ledger, NotHappened
 from celery_idem.adapters.http import door
 from celery_idem.adapters.inbox import inbox
 from celery_idem.adapters.tools import BadArguments, tool_of
-from celery_idem.delivery import CARRIED
-from celery_idem.intent import Outcome
+from celery_idem.core.model import Outcome
+from celery_idem.engine import owners
+from celery_idem.integration.delivery import CARRIED
 from tests.operators.intents import claimed, in_doubt
 from tests.security.conftest import command_line
 

@@ -14,15 +14,16 @@ import pytest
 from celery import Celery
 from starlette.testclient import TestClient
 
-from celery_idem import ConfigurationError, IdempotentTask, Ledger, NotHappened, settings
+from celery_idem import ConfigurationError, IdempotentTask, Ledger, NotHappened
 from celery_idem.adapters.http import door
 from celery_idem.adapters.inbox import inbox
 from celery_idem.adapters.mcp import server
 from celery_idem.adapters.tools import tool_of
-from celery_idem.desk import Desk
-from celery_idem.errors import IdempotencyError
-from celery_idem.intent import KEY
-from celery_idem.receipts import look_up
+from celery_idem.core.errors import IdempotencyError
+from celery_idem.core.model import KEY
+from celery_idem.integration.receipts import look_up
+from celery_idem.integration.settings import of_app
+from celery_idem.operate.operators import Desk
 from celery_idem.telemetry.prometheus import exporter_registry
 from tests.operators.intents import in_doubt
 from tests.security.conftest import MARK, application, command_line
@@ -205,7 +206,7 @@ def test_a_key_in_a_header_is_looked_up_in_our_own_namespace(theirs: Celery, sha
 @pytest.mark.parametrize("namespace", ["", "a:b", ":", "theirs~shadow", "theirs:shop.pay", None, 5])
 def test_a_namespace_that_would_reach_into_another_is_refused(namespace: Any) -> None:
     with pytest.raises(ConfigurationError, match="colon"):
-        settings.of_app({"idem_namespace": namespace})
+        of_app({"idem_namespace": namespace})
 
 
 def test_nothing_of_the_neighbour_is_logged(

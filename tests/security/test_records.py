@@ -18,10 +18,12 @@ import pytest
 from celery import Celery
 from celery.exceptions import TaskPredicate
 
-from celery_idem import IdempotentTask, Ledger, OutcomeUnknown, ResultUnavailable, StoreError, codec
-from celery_idem.codec import Codec
-from celery_idem.intent import Outcome, Record, State, Step
-from celery_idem.settings import codec_of, of_app
+from celery_idem import IdempotentTask, Ledger, OutcomeUnknown, ResultUnavailable, StoreError
+from celery_idem.core.model import Outcome, Record, State, Step
+from celery_idem.core.record import pack
+from celery_idem.core.results import Codec, NotStorable
+from celery_idem.integration.settings import of_app
+from celery_idem.integration.wiring import codec_of
 
 RUNS: list[str] = []
 
@@ -52,7 +54,7 @@ def write(app: Celery, key: str, payload: bytes, succeeded: bool = True, **parts
     record = Record(
         state=state, owner=b"x" * 12, task_id="t", fence=1, outcome=Outcome(succeeded, payload), **parts
     )
-    ledger.store.create(f"{ledger.namespace}:{key}", codec.pack(record))
+    ledger.store.create(f"{ledger.namespace}:{key}", pack(record))
 
 
 # --- pickle ---------------------------------------------------------------------------------
@@ -109,7 +111,7 @@ def test_a_step_of_a_record_is_not_unpickled_either(memory_app: Callable[..., Ce
         steps=(Step("charge", BOMB),),
     )
     ledger = Ledger.from_app(app)
-    ledger.store.create(f"{ledger.namespace}:{key}", codec.pack(lapsed))
+    ledger.store.create(f"{ledger.namespace}:{key}", pack(lapsed))
     with pytest.raises(OutcomeUnknown):
         task.apply((1,), throw=True)
     assert RUNS == []
@@ -118,7 +120,7 @@ def test_a_step_of_a_record_is_not_unpickled_either(memory_app: Callable[..., Ce
 def test_what_cannot_be_read_again_is_not_written(memory_app: Callable[..., Celery]) -> None:
     app = memory_app(result_serializer="pickle", result_accept_content=["json"])
     made = codec_of(of_app(app.conf), app.conf)
-    with pytest.raises(codec.NotStorable, match="could not be read again"):
+    with pytest.raises(NotStorable, match="could not be read again"):
         made.encode({"a": 1})
 
 
@@ -160,7 +162,7 @@ def test_a_stored_error_is_only_ever_rebuilt_as_an_exception(
     assert isinstance(made, Exception)
     assert type(made).__name__ == name.rpartition(".")[2]
     # A new class of that name, and not the thing itself: nothing but our stand-in and the interpreter's own is below.
-    assert {base.__module__ for base in type(made).__mro__[1:]} == {"celery_idem.codec", "builtins"}
+    assert {base.__module__ for base in type(made).__mro__[1:]} == {"celery_idem.core.results", "builtins"}
     assert issubclass(type(made).__mro__[1], Exception)
     assert not target.exists()
 

@@ -25,16 +25,16 @@ from celery_idem import (
     IntentError,
     Ledger,
     StoreError,
-    events,
     look_up,
 )
 from celery_idem.adapters.http import door
 from celery_idem.adapters.inbox import inbox
-from celery_idem.settings import Settings, of_app
+from celery_idem.engine import events
+from celery_idem.integration.deaths import request_class
+from celery_idem.integration.settings import Settings, of_app
 from celery_idem.stores import open_store
 from celery_idem.stores.redis import redact
 from celery_idem.telemetry import otel, prometheus
-from celery_idem.worker import request_class
 from tests.security.conftest import application, command_line
 
 VALUE = "4111-1111-1111-1111"

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from celery_idem import owners
-from celery_idem.errors import IdempotencyError
-from celery_idem.intent import (
+from celery_idem.core.errors import IdempotencyError
+from celery_idem.core.model import (
     MICROSECONDS,
     Acquired,
     Busy,
@@ -22,7 +21,8 @@ from celery_idem.intent import (
     Policy,
     Request,
 )
-from celery_idem.ledger import Claim, Ledger
+from celery_idem.engine import owners
+from celery_idem.engine.ledger import Claim, Ledger
 from celery_idem.stores import open_store, sql_statements
 from celery_idem.stores import redis as redis_module
 from celery_idem.stores.base import Store

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from celery_idem.intent import Stored
+from celery_idem.core.model import Stored
 from celery_idem.stores.base import Change, Reply, Store
 from celery_idem.stores.memory import MemoryStore
 from celery_idem.testing import FakeClock

@@ -9,11 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from celery_idem import owners
-from celery_idem.claims import Claim
-from celery_idem.copying import Copied, copy
-from celery_idem.errors import ConfigurationError
-from celery_idem.intent import (
+from celery_idem.core.errors import ConfigurationError
+from celery_idem.core.model import (
     MICROSECONDS,
     Acquired,
     Busy,
@@ -24,7 +21,10 @@ from celery_idem.intent import (
     Replay,
     Request,
 )
-from celery_idem.ledger import Ledger
+from celery_idem.engine import owners
+from celery_idem.engine.claim import Claim
+from celery_idem.engine.ledger import Ledger
+from celery_idem.operate.copying import Copied, copy
 from celery_idem.stores import open_store
 
 DAY = 86_400 * MICROSECONDS
@@ -109,7 +109,7 @@ def test_what_moved_on_in_the_target_stays(source: Ledger, target: Ledger) -> No
     copy(source, target)
     for _ in range(2):  # in doubt, resolved by a person, and run again over there
         target.claim("a:taken over", request())
-    from celery_idem.intent import NotHappened
+    from celery_idem.core.model import NotHappened
 
     target.resolve("a:taken over", NotHappened(), by="me")
     again = claim(target, "a:taken over")

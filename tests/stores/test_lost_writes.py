@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from celery_idem import owners, protocol
-from celery_idem.errors import StoreError
-from celery_idem.intent import (
+from celery_idem.core import protocol
+from celery_idem.core.errors import StoreError
+from celery_idem.core.model import (
     MICROSECONDS,
     NO_FINGERPRINT,
     Acquired,
@@ -19,7 +19,8 @@ from celery_idem.intent import (
     Request,
     State,
 )
-from celery_idem.ledger import Claim, Ledger
+from celery_idem.engine import owners
+from celery_idem.engine.ledger import Claim, Ledger
 from celery_idem.stores import open_store
 from celery_idem.stores.redis import RedisStore
 

@@ -13,10 +13,11 @@ import psycopg
 import pytest
 from celery import Celery
 
-from celery_idem import IdempotentTask, purging
-from celery_idem.errors import StoreError
-from celery_idem.intent import MICROSECONDS
-from celery_idem.purging import Purger
+from celery_idem import IdempotentTask
+from celery_idem.core.errors import StoreError
+from celery_idem.core.model import MICROSECONDS
+from celery_idem.integration import purging
+from celery_idem.integration.purging import Purger
 from celery_idem.stores import open_store
 from celery_idem.stores.base import Store
 from celery_idem.stores.memory import MemoryStore

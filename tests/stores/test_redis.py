@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from celery_idem.errors import ConfigurationError, StoreError
+from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.stores import open_store
 from celery_idem.stores.base import Change, Reply, Store
 from celery_idem.stores.redis import redact

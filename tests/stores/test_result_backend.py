@@ -13,10 +13,11 @@ from celery import Celery
 from celery.backends.redis import RedisBackend, SentinelBackend
 from redis import CredentialProvider, SSLConnection
 
-from celery_idem.desk import Desk
-from celery_idem.errors import ConfigurationError
-from celery_idem.ledger import Ledger
-from celery_idem.settings import Settings, ledger_of, store_of
+from celery_idem.core.errors import ConfigurationError
+from celery_idem.engine.ledger import Ledger
+from celery_idem.integration.settings import Settings
+from celery_idem.integration.wiring import ledger_of, store_of
+from celery_idem.operate.operators import Desk
 from celery_idem.stores import open_store
 from celery_idem.stores.redis import TIMEOUT, RedisStore
 from celery_idem.stores.redis_sentinel import SentinelStore

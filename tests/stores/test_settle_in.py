@@ -15,7 +15,8 @@ from celery import Celery
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
-from celery_idem import ConfigurationError, IdempotentTask, LeaseLost, StoreError, delivery
+from celery_idem import ConfigurationError, IdempotentTask, LeaseLost, StoreError
+from celery_idem.integration import delivery
 from celery_idem.stores import sql_connections
 from tests.support.servers import PostgresServer
 from tests.support.waiting import wait_for

@@ -16,10 +16,10 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from celery_idem import owners
-from celery_idem.errors import ConfigurationError, StoreError
-from celery_idem.intent import MICROSECONDS, Acquired, Fingerprint, Policy, Request, Stored
-from celery_idem.ledger import Ledger
+from celery_idem.core.errors import ConfigurationError, StoreError
+from celery_idem.core.model import MICROSECONDS, Acquired, Fingerprint, Policy, Request, Stored
+from celery_idem.engine import owners
+from celery_idem.engine.ledger import Ledger
 from celery_idem.stores import open_store, sql_connections, sql_statements
 from celery_idem.stores.base import Change, Store
 from celery_idem.stores.sql import SqlStore

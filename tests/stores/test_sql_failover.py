@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from celery_idem.errors import StoreError
+from celery_idem.core.errors import StoreError
 from celery_idem.stores import open_store
 from celery_idem.stores.sql import SqlStore
 from tests.conftest import running

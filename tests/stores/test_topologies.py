@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from redis.crc import key_slot
 
-from celery_idem.errors import ConfigurationError, StoreError
-from celery_idem.intent import MICROSECONDS, Stored
+from celery_idem.core.errors import ConfigurationError, StoreError
+from celery_idem.core.model import MICROSECONDS, Stored
 from celery_idem.stores import open_store
 from celery_idem.stores.base import OWNER, Change, PartlyError, Reply, Store
 from celery_idem.stores.redis_cluster import ClusterStore

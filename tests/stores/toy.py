@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from celery_idem.errors import StoreError
-from celery_idem.intent import Stored
+from celery_idem.core.errors import StoreError
+from celery_idem.core.model import Stored
 from celery_idem.stores.base import OWNER, Reply, Store
 
 HEAD = struct.Struct(">QQI")  # stamp, expiry (0: never), length of the key; then key and value

@@ -10,7 +10,7 @@ from typing import Any
 
 import pydantic
 
-from celery_idem.keys import Declaration, declare
+from celery_idem.core.keys import Declaration, declare
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from celery_idem import (
-    events,
-)
-from celery_idem.intent import (
+from celery_idem.core.model import (
     MICROSECONDS,
     Answer,
     Busy,
@@ -17,8 +14,9 @@ from celery_idem.intent import (
     Raised,
     State,
 )
-from celery_idem.ledger import Claim, Ledger
-from celery_idem.runner import Job, Options, Runner
+from celery_idem.engine import events
+from celery_idem.engine.ledger import Claim, Ledger
+from celery_idem.engine.runner import Job, Options, Runner
 from celery_idem.stores.memory import MemoryStore
 from celery_idem.testing import CrashingStore, FakeClock
 

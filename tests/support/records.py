@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from celery_idem.intent import (
+from celery_idem.core.model import (
     Fingerprint,
     Note,
     Outcome,

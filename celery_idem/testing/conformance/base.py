@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from celery_idem.intent import MICROSECONDS, Stored
+from celery_idem.core.model import MICROSECONDS, Stored
 from celery_idem.stores.base import Reply, Store
 
 PATIENCE = 60.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from celery_idem.intent import MICROSECONDS, Stored
+from celery_idem.core.model import MICROSECONDS, Stored
 from celery_idem.testing.conformance.base import MINE, SHORT, YOURS, Suite, held_by, stamp_of
 
 

@@ -6,10 +6,10 @@ import contextlib
 import uuid
 from collections.abc import Iterator
 
-from celery_idem import owners
-from celery_idem.errors import StoreError
-from celery_idem.intent import MICROSECONDS, Acquired, Done, Fingerprint, Outcome, Policy, Replay, Request
-from celery_idem.ledger import Ledger
+from celery_idem.core.errors import StoreError
+from celery_idem.core.model import MICROSECONDS, Acquired, Done, Fingerprint, Outcome, Policy, Replay, Request
+from celery_idem.engine import owners
+from celery_idem.engine.ledger import Ledger
 from celery_idem.testing.conformance.base import PATIENCE, Suite
 from celery_idem.testing.crashing import CrashingStore
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from celery_idem.intent import MICROSECONDS, Stored
+from celery_idem.core.model import MICROSECONDS, Stored
 from celery_idem.stores.base import Change
 from celery_idem.testing.conformance.base import AWKWARD, MINE, PATIENCE, YOURS, Suite, held_by, stamp_of
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from celery_idem.intent import Stored
+from celery_idem.core.model import Stored
 from celery_idem.stores.base import OWNER, Reply, Store
 from celery_idem.testing.conformance.base import MINE, PATIENCE, YOURS, Suite, held_by, stamp_of
 

@@ -6,7 +6,7 @@ import os
 import time
 from unittest import mock
 
-from celery_idem.intent import MICROSECONDS, Stored
+from celery_idem.core.model import MICROSECONDS, Stored
 from celery_idem.stores.base import OWNER
 from celery_idem.testing.conformance.base import AWKWARD, MINE, PATIENCE, YOURS, Suite, held_by, stamp_of
 

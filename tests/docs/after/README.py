@@ -15,8 +15,8 @@ assert [thirdparty_charge.apply(("o1", 5)).get() for _ in range(2)] == [5, 5]
 assert charged == ["o1"]
 
 # "When a worker dies half way": the effect is there, the record is not.
-from celery_idem import owners  # noqa: E402
-from celery_idem.intent import MICROSECONDS, Fingerprint, Policy, Request  # noqa: E402
+from celery_idem.core.model import MICROSECONDS, Fingerprint, Policy, Request  # noqa: E402
+from celery_idem.engine import owners  # noqa: E402
 from tests.support.waiting import wait_for  # noqa: E402
 
 key = charge.intent_key("c9", "i9", 1900)

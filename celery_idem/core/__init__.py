@@ -1,0 +1,17 @@
+"""Values and rules: the record, the protocol, keys, fingerprints, values and records as bytes.
+
+Never here: input or output, clocks, Celery.
+"""
+
+# Modules that the packages above may import; the others are this package's own.
+__all__ = [
+    "digests",
+    "errors",
+    "keys",
+    "model",
+    "protocol",
+    "pydantic_models",
+    "record",
+    "results",
+    "signatures",
+]

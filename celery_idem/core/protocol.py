@@ -1,0 +1,776 @@
+"""The one state machine. Pure: values in, a decision and the record to write out.
+
+It knows no clock (``now`` and ``stamp`` are the store's, in microseconds), no store
+and no Celery. Whoever calls it writes the record it returns with a compare-and-set,
+and calls again with what stands there when that fails.
+
+Claim (rule numbers are those of ``docs/explanation/state-machine.md``):
+
+===========  ===============================================  =========================
+record       condition, first that holds                      decision, and new state
+===========  ===============================================  =========================
+absent                                                        Acquired, RUNNING      (1)
+any          fingerprint differs                              Mismatch               (2)
+SUCCEEDED                                                     Replay                 (1)
+FAILED       has finished steps, failure_ttl is over          Acquired, RUNNING      (10)
+FAILED       otherwise                                        Replay                 (1)
+RELEASED                                                      Acquired, RUNNING      (1)
+SCHEDULED    same task id, or past its deadline               Acquired, RUNNING      (1)
+SCHEDULED    otherwise                                        Busy                   (1)
+RUNNING      own owner (a lost reply)                         Acquired               (7)
+RUNNING      owner carried by this message                    Acquired, RUNNING      (7)
+RUNNING      lease live                                       Busy                   (1)
+RUNNING      lapsed, can ask                                  Ask, IN_DOUBT          (3)
+RUNNING      lapsed, on_crash in_doubt                        InDoubt, IN_DOUBT      (3)
+RUNNING      lapsed, crashes reach max_attempts               InDoubt, IN_DOUBT      (8)
+RUNNING      lapsed, resume, rerun or transaction             Acquired, RUNNING      (3)
+IN_DOUBT     owner carried by this message                    Acquired, RUNNING      (7)
+IN_DOUBT     own question (a lost reply)                      Ask                    (7)
+IN_DOUBT     somebody asks under a live lease                 Busy                   (3)
+IN_DOUBT     can ask                                          Ask, IN_DOUBT          (3)
+IN_DOUBT     otherwise                                        InDoubt                (3)
+===========  ===============================================  =========================
+
+``Busy`` says whether the message is the intent's own (the record's task id): a redelivery or an
+early retry is no duplicate.
+Busy under a stamp in the future (the store's clock went back) notes when it was met: the hold counts from there.
+
+After the body, or between its steps, only the current owner is heard, however late (4):
+
+============  =========================  ==============================================
+transition    from                       to
+============  =========================  ==============================================
+settle        RUNNING, IN_DOUBT, absent  SUCCEEDED or FAILED
+committed     SUCCEEDED                  nothing: an author's transaction settled it     (9)
+schedule      RUNNING, IN_DOUBT          SCHEDULED until the retry's ETA and a grace (5)
+release       RUNNING, IN_DOUBT          RELEASED (finished steps stay)              (5)
+doubt         RUNNING, IN_DOUBT          IN_DOUBT                                    (5)
+renew         RUNNING, own IN_DOUBT      same, new lease (a question is its asker's)
+begin_step    RUNNING                    RUNNING with one more open step
+end_step      RUNNING, IN_DOUBT          same, the step and its result added
+exited        RUNNING                    IN_DOUBT; RUNNING, lease over, where a claim decides (5)
+lapse         RUNNING, IN_DOUBT          same, lease over: its process is dead            (3)
+died          RUNNING of a dead process  the same (says its parent)                      (3)
+conclude      IN_DOUBT, own question     SUCCEEDED, RUNNING or IN_DOUBT              (3)
+resolve       IN_DOUBT, lapsed RUNNING   SUCCEEDED or RELEASED (says a person)
+forget        any but a live RUNNING     RELEASED with its finished steps; else nothing is left (10)
+============  =========================  ==============================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from celery_idem.core import digests
+from celery_idem.core.model import (
+    FINGERPRINT_ENTRY,
+    FINGERPRINT_TAG,
+    MICROSECONDS,
+    NO_OWNER,
+    Acquired,
+    Again,
+    Ask,
+    Busy,
+    Coming,
+    Decision,
+    Done,
+    Fingerprint,
+    InDoubt,
+    Mismatch,
+    Note,
+    Noticed,
+    Outcome,
+    Policy,
+    Raised,
+    Record,
+    Refused,
+    Replay,
+    Request,
+    State,
+    Step,
+    StepDecision,
+    StepDone,
+    StepOpen,
+    StepsFull,
+    Verdict,
+)
+
+STEP = 1_000_000
+"""Microseconds that a store's clock may go back before anybody takes notice: a lease then ends that much
+later. More is no adjustment, but a clock that was set, or another machine's."""
+
+MAX_NOTES = 32
+"""Lines of history in a record: some 100 bytes each, and only a contested intent has any.
+Thirty-two tell a story of ten crashes; a loop of crashes ends at ``max_attempts`` anyway."""
+
+MAX_STEPS = 500
+"""Steps of one intent. Each writes the record twice, with the results of all before it: with results of 40 bytes
+five hundred of them send 20 MB to the store, four thousand sent 1.1 GB."""
+
+LEAST_STEPS = 86_400_000_000
+"""Microseconds that finished steps of an action that is not done are kept at least, whatever ``result_ttl`` is: they
+are what keeps the next attempt from charging twice. A day, the default ``result_ttl``."""
+
+MAX_COUNT = 65_535
+"""Attempts are kept in two bytes; a task that retries for ever stops counting there."""
+
+MAX_NAMED = 8
+"""Steps named in a line of history: enough to recognise the body by."""
+
+MAX_CRASHES = 255
+"""Crashes are kept in one byte; ``max_attempts`` is refused above it (see settings)."""
+
+ENDINGS: dict[Raised, State] = {
+    Raised.RETRY: State.SCHEDULED,
+    Raised.DOUBTFUL_RETRY: State.IN_DOUBT,
+    Raised.REPLACED: State.SUCCEEDED,
+    Raised.IGNORE: State.RELEASED,
+    Raised.SAID_DONE: State.SUCCEEDED,
+    Raised.SAID_FAILED: State.FAILED,
+    Raised.REJECT: State.RELEASED,
+    Raised.NO_EFFECT: State.RELEASED,
+    Raised.AMBIGUOUS: State.IN_DOUBT,
+    Raised.TIME_LIMIT: State.IN_DOUBT,
+    Raised.EXIT: State.IN_DOUBT,
+    Raised.ERROR: State.FAILED,
+}
+"""Rule 5: where an exception that leaves the body takes the intent."""
+
+
+def ending(kind: Raised, policy: Policy) -> State:
+    """Rule 5, and rule 9: a body whose effects are all in one transaction, which has not
+    settled the intent, has had none. An exit is left to ``exited``."""
+    state = ENDINGS[kind]
+    in_transaction = policy.on_crash == "transaction" and kind is not Raised.EXIT
+    if state is State.IN_DOUBT and in_transaction:
+        return State.SCHEDULED if kind is Raised.DOUBTFUL_RETRY else State.RELEASED
+    return state
+
+
+def replace(record: Record, **changes: Any) -> Record:
+    """The record with some parts changed."""
+    return record._replace(**changes)
+
+
+_REPLACED = "replaced by task "
+
+
+def replaced_by(task_id: str) -> Outcome:
+    """The outcome of a body that handed its action over to a task without a guard of its own.
+
+    That message must not be published twice, so the intent is done; what stands in for
+    its value is the result of that task.
+    """
+    return Outcome(True, None, _REPLACED + task_id)
+
+
+def replacement(outcome: Outcome) -> str:
+    """Id of the task that has the result; "" where the outcome has its own."""
+    return outcome.missing.removeprefix(_REPLACED) if outcome.missing.startswith(_REPLACED) else ""
+
+
+def ttl(record: Record, policy: Policy) -> int | None:
+    """How long a record is kept, in microseconds; None for evidence, which never expires."""
+    state = record.state
+    if state is State.SUCCEEDED:
+        return policy.result_ttl
+    if state is not State.FAILED and state is not State.RELEASED:
+        return None
+    if not record.steps:
+        return policy.failure_ttl if state is State.FAILED else policy.result_ttl
+    steps = max(policy.result_ttl, LEAST_STEPS)
+    return policy.failure_ttl + steps if state is State.FAILED else steps
+
+
+def final(record: Record) -> bool:
+    """Its outcome will not change any more. A failure that has finished steps is run again when its time is over."""
+    return record.outcome is not None and not (record.state is State.FAILED and record.steps)
+
+
+def supersedes(record: Record, other: Record) -> bool:
+    """Of two copies of one intent, ``record`` is the later state.
+
+    A final one is never superseded. Otherwise the greater fence has the later owner;
+    with equal fences an outcome counts for more than a doubt, and a doubt more than a hold.
+    """
+
+    def rank(one: Record) -> tuple[int, int]:
+        return one.fence, 2 if one.outcome is not None else one.state is State.IN_DOUBT
+
+    return not final(other) and rank(record) > rank(other)
+
+
+def trusted_for(lease: int) -> int:
+    """How long, from just before the call that got it, a worker may trust a lease.
+
+    A tenth less than the lease: the store's clock and the worker's may run at
+    different speeds, and a decision to stop takes time to act on.
+    """
+    return lease - lease // 10
+
+
+def fresh(request: Request) -> Record:
+    """The record an intent begins with. Its fence is the stamp the store will give it."""
+    return Record(
+        state=State.RUNNING,
+        owner=request.owner,
+        task_id=request.task_id,
+        lease=request.policy.lease,
+        fingerprint=request.fingerprint.packed,
+        digests=request.digests,
+        scope=request.scope,
+    )
+
+
+def differing(stored: bytes, fingerprint: Fingerprint) -> tuple[str, ...]:
+    """Names of the parameters whose digests differ.
+
+    Only parameters that both sides know are compared: a parameter that a newer
+    release added is not a difference in what the caller meant.
+    """
+    packed = fingerprint.packed
+    if stored == packed or not stored or not packed:
+        return ()
+    tag, size = FINGERPRINT_TAG, FINGERPRINT_ENTRY
+    known = {stored[i : i + tag]: stored[i + tag : i + size] for i in range(0, len(stored), size)}
+    names = []
+    for n, name in enumerate(fingerprint.names):
+        entry = packed[n * size : (n + 1) * size]
+        if known.get(entry[:tag], entry[tag:]) != entry[tag:]:
+            names.append(name)
+    return tuple(names)
+
+
+def left(record: Record, stamp: int, now: int) -> int:
+    """Microseconds until a hold is over unless its holder writes again; 0 or less: it is over.
+
+    A stamp in the future says that the store's clock went back, and not when the holder was last heard
+    of. Such a hold counts from when somebody noticed (``noticed``), and ends a whole lease later: its holder,
+    if it lives, has written by then, and any write of its makes the mark void.
+    """
+    if not record.lease:
+        return 0  # ended by somebody who knew: that needs no clock
+    since = stamp
+    if _went_back(stamp, now):
+        mark = _mark(record, stamp, now)
+        since = now if mark is None else mark.at
+    return since + record.lease - now
+
+
+def _went_back(stamp: int, now: int) -> bool:
+    return now + STEP < stamp
+
+
+def _mark(record: Record, stamp: int, now: int) -> Noticed | None:
+    """Since when this very write is known to be in the store's future."""
+    mark = record.noticed
+    return mark if mark is not None and mark.stamp == stamp and not _went_back(mark.at, now) else None
+
+
+def noticed(record: Record, stamp: int, now: int) -> Record | None:
+    """The record with a mark, where the store's clock went back and it has none yet; None: nothing to write.
+
+    The mark names its own write: a stamp is one more than the one before while that lies in the future.
+    """
+    if not record.lease or not _went_back(stamp, now) or _mark(record, stamp, now) is not None:
+        return None
+    note = Note(now, "clock", "went back", f"at least {(stamp - now) / MICROSECONDS:.0f} s in the store")
+    return replace(_noted(record, note), noticed=Noticed(now, stamp + 1))
+
+
+def lapsed(record: Record, stamp: int, now: int) -> bool:
+    """It runs, and nobody has renewed its lease: its worker stopped reporting."""
+    return record.state is State.RUNNING and left(record, stamp, now) <= 0
+
+
+def claim(record: Record, stamp: int, now: int, request: Request) -> tuple[Decision, Record | None]:
+    """Decide on a claim of a record that is there (an absent one is ``fresh``).
+
+    Args:
+        record: what the store holds.
+        stamp: the store's time when it was written.
+        now: the store's time.
+
+    Returns:
+        The decision, and the record that must be written before it counts
+        (None: nothing to write).
+    """
+    differs = differing(record.fingerprint, request.fingerprint)
+    if differs:
+        return Mismatch(differs), None
+    if record.outcome is not None:
+        if not final(record) and now >= stamp + request.policy.failure_ttl:
+            return _acquire(replace(record, outcome=None), now, request)
+        return Replay(record.outcome), _varied(record, request)
+    remaining = left(record, stamp, now)
+    if record.state is State.RUNNING:
+        if record.owner == request.owner:
+            return Acquired(record), None
+        if record.owner in request.carried:
+            return _take_up_again(record, now, request)
+        if remaining > 0:
+            return _busy(remaining, record, request, record.owner), noticed(record, stamp, now)
+        return _crashed(record, stamp, now, request)
+    if record.state is State.SCHEDULED:
+        if record.task_id != request.task_id and remaining > 0:
+            return Busy(remaining), noticed(record, stamp, now)
+        return _acquire(record, now, request)
+    if record.state is State.RELEASED:
+        return _acquire(record, now, request)
+    return _claim_in_doubt(record, stamp, now, request)
+
+
+def _busy(retry_after: int, record: Record, request: Request, holder: bytes = b"") -> Busy:
+    return Busy(retry_after, holder, request.task_id != "" and record.task_id == request.task_id)
+
+
+def standing(
+    record: Record, stamp: int, now: int, fingerprint: Fingerprint, policy: Policy
+) -> Decision | None:
+    """What a claim would be told, where it would change nothing; None where it would act.
+
+    This is what a caller may be told without a delivery: replay, busy, in doubt,
+    mismatch. Where it is None, a delivery has something to do: run, ask, decide on a crash.
+    """
+    decision, new = claim(record, stamp, now, Request(NO_OWNER, "", fingerprint, policy))
+    return decision if new is None or isinstance(decision, Busy) else None
+
+
+def _claim_in_doubt(record: Record, stamp: int, now: int, request: Request) -> tuple[Decision, Record | None]:
+    remaining = left(record, stamp, now)
+    if record.owner in request.carried:
+        return _take_up_again(record, now, request)
+    if record.asking:
+        if record.asking == request.owner:
+            return Ask(record), None
+        if remaining > 0:
+            return _busy(remaining, record, request, record.asking), noticed(record, stamp, now)
+    if request.policy.asks:
+        return _ask(_with_past(record, stamp), now, request)
+    return InDoubt(record.reason), None
+
+
+def _varied(record: Record, request: Request) -> Record | None:
+    """A replay whose free arguments differ leaves a mark, once per argument: the audit finds it.
+
+    The outcome stays what it is, and is kept a ``result_ttl`` longer.
+    """
+    marked = digests.marked(record.digests, request.digests)
+    return None if marked == record.digests else replace(record, digests=marked)
+
+
+def shadowed(record: Record, note: Note, request: Request) -> Record:
+    """A shadow record, with a note of what a guard would have done to this call."""
+    marked = digests.marked(record.digests, request.digests)
+    return _noted(replace(record, digests=marked), note)
+
+
+def _acquire(record: Record, now: int, request: Request) -> tuple[Decision, Record]:
+    """Hand the intent to a new owner; what earlier attempts proved (steps) stays."""
+    new = replace(
+        record,
+        state=State.RUNNING,
+        owner=request.owner,
+        task_id=request.task_id,
+        fence=max(record.fence + 1, now),
+        attempts=min(record.attempts + 1, MAX_COUNT),
+        lease=request.policy.lease,
+        fingerprint=request.fingerprint.packed or record.fingerprint,
+        digests=request.digests or record.digests,
+        asking=b"",
+        reason="",
+        noticed=None,
+    )
+    return Acquired(new), new
+
+
+def _take_up_again(record: Record, now: int, request: Request) -> tuple[Decision, Record]:
+    """Rule 7: the claim of an execution whose body never ran. A new owner all the same,
+    so that a second copy of the message that carries the old one finds nothing to take."""
+    _, new = _acquire(record, now, request)
+    new = replace(new, attempts=record.attempts)
+    return Acquired(new), new
+
+
+def _crashed(record: Record, stamp: int, now: int, request: Request) -> tuple[Decision, Record]:
+    """Rule 3: the lease lapsed and nobody said how it ended."""
+    record = _one_more_crash(_with_past(record, stamp))
+    if request.policy.asks:
+        return _ask(replace(record, reason=CRASHED), now, request)
+    reason = _why_in_doubt(record, request.policy, CRASHED)
+    if reason:
+        return _doubt(record, reason)
+    note = Note(now, request.owner.hex(), "took over", f"task {request.task_id}")
+    return _acquire(_noted(record, note), now, request)
+
+
+def _one_more_crash(record: Record) -> Record:
+    return replace(record, crashes=min(record.crashes + 1, MAX_CRASHES))
+
+
+def _why_in_doubt(record: Record, policy: Policy, reason: str) -> str:
+    """Why only a person can decide after this crash; "" where a claim can."""
+    if policy.asks:
+        return ""
+    if policy.on_crash == "in_doubt":
+        return reason
+    return TOO_MANY.format(record.crashes) if record.crashes >= policy.max_attempts else ""
+
+
+CRASHED = "the worker stopped without reporting an outcome"
+CRASHED_UNSEEN = "the worker stopped, and the store did not say whether it had begun"
+TOO_MANY = "the worker stopped without reporting an outcome, {} times"
+
+
+def _doubt(record: Record, reason: str) -> tuple[Decision, Record]:
+    new = replace(record, state=State.IN_DOUBT, lease=0, asking=b"", reason=reason)
+    return InDoubt(reason), new
+
+
+def _noted(record: Record, note: Note) -> Record:
+    """With one more line of history. The first line stays, and the latest."""
+    notes = (*record.notes, note)
+    if len(notes) > MAX_NOTES:
+        notes = (notes[0], *notes[1 - MAX_NOTES :])
+    return replace(record, notes=notes)
+
+
+def _with_past(record: Record, stamp: int) -> Record:
+    """Before a contested record is overwritten: who held it last, and when they were last heard of."""
+    what = "left in doubt" if record.state is State.IN_DOUBT else "last heard of"
+    inside = "".join(f", inside step {name!r}" for name in record.open_steps)
+    why = f", {record.reason}" if record.reason else ""
+    facts = f"attempt {record.attempts}, task {record.task_id}{inside}{why}"
+    return _noted(record, Note(stamp, record.owner.hex(), what, facts))
+
+
+def _ask(record: Record, now: int, request: Request) -> tuple[Decision, Record]:
+    """One worker at a time may ask. The owner stays, so its late outcome is still heard."""
+    record = _noted(record, Note(now, request.owner.hex(), "asks the destination", ""))
+    new = replace(record, state=State.IN_DOUBT, asking=request.owner, lease=request.policy.lease)
+    return Ask(new), new
+
+
+def conclude(
+    record: Record, now: int, request: Request, answer: Outcome | None, reason: str
+) -> tuple[Decision, Record | None]:
+    """What the destination's answer makes of the intent.
+
+    Args:
+        answer: the outcome, where the effect happened; None where it did not, or
+            where nobody knows.
+        reason: why nobody knows; "" where the effect did not happen.
+
+    Returns:
+        As ``claim``. A question that somebody else has taken over, or that the owner
+        answered meanwhile, counts for nothing: the record speaks.
+    """
+    if record.outcome is not None:
+        return Replay(record.outcome), None
+    if answer is not None and record.state in (State.IN_DOUBT, State.RELEASED):
+        # Evidence that it happened counts whoever asked, and against a person who said it did not.
+        new = _settled(_noted(record, Note(now, "reconcile", "happened", "")), answer)
+        return Replay(answer), new
+    if record.state is not State.IN_DOUBT or record.asking != request.owner:
+        if record.state is State.RUNNING and record.owner == request.owner:
+            return Acquired(record), None
+        if record.state is State.IN_DOUBT and not record.asking and reason:
+            return InDoubt(record.reason), None
+        return _busy(0, record, request), None
+    if reason:
+        return _doubt(_noted(record, Note(now, "reconcile", "cannot tell", reason)), reason)
+    record = _noted(record, Note(now, "reconcile", "did not happen", ""))
+    if record.crashes >= request.policy.max_attempts:
+        return _doubt(record, TOO_MANY.format(record.crashes))
+    return _acquire(replace(record, open_steps=()), now, request)
+
+
+def _settled(record: Record, outcome: Outcome) -> Record:
+    """Only what a replay, a late owner, or the attempt after a failure needs to see stays in a settled record."""
+    return Record(
+        state=State.SUCCEEDED if outcome.succeeded else State.FAILED,
+        owner=record.owner,
+        task_id=record.task_id,
+        fence=record.fence,
+        attempts=record.attempts,
+        crashes=record.crashes,
+        fingerprint=record.fingerprint,
+        steps=() if outcome.succeeded else record.steps,
+        notes=record.notes,
+        digests=record.digests,
+        scope=record.scope,
+        outcome=outcome,
+    )
+
+
+def _let_run(record: Record, now: int) -> Record:
+    """A person lets it run again; finished steps stay."""
+    return replace(
+        record,
+        state=State.RELEASED,
+        owner=NO_OWNER,
+        fence=max(record.fence + 1, now),
+        crashes=0,
+        lease=0,
+        open_steps=(),
+        asking=b"",
+        reason="",
+        outcome=None,
+    )
+
+
+def _holds(record: Record, owner: bytes) -> bool:
+    """Rule 4: nobody took over, even if the lease lapsed or it was marked in doubt."""
+    return record.owner == owner and record.state in (State.RUNNING, State.IN_DOUBT)
+
+
+def restored(record: Record | None, held: Record, older: bool = False) -> Record:
+    """The record, or what its holder last wrote where the store has lost that: a holder's next write
+    (renewal, step, outcome) writes it anew, unless somebody else has begun from what was left.
+
+    Args:
+        older: what stands there was written before what the holder wrote. Stamps only grow, so the store
+            has lost its latest writes: a replica took over that lagged behind, or a server was restarted.
+    """
+    if record is None:
+        return held
+    earlier = record.owner == held.owner or record.fence < held.fence
+    return held if older and earlier and record.outcome is None else record
+
+
+def settle(record: Record | None, held: Record, outcome: Outcome) -> tuple[Done | Refused, Record | None]:
+    """Record how the body ended.
+
+    Args:
+        record: what the store holds; None when it lost the record.
+        held: the record as this execution last wrote it.
+    """
+    record = restored(record, held)
+    if _holds(record, held.owner):
+        new = _settled(record, outcome)
+        return Done(new), new
+    if record.owner == held.owner and record.outcome == outcome:
+        return Done(record), None
+    return Refused(record), None
+
+
+def committed(
+    record: Record | None, held: Record, outcome: Outcome, policy: Policy
+) -> tuple[Done | Refused, Record | None]:
+    """After a transaction that was to settle with ``outcome`` (rule 9): did it?
+
+    ``Done`` with an outcome in its record: it committed. ``Done`` without, once the
+    rewritten record is in: it did not, and never will. The rewriting is what makes that
+    sure: it waits for a commit that is still under way.
+    """
+    if record is None:
+        promised = _settled(held, outcome)
+        return (Refused(None) if ttl(promised, policy) else Done(promised)), None  # kept for no time
+    if record.owner != held.owner:
+        return Refused(record), None
+    if _holds(record, held.owner):
+        return Done(record), record
+    return (Done(record) if record.outcome is not None else Refused(record)), None
+
+
+def schedule(
+    record: Record, owner: bytes, delay: int, task_id: str = ""
+) -> tuple[Done | Refused, Record | None]:
+    """The body asked for a retry: keep the claim for its task id for ``delay`` microseconds.
+
+    Args:
+        task_id: of the retry; "" for the record's own.
+    """
+    if _holds(record, owner):
+        new = replace(record, state=State.SCHEDULED, lease=delay, asking=b"", reason="")
+        if task_id:
+            new = replace(new, task_id=task_id)
+        return Done(new), new
+    if record.owner == owner and record.state is State.SCHEDULED:
+        return Done(record), None
+    return Refused(record), None
+
+
+def release(record: Record, owner: bytes) -> tuple[Done | Refused, Record | None]:
+    """Nothing happened (beyond finished steps): anybody may claim it again."""
+    if _holds(record, owner):
+        new = replace(record, state=State.RELEASED, owner=NO_OWNER, lease=0, asking=b"", reason="")
+        return Done(new), new
+    if record.state is State.RELEASED:
+        return Done(record), None
+    return Refused(record), None
+
+
+def doubt(record: Record, owner: bytes, reason: str) -> tuple[Done | Refused, Record | None]:
+    """The body ended in a way that leaves the effect unknown."""
+    if not _holds(record, owner):
+        return Refused(record), None
+    if record.state is State.IN_DOUBT:
+        return Done(record), None
+    _, new = _doubt(_one_more_crash(record), reason)
+    return Done(new), new
+
+
+def renew(record: Record, owner: bytes) -> tuple[Done | Refused, Record | None]:
+    """Keep a running claim, or a question: the store's new stamp is what moves the deadline."""
+    asks = record.state is State.IN_DOUBT and record.asking == owner
+    if asks or (record.state is State.RUNNING and record.owner == owner):
+        new = record if record.noticed is None else replace(record, noticed=None)
+        return Done(new), new
+    return Refused(record), None
+
+
+def exited(record: Record, owner: bytes, policy: Policy, reason: str) -> tuple[Done | Refused, Record | None]:
+    """The process was told to exit while the body ran: a crash that could still say so.
+
+    What the author chose for a crash counts here too: where a claim can decide (by
+    asking, resuming, running again), the lease is over and nothing else changes.
+    """
+    if record.state is not State.RUNNING or record.owner != owner:
+        return doubt(record, owner, reason)
+    _, new = _given_up(record, policy, reason)
+    return Done(new), new
+
+
+def _given_up(record: Record, policy: Policy, reason: str) -> tuple[InDoubt | Again, Record]:
+    counted = _one_more_crash(record)
+    why = _why_in_doubt(counted, policy, reason)
+    if why:
+        _, new = _doubt(counted, why)
+        return InDoubt(why), new
+    return Again(), replace(record, lease=0)  # the claim that decides counts the crash
+
+
+def lapse(record: Record, holder: bytes) -> Record | None:
+    """The process that minted this owner is known to be dead: its hold is over.
+
+    Returns:
+        The record to write; None when it holds nothing any more.
+    """
+    runs = record.state is State.RUNNING and record.owner == holder
+    asks = record.state is State.IN_DOUBT and record.asking == holder
+    return replace(record, lease=0) if (runs or asks) and record.lease else None
+
+
+def died(
+    record: Record | None, stamp: int, owner_prefix: bytes, task_id: str, policy: Policy, again: int
+) -> tuple[Verdict | None, Record | None]:
+    """A process is known to be dead: what becomes of the message it was working on.
+
+    Args:
+        record: what the store holds; None for nothing.
+        stamp: the store's time when it was written.
+        owner_prefix: the part of an owner that names the process (see ``owners``).
+        task_id: of the message. Another copy of it may be running in a live process.
+        again: how often this message was delivered again after a death already.
+
+    Returns:
+        What to tell its caller (None: nothing is known here that Celery does not know),
+        and the record to write (None: that process held nothing).
+    """
+    verdict: Verdict = Again()
+    new: Record | None = None
+    if record is not None:
+        mine = record.owner.startswith(owner_prefix) and record.task_id == task_id
+        if record.state is State.SCHEDULED and record.task_id == task_id:
+            return Coming(), None
+        if record.state is State.RUNNING and mine:
+            verdict, new = _given_up(record, policy, CRASHED)
+            if isinstance(verdict, InDoubt):
+                new = replace(new, notes=_with_past(record, stamp).notes)
+        elif record.state is State.IN_DOUBT and not policy.asks:
+            verdict = InDoubt(record.reason)
+        elif record.state is State.IN_DOUBT and record.asking.startswith(owner_prefix):
+            new = replace(record, lease=0)
+    if isinstance(verdict, Again) and again >= policy.max_attempts:
+        doubtful = record is not None and record.state is State.IN_DOUBT
+        return InDoubt(record.reason) if record is not None and doubtful else None, new
+    return verdict, new
+
+
+def died_unseen(policy: Policy) -> Verdict:
+    """The same, where the store does not answer: whether the process held anything is unknown."""
+    if policy.asks or policy.on_crash != "in_doubt":
+        return Again()
+    return InDoubt(CRASHED_UNSEEN)
+
+
+def begin_step(
+    record: Record, owner: bytes, name: str, policy: Policy, begun: Collection[str] = ()
+) -> tuple[StepDecision, Record | None]:
+    """May this step run? ``Done``: yes, and the record that says so must be written first.
+
+    A step that an earlier attempt left open comes first: who knows what the body would do
+    after it. One that this execution left open itself (its body swallowed the error) stays
+    open beside the new one: if this attempt dies, the next must not run it again unasked.
+
+    Args:
+        begun: steps that this execution began itself; how those ended, its body knows.
+    """
+    for step in record.steps:
+        if step.name == name:
+            return StepDone(step.payload), None
+    if record.state is not State.RUNNING or record.owner != owner:
+        return Refused(record), None
+    own = tuple(step for step in record.open_steps if step in begun)
+    if own != record.open_steps and policy.on_crash != "rerun":
+        return StepOpen(record), None
+    size = sum(len(step.payload) for step in record.steps)
+    if len(record.steps) >= MAX_STEPS or size >= policy.max_step_bytes:
+        return StepsFull(len(record.steps), size), None
+    new = replace(record, open_steps=(*own, name))
+    return Done(new), new
+
+
+def end_step(
+    record: Record, owner: bytes, name: str, payload: bytes | None
+) -> tuple[Done | Refused, Record | None]:
+    """Close a step: with its encoded result, or with None when it had no effect."""
+    if not _holds(record, owner):
+        return Refused(record), None
+    if any(step.name == name for step in record.steps):
+        return Done(record), None
+    steps = record.steps if payload is None else (*record.steps, Step(name, payload))
+    still_open = tuple(step for step in record.open_steps if step != name)
+    new = replace(record, steps=steps, open_steps=still_open)
+    return Done(new), new
+
+
+def resolve(
+    record: Record, stamp: int, now: int, outcome: Outcome | None, note: Note, fence: int | None = None
+) -> tuple[Done | Refused, Record | None]:
+    """A person decides: ``outcome`` where it happened, None where it did not.
+
+    Refused while somebody works on it, once the outcome is known (a settled outcome never
+    changes), and where it is no longer the attempt that the person looked at.
+
+    Args:
+        fence: of the record that the person looked at; None: they take what stands there.
+    """
+    looked_at_another = fence is not None and fence != record.fence
+    open_question = record.state is State.IN_DOUBT or lapsed(record, stamp, now)
+    if looked_at_another or not open_question:
+        new = noticed(record, stamp, now)
+        return Refused(new or record), new
+    record = _noted(_with_past(record, stamp), note)
+    if outcome is None:
+        new = _let_run(record, now)
+        return Done(new), new
+    new = replace(_settled(record, outcome), owner=NO_OWNER)
+    return Done(new), new
+
+
+def forget(record: Record, stamp: int, now: int, steps: bool) -> Record | None:
+    """A person lets an intent run again. What is left of its record; None: nothing.
+
+    Of one under way nothing is left: its holder's next write brings it back, steps and all.
+
+    Args:
+        steps: forget the finished steps too.
+    """
+    under_way = record.state is State.RUNNING and not lapsed(record, stamp, now)
+    if steps or under_way or not record.steps:
+        return None
+    kept = "finished steps stay: " + ", ".join(repr(step.name) for step in record.steps[:MAX_NAMED])
+    return _let_run(_noted(record, Note(now, "forget", "may run again", kept)), now)

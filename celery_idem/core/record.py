@@ -1,0 +1,263 @@
+"""A record as one packed value.
+
+Version 1, all integers big-endian::
+
+    owner 12 | version 1 | state 1 | parts 2 | attempts 2 | crashes 1 | fence 8 | parts…
+
+``parts`` says which optional parts follow, in the order of the bits below; the last one
+is the outcome's payload and takes the rest. A finished record of a task without
+``must_match`` is 27 + 16 bytes and its payload. Read it without this package:
+``docs/explanation/record.md``.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import lru_cache
+
+from celery_idem.core.errors import StoreError
+from celery_idem.core.model import FINGERPRINT_ENTRY, SCOPE_SIZE, Note, Noticed, Outcome, Record, State, Step
+
+_VERSION = 1
+_HEAD = struct.Struct(">12sBBHHBQ")
+_LENGTH = struct.Struct(">I")
+_TIME = struct.Struct(">Q")
+
+STATE_AT = 13
+"""Offset of the state byte in a packed record: what a store may filter a scan by."""
+
+# Bits of ``parts``. The order is the order in the record.
+_LEASE = 1 << 0
+_UUID = 1 << 1
+_TASK_ID = 1 << 2
+_FINGERPRINT = 1 << 3
+_STEPS = 1 << 4
+_OPEN_STEPS = 1 << 5
+_ASKING = 1 << 6
+_REASON = 1 << 7
+_NOTES = 1 << 8
+_DIGESTS = 1 << 9
+_MISSING = 1 << 10
+_PAYLOAD = 1 << 11
+_NOTICED = 1 << 12  # this and what follows stand before the outcome, which comes last
+_SCOPE = 1 << 13
+_KNOWN = (1 << 14) - 1
+
+
+def pack(record: Record) -> bytes:
+    """A record as the bytes a store keeps."""
+    (
+        state,
+        owner,
+        task_id,
+        fence,
+        attempts,
+        crashes,
+        lease,
+        fingerprint,
+        steps,
+        open_steps,
+        asking,
+        reason,
+        notes,
+        digests,
+        noticed,
+        scope,
+        outcome,
+    ) = record  # taken apart once: a named tuple's fields are slow to read by name
+    parts = 0
+    tail: list[bytes] = []
+    if lease:
+        parts |= _LEASE
+        tail.append(_TIME.pack(lease))
+    if task_id:
+        packed = _uuid_bytes(task_id)
+        if packed is not None:
+            parts |= _UUID
+            tail.append(packed)
+        else:
+            parts |= _TASK_ID
+            tail.append(_text(task_id))
+    if fingerprint:
+        parts |= _FINGERPRINT
+        tail.append(_blob(fingerprint))
+    if steps:
+        parts |= _STEPS
+        tail.append(_LENGTH.pack(len(steps)))
+        for name, payload in steps:
+            tail += (_text(name), _blob(payload))
+    if open_steps:
+        parts |= _OPEN_STEPS
+        tail.append(_LENGTH.pack(len(open_steps)))
+        tail += map(_text, open_steps)
+    if asking:
+        parts |= _ASKING
+        tail.append(asking)
+    if reason:
+        parts |= _REASON
+        tail.append(_text(reason))
+    if notes:
+        parts |= _NOTES
+        tail.append(_LENGTH.pack(len(notes)))
+        for at, by, what, evidence in notes:
+            tail += (_TIME.pack(at), _text(by), _text(what), _text(evidence))
+    if digests:
+        parts |= _DIGESTS
+        tail.append(_blob(digests))
+    if noticed is not None:
+        parts |= _NOTICED
+        tail += map(_TIME.pack, noticed)
+    if scope:
+        parts |= _SCOPE
+        tail.append(scope)
+    if outcome is not None:
+        if outcome.payload is None:
+            parts |= _MISSING
+            tail.append(_text(outcome.missing))
+        else:
+            parts |= _PAYLOAD
+            tail.append(outcome.payload)
+    head = _HEAD.pack(owner, _VERSION, state, parts, attempts, crashes, fence)
+    return b"".join((head, *tail))
+
+
+def unpack(value: bytes, stamp: int, key: str) -> Record:
+    """The record in a stored value.
+
+    Args:
+        stamp: the store's time of the last write: the fence of a record that was
+            written before anybody knew the store's time.
+        key: for the error message.
+
+    Raises:
+        StoreError: the value is not a record that this version can read.
+    """
+    try:
+        return _unpack(value, stamp)
+    except (struct.error, ValueError, UnicodeDecodeError) as error:
+        raise StoreError(
+            f"The store holds something at {key} that is not a record of celery_idem ({error}). Nothing was "
+            "run. Look at the value; if it is not needed, remove it with `celery -A proj idem forget`.",
+            key,
+        ) from None
+
+
+def _unpack(value: bytes, stamp: int) -> Record:
+    owner, version, state, parts, attempts, crashes, fence = _HEAD.unpack_from(value)
+    if version != _VERSION or parts & ~_KNOWN:
+        raise ValueError(f"format version {version}, parts {parts:#x}")
+    state = State(state)
+    read = _Reader(value, _HEAD.size)
+    lease = read.time() if parts & _LEASE else 0
+    task_id = ""
+    if parts & _UUID:
+        task_id = _uuid_text(read.take(16))
+    elif parts & _TASK_ID:
+        task_id = read.text()
+    fingerprint = read.blob() if parts & _FINGERPRINT else b""
+    if len(fingerprint) % FINGERPRINT_ENTRY:
+        raise ValueError("fingerprint of a wrong length")
+    steps: tuple[Step, ...] = ()
+    if parts & _STEPS:
+        steps = tuple(Step(read.text(), read.blob()) for _ in range(read.count()))
+    open_steps: tuple[str, ...] = ()
+    if parts & _OPEN_STEPS:
+        open_steps = tuple(read.text() for _ in range(read.count()))
+    asking = read.take(12) if parts & _ASKING else b""
+    reason = read.text() if parts & _REASON else ""
+    notes: tuple[Note, ...] = ()
+    if parts & _NOTES:
+        notes = tuple(Note(read.time(), read.text(), read.text(), read.text()) for _ in range(read.count()))
+    digests = read.blob() if parts & _DIGESTS else b""
+    noticed = Noticed(read.time(), read.time()) if parts & _NOTICED else None
+    scope = read.take(SCOPE_SIZE) if parts & _SCOPE else b""
+    outcome = None
+    if parts & _MISSING:
+        outcome = Outcome(state is State.SUCCEEDED, None, read.text())
+    elif parts & _PAYLOAD:
+        outcome = Outcome(state is State.SUCCEEDED, read.rest())
+    if not read.at_end() or (outcome is not None) != state.settled:
+        raise ValueError("state and parts disagree")
+    return Record(
+        state=state,
+        owner=owner,
+        task_id=task_id,
+        fence=fence or stamp,
+        attempts=attempts,
+        crashes=crashes,
+        lease=lease,
+        fingerprint=fingerprint,
+        steps=steps,
+        open_steps=open_steps,
+        asking=asking,
+        reason=reason,
+        notes=notes,
+        digests=digests,
+        noticed=noticed,
+        scope=scope,
+        outcome=outcome,
+    )
+
+
+class _Reader:
+    """Reads parts one after the other; anything short is a ValueError."""
+
+    def __init__(self, value: bytes, at: int) -> None:
+        self._value = value
+        self._at = at
+
+    def take(self, length: int) -> bytes:
+        end = self._at + length
+        if end > len(self._value):
+            raise ValueError("cut short")
+        taken = self._value[self._at : end]
+        self._at = end
+        return taken
+
+    def time(self) -> int:
+        return int.from_bytes(self.take(8), "big")
+
+    def count(self) -> int:
+        count = int.from_bytes(self.take(4), "big")
+        if count > len(self._value):  # every entry takes a byte at least: no huge loop on nonsense
+            raise ValueError("count too large")
+        return count
+
+    def blob(self) -> bytes:
+        return self.take(int.from_bytes(self.take(4), "big"))
+
+    def text(self) -> str:
+        return self.blob().decode("utf-8", "surrogatepass")
+
+    def rest(self) -> bytes:
+        return self.take(len(self._value) - self._at)
+
+    def at_end(self) -> bool:
+        return self._at == len(self._value)
+
+
+def _blob(data: bytes) -> bytes:
+    return _LENGTH.pack(len(data)) + data
+
+
+def _text(text: str) -> bytes:
+    return _blob(text.encode("utf-8", "surrogatepass"))
+
+
+@lru_cache(maxsize=256)  # a record is packed for the claim and again for its end: as many as run at once
+def _uuid_bytes(task_id: str) -> bytes | None:
+    """The 16 bytes of a task id in uuid's usual spelling; None for any other id."""
+    if len(task_id) != 36:
+        return None
+    try:
+        packed = bytes.fromhex(task_id.replace("-", ""))
+    except ValueError:
+        return None
+    usual = len(packed) == 16 and task_id[8:24:5] == "----" and task_id == task_id.lower()
+    return packed if usual else None
+
+
+def _uuid_text(packed: bytes) -> str:
+    """What str(uuid.UUID(bytes=packed)) gives, at a sixth of the time."""
+    h = packed.hex()
+    return f"{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}"

@@ -1,0 +1,102 @@
+"""Records as people and programs read them: one intent, and counts of many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from celery_idem.core import keys, protocol
+from celery_idem.core.model import (
+    MICROSECONDS,
+    Decision,
+    Fingerprint,
+    Policy,
+    Record,
+    State,
+)
+
+STATES = (*(state.name.lower() for state in State), "lapsed")
+"""Names of all states an entry can be in."""
+
+
+class Entry:
+    """One intent as it stands in the store, for people and programs to read.
+
+    Attributes:
+        key: the idempotency key.
+        record: everything that is known.
+        changed_at: the store's time of the last write, in seconds since the epoch.
+        now: the store's time of the reading, in seconds.
+    """
+
+    __slots__ = ("_now", "_stamp", "key", "record")
+
+    def __init__(self, key: str, record: Record, stamp: int, now: int) -> None:
+        self.key = key
+        self.record = record
+        self._stamp = stamp
+        self._now = now
+
+    @property
+    def changed_at(self) -> float:
+        return self._stamp / MICROSECONDS
+
+    @property
+    def now(self) -> float:
+        return self._now / MICROSECONDS
+
+    @property
+    def task(self) -> str:
+        """Name of the task."""
+        return keys.task_of(self.key) or self.key
+
+    @property
+    def state(self) -> str:
+        """Name of the state, in lower case; ``lapsed`` for a RUNNING one whose lease is over."""
+        if protocol.lapsed(self.record, self._stamp, self._now):
+            return "lapsed"
+        return self.record.state.name.lower()
+
+    @property
+    def age(self) -> float:
+        """Seconds since the last write."""
+        return max(0.0, self.now - self.changed_at)
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds until whoever holds it must have renewed; 0 or less when nobody does."""
+        return protocol.left(self.record, self._stamp, self._now) / MICROSECONDS
+
+    def standing(self, fingerprint: Fingerprint, policy: Policy) -> Decision | None:
+        """What a claim would be told; None where it would have something to do (see ``protocol``)."""
+        return protocol.standing(self.record, self._stamp, self._now, fingerprint, policy)
+
+    def __repr__(self) -> str:
+        return f"<Entry {self.key} {self.state}>"
+
+
+class Tally(NamedTuple):
+    """The intents of one task in one state.
+
+    Attributes:
+        intents: how many.
+        oldest: seconds since the last write to the one that has stood longest.
+    """
+
+    intents: int
+    oldest: float
+
+
+def count(tallies: dict[tuple[str, str], Tally], entry: Entry) -> None:
+    """One more entry in counts by (task, state)."""
+    place = (entry.task, entry.state)
+    before = tallies.get(place, Tally(0, 0.0))
+    tallies[place] = Tally(before.intents + 1, max(before.oldest, entry.age))
+
+
+def tallied(entries: Iterable[Entry]) -> dict[tuple[str, str], Tally]:
+    """Counts by (task, state), in bounded memory."""
+    tallies: dict[tuple[str, str], Tally] = {}
+    for entry in entries:
+        count(tallies, entry)
+    return tallies

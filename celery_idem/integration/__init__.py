@@ -1,0 +1,16 @@
+"""Where Celery meets the engine: tasks, deliveries, receipts, settings, and what builds ledgers from an application.
+
+Never here: rules.
+"""
+
+# Modules that the packages above may import; the others are this package's own.
+__all__ = [
+    "declaring",
+    "delivery",
+    "publishing",
+    "receipts",
+    "settings",
+    "task",
+    "typed",
+    "wiring",
+]

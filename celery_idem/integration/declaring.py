@@ -1,0 +1,251 @@
+"""What a task class declares, read off the class: its parameters, its models, its intent, its options."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+from celery import Task
+from celery.app import base
+from celery.utils.imports import symbol_by_name
+
+from celery_idem.core import keys
+from celery_idem.core.errors import ConfigurationError
+from celery_idem.core.pydantic_models import Reader
+from celery_idem.core.signatures import Called, Opaque, called
+from celery_idem.integration import placing
+from celery_idem.integration.settings import NAMES, Settings, checked, of_app
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+OWN_OPTIONS = (
+    "intent",
+    "must_match",
+    "secret",
+    "signature",
+    "intent_version",
+    "reconcile",
+    "no_effect_errors",
+    "ambiguous_errors",
+)
+OPTIONS = OWN_OPTIONS + NAMES
+
+_CELERYS_OWN = frozenset(dir(Task))
+"""Names that every Celery task has. Looked up by ``dir``, because ``hasattr(Task, "app")`` would bind
+the root class to the current app, and Celery annotates no task below a class that is bound."""
+
+_ALIKE = 0.85
+"""How alike a task's attribute and one of our options must be to be taken for a slip of the pen."""
+
+_ALIKE_INTENT = 0.8
+"""The same where the value names the task's parameters, which says as much: two letters exchanged are one slip."""
+
+
+def declaration_of(cls: type[Any], app: Celery, asked: bool) -> keys.Declaration | None:
+    """The checked declaration of a task class; None for an ordinary task.
+
+    Args:
+        asked: its author chose the guarded class, so there has to be an intent.
+
+    Raises:
+        ConfigurationError: it is wrong, or missing where the task asked to be guarded.
+    """
+    try:
+        return _declaration_of(cls, app, asked)
+    except ConfigurationError:
+        app._tasks.pop(cls.name, None)  # Celery registered it already; a wrong one must not run unguarded
+        raise
+
+
+def _declaration_of(cls: type[Any], app: Celery, asked: bool) -> keys.Declaration | None:
+    intent = inspect.getattr_static(cls, "intent", None)
+    if isinstance(intent, staticmethod):
+        intent = intent.__func__
+    if intent is None and not asked:  # through task_cls=: its author asked for nothing
+        _check_no_intent(cls)
+        return None
+    _take_signature(cls)
+    _check_spelling(cls)
+    if intent is None:
+        raise ConfigurationError(
+            f"{cls.name} is declared with {cls.__mro__[1].__name__} but without an intent. Say which parameters make "
+            "two calls the same "
+            "action: intent=(…). Parameters: "
+            + (", ".join(called_of(cls).signature.parameters) or "none")
+            + "."
+        )
+    if isinstance(intent, str) and ":" in intent:  # from a configuration file: a function by its path
+        intent = symbol_by_name(intent)
+    settings_of(cls, app)
+    known = called_of(cls)
+    return keys.declare(
+        task=cls.name,
+        signature=known.signature,
+        intent=intent,
+        must_match=cls.must_match,
+        secret=cls.secret,
+        version=cls.intent_version,
+        readers=_readers(cls, known),
+        renamed=known.renamed,
+    )
+
+
+def settings_of(cls: type[Any], app: Celery) -> Settings:
+    """The application's settings with this task's own options.
+
+    Raises:
+        ConfigurationError: a name or a value is wrong.
+    """
+    own = {name: getattr(cls, name) for name in NAMES if hasattr(cls, name)}
+    return checked(of_app(app.conf), own, where=cls.name or cls.__name__)
+
+
+def called_of(cls: type[Any]) -> Called:
+    """The parameters that callers of a task give, without ``self``: of ``signature=``, else of its body.
+
+    Raises:
+        ConfigurationError: they cannot be known.
+    """
+    given = getattr(cls, "_signature_given", None)
+    if given is not None:
+        return given if isinstance(given, Called) else Called(given, {}, {})
+    run = placing.beneath(cls, "run")
+    fun = run.__func__ if isinstance(run, (staticmethod, classmethod)) else run
+    bound = isinstance(run, classmethod) or (
+        hasattr(type(run), "__get__") and not isinstance(run, staticmethod)
+    )
+    try:
+        inner = _pydantic(fun)
+        known = called(fun) if inner is None else _as_celery_binds(inner)
+        return known.without_first() if bound else known
+    except Opaque as why:
+        raise ConfigurationError(
+            f"{cls.name}: nobody can tell from its decorators which parameters its callers give: {why}. Say it: "
+            "signature= a function (or an inspect.Signature) with these parameters, without self. Else one action "
+            "could be taken for another."
+        ) from None
+
+
+def _take_signature(cls: type[Any]) -> None:
+    """Keep the option ``signature=`` elsewhere: in its place belongs Celery's method of that name."""
+    named = [vars(c)["signature"] for c in cls.__mro__ if "signature" in vars(c)]
+    given = named[0]
+    if _is_method(given):
+        return
+    cls.signature = next(filter(_is_method, named))
+    if isinstance(given, str):
+        given = symbol_by_name(given)
+    given = given.__func__ if isinstance(given, staticmethod) else given
+    if not isinstance(given, inspect.Signature):
+        try:
+            given = called(given)
+        except (Opaque, TypeError) as why:
+            raise ConfigurationError(
+                f"{cls.name}: signature= must be a function with the parameters that callers give, or an "
+                f"inspect.Signature ({why})."
+            ) from None
+    cls._signature_given = given
+
+
+def _is_method(given: Any) -> bool:
+    """Celery's, or an override of it; not a function whose parameters stand for the task's."""
+    return (
+        isinstance(given, FunctionType)
+        and given.__name__ == "signature"
+        and given.__code__.co_varnames[: given.__code__.co_argcount][:1] == ("self",)
+    )
+
+
+# --- Celery's own wrapper for pydantic=True ---------------------------------------------
+
+
+def _pydantic(fun: Any) -> dict[str, Any] | None:
+    """The variables of Celery's pydantic wrapper; None for any other function. Celery before 5.5 has none."""
+    maker = getattr(base, "pydantic_wrapper", None)
+    code = getattr(fun, "__code__", None)
+    if maker is None or code is None or not any(code is each for each in maker.__code__.co_consts):
+        return None
+    known: dict[str, Any] = {}
+    for cell_of in (fun, inspect.getclosurevars(fun).nonlocals.get("validate_argument")):  # 5.7 moved some
+        known.update(inspect.getclosurevars(cell_of).nonlocals if cell_of is not None else {})
+    return known
+
+
+def _as_celery_binds(wrapper: Mapping[str, Any]) -> Called:
+    """Celery binds a call to the signature of the innermost function and passes it on by position, so that has to
+    be the signature of what it calls."""
+    inner = called(wrapper["task_fun"])
+    bound: inspect.Signature = wrapper["task_signature"]
+    takes = [
+        p
+        for p in inner.signature.parameters.values()
+        if p.name in bound.parameters or p.kind is not p.KEYWORD_ONLY or p.default is p.empty
+    ]
+    if [(p.name, p.kind) for p in takes] != [(p.name, p.kind) for p in bound.parameters.values()]:
+        raise Opaque("pydantic=True passes arguments on by the parameters of the innermost function")
+    return inner._replace(signature=inner.signature.replace(parameters=takes))
+
+
+def _readers(cls: type[Any], known: Called) -> dict[str, Reader]:
+    """Of the parameters of which Celery makes a model: with ``pydantic=True``, ``Model`` and ``Optional[Model]``."""
+    run = placing.beneath(cls, "run")
+    wrapper = _pydantic(run.__func__ if isinstance(run, staticmethod) else run)
+    if wrapper is None:
+        return {}
+    from celery.utils.annotations import annotation_issubclass, get_optional_arg
+
+    hints = wrapper.get("type_hints") or {}
+    context = {
+        **wrapper["context"],
+        "celery_app": wrapper["app"],
+        "celery_task_name": wrapper["task_name"],
+    }
+    readers = {}
+    for name, parameter in wrapper["task_signature"].parameters.items():
+        hint = hints.get(name, parameter.annotation)
+        inner = get_optional_arg(hint)
+        if name in known.signature.parameters and annotation_issubclass(inner or hint, wrapper["BaseModel"]):
+            readers[name] = Reader(inner or hint, inner is not None, wrapper["strict"], context)
+    return readers
+
+
+def _check_spelling(cls: type[Any]) -> None:
+    """An attribute that looks like one of our options and is none would be silently ignored."""
+    for name in _strange(cls):
+        import difflib  # only a suspect needs it
+
+        near = difflib.get_close_matches(name.removeprefix("idem_"), OPTIONS, n=1, cutoff=_ALIKE)
+        if near:
+            raise ConfigurationError(f"{cls.name}: there is no option {name}=. Did you mean {near[0]}=?")
+
+
+def _check_no_intent(cls: type[Any]) -> None:
+    """The attributes of an ordinary task are its author's own, unless one says what an intent would say:
+    a slip of the pen would leave that task without a guard, and nobody would know."""
+    for name in _strange(cls):
+        value = getattr(cls, name)
+        if not (isinstance(value, (tuple, list)) and value and all(isinstance(one, str) for one in value)):
+            continue
+        import difflib
+
+        likeness = difflib.SequenceMatcher(None, "intent", name.removeprefix("idem_")).ratio()
+        if likeness <= _ALIKE_INTENT:
+            continue
+        try:
+            parameters = called_of(cls).signature.parameters
+        except ConfigurationError:  # they cannot be known, and an ordinary task may be as it likes
+            continue
+        if set(value) <= set(parameters):
+            raise ConfigurationError(f"{cls.name}: there is no option {name}=. Did you mean intent=?")
+
+
+def _strange(cls: type[Any]) -> Iterator[str]:
+    """Names of a class's own attributes that neither we nor Celery know."""
+    for name in vars(cls):
+        if name.startswith("_") or name in OPTIONS or name in _CELERYS_OWN:
+            continue
+        if not callable(getattr(cls, name, None)):
+            yield name

@@ -1,0 +1,645 @@
+"""One delivery of a message, as a job for the runner: where Celery's words become ours.
+
+``Guard`` is what all executions of one task share; ``Delivery`` is one of them: its
+body, what its exceptions mean, and how it waits (in place for a moment, then by going
+back to the broker).
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import inspect
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from copy import deepcopy
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from celery.app.task import Context
+from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded, TaskError
+from celery.states import FAILURE, PROPAGATE_STATES, SUCCESS
+from celery.utils.imports import symbol_by_name
+from celery.utils.time import maybe_iso8601
+
+from celery_idem.core import keys
+from celery_idem.core.digests import Digester
+from celery_idem.core.errors import (
+    ConfigurationError,
+    InProgress,
+    LeaseLost,
+    OutcomeUnknown,
+    ResultUnavailable,
+    StoreError,
+)
+from celery_idem.core.model import (
+    CALLER_KEY,
+    FINGERPRINT,
+    KEY,
+    MESSAGE,
+    NO_FINGERPRINT,
+    Answer,
+    Busy,
+    Fingerprint,
+    Raised,
+)
+from celery_idem.engine import events
+from celery_idem.engine.claim import Claim, Retries
+from celery_idem.engine.ledger import Ledger
+from celery_idem.engine.runner import Job, Options, Runner
+from celery_idem.engine.shadow import ShadowRunner
+from celery_idem.engine.steps import run_step
+from celery_idem.integration import declaring, placing, republishing
+from celery_idem.integration.settings import Settings
+from celery_idem.integration.wiring import ledger_of
+
+if TYPE_CHECKING:
+    from celery_idem.integration.task import IdempotentTask
+
+# Message headers between one delivery of a message and the next.
+CARRIED = "idem-carried"
+WAITS = "idem-waits"
+
+PROPAGATES = "idem-propagates"
+"""Header of an eager call whose errors its caller gets: Celery raises its ``Retry`` there, and runs it nowhere."""
+
+FIRST_WAIT = 0.05
+"""Seconds a duplicate first waits inside its worker slot: most bodies that are nearly done end in it."""
+
+SLOT_WAITS = 2
+"""Waits inside the slot, the second twice as long, before the message goes back to the
+broker: 0.15 s of a slot, about what publishing and receiving it again would cost."""
+
+BACKOFF = (0.5, 1.5, 60.0)
+"""Seconds until a duplicate comes back first, growth per round, and the most. With a growth
+of half it learns the result at most half as long after the end as the body ran; sixty
+seconds bound that, and bound a day-long body's duplicate to a message a minute."""
+
+MAX_FOLLOWS = 30
+"""How often a duplicate comes back for the result of the task that replaced its body: about 25
+minutes. Celery cannot tell a task that waits from one whose result has expired."""
+
+INLINE_LIMIT = 30.0
+"""Seconds an eager or direct call, or a copy on a fanout exchange of Redis, waits for another
+execution: the default lease, after which a dead one is decided."""
+
+BROKER_PATIENCE = 300.0
+"""Seconds a delivery waits in its slot while the broker does not take its message back: longer than a restart
+or a failover takes. A warm shutdown of a worker without a broker takes as long at most."""
+
+
+DOUBTFUL = {Raised.AMBIGUOUS, Raised.TIME_LIMIT, Raised.EXIT}
+"""Kinds of errors after which nobody knows whether the effect happened."""
+
+_GROUP: Any = getattr(builtins, "ExceptionGroup", ())  # since Python 3.11
+
+
+class Guard(NamedTuple):
+    """What one task's executions share: its declaration, settings and ledger."""
+
+    declaration: keys.Declaration
+    settings: Settings
+    ledger: Ledger
+    runner: Runner
+    options: Options
+    ambiguous: tuple[type[BaseException], ...]
+    ask: Callable[..., Answer] | None
+    digester: Digester | None
+    around: Callable[..., Any] | None
+    net: Any
+    body: Callable[..., Any]
+    unusable: str = ""
+    """Why results could not be read again, as it was when this was made."""
+
+    @classmethod
+    def of(cls, task: IdempotentTask) -> Guard:
+        declaration = task._declared("a guard")
+        settings = declaring.settings_of(type(task), task.app)
+        ask = _ask_of(task)
+        ledger = ledger_of(task.app, settings)
+        net, body = placing.body(task)
+        return cls(
+            declaration=declaration,
+            settings=settings,
+            ledger=ledger,
+            runner=ShadowRunner(ledger) if settings.shadow else Runner(ledger),
+            options=Options(
+                policy=settings.policy(asks=ask is not None),
+                on_store_error=settings.on_store_error,
+                patience=settings.settle_patience,
+                ask_timeout=settings.reconcile_timeout,
+                no_effect_errors=tuple(task.no_effect_errors),
+            ),
+            ambiguous=(*task.ambiguous_errors, OutcomeUnknown, InProgress, StoreError, LeaseLost),
+            ask=ask,
+            digester=Digester(declaration, ledger.namespace, settings.audit_key) if settings.audit else None,
+            around=placing.around(task),
+            net=net,
+            body=body,
+            unusable=ledger.codec.unusable(),
+        )
+
+    def check_serializer(self) -> None:
+        """Before anything runs.
+
+        Raises:
+            ConfigurationError: results could not be read again.
+        """
+        why = self.ledger.codec.unusable()  # it may have been registered since
+        if why:
+            raise ConfigurationError(
+                f"{self.declaration.task}: {why}. Nothing was run. Register it (kombu.serialization.register) where "
+                "the application is made, and list it in accept_content or result_accept_content."
+            )
+
+    def identify(self, request: Context, args: Any, kwargs: Any) -> tuple[str, Fingerprint]:
+        """Key and fingerprint of a delivery: from its headers, else from its arguments."""
+        headers = request.headers or {}
+        declaration = self.declaration
+        key = headers.get(KEY)
+        if (
+            isinstance(key, str)
+            and keys.task_of(key) == declaration.task
+            and headers.get(MESSAGE, request.id) == request.id
+        ):
+            caller_key = headers.get(CALLER_KEY)
+            if caller_key is None and not declaration.must_match:
+                return key, NO_FINGERPRINT
+            arguments = declaration.bind(args, kwargs)
+            if FINGERPRINT in headers:
+                return key, declaration.continued(headers[FINGERPRINT], arguments, caller_key)
+            return key, declaration.fingerprint(arguments, caller_key)
+        own = keys.identity({**as_headers(request), **headers}, request.id)
+        arguments = declaration.bind(args, kwargs)
+        key, caller_key = keys.key_of(declaration, self.ledger.namespace, arguments, own), own.get(CALLER_KEY)
+        # Whatever this delivery publishes next is the same intent, also with other arguments.
+        others = {name: value for name, value in headers.items() if name not in keys.MADE}
+        request.headers = {**others, **own, KEY: key, MESSAGE: request.id or ""}
+        return key, declaration.fingerprint(arguments, caller_key)
+
+    def has_outcome(self, key: str) -> bool:
+        """Whether an intent is known to have ended for good."""
+        try:
+            entry = None if self.settings.shadow else self.ledger.get(key)
+        except StoreError:
+            return False
+        return entry is not None and entry.record.state.settled
+
+    def kind_of(self, error: BaseException) -> Raised:
+        """What an error says of the effect, by what the task declares."""
+        if isinstance(error, Ignore):
+            return Raised.REPLACED if isinstance(error, Replaced) else Raised.IGNORE
+        if isinstance(error, Reject):
+            return Raised.REJECT
+        if isinstance(error, Retry):  # a wish, and no error, also where Exception itself is declared
+            return Raised.RETRY
+        if isinstance(error, self.options.no_effect_errors):
+            return Raised.NO_EFFECT
+        if isinstance(error, self.ambiguous):
+            return Raised.AMBIGUOUS
+        if isinstance(error, SoftTimeLimitExceeded):
+            return Raised.TIME_LIMIT
+        if not isinstance(error, Exception):
+            # No order to exit, but what a coroutine ends with. Looked up: most tasks never load asyncio.
+            cancelled = getattr(sys.modules.get("asyncio"), "CancelledError", ())
+            return Raised.AMBIGUOUS if isinstance(error, cancelled) else Raised.EXIT
+        if isinstance(error, _GROUP):  # one doubt among its members is a doubt; "no effect" takes all of them
+            kinds = {self.kind_of(member) for member in error.exceptions}
+            return next(iter(kinds & DOUBTFUL or (kinds if kinds == {Raised.NO_EFFECT} else {Raised.ERROR})))
+        return Raised.ERROR
+
+    def step(self, claim: Claim, name: str, run: Callable[[], Any], ask: Callable[[], Answer] | None) -> Any:
+        if not claim.guarded:
+            return run()
+        options = self.options
+        bounded = None if ask is None else (lambda: self.runner.bounded(ask, options.ask_timeout))
+
+        def no_effect(error: BaseException) -> bool:
+            causes = [error]
+            if isinstance(error, Retry):
+                causes = [error.exc] if error.exc else claim._retries.causes if claim._retries else []
+            return bool(causes) and all(self.kind_of(cause) is Raised.NO_EFFECT for cause in causes)
+
+        return run_step(self.ledger, claim, name, run, bounded, options.patience, no_effect)
+
+
+def _ask_of(task: IdempotentTask) -> Callable[..., Answer] | None:
+    """``reconcile`` as a call that gets the delivery's arguments."""
+    given = inspect.getattr_static(type(task), "reconcile", None)
+    if isinstance(given, str):
+        given = symbol_by_name(given)
+    if given is None:
+        return None
+    if isinstance(given, (staticmethod, classmethod)):
+        given = given.__func__
+    if not callable(given):
+        raise ConfigurationError(
+            f"{task.name}: reconcile= must be a function (task, *args, **kwargs), or a method."
+        )
+    return lambda *args, **kwargs: given(task, *args, **kwargs)
+
+
+def as_headers(request: Context) -> dict[str, Any]:
+    """Headers for what a process without this package published as options that Celery does not know.
+
+    Celery makes message properties of them. Transports that keep any property (Redis) bring them here. A process
+    with this package has written into the headers what they mean.
+    """
+    if MESSAGE in (request.headers or {}):
+        return {}
+    given = getattr(request, "properties", None) or {}
+    return {header: given[name] for name, header in keys.LABELS.items() if given.get(name) is not None}
+
+
+HELD: ContextVar[Delivery | None] = ContextVar("celery_idem_held", default=None)
+"""The innermost guarded body that runs here. A context variable, because Celery's request stack belongs to
+one thread: it is seen by coroutines, and by threads and greenlets that run in a copy of the body's context."""
+
+
+_SAID = {SUCCESS: Raised.SAID_DONE, FAILURE: Raised.SAID_FAILED}
+"""Final states of Celery's that a body may write itself, with ``update_state``, before it raises ``Ignore``."""
+
+
+class Waiting(Ignore):  # type: ignore[misc]
+    """The message was published again and comes back. ``Ignore``: nothing happened that Celery could report."""
+
+
+class Replaced(Ignore):  # type: ignore[misc]
+    """The body handed its action over to a task that has no guard of its own."""
+
+
+class Delivery(Job):
+    """One request of Celery's as a job for the runner."""
+
+    claim: Claim
+    outer: Delivery | None
+    """The guarded body from which this one was called."""
+
+    began = 0.0
+    """When it began to wait in place, by this process' clock; 0: it does not."""
+
+    pauses = 0
+    """How often it waited in place."""
+
+    received: tuple[Any, Any] | None = None
+    """A copy of the arguments, for the question and for what runs after it: the body may change its own."""
+
+    def __init__(
+        self,
+        guard: Guard,
+        task: IdempotentTask,
+        request: Context,
+        args: Any,
+        kwargs: Any,
+        key: str,
+        fingerprint: Fingerprint,
+    ) -> None:
+        self.guard = guard
+        self.task = task
+        self.request = request
+        self.args = args
+        self.kwargs = kwargs
+        headers = request.headers or {}
+        carried = _unhex(headers[CARRIED]) if CARRIED in headers else ()
+        super().__init__(key, request.id or "", fingerprint, guard.options, carried)
+        labels = None
+        if not keys.IDENTITY.isdisjoint(headers):
+            given = {name: keys.label(name, headers.get(header)) for name, header in keys.LABELS.items()}
+            labels = {name: value for name, value in given.items() if value is not None}
+            self.scope = keys.scope_digest(guard.ledger.namespace, labels.get("scope"))
+        if guard.digester is not None:
+            try:
+                self.digests = guard.digester.of(args, kwargs, labels)
+            except Exception:  # they decide nothing, so they may stop nothing
+                events.logger.exception("%s: no digests of its arguments are kept", key)
+
+    def said(self) -> Any:
+        state, meta = self.request.idem_said
+        if state == SUCCESS or isinstance(meta, BaseException):
+            return meta
+        if isinstance(meta, dict) and "exc_type" in meta:  # what Celery itself writes for an error
+            try:
+                return self.task.backend.exception_to_python(meta)
+            except Exception:  # not quite that
+                return TaskError(str(meta))
+        return TaskError(*(() if meta is None else (meta,)))
+
+    @property
+    def ignores_result(self) -> bool:
+        """Neither a result backend nor a link, a chain, a chord or a direct caller gets the value."""
+        request = self.request
+        if request.called_directly or request.callbacks or request.chain or request.chord:
+            return False
+        # As Celery's get_actual_ignore_result, which 5.4 lacks: the class' False says nothing.
+        given = vars(request).get("ignore_result")
+        return bool(self.task.ignore_result if given is None else given)
+
+    def replaying(self) -> None:
+        self.request.idem_replayed = True
+
+    @property
+    def in_place(self) -> bool:
+        """There is no message to send back."""
+        return bool(self.request.is_eager or self.request.called_directly)
+
+    def _as_received(self) -> None:
+        """Give whoever comes next the arguments as the message brought them, and no word of an earlier run."""
+        if self.received is None:
+            with contextlib.suppress(Exception):  # of a direct call: something that cannot be copied
+                self.received = deepcopy((self.args, self.kwargs))
+            return
+        self.args, self.kwargs = self.request.args, self.request.kwargs = deepcopy(self.received)
+        vars(self.request).pop("idem_said", None)
+
+    def body(self, claim: Claim) -> Any:
+        self.request.idem_claim = self.claim = claim
+        self.outer = HELD.get()
+        HELD.set(self)
+        guard = self.guard
+        if guard.ask is not None:  # any other runs once
+            self._as_received()
+        try:
+            if guard.around is not None:
+                self.request.idem_opened = self.entered = True
+                return guard.around(*self.args, **self.kwargs)
+            run = self.task.run  # looked up: autoretry, and tests, put their own into the task
+            if getattr(run, "__func__", None) is guard.net:  # the net has nothing to catch here
+                run = guard.body
+            self.entered = True
+            return run(*self.args, **self.kwargs)
+        finally:
+            if guard.around is not None:
+                self.request.idem_opened = False
+            HELD.set(self.outer)  # not reset(), which raises in another context: the outcome is known
+            claim._ended = True
+
+    def ask(self, claim: Claim) -> Answer:
+        """On the runner's side thread: it gets this request, so that ``task.request`` and ``task.claim`` work."""
+        self.request.idem_claim = self.claim = claim
+        ask = self.guard.ask
+        assert ask is not None
+        self._as_received()
+        self.outer = HELD.get()
+        HELD.set(self)
+        self.task.request_stack.push(self.request)
+        try:
+            return ask(*self.args, **self.kwargs)
+        finally:
+            self.task.request_stack.pop()
+            HELD.set(self.outer)
+
+    def follow(self, task_id: str) -> tuple[bool, Any]:
+        if task_id == self.task_id:  # the replacement goes by this very id, and will give the answer
+            raise Ignore(f"{self.key}: replaced")
+        try:
+            result = self.task.app.AsyncResult(task_id)
+            state, value = result.state, result.result
+        except Exception as error:  # no result backend, or any error of any driver
+            raise self._unavailable(task_id, str(error)) from error
+        if state == "SUCCESS":
+            return True, value
+        if state in PROPAGATE_STATES:
+            raise value if isinstance(value, BaseException) else self._unavailable(task_id, state)
+        if self._waits >= MAX_FOLLOWS:
+            raise self._unavailable(task_id, state)
+        return False, None
+
+    def _unavailable(self, task_id: str, why: str) -> ResultUnavailable:
+        reason = f"it was replaced by task {task_id}, whose result is not here ({why})"
+        return ResultUnavailable(
+            f"{self.key} is done and will not be done again; {reason}.", self.key, reason
+        )
+
+    # --- what left the body -------------------------------------------------------------
+
+    @property
+    def _retries(self) -> Retries:
+        claim: Claim | None = getattr(self.request, "idem_claim", None)
+        return (claim and claim._retries) or Retries()
+
+    @property
+    def _propagates(self) -> bool:
+        return bool(self.request.is_eager) and PROPAGATES in (self.request.headers or {})
+
+    def causes_of(self, error: BaseException) -> tuple[BaseException, ...]:
+        retries = self._retries
+        if isinstance(error, (Retry, Ignore, Reject)) and retries.signal is not None:
+            hand_made = (error.exc,) if isinstance(error, Retry) and error is not retries.signal else ()
+            return tuple(cause for cause in (*retries.causes, *hand_made) if cause is not None) or (error,)
+        if retries.refused is not None and error is retries.refused[0]:
+            return (retries.refused[1] or error,)
+        return ((error.exc or error) if isinstance(error, Retry) else error,)
+
+    def kind_of(self, error: BaseException) -> Raised:
+        retries = self._retries
+        kinds = [self.guard.kind_of(cause) for cause in self.causes_of(error)]
+        doubt = next((kind for kind in kinds if kind in DOUBTFUL), None)
+        if isinstance(error, Replaced):
+            return Raised.REPLACED
+        coming = retries.signal is not None and not self._propagates
+        if coming and isinstance(error, (Retry, Ignore, Reject)):
+            return Raised.RETRY if doubt is None else Raised.DOUBTFUL_RETRY
+        if doubt is not None:
+            return doubt
+        if isinstance(error, Retry):
+            if any(error is signal for signal in retries.apart):
+                return Raised.REPLACED
+            if retries.signal is None and not self.request.called_directly:
+                events.logger.warning("%s: Retry was raised, but no retry was published", self.key)
+            return Raised.IGNORE  # nobody but the caller can try again
+        if self.request.called_directly and retries.refused is not None and error is retries.refused[0]:
+            return Raised.IGNORE
+        kind = self.guard.kind_of(error)
+        if kind is Raised.IGNORE:
+            return _SAID.get(getattr(self.request, "idem_said", ("",))[0], kind)
+        return kind
+
+    def returned(self, value: Any) -> None:
+        retries = self._retries
+        if retries.signal is not None:
+            raise retries.signal
+        if any(value is signal for signal in retries.apart):
+            raise value
+
+    def raised(self, error: BaseException) -> BaseException:
+        retries = self._retries
+        first: Any = retries.signal
+        if first is None or isinstance(error, (Retry, Replaced)) or not isinstance(error, Exception):
+            return error
+        if isinstance(error, (Ignore, Reject)):  # the worker needs it for the message; in place there is none
+            counts: BaseException = first if self.in_place else error
+            return counts
+        again: BaseException = Retry(exc=error, when=first.when, is_eager=first.is_eager, sig=first.sig)
+        again.__cause__ = error
+        retries.signal = again
+        retries.causes.append(error)
+        return again
+
+    def successor(self, error: BaseException) -> str:
+        apart = {id(signal): signal.sig for signal in self._retries.apart}
+        if id(error) not in apart or self.in_place:  # eager: Celery runs it in place, and has the result
+            return self.task_id
+        return str(apart[id(error)].options["task_id"])
+
+    def retry_task_id(self) -> str:
+        sig = getattr(self._retries.signal, "sig", None)
+        return str(sig.options.get("task_id") or self.task_id) if sig is not None else self.task_id
+
+    def retry_delay(self, error: BaseException) -> float:
+        """Until the retry's ETA, and one lease more for its way through the queue."""
+        when = getattr(self._retries.signal or error, "when", None)
+        if isinstance(when, str):
+            when = maybe_iso8601(when)
+        if isinstance(when, datetime):
+            aware = when if when.tzinfo is not None else when.replace(tzinfo=timezone.utc)
+            seconds = (aware - datetime.now(timezone.utc)).total_seconds()
+        else:
+            seconds = float(when or 0)
+        return max(0.0, seconds) + self.guard.settings.lease
+
+    # --- waiting --------------------------------------------------------------------------
+
+    def come_back(
+        self, seconds: float, carried: tuple[bytes, ...], why: str, busy: Busy | None = None
+    ) -> None:
+        """Try again later: in place for a moment, then by a message that is published again.
+
+        It goes back as it was: message id, chord, chain, links, headers, serializer and queue stay. Celery
+        counts no retry, writes no state and sends no ``task-retried``: for it this delivery is ignored.
+        """
+        if busy is not None and self.guard.settings.on_duplicate == "raise" and not self._continues(busy):
+            raise self._in_progress(seconds)
+        if self.in_place:
+            self._wait_in_place(seconds, why, busy)
+            return
+        waits = self._waits
+        if busy is not None and waits == 0 and self.waited < SLOT_WAITS:
+            self.waited += 1
+            threading.Event().wait(FIRST_WAIT * self.waited)
+            return
+        route = republishing.to_its_queue(self.task.app, self.request)
+        if route is None:  # a fanout: what is published to it again reaches every worker
+            self._wait_in_place(seconds, why, busy)
+            return
+        delay = max(backoff(waits, seconds), self._shortest_delay())
+        if self.received is not None:
+            self._as_received()
+        signature = self.task.signature_from_request(
+            self.request, countdown=delay, retries=self.request.retries
+        )
+        signature.options.update(route)
+        signature.options["headers"] |= {
+            KEY: self.key,
+            FINGERPRINT: self.fingerprint.packed.hex(),
+            WAITS: waits + 1,
+            CARRIED: [owner.hex() for owner in carried],
+        }
+        try:
+            signature.apply_async()
+        except Exception as error:  # of any driver, or of a serializer: what is known here stays known
+            self._stay(seconds, why, busy, error)
+            return
+        raise Waiting(f"{self.key}: {why}")
+
+    def _continues(self, busy: Busy) -> bool:
+        """Not a duplicate: a redelivery, or the intent's own retry."""
+        return busy.own or FINGERPRINT in (self.request.headers or {})
+
+    def _shortest_delay(self) -> float:
+        """Seconds. With quorum queues Celery lets RabbitMQ do the waiting: whole seconds, and an error for none."""
+        driver = self.task.app.connection_for_write().transport.driver_type
+        return 1.0 if driver == republishing.AMQP else 0.0
+
+    @property
+    def _waits(self) -> int:
+        """How often this message has come back already."""
+        waits = (self.request.headers or {}).get(WAITS, 0)
+        return waits if isinstance(waits, int) and waits >= 0 else 0
+
+    def _wait_in_place(self, seconds: float, why: str, busy: Busy | None) -> None:
+        """Wait for ``INLINE_LIMIT``: there is no message to send back, or no way back for it."""
+        if self._waited_for() > INLINE_LIMIT:
+            if not self.in_place and self._is_a_copy():
+                raise Waiting(f"{self.key}: its other delivery answers")
+            raise self._not_run(seconds, why, busy)
+        self._pause(seconds)
+
+    def _stay(self, seconds: float, why: str, busy: Busy | None, error: Exception) -> None:
+        """The broker did not take the message: wait here for ``BROKER_PATIENCE``, and look again meanwhile.
+
+        The answer may be there before the broker is. A worker without a broker receives nothing, so
+        its slot is free.
+        """
+        if not self.began:
+            events.emit("broker_error", self.key, task_id=self.task_id, error=type(error).__name__)
+            events.logger.debug("%s could not be published again", self.key, exc_info=error)
+        try:
+            if self._waited_for() <= BROKER_PATIENCE:
+                self._pause(seconds)
+                return
+        except SoftTimeLimitExceeded:
+            events.logger.warning("%s: a soft time limit ended the waiting", self.key)
+        if self.task.acks_late:  # the message is the broker's still
+            raise Reject(f"{self.key}: {why}", requeue=True) from error
+        raise self._not_run(seconds, why, busy) from error
+
+    def _waited_for(self) -> float:
+        now = time.monotonic()
+        if not self.began:
+            self.began = now
+        return now - self.began
+
+    def _pause(self, seconds: float) -> None:
+        pauses = self.pauses
+        self.pauses += 1
+        threading.Event().wait(min(backoff(pauses, seconds), FIRST_WAIT * 2 ** min(pauses, 5), 1.0))
+
+    def _is_a_copy(self) -> bool:
+        """Another delivery of the same message, under the same task id, holds the intent and gives the answer."""
+        try:
+            entry = self.guard.ledger.get(self.key)
+        except StoreError:
+            return False
+        return entry is not None and entry.record.task_id == self.task_id
+
+    def _not_run(self, seconds: float, why: str, busy: Busy | None) -> Exception:
+        if busy is not None:
+            return self._in_progress(seconds)
+        return StoreError(f"{why} Nothing was run for {self.key}.", self.key)
+
+    def _in_progress(self, seconds: float) -> InProgress:
+        return InProgress(
+            f"{self.key} is being worked on right now. Nothing was started. Ask again in {seconds:.1f} s.",
+            self.key,
+            round(seconds, 3),
+        )
+
+
+def backoff(waits: int, at_most: float) -> float:
+    """Seconds until a duplicate comes back.
+
+    Args:
+        waits: how often it came back already.
+        at_most: seconds after which the holder must have renewed: a dead one is decided
+            then, so nobody waits longer; 0 when that is not known.
+    """
+    first, growth, longest = BACKOFF
+    delay = min(longest, first * growth ** min(waits, 50))
+    if at_most > 0:
+        delay = min(delay, at_most + FIRST_WAIT)
+    return delay * random.uniform(0.9, 1.1)  # noqa: S311  # so that a hundred do not come back at once
+
+
+def _unhex(carried: Any) -> tuple[bytes, ...]:
+    """Owners from a message header; nonsense in it is no owner."""
+    owners = []
+    for text in carried if isinstance(carried, (list, tuple)) else ():
+        try:
+            owners.append(bytes.fromhex(text))
+        except (TypeError, ValueError):
+            continue
+    return tuple(owners)

@@ -1,0 +1,318 @@
+"""What a message says beside its arguments: whose intent it is, and nothing secret.
+
+Celery hands options it does not know (``scope=`` of a signature whose task this process does not
+have, of ``send_task``, of a beat entry) to the broker as message properties, and forgets those of
+the signatures inside a message where a process that has other tasks publishes them. So just before
+a message is published they are written into headers, its own and those of every signature in it:
+headers arrive wherever Celery's own do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, MutableMapping
+from itertools import zip_longest
+from types import FrameType
+from typing import Any
+
+from celery import signals
+from celery._state import _task_stack
+from celery.canvas import Signature, _chain, chunks, group, xmap, xstarmap
+
+from celery_idem.core import keys
+from celery_idem.core.errors import IntentError
+from celery_idem.core.model import CALLER_KEY, MESSAGE, PART_OF, SCOPE
+from celery_idem.engine import events
+from celery_idem.integration.receipts import in_scope
+
+HIDDEN = "(secret)"
+"""What stands in the place of a secret value."""
+
+LOOPS = frozenset({"celery.map", "celery.starmap", "celery.chunks"})
+"""Celery's own tasks that call another one for each of their items."""
+
+_secrets: dict[str, keys.Declaration] = {}
+"""Declarations with secret parameters, by the task's name. Of several applications in one process that
+have different tasks of one name, the last one's: a value may then be hidden needlessly, and never shown."""
+
+
+def hide(declaration: keys.Declaration) -> None:
+    """Show no secret of this task, whoever publishes it in this process."""
+    _secrets[declaration.task] = declaration
+
+
+def shown(declaration: keys.Declaration, args: Any, kwargs: Any) -> dict[str, str]:
+    """What Celery writes into a message for its log, its events and its monitors, without secret values."""
+    from celery.app.amqp import AMQP  # loaded by now; importing it with this module would cost every process
+    from celery.utils.saferepr import saferepr
+
+    names, rest = [], ""
+    for name, parameter in declaration.signature.parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            rest = name
+        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            names.append(name)
+    hidden = declaration.secret
+    given = zip_longest(names[: len(args)], args, fillvalue=rest)
+    positional = tuple(HIDDEN if name in hidden else value for name, value in given)
+    named = {name: HIDDEN if name in hidden else value for name, value in kwargs.items()}
+    return {
+        "argsrepr": saferepr(positional, maxlen=AMQP.argsrepr_maxsize),
+        "kwargsrepr": saferepr(named, maxlen=AMQP.kwargsrepr_maxsize),
+    }
+
+
+# --- just before a message is published ------------------------------------------------
+
+
+def carry(
+    sender: Any = None,
+    body: Any = None,
+    headers: MutableMapping[str, Any] | None = None,
+    properties: MutableMapping[str, Any] | None = None,
+    **_: Any,
+) -> None:
+    """Celery's signal: these are the very headers and properties that are published."""
+    if headers is None or properties is None or not isinstance(body, tuple):
+        return  # a message of protocol 1 has headers for none of this
+    args, kwargs, embedded = body
+    made = headers.get(MESSAGE) == headers["id"]  # by our apply_async
+    if sender in _secrets and not made:
+        headers.update(shown(_secrets[sender], args, kwargs))
+    elif sender in LOOPS:
+        _of_the_loop(kwargs.get("task"), headers)
+    elif sender == "celery.chord_unlock":
+        # Without a native chord its body goes here: a clone of the author's, or, as it retries, a dictionary.
+        if len(args) > 1 and isinstance(args[1], Signature):
+            args[1].update(_identified(args[1]))
+        if _secrets:  # perhaps of a call deep inside; its arguments tell a person nothing
+            headers["argsrepr"] = headers["kwargsrepr"] = HIDDEN
+    if embedded.get("chain") and not (
+        keys.LABELS.keys().isdisjoint(properties) and keys.IDENTITY.isdisjoint(headers)
+    ):
+        own = _of_the_chain()
+        if own:
+            embedded["chain"] = _belonging(embedded["chain"], own)
+    if not made and (MESSAGE in headers or not keys.LABELS.keys().isdisjoint(properties)):
+        said = dict(properties)
+        if headers.get("group") and KEY_OPTION in said:
+            said[KEY_OPTION], part_of = of_a_group(said[KEY_OPTION])
+            headers.update(part_of)
+        _settle(headers, said, headers["id"])
+        properties.update((name, said[name]) for name in keys.LABELS if said.get(name) is not None)
+    for name in ("callbacks", "errbacks", "chain", "chord"):
+        if embedded.get(name):
+            embedded[name] = _inside(embedded[name])
+
+
+signals.before_task_publish.connect(carry)
+
+
+_CHAIN_RUNS = _chain.run.__code__
+
+
+def _of_the_chain() -> dict[str, str]:
+    """What options of a whole chain say for its later parts. Celery gives them to the first one only.
+
+    Under a caller's own key each later part is a part of that action.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _CHAIN_RUNS:
+        frame = frame.f_back
+    if frame is None:
+        return {}
+    options = frame.f_locals["options"]
+    own = {header: options[name] for name, header in keys.LABELS.items() if options.get(name) is not None}
+    own |= dict(_said(options))  # what has no normal form stays as it is, and the worker refuses it
+    if CALLER_KEY in own:
+        own[PART_OF] = own.pop(CALLER_KEY)
+    return own
+
+
+_GROUP_RUNS = frozenset((group._apply_tasks.__code__, group.apply.__code__))
+
+KEY_OPTION = "idempotency_key"
+
+
+def of_a_group(given: Any) -> tuple[Any, dict[str, Any]]:
+    """A caller's own key that a call in a group came with: the call's own key, and the header of a part.
+
+    Celery gives the options of a group to each of its calls. Under one key all of them would be one action, so each
+    is a part of that action instead, told apart by its own intent, as with ``replace``.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    call = None
+    while frame is not None and frame.f_code not in _GROUP_RUNS:
+        call = frame.f_locals.get(
+            "sig", call
+        )  # where a group runs in place its comprehension has a frame of its own
+        frame = frame.f_back
+    if frame is None or frame.f_locals["options"].get(KEY_OPTION) != given:
+        return given, {}
+    call = frame.f_locals.get("sig", call)
+    own = call.options.get(KEY_OPTION) if isinstance(call, Signature) else None
+    return (own, {}) if own not in (None, given) else (None, {PART_OF: given})
+
+
+def _belonging(given: Any, own: Mapping[str, str]) -> Any:
+    """Copies of signatures that say what the whole says, where they do not say it themselves."""
+    if not isinstance(given, Mapping):
+        return [_belonging(part, own) if isinstance(part, Mapping) else part for part in given]
+    kwargs = given.get("kwargs") or {}
+    if given["task"] not in LOOPS:
+        inner = {
+            name: _belonging(kwargs[name], own) for name in _PARTS.get(given["task"], ()) if kwargs.get(name)
+        }
+        if inner:
+            return {**given, "kwargs": {**kwargs, **inner}}
+    options = given.get("options") or {}
+    headers = {**own, **(options.get("headers") or {}), **dict(_said(options))}
+    if CALLER_KEY in headers:
+        headers.pop(PART_OF, None)
+    changed = {**given, "options": {**options, "headers": headers}}
+    return Signature(changed, app=given.app) if isinstance(given, Signature) else changed
+
+
+def _of_the_loop(inner: Any, headers: MutableMapping[str, Any]) -> None:
+    """What a loop over calls of another task says for all of them."""
+    if not isinstance(inner, Mapping):
+        return
+    if inner.get("task") in _secrets:
+        headers["argsrepr"] = headers["kwargsrepr"] = HIDDEN
+    found = (_identified(inner).get("options") or {}).get("headers") or {}
+    outer = _task_stack.top
+    if outer is not None and outer.name == "celery.chunks":  # which publishes loops without its own options
+        found = {**found, **(outer.request.headers or {}), MESSAGE: ""}
+    for name in found.keys() & {MESSAGE, *keys.IDENTITY}:
+        headers.setdefault(name, found[name])
+
+
+class _Loop(Signature):  # type: ignore[misc]
+    """A loop that keeps what was set on it: Celery's forget their own options, in some releases all of them."""
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        if self.kwargs["task"].get("task") in _secrets:
+            options = {"argsrepr": HIDDEN, "kwargsrepr": HIDDEN, **options}
+        return super().apply_async(args, kwargs, **self._kept(options))
+
+    def apply(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        return super().apply(args, kwargs, **self._kept(options))
+
+    def _kept(self, options: dict[str, Any]) -> dict[str, Any]:
+        """In headers, because no other option reaches a loop that runs in place."""
+        kept = {name: self.options[name] for name in (*keys.LABELS, "headers") if name in self.options}
+        kept |= options
+        own = keys.labelled(kept)
+        return {**kept, "headers": {**(kept.get("headers") or {}), **own}} if own else kept
+
+
+class Map(_Loop, xmap):  # type: ignore[misc]
+    """``task.map``."""
+
+
+class StarMap(_Loop, xstarmap):  # type: ignore[misc]
+    """``task.starmap``."""
+
+
+class Chunks(_Loop, chunks):  # type: ignore[misc]
+    """``task.chunks``."""
+
+
+def _settle(headers: MutableMapping[str, Any], options: MutableMapping[str, Any], message: str) -> None:
+    """Write what options say into headers, and make them this message's own.
+
+    What has no normal form is left for the worker to refuse: a receiver of a signal cannot.
+    """
+    try:
+        own = keys.identity(headers, message)
+    except IntentError:
+        return
+    if headers.get(MESSAGE, message) != message:
+        for name in keys.MADE:
+            headers.pop(name, None)
+    headers.update(own)
+    headers[MESSAGE] = message
+    for name, header in keys.LABELS.items():
+        value = options.get(name)
+        if value is None:
+            continue
+        headers[header] = value
+        with contextlib.suppress(IntentError):
+            headers[header] = keys.label(name, value)
+            if not isinstance(value, (str, int)):  # an Enum is no property for most transports
+                options[name] = headers[header]
+
+
+# --- signatures in a message ------------------------------------------------------------
+
+
+def _inside(given: Any) -> Any:
+    """A signature, or a list of them, with the identity of each in its headers. Copies what it changes."""
+    if isinstance(given, Mapping):
+        return _identified(given)
+    return [_identified(part) if isinstance(part, Mapping) else part for part in given]
+
+
+def _identified(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    options = part.get("options") or {}
+    changed: dict[str, Any] = {}
+    own = dict(_said(options))
+    for name, header in keys.LABELS.items():
+        if header in own and not isinstance(options[name], (str, int)):  # most serializers take no Enum
+            changed[name] = own[header]
+    if isinstance(part, Signature):  # built here; out of a message it would be a plain dictionary
+        own = {**_ambient(part, {**(options.get("headers") or {}), **own}), **own}
+    if own:
+        changed["headers"] = {**(options.get("headers") or {}), **own}
+    for name in ("link", "link_error", "chord"):
+        if options.get(name):
+            changed[name] = _inside(options[name])
+    kwargs = part.get("kwargs") or {}
+    inner = {
+        name: _inside(kwargs[name])
+        for name in _PARTS.get(part["task"], ())
+        if isinstance(kwargs.get(name), (Mapping, list, tuple))
+    }
+    if not changed and not inner:
+        return part
+    return {**part, "options": {**options, **changed}, "kwargs": {**kwargs, **inner}}
+
+
+_PARTS = {
+    "celery.chain": ("tasks",),
+    "celery.group": ("tasks",),
+    "celery.chord": ("header", "body"),
+    **dict.fromkeys(LOOPS, ("task",)),
+}
+"""Where a canvas keeps its signatures, by its task's name."""
+
+
+def _said(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, header in keys.LABELS.items():
+        with contextlib.suppress(IntentError):
+            value = keys.label(name, options.get(name))
+            if value is not None:
+                yield header, value
+
+
+def _ambient(part: Signature, headers: Mapping[str, Any]) -> dict[str, str]:
+    """The scope of a call that names none and is made here, though another process will publish it."""
+    if SCOPE in headers or MESSAGE in headers or part.get("subtask_type"):
+        return {}
+    app = part.app
+    task = app.tasks.get(part["task"])
+    if task is None:
+        setting = app.conf.get("idem_scope")
+    elif getattr(task, "idem_declaration", None) is None:
+        return {}
+    else:
+        setting = task.guard.settings.scope
+    if setting is None:
+        return {}
+    try:
+        scope = in_scope(setting)
+    except Exception:  # a receiver of a signal cannot refuse; a scope that is empty is refused by the worker
+        events.logger.exception("the scope of %s cannot be told, so it will be refused", part["task"])
+        scope = ""
+    return {MESSAGE: ""} if scope is None else {SCOPE: scope}

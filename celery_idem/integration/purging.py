@@ -1,0 +1,143 @@
+"""Expired records go by themselves: each worker's main process deletes them, a few at a time.
+
+Redis expires by itself. In a database an expired row counts as absent at once, but takes
+space until somebody deletes it. Here that is a thread of its own: never on the way of a claim,
+and not the thread that renews leases. Several workers do not get into each other's way: PostgreSQL
+skips what another one has locked, and SQLite has one writer at a time anyway.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from celery_idem.core.errors import IdempotencyError
+from celery_idem.engine import events
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from celery_idem.stores import Store
+
+FIRST = 5.0
+"""Seconds after the start until the first look at most: also a worker that is restarted often purges.
+By chance, so that a hundred workers started together do not look at once."""
+
+EVERY = 60.0
+"""Seconds between looks: what expires in a minute is little beside what is kept for a day."""
+
+BATCH = 500
+"""Rows per statement: 2 to 20 ms, in which SQLite lets nobody else write."""
+
+REST = 4.0
+"""The pause after a full batch, in times what it took: so a backlog takes a fifth of one connection's time."""
+
+
+FORK_WAITS = 0.5
+"""Seconds that a fork waits for the statement under way, at most: no worker may stop for a database that hangs."""
+
+
+class _Forks:
+    """Keeps the worker from forking a pool process in the middle of a statement: the child would
+    inherit the locks inside SQLite as they are, without the thread that opens them again."""
+
+    def __init__(self) -> None:
+        self.held_off = threading.Lock()
+        self._forking = threading.local()  # two threads may fork at once
+        os.register_at_fork(before=self._before, after_in_parent=self._after, after_in_child=self._in_child)
+
+    def _before(self) -> None:
+        self._forking.holds = self.held_off.acquire(timeout=FORK_WAITS)
+
+    def _after(self) -> None:
+        if self._forking.holds:
+            self.held_off.release()
+
+    def _in_child(self) -> None:
+        self.held_off = threading.Lock()
+
+
+_forks = _Forks()
+
+
+class Purger:
+    """The purging thread of a process.
+
+    Args:
+        stores: gives the stores to look after; asked anew at each look.
+    """
+
+    def __init__(self, stores: Callable[[], Iterable[Store]]) -> None:
+        self._stores = stores
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="celery_idem purging", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends after the statement that is under way; does not wait for it."""
+        self._ended.set()
+
+    def _loop(self) -> None:
+        pause = random.uniform(0.0, FIRST)  # noqa: S311  # to spread them, not to surprise anybody
+        while not self._ended.wait(pause):
+            try:
+                for store in self._stores():
+                    self._purge(store)
+            except IdempotencyError as error:
+                events.logger.warning("purging expired records failed; trying again: %s", error)
+            except Exception:
+                events.logger.exception("purging expired records failed; trying again")
+            pause = EVERY * random.uniform(0.9, 1.1)  # noqa: S311
+
+    def _purge(self, store: Store) -> None:
+        total, gone = 0, BATCH
+        while gone == BATCH:
+            began = time.monotonic()
+            with _forks.held_off:
+                gone = store.purge(BATCH)
+            total += gone
+            if self._ended.wait(REST * (time.monotonic() - began)):
+                return
+        if total:
+            events.logger.debug("%d expired records deleted from %s", total, store.url)
+
+
+def stores_of(app: Celery) -> list[Store]:
+    """The stores of an application's tasks that do not expire by themselves, each once."""
+    found: dict[int, Store] = {}
+    for task in list(app.tasks.values()):
+        if getattr(task, "idem_declaration", None) is not None:
+            store: Store = task.guard.ledger.store
+            if not store.expires:
+                found[id(store)] = store
+    return list(found.values())
+
+
+_purgers: dict[int, Purger] = {}
+"""By application: one worker in this process each."""
+
+
+def begin(sender: Any = None, **_: Any) -> None:
+    """Celery's ``worker_ready``: the pool's processes are forked, and this thread is none of theirs."""
+    app = sender.app
+    try:
+        if id(app) in _purgers or not stores_of(app):
+            return
+    except IdempotencyError as error:  # the tasks themselves say so to whoever calls them
+        events.logger.warning("expired records are not purged by this worker: %s", error)
+        return
+    purger = _purgers[id(app)] = Purger(lambda: stores_of(app))
+    purger.start()
+
+
+def end(sender: Any = None, **_: Any) -> None:
+    """Celery's ``worker_shutdown``."""
+    purger = _purgers.pop(id(sender.app), None)
+    if purger is not None:
+        purger.stop()

@@ -1,0 +1,162 @@
+"""What continues an intent: its own retry, or the same message published again.
+
+The key and the fingerprint of the intent travel with every such message, whatever the body
+made of its arguments. A retry with other arguments that is published beside (``throw=False``)
+is an intent of its own (see ADR 0016).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from celery.app.task import Context
+from celery.exceptions import Retry
+from celery.utils import uuid
+
+from celery_idem.core import keys
+from celery_idem.core.errors import ConfigurationError
+from celery_idem.core.model import CALLER_KEY, FINGERPRINT, KEY, MESSAGE, Fingerprint
+from celery_idem.engine.claim import Claim, Retries
+from celery_idem.integration.delivery import DOUBTFUL
+
+if TYPE_CHECKING:
+    from celery.canvas import Signature
+
+    from celery_idem.integration.task import IdempotentTask
+
+SAME_INTENT = "idem_same_intent"
+"""Option of a signature: its key header counts, whatever its arguments."""
+
+MAYBE_APART = "idem_maybe_apart"
+"""Option of a retry that may be another action: a tuple of the error because of which it was asked for."""
+
+_OF_ITS_CANVAS = ("chain", "chord", "group_id", "group_index", "link", "reply_to")
+"""What waits for the result of the body itself, and gets that."""
+
+
+class AlreadyComing(Exception):
+    """The retry that is asked for is published already."""
+
+
+def retries_of(claim: Claim) -> Retries:
+    """Everything this execution has published to be run later."""
+    if claim._retries is None:
+        claim._retries = Retries()
+    return claim._retries
+
+
+def identity_of(task: IdempotentTask, request: Context) -> tuple[str, Fingerprint]:
+    """Key and fingerprint of the intent that a request works on."""
+    claim: Claim | None = getattr(request, "idem_claim", None)
+    if claim is not None:
+        return claim.key, claim._request.fingerprint
+    return task.guard.identify(request, request.args, request.kwargs)
+
+
+def continue_intent(task: IdempotentTask, request: Context, signature: Signature) -> None:
+    """Mark a signature made from a request: whoever receives it works on the same intent."""
+    key, fingerprint = identity_of(task, request)
+    headers = signature.options.get("headers") or {}
+    signature.options["headers"] = {
+        **{name: value for name, value in headers.items() if name not in keys.IDENTITY},
+        **_labels(request),
+        KEY: key,
+        FINGERPRINT: fingerprint.packed.hex(),
+    }
+    signature.options[SAME_INTENT] = True
+
+
+def shape_retry(
+    task: IdempotentTask, request: Context, signature: Signature, given: bool, cause: BaseException | None
+) -> None:
+    """A retry that may be another action, or that comes after one that is published.
+
+    Args:
+        given: with arguments of its own.
+        cause: the error because of which it was asked for.
+
+    Raises:
+        AlreadyComing: this very retry is published.
+        ConfigurationError: the intent has a retry already, with other arguments.
+        BaseException: the cause, where nobody knows whether the part of this body that would
+            become an intent of its own has had its effect: this body is in doubt.
+    """
+    claim: Claim = request.idem_claim
+    first = retries_of(claim).signal
+    if given and _make_apart(task, request, claim, signature):
+        if cause is not None and task.guard.kind_of(cause) in DOUBTFUL:
+            raise cause
+        return
+    if first is None:
+        continue_intent(task, request, signature)
+        return
+    if given and first.sig is not None and not _alike(first.sig, signature):
+        raise ConfigurationError(
+            f"{claim.key}: a second retry with other arguments was asked for, but those arguments make the same "
+            "intent, and an intent has one retry. The first one is published and will run; this one was not "
+            "published. Let the intent name what tells the two actions apart.",
+            claim.key,
+        )
+    raise AlreadyComing
+
+
+def _make_apart(task: IdempotentTask, request: Context, claim: Claim, signature: Signature) -> bool:
+    """Turn a retry whose arguments make another intent into a call of its own; False where they do not."""
+    declaration, namespace = task._declared("a retry"), task.guard.ledger.namespace
+    labels = _labels(request)
+    caller_key = labels.get(CALLER_KEY)
+
+    def identity(args: Any, kwargs: Any) -> tuple[str, bytes]:
+        arguments = declaration.bind(args, kwargs)
+        key = keys.key_of(declaration, namespace, arguments, labels)
+        return key, b"" if caller_key is None else declaration.fingerprint(arguments, caller_key).packed
+
+    try:
+        asked = identity(signature.args, signature.kwargs)
+    except TypeError:
+        return False  # Celery says what is wrong with such a call
+    mine = claim.key, b"" if caller_key is None else claim._request.fingerprint.packed
+    if asked in (mine, identity(request.args, request.kwargs)):
+        return False
+    options = signature.options
+    if caller_key is not None:  # it names the whole call: of this part, a key of its own
+        labels[CALLER_KEY] = keys.downstream_key(claim.key, asked[1].hex())
+    kept = {k: v for k, v in (options.get("headers") or {}).items() if not k.startswith("idem-")}
+    options.update(task_id=uuid(), parent_id=request.id)
+    options["headers"] = {**kept, **labels, MESSAGE: options["task_id"]}
+    for name in _OF_ITS_CANVAS:
+        options.pop(name, None)
+    return True
+
+
+def _labels(request: Context) -> dict[str, Any]:
+    known = request.headers or {}
+    return {name: known[name] for name in keys.IDENTITY if name in known}
+
+
+def _alike(one: Signature, other: Signature) -> bool:
+    return (tuple(one.args), dict(one.kwargs)) == (tuple(other.args), dict(other.kwargs))
+
+
+def note_published(request: Context | None, options: dict[str, Any]) -> None:
+    """A message that continues the intent of the body that runs here was published."""
+    claim: Claim | None = getattr(request, "idem_claim", None)
+    if claim is None or request is None or request.is_eager:  # eager: it has run in its place
+        return
+    if options.get("task_id") == request.id:
+        retries = retries_of(claim)
+        if retries.signal is None:
+            retries.signal = Retry(when=options.get("eta") or options.get("countdown"))
+
+
+def note_retry(claim: Claim, signal: Retry, cause: BaseException | None) -> None:
+    """What ``Task.retry`` made: a retry of this intent, or an intent of its own."""
+    retries = retries_of(claim)
+    if signal.sig is None or signal.sig.options.get(SAME_INTENT):
+        retries.signal = signal
+        if cause is not None:
+            retries.causes.append(cause)
+    else:
+        retries.apart.append(signal)
+        if signal.is_eager:  # nothing else will run it
+            signal.sig.apply()

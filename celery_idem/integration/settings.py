@@ -1,0 +1,228 @@
+"""``idem_*`` in ``app.conf``, checked; the same as task options without the prefix.
+
+Every default says why. Durations are seconds, as everywhere in Celery's settings.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from celery_idem.core.errors import ConfigurationError
+from celery_idem.core.model import MICROSECONDS, OnCrash, Policy
+from celery_idem.core.protocol import MAX_CRASHES
+
+if TYPE_CHECKING:
+    pass
+
+PREFIX = "idem_"
+
+OnDuplicate = Literal["wait", "raise"]
+OnStoreError = Literal["retry", "raise", "run"]
+
+_DURABILITY = re.compile(r"none|fsync|replicas:[1-9][0-9]?")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an application, or one task, has chosen.
+
+    Attributes:
+        store: URL of the store; "" for the Redis result backend.
+        namespace: applications with different namespaces do not see each other.
+        lease: how long a running claim is safe without a word from its worker. 30 s:
+            long enough to survive a slow garbage collection or a store that restarts,
+            short enough that a dead host's work is decided within half a minute.
+        result_ttl: how long an outcome is replayed. A day, as Stripe keeps its keys,
+            and longer than the usual visibility timeout, ETA or retry horizon.
+        failure_ttl: the same for a failed outcome; None: as result_ttl.
+        on_duplicate: of something running: "wait" for its result, or "raise" InProgress.
+        on_crash: what a lease that lapsed means (see ``protocol``).
+        on_store_error: before the body: "retry" later, "raise", or "run" without a guard.
+        max_attempts: executions that may end without a word before the intent is
+            parked in doubt. 3, as Celery's own max_retries.
+        max_result_bytes: larger results are not kept. 1 MiB: ten times a large JSON
+            answer, a thousandth of a small Redis.
+        durability: what a write waits for: "none", "replicas:N", "fsync".
+        shadow: count what would have been collapsed, block nothing.
+        audit: keep digests of the arguments in the record, 6 bytes each, so that ``idem audit``
+            can say which of them vary. On: it costs microseconds (docs/adr/0007).
+        audit_key: a secret that those digests are keyed with. Without one, parameters
+            declared ``secret`` have no digest.
+        settle_patience: how long to keep trying to write an outcome. As long as the
+            default lease: after that the record has lapsed anyway.
+        reconcile_timeout: how long a destination may take to say what happened. 10 s:
+            a slow API call; the worker's slot is held meanwhile.
+        scope: of calls that name none: a function without arguments, or its path "module:function",
+            called where the call is made. None: such calls have no scope.
+    """
+
+    store: str = field(default="", repr=False)  # error trackers keep the repr of local variables
+    namespace: str = "idem"
+    lease: float = 30.0
+    result_ttl: float = 86_400.0
+    failure_ttl: float | None = None
+    on_duplicate: OnDuplicate = "wait"
+    on_crash: OnCrash = "in_doubt"
+    on_store_error: OnStoreError = "retry"
+    max_attempts: int = 3
+    max_result_bytes: int = 1 << 20
+    durability: str = "none"
+    shadow: bool = False
+    audit: bool = True
+    audit_key: str = field(default="", repr=False)
+    settle_patience: float = 30.0
+    reconcile_timeout: float = 10.0
+    scope: Callable[[], Any] | str | None = None
+
+    def policy(self, asks: bool) -> Policy:
+        """The part the protocol needs.
+
+        Args:
+            asks: the task has a ``reconcile``.
+        """
+        keep_failed = self.result_ttl if self.failure_ttl is None else self.failure_ttl
+        return Policy(
+            lease=int(self.lease * MICROSECONDS),
+            result_ttl=int(self.result_ttl * MICROSECONDS),
+            failure_ttl=int(keep_failed * MICROSECONDS),
+            on_crash=self.on_crash,
+            asks=asks,
+            max_attempts=self.max_attempts,
+            max_step_bytes=self.max_result_bytes,
+        )
+
+
+NAMES = tuple(field.name for field in fields(Settings))
+
+_ONE_OF: dict[str, tuple[Any, ...]] = {
+    "on_duplicate": get_args(OnDuplicate),
+    "on_crash": get_args(OnCrash),
+    "on_store_error": get_args(OnStoreError),
+    "shadow": (True, False),
+    "audit": (True, False),
+}
+_SECONDS = ("lease", "result_ttl", "failure_ttl", "settle_patience", "reconcile_timeout")
+LONGEST = 3e9  # seconds, about a century: in microseconds it still fits what every store keeps
+_SHORTEST_LEASE = 0.1  # seconds: a round trip and a thread switch must fit into a sixth of it
+
+
+_ALIKE = 0.75
+"""How alike a wrong name and a real one must be for the real one to be offered. One slip in the shortest name gives
+0.8; names of other things (``timeout``, ``secret``, ``max_retries``) reach 0.73 at most (see the tests' tables)."""
+
+
+def of_app(conf: Mapping[str, Any]) -> Settings:
+    """The settings in an application's configuration.
+
+    Raises:
+        ConfigurationError: a name or a value is wrong.
+    """
+    given = {_known(key, prefix=PREFIX): conf[key] for key in _ours(conf)}
+    return checked(Settings(), given, PREFIX)
+
+
+def _ours(conf: Mapping[str, Any]) -> set[str]:
+    """Keys that begin with our prefix. Django's namespace spells them CELERY_IDEM_…: a
+    configuration lists what is written, and looks it up by ``idem_…``.
+
+    Raises:
+        ConfigurationError: one is in capitals and would be ignored, as Celery's rules are.
+    """
+    found = set()
+    for key in conf:
+        if key.startswith(PREFIX):
+            found.add(key)
+        else:
+            before, prefix, name = key.lower().partition(PREFIX)
+            if not before and name in NAMES and PREFIX + name not in conf:
+                raise ConfigurationError(
+                    f"{key} in the configuration does nothing: Celery knows settings in small letters. Write "
+                    f"{key.lower()}, or CELERY_{key} where config_from_object has namespace='CELERY'."
+                )
+            if prefix and before.endswith("_") and PREFIX + name in conf:
+                found.add(PREFIX + name)
+    return found
+
+
+def _known(key: str, prefix: str) -> str:
+    name = key.removeprefix(prefix)
+    if name not in NAMES:
+        import difflib  # only a mistake needs it
+
+        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=_ALIKE)
+        hint = (
+            f" Did you mean {prefix}{near[0]}?"
+            if near
+            else f" There are: {', '.join(prefix + n for n in NAMES)}."
+        )
+        raise ConfigurationError(f"There is no setting {key}.{hint}")
+    return name
+
+
+def checked(base: Settings, given: Mapping[str, Any], prefix: str = "", where: str = "") -> Settings:
+    """``base`` with other values.
+
+    Args:
+        prefix: what the names carry in front where the user wrote them.
+        where: the task they belong to, for the message.
+
+    Raises:
+        ConfigurationError: a value is wrong; the message says what is allowed.
+    """
+    for name, value in given.items():
+        allowed = _allowed(name, value)
+        if allowed:
+            at = f"{where}: " if where else ""
+            shown = "this value" if name in ("store", "audit_key") else repr(value)
+            raise ConfigurationError(f"{at}{prefix}{name} cannot be {shown}: {allowed}.")
+    return replace(base, **given)
+
+
+def _allowed(name: str, value: Any) -> str:
+    """What would have been allowed; empty when the value is fine."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if name in _ONE_OF:
+        options = _ONE_OF[name]
+        fits = value in options and (True not in options or isinstance(value, bool))
+        return "" if fits else f"use one of {', '.join(map(repr, options))}"
+    if name in _SECONDS:
+        if name == "failure_ttl" and value is None:
+            return ""
+        least = _SHORTEST_LEASE if name == "lease" else 0
+        fits = number and least <= value <= LONGEST
+        return "" if fits else f"use a number of seconds from {least:g} to {LONGEST:g}"
+    if name in ("max_attempts", "max_result_bytes"):
+        most = MAX_CRASHES if name == "max_attempts" else 512 << 20  # Redis' largest value
+        return (
+            ""
+            if number and isinstance(value, int) and 1 <= value <= most
+            else f"use a number from 1 to {most}"
+        )
+    if name == "durability":
+        fits = isinstance(value, str) and _DURABILITY.fullmatch(value) is not None
+        return "" if fits else 'use "none", "fsync" or "replicas:N"'
+    if name == "namespace":
+        fits = isinstance(value, str) and value != "" and not {":", "~"} & set(value)
+        return "" if fits else "use a short name without a colon or a tilde"  # "~shadow" marks shadow records
+    if name == "scope":
+        fits = value is None or (isinstance(value, str) and ":" in value) or _takes_nothing(value)
+        return "" if fits else 'use a function that takes no arguments, or its path "module:function"'
+    if name == "audit_key":
+        return "" if isinstance(value, str) else "use text that nobody can guess"
+    return "" if isinstance(value, str) else "use a URL such as redis://localhost:6379/1"
+
+
+def _takes_nothing(value: Any) -> bool:
+    if not callable(value):
+        return False
+    try:
+        inspect.signature(value).bind()
+    except TypeError:
+        return False
+    except ValueError:  # a built-in method that does not say, such as ContextVar.get before Python 3.13
+        return True
+    return True

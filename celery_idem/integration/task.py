@@ -1,0 +1,744 @@
+"""``IdempotentTask``: the guard around a Celery task's body.
+
+The guard stands in ``__call__``, which is the one place that sees every attempt: the
+tracer calls it when a class overrides it, autoretry and pydantic wrap what is inside
+(``run``), and a value it returns is an ordinary success, with its state, links, chain
+and chord. ``placing`` puts it there, task by task.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from celery import Task
+from celery._state import _task_stack
+from celery.app.task import Context
+from celery.canvas import Signature
+from celery.exceptions import Ignore, Retry
+from celery.utils import uuid
+from celery.utils.imports import symbol_by_name
+
+from celery_idem.core import keys
+from celery_idem.core.errors import ConfigurationError, IdempotencyError, StoreError
+from celery_idem.core.model import (
+    CALLER_KEY,
+    KEY,
+    MESSAGE,
+    NO_FINGERPRINT,
+    SCOPE,
+    Answer,
+    Request,
+)
+from celery_idem.engine import events, owners
+from celery_idem.engine.claim import Claim
+from celery_idem.integration import declaring, placing, publishing, receipts, republishing, retrying
+from celery_idem.integration.delivery import HELD, PROPAGATES, Delivery, Guard, Replaced, as_headers
+from celery_idem.integration.publishing import LOOPS
+from celery_idem.integration.receipts import Receipt
+
+if TYPE_CHECKING:
+    from celery import Celery
+    from celery.result import AsyncResult, EagerResult
+
+
+OWN_WORDS = frozenset({"scope", "occurrence", "idempotency_key"})
+"""What ``submit`` takes beside the task's own arguments."""
+
+_OF_APPLY = ("link", "link_error", "task_id", "retries", "throw", "logfile", "loglevel", "headers")
+"""The parameters of Celery's ``apply`` after ``args`` and ``kwargs``."""
+
+WORKER_STEPS = ("celery_idem.operate.doctor.at_start:AtStart", "celery_idem.telemetry.celery_events:AtStart")
+"""What a worker with a guarded task does when it starts. By name: they stand above this package, and only workers
+load them."""
+
+UNKEYED = "0" * 32
+"""The digest in the key of a call that has none."""
+
+
+class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task is untyped before 5.7
+    """A task whose action happens once per intent, however often it is called.
+
+    Use it as ``base=`` of a task, or as ``task_cls=`` of an application: then tasks
+    without an intent, Celery's own among them, stay ordinary tasks. Options, each also
+    possible in ``task_annotations``:
+
+    Attributes:
+        intent: parameter names that say what the action is; or a function from the
+            arguments to a dictionary; or ``ALL_ARGUMENTS``.
+        must_match: parameters that must be equal whenever the intent comes back.
+        secret: parameters whose values no log, page, audit or event ever shows, Celery's own
+            included (a message that ``send_task`` publishes by name is Celery's alone). One that is
+            part of the intent or of ``must_match`` is in the store as an unkeyed digest: whoever
+            reads the store could guess a short one.
+        signature: the parameters as callers give them, without ``self``: a function or an
+            ``inspect.Signature``. Needed where a decorator hides them. (On the task itself
+            ``signature`` is Celery's method, as ever.)
+        intent_version: change it when the same fields begin to mean another action.
+        reconcile: ``(task, *args, **kwargs)``, or a method: asks the destination after a
+            crash and returns ``Happened(result)``, ``NotHappened()`` or ``Unknown(reason)``.
+        no_effect_errors: exceptions that prove that nothing happened: the intent may be tried again.
+        ambiguous_errors: exceptions after which nobody knows (a timeout while waiting for
+            the answer): in doubt, or a question to the destination.
+
+    *Ignore and Reject* say that nothing happened: the intent is released, and the next call RUNS.
+    Never raise them after an effect. One exception: a body that has written its final state itself
+    (``update_state`` with ``SUCCESS`` or ``FAILURE``) and then raises ``Ignore`` is done: that state
+    is the outcome, and duplicates get what stands in its ``meta``.
+
+    and every setting of ``celery_idem.integration.settings.Settings`` by its name (``lease``, ``on_crash``, …).
+
+    *Eager and direct calls* (``task.apply()``, ``task_always_eager``, ``task(…)``,
+    ``chunks`` and ``starmap``) are guarded too. There is no message to send back, so they
+    wait in place for another execution, at most 30 seconds, and then raise
+    ``InProgress``. ``task.run(…)`` is the body alone, without any guard. A body that
+    calls its own task with its own intent simply runs on: it holds the claim already.
+    """
+
+    intent: Any = None
+    must_match: Any = ()
+    secret: Any = ()
+    intent_version: int | str = 1
+    reconcile: Any = None
+    no_effect_errors: tuple[type[BaseException], ...] = ()
+    ambiguous_errors: tuple[type[BaseException], ...] = ()
+
+    idem_declaration: ClassVar[keys.Declaration | None] = None
+    """The checked declaration; None for an ordinary task."""
+
+    _guard_made: ClassVar[Guard | None] = None
+
+    # --- declaration ------------------------------------------------------------------
+
+    @classmethod
+    def bind(cls, app: Celery) -> Any:
+        """As Celery's, and check the declaration. Celery calls it when the task is registered.
+
+        Not in ``on_bound``: Celery's own does nothing, so an author's takes its place and never calls it.
+
+        Raises:
+            ConfigurationError: the declaration or a setting is wrong.
+        """
+        bound = super().bind(app)
+        declaration = declaring.declaration_of(cls, app, _asked(cls, app))
+        if declaration is not None:
+            cls._guard_made, cls.idem_declaration = None, declaration
+            placing.put_on(cls, IdempotentTask._call_guarded)
+            if declaration.secret:
+                publishing.hide(declaration)
+            app.steps["worker"].update(WORKER_STEPS)
+        elif (
+            cls.idem_declaration is not None
+        ):  # bound before, where it had an intent; or a base of it has one
+            cls._guard_made = cls.idem_declaration = None
+            placing.take_off(cls)
+        return bound
+
+    def start_strategy(self, app: Celery, consumer: Any, **kwargs: Any) -> Any:
+        """As Celery's. The worker's request of a guarded task is ours, whatever else it is."""
+        if self.idem_declaration is not None:
+            self.Request = symbol_by_name("celery_idem.integration.deaths:request_class")(self)
+        return super().start_strategy(app, consumer, **kwargs)
+
+    @property
+    def guard(self) -> Guard:
+        """Everything needed to run this task's intents; made at first use.
+
+        Raises:
+            ConfigurationError: a setting is wrong.
+        """
+        cls = type(self)
+        if cls._guard_made is None:
+            cls._guard_made = Guard.of(self)
+        return cls._guard_made
+
+    def intent_key(
+        self, *args: Any, scope: str | None = None, occurrence: str | None = None, **kwargs: Any
+    ) -> str:
+        """The idempotency key of a call. Pure: asks no store.
+
+        Raises:
+            TypeError: the call does not fit the task's signature.
+            IntentError: an argument cannot be part of a key.
+        """
+        declaration = self._declared("intent_key")
+        self._refuse_clash("intent_key", "scope", "occurrence")
+        scope = receipts.in_scope(self.guard.settings.scope, scope)
+        return declaration.key(self.guard.ledger.namespace, declaration.bind(args, kwargs), scope, occurrence)
+
+    def submit(
+        self,
+        *args: Any,
+        scope: str | None = None,
+        occurrence: str | None = None,
+        idempotency_key: str | None = None,
+        **kwargs: Any,
+    ) -> Receipt:
+        """Look the intent up, publish it only when it is new, and say where it stands.
+
+        The door for agents and orchestrators: whatever stands there already (done, in
+        progress, in doubt, known with other values) is a value of the receipt and never
+        an exception. Further options of ``apply_async`` go through ``celery_idem.submit``.
+
+        Args:
+            scope: tenant or conversation that the action belongs to.
+            occurrence: which of several meant repetitions this is.
+            idempotency_key: the caller's own key, see ``apply_async``.
+
+        Raises:
+            TypeError: the call does not fit the task's signature.
+            IntentError: an argument cannot be part of a key.
+            kombu.exceptions.OperationalError: the broker did not take it; nothing is left behind.
+        """
+        if not OWN_WORDS.isdisjoint(self._declared("submit").signature.parameters):
+            self._refuse_clash("submit", *OWN_WORDS)
+        return receipts.submit_task(self, args, kwargs, scope, occurrence, idempotency_key, {})
+
+    def _refuse_clash(self, method: str, *names: str) -> None:
+        for name in self._declared(method).signature.parameters:
+            if name in names:
+                raise ConfigurationError(
+                    f"{self.name} has a parameter called {name!r} of its own, so {method}() cannot tell which is "
+                    "meant. Rename the parameter."
+                )
+
+    def _declared(self, what: str) -> keys.Declaration:
+        if self.idem_declaration is None:
+            raise ConfigurationError(
+                f"{self.name} declares no intent, so {what} means nothing for it. Add intent=(…) to the task."
+            )
+        return self.idem_declaration
+
+    # --- publishing -------------------------------------------------------------------
+
+    def apply_async(
+        self,
+        args: Any = None,
+        kwargs: Any = None,
+        *more: Any,
+        scope: str | None = None,
+        occurrence: str | None = None,
+        idempotency_key: str | None = None,
+        **options: Any,
+    ) -> AsyncResult:
+        """As Celery's, with three more options.
+
+        Args:
+            scope: tenant or conversation that the action belongs to; None: what ``idem_scope`` says.
+            occurrence: which of several meant repetitions this is.
+            idempotency_key: the caller's own key; then it is the identity, and every
+                argument must match.
+
+        Each of them is text, an int (its digits) or an Enum (its value), and not empty.
+
+        Raises:
+            IntentError: an argument cannot be part of a key.
+        """
+        same = options.get(retrying.SAME_INTENT)
+        given = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
+        if self.idem_declaration is not None:
+            task_id = (more[0] if more else options.get("task_id")) or uuid()
+            if more:
+                more = (task_id, *more[1:])
+            else:
+                options["task_id"] = task_id
+            if idempotency_key is not None and "group_id" in options:
+                options = self._in_a_group(options, given)
+            options = self._with_key(args, kwargs, options, given, task_id)
+            options["headers"][MESSAGE] = task_id
+        else:
+            options = self._without_key(options, given)
+        result = super().apply_async(args, kwargs, *more, **options)
+        if same:
+            retrying.note_published(self.request_stack.top, options)
+        return result
+
+    def apply(
+        self,
+        args: Any = None,
+        kwargs: Any = None,
+        *more: Any,
+        scope: str | None = None,
+        occurrence: str | None = None,
+        idempotency_key: str | None = None,
+        **options: Any,
+    ) -> EagerResult:
+        """As Celery's, with the options of ``apply_async``."""
+        given = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
+        if self.idem_declaration is not None:
+            options.update(zip(_OF_APPLY, more, strict=False))  # headers and throw may be given by position
+            more = more[len(_OF_APPLY) :]
+            if idempotency_key is not None and "group_id" in options:
+                options = self._in_a_group(options, given)
+            # With task_always_eager these are the headers that apply_async made for this very call.
+            options = self._with_key(args, kwargs, options, given, options.get("task_id"))
+            options["headers"].pop(MESSAGE, None)
+            throw = options.get("throw")
+            if self.app.conf.task_eager_propagates if throw is None else throw:
+                options["headers"][PROPAGATES] = True
+        else:
+            options = self._without_key(options, given)
+        return super().apply(args, kwargs, *more, **options)
+
+    def map(self, it: Any) -> Signature:
+        """As Celery's."""
+        return (
+            super().map(it) if self.idem_declaration is None else publishing.Map(self.s(), it, app=self.app)
+        )
+
+    def starmap(self, it: Any) -> Signature:
+        """As Celery's."""
+        if self.idem_declaration is None:
+            return super().starmap(it)
+        return publishing.StarMap(self.s(), self._checked(it), app=self.app)
+
+    def chunks(self, it: Any, n: int) -> Signature:
+        """As Celery's."""
+        if self.idem_declaration is None:
+            return super().chunks(it, n)
+        return publishing.Chunks(self.s(), self._checked(it), n, app=self.app)
+
+    def _checked(self, calls: Any) -> list[Any]:
+        checked = list(calls)
+        for args in checked:
+            keys.check_call(self.name, args, None)
+        return checked
+
+    def signature(self, args: Any = None, *more: Any, **options: Any) -> Signature:
+        """As Celery's, which makes a tuple of whatever it gets as ``args``, also of a dictionary's keys."""
+        if self.idem_declaration is not None:
+            keys.check_call(self.name, args, more[0] if more else options.get("kwargs"))
+        return super().signature(args, *more, **options)
+
+    subtask = signature
+
+    def signature_from_request(
+        self, request: Any = None, args: Any = None, kwargs: Any = None, queue: Any = None, **options: Any
+    ) -> Signature:
+        """As Celery's. What is published from it is the same intent, whatever its arguments."""
+        maybe_apart = options.pop(retrying.MAYBE_APART, None)
+        signature = super().signature_from_request(request, args, kwargs, queue, **options)
+        if self.idem_declaration is None:
+            return signature
+        request = self.request if request is None else request
+        if maybe_apart:
+            given = args is not None or kwargs is not None
+            retrying.shape_retry(self, request, signature, given, *maybe_apart)
+        else:
+            retrying.continue_intent(self, request, signature)
+        republishing.restore(signature.options, request, self.ignore_result, options)
+        return signature
+
+    def update_state(self, task_id: Any = None, state: Any = None, meta: Any = None, **kwargs: Any) -> None:
+        """As Celery's. A body that writes SUCCESS or FAILURE for itself and then raises ``Ignore`` has ended so."""
+        super().update_state(task_id, state, meta, **kwargs)
+        held = next(self._held(), None)
+        if held is not None and task_id in (None, held.request.id):
+            held.request.idem_said = (state, meta)
+
+    subtask_from_request = signature_from_request
+
+    def retry(
+        self,
+        args: Any = None,
+        kwargs: Any = None,
+        exc: Any = None,
+        throw: bool = True,
+        *more: Any,
+        **options: Any,
+    ) -> Any:
+        """As Celery's: the same intent comes back, whatever its arguments.
+
+        A retry that is published counts, also where the body swallows ``Retry`` or asked for
+        ``throw=False``. With ``throw=False``, or after another retry, arguments that make another
+        intent are published as that: with a task id of its own, beside this body, which goes on.
+
+        Raises:
+            ConfigurationError: a second retry of the same intent, with other arguments; or one that was asked
+                for after the outcome was recorded.
+        """
+        claim = getattr(self.request, "idem_claim", None)
+        if claim is None:
+            return super().retry(args, kwargs, exc, throw, *more, **options)
+        if claim._ended and self.guard.has_outcome(claim.key):
+            events.logger.error(
+                "%s: a retry was asked for after the body had ended; none was published", claim.key
+            )
+            raise ConfigurationError(
+                f"{claim.key}: a retry was asked for after the body had ended and its outcome was recorded (in "
+                "on_failure, after_return, a signal): it would only replay that. Nothing was published. Catch the "
+                "error in the body and `raise self.retry(exc=error)` there, or use autoretry_for.",
+                claim.key,
+            )
+        cause = exc if isinstance(exc, BaseException) else sys.exc_info()[1]
+        retries = retrying.retries_of(claim)
+        if not self.guard.settings.shadow and (not throw or retries.signal is not None):
+            options[retrying.MAYBE_APART] = (cause,)
+        try:
+            signal = super().retry(args, kwargs, exc, False, *more, **options)
+        except retrying.AlreadyComing:
+            first = retries.signal
+            signal = Retry(exc=cause, when=first.when, is_eager=first.is_eager, sig=first.sig)
+        except BaseException as error:
+            shown = self._without_arguments(error, exc)
+            retries.refused = shown, cause
+            if shown is not error:
+                raise shown from None
+            raise
+        retrying.note_retry(claim, signal, cause)
+        if throw:
+            raise signal
+        return signal
+
+    def _without_arguments(self, error: BaseException, given: Any) -> BaseException:
+        """Celery's error for the last retry shows every argument, and is stored."""
+        if error is given or not isinstance(error, self.MaxRetriesExceededError):
+            return error
+        if self.idem_declaration is None or not self.idem_declaration.secret:
+            return error  # type: ignore[no-any-return]
+        hidden: BaseException = self.MaxRetriesExceededError(f"Can't retry {self.name}[{self.request.id}]")
+        return hidden
+
+    def replace(self, sig: Signature) -> Any:
+        """As Celery's. The replacement belongs to the same scope and occurrence. Under a caller's own key each
+        of its calls is a part of this action, told apart from the others by its own intent.
+
+        Where it is guarded itself, this intent is released: another delivery finds the
+        replacement's record. Any other must be published only once, so this intent is
+        done, and its result is that of the task that took its place.
+        """
+        if self.idem_declaration is None:
+            return super().replace(sig)
+        given = {**_of_another_message(self.request.headers or {}), MESSAGE: ""}
+        guarded = True
+        for leaf in _leaves(sig):
+            own = dict(leaf.options.get("headers") or {})
+            if CALLER_KEY in own:  # its own, and not that of the message whose identity it takes over
+                leaf.options.setdefault("idempotency_key", own.pop(CALLER_KEY))
+            leaf.options["headers"] = {**given, **own}
+            guarded = guarded and getattr(self.app.tasks.get(leaf.task), "idem_declaration", None) is not None
+        if guarded:
+            return super().replace(sig)
+        try:
+            return super().replace(sig)
+        except Ignore as error:
+            raise Replaced(*error.args) from None
+
+    @staticmethod
+    def _in_a_group(options: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """The options of a call in a group whose key may be that of the whole group."""
+        given["idempotency_key"], part_of = publishing.of_a_group(given["idempotency_key"])
+        return {**options, "headers": {**(options.get("headers") or {}), **part_of}}
+
+    def _with_key(
+        self, args: Any, kwargs: Any, options: dict[str, Any], given: Mapping[str, Any], message: str | None
+    ) -> dict[str, Any]:
+        """The options of a call with the headers that say which intent it is.
+
+        Args:
+            given: what the call says of its identity.
+            message: the id of the message that will carry them; None where it has none yet.
+        """
+        declaration = self._declared("a key")
+        keys.check_call(self.name, args, kwargs)
+        if declaration.secret:
+            options = {**publishing.shown(declaration, args or (), kwargs or {}), **options}
+        same = options.pop(retrying.SAME_INTENT, False)
+        headers = dict(options.get("headers") or {})  # a copy: beat hands the same one at every tick
+        if not (same and KEY in headers):
+            try:
+                arguments = declaration.bind(args, kwargs)
+            except TypeError:
+                if self.typing:
+                    raise
+                arguments = None
+            headers = self._identified(headers, given, message, same)
+            if arguments is not None:
+                try:
+                    headers[KEY] = keys.key_of(declaration, self.guard.ledger.namespace, arguments, headers)
+                except Exception:
+                    if not self.guard.settings.shadow:  # which refuses no call
+                        raise
+        options["headers"] = headers
+        return options
+
+    def _identified(
+        self, headers: Mapping[str, Any], given: Mapping[str, Any], message: str | None, same: bool = False
+    ) -> dict[str, Any]:
+        """Headers of a call with its identity, without a key.
+
+        Args:
+            same: the call continues an intent, so nothing of this moment becomes part of it.
+        """
+        own = keys.identity(headers, message)
+        own.update(keys.labelled(given))
+        if SCOPE not in own and MESSAGE not in headers and not same:
+            scope = receipts.in_scope(self.guard.settings.scope)
+            if scope is not None:
+                own[SCOPE] = scope
+        return {**{name: value for name, value in headers.items() if name not in keys.MADE}, **own}
+
+    def _without_key(self, options: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Of an ordinary task: it has no identity. Celery's own that call others in a loop hand theirs on."""
+        own = keys.labelled(given)
+        if own and self.name not in LOOPS:
+            self._declared(
+                f"{', '.join(name for name, value in given.items() if value is not None)} of a call"
+            )
+        return {**options, "headers": {**(options.get("headers") or {}), **own}} if own else options
+
+    # --- running ----------------------------------------------------------------------
+
+    def _call_guarded(self, *args: Any, **kwargs: Any) -> Any:
+        """The ``__call__`` of a task that declares an intent."""
+        stack = self.request_stack.stack  # taken once: it is found by thread, and that costs
+        request = stack[-1] if stack else None
+        if request is None or request.called_directly or hasattr(request, "idem_claim"):
+            return self._call_directly(request, args, kwargs)
+        return self._run_guarded(request, args, kwargs)
+
+    def _call_directly(self, above: Context | None, args: Any, kwargs: Any) -> Any:
+        """A plain Python call: a request of its own, so that the body finds what it expects."""
+        if getattr(above, "idem_opened", False):  # not one: a wrapper of __call__ goes on to what it wrapped
+            return self.run(*args, **kwargs)
+        options = _of_signature()
+        given = {name: options.get(name) for name in keys.LABELS}
+        headers: Mapping[str, Any] = options.get("headers") or {}
+        outer = _task_stack.top
+        caller = next(self._held(), None)
+        if caller is not None and keys.labelled(given) == {} and keys.IDENTITY.isdisjoint(headers):
+            # Its own body calls, perhaps with its own arguments: the same identity, so that it may run on.
+            known = caller.request.headers or {}
+            headers = {name: value for name, value in known.items() if name in keys.IDENTITY}
+        else:
+            if outer is not None and outer.name in LOOPS:
+                loop = outer.request
+                known = {**as_headers(loop), **(loop.headers or {}), **keys.labelled(given)}
+                given = {}
+                headers = {**_of_another_message(known), **headers}
+                if MESSAGE in known or not (loop.is_eager or loop.called_directly):
+                    headers[MESSAGE] = (
+                        ""  # the loop's call was made elsewhere, so nothing of here becomes part of it
+                    )
+            headers = self._identified(headers, given, None)
+        _task_stack.push(self)
+        self.push_request(args=args, kwargs=kwargs, headers=headers)
+        try:
+            return self._run_guarded(self.request_stack.stack[-1], args, kwargs)
+        finally:
+            self.pop_request()
+            _task_stack.pop()
+
+    def _run_guarded(self, request: Context, args: Any, kwargs: Any) -> Any:
+        guard = self._guard_made or self.guard
+        given = request.args
+        if given is not None and not isinstance(given, (list, tuple)):  # a foreign message
+            keys.check_call(self.name, given, None)
+        if self.typing:  # a call that does not fit claims nothing; a class-based task has no __header__
+            getattr(self, "__header__", guard.declaration.signature.bind)(*args, **kwargs)
+        try:
+            if guard.unusable:
+                guard.check_serializer()
+            key, fingerprint = guard.identify(request, args, kwargs)
+        except Exception as error:
+            if not guard.settings.shadow:
+                raise
+            return self._run_unkeyed(guard, request, args, kwargs, error)
+        if HELD.get() is not None and self._holds(key):
+            return self.run(*args, **kwargs)
+        return guard.runner.run(Delivery(guard, self, request, args, kwargs, key, fingerprint))
+
+    def _came_past(self, request: Context, args: Any, kwargs: Any) -> Any:
+        """A delivery is in ``run`` and has no claim: whatever replaced ``__call__`` did not call the guard."""
+        if hasattr(self, "_orig_run"):
+            raise ConfigurationError(
+                f"{self.name} was about to run past its guard: something replaced its __call__ after it was declared, "
+                "or calls run() itself. Nothing was run. autoretry_for stands before the guard then, and would take "
+                f"each error for the outcome. Put that __call__ into a base class, or have it call "
+                f"the one it replaces."
+            )
+        return self._run_guarded(request, args, kwargs)
+
+    def _held(self) -> Iterator[Delivery]:
+        """This task's executions around the running code, innermost first."""
+        held = HELD.get()
+        while held is not None:
+            if held.task is self:
+                yield held
+            held = held.outer
+
+    def _run_unkeyed(self, guard: Guard, request: Context, args: Any, kwargs: Any, error: Exception) -> Any:
+        """Shadow mode, and a call that has no key: a guard would refuse it."""
+        key = f"{self.name}:{UNKEYED}"
+        events.emit("shadow", key, task_id=request.id, would="refuse", why=type(error).__name__)
+        asked = Request(owners.mint(), request.id or "", NO_FINGERPRINT, guard.options.policy)
+        delivery = Delivery(guard, self, request, args, kwargs, key, NO_FINGERPRINT)
+        return delivery.body(Claim.unguarded(key, asked))
+
+    def _holds(self, key: str) -> bool:
+        """A body that this code belongs to has the claim already."""
+        return any(held.claim.key == key and not held.claim._ended for held in self._held())
+
+    # --- what a body has --------------------------------------------------------------
+
+    @property
+    def claim(self) -> Claim:
+        """This execution's hold on its intent.
+
+        Raises:
+            IdempotencyError: no guarded execution is under way.
+        """
+        held = next(self._held(), None)
+        if held is not None:
+            return held.claim
+        raise IdempotencyError(
+            f"{self.name} is not running under a claim, so there is no self.claim. It is there while the task runs: by "
+            "a worker, by apply(), or called directly; not in task.run(). In a thread of your own it is there when the "
+            "thread runs in a copy of the body's context: asyncio.to_thread, or contextvars.copy_context().run."
+        )
+
+    @property
+    def _open_claim(self) -> Claim:
+        """The claim, of a body that has not ended."""
+        claim = self.claim
+        if claim._ended:
+            raise IdempotencyError(
+                f"The body of {claim.key} has ended, so nothing more can begin in its name. Wait for your threads and "
+                "coroutines (join, await) before the body returns.",
+                claim.key,
+            )
+        return claim
+
+    def step(
+        self,
+        name: str,
+        fn: Callable[..., Any],
+        *args: Any,
+        reconcile: Callable[..., Answer] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run ``fn(*args, **kwargs)`` once per intent and keep its result in the record.
+
+        An attempt after a crash gets the kept result and goes on at the first step that
+        is missing. A crash inside a step leaves that step in doubt.
+
+        Args:
+            name: unique within the body.
+            reconcile: ``(*args, **kwargs)`` of the step: asks the destination whether the
+                step happened, and returns ``Happened``, ``NotHappened`` or ``Unknown``.
+
+        Raises:
+            OutcomeUnknown: the step is in doubt.
+            LeaseLost: somebody took the intent over; nothing was started.
+            ConfigurationError: the name is taken, a step is open, or the result of
+                ``fn`` cannot be stored.
+        """
+        return self.guard.step(
+            self._open_claim,
+            name,
+            lambda: fn(*args, **kwargs),
+            reconcile and self._later(reconcile, args, kwargs),
+        )
+
+    def _later(self, ask: Callable[..., Answer], args: Any, kwargs: Any) -> Callable[[], Answer]:
+        """A step's question for the runner's side thread, with ``self.request`` and ``self.claim`` of this one."""
+        requests = list(self.request_stack.stack)
+        context = copy_context()
+
+        def call() -> Answer:
+            for request in requests:
+                self.request_stack.push(request)
+            try:
+                return context.run(ask, *args, **kwargs)
+            finally:
+                for _ in requests:
+                    self.request_stack.pop()
+
+        return call
+
+    @contextmanager
+    def settle_in(self, connection: Any) -> Iterator[Settlement]:
+        """Commit the outcome in a transaction of your own, together with the rows you write: exactly once.
+
+        ::
+
+            with engine.begin() as connection, self.settle_in(connection) as outcome:
+                connection.execute(insert(invoices).values(…))
+                outcome.result = {"id": 7}
+
+        The outcome is written at the end of the block; it counts once you commit. What the
+        body returns afterwards is ignored: every caller gets ``outcome.result``. A task whose
+        effects are all in such a transaction says ``on_crash="transaction"``: a crash then
+        leaves no doubt.
+
+        Args:
+            connection: a SQLAlchemy session or connection, a psycopg connection, or Django's
+                ``connection``, to the database that ``idem_store`` names.
+
+        Raises:
+            LeaseLost: somebody took the intent over. The transaction must roll back, as it
+                does when this error leaves it.
+            ConfigurationError: another database, or no transaction.
+        """
+        ledger, claim = self.guard.ledger, self._open_claim
+        if self.guard.settings.shadow:  # the transaction is the author's alone
+            yield Settlement()
+            return
+        if not claim.guarded:
+            raise StoreError(
+                f"{claim.key} runs without a store (on_store_error='run'), so its outcome cannot be committed."
+            )
+        inside = ledger.store.inside(connection)
+        settlement = Settlement()
+        yield settlement
+        ledger.settle_within(claim, inside, settlement.result)
+
+
+def _asked(cls: type[Any], app: Celery) -> bool:
+    """Whether a task's author chose this class, rather than the application's ``task_cls`` for all tasks."""
+    own = vars(cls).get("_app")
+    if any(vars(one).get("Task") is cls for one in (app, own) if one is not None):
+        return False
+    return cls is IdempotentTask or any(_asked(base, app) for base in cls.__bases__)
+
+
+class Settlement:
+    """What a ``settle_in`` block gives: put the value that every caller will get into ``result``."""
+
+    def __init__(self) -> None:
+        self.result: Any = None
+
+
+def _of_another_message(headers: Mapping[str, Any]) -> dict[str, str]:
+    """What a message's headers say of a call that it makes."""
+    return keys.identity({**headers, MESSAGE: ""}, None)
+
+
+_SIGNATURE_CALLS = Signature.__call__.__code__
+
+_BETWEEN = frozenset({"__call__", "_call_guarded", "xmap", "xstarmap", "<listcomp>"})
+"""Functions between a signature that is called and its task, or each call of a loop."""
+
+
+def _of_signature() -> Mapping[str, Any]:
+    """Options of the signature whose direct call this is: of ``signature()`` itself, and of an errback
+    ``(request, exc, traceback)``, which Celery calls so in the worker. It hands none of them on."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name in _BETWEEN:
+        if frame.f_code is _SIGNATURE_CALLS:
+            options: Mapping[str, Any] = frame.f_locals["self"].options
+            return options
+        frame = frame.f_back  # type: ignore[assignment]
+    return {}
+
+
+def _leaves(signature: Signature) -> Iterator[Signature]:
+    """The simple signatures in a canvas."""
+    parts = [*(getattr(signature, "tasks", None) or ()), *filter(None, [getattr(signature, "body", None)])]
+    if not parts:
+        yield signature
+    for part in parts:
+        yield from _leaves(part)

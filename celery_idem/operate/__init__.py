@@ -1,0 +1,14 @@
+"""What operators and monitoring need: the operator API, doctor, audit, copying.
+
+Never here: rules, and calls of a driver.
+"""
+
+# Modules that the packages above may import; the others are this package's own.
+__all__ = [
+    "audit",
+    "background",
+    "copying",
+    "doctor",
+    "operators",
+    "readiness",
+]

@@ -1,0 +1,213 @@
+"""Looks at an application and asks its stores: a snapshot, which the checks then look at."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from celery_idem.core.errors import ConfigurationError, StoreError
+from celery_idem.core.model import MICROSECONDS, State
+from celery_idem.integration.settings import LONGEST, of_app
+from celery_idem.integration.wiring import codec_of, store_of
+from celery_idem.operate.doctor.facts import Snapshot, StoreFacts, TaskFacts
+from celery_idem.operate.doctor.intents import annotated
+from celery_idem.operate.operators import Desk
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from celery_idem.engine.ledger import Ledger
+    from celery_idem.integration.task import IdempotentTask
+
+VISIBILITY = {"redis": 3600.0, "rediss": 3600.0, "sentinel": 3600.0, "redis+socket": 3600.0, "sqs": 1800.0}
+"""Seconds until a message that nobody acknowledged is delivered again, by the broker's scheme:
+kombu's defaults. Other brokers notice the lost connection instead."""
+
+
+DOUBLINGS = 64
+"""Retries after which an exponential delay has met its maximum, whatever it began with."""
+
+OPEN = bytes(state for state in State if not state.settled)
+LOOKED_AT = 10_000
+"""Records read to find one from the future: 0.2 s among those of a Redis that keeps millions."""
+
+AMQP = ("amqp", "amqps", "pyamqp", "librabbitmq")
+"""Schemes of kombu's whose broker confirms a message only where it is told to."""
+
+
+def gather(app: Celery, *, ask: bool = True, pool: str = "") -> Snapshot:
+    """Look at an application.
+
+    Args:
+        ask: ask its stores too; one that is away costs its connection timeout.
+        pool: the worker's pool, where it is known.
+
+    Raises:
+        ConfigurationError: a setting is wrong; that is the first thing to repair.
+    """
+    conf = app.conf
+    settings = of_app(conf)
+    desk = Desk(app)
+    guarded = desk.tasks()
+    brokers = _brokers(conf.broker_read_url, conf.broker_write_url)
+    schedule = conf.beat_schedule if isinstance(conf.beat_schedule, Mapping) else {}
+    scheduled = {str(entry.get("task")) for entry in schedule.values() if isinstance(entry, Mapping)}
+    transport: Mapping[str, Any] = conf.broker_transport_options or {}
+    return Snapshot(
+        visibility=_visibility(brokers, transport),
+        confirmed=not set(AMQP) & set(brokers) or bool(transport.get("confirm_publish")),
+        pool=pool or str(conf.worker_pool or ""),
+        result_expires=_seconds(conf.result_expires),
+        pickled="pickle" in str(conf.result_accept_content or conf.accept_content),
+        unusable=codec_of(settings, conf).unusable(),
+        ticks="celery_idem" in str(conf.beat_scheduler or ""),
+        longest_delay=max((_countdown(entry) for entry in schedule.values()), default=0.0),
+        store_scheme=urlsplit(store_of(settings, app).url).scheme,
+        tasks=tuple(
+            _facts_or_why_not(name, task, guarded.get(name), name in scheduled)
+            for name, task in sorted(app.tasks.items())
+        ),
+        stores=tuple(_store_facts(ledger, settings.durability) for ledger in desk.ledgers()) if ask else (),
+    )
+
+
+def _brokers(*given: Any) -> list[str]:
+    """Schemes of the brokers: kombu takes several URLs to fail over to, as a list or with ";" between them."""
+    urls = [url for some in given for url in (some.split(";") if isinstance(some, str) else some or ())]
+    return [str(url).partition(":")[0] for url in urls if "://" in str(url)] or ["amqp"]
+
+
+def _visibility(brokers: list[str], options: Mapping[str, Any]) -> float | None:
+    """The longest of them: outcomes have to be kept for as long."""
+    defaults = [VISIBILITY[broker] for broker in brokers if broker in VISIBILITY]
+    return None if not defaults else _number(options.get("visibility_timeout"), max(defaults))
+
+
+def _number(value: Any, default: float) -> float:
+    """A finite number of seconds; ``default`` where it is none."""
+    try:
+        number = float(value.total_seconds() if hasattr(value, "total_seconds") else value)
+    except (TypeError, ValueError, OverflowError):
+        return default
+    return number if math.isfinite(number) else default
+
+
+def _seconds(value: Any) -> float | None:
+    return _number(value, 0.0) or None
+
+
+def _countdown(entry: Any) -> float:
+    options = entry.get("options") if isinstance(entry, Mapping) else None
+    return _number(options.get("countdown"), 0.0) if isinstance(options, Mapping) else 0.0
+
+
+def _facts_or_why_not(name: str, task: Any, guarded: IdempotentTask | None, scheduled: bool) -> TaskFacts:
+    """What matters of a task; of one whose attributes cannot be read, why."""
+    try:
+        return _task_facts(task, guarded, scheduled)
+    except ConfigurationError:
+        raise
+    except Exception as error:  # a property of the author's own, a limit that is text
+        why = f"{type(error).__name__}: {error}"
+        return TaskFacts(name=name, guarded=guarded is not None, acks_late=guarded is not None, unread=why)
+
+
+def _limit(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _task_facts(task: Any, guarded: IdempotentTask | None, scheduled: bool) -> TaskFacts:
+    limits: dict[str, Any] = {
+        "acks_late": bool(task.acks_late),
+        "reject_on_worker_lost": bool(task.reject_on_worker_lost),
+        "time_limit": _limit(task.time_limit),
+        "soft_time_limit": _limit(task.soft_time_limit),
+        "retry_horizon": _retry_horizon(task),
+        "scheduled": scheduled,
+    }
+    if guarded is None:
+        return TaskFacts(name=task.name, guarded=False, **limits)
+    declaration = guarded.guard.declaration
+    return TaskFacts(
+        name=task.name,
+        guarded=True,
+        settings=guarded.guard.settings,
+        intent=declaration.fields,
+        all_arguments=declaration.fields is None and declaration.compute is None,
+        parameters={name: annotated(p.annotation) for name, p in declaration.signature.parameters.items()},
+        asks=guarded.guard.ask is not None,
+        **limits,
+    )
+
+
+def _retry_horizon(task: Any) -> float | None:
+    """Seconds until the last retry; None where they never end, or not within a century."""
+    try:
+        retries = None if task.max_retries is None else float(task.max_retries)
+    except OverflowError:
+        retries = None
+    delay = float(task.default_retry_delay or 0)
+    backoff = getattr(task, "retry_backoff", False)
+    if retries is None:
+        return None
+    if not backoff:
+        horizon = retries * delay if retries and delay else 0.0
+    else:
+        longest = float(getattr(task, "retry_backoff_max", 600))
+        first = 1.0 if backoff is True else float(backoff)
+        doubling = max(0, int(min(retries, DOUBLINGS)))
+        growing = sum(min(longest, first * 2.0**n) for n in range(doubling))
+        horizon = growing + (retries - doubling) * longest if retries > doubling else growing
+    return horizon if horizon <= LONGEST else None
+
+
+def _store_facts(ledger: Ledger, durability: str) -> StoreFacts:
+    store = ledger.store
+    try:
+        before = time.time()
+        now = store.read(f"{ledger.namespace}:").now / MICROSECONDS
+        after = time.time()
+        some = islice(store.scan_states(f"{ledger.namespace}:", OPEN), LOOKED_AT)
+        ahead = max((stored.stamp / MICROSECONDS - now for _, stored in some), default=0.0)
+    except StoreError as error:
+        return StoreFacts(store.url, durability, error=str(error))
+    info: dict[str, str] = {}
+    unseen = ""
+    try:
+        if hasattr(store, "execute"):
+            info = _info(store.execute("INFO"))
+            if "rdb_saves_configured" not in info:
+                info["rdb_saves_configured"] = _saves(store)
+    except StoreError as error:  # a user with the least rights may do all that the guard needs, and not this
+        unseen = str(error)
+    skew = max(0.0, abs(now - (before + after) / 2) - (after - before) / 2)
+    return StoreFacts(store.url, durability, unseen=unseen, info=info, skew=skew, ahead=ahead)
+
+
+def version(store: Any) -> str:
+    """What a Redis store's server calls itself; "" where that is not to be had."""
+    try:
+        info = _info(store.execute("INFO", "server")) if hasattr(store, "execute") else {}
+    except StoreError:
+        return ""
+    if "valkey_version" in info:
+        return f"Valkey {info['valkey_version']}"
+    return f"Redis {info['redis_version']}" if "redis_version" in info else ""
+
+
+def _info(reply: Any) -> dict[str, str]:
+    lines = reply.decode("utf-8", "replace").splitlines() if isinstance(reply, bytes) else []
+    return dict(line.split(":", 1) for line in lines if ":" in line and not line.startswith("#"))
+
+
+def _saves(store: Any) -> str:
+    """ "1" when snapshots are configured; assumed where the server does not let us look (as hosted ones do)."""
+    try:
+        _, value = store.execute("CONFIG", "GET", "save")
+    except (StoreError, ValueError, TypeError):
+        return "1"
+    return "1" if value else "0"

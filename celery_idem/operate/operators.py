@@ -1,0 +1,414 @@
+"""The operator's view of an application: every ledger its tasks use, and what the tasks say about them.
+
+The command line and the inbox both stand on this; neither talks to a store. A task may have a
+store or a namespace of its own, so a key is looked up in the ledger of the task it names.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from celery.app.task import Context
+
+from celery_idem.core import digests, keys
+from celery_idem.core.errors import IdempotencyError, StoreError
+from celery_idem.core.model import (
+    NO_FINGERPRINT,
+    NO_OWNER,
+    Acquired,
+    Answer,
+    Happened,
+    InDoubt,
+    NotHappened,
+    Replay,
+    Request,
+    Unknown,
+)
+from celery_idem.engine.claim import Claim
+from celery_idem.engine.entries import Entry, Tally, tallied
+from celery_idem.engine.ledger import Ledger
+from celery_idem.integration.delivery import Delivery, Guard
+from celery_idem.integration.task import IdempotentTask
+from celery_idem.integration.wiring import ledger_of
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+DOUBTFUL = ("in_doubt", "lapsed")
+"""States that wait for somebody to find out. ``lapsed`` becomes ``in_doubt`` at its next delivery,
+and when none comes it stays: both need an eye."""
+
+
+class Arguments(NamedTuple):
+    """What a call was made with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Asked(NamedTuple):
+    """What came of asking a destination.
+
+    Attributes:
+        verdict: ``happened`` and ``not_happened`` are settled (in a dry run: would be);
+            ``unknown``: the destination could not tell; ``skipped``: it was not asked.
+        why: one sentence.
+    """
+
+    verdict: Literal["happened", "not_happened", "unknown", "skipped"]
+    why: str
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Everything an operator may do with the intents of one application."""
+
+    app: Celery
+
+    # --- where things are -------------------------------------------------------------
+
+    def tasks(self) -> dict[str, IdempotentTask]:
+        """The guarded tasks by name."""
+        return {
+            name: task
+            for name, task in sorted(self.app.tasks.items())
+            if isinstance(task, IdempotentTask) and task.idem_declaration is not None
+        }
+
+    def task_of(self, key: str) -> IdempotentTask | None:
+        """The task a key names; None when this application does not have it."""
+        return self.tasks().get(keys.task_of(key) or "")
+
+    def ledger_of(self, key: str) -> Ledger:
+        """Where the record of a key is."""
+        task = self.task_of(key)
+        return ledger_of(self.app) if task is None else task.guard.ledger
+
+    def ledgers(self) -> list[Ledger]:
+        """Every place where this application's tasks keep records, each once."""
+        found: dict[tuple[int, str], Ledger] = {}
+        tasks = self.tasks().values()
+        for ledger in [task.guard.ledger for task in tasks] or [ledger_of(self.app)]:
+            found.setdefault((id(ledger.store), ledger.namespace), ledger)
+        return list(found.values())
+
+    def no_task(self, name: str) -> str:
+        """What to tell somebody who names a task that is not guarded here."""
+        return f"This application has no guarded task {name}. It has: {', '.join(self.tasks()) or 'none'}."
+
+    # --- reading ----------------------------------------------------------------------
+
+    def list(
+        self,
+        state: str | None = None,
+        task: str | None = None,
+        older_than: float = 0.0,
+        tick: Callable[[], object] | None = None,
+    ) -> Iterator[Entry]:
+        """Intents, in no order and in bounded memory.
+
+        Args:
+            state: one of ``claims.STATES``.
+            older_than: only those whose last write is at least that many seconds ago.
+            tick: see ``Ledger.list``.
+        """
+        for ledger in self.ledgers():
+            for entry in ledger.list(state, task, tick):
+                if entry.age >= older_than:
+                    yield entry
+
+    def doubtful(self, task: str | None = None, older_than: float = 0.0) -> Iterator[Entry]:
+        """Intents in doubt, and those whose worker fell silent."""
+        for state in DOUBTFUL:
+            yield from self.list(state, task, older_than)
+
+    def find(self, key: str) -> Entry:
+        """One intent, by its key or by the beginning of one that is unambiguous.
+
+        Raises:
+            IdempotencyError: there is none, or there are several.
+        """
+        if not key:
+            raise IdempotencyError("Every key begins with nothing. Give a key, or the beginning of one.")
+        try:
+            key.encode()
+        except UnicodeEncodeError:
+            raise IdempotencyError(f"{key!a} is no text, so no intent has that key. Copy it again.") from None
+        entry = self.ledger_of(key).get(key)
+        if entry is not None:
+            return entry
+        if keys.task_of(key) is None:  # not a whole key
+            found = self._beginning_with(key)
+            if len(found) == 1:
+                return next(iter(found.values()))
+            if found:
+                raise IdempotencyError(
+                    f"Several intents begin with {key!r}, such as {' and '.join(sorted(found))}. Give more of the key."
+                )
+        places = ", ".join(f"{ledger.store.url} (namespace {ledger.namespace})" for ledger in self.ledgers())
+        raise IdempotencyError(
+            f"There is no intent {key} in {places}. It may have expired after its result_ttl, or it never ran. "
+            "`idem list` shows what there is.",
+            key,
+        )
+
+    def _beginning_with(self, start: str) -> dict[str, Entry]:
+        """Intents by key; two are enough to know that a beginning is ambiguous. A store may name a key twice."""
+        found: dict[str, Entry] = {}
+        for ledger in self.ledgers():
+            for stored_key, _ in ledger.store.scan(f"{ledger.namespace}:{start}"):
+                key = stored_key.partition(":")[2]
+                entry = None if key in found else ledger.get(key)
+                if entry is not None:
+                    found[key] = entry
+                    if len(found) > 1:
+                        return found
+        return found
+
+    def stats(self) -> dict[tuple[str, str], Tally]:
+        """Counts by (task, state) over all ledgers."""
+        return tallied(self.list())
+
+    # --- deciding ---------------------------------------------------------------------
+
+    def resolve(
+        self, key: str, answer: Happened | NotHappened, by: str, evidence: str, fence: int | None = None
+    ) -> Entry:
+        """See ``Ledger.resolve``."""
+        return self.ledger_of(key).resolve(key, answer, by=by, evidence=evidence, fence=fence)
+
+    def forget(self, key: str, steps: bool = False) -> bool:
+        """See ``Ledger.forget``."""
+        return self.ledger_of(key).forget(key, steps)
+
+    def purge(self) -> int:
+        """See ``Ledger.purge``; each store once."""
+        stores = {id(ledger.store): ledger for ledger in self.ledgers()}
+        return sum(ledger.purge() for ledger in stores.values())
+
+    def ask(
+        self,
+        entry: Entry,
+        arguments: Arguments | None = None,
+        *,
+        without_arguments: bool = False,
+        dry_run: bool = False,
+    ) -> Asked:
+        """Let the task's ``reconcile`` find out, as a redelivery would; the body is never run.
+
+        Args:
+            arguments: of the call, where the caller knows them.
+            without_arguments: every reconcile looks at ``task.claim.key`` alone, so it may be
+                called without arguments. Somebody must say so: one that looks for invoice None
+                finds nothing and answers "did not happen".
+            dry_run: ask the destination, and write nothing.
+        """
+        task = self.task_of(entry.key)
+        if task is None:
+            return Asked("skipped", f"this application has no task {entry.task}")
+        guard = task.guard
+        if guard.ask is None:
+            return Asked("skipped", f"{entry.task} declares no reconcile=")
+        known = arguments or self.arguments_of(entry)
+        if known is None and not without_arguments:
+            return Asked(
+                "skipped",
+                "its arguments are not known, a record holds none: give them in a file, or set result_extended=True, "
+                "so that the result backend keeps those of the next ones",
+            )
+        if known is not None and not _fit(task, known):
+            return Asked("skipped", f"the arguments known for it are no call of {entry.task}")
+        if known is not None and _of_another_call(guard, entry, known):
+            return Asked(
+                "skipped", "the arguments known for it are those of another call: their digests differ"
+            )
+        known = known or Arguments((), {})
+        request = Context(id=entry.record.task_id, args=known.args, kwargs=known.kwargs, headers={})
+        delivery = Delivery(guard, task, request, known.args, known.kwargs, entry.key, NO_FINGERPRINT)
+        if dry_run:
+            return _would(guard, delivery)
+        decision = guard.runner.inquire(delivery)
+        if isinstance(decision, Replay):
+            return Asked(
+                "happened", "the destination says it happened: settled, every caller gets this result"
+            )
+        if isinstance(decision, Acquired):
+            return Asked(
+                "not_happened", "the destination says it did not happen: released, the next delivery runs"
+            )
+        if isinstance(decision, InDoubt):
+            return Asked("unknown", decision.reason)
+        return Asked("skipped", "somebody else works on it right now")
+
+    def arguments_of(self, entry: Entry) -> Arguments | None:
+        """What the call was made with, as Celery's result backend knows it (``result_extended``)."""
+        try:
+            result = self.app.AsyncResult(entry.record.task_id)
+            args, kwargs = result.args, result.kwargs
+        except Exception:  # no backend, or one that does not answer: then the arguments are not known
+            return None
+        if not isinstance(args, (list, tuple, type(None))) or not isinstance(kwargs, (dict, type(None))):
+            return None
+        if args is None and kwargs is None:
+            return None
+        return Arguments(tuple(args or ()), dict(kwargs or {}))
+
+    # --- showing ----------------------------------------------------------------------
+
+    def describe(self, entry: Entry) -> dict[str, Any]:
+        """An intent as plain JSON values. Times are ISO 8601 in UTC, durations seconds."""
+        record = entry.record
+        return {
+            "key": entry.key,
+            "task": entry.task,
+            "state": entry.state,
+            "changed_at": iso(entry.changed_at),
+            "age": round(entry.age, 3),
+            "attempts": record.attempts,
+            "crashes": record.crashes,
+            "fence": record.fence,
+            "task_id": record.task_id,
+            "owner": "" if record.owner == NO_OWNER else record.owner.hex(),
+            "lease_left": round(max(0.0, entry.retry_after), 3) if record.lease else 0.0,
+            "reason": record.reason,
+            "steps": [step.name for step in record.steps],
+            "open_steps": list(record.open_steps),
+            "result": self.result_of(entry),
+            "notes": [
+                {"at": iso(note.at / 1e6), "by": note.by, "what": note.what, "evidence": note.evidence}
+                for note in record.notes
+            ],
+        }
+
+    def result_of(self, entry: Entry) -> str | None:
+        """A settled outcome in words; None where there is none.
+
+        A task with ``secret`` parameters may well return them, so its results are not shown.
+        """
+        outcome = entry.record.outcome
+        if outcome is None:
+            return None
+        if outcome.payload is None:
+            return f"not stored: {outcome.missing}"
+        task = self.task_of(entry.key)
+        if task is None or (task.idem_declaration is not None and task.idem_declaration.secret):
+            why = (
+                "this application does not have the task"
+                if task is None
+                else "the task has secret parameters"
+            )
+            return f"{len(outcome.payload)} bytes, not shown: {why}"
+        codec = task.guard.ledger.codec
+        try:
+            if outcome.succeeded:
+                return json.dumps(codec.decode(outcome.payload, entry.key), default=str, ensure_ascii=False)
+            error = codec.decode_error(outcome.payload, entry.key)
+            return f"{type(error).__name__}: {error}"
+        except StoreError as error:
+            return str(error)
+
+
+class Oldest:
+    """Of any number of entries those that have stood longest, in bounded memory.
+
+    Args:
+        limit: how many are kept.
+
+    Attributes:
+        total: how many there were.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._heap: list[tuple[float, int, Entry]] = []  # the youngest of them first
+        self.total = 0
+
+    def add(self, entry: Entry) -> None:
+        self.total += 1
+        item = (-entry.changed_at, self.total, entry)  # the total, so that no two entries are compared
+        if len(self._heap) < self._limit:
+            heapq.heappush(self._heap, item)
+        elif self._heap and item > self._heap[0]:
+            heapq.heapreplace(self._heap, item)
+
+    def entries(self) -> list[Entry]:
+        """Those kept, the oldest first."""
+        return [entry for _, _, entry in sorted(self._heap, key=lambda item: -item[0])]
+
+
+def iso(seconds: float) -> str:
+    """A time in seconds since the epoch as ISO 8601 in UTC."""
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: ``45s``, ``12m``, ``3h 5m``, ``2d 4h``."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m"
+    if whole < 86_400:
+        return f"{whole // 3600}h {whole % 3600 // 60}m"
+    return f"{whole // 86_400}d {whole % 86_400 // 3600}h"
+
+
+def read_arguments(lines: Iterator[str]) -> dict[str, Arguments]:
+    """Arguments by key, from JSON lines ``{"key": …, "args": […], "kwargs": {…}}``.
+
+    Raises:
+        IdempotencyError: a line is not that.
+    """
+    known = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            form: Any = json.loads(line)
+            if not isinstance(form, dict) or "key" not in form:
+                raise ValueError('it is no object with a "key"')
+            args, kwargs = form.get("args"), form.get("kwargs")
+            keys.check_call(str(form["key"]), args, kwargs)
+            known[str(form["key"])] = Arguments(tuple(args or ()), dict(kwargs or {}))
+        except (ValueError, TypeError) as error:
+            raise IdempotencyError(
+                f'Line {number} is not {{"key": …, "args": […], "kwargs": {{…}}}}: {error}.'
+            ) from None
+    return known
+
+
+def _fit(task: IdempotentTask, arguments: Arguments) -> bool:
+    """Are these arguments a call of the task?"""
+    try:
+        task.guard.declaration.bind(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
+def _of_another_call(guard: Guard, entry: Entry, arguments: Arguments) -> bool:
+    """Does the record say that these are not its arguments? A question about another call gets an
+    answer about another call. Free arguments do not count: a caller may have reworded them."""
+    if guard.digester is None or not entry.record.digests:
+        return False
+    declaration = guard.declaration
+    differ = digests.differing(entry.record.digests, guard.digester.of(*arguments))
+    if declaration.fields is None:
+        return bool(differ)
+    return any(digests.tag_of(name) in differ for name in (*declaration.fields, *declaration.must_match))
+
+
+def _would(guard: Guard, delivery: Delivery) -> Asked:
+    request = Request(NO_OWNER, delivery.task_id, delivery.fingerprint, guard.options.policy)
+    claim = Claim.unguarded(delivery.key, request)
+    answer: Answer = guard.runner.bounded(lambda: delivery.ask(claim), guard.options.ask_timeout)
+    if isinstance(answer, Unknown):
+        return Asked("unknown", answer.reason or "the destination could not tell")
+    if isinstance(answer, Happened):
+        return Asked("happened", "the destination says it happened")
+    return Asked("not_happened", "the destination says it did not happen")
