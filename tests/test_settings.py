@@ -198,10 +198,11 @@ def test_a_misspelt_option_of_a_task_is_an_error() -> None:
     for slip, meant in [
         ("must_mach", "must_match"),
         ("on_crahs", "on_crash"),
-        ("idem_lease", "lease"),
+        ("idem_laese", "idem_lease"),
+        ("idem_must_match", "must_match"),
         ("intents", "intent"),
     ]:
-        with pytest.raises(ConfigurationError, match=f"Did you mean {meant}="):
+        with pytest.raises(ConfigurationError, match=f"Did you mean {meant}[=?]"):
             app.task(
                 base=IdempotentTask,
                 shared=False,

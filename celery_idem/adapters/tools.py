@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import logging
 import time
 import typing
 from collections.abc import Iterable, Mapping
@@ -190,7 +191,7 @@ class Tool:
         except (TypeError, IntentError) as error:
             raise BadArguments([str(error)]) from None
         except Exception as error:  # of any driver: there is no receipt, but there must be an answer
-            events.logger.exception("%s could not be published", self.name)
+            events.diagnose(logging.ERROR, "%s could not be published", self.name, error=error)
             return Receipt("failed", "", reason=type(error).__name__, next=NOT_SENT)
 
     def _split(self, arguments: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:

@@ -1,11 +1,12 @@
-"""The one seam where something that happened is told: to logs, signals and metrics.
+"""All events are emitted here, to the log and to listeners; and nothing else in the package writes to a log.
 
-Nothing else in the package logs or counts. Listeners get no argument values. They run on a thread of their own:
-what one raises is logged and dropped, and one that blocks holds up other listeners, but no task for longer than
-``PATIENCE``. Listeners that come with the package: ``celery_idem.telemetry.signals`` and ``celery_idem.telemetry``.
+Listeners get no argument values. They run on a thread of their own: what one raises is logged and dropped, and one
+that blocks delays other listeners, but no task for longer than ``PATIENCE``. The package brings some listeners:
+``celery_idem.telemetry`` and ``celery_idem.telemetry.signals``.
 
-A log record carries ``idem_event``, ``idem_key``, ``idem_task`` and ``idem_details``, for
-formatters that write JSON.
+The log record of an event carries ``idem_event``, ``idem_key``, ``idem_task`` and ``idem_details``, for formatters that
+write JSON. What is no event of an intent (a check at start-up, a listener that fails) is a diagnostic: free text on a
+logger of its own, which no listener receives.
 """
 
 from __future__ import annotations
@@ -14,44 +15,65 @@ import contextlib
 import logging
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from threading import Lock, Semaphore, Thread, current_thread
 from typing import Any, NamedTuple
 
 from celery_idem.core import keys
 
-logger = logging.getLogger("celery_idem")
+_logger = logging.getLogger("celery_idem")
+_diagnostics = logging.getLogger("celery_idem.diagnostics")
 
-LEVELS = {
-    "claimed": logging.DEBUG,
-    "settled": logging.DEBUG,
-    "replayed": logging.INFO,
-    "told": logging.INFO,
-    "waiting": logging.INFO,
-    "scheduled": logging.DEBUG,
-    "released": logging.INFO,
-    "mismatch": logging.WARNING,
-    "in_doubt": logging.ERROR,
-    "asked": logging.WARNING,
-    "lease_lost": logging.ERROR,
-    "clock_stepped": logging.WARNING,
-    "stale_settle": logging.CRITICAL,
-    "store_error": logging.WARNING,
-    "broker_error": logging.WARNING,
-    "unguarded": logging.WARNING,
-    "unsettled": logging.ERROR,
-    "late_error": logging.ERROR,
-    "exited": logging.ERROR,
-    "died": logging.ERROR,
-    "lapsed": logging.WARNING,
-    "resolved": logging.WARNING,
-    "forgotten": logging.WARNING,
-    "shadow": logging.INFO,
+
+class Kind(NamedTuple):
+    """What one kind of event says.
+
+    Attributes:
+        level: how it is logged.
+        fields: details that each such event has, and their types.
+        optional: details that only some have.
+    """
+
+    level: int
+    fields: Mapping[str, type]
+    optional: Mapping[str, type] = {}
+
+
+_TASK = {"task_id": str}
+
+KINDS = {
+    "settled": Kind(logging.DEBUG, {**_TASK, "succeeded": bool}),
+    "replayed": Kind(logging.INFO, {**_TASK, "succeeded": bool}),
+    "told": Kind(logging.INFO, {"status": str}),
+    "waiting": Kind(logging.INFO, _TASK),
+    "scheduled": Kind(logging.DEBUG, _TASK),
+    "released": Kind(logging.INFO, {**_TASK, "why": str}),
+    "mismatch": Kind(logging.WARNING, {**_TASK, "differs": tuple}),
+    "in_doubt": Kind(logging.ERROR, {**_TASK, "reason": str}),
+    "asked": Kind(logging.WARNING, {**_TASK, "answer": str}),
+    "lease_lost": Kind(logging.ERROR, {**_TASK, "fence": int}),
+    "clock_stepped": Kind(logging.WARNING, {"by": float, "store": str}),
+    "stale_settle": Kind(logging.CRITICAL, {**_TASK, "fence": int, "current_fence": int}),
+    "store_error": Kind(logging.WARNING, {"error": str, "while_": str}, {"then": str, "leases": int}),
+    "broker_error": Kind(logging.WARNING, {**_TASK, "error": str}),
+    "unguarded": Kind(logging.WARNING, _TASK),
+    "unsettled": Kind(logging.ERROR, {**_TASK, "error": str}),
+    "late_error": Kind(logging.ERROR, {**_TASK, "error": str}),
+    "exited": Kind(logging.ERROR, {**_TASK, "reason": str}),
+    "died": Kind(
+        logging.ERROR, {**_TASK, "process": int, "why": str, "then": str, "redelivered": bool}
+    ),
+    "lapsed": Kind(logging.WARNING, _TASK),
+    "resolved": Kind(logging.WARNING, {"by": str, "what": str}),
+    "forgotten": Kind(logging.WARNING, {}),
+    "shadow": Kind(logging.INFO, {**_TASK, "would": str, "why": str}),
 }
-"""Every kind of event, and how loudly it is logged. ``stale_settle`` is the alarm: an
-execution finished an effect after another one had taken the intent over."""
+"""Every kind of event. ``stale_settle`` is the alarm: an execution finished an effect after another one had taken the
+intent over."""
 
-_MESSAGES = {kind: f"{kind} %s %s" for kind in LEVELS}
+LEVELS = {kind: said.level for kind, said in KINDS.items()}
+
+_MESSAGES = {kind: f"{kind} %s %s" for kind in KINDS}
 """A message of its own for each kind, because monitors such as Sentry group by it."""
 
 
@@ -59,9 +81,9 @@ class Event(NamedTuple):
     """Something that happened to an intent.
 
     Attributes:
-        kind: one of ``LEVELS``.
+        kind: one of ``KINDS``.
         key: the idempotency key.
-        details: more, by name; never an argument's value.
+        details: the fields of its kind; never an argument's value.
     """
 
     kind: str
@@ -108,10 +130,15 @@ def listen(
     return lambda: _listeners.remove(entry)
 
 
-def emit(kind: str, key: str, **details: Any) -> None:
-    """Tell that something happened."""
+def emit(kind: str, key: str, *, cause: BaseException | None = None, **details: Any) -> None:
+    """Log an event and pass it to the listeners.
+
+    Args:
+        cause: the exception behind it; only its traceback is used, in the log.
+        details: the fields that ``KINDS`` names.
+    """
     level = LEVELS[kind]
-    if logger.isEnabledFor(level):
+    if _logger.isEnabledFor(level):
         extra = {
             "idem_event": kind,
             "idem_key": key,
@@ -119,38 +146,52 @@ def emit(kind: str, key: str, **details: Any) -> None:
             "idem_details": details,
         }
         with contextlib.suppress(Exception):  # an application's own filter; handlers catch theirs
-            logger.log(level, _MESSAGES[kind], key, details or "", extra=extra)
+            _logger.log(level, _MESSAGES[kind], key, details or "", extra=extra, exc_info=cause)
     if _here or _listeners:
         event = Event(kind, key, details)
         for listener in _here:
             try:
                 listener(event)
-            except Exception:
-                with contextlib.suppress(Exception):
-                    logger.exception("a listener of celery_idem events failed on %s %s", kind, key)
+            except Exception as error:
+                _failed(event, error)
         wanted = [listener for listener, wants in _listeners if wants(event)]
         if wanted:
-            _speaker.tell(event, wanted)
+            _dispatcher.dispatch(event, wanted)
 
 
-class _Speaker:
+def diagnose(level: int, text: str, *values: object, error: BaseException | None = None) -> None:
+    """Log something that is no event of an intent, on ``celery_idem.diagnostics``.
+
+    Args:
+        error: an exception whose traceback is logged.
+    """
+    with contextlib.suppress(Exception):  # an application's own filter
+        _diagnostics.log(level, "celery_idem: " + text, *values, exc_info=error)
+
+
+def _failed(event: Event, error: BaseException) -> None:
+    diagnose(logging.ERROR, "a listener failed on %s %s", event.kind, event.key, error=error)
+
+
+class _Dispatcher:
     """Calls listeners on a thread of its own, one for each process, so that none can fail or block a task."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Start anew. In a forked child the thread is the parent's, and its locks may be held."""
+        """Begin without a thread. In a forked child the thread is the parent's, and its locks may be held."""
         self._lock = Lock()
-        self._waiting: deque[tuple[Event, list[Listener], Lock]] = deque()
-        self._some = Semaphore(0)
+        self._queue: deque[tuple[Event, list[Listener], Lock]] = deque()
+        self._queued = Semaphore(0)
         self._thread: Thread | None = None
         self._behind = False  # a listener took longer than PATIENCE, and has not caught up
         self._dropped = False
 
-    def tell(self, event: Event, listeners: list[Listener]) -> None:
-        told = Lock()
-        told.acquire()
+    def dispatch(self, event: Event, listeners: list[Listener]) -> None:
+        """Queue an event for its listeners, and wait for them for ``PATIENCE`` at most."""
+        done = Lock()
+        done.acquire()
         with self._lock:
             if self._thread is None:
                 thread = Thread(target=self._run, name="celery_idem events", daemon=True)
@@ -159,33 +200,31 @@ class _Speaker:
                 except RuntimeError:  # no more threads: then the log alone has the event
                     return
                 self._thread = thread
-            full = len(self._waiting) >= BACKLOG
+            full = len(self._queue) >= BACKLOG
             if not full:
-                self._waiting.append((event, listeners, told))
+                self._queue.append((event, listeners, done))
         if full:
             if not self._dropped:
                 self._dropped = True
-                logger.error("listeners of celery_idem events block: events are dropped until they return")
+                diagnose(logging.ERROR, "listeners of events block: events are dropped until they return")
             return
-        self._some.release()
-        if not self._behind and current_thread() is not self._thread and not told.acquire(timeout=PATIENCE):
+        self._queued.release()
+        if not self._behind and current_thread() is not self._thread and not done.acquire(timeout=PATIENCE):
             self._behind = True
 
     def _run(self) -> None:
         while True:
-            self._some.acquire()
-            event, listeners, told = self._waiting.popleft()
+            self._queued.acquire()
+            event, listeners, done = self._queue.popleft()
             for listener in listeners:
                 try:
                     listener(event)
-                except BaseException:  # whatever it raises is its own affair, an exit included
-                    logger.exception(
-                        "a listener of celery_idem events failed on %s %s", event.kind, event.key
-                    )
-            told.release()
-            if not self._waiting:
+                except BaseException as error:  # also SystemExit: it would end this thread
+                    _failed(event, error)
+            done.release()
+            if not self._queue:
                 self._behind = self._dropped = False
 
 
-_speaker = _Speaker()
-os.register_at_fork(after_in_child=_speaker.reset)
+_dispatcher = _Dispatcher()
+os.register_at_fork(after_in_child=_dispatcher.reset)

@@ -14,6 +14,7 @@ forked child, so the child starts its own.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import threading
@@ -114,8 +115,10 @@ def _renew(due: list[_Watched]) -> None:
         except StoreError as error:
             # Tried again at the next look. `Claim.lost` tells the body when it is too late.
             events.emit("store_error", claims[0].key, error=str(error), while_="renewing", leases=len(claims))
-        except Exception:
-            events.logger.exception("renewing %d leases failed; trying again", len(claims))
+        except Exception as error:
+            events.diagnose(
+                logging.ERROR, "renewing %d leases failed; trying again", len(claims), error=error
+            )
 
 
 class Renewer:

@@ -8,6 +8,7 @@ with the record as this execution last wrote it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -464,7 +465,7 @@ class Ledger(Transitions):
             try:
                 left = protocol.forget(self._read(key, stored), stored.stamp, reply.now, steps)
             except StoreError:  # no record: forgetting is what helps
-                events.logger.warning("forgetting something at %s that is not a record", key)
+                events.diagnose(logging.WARNING, "what was forgotten at %s was no record", key)
             value = stored.value if left is None else pack(left)
             ttl = 0 if left is None else protocol.ttl(left, Policy(0, result_ttl=keep, failure_ttl=keep))
             reply = self.store.replace(self._prefix + key, stored, value, ttl)
@@ -567,7 +568,7 @@ class Ledger(Transitions):
                     continue
                 assert reply.stored is not None
                 if isinstance(decision, Busy):
-                    _clock_went_back(key, new)
+                    _clock_went_back(key, new, self.store.url)
             if isinstance(decision, (Acquired, Ask)):
                 assert reply.stored is not None
                 since = before - age(reply)
@@ -576,7 +577,7 @@ class Ledger(Transitions):
         raise StoreError(f"{key} changes all the time; nothing was run. It will be tried again.", key)
 
 
-def _clock_went_back(key: str, record: Record) -> None:
+def _clock_went_back(key: str, record: Record, store: str) -> None:
     assert record.noticed is not None
     by = (record.noticed.at - record.noticed.stamp) / MICROSECONDS
-    events.emit("clock_stepped", key, by=round(by, 1))
+    events.emit("clock_stepped", key, by=round(by, 1), store=store)

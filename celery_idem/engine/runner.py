@@ -7,6 +7,7 @@ exceptions, and how to wait. ``celery_idem.integration.task`` makes jobs of Cele
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -348,7 +349,7 @@ class Runner:
         try:
             self.ledger.settle(claim, self.ledger.outcome_of(value), EXIT_PATIENCE)
         except Exception as error:
-            events.emit("unsettled", job.key, error=str(error))
+            events.emit("unsettled", job.key, task_id=job.task_id, error=str(error))
         return value
 
     def _let_go(self, job: Job, request: Request) -> None:
@@ -357,7 +358,7 @@ class Runner:
             for owner in (request.owner, *request.carried):
                 self.ledger.let_go(job.key, request._replace(owner=owner))
         except StoreError as error:
-            events.emit("unsettled", job.key, error=str(error))
+            events.emit("unsettled", job.key, task_id=job.task_id, error=str(error))
 
     def _not_begun(self, job: Job, request: Request, error: BaseException) -> tuple[bytes, ...]:
         """Whatever failed before the body, a time limit, an order to exit, or something of ours: nothing ran.
@@ -368,7 +369,7 @@ class Runner:
         if not isinstance(error, Exception) or job.kind_of(error) is Raised.TIME_LIMIT:
             raise error
         why = f"The guard failed before the body ({type(error).__name__}: {error})."
-        events.logger.error("%s: %s Nothing was run.", job.key, why, exc_info=error)
+        events.diagnose(logging.ERROR, "%s: %s Nothing was run.", job.key, why, error=error)
         if job.options.on_store_error == "raise":
             raise StoreError(
                 f"{why} Nothing was run for {job.key}. Call again unchanged.", job.key
@@ -394,7 +395,7 @@ class Runner:
             try:
                 answer: object = ask()
             except BaseException as error:
-                events.logger.warning("reconcile failed", exc_info=True)
+                events.diagnose(logging.WARNING, "reconcile failed", error=error)
                 return Unknown(f"asking the destination failed: {type(error).__name__}")
             if isinstance(answer, (Happened, NotHappened, Unknown)):
                 return answer
@@ -492,8 +493,7 @@ class Runner:
         if error is not None:
             if exits or job.kind_of(error) in SIGNALS:
                 raise error
-            events.emit("late_error", job.key, task_id=job.task_id, error=type(error).__name__)
-            events.logger.error("%s failed after its outcome was committed", job.key, exc_info=error)
+            events.emit("late_error", job.key, cause=error, task_id=job.task_id, error=type(error).__name__)
         return True
 
     def _promised(self, job: Job, claim: Claim) -> Any:

@@ -15,6 +15,7 @@ whatever goes wrong is logged and leaves Celery's own handling in force.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -101,8 +102,10 @@ class IdempotentRequest(Request):  # type: ignore[misc]
     def _decided(self, error: BaseException) -> bool:
         try:
             return self._decide(error)
-        except Exception:
-            events.logger.exception("%s: deciding on the death of its process failed", self.id)
+        except Exception as failure:
+            events.diagnose(
+                logging.ERROR, "%s: deciding on the death of its process failed", self.id, error=failure
+            )
             return False
 
     def _decide(self, error: BaseException) -> bool:
@@ -124,7 +127,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             try:
                 verdict: Verdict | None = guard.ledger.died(key, prefix, self.id, policy, again)[0]
             except Exception as error:
-                events.logger.warning("the death of a process could not be recorded: %s", error)
+                events.diagnose(logging.WARNING, "the death of a process could not be recorded: %s", error)
                 return protocol.died_unseen(policy)
             return verdict
 
@@ -158,11 +161,11 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         if isinstance(verdict, Again):
             try:
                 self._publish_again(again + 1)
-            except Exception:
+            except Exception as error:
                 if not self.task.acks_late:
                     raise
-                events.logger.warning(
-                    "%s could not be published again; back to its queue", self.id, exc_info=True
+                events.diagnose(
+                    logging.WARNING, "%s could not be published again; back to its queue", self.id, error=error
                 )
                 task_ready(self)
                 self.reject(requeue=True)

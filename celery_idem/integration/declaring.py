@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-from celery import Task
 from celery.app import base
 from celery.utils.imports import symbol_by_name
 
@@ -15,52 +15,35 @@ from celery_idem.core import keys
 from celery_idem.core.errors import ConfigurationError
 from celery_idem.core.pydantic_models import Reader
 from celery_idem.core.signatures import Called, Opaque, called
-from celery_idem.integration import placing
-from celery_idem.integration.settings import NAMES, Settings, checked, of_app
+from celery_idem.integration import options, placing
+from celery_idem.integration.settings import Settings, of_app
 
 if TYPE_CHECKING:
     from celery import Celery
 
-OWN_OPTIONS = (
-    "intent",
-    "must_match",
-    "secret",
-    "signature",
-    "intent_version",
-    "reconcile",
-    "no_effect_errors",
-    "ambiguous_errors",
-)
-OPTIONS = OWN_OPTIONS + NAMES
-
-_CELERYS_OWN = frozenset(dir(Task))
-"""Names that every Celery task has. Looked up by ``dir``, because ``hasattr(Task, "app")`` would bind
-the root class to the current app, and Celery annotates no task below a class that is bound."""
-
-_ALIKE = 0.85
-"""How alike a task's attribute and one of our options must be to be taken for a slip of the pen."""
-
 _ALIKE_INTENT = 0.8
-"""The same where the value names the task's parameters, which says as much: two letters exchanged are one slip."""
+"""How alike an attribute of an ordinary task and ``intent`` must be to be taken for a misspelling, where its value names
+the task's parameters. Two letters exchanged are one mistake."""
 
 
-def declaration_of(cls: type[Any], app: Celery, asked: bool) -> keys.Declaration | None:
+def declaration_of(cls: type[Any], app: Celery, asked: bool, in_code: bool) -> keys.Declaration | None:
     """The checked declaration of a task class; None for an ordinary task.
 
     Args:
         asked: its author chose the guarded class, so there has to be an intent.
+        in_code: see ``options.read``.
 
     Raises:
         ConfigurationError: it is wrong, or missing where the task asked to be guarded.
     """
     try:
-        return _declaration_of(cls, app, asked)
+        return _declaration_of(cls, app, asked, in_code)
     except ConfigurationError:
         app._tasks.pop(cls.name, None)  # Celery registered it already; a wrong one must not run unguarded
         raise
 
 
-def _declaration_of(cls: type[Any], app: Celery, asked: bool) -> keys.Declaration | None:
+def _declaration_of(cls: type[Any], app: Celery, asked: bool, in_code: bool) -> keys.Declaration | None:
     intent = inspect.getattr_static(cls, "intent", None)
     if isinstance(intent, staticmethod):
         intent = intent.__func__
@@ -68,8 +51,8 @@ def _declaration_of(cls: type[Any], app: Celery, asked: bool) -> keys.Declaratio
         _check_no_intent(cls)
         return None
     _take_signature(cls)
-    _check_spelling(cls)
     if intent is None:
+        options.check_spelling(cls.name, options.strange(cls))
         raise ConfigurationError(
             f"{cls.name} is declared with {cls.__mro__[1].__name__} but without an intent. Say which parameters make "
             "two calls the same "
@@ -79,8 +62,10 @@ def _declaration_of(cls: type[Any], app: Celery, asked: bool) -> keys.Declaratio
         )
     if isinstance(intent, str) and ":" in intent:  # from a configuration file: a function by its path
         intent = symbol_by_name(intent)
+    setattr(cls, options.KEPT, options.read(cls, app, asked, in_code))
     settings_of(cls, app)
     known = called_of(cls)
+    _check_secret(cls, known)
     return keys.declare(
         task=cls.name,
         signature=known.signature,
@@ -97,10 +82,28 @@ def settings_of(cls: type[Any], app: Celery) -> Settings:
     """The application's settings with this task's own options.
 
     Raises:
-        ConfigurationError: a name or a value is wrong.
+        ConfigurationError: a setting of the application is wrong.
     """
-    own = {name: getattr(cls, name) for name in NAMES if hasattr(cls, name)}
-    return checked(of_app(app.conf), own, where=cls.name or cls.__name__)
+    return replace(of_app(app.conf), **options_of(cls).given)
+
+
+def options_of(cls: type[Any]) -> options.Options:
+    """What a guarded task says beside its intent."""
+    kept: options.Options = getattr(cls, options.KEPT)
+    return kept
+
+
+def _check_secret(cls: type[Any], known: Called) -> None:
+    """A foreign base's ``secret`` may be a password of its own; the error that names it must not show it."""
+    owner = next(one for one in cls.__mro__ if "secret" in vars(one))
+    given = (cls.secret,) if isinstance(cls.secret, str) else cls.secret
+    if hasattr(owner, options.OWN):
+        return
+    if not isinstance(given, (tuple, list, set, frozenset)) or not set(given) <= set(known.signature.parameters):
+        raise ConfigurationError(
+            f"{cls.name}: the attribute `secret` of {owner.__qualname__} does not name parameters to hide. If it means "
+            "something else, write secret=() beside the intent, or rename it."
+        )
 
 
 def called_of(cls: type[Any]) -> Called:
@@ -212,26 +215,16 @@ def _readers(cls: type[Any], known: Called) -> dict[str, Reader]:
     return readers
 
 
-def _check_spelling(cls: type[Any]) -> None:
-    """An attribute that looks like one of our options and is none would be silently ignored."""
-    for name in _strange(cls):
-        import difflib  # only a suspect needs it
-
-        near = difflib.get_close_matches(name.removeprefix("idem_"), OPTIONS, n=1, cutoff=_ALIKE)
-        if near:
-            raise ConfigurationError(f"{cls.name}: there is no option {name}=. Did you mean {near[0]}=?")
-
-
 def _check_no_intent(cls: type[Any]) -> None:
     """The attributes of an ordinary task are its author's own, unless one says what an intent would say:
     a slip of the pen would leave that task without a guard, and nobody would know."""
-    for name in _strange(cls):
+    for name in options.strange(cls):
         value = getattr(cls, name)
         if not (isinstance(value, (tuple, list)) and value and all(isinstance(one, str) for one in value)):
             continue
         import difflib
 
-        likeness = difflib.SequenceMatcher(None, "intent", name.removeprefix("idem_")).ratio()
+        likeness = difflib.SequenceMatcher(None, "intent", name).ratio()
         if likeness <= _ALIKE_INTENT:
             continue
         try:
@@ -240,12 +233,3 @@ def _check_no_intent(cls: type[Any]) -> None:
             continue
         if set(value) <= set(parameters):
             raise ConfigurationError(f"{cls.name}: there is no option {name}=. Did you mean intent=?")
-
-
-def _strange(cls: type[Any]) -> Iterator[str]:
-    """Names of a class's own attributes that neither we nor Celery know."""
-    for name in vars(cls):
-        if name.startswith("_") or name in OPTIONS or name in _CELERYS_OWN:
-            continue
-        if not callable(getattr(cls, name, None)):
-            yield name

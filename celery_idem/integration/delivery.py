@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import inspect
+import logging
 import random
 import sys
 import threading
@@ -314,8 +315,8 @@ class Delivery(Job):
         if guard.digester is not None:
             try:
                 self.digests = guard.digester.of(args, kwargs, labels)
-            except Exception:  # they decide nothing, so they may stop nothing
-                events.logger.exception("%s: no digests of its arguments are kept", key)
+            except Exception as error:  # they decide nothing, so they may stop nothing
+                events.diagnose(logging.ERROR, "%s: no digests of its arguments are kept", key, error=error)
 
     def said(self) -> Any:
         state, meta = self.request.idem_said
@@ -449,7 +450,7 @@ class Delivery(Job):
             if any(error is signal for signal in retries.apart):
                 return Raised.REPLACED
             if retries.signal is None and not self.request.called_directly:
-                events.logger.warning("%s: Retry was raised, but no retry was published", self.key)
+                events.diagnose(logging.WARNING, "%s: Retry was raised, but no retry was published", self.key)
             return Raised.IGNORE  # nobody but the caller can try again
         if self.request.called_directly and retries.refused is not None and error is retries.refused[0]:
             return Raised.IGNORE
@@ -576,13 +577,13 @@ class Delivery(Job):
         """
         if not self.began:
             events.emit("broker_error", self.key, task_id=self.task_id, error=type(error).__name__)
-            events.logger.debug("%s could not be published again", self.key, exc_info=error)
+            events.diagnose(logging.DEBUG, "%s could not be published again", self.key, error=error)
         try:
             if self._waited_for() <= BROKER_PATIENCE:
                 self._pause(seconds)
                 return
         except SoftTimeLimitExceeded:
-            events.logger.warning("%s: a soft time limit ended the waiting", self.key)
+            events.diagnose(logging.WARNING, "%s: a soft time limit ended the waiting", self.key)
         if self.task.acks_late:  # the message is the broker's still
             raise Reject(f"{self.key}: {why}", requeue=True) from error
         raise self._not_run(seconds, why, busy) from error

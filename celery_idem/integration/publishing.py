@@ -10,6 +10,7 @@ headers arrive wherever Celery's own do.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from itertools import zip_longest
@@ -312,7 +313,9 @@ def _ambient(part: Signature, headers: Mapping[str, Any]) -> dict[str, str]:
         return {}
     try:
         scope = in_scope(setting)
-    except Exception:  # a receiver of a signal cannot refuse; a scope that is empty is refused by the worker
-        events.logger.exception("the scope of %s cannot be told, so it will be refused", part["task"])
+    except Exception as error:  # a receiver of a signal cannot refuse; the worker refuses an empty scope
+        events.diagnose(
+            logging.ERROR, "idem_scope failed for %s, so that call will be refused", part["task"], error=error
+        )
         scope = ""
     return {MESSAGE: ""} if scope is None else {SCOPE: scope}

@@ -8,6 +8,7 @@ skips what another one has locked, and SQLite has one writer at a time anyway.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import threading
@@ -90,9 +91,9 @@ class Purger:
                 for store in self._stores():
                     self._purge(store)
             except IdempotencyError as error:
-                events.logger.warning("purging expired records failed; trying again: %s", error)
-            except Exception:
-                events.logger.exception("purging expired records failed; trying again")
+                events.diagnose(logging.WARNING, "purging expired records failed; trying again: %s", error)
+            except Exception as error:
+                events.diagnose(logging.ERROR, "purging expired records failed; trying again", error=error)
             pause = EVERY * random.uniform(0.9, 1.1)  # noqa: S311
 
     def _purge(self, store: Store) -> None:
@@ -105,7 +106,7 @@ class Purger:
             if self._ended.wait(REST * (time.monotonic() - began)):
                 return
         if total:
-            events.logger.debug("%d expired records deleted from %s", total, store.url)
+            events.diagnose(logging.DEBUG, "%d expired records deleted from %s", total, store.url)
 
 
 def stores_of(app: Celery) -> list[Store]:
@@ -130,7 +131,7 @@ def begin(sender: Any = None, **_: Any) -> None:
         if id(app) in _purgers or not stores_of(app):
             return
     except IdempotencyError as error:  # the tasks themselves say so to whoever calls them
-        events.logger.warning("expired records are not purged by this worker: %s", error)
+        events.diagnose(logging.WARNING, "expired records are not purged by this worker: %s", error)
         return
     purger = _purgers[id(app)] = Purger(lambda: stores_of(app))
     purger.start()

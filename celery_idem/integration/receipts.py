@@ -20,6 +20,7 @@ failed       the body failed, or nothing was done: ``next`` says which
 from __future__ import annotations
 
 import base64
+import logging
 import math
 import threading
 import time
@@ -499,7 +500,7 @@ def _celery_result(receipt: Receipt, source: _Source, entry: Entry | None) -> Re
         result = source.app.AsyncResult(receipt.task_id)
         state, value = result.state, result.result
     except Exception as error:  # no backend, or any error of any driver: it cannot tell
-        events.logger.debug("the result of %s cannot be read: %s", receipt.task_id, error)
+        events.diagnose(logging.DEBUG, "the result of %s cannot be read: %s", receipt.task_id, error)
         return None
     receipt = replace(receipt, retry_after=None)
     if state == "SUCCESS":

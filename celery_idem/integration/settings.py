@@ -1,4 +1,4 @@
-"""``idem_*`` in ``app.conf``, checked; the same as task options without the prefix.
+"""``idem_*`` in ``app.conf``, checked. ``options`` reads the same from tasks.
 
 Every default says why. Durations are seconds, as everywhere in Celery's settings.
 """
@@ -8,15 +8,12 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
 
 from celery_idem.core.errors import ConfigurationError
 from celery_idem.core.model import MICROSECONDS, OnCrash, Policy
 from celery_idem.core.protocol import MAX_CRASHES
-
-if TYPE_CHECKING:
-    pass
 
 PREFIX = "idem_"
 
@@ -121,8 +118,12 @@ def of_app(conf: Mapping[str, Any]) -> Settings:
     Raises:
         ConfigurationError: a name or a value is wrong.
     """
-    given = {_known(key, prefix=PREFIX): conf[key] for key in _ours(conf)}
-    return checked(Settings(), given, PREFIX)
+    given = {_known(key): conf[key] for key in _ours(conf)}
+    for name, value in given.items():
+        why = not_allowed(name, value)
+        if why:
+            raise ConfigurationError(f"{PREFIX}{name} {why}.")
+    return Settings(**given)
 
 
 def _ours(conf: Mapping[str, Any]) -> set[str]:
@@ -148,38 +149,32 @@ def _ours(conf: Mapping[str, Any]) -> set[str]:
     return found
 
 
-def _known(key: str, prefix: str) -> str:
-    name = key.removeprefix(prefix)
+def _known(key: str) -> str:
+    name = key.removeprefix(PREFIX)
     if name not in NAMES:
-        import difflib  # only a mistake needs it
-
-        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=_ALIKE)
-        hint = (
-            f" Did you mean {prefix}{near[0]}?"
-            if near
-            else f" There are: {', '.join(prefix + n for n in NAMES)}."
-        )
-        raise ConfigurationError(f"There is no setting {key}.{hint}")
+        raise ConfigurationError(f"There is no setting {key}.{hint(name)}")
     return name
 
 
-def checked(base: Settings, given: Mapping[str, Any], prefix: str = "", where: str = "") -> Settings:
-    """``base`` with other values.
+def hint(name: str, others: tuple[str, ...] = ()) -> str:
+    """What to say of a name that is no setting: the nearest one, or all.
 
     Args:
-        prefix: what the names carry in front where the user wrote them.
-        where: the task they belong to, for the message.
-
-    Raises:
-        ConfigurationError: a value is wrong; the message says what is allowed.
+        others: further names that may have been meant, which are written without a prefix.
     """
-    for name, value in given.items():
-        allowed = _allowed(name, value)
-        if allowed:
-            at = f"{where}: " if where else ""
-            shown = "this value" if name in ("store", "audit_key") else repr(value)
-            raise ConfigurationError(f"{at}{prefix}{name} cannot be {shown}: {allowed}.")
-    return replace(base, **given)
+    import difflib  # only a mistake needs it
+
+    near = difflib.get_close_matches(name, NAMES + others, n=1, cutoff=_ALIKE)
+    if not near:
+        return f" There are: {', '.join(PREFIX + one for one in NAMES)}."
+    return f" Did you mean {PREFIX if near[0] in NAMES else ''}{near[0]}?"
+
+
+def not_allowed(name: str, value: Any) -> str:
+    """Why a setting cannot have a value, and what it can be; empty when the value is fine."""
+    allowed = _allowed(name, value)
+    shown = "this value" if name in ("store", "audit_key") else repr(value)
+    return allowed and f"cannot be {shown}: {allowed}"
 
 
 def _allowed(name: str, value: Any) -> str:

@@ -8,6 +8,7 @@ and chord. ``placing`` puts it there, task by task.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from celery_idem.engine import events, owners
 from celery_idem.engine.claim import Claim
 from celery_idem.integration import declaring, placing, publishing, receipts, republishing, retrying
 from celery_idem.integration.delivery import HELD, PROPAGATES, Delivery, Guard, Replaced, as_headers
+from celery_idem.integration.options import declares
 from celery_idem.integration.publishing import LOOPS
 from celery_idem.integration.receipts import Receipt
 
@@ -122,8 +124,9 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         Raises:
             ConfigurationError: the declaration or a setting is wrong.
         """
+        in_code = declares(cls)
         bound = super().bind(app)
-        declaration = declaring.declaration_of(cls, app, _asked(cls, app))
+        declaration = declaring.declaration_of(cls, app, _asked(cls, app), in_code)
         if declaration is not None:
             cls._guard_made, cls.idem_declaration = None, declaration
             placing.put_on(cls, IdempotentTask._call_guarded)
@@ -364,8 +367,10 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         if claim is None:
             return super().retry(args, kwargs, exc, throw, *more, **options)
         if claim._ended and self.guard.has_outcome(claim.key):
-            events.logger.error(
-                "%s: a retry was asked for after the body had ended; none was published", claim.key
+            events.diagnose(
+                logging.ERROR,
+                "%s: a retry was asked for after the body had ended; none was published",
+                claim.key,
             )
             raise ConfigurationError(
                 f"{claim.key}: a retry was asked for after the body had ended and its outcome was recorded (in "

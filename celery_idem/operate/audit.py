@@ -23,7 +23,8 @@ from celery_idem.core.keys import LABELS, Declaration
 from celery_idem.core.model import MICROSECONDS
 from celery_idem.engine.entries import Entry
 from celery_idem.integration.task import IdempotentTask
-from celery_idem.operate.doctor.intents import FREE_TEXT, annotated, minted_anew
+from celery_idem.operate.doctor.configuration import FREE_TEXT, minted_anew
+from celery_idem.operate.doctor.snapshot import annotated
 
 MAX_CALLS = 50_000
 """Records of one task that are compared: some 20 MB, and enough for any statistic."""

@@ -16,7 +16,7 @@ from celery_idem.engine import events
 if TYPE_CHECKING:
     from celery import Celery
 
-RARE = frozenset(events.LEVELS) - {"claimed", "settled", "scheduled"}
+RARE = frozenset(events.KINDS) - {"settled", "scheduled"}
 """Kinds that are sent. The others happen with every task, and Celery's own events tell as much."""
 
 TYPE = "task-idem-{}"

@@ -16,7 +16,7 @@ from celery_idem.engine import events
 if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider
 
-COUNTER = "celery_idem.engine.events"
+COUNTER = "celery_idem.events"
 SCOPE = "celery_idem"
 """Name of the instrumentation scope."""
 

@@ -8,7 +8,7 @@ at the store when it is scraped: how many intents stand in which state, and for 
 ==================================  =========  ===========  ==============================
 metric                              type       labels       meaning
 ==================================  =========  ===========  ==============================
-``celery_idem_events_total``        counter    task, kind   what happened (``events.LEVELS``)
+``celery_idem_events_total``        counter    task, kind   what happened (``events.KINDS``)
 ``celery_idem_intents``             gauge      task, state  intents in that state now
 ``celery_idem_oldest_seconds``      gauge      task, state  how long the oldest stands
 ``celery_idem_store_up``            gauge                   1 when the store answered

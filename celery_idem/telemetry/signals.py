@@ -1,4 +1,4 @@
-"""Celery signals, one for each kind of event (``celery_idem.engine.events.LEVELS``).
+"""Celery signals, one for each kind of event (``celery_idem.engine.events.KINDS``).
 
 ::
 
@@ -20,7 +20,7 @@ from celery.utils.dispatch import Signal
 from celery_idem.engine import events
 
 SIGNALS: dict[str, Signal] = {
-    kind: Signal(name=f"idem_{kind}", providing_args={"event"}) for kind in events.LEVELS
+    kind: Signal(name=f"idem_{kind}", providing_args={"event"}) for kind in events.KINDS
 }
 """Signals by kind."""
 

@@ -12,7 +12,7 @@ import pytest
 import celery_idem
 from celery_idem.core import errors
 from celery_idem.engine import events
-from celery_idem.integration.declaring import OWN_OPTIONS
+from celery_idem.integration.options import WORDS
 from celery_idem.integration.settings import Settings
 from celery_idem.stores import _OPENERS
 from tests.docs.page import ROOT
@@ -49,7 +49,7 @@ def test_its_default_is_the_true_one(field) -> None:
 
 def test_every_option_of_a_task_is_there() -> None:
     words = {row[0].strip("`") for row in rows("settings.md")}
-    assert set(OWN_OPTIONS) <= words
+    assert set(WORDS) <= words
 
 
 def test_every_kind_of_store_is_there() -> None:

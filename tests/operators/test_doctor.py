@@ -17,8 +17,9 @@ from celery import Celery
 from celery_idem import ALL_ARGUMENTS, IdempotentTask, Ledger, StoreError
 from celery_idem.core.model import Fingerprint, Policy, Request
 from celery_idem.engine import owners
+from celery_idem.integration.settings import Settings
 from celery_idem.operate import doctor
-from celery_idem.operate.doctor import at_start, gathering, intents, stores
+from celery_idem.operate.doctor import at_start, configuration, snapshot, stores
 from celery_idem.stores.memory import MemoryStore
 from celery_idem.testing import FakeClock
 from tests.operators.conftest import Idem, command_line
@@ -43,8 +44,8 @@ def an_app(
 
     app = Celery("checked", set_as_current=False)
     app.conf.update({**GOOD, **(conf or {})})
-    options = {"intent": ("customer_id",), **options}
-    app.task(name="shop.send", shared=False, base=IdempotentTask, **options)(body or send)
+    options = {"intent": ("customer_id",), "base": IdempotentTask, **options}
+    app.task(name="shop.send", shared=False, **options)(body or send)
     return without_others(app)
 
 
@@ -136,8 +137,8 @@ def test_an_annotation_says_what_the_name_does_not() -> None:
     "name", ["order_id", "order_uuid", "customer_id", "due_date", "context", "subject_id"]
 )
 def test_stable_names_are_left_alone(name: str) -> None:
-    assert not intents.VOLATILE.search(name)
-    assert not intents.FREE_TEXT.search(name)
+    assert not configuration.VOLATILE.search(name)
+    assert not configuration.FREE_TEXT.search(name)
 
 
 def test_an_application_without_any_intent() -> None:
@@ -233,7 +234,7 @@ def test_records_from_the_future() -> None:
 
 
 def found_in(ledger: Ledger) -> set[str]:
-    facts = gathering._store_facts(ledger, "none")
+    facts = snapshot._store_facts(ledger, "none")
     return {finding.code for finding in stores.clock_went_back(doctor.Snapshot(stores=(facts,)))}
 
 
@@ -314,7 +315,7 @@ def test_retries_without_an_end_are_not_counted_one_by_one(options: dict[str, An
 
 def test_the_horizon_of_retries() -> None:
     def horizon(**options: Any) -> float | None:
-        return gathering._retry_horizon(SimpleNamespace(default_retry_delay=180, **options))
+        return snapshot._retry_horizon(SimpleNamespace(default_retry_delay=180, **options))
 
     assert horizon(max_retries=3) == 540
     assert horizon(max_retries=0) == 0
@@ -380,26 +381,83 @@ def test_odd_configuration_stops_no_check(conf: dict[str, Any]) -> None:
     assert codes(an_app(conf=conf)) == {}
 
 
+# --- when a worker starts -------------------------------------------------------------------------
+
+
+def started(app: Celery) -> None:
+    """The checks as a worker starts them."""
+    at_start.AtStart(SimpleNamespace(app=None, steps=[])).start(SimpleNamespace(app=app, pool_cls=None))
+
+
+@pytest.mark.parametrize("raised", [ZeroDivisionError("by nought"), SystemExit("the settings exit")])
 def test_whatever_a_check_raises_is_logged(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, raised: BaseException
 ) -> None:
-    monkeypatch.setattr(at_start, "gather", lambda *_, **__: 1 / 0)
-    app = an_app(conf={"idem_store": "memory://"})
+    def fail(*_: Any, **__: Any) -> Any:
+        raise raised
+
+    monkeypatch.setattr(at_start, "gather", fail)
     with caplog.at_level("INFO", logger="celery_idem"):
-        at_start._look(app, "prefork")
-    assert "ZeroDivisionError" in caplog.text
+        started(an_app(conf={"idem_store": "memory://"}))
+        wait_for(lambda: str(raised) in caplog.text and "answered in" in caplog.text, 60, lambda: caplog.text)
+    assert "The checks of the configuration: failed. Tasks are guarded all the same." in caplog.text
     assert "store memory:// answered in" in caplog.text
 
 
-def test_what_takes_too_long_is_said_and_not_waited_for(
+def test_a_check_that_hangs_is_reported_and_holds_up_no_other(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     end = threading.Event()
     monkeypatch.setattr(at_start, "WITHIN", 0.05)
-    monkeypatch.setattr(at_start, "gather", lambda *_, **__: end.wait(30))
-    step = at_start.AtStart(SimpleNamespace(app=None, steps=[]))
+    monkeypatch.setattr(at_start, "gather", lambda *_, **__: end.wait(60))
     try:
-        step.start(SimpleNamespace(app=an_app(), pool_cls=None))
-        wait_for(lambda: "nothing to be heard" in caplog.text, 10)
+        with caplog.at_level("INFO", logger="celery_idem"):
+            started(an_app(conf={"idem_store": "memory://"}))
+            for said in ("The checks of the configuration: no answer after", "store memory:// answered in"):
+                wait_for(lambda said=said: said in caplog.text, 60, lambda: caplog.text)
     finally:
         end.set()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "shop.send not run, tried again later (idem_on_store_error)"),
+        ({"on_store_error": "raise"}, "shop.send not run, StoreError (idem_on_store_error)"),
+        ({"on_store_error": "run"}, "shop.send run without a guard (idem_on_store_error)"),
+        ({"shadow": True, "on_store_error": "raise"}, "shop.send run (shadow mode)"),
+    ],
+)
+def test_what_happens_while_a_store_is_away(
+    options: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = an_app(conf={"idem_store": "redis://localhost:1/0"}, **options)
+    with caplog.at_level("INFO", logger="celery_idem"):
+        started(app)
+        wait_for(lambda: "did not answer" in caplog.text, 60, lambda: caplog.text)
+    assert f"Until it answers: {said}." in caplog.text
+    (found,) = doctor.examine(doctor.gather(app), doctor.ASKING)
+    assert found.code == "store-down"
+    assert f"Until it answers: {said}." in found.wrong
+
+
+def test_many_tasks_of_a_store_are_counted() -> None:
+    found = stores.meanwhile({f"shop.{name}": Settings(on_store_error="run") for name in "abcde"})
+    assert found == "Until it answers: shop.a, shop.b, shop.c and 2 more run without a guard (idem_on_store_error)."
+    assert stores.meanwhile({}) == ""
+
+
+def test_an_attribute_that_may_be_meant_as_a_setting_is_named_at_the_start(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Mixin:
+        lease = 60
+
+    app = an_app(base=type("Base", (Mixin, IdempotentTask), {}))
+    with caplog.at_level("INFO", logger="celery_idem"):
+        started(app)
+        wait_for(lambda: "not-a-setting" in caplog.text, 60, lambda: caplog.text)
+    (line,) = [record.getMessage() for record in caplog.records if "not-a-setting" in record.getMessage()]
+    assert "Mixin.lease" in line
+    assert "Write idem_lease" in line
+    assert "shop.send" in line

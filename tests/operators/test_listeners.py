@@ -26,7 +26,7 @@ def blocked() -> Iterator[threading.Event]:
     yield gate
     gate.set()
     stop()
-    wait_for(lambda: not events._speaker._behind, message="the listeners to catch up")
+    wait_for(lambda: not events._dispatcher._behind, message="the listeners to catch up")
 
 
 def test_a_listener_that_blocks_holds_up_no_task(app: Celery, blocked: threading.Event) -> None:
@@ -51,7 +51,7 @@ def test_what_is_kept_for_a_blocked_listener_is_bounded(
 ) -> None:
     for _ in range(events.BACKLOG + 10):
         events.emit("told", "shop.send_invoice:1", status="replayed")
-    assert len(events._speaker._waiting) <= events.BACKLOG
+    assert len(events._dispatcher._queue) <= events.BACKLOG
     dropped = [record for record in caplog.records if "are dropped" in record.message]
     assert len(dropped) == 1
 
@@ -73,8 +73,8 @@ def test_whatever_a_listener_raises_is_its_own_affair(app: Celery, error: type[B
 
 
 def test_no_thread_can_be_started(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
-    speaker = events._Speaker()
-    monkeypatch.setattr(events, "_speaker", speaker)
+    dispatcher = events._Dispatcher()
+    monkeypatch.setattr(events, "_dispatcher", dispatcher)
 
     def fail(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

@@ -1,35 +1,33 @@
-"""What in a set-up will go wrong, and the setting to change.
+"""Finds what will go wrong in a set-up, and names the setting to change.
 
-Two halves. ``gathering`` looks at the application and at its stores and makes a ``Snapshot``, plain
-values (``facts``). The checks look at a snapshot alone, so each finding can be tested without a
-server; they are in a room for each subject: ``stores``, ``timing``, ``running``, ``intents``. A
-worker examines what needs no store when it starts (``at_start``), and logs what it finds;
-``celery -A proj idem doctor`` examines everything, and its exit status is for a CI.
+``snapshot`` looks at the application and its stores and makes values of them. The checks, in ``configuration`` and
+``stores``, look at those values alone, so each can be tested without a server. A worker runs the checks that need no
+store when it starts (``at_start``); ``celery -A proj idem doctor`` runs all, and its exit status is for a CI.
 """
 
 from __future__ import annotations
 
-from celery_idem.operate.doctor import intents, running, stores, timing
-from celery_idem.operate.doctor.facts import Check, Finding, Severity, Snapshot, StoreFacts, TaskFacts
-from celery_idem.operate.doctor.gathering import gather
+from celery_idem.operate.doctor import configuration, stores
+from celery_idem.operate.doctor.snapshot import Check, Finding, Severity, Snapshot, StoreFacts, TaskFacts, gather
 
 __all__ = ["ASKING", "CHEAP", "Finding", "Snapshot", "StoreFacts", "TaskFacts", "examine", "gather"]
 
 CHEAP: tuple[Check, ...] = (
     stores.memory_store,
-    timing.retention,
-    timing.eta_beyond_visibility,
-    timing.leases,
-    running.unread,
-    running.time_limits,
-    running.acknowledgement,
-    running.publishing,
-    running.results,
-    intents.no_intent,
-    intents.volatile_intent,
-    intents.all_arguments,
-    intents.beat_without_occurrence,
-    running.choices,
+    configuration.retention,
+    configuration.eta_beyond_visibility,
+    configuration.leases,
+    configuration.unread,
+    configuration.time_limits,
+    configuration.acknowledgement,
+    configuration.publishing,
+    configuration.results,
+    configuration.no_intent,
+    configuration.volatile_intent,
+    configuration.all_arguments,
+    configuration.strays,
+    configuration.beat_without_occurrence,
+    configuration.choices,
 )
 """Checks that need nothing but the configuration."""
 

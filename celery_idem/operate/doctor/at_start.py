@@ -1,9 +1,11 @@
-"""The doctor's visit when a worker starts: what can be seen in the configuration, and whether the stores answer."""
+"""The checks that a worker runs when it starts: its configuration, and whether its stores answer."""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from celery import bootsteps
@@ -12,18 +14,22 @@ from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.engine import events
 from celery_idem.engine.ledger import Ledger
 from celery_idem.operate.doctor import CHEAP, examine, gather
-from celery_idem.operate.doctor.gathering import version
+from celery_idem.operate.doctor.configuration import NOT_A_SETTING
+from celery_idem.operate.doctor.snapshot import version
+from celery_idem.operate.doctor.stores import meanwhile
 from celery_idem.operate.operators import Desk
 
 POOLS = {"thread": "threads"}
 """Pools whose module has another name than ``--pool`` takes."""
 
 WITHIN = 10.0
-"""Seconds after which a check that is not done is spoken of. A store's call may take twice its timeout of 5 s."""
+"""Seconds after which a check that has not ended is reported. A store's call may take twice its timeout of 5 s."""
+
+LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "note": logging.INFO}
 
 
 class AtStart(bootsteps.StartStopStep):  # type: ignore[misc]
-    """Looks when a worker starts, beside it: whatever it meets, the worker neither waits nor stops.
+    """Runs the checks beside the worker, which neither waits for them nor stops because of them.
 
     After the pool, because a child must not be forked while a thread imports or holds a lock.
     """
@@ -32,63 +38,73 @@ class AtStart(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def start(self, parent: Any) -> None:
         module = str(getattr(parent.pool_cls, "__module__", "")).rpartition(".")[2]
-        look = (parent.app, POOLS.get(module, module))
-        try:
-            threading.Thread(target=_look, args=look, name="celery_idem doctor", daemon=True).start()
-        except RuntimeError as error:  # no thread to be had
-            events.logger.warning("celery_idem: the checks at the start were left out: %s", error)
+        app, pool = parent.app, POOLS.get(module, module)
+        _beside("The checks of the configuration", lambda: _check(app, pool))
+        _beside("Opening the stores", lambda: _try_stores(app))
 
 
-def _look(app: Any, pool: str) -> None:
-    _bounded("The checks of the configuration", lambda: _check(app, pool))
-    try:
-        ledgers = Desk(app).ledgers()
-    except Exception:  # said by the first check
-        return
-    for ledger in ledgers:
-        _bounded(f"The store {ledger.store.url}", lambda ledger=ledger: _try_store(ledger))
-
-
-def _bounded(what: str, call: Any) -> None:
-    """Run a check; say so when it fails, and as soon as it takes too long."""
+def _beside(what: str, check: Callable[[], None]) -> None:
+    """Run a check on a thread of its own. Log when it fails, and as soon as it takes too long."""
     late = threading.Timer(
-        WITHIN, events.logger.warning, ("celery_idem: %s: nothing to be heard of it after %g s", what, WITHIN)
+        WITHIN, events.diagnose, (logging.WARNING, "%s: no answer after %g s", what, WITHIN)
     )
     late.daemon = True
-    late.start()
+
+    def run() -> None:
+        try:
+            check()
+        except ConfigurationError as error:
+            events.diagnose(logging.ERROR, "%s", error)
+        except BaseException as error:  # an application's own code may even exit
+            events.diagnose(
+                logging.WARNING, "%s: failed. Tasks are guarded all the same.", what, error=error
+            )
+        finally:
+            late.cancel()
+
     try:
-        call()
-    except ConfigurationError as error:
-        events.logger.error("celery_idem: %s", error)
-    except Exception:
-        events.logger.warning("celery_idem: %s: failed; tasks are guarded all the same", what, exc_info=True)
-    finally:
-        late.cancel()
+        late.start()
+        threading.Thread(target=run, name="celery_idem doctor", daemon=True).start()
+    except RuntimeError as error:  # no more threads
+        events.diagnose(logging.WARNING, "%s: left out: %s", what, error)
 
 
 def _check(app: Any, pool: str) -> None:
-    for finding in examine(gather(app, ask=False, pool=pool), CHEAP):
-        if finding.severity != "note":
-            log = events.logger.error if finding.severity == "error" else events.logger.warning
-            log("%s: %s: %s -> %s", finding.code, finding.where, finding.wrong, finding.change)
+    for found in examine(gather(app, ask=False, pool=pool), CHEAP):
+        if found.severity != "note" or found.code == NOT_A_SETTING:
+            events.diagnose(
+                LEVELS[found.severity], "%s: %s: %s -> %s", found.code, found.where, found.wrong, found.change
+            )
 
 
-def _try_store(ledger: Ledger) -> None:
-    """One line on a store: that it answers, or what to do."""
+def _try_stores(app: Any) -> None:
+    try:
+        ledgers = Desk(app).ledgers()
+    except ConfigurationError:  # the check of the configuration reports it
+        return
+    for ledger in ledgers:
+        _beside(f"The store {ledger.store.url}", lambda ledger=ledger: _try_store(app, ledger))  # type: ignore[misc]
+
+
+def _try_store(app: Any, ledger: Ledger) -> None:
+    """Log one line about a store: that it answers, or what to do."""
     store = ledger.store
     began = time.perf_counter()
     try:
         store.read(f"{ledger.namespace}:")
     except StoreError as error:
-        events.logger.warning(
-            "celery_idem: %s Until it answers no guarded task runs (idem_on_store_error). Start it, or set idem_store "
-            "to where it is; `celery idem doctor` looks closer.",
+        guards = {name: task.guard for name, task in Desk(app).tasks().items()}
+        its = {name: guard.settings for name, guard in guards.items() if guard.ledger.store is store}
+        events.diagnose(
+            logging.WARNING,
+            "%s %s Start it, or set idem_store to where it is; `celery idem doctor` looks closer.",
             error,
+            meanwhile(its),
         )
         return
     took = (time.perf_counter() - began) * 1000
     prefix = getattr(store, "prefix", "")
     about = [version(store), f"prefix {prefix!r}" if prefix else "", f"namespace {ledger.namespace!r}"]
-    events.logger.info(
-        "celery_idem: store %s answered in %.0f ms (%s)", store.url, took, ", ".join(filter(None, about))
+    events.diagnose(
+        logging.INFO, "store %s answered in %.0f ms (%s)", store.url, took, ", ".join(filter(None, about))
     )

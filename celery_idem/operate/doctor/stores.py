@@ -1,10 +1,11 @@
-"""Is the store there, does it keep what it was given, and whose clock is right?"""
+"""What can be wrong with a store: it does not answer, it loses records, its clock is wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from celery_idem.operate.doctor.facts import Finding, Snapshot
+from celery_idem.integration.settings import Settings
+from celery_idem.operate.doctor.snapshot import Finding, Snapshot
 from celery_idem.operate.operators import duration
 
 SKEW_LIMIT = 1.0
@@ -12,14 +13,40 @@ SKEW_LIMIT = 1.0
 measured by the store's clock alone, so only ETAs and the times in logs suffer."""
 
 
+NAMED = 3
+"""Tasks that a sentence names before it only counts them."""
+
+
+def meanwhile(tasks: Mapping[str, Settings]) -> str:
+    """What becomes of a store's tasks until it answers. Empty where it has none."""
+    kinds: dict[str, list[str]] = {}
+    for name, settings in tasks.items():
+        kind = "run (shadow mode)" if settings.shadow else WITHOUT_STORE[settings.on_store_error]
+        kinds.setdefault(kind, []).append(name)
+    parts = []
+    for kind, names in kinds.items():
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        parts.append(f"{', '.join(names[:NAMED])}{more} {kind}")
+    return f"Until it answers: {'; '.join(parts)}." if parts else ""
+
+
+WITHOUT_STORE = {
+    "retry": "not run, tried again later (idem_on_store_error)",
+    "raise": "not run, StoreError (idem_on_store_error)",
+    "run": "run without a guard (idem_on_store_error)",
+}
+
+
 def store_answers(s: Snapshot) -> Iterator[Finding]:
+    settings = {task.name: task.settings for task in s.tasks}
     for store in s.stores:
         if store.error:
+            its = {name: settings[name] for name in store.tasks}
             yield Finding(
                 "error",
                 "store-down",
                 store.url,
-                f"The store does not answer, so no guarded task runs: {store.error}",
+                f"{store.error} {meanwhile(its)}".strip(),
                 "Start it, or set idem_store to where it is.",
             )
         elif store.unseen:

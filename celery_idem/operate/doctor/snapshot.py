@@ -1,20 +1,22 @@
-"""Looks at an application and asks its stores: a snapshot, which the checks then look at."""
+"""Looks at an application and asks its stores. The result is a snapshot: values, which the checks then look at."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.model import MICROSECONDS, State
-from celery_idem.integration.settings import LONGEST, of_app
+from celery_idem.integration.declaring import options_of
+from celery_idem.integration.options import Stray
+from celery_idem.integration.settings import LONGEST, Settings, of_app
 from celery_idem.integration.wiring import codec_of, store_of
-from celery_idem.operate.doctor.facts import Snapshot, StoreFacts, TaskFacts
-from celery_idem.operate.doctor.intents import annotated
 from celery_idem.operate.operators import Desk
 
 if TYPE_CHECKING:
@@ -22,6 +24,112 @@ if TYPE_CHECKING:
 
     from celery_idem.engine.ledger import Ledger
     from celery_idem.integration.task import IdempotentTask
+
+Severity = Literal["error", "warning", "note"]
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong.
+
+    Attributes:
+        code: short and stable, for filters and for the documentation.
+        where: the task, the store or the setting it is about.
+        wrong: what goes wrong, in one sentence.
+        change: the exact setting to change.
+    """
+
+    severity: Severity
+    code: str
+    where: str
+    wrong: str
+    change: str
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What matters of one task.
+
+    Attributes:
+        intent: parameters in the intent; None where a function computes it.
+        parameters: every parameter, and its annotation as text.
+        retry_horizon: seconds until its last retry; None where they never end.
+        strays: attributes with a setting's name that are not read as settings.
+        unread: why it could not be looked at; "" where it was.
+    """
+
+    name: str
+    guarded: bool
+    settings: Settings = field(default_factory=Settings)
+    intent: tuple[str, ...] | None = ()
+    all_arguments: bool = False
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    acks_late: bool = True
+    reject_on_worker_lost: bool = True
+    time_limit: float | None = None
+    soft_time_limit: float | None = None
+    retry_horizon: float | None = 0.0
+    scheduled: bool = False
+    asks: bool = False
+    strays: tuple[Stray, ...] = ()
+    unread: str = ""
+
+
+@dataclass(frozen=True)
+class StoreFacts:
+    """What matters of one store.
+
+    Attributes:
+        tasks: the guarded tasks that keep their records there.
+        error: why it could not be asked; "" where it was.
+        unseen: why its INFO was not to be had, though it answers; "" where it was.
+        info: the server's INFO, for a Redis.
+        skew: seconds between its clock and ours, beyond what the round trip explains.
+        ahead: seconds by which the latest of the records looked at was written in the future of its clock.
+    """
+
+    url: str
+    durability: str = "none"
+    tasks: tuple[str, ...] = ()
+    error: str = ""
+    unseen: str = ""
+    info: Mapping[str, str] = field(default_factory=dict)
+    skew: float = 0.0
+    ahead: float = 0.0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A set-up, as values.
+
+    Attributes:
+        visibility: seconds until the broker delivers an unacknowledged message again; None: it does not by time.
+        confirmed: whoever publishes learns whether the broker has the message.
+        pool: the worker's pool; "" where it is not known.
+        result_expires: seconds the result backend keeps results; None: for ever.
+        pickled: pickle is accepted for results.
+        unusable: why results could not be read again; "" where they can.
+        ticks: the beat scheduler gives each tick its occurrence.
+        longest_delay: the longest countdown in the beat schedule, in seconds.
+        store_scheme: of ``idem_store``, or of the result backend that stands in for it.
+    """
+
+    visibility: float | None = 3600.0
+    confirmed: bool = True
+    pool: str = ""
+    result_expires: float | None = 86_400.0
+    pickled: bool = False
+    unusable: str = ""
+    ticks: bool = False
+    longest_delay: float = 0.0
+    store_scheme: str = "redis"
+    tasks: tuple[TaskFacts, ...] = ()
+    stores: tuple[StoreFacts, ...] = ()
+
+
+Check = Callable[[Snapshot], Iterator[Finding]]
+"""Looks at a snapshot alone: no server, no clock, so each can be tested with values."""
+
+# --- looking at an application ----------------------------------------------------------
 
 VISIBILITY = {"redis": 3600.0, "rediss": 3600.0, "sentinel": 3600.0, "redis+socket": 3600.0, "sqs": 1800.0}
 """Seconds until a message that nobody acknowledged is delivered again, by the broker's scheme:
@@ -71,7 +179,11 @@ def gather(app: Celery, *, ask: bool = True, pool: str = "") -> Snapshot:
             _facts_or_why_not(name, task, guarded.get(name), name in scheduled)
             for name, task in sorted(app.tasks.items())
         ),
-        stores=tuple(_store_facts(ledger, settings.durability) for ledger in desk.ledgers()) if ask else (),
+        stores=tuple(
+            _store_facts(ledger, settings.durability, guarded.values()) for ledger in desk.ledgers()
+        )
+        if ask
+        else (),
     )
 
 
@@ -140,6 +252,7 @@ def _task_facts(task: Any, guarded: IdempotentTask | None, scheduled: bool) -> T
         all_arguments=declaration.fields is None and declaration.compute is None,
         parameters={name: annotated(p.annotation) for name, p in declaration.signature.parameters.items()},
         asks=guarded.guard.ask is not None,
+        strays=options_of(type(guarded)).strays,
         **limits,
     )
 
@@ -165,8 +278,9 @@ def _retry_horizon(task: Any) -> float | None:
     return horizon if horizon <= LONGEST else None
 
 
-def _store_facts(ledger: Ledger, durability: str) -> StoreFacts:
+def _store_facts(ledger: Ledger, durability: str, guarded: Iterable[IdempotentTask] = ()) -> StoreFacts:
     store = ledger.store
+    tasks = tuple(str(task.name) for task in guarded if task.guard.ledger.store is store)
     try:
         before = time.time()
         now = store.read(f"{ledger.namespace}:").now / MICROSECONDS
@@ -174,7 +288,7 @@ def _store_facts(ledger: Ledger, durability: str) -> StoreFacts:
         some = islice(store.scan_states(f"{ledger.namespace}:", OPEN), LOOKED_AT)
         ahead = max((stored.stamp / MICROSECONDS - now for _, stored in some), default=0.0)
     except StoreError as error:
-        return StoreFacts(store.url, durability, error=str(error))
+        return StoreFacts(store.url, durability, tasks, error=str(error))
     info: dict[str, str] = {}
     unseen = ""
     try:
@@ -185,7 +299,7 @@ def _store_facts(ledger: Ledger, durability: str) -> StoreFacts:
     except StoreError as error:  # a user with the least rights may do all that the guard needs, and not this
         unseen = str(error)
     skew = max(0.0, abs(now - (before + after) / 2) - (after - before) / 2)
-    return StoreFacts(store.url, durability, unseen=unseen, info=info, skew=skew, ahead=ahead)
+    return StoreFacts(store.url, durability, tasks, unseen=unseen, info=info, skew=skew, ahead=ahead)
 
 
 def version(store: Any) -> str:
@@ -211,3 +325,10 @@ def _saves(store: Any) -> str:
     except (StoreError, ValueError, TypeError):
         return "1"
     return "1" if value else "0"
+
+
+def annotated(annotation: Any) -> str:
+    """An annotation as text, without its module; "" for none."""
+    if annotation is inspect.Parameter.empty:
+        return ""
+    return str(getattr(annotation, "__name__", annotation)).rpartition(".")[2]

@@ -1,0 +1,188 @@
+"""Reads a task's options from the places where they may be written.
+
+An attribute that a class had before this package came must not become a setting because of its name. So a setting's
+short name counts only where the intent is declared, and everywhere else it has its name from ``app.conf``
+(docs/adr/0032).
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from celery import Task
+from celery.app.annotations import resolve_all
+
+from celery_idem.core.errors import ConfigurationError, ConfigurationWarning
+from celery_idem.integration.settings import NAMES, PREFIX, hint, not_allowed
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+WORDS = (
+    "intent",
+    "must_match",
+    "secret",
+    "signature",
+    "intent_version",
+    "reconcile",
+    "no_effect_errors",
+    "ambiguous_errors",
+)
+"""What a declaration says. No class has these by chance, or a wrong value is refused, so bases and mixins may say it."""
+
+OPTIONS = WORDS + NAMES
+
+OWN = "idem_declaration"
+"""The one attribute of ``IdempotentTask`` that begins like a setting."""
+
+KEPT = "_idem_options"
+"""The attribute of a guarded task's class with its ``Options``."""
+
+_CELERYS_OWN = frozenset(dir(Task))
+"""Names that every Celery task has. Looked up by ``dir``, because ``hasattr(Task, "app")`` would bind
+the root class to the current app, and Celery annotates no task below a class that is bound."""
+
+_ALIKE = 0.85
+"""How alike a task's attribute and one of our options must be to be taken for a misspelling."""
+
+
+class Stray(NamedTuple):
+    """An attribute with a setting's short name, in a class that declares no intent: it is not read."""
+
+    owner: type[Any]
+    name: str
+
+    @property
+    def where(self) -> str:
+        return f"{self.owner.__module__}.{self.owner.__qualname__}.{self.name}"
+
+
+class Options(NamedTuple):
+    """What a guarded task says beside its intent.
+
+    Attributes:
+        given: settings of its own, checked.
+        strays: attributes that may have been meant as settings.
+        in_code: its own class declares the intent, not the configuration.
+    """
+
+    given: Mapping[str, Any] = {}
+    strays: tuple[Stray, ...] = ()
+    in_code: bool = False
+
+
+def declares(cls: type[Any]) -> bool:
+    """Whether the body of a class, or the decorator that made it, has an intent. Asked before Celery annotates it."""
+    kept = vars(cls).get(KEPT)
+    return kept.in_code if kept is not None else vars(cls).get("intent") is not None
+
+
+def read(cls: type[Any], app: Celery, asked: bool, in_code: bool) -> Options:
+    """The options of a guarded task. Warns of short names in the author's own shared bases, the first time.
+
+    Args:
+        asked: its author chose a guarded base class.
+        in_code: ``declares``, before Celery annotated the class.
+
+    Raises:
+        ConfigurationError: a name or a value is wrong, or a setting is given twice in one place.
+    """
+    task = cls.name or cls.__name__
+    annotated = {name for each in resolve_all(app.annotations, cls) for name in each} & set(vars(cls))
+    given: dict[str, Any] = {}
+    strays: list[Stray] = []
+    for owner in reversed(cls.__mro__):
+        names = set(vars(owner)) - (annotated if owner is cls else set())
+        if owner is cls:
+            short = in_code or (asked and "_decorated" in names)
+        else:
+            short = declares(owner)
+        _take(given, task, owner, names, short)
+        if short:
+            check_spelling(task, _strange(owner, names))
+        else:
+            strays += [Stray(owner, name) for name in NAMES if name in names and _may_be_meant(owner, name)]
+    _take(given, task, cls, annotated, True)
+    check_spelling(task, _strange(cls, annotated))
+    found = Options(given, tuple(one for one in strays if one.name not in given), in_code)
+    for stray in found.strays:
+        if KEPT not in vars(cls) and _of_the_authors(stray.owner, app):
+            warnings.warn(
+                f"{stray.where} is not read as a setting, because {stray.owner.__name__} does not declare an intent. "
+                f"Write {PREFIX}{stray.name} if it is meant as one.",
+                ConfigurationWarning,
+                stacklevel=2,
+            )
+    return found
+
+
+def _take(given: dict[str, Any], task: str, owner: type[Any], names: set[str], short: bool) -> None:
+    """Add the settings that one place gives. The places are visited from the outermost base inwards."""
+    for full in sorted(name for name in names if name.startswith(PREFIX) and name != OWN):
+        name = full.removeprefix(PREFIX)
+        if name not in NAMES:
+            raise ConfigurationError(f"{task}: there is no setting {full}.{hint(name, WORDS)}")
+        if short and name in names:
+            raise ConfigurationError(f"{task}: {name} and {full} are given in one place. Keep one of them.")
+        given[name] = _checked(task, owner, name, full)
+    for name in NAMES if short else ():
+        if name in names:
+            given[name] = _checked(task, owner, name, name)
+
+
+def _checked(task: str, owner: type[Any], name: str, written: str) -> Any:
+    value = getattr(owner, written)
+    why = not_allowed(name, value)
+    if why:
+        own = (
+            ""
+            if written != name
+            else f" If it is an attribute of your own, rename it, or move it to a base class: there only "
+            f"{PREFIX}{name} is a setting."
+        )
+        raise ConfigurationError(f"{task}: {written} {why}.{own}")
+    return value
+
+
+def _may_be_meant(owner: type[Any], name: str) -> bool:
+    """Methods and properties are their author's own, but for a function that could be a scope."""
+    value = vars(owner)[name]
+    if inspect.isroutine(value) or isinstance(value, (staticmethod, classmethod, property)):
+        return not not_allowed(name, getattr(owner, name))
+    return True
+
+
+def _of_the_authors(owner: type[Any], app: Celery) -> bool:
+    """A class that its author derived from ours, for some tasks: neither made by Celery nor the base of every task."""
+    every = vars(app).get("Task")
+    return (
+        hasattr(owner, OWN)
+        and "_decorated" not in vars(owner)
+        and not (isinstance(every, type) and issubclass(every, owner))
+    )
+
+
+def check_spelling(task: str, names: Iterable[str]) -> None:
+    """An attribute that looks like one of our options and is none would be silently ignored."""
+    for name in names:
+        import difflib
+
+        near = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=_ALIKE)
+        if near:
+            raise ConfigurationError(f"{task}: there is no option {name}=. Did you mean {near[0]}=?")
+
+
+def strange(cls: type[Any]) -> Iterator[str]:
+    """Names of a class's own attributes that neither we nor Celery know."""
+    return _strange(cls, vars(cls))
+
+
+def _strange(cls: type[Any], names: Iterable[str]) -> Iterator[str]:
+    for name in names:
+        if name.startswith(("_", PREFIX)) or name in OPTIONS or name in _CELERYS_OWN:
+            continue
+        if not callable(getattr(cls, name, None)):
+            yield name
