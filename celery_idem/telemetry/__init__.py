@@ -1,4 +1,10 @@
-"""Listeners for ``celery_idem.engine.events``. Install the ones you want, where your application is made.
+"""What happens to intents, for programs: ``listen`` for a function of your own, and a module for each system.
 
-Never here: rules, stores, records.
+Install the ones you want where your application is made. Never here: rules, stores, records.
 """
+
+from __future__ import annotations
+
+from celery_idem.engine.events import KINDS, Event, listen
+
+__all__ = ["KINDS", "Event", "listen"]

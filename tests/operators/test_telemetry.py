@@ -40,14 +40,6 @@ def told() -> Iterator[list[events.Event]]:
     stop()
 
 
-def test_every_kind_that_is_emitted_is_known() -> None:
-    emitted = set()
-    for path in (ROOT / "celery_idem").rglob("*.py"):
-        emitted |= set(re.findall(r'emit\(\s*"(\w+)"', path.read_text()))
-    assert emitted <= set(events.LEVELS)
-    assert {"settled", "replayed", "in_doubt", "stale_settle"} <= emitted
-
-
 def test_a_listener_that_fails_disturbs_nobody(app: Celery, told: list[events.Event]) -> None:
     def bad(event: events.Event) -> None:
         raise RuntimeError("a bad listener")
