@@ -127,7 +127,9 @@ def in_the_decorator_of_an_annotated_task(name: str, value: Any) -> Any:
 
 def in_a_subclass(name: str, value: Any) -> Any:
     base = type("Pay", (IdempotentTask,), {"intent": ("order",)})
-    return make().register_task(type("Fast", (base,), {"name": "pay", "run": staticmethod(pay), name: value})())
+    return make().register_task(
+        type("Fast", (base,), {"name": "pay", "run": staticmethod(pay), name: value})()
+    )
 
 
 BESIDE_THE_INTENT = [in_the_decorator, in_the_body, below_the_body, in_annotations, in_annotations_of_a_class]
@@ -157,7 +159,9 @@ def settings_of_class(task: Any) -> Settings:
     """Without opening the store: one of these settings names none that exists."""
     from celery_idem.integration.declaring import settings_of as of_class
 
-    return of_class(type(task._get_current_object() if hasattr(task, "_get_current_object") else task), task.app)
+    return of_class(
+        type(task._get_current_object() if hasattr(task, "_get_current_object") else task), task.app
+    )
 
 
 @pytest.mark.parametrize("place", ELSEWHERE)
@@ -282,7 +286,9 @@ def test_one_place_gives_a_setting_once(place: Place) -> None:
 
 @pytest.mark.parametrize("place", BESIDE_THE_INTENT + ELSEWHERE)
 def test_a_misspelt_full_name_is_an_error_that_offers_the_nearest(place: Place) -> None:
-    with pytest.raises(ConfigurationError, match=r"pay: there is no setting idem_leese\. Did you mean idem_lease\?"):
+    with pytest.raises(
+        ConfigurationError, match=r"pay: there is no setting idem_leese\. Did you mean idem_lease\?"
+    ):
         place("idem_leese", 5)
     with pytest.raises(ConfigurationError, match=r"no setting idem_must_match\. Did you mean must_match\?"):
         place("idem_must_match", ("order",))

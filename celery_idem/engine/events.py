@@ -60,9 +60,7 @@ KINDS = {
     "unsettled": Kind(logging.ERROR, {**_TASK, "error": str}),
     "late_error": Kind(logging.ERROR, {**_TASK, "error": str}),
     "exited": Kind(logging.ERROR, {**_TASK, "reason": str}),
-    "died": Kind(
-        logging.ERROR, {**_TASK, "process": int, "why": str, "then": str, "redelivered": bool}
-    ),
+    "died": Kind(logging.ERROR, {**_TASK, "process": int, "why": str, "then": str, "redelivered": bool}),
     "lapsed": Kind(logging.WARNING, _TASK),
     "resolved": Kind(logging.WARNING, {"by": str, "what": str}),
     "forgotten": Kind(logging.WARNING, {}),

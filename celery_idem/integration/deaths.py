@@ -165,7 +165,10 @@ class IdempotentRequest(Request):  # type: ignore[misc]
                 if not self.task.acks_late:
                     raise
                 events.diagnose(
-                    logging.WARNING, "%s could not be published again; back to its queue", self.id, error=error
+                    logging.WARNING,
+                    "%s could not be published again; back to its queue",
+                    self.id,
+                    error=error,
                 )
                 task_ready(self)
                 self.reject(requeue=True)

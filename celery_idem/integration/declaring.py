@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from celery import Celery
 
 _ALIKE_INTENT = 0.8
-"""How alike an attribute of an ordinary task and ``intent`` must be to be taken for a misspelling, where its value names
-the task's parameters. Two letters exchanged are one mistake."""
+"""How alike an attribute of an ordinary task and ``intent`` must be to be taken for a misspelling, where its value
+names the task's parameters. Two letters exchanged are one mistake."""
 
 
 def declaration_of(cls: type[Any], app: Celery, asked: bool, in_code: bool) -> keys.Declaration | None:
@@ -99,7 +99,9 @@ def _check_secret(cls: type[Any], known: Called) -> None:
     given = (cls.secret,) if isinstance(cls.secret, str) else cls.secret
     if hasattr(owner, options.OWN):
         return
-    if not isinstance(given, (tuple, list, set, frozenset)) or not set(given) <= set(known.signature.parameters):
+    if not isinstance(given, (tuple, list, set, frozenset)) or not set(given) <= set(
+        known.signature.parameters
+    ):
         raise ConfigurationError(
             f"{cls.name}: the attribute `secret` of {owner.__qualname__} does not name parameters to hide. If it means "
             "something else, write secret=() beside the intent, or rename it."

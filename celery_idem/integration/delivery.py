@@ -68,6 +68,10 @@ WAITS = "idem-waits"
 PROPAGATES = "idem-propagates"
 """Header of an eager call whose errors its caller gets: Celery raises its ``Retry`` there, and runs it nowhere."""
 
+EAGER: set[str] = set()
+"""Ids of the eager calls under way in this process: no worker received them. Whatever thread an event of one comes
+from (leases are renewed on another), monitors must not take it for an event of a message."""
+
 FIRST_WAIT = 0.05
 """Seconds a duplicate first waits inside its worker slot: most bodies that are nearly done end in it."""
 

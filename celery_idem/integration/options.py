@@ -31,7 +31,8 @@ WORDS = (
     "no_effect_errors",
     "ambiguous_errors",
 )
-"""What a declaration says. No class has these by chance, or a wrong value is refused, so bases and mixins may say it."""
+"""What a declaration says, inherited from bases and mixins. A class rarely has one of these by chance, and hardly ever
+with a value that fits."""
 
 OPTIONS = WORDS + NAMES
 
@@ -96,10 +97,7 @@ def read(cls: type[Any], app: Celery, asked: bool, in_code: bool) -> Options:
     strays: list[Stray] = []
     for owner in reversed(cls.__mro__):
         names = set(vars(owner)) - (annotated if owner is cls else set())
-        if owner is cls:
-            short = in_code or (asked and "_decorated" in names)
-        else:
-            short = declares(owner)
+        short = (in_code or (asked and "_decorated" in names)) if owner is cls else declares(owner)
         _take(given, task, owner, names, short)
         if short:
             check_spelling(task, _strange(owner, names))

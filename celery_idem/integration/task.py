@@ -37,7 +37,7 @@ from celery_idem.core.model import (
 from celery_idem.engine import events, owners
 from celery_idem.engine.claim import Claim
 from celery_idem.integration import declaring, placing, publishing, receipts, republishing, retrying
-from celery_idem.integration.delivery import HELD, PROPAGATES, Delivery, Guard, Replaced, as_headers
+from celery_idem.integration.delivery import EAGER, HELD, PROPAGATES, Delivery, Guard, Replaced, as_headers
 from celery_idem.integration.options import declares
 from celery_idem.integration.publishing import LOOPS
 from celery_idem.integration.receipts import Receipt
@@ -65,8 +65,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
     """A task whose action happens once per intent, however often it is called.
 
     Use it as ``base=`` of a task, or as ``task_cls=`` of an application: then tasks
-    without an intent, Celery's own among them, stay ordinary tasks. Options, each also
-    possible in ``task_annotations``:
+    without an intent, Celery's own among them, stay ordinary tasks. What a declaration says, also
+    in ``task_annotations``:
 
     Attributes:
         intent: parameter names that say what the action is; or a function from the
@@ -91,7 +91,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
     (``update_state`` with ``SUCCESS`` or ``FAILURE``) and then raises ``Ignore`` is done: that state
     is the outcome, and duplicates get what stands in its ``meta``.
 
-    and every setting of ``celery_idem.integration.settings.Settings`` by its name (``lease``, ``on_crash``, …).
+    Every setting is an option too: by its short name (``lease=``, ``on_crash=``, …) beside the intent, as
+    ``idem_lease``, ``idem_on_crash``, … in a base class or a mixin.
 
     *Eager and direct calls* (``task.apply()``, ``task_always_eager``, ``task(…)``,
     ``chunks`` and ``starmap``) are guarded too. There is no message to send back, so they
@@ -282,9 +283,13 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             throw = options.get("throw")
             if self.app.conf.task_eager_propagates if throw is None else throw:
                 options["headers"][PROPAGATES] = True
-        else:
-            options = self._without_key(options, given)
-        return super().apply(args, kwargs, *more, **options)
+            task_id = options["task_id"] = options.get("task_id") or uuid()
+            EAGER.add(task_id)
+            try:
+                return super().apply(args, kwargs, *more, **options)
+            finally:
+                EAGER.discard(task_id)
+        return super().apply(args, kwargs, *more, **self._without_key(options, given))
 
     def map(self, it: Any) -> Signature:
         """As Celery's."""

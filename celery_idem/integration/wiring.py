@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from kombu.serialization import registry
 from kombu.utils import json as kombu_json
@@ -52,6 +53,7 @@ def _backend_as_store(app: Celery, durability: str) -> Store:
 
     url = app.conf.result_backend
     if isinstance(url, str) and url.startswith(("redis", "sentinel")):
+        _check_ports(url)
         readable(url)
     try:
         backend = app.backend
@@ -78,6 +80,26 @@ def _backend_as_store(app: Celery, durability: str) -> Store:
         if options.get(name) is not None:
             values[name] = options[name]
     return open_server(values, durability)
+
+
+def _check_ports(url: str) -> None:
+    """Say that a port is none, where it cannot be half of a password that the URL does not quote."""
+    for part in url.split(";"):
+        try:
+            parts = urlsplit(part if "://" in part else f"//{part}")
+            quoted = "@" not in f"{parts.path}{parts.query}{parts.fragment}"
+        except ValueError:
+            continue
+        try:
+            _ = parts.port
+        except ValueError:
+            if quoted and (
+                ";" not in url or "@" not in url
+            ):  # not shown: it may be a password without a host
+                raise ConfigurationError(
+                    "result_backend: the port in its URL is no number from 0 to 65535, so it cannot be the store. "
+                    "Correct it, or set idem_store."
+                ) from None
 
 
 def _no_store(why: str) -> ConfigurationError:

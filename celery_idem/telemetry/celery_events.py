@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from celery import bootsteps, signals
-from celery._state import _task_stack
 
 from celery_idem.engine import events
+from celery_idem.integration.delivery import EAGER
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -74,15 +74,9 @@ def install(app: Celery, kinds: Collection[str] = RARE) -> Callable[[], None]:
 
 
 def _form(event: events.Event) -> str:
-    """``TYPE`` where a worker received the task that it happened to: monitors know no other. Asked on the thread
-    where it happens, which has the request of an eager call."""
+    """``TYPE`` where a worker received the task that it happened to: monitors know no other."""
     task_id = event.details.get("task_id")
-    if not task_id or not _node:
-        return OTHER_TYPE
-    task = _task_stack.top
-    request = task.request_stack.top if task is not None else None
-    eager = request is not None and request.is_eager and request.id == task_id
-    return OTHER_TYPE if eager else TYPE
+    return TYPE if task_id and _node and task_id not in EAGER else OTHER_TYPE
 
 
 def _send(app: Celery, event: events.Event, form: str) -> None:

@@ -443,7 +443,10 @@ def test_what_happens_while_a_store_is_away(
 
 def test_many_tasks_of_a_store_are_counted() -> None:
     found = stores.meanwhile({f"shop.{name}": Settings(on_store_error="run") for name in "abcde"})
-    assert found == "Until it answers: shop.a, shop.b, shop.c and 2 more run without a guard (idem_on_store_error)."
+    assert (
+        found
+        == "Until it answers: shop.a, shop.b, shop.c and 2 more run without a guard (idem_on_store_error)."
+    )
     assert stores.meanwhile({}) == ""
 
 

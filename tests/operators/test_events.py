@@ -19,7 +19,7 @@ from billiard.exceptions import WorkerLostError
 from celery import Celery
 from celery.exceptions import Reject
 
-from celery_idem import Happened, IdempotentTask, Ledger, LeaseLost, NotHappened, OutcomeUnknown, StoreError
+from celery_idem import Happened, IdempotentTask, LeaseLost, Ledger, NotHappened, OutcomeUnknown, StoreError
 from celery_idem.core.errors import FingerprintMismatch
 from celery_idem.core.model import Raised
 from celery_idem.engine import events, owners
@@ -278,9 +278,7 @@ def test_what_is_emitted_is_as_documented(
     optional = {name for event in heard if event.kind == kind for name in event.details}
     assert optional == {*events.KINDS[kind].fields, *events.KINDS[kind].optional}
     logged = [record for record in caplog.records if vars(record).get("idem_event") == kind]
-    assert {(record.levelno, record.msg) for record in logged} == {
-        (events.LEVELS[kind], f"{kind} %s %s")
-    }
+    assert {(record.levelno, record.msg) for record in logged} == {(events.LEVELS[kind], f"{kind} %s %s")}
     assert [vars(record)["idem_details"] for record in logged] == [
         event.details for event in heard if event.kind == kind
     ]
@@ -316,7 +314,9 @@ def test_nothing_else_writes_to_a_log() -> None:
     for path in (ROOT / "celery_idem").rglob("*.py"):
         text = path.read_text()
         if path.name != "events.py" and "cli" not in path.parts:
-            assert not re.search(r"getLogger|events\._|logging\.(debug|info|warning|error|exception)\(", text), path
+            assert not re.search(
+                r"getLogger|events\._|logging\.(debug|info|warning|error|exception)\(", text
+            ), path
     assert calls("diagnose")
 
 

@@ -12,6 +12,7 @@ import pytest
 from celery import Celery
 from celery.events.state import State
 
+from celery_idem import IdempotentTask
 from celery_idem.engine import events
 from celery_idem.telemetry import celery_events, signals
 from tests.operators.shop import send_invoice
@@ -177,3 +178,28 @@ def test_an_eager_call_in_a_body_is_no_task_to_a_monitor(
         stop()
     wait_for(lambda: state.event_count >= 2, message="the events")
     assert set(state.tasks) == {"t1"}
+
+
+def test_nor_where_another_thread_says_what_happened_to_it(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the one that renews leases does."""
+
+    @app.task(name="shop.loses", base=IdempotentTask, intent=("n",), bind=True, shared=False)
+    def loses(self: Any, n: int) -> None:
+        details = {"task_id": self.request.id, "fence": 1}
+        thread = threading.Thread(target=events.emit, args=("lease_lost", self.claim.key), kwargs=details)
+        thread.start()
+        thread.join(60)
+
+    state = State()
+    monkeypatch.setattr(celery_events, "_node", ["w1@here"])
+    monkeypatch.setattr(app.events, "default_dispatcher", lambda hostname=None: Dispatcher(state, hostname))
+    stop = celery_events.install(app)
+    try:
+        loses.apply((1,)).get()
+    finally:
+        stop()
+        app.tasks.pop("shop.loses")
+    wait_for(lambda: state.event_count >= 1, message="the event")
+    assert set(state.tasks) == set()

@@ -183,6 +183,9 @@ def test_behind_sentinels() -> None:
         (an_app("rediss://host"), "cannot be opened"),  # which Celery refuses: ssl_cert_reqs is missing
         (an_app("redis://:s3cret/x@host"), "Percent-encode"),
         (an_app("redis://:s3cret#x@host"), "Percent-encode"),
+        (an_app("redis://:s3cret@host:x/0"), "the port in its URL is no number"),
+        (an_app("redis://host:99999/0"), "the port in its URL is no number"),
+        (an_app("sentinel://a:x;sentinel://b/0"), "the port in its URL is no number"),
         pytest.param(an_app("redis://host?credential_provider=none.such"), "cannot be opened", marks=NEWER),
     ],
 )

@@ -8,7 +8,15 @@ store when it starts (``at_start``); ``celery -A proj idem doctor`` runs all, an
 from __future__ import annotations
 
 from celery_idem.operate.doctor import configuration, stores
-from celery_idem.operate.doctor.snapshot import Check, Finding, Severity, Snapshot, StoreFacts, TaskFacts, gather
+from celery_idem.operate.doctor.snapshot import (
+    Check,
+    Finding,
+    Severity,
+    Snapshot,
+    StoreFacts,
+    TaskFacts,
+    gather,
+)
 
 __all__ = ["ASKING", "CHEAP", "Finding", "Snapshot", "StoreFacts", "TaskFacts", "examine", "gather"]
 

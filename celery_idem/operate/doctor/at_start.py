@@ -56,9 +56,7 @@ def _beside(what: str, check: Callable[[], None]) -> None:
         except ConfigurationError as error:
             events.diagnose(logging.ERROR, "%s", error)
         except BaseException as error:  # an application's own code may even exit
-            events.diagnose(
-                logging.WARNING, "%s: failed. Tasks are guarded all the same.", what, error=error
-            )
+            events.diagnose(logging.WARNING, "%s: failed. Tasks are guarded all the same.", what, error=error)
         finally:
             late.cancel()
 

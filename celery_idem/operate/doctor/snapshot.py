@@ -179,9 +179,7 @@ def gather(app: Celery, *, ask: bool = True, pool: str = "") -> Snapshot:
             _facts_or_why_not(name, task, guarded.get(name), name in scheduled)
             for name, task in sorted(app.tasks.items())
         ),
-        stores=tuple(
-            _store_facts(ledger, settings.durability, guarded.values()) for ledger in desk.ledgers()
-        )
+        stores=tuple(_store_facts(ledger, settings.durability, guarded.values()) for ledger in desk.ledgers())
         if ask
         else (),
     )
