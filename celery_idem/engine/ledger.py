@@ -426,7 +426,7 @@ class Ledger(Transitions):
                 )
             mark = done.record.noticed
             if mark is not None and reply.stored is not None and mark.stamp == reply.stored.stamp:
-                _clock_went_back(key, done.record)
+                _clock_went_back(key, done.record, self.store.url)
                 raise IdempotencyError(
                     f"The clock of {self.store.url} went back after {key} was last written, so whether its worker "
                     f"lives is not known yet. Try again in {done.record.lease / MICROSECONDS:g} s: a worker that lives "

@@ -19,7 +19,16 @@ from billiard.exceptions import WorkerLostError
 from celery import Celery
 from celery.exceptions import Reject
 
-from celery_idem import Happened, IdempotentTask, LeaseLost, Ledger, NotHappened, OutcomeUnknown, StoreError
+from celery_idem import (
+    Happened,
+    IdempotencyError,
+    IdempotentTask,
+    LeaseLost,
+    Ledger,
+    NotHappened,
+    OutcomeUnknown,
+    StoreError,
+)
 from celery_idem.core.errors import FingerprintMismatch
 from celery_idem.core.model import Raised
 from celery_idem.engine import events, owners
@@ -137,6 +146,13 @@ def clock_back(stage: Stage) -> None:
     stage.run(body)
 
 
+def clock_back_for_an_operator(stage: Stage) -> None:
+    claimed(stage.ledger, KEY)
+    stage.bench.clock.advance(-3600)
+    with pytest.raises(IdempotencyError, match="went back"):
+        stage.ledger.resolve(KEY, NotHappened(), by="jo")
+
+
 def store_away_before(stage: Stage) -> None:
     stage.store.crash("before create")
     with pytest.raises(StoreError):
@@ -235,7 +251,7 @@ PROVOKED: dict[str, list[Callable[[Stage], None]]] = {
     "in_doubt": [lambda stage: stage.ends(Raised.AMBIGUOUS)],
     "asked": [asked],
     "lease_lost": [taken_over],
-    "clock_stepped": [clock_ahead, clock_back],
+    "clock_stepped": [clock_ahead, clock_back, clock_back_for_an_operator],
     "stale_settle": [taken_over],
     "store_error": [store_away_before, store_away_meanwhile, store_away_after],
     "broker_error": [broker_away],
