@@ -1,4 +1,4 @@
-"""What a task class declares, read off the class: its parameters, its models, its intent, its options."""
+"""Reads what a task class declares: its intent, its parameters, which of them are models, its options."""
 
 from __future__ import annotations
 
@@ -55,17 +55,15 @@ def _declaration_of(cls: type[Any], app: Celery, asked: bool, in_code: bool) -> 
         options.check_spelling(cls.name, options.strange(cls))
         raise ConfigurationError(
             f"{cls.name} is declared with {cls.__mro__[1].__name__} but without an intent. Say which parameters make "
-            "two calls the same "
-            "action: intent=(…). Parameters: "
-            + (", ".join(called_of(cls).signature.parameters) or "none")
-            + "."
+            "two calls the same action: intent=(…). Parameters: "
+            f"{', '.join(called_of(cls).signature.parameters) or 'none'}."
         )
     if isinstance(intent, str) and ":" in intent:  # from a configuration file: a function by its path
         intent = symbol_by_name(intent)
     setattr(cls, options.KEPT, options.read(cls, app, asked, in_code))
     settings_of(cls, app)
     known = called_of(cls)
-    _check_secret(cls, known)
+    _check_foreign_secret(cls, known)
     return keys.declare(
         task=cls.name,
         signature=known.signature,
@@ -93,19 +91,18 @@ def options_of(cls: type[Any]) -> options.Options:
     return kept
 
 
-def _check_secret(cls: type[Any], known: Called) -> None:
-    """A foreign base's ``secret`` may be a password of its own; the error that names it must not show it."""
+def _check_foreign_secret(cls: type[Any], known: Called) -> None:
+    """Refuse the ``secret`` of a foreign base that names no parameters, without showing it: it may be a password."""
     owner = next(one for one in cls.__mro__ if "secret" in vars(one))
-    given = (cls.secret,) if isinstance(cls.secret, str) else cls.secret
     if hasattr(owner, options.OWN):
         return
-    if not isinstance(given, (tuple, list, set, frozenset)) or not set(given) <= set(
-        known.signature.parameters
-    ):
+    try:
+        keys.declare(cls.name, known.signature, keys.ALL_ARGUMENTS, secret=cls.secret, renamed=known.renamed)
+    except ConfigurationError:
         raise ConfigurationError(
-            f"{cls.name}: the attribute `secret` of {owner.__qualname__} does not name parameters to hide. If it means "
+            f"{cls.name}: the attribute `secret` of {owner.__qualname__} does not name parameters to hide. If it is "
             "something else, write secret=() beside the intent, or rename it."
-        )
+        ) from None
 
 
 def called_of(cls: type[Any]) -> Called:
@@ -128,14 +125,14 @@ def called_of(cls: type[Any]) -> Called:
         return known.without_first() if bound else known
     except Opaque as why:
         raise ConfigurationError(
-            f"{cls.name}: nobody can tell from its decorators which parameters its callers give: {why}. Say it: "
+            f"{cls.name}: its decorators hide which parameters its callers give: {why}. Say it: "
             "signature= a function (or an inspect.Signature) with these parameters, without self. Else one action "
             "could be taken for another."
         ) from None
 
 
 def _take_signature(cls: type[Any]) -> None:
-    """Keep the option ``signature=`` elsewhere: in its place belongs Celery's method of that name."""
+    """Move the option ``signature=`` to ``_signature_given``: Celery has a method of that name."""
     named = [vars(c)["signature"] for c in cls.__mro__ if "signature" in vars(c)]
     given = named[0]
     if _is_method(given):
@@ -156,7 +153,7 @@ def _take_signature(cls: type[Any]) -> None:
 
 
 def _is_method(given: Any) -> bool:
-    """Celery's, or an override of it; not a function whose parameters stand for the task's."""
+    """Whether it is Celery's method or an override, and not a function that shows the task's parameters."""
     return (
         isinstance(given, FunctionType)
         and given.__name__ == "signature"
@@ -180,8 +177,11 @@ def _pydantic(fun: Any) -> dict[str, Any] | None:
 
 
 def _as_celery_binds(wrapper: Mapping[str, Any]) -> Called:
-    """Celery binds a call to the signature of the innermost function and passes it on by position, so that has to
-    be the signature of what it calls."""
+    """The parameters of a body with ``pydantic=True``.
+
+    Celery binds a call to the signature of the innermost function and passes it on by position, so what it calls
+    must have that signature.
+    """
     inner = called(wrapper["task_fun"])
     bound: inspect.Signature = wrapper["task_signature"]
     takes = [
@@ -195,7 +195,7 @@ def _as_celery_binds(wrapper: Mapping[str, Any]) -> Called:
 
 
 def _readers(cls: type[Any], known: Called) -> dict[str, Reader]:
-    """Of the parameters of which Celery makes a model: with ``pydantic=True``, ``Model`` and ``Optional[Model]``."""
+    """Readers of the parameters that Celery makes models of with ``pydantic=True``: ``Model``, ``Optional[Model]``."""
     run = placing.beneath(cls, "run")
     wrapper = _pydantic(run.__func__ if isinstance(run, staticmethod) else run)
     if wrapper is None:
@@ -218,8 +218,10 @@ def _readers(cls: type[Any], known: Called) -> dict[str, Reader]:
 
 
 def _check_no_intent(cls: type[Any]) -> None:
-    """The attributes of an ordinary task are its author's own, unless one says what an intent would say:
-    a slip of the pen would leave that task without a guard, and nobody would know."""
+    """Refuse a misspelt ``intent`` of an ordinary task, whose attributes are its author's own otherwise.
+
+    The misspelling would leave the task without a guard, unnoticed.
+    """
     for name in options.strange(cls):
         value = getattr(cls, name)
         if not (isinstance(value, (tuple, list)) and value and all(isinstance(one, str) for one in value)):
@@ -231,7 +233,7 @@ def _check_no_intent(cls: type[Any]) -> None:
             continue
         try:
             parameters = called_of(cls).signature.parameters
-        except ConfigurationError:  # they cannot be known, and an ordinary task may be as it likes
+        except ConfigurationError:  # an ordinary task need not have parameters that can be known
             continue
         if set(value) <= set(parameters):
             raise ConfigurationError(f"{cls.name}: there is no option {name}=. Did you mean intent=?")

@@ -100,11 +100,11 @@ def read(cls: type[Any], app: Celery, asked: bool, in_code: bool) -> Options:
         short = (in_code or (asked and "_decorated" in names)) if owner is cls else declares(owner)
         _take(given, task, owner, names, short)
         if short:
-            check_spelling(task, _strange(owner, names))
+            check_spelling(task, strange(owner, names))
         else:
             strays += [Stray(owner, name) for name in NAMES if name in names and _may_be_meant(owner, name)]
     _take(given, task, cls, annotated, True)
-    check_spelling(task, _strange(cls, annotated))
+    check_spelling(task, strange(cls, annotated))
     found = Options(given, tuple(one for one in strays if one.name not in given), in_code)
     for stray in found.strays:
         if KEPT not in vars(cls) and _of_the_authors(stray.owner, app):
@@ -173,13 +173,9 @@ def check_spelling(task: str, names: Iterable[str]) -> None:
             raise ConfigurationError(f"{task}: there is no option {name}=. Did you mean {near[0]}=?")
 
 
-def strange(cls: type[Any]) -> Iterator[str]:
-    """Names of a class's own attributes that neither we nor Celery know."""
-    return _strange(cls, vars(cls))
-
-
-def _strange(cls: type[Any], names: Iterable[str]) -> Iterator[str]:
-    for name in names:
+def strange(cls: type[Any], names: Iterable[str] | None = None) -> Iterator[str]:
+    """Names of a class's own attributes, or some of them, that neither we nor Celery know."""
+    for name in vars(cls) if names is None else names:
         if name.startswith(("_", PREFIX)) or name in OPTIONS or name in _CELERYS_OWN:
             continue
         if not callable(getattr(cls, name, None)):

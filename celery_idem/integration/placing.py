@@ -1,12 +1,12 @@
-"""Where the guard stands: in the class of each task that declares an intent, and in no other.
+"""Puts the guard into the class of each task that declares an intent, and into no other.
 
-A task class finds ``__call__`` along its bases, and whichever comes first wins: a framework's (Flask's documented
+A task class finds ``__call__`` along its bases, and the first one wins: a framework's (Flask's documented
 pattern opens its application context there and calls ``self.run``), a mixin's, or ours. So the guard is no base
 class's method: it is put into the class of the task itself when that is bound. What its bases would have called runs
 inside, around the body; a class without an intent is not touched.
 
-``run`` gets a net: a delivery that arrives there without a claim came past the guard (somebody replaced ``__call__``
-later, or a tracer of their own calls ``run``), and is sent through it.
+``run`` gets a net. A delivery that arrives there without a claim has bypassed the guard, because ``__call__`` was
+replaced later, or a tracer calls ``run``. The net sends it through the guard.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any
 from celery import Task
 
 KEPT = "_idem_kept"
-"""The class attribute with what ours replaced, by name. It is in the class's own namespace or not at all."""
+"""The class attribute with what ours replaced, by name. Looked up in the class's own namespace only."""
 
 _CELERYS = frozenset({"celery.app.task", "celery.app.trace"})
-"""Modules that ``Task.__call__`` is from; the second is the worker's. One from elsewhere is somebody's own."""
+"""Modules that ``Task.__call__`` is from; the second is the worker's. A library may replace it with its own."""
 
 _NOTHING: Any = object()
 
@@ -48,9 +48,7 @@ def take_off(cls: type[Any]) -> None:
             setattr(cls, name, was)
     if KEPT in vars(cls):
         delattr(cls, KEPT)
-    if any(
-        KEPT in vars(base) for base in cls.__mro__
-    ):  # a guarded task is a base of it, and stays what it is
+    if any(KEPT in vars(base) for base in cls.__mro__):  # a base of it is a guarded task, and stays guarded
         for name in ("__call__", "run"):
             setattr(cls, name, beneath(cls, name))
 
@@ -77,7 +75,7 @@ def beneath(cls: type[Any], name: str) -> Any:
         own_one = own.get(KEPT, own).get(name, _NOTHING)
         if own_one is not _NOTHING:
             return own_one
-    raise AttributeError(name)  # never: Task has both
+    raise AttributeError(name)  # cannot happen: Task has both
 
 
 def _bound(found: Any, task: Task) -> Callable[..., Any]:
@@ -86,7 +84,7 @@ def _bound(found: Any, task: Task) -> Callable[..., Any]:
 
 
 def _net(found: Any) -> Callable[..., Any]:
-    """``run`` as everybody else finds it. The guard itself goes to the body directly."""
+    """``run`` for all callers but the guard, which calls the body directly."""
     function = found.__func__ if isinstance(found, staticmethod) else found
 
     @functools.wraps(function)
@@ -117,9 +115,9 @@ def _net(found: Any) -> Callable[..., Any]:
 
 
 def _opened(stack: list[Any]) -> int:
-    """How many requests to keep for the body: up to the one whose ``__call__`` is under way, and it counts as begun.
+    """How many requests to keep for the body: up to the one whose ``__call__`` is under way. Marks it as begun.
 
-    Celery's own ``Task.__call__``, which a base's ``super().__call__`` ends in, puts a copy of it on top. What the
+    Celery's ``Task.__call__``, which a base's ``super().__call__`` ends in, puts a copy of it on top. What the
     body publishes, or does to its chain, would be lost with the copy.
     """
     keep = len(stack)

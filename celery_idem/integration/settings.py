@@ -30,17 +30,17 @@ class Settings:
     Attributes:
         store: URL of the store; "" for the Redis result backend.
         namespace: applications with different namespaces do not see each other.
-        lease: how long a running claim is safe without a word from its worker. 30 s:
+        lease: how long a running claim stands without a renewal. 30 s:
             long enough to survive a slow garbage collection or a store that restarts,
             short enough that a dead host's work is decided within half a minute.
         result_ttl: how long an outcome is replayed. A day, as Stripe keeps its keys,
             and longer than the usual visibility timeout, ETA or retry horizon.
         failure_ttl: the same for a failed outcome; None: as result_ttl.
         on_duplicate: of something running: "wait" for its result, or "raise" InProgress.
-        on_crash: what a lease that lapsed means (see ``protocol``).
+        on_crash: what a lapsed lease means (see ``protocol``).
         on_store_error: before the body: "retry" later, "raise", or "run" without a guard.
-        max_attempts: executions that may end without a word before the intent is
-            parked in doubt. 3, as Celery's own max_retries.
+        max_attempts: crashes allowed before the intent is parked in doubt. 3, as
+            Celery's own max_retries.
         max_result_bytes: larger results are not kept. 1 MiB: ten times a large JSON
             answer, a thousandth of a small Redis.
         durability: what a write waits for: "none", "replicas:N", "fsync".
@@ -108,7 +108,7 @@ _SHORTEST_LEASE = 0.1  # seconds: a round trip and a thread switch must fit into
 
 
 _ALIKE = 0.75
-"""How alike a wrong name and a real one must be for the real one to be offered. One slip in the shortest name gives
+"""How alike a wrong name and a real one must be for the real one to be offered. One mistake in the shortest name gives
 0.8; names of other things (``timeout``, ``secret``, ``max_retries``) reach 0.73 at most (see the tests' tables)."""
 
 
@@ -127,8 +127,8 @@ def of_app(conf: Mapping[str, Any]) -> Settings:
 
 
 def _ours(conf: Mapping[str, Any]) -> set[str]:
-    """Keys that begin with our prefix. Django's namespace spells them CELERY_IDEM_…: a
-    configuration lists what is written, and looks it up by ``idem_…``.
+    """Keys that begin with our prefix. With Django's namespace a configuration lists them as CELERY_IDEM_…, and
+    finds them by ``idem_…``.
 
     Raises:
         ConfigurationError: one is in capitals and would be ignored, as Celery's rules are.
@@ -207,7 +207,7 @@ def _allowed(name: str, value: Any) -> str:
         fits = value is None or (isinstance(value, str) and ":" in value) or _takes_nothing(value)
         return "" if fits else 'use a function that takes no arguments, or its path "module:function"'
     if name == "audit_key":
-        return "" if isinstance(value, str) else "use text that nobody can guess"
+        return "" if isinstance(value, str) else "use text that cannot be guessed"
     return "" if isinstance(value, str) else "use a URL such as redis://localhost:6379/1"
 
 

@@ -3,7 +3,7 @@
 The guard stands in ``__call__``, which is the one place that sees every attempt: the
 tracer calls it when a class overrides it, autoretry and pydantic wrap what is inside
 (``run``), and a value it returns is an ordinary success, with its state, links, chain
-and chord. ``placing`` puts it there, task by task.
+and chord. ``placing`` puts it there for each task.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ _OF_APPLY = ("link", "link_error", "task_id", "retries", "throw", "logfile", "lo
 """The parameters of Celery's ``apply`` after ``args`` and ``kwargs``."""
 
 WORKER_STEPS = ("celery_idem.operate.doctor.at_start:AtStart", "celery_idem.telemetry.celery_events:AtStart")
-"""What a worker with a guarded task does when it starts. By name: they stand above this package, and only workers
-load them."""
+"""Steps that a worker with a guarded task runs when it starts. By name: they are in packages above this one, and only
+workers load them."""
 
 UNKEYED = "0" * 32
 """The digest in the key of a call that has none."""
@@ -78,13 +78,13 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             reads the store could guess a short one.
         signature: the parameters as callers give them, without ``self``: a function or an
             ``inspect.Signature``. Needed where a decorator hides them. (On the task itself
-            ``signature`` is Celery's method, as ever.)
+            ``signature`` remains Celery's method.)
         intent_version: change it when the same fields begin to mean another action.
         reconcile: ``(task, *args, **kwargs)``, or a method: asks the destination after a
             crash and returns ``Happened(result)``, ``NotHappened()`` or ``Unknown(reason)``.
         no_effect_errors: exceptions that prove that nothing happened: the intent may be tried again.
-        ambiguous_errors: exceptions after which nobody knows (a timeout while waiting for
-            the answer): in doubt, or a question to the destination.
+        ambiguous_errors: exceptions after which it is not known whether the effect happened (a timeout
+            while waiting for the answer): in doubt, or a question to the destination.
 
     *Ignore and Reject* say that nothing happened: the intent is released, and the next call RUNS.
     Never raise them after an effect. One exception: a body that has written its final state itself
@@ -120,7 +120,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
     def bind(cls, app: Celery) -> Any:
         """As Celery's, and check the declaration. Celery calls it when the task is registered.
 
-        Not in ``on_bound``: Celery's own does nothing, so an author's takes its place and never calls it.
+        Not in ``on_bound``: Celery's does nothing, so authors override it without calling it.
 
         Raises:
             ConfigurationError: the declaration or a setting is wrong.
@@ -142,14 +142,14 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         return bound
 
     def start_strategy(self, app: Celery, consumer: Any, **kwargs: Any) -> Any:
-        """As Celery's. The worker's request of a guarded task is ours, whatever else it is."""
+        """As Celery's. The worker's request of a guarded task gets our class among its bases."""
         if self.idem_declaration is not None:
             self.Request = symbol_by_name("celery_idem.integration.deaths:request_class")(self)
         return super().start_strategy(app, consumer, **kwargs)
 
     @property
     def guard(self) -> Guard:
-        """Everything needed to run this task's intents; made at first use.
+        """What is needed to run this task's intents; made at first use.
 
         Raises:
             ConfigurationError: a setting is wrong.
@@ -181,10 +181,10 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         idempotency_key: str | None = None,
         **kwargs: Any,
     ) -> Receipt:
-        """Look the intent up, publish it only when it is new, and say where it stands.
+        """Look the intent up, publish it only when it is new, and return a receipt with its status.
 
-        The door for agents and orchestrators: whatever stands there already (done, in
-        progress, in doubt, known with other values) is a value of the receipt and never
+        For agents and orchestrators: what is known of the intent already (done, in
+        progress, in doubt, known with other values) is a status of the receipt and never
         an exception. Further options of ``apply_async`` go through ``celery_idem.submit``.
 
         Args:

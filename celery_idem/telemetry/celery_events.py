@@ -1,4 +1,4 @@
-"""Celery's own event stream: visible in ``celery events`` and Flower, beside the task it happened to.
+"""Sends events to Celery's own event stream: ``celery events`` and Flower show them beside the task.
 
 A worker started with ``-E`` installs this by itself.
 """
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from celery import Celery
 
 RARE = frozenset(events.KINDS) - {"settled", "scheduled"}
-"""Kinds that are sent. The others happen with every task, and Celery's own events tell as much."""
+"""Kinds that are sent by default. The others happen with every task, and Celery has events of its own for that."""
 
 TYPE = "task-idem-{}"
 """Type of an event of a task's execution in a worker: Celery's monitors show it as a state of that task, on
 the worker that the event names."""
 
 OTHER_TYPE = "idem-{}"
-"""Type of any other event, such as an operator's ``resolve``, or one of an eager call in a body. Monitors make
-nothing of it; a ``task-`` event would be a worker of that process' name to them, or a task without one."""
+"""Type of any other event, such as an operator's ``resolve``, or one of an eager call in a body. Monitors
+ignore it. A ``task-`` event would make them list a worker of that process' name, or a task without a name."""
 
 _installed: dict[int, Callable[[], None]] = {}
 
 _node: list[str] = []
-"""Name of the worker that this process belongs to, as its own events have it; empty where it is none."""
+"""Name of the worker that this process belongs to, as in its own events; empty where it is no worker."""
 
 
 def in_worker(sender: str, **_: Any) -> None:
-    """This process is a worker of that name, and will fork its children."""
+    """Note that this process is a worker of that name. Its children inherit it."""
     _node[:] = [sender]
 
 
@@ -54,7 +54,7 @@ class AtStart(bootsteps.Step):  # type: ignore[misc]
 
 
 def install(app: Celery, kinds: Collection[str] = RARE) -> Callable[[], None]:
-    """Send events of these kinds; returns a function that stops it. Installing twice counts once."""
+    """Send events of these kinds; returns a function that stops it. A second call has no effect."""
     if id(app) not in _installed:
         stops = [
             events.listen(

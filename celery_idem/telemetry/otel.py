@@ -1,5 +1,5 @@
-"""OpenTelemetry: what happened to an intent, on the span that is current (Celery's own
-instrumentation makes one per task), and a counter.
+"""OpenTelemetry: annotates the current span (Celery's own instrumentation makes one per task)
+with events, and counts them.
 
 Names follow the semantic conventions: dotted, lower case, no unit and no ``total`` in a metric's
 name. The key is an attribute of spans, where it costs nothing, and never of metrics.
@@ -36,7 +36,7 @@ def install(meter_provider: MeterProvider | None = None) -> Callable[[], None]:
     meter = metrics.get_meter(SCOPE, meter_provider=meter_provider)
     counter = meter.create_counter(COUNTER, unit="{event}", description="What happened to intents.")
 
-    def tell(event: events.Event) -> None:
+    def annotate(event: events.Event) -> None:
         counter.add(1, {"celery.task_name": event.task, "celery_idem.event": event.kind})
         span = trace.get_current_span()
         if not span.is_recording():
@@ -45,7 +45,7 @@ def install(meter_provider: MeterProvider | None = None) -> Callable[[], None]:
         span.set_attribute("celery_idem.outcome", event.kind)
         span.add_event(f"celery_idem.{event.kind}", _attributes(event.details))
 
-    return events.listen(tell, here=True)  # the span is the thread's
+    return events.listen(annotate, here=True)  # the span is the thread's
 
 
 def _attributes(details: dict[str, Any]) -> dict[str, Any]:

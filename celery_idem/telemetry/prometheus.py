@@ -37,7 +37,7 @@ OLDEST = "celery_idem_oldest_seconds"
 STORE_UP = "celery_idem_store_up"
 
 EVERY = 30.0
-"""Seconds between looks at the store, however often it is scraped: a look reads every record."""
+"""Seconds between readings of the store, however often it is scraped: a reading goes through every record."""
 
 PATIENCE = 5.0
 """Seconds that a scrape waits for a look: half of what Prometheus waits by default. A look at more

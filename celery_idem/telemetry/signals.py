@@ -5,7 +5,7 @@
     from celery_idem.telemetry.signals import in_doubt
 
     @in_doubt.connect
-    def page_somebody(sender, event, **kwargs):
+    def page_the_operator(sender, event, **kwargs):
         ...
 
 ``sender`` is the task's name, so ``connect(sender="shop.send_invoice")`` filters; ``event`` is an

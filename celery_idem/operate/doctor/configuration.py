@@ -16,7 +16,7 @@ VOLATILE = re.compile(
     r"|^(time|uuid|guid)$|_at$"
     r"|(^|_)(request|trace|span|correlation|message|call|run|job|delivery|attempt)_?(id|uuid)$"
 )
-"""Names of parameters whose values are usually minted anew for each try: ``message_id`` is one,
+"""Names of parameters whose values are usually new for each try: ``message_id`` is one,
 ``order_id`` and ``order_uuid`` are not."""
 
 FREE_TEXT = re.compile(
@@ -26,7 +26,7 @@ FREE_TEXT = re.compile(
 """Parameter names whose values a person, or a model, words differently each time."""
 
 INSTANTS = ("datetime", "time")
-"""Annotations that say so where the name does not."""
+"""Annotations of such values, where the name does not show it."""
 
 NO_LIMITS = ("threads", "solo", "eventlet")
 """Pools that enforce no time limit; gevent enforces the hard one."""
@@ -46,7 +46,7 @@ NOT_A_SETTING = "not-a-setting"
 
 
 def minted_anew(name: str, annotation: str) -> bool:
-    """Does the declaration of a parameter say that each try brings its own value?"""
+    """Whether a parameter's name or annotation says that each try has its own value."""
     return VOLATILE.search(name) is not None or annotation in INSTANTS
 
 
@@ -202,8 +202,8 @@ def acknowledgement(s: Snapshot) -> Iterator[Finding]:
                 "warning",
                 "acks-early",
                 task.name,
-                "Its message is gone as soon as a worker has it. When the whole worker dies nothing comes back: "
-                "what it was running stays lapsed, and nobody knows how it ended, until the call is made again.",
+                "Its message is acknowledged as soon as a worker has it. When the whole worker dies it is not "
+                "delivered again: what it was running stays lapsed until the call is made again.",
                 "Set task_acks_late = True and task_reject_on_worker_lost = True: the guard makes redelivery safe.",
             )
         elif not task.reject_on_worker_lost:
@@ -213,7 +213,7 @@ def acknowledgement(s: Snapshot) -> Iterator[Finding]:
                 task.name,
                 "When its process is killed (memory, for one) Celery acknowledges the message although acks_late is "
                 "set. The worker's main process then decides in its place; should the store not answer it within "
-                "a second, the message is gone and the caller gets WorkerLostError.",
+                "a second, the message is not delivered again and the caller gets WorkerLostError.",
                 "Set task_reject_on_worker_lost = True.",
             )
 
@@ -225,7 +225,7 @@ def publishing(s: Snapshot) -> Iterator[Finding]:
             "unconfirmed",
             "broker_transport_options",
             "Publishing does not wait until RabbitMQ has the message: one that is on its way while the connection or "
-            "the broker goes down is lost without an error, and nobody runs it.",
+            "the broker goes down is lost without an error, and does not run.",
             'Set broker_transport_options = {"confirm_publish": True}.',
         )
 
@@ -259,7 +259,7 @@ def choices(s: Snapshot) -> Iterator[Finding]:
                 "warning",
                 "fail-open",
                 task.name,
-                "While the store is away it runs without a guard, as often as it is delivered.",
+                "While the store does not answer it runs without a guard, as often as it is delivered.",
                 'Set idem_on_store_error = "retry", unless running twice is better than running late.',
             )
     if s.pickled:
@@ -267,7 +267,7 @@ def choices(s: Snapshot) -> Iterator[Finding]:
             "warning",
             "pickle",
             "result_accept_content",
-            "Stored results may be pickled: whoever can write to the store can run code in your workers.",
+            "Stored results may be pickled: anybody who can write to the store can run code in your workers.",
             'Set result_accept_content = ["json"].',
         )
 

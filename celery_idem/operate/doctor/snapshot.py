@@ -81,7 +81,7 @@ class StoreFacts:
     Attributes:
         tasks: the guarded tasks that keep their records there.
         error: why it could not be asked; "" where it was.
-        unseen: why its INFO was not to be had, though it answers; "" where it was.
+        unseen: why its INFO could not be read, though it answers; "" where it was.
         info: the server's INFO, for a Redis.
         skew: seconds between its clock and ours, beyond what the round trip explains.
         ahead: seconds by which the latest of the records looked at was written in the future of its clock.
@@ -103,12 +103,12 @@ class Snapshot:
 
     Attributes:
         visibility: seconds until the broker delivers an unacknowledged message again; None: it does not by time.
-        confirmed: whoever publishes learns whether the broker has the message.
+        confirmed: a publisher learns whether the broker has the message.
         pool: the worker's pool; "" where it is not known.
         result_expires: seconds the result backend keeps results; None: for ever.
         pickled: pickle is accepted for results.
         unusable: why results could not be read again; "" where they can.
-        ticks: the beat scheduler gives each tick its occurrence.
+        ticks: the beat scheduler makes each tick an occurrence.
         longest_delay: the longest countdown in the beat schedule, in seconds.
         store_scheme: of ``idem_store``, or of the result backend that stands in for it.
     """
@@ -132,7 +132,7 @@ Check = Callable[[Snapshot], Iterator[Finding]]
 # --- looking at an application ----------------------------------------------------------
 
 VISIBILITY = {"redis": 3600.0, "rediss": 3600.0, "sentinel": 3600.0, "redis+socket": 3600.0, "sqs": 1800.0}
-"""Seconds until a message that nobody acknowledged is delivered again, by the broker's scheme:
+"""Seconds until an unacknowledged message is delivered again, by the broker's scheme:
 kombu's defaults. Other brokers notice the lost connection instead."""
 
 
@@ -148,14 +148,14 @@ AMQP = ("amqp", "amqps", "pyamqp", "librabbitmq")
 
 
 def gather(app: Celery, *, ask: bool = True, pool: str = "") -> Snapshot:
-    """Look at an application.
+    """Take a snapshot of an application.
 
     Args:
-        ask: ask its stores too; one that is away costs its connection timeout.
+        ask: ask its stores too; one that does not answer costs its connection timeout.
         pool: the worker's pool, where it is known.
 
     Raises:
-        ConfigurationError: a setting is wrong; that is the first thing to repair.
+        ConfigurationError: a setting is wrong, which has to be corrected first.
     """
     conf = app.conf
     settings = of_app(conf)
@@ -216,7 +216,7 @@ def _countdown(entry: Any) -> float:
 
 
 def _facts_or_why_not(name: str, task: Any, guarded: IdempotentTask | None, scheduled: bool) -> TaskFacts:
-    """What matters of a task; of one whose attributes cannot be read, why."""
+    """What matters of a task; of one whose attributes cannot be read, the reason."""
     try:
         return _task_facts(task, guarded, scheduled)
     except ConfigurationError:
@@ -301,7 +301,7 @@ def _store_facts(ledger: Ledger, durability: str, guarded: Iterable[IdempotentTa
 
 
 def version(store: Any) -> str:
-    """What a Redis store's server calls itself; "" where that is not to be had."""
+    """Name and version of a Redis store's server; "" where they cannot be read."""
     try:
         info = _info(store.execute("INFO", "server")) if hasattr(store, "execute") else {}
     except StoreError:

@@ -9,8 +9,8 @@ from celery_idem.operate.doctor.snapshot import Finding, Snapshot
 from celery_idem.operate.operators import duration
 
 SKEW_LIMIT = 1.0
-"""Seconds between the store's clock and this machine's that are not worth a word: leases are
-measured by the store's clock alone, so only ETAs and the times in logs suffer."""
+"""Seconds between the store's clock and this machine's that are not reported: leases are measured
+by the store's clock alone, so only ETAs and the times in logs differ."""
 
 
 NAMED = 3
@@ -66,7 +66,7 @@ def memory_store(s: Snapshot) -> Iterator[Finding]:
             "memory-store",
             "idem_store",
             "memory:// lives in one process: two workers, or two children of one, do not see each other's claims, and "
-            "everything is gone after a restart.",
+            "all records are lost after a restart.",
             'Set idem_store = "redis://…" or "postgresql://…"; memory:// is for tests.',
         )
 
@@ -162,7 +162,7 @@ def clock_skew(s: Snapshot) -> Iterator[Finding]:
                 "warning",
                 "clock-skew",
                 store.url,
-                f"This machine's clock and the store's are {store.skew:.1f} s apart. Leases do not mind, the store's "
-                "clock measures them; ETAs, and the times you compare in logs, are off by as much.",
+                f"This machine's clock and the store's are {store.skew:.1f} s apart. Leases are not affected, "
+                "the store's clock measures them. ETAs, and the times you compare in logs, are off by as much.",
                 "Run NTP (chrony, systemd-timesyncd) on both machines.",
             )
