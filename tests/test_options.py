@@ -12,7 +12,7 @@ from celery import Celery, Task
 
 from celery_idem import ConfigurationError, IdempotentTask
 from celery_idem.adapters.django import IdempotentDjangoTask
-from celery_idem.core.errors import ConfigurationWarning
+from celery_idem.integration.options import ConfigurationWarning
 from celery_idem.integration.settings import NAMES, Settings
 from celery_idem.operate import doctor
 

@@ -59,10 +59,6 @@ class ConfigurationError(IdempotencyError):
     """A declaration or a setting is wrong. Raised before any work is accepted."""
 
 
-class ConfigurationWarning(UserWarning):
-    """A declaration may mean something else than it says. Nothing is refused."""
-
-
 class IntentError(IdempotencyError):
     """An argument cannot be part of an idempotency key.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from celery import Task
 from celery.app.annotations import resolve_all
 
-from celery_idem.core.errors import ConfigurationError, ConfigurationWarning
+from celery_idem.core.errors import ConfigurationError
 from celery_idem.integration.settings import NAMES, PREFIX, hint, not_allowed
 
 if TYPE_CHECKING:
@@ -48,6 +48,10 @@ the root class to the current app, and Celery annotates no task below a class th
 
 _ALIKE = 0.85
 """How alike a task's attribute and one of our options must be to be taken for a misspelling."""
+
+
+class ConfigurationWarning(UserWarning):
+    """A declaration may mean something else than it says. Nothing is refused."""
 
 
 class Stray(NamedTuple):
