@@ -17,7 +17,9 @@ from celery_idem.core.errors import (
 from celery_idem.core.keys import ALL_ARGUMENTS
 from celery_idem.core.model import Happened, NotHappened, Unknown
 from celery_idem.engine.claim import Claim
-from celery_idem.integration.receipts import Receipt, look_up, submit
+from celery_idem.integration.looking import look_up
+from celery_idem.integration.receipts import Receipt
+from celery_idem.integration.submitting import submit
 from celery_idem.integration.task import IdempotentTask
 from celery_idem.integration.typed import idempotent_task
 from celery_idem.integration.wiring import Ledger

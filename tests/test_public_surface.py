@@ -72,6 +72,18 @@ def test_nothing_else_is_public_but_modules() -> None:
     assert found - modules - {"annotations"} == set(celery_idem.__all__)
 
 
+def test_help_shows_what_is_public() -> None:
+    """`python -m pydoc celery_idem`: the classes and functions of `__all__`, and no name with an underscore."""
+    text = python("import pydoc, celery_idem; print(pydoc.plain(pydoc.render_doc(celery_idem)))")
+    sections = dict(re.findall(r"^([A-Z ]+)\n((?:(?: .*)?\n)+)", text, re.MULTILINE))
+    classes = set(re.findall(r"^    class (\w+)", sections["CLASSES"], re.MULTILINE))
+    functions = set(re.findall(r"^    (\w+)\(", sections["FUNCTIONS"], re.MULTILINE))
+    data = set(re.findall(r"^    (\w+) = ", sections["DATA"], re.MULTILINE)) - {"__all__"}
+    assert classes | functions | data == set(celery_idem.__all__)
+    private = re.findall(r"(?<![\w.'])_[a-z]\w*", text)
+    assert private == []
+
+
 def test_importing_it_loads_no_driver_and_no_extra() -> None:
     loaded = set(json.loads(python("import celery_idem, sys, json; print(json.dumps(list(sys.modules)))")))
     bare = set(

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 WAIT = 30.0
 """Seconds to wait for the answer: ``Receipt.wait``'s own."""
 
-CORRECT = "Nothing was done. Correct the arguments and call again."
-
 
 def function(
     app: Celery,
@@ -63,7 +61,7 @@ def function(
         try:
             receipt = tool.submit(_named(signature, args, kwargs), whose)
         except BadArguments as error:
-            return Receipt("failed", "", reason=str(error), next=CORRECT).to_dict()
+            return Receipt("failed", "", reason=str(error), code="invalid").to_dict()
         return receipt.wait(wait).to_dict()
 
     call.__name__ = call.__qualname__ = tool.name.replace(".", "_")

@@ -41,10 +41,11 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from celery_idem.adapters.tools import NOT_SENT, OCCURRENCE_MAX, RECEIPT, BadArguments, Tool, answer, tool_of
+from celery_idem.adapters.tools import OCCURRENCE_MAX, RECEIPT, BadArguments, Tool, answer, tool_of
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.keys import label, task_of
-from celery_idem.integration.receipts import CALL_AGAIN, PARTLY_DONE, Receipt, look_up, plain
+from celery_idem.integration.looking import look_up
+from celery_idem.integration.receipts import Receipt, plain
 
 try:
     from starlette.applications import Starlette
@@ -74,7 +75,7 @@ Authenticate = Callable[[Request], "str | Awaitable[str | None] | None"]
 
 _QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')
 _BARE = re.compile(r"[!#-~]+")
-_STATUS = {"conflict": 422, "in_doubt": 409, "in_progress": 409, "accepted": 202}
+_STATUS = {"conflict": 422, "in_doubt": 409, "in_progress": 409, "failed": 500, "not_run": 503}
 _TITLES = {
     "conflict": "Known already, with other arguments",
     "in_doubt": "It may have happened",
@@ -329,12 +330,12 @@ def _response(receipt: Receipt, request: Request) -> Response:
         return JSONResponse(body, headers=headers)
     if receipt.status == "accepted":
         return JSONResponse(receipt.to_dict(), 202, headers)
-    status, kind = _STATUS.get(receipt.status, 500), str(receipt.status)
-    if receipt.next in (*CALL_AGAIN, NOT_SENT):
-        status, kind = 503, "partly_done" if receipt.next == PARTLY_DONE else "nothing_done"
+    kind: str = receipt.status
+    if receipt.status == "not_run":
+        kind = "partly_done" if receipt.code == "partly_done" else "nothing_done"
         headers["Retry-After"] = "1"
     told = {name: value for name, value in receipt.to_dict().items() if name not in ("status", "result")}
-    raise _Problem(status, kind, receipt.reason or receipt.next, headers, **told)
+    raise _Problem(_STATUS[receipt.status], kind, receipt.reason or receipt.next, headers, **told)
 
 
 # --- the document ----------------------------------------------------------------------

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 from celery_idem.adapters.tools import OCCURRENCE_MAX, RECEIPT, BadArguments, Tool, answer, tool_of
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.keys import task_of
-from celery_idem.integration.receipts import PENDING, Receipt, look_up
+from celery_idem.integration.looking import look_up
+from celery_idem.integration.receipts import PENDING, Receipt
 
 try:
     from mcp.server import Server
@@ -215,7 +216,7 @@ def _result(receipt: Receipt) -> CallToolResult:
     return CallToolResult(
         content=[TextContent(text=json.dumps(told))],
         structured_content=told,
-        is_error=receipt.status == "failed",
+        is_error=receipt.status in ("failed", "not_run"),
     )
 
 

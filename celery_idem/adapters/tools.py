@@ -26,10 +26,11 @@ from celery_idem.integration.receipts import (
     LONGEST_LOOK,
     LOOK_GROWTH,
     PENDING,
-    Published,
+    Code,
     Receipt,
-    submit_task,
+    Status,
 )
+from celery_idem.integration.submitting import Published, submit_task
 from celery_idem.integration.task import IdempotentTask
 
 if TYPE_CHECKING:
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 
 OCCURRENCE_MAX = 255
 """Characters in an occurrence or a key that comes from outside: as Stripe's keys. Enough for any id."""
-
-NOT_SENT = "It could not be handed over. Safe to call again unchanged."
 
 ROLES = {
     "intent": "Says which action this is. Repeat it unchanged when you repeat the call.",
@@ -62,18 +61,27 @@ ADVICE = (
 RECEIPT: dict[str, Any] = {
     "type": "object",
     "properties": {
-        "status": {
-            "enum": ["accepted", "executed", "replayed", "in_progress", "conflict", "in_doubt", "failed"]
-        },
+        "status": {"enum": list(typing.get_args(Status))},
         "key": {"type": "string"},
         "task_id": {"type": "string"},
         "result": {},
         "reason": {"type": "string"},
+        "code": {"enum": list(typing.get_args(Code))},
         "differs": {"type": "array", "items": {"type": "string"}},
         "retry_after": {"type": ["number", "null"]},
         "next": {"type": "string"},
     },
-    "required": ["status", "key", "task_id", "result", "reason", "differs", "retry_after", "next"],
+    "required": [
+        "status",
+        "key",
+        "task_id",
+        "result",
+        "reason",
+        "code",
+        "differs",
+        "retry_after",
+        "next",
+    ],
 }
 """JSON schema of ``Receipt.to_dict()``."""
 
@@ -192,7 +200,7 @@ class Tool:
             raise BadArguments([str(error)]) from None
         except Exception as error:  # of any driver: there is no receipt, but there must be an answer
             events.diagnose(logging.ERROR, "%s could not be published", self.name, error=error)
-            return Receipt("failed", "", reason=type(error).__name__, next=NOT_SENT)
+            return Receipt("not_run", "", reason=type(error).__name__, code="not_sent")
 
     def _split(self, arguments: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Positional-only parameters have no other way in."""

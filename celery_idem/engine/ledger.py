@@ -345,7 +345,7 @@ class Ledger(Transitions):
         Raises:
             IdempotencyError: there is no such state.
         """
-        wanted = state.lower() if state is not None else None
+        wanted = state.lower() if isinstance(state, str) else state
         if wanted is not None and wanted not in STATES:
             raise IdempotencyError(f"There is no state {state!r}. The states are {', '.join(STATES)}.")
         return self._list(wanted, task, tick)

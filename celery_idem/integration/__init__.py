@@ -7,10 +7,12 @@ Never here: rules.
 __all__ = [
     "declaring",
     "delivery",
+    "looking",
     "options",
     "publishing",
     "receipts",
     "settings",
+    "submitting",
     "task",
     "typed",
     "wiring",

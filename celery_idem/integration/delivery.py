@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from copy import deepcopy
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded, TaskError
@@ -55,11 +55,9 @@ from celery_idem.engine.runner import Job, Options, Runner
 from celery_idem.engine.shadow import ShadowRunner
 from celery_idem.engine.steps import run_step
 from celery_idem.integration import declaring, placing, republishing
+from celery_idem.integration.guarded import GuardedTask
 from celery_idem.integration.settings import Settings
 from celery_idem.integration.wiring import ledger_of
-
-if TYPE_CHECKING:
-    from celery_idem.integration.task import IdempotentTask
 
 # Message headers between one delivery of a message and the next.
 CARRIED = "idem-carried"
@@ -121,8 +119,7 @@ class Guard(NamedTuple):
     """Why results could not be read again, as it was when this was made."""
 
     @classmethod
-    def of(cls, task: IdempotentTask) -> Guard:
-        declaration = task._declared("a guard")
+    def of(cls, task: GuardedTask, declaration: keys.Declaration) -> Guard:
         settings = declaring.settings_of(type(task), task.app)
         ask = _ask_of(task)
         ledger = ledger_of(task.app, settings)
@@ -232,7 +229,7 @@ class Guard(NamedTuple):
         return run_step(self.ledger, claim, name, run, bounded, options.patience, no_effect)
 
 
-def _ask_of(task: IdempotentTask) -> Callable[..., Answer] | None:
+def _ask_of(task: GuardedTask) -> Callable[..., Answer] | None:
     """``reconcile`` as a call that gets the delivery's arguments."""
     given = inspect.getattr_static(type(task), "reconcile", None)
     if isinstance(given, str):
@@ -296,7 +293,7 @@ class Delivery(Job):
     def __init__(
         self,
         guard: Guard,
-        task: IdempotentTask,
+        task: GuardedTask,
         request: Context,
         args: Any,
         kwargs: Any,

@@ -20,12 +20,12 @@ from typing import Any
 from celery import signals
 from celery._state import _task_stack
 from celery.canvas import Signature, _chain, chunks, group, xmap, xstarmap
+from kombu.utils.imports import symbol_by_name
 
 from celery_idem.core import keys
 from celery_idem.core.errors import IntentError
 from celery_idem.core.model import CALLER_KEY, MESSAGE, PART_OF, SCOPE
 from celery_idem.engine import events
-from celery_idem.integration.receipts import in_scope
 
 HIDDEN = "(secret)"
 """What stands in the place of a secret value."""
@@ -62,6 +62,21 @@ def shown(declaration: keys.Declaration, args: Any, kwargs: Any) -> dict[str, st
         "argsrepr": saferepr(positional, maxlen=AMQP.argsrepr_maxsize),
         "kwargsrepr": saferepr(named, maxlen=AMQP.kwargsrepr_maxsize),
     }
+
+
+def in_scope(setting: Any, given: Any = None) -> str | None:
+    """The scope of a call that is made here and now, in normal form.
+
+    Args:
+        setting: ``idem_scope``, or the task's own.
+        given: what the call says; it goes before.
+
+    Raises:
+        IntentError: it cannot be a scope.
+    """
+    if given is None and setting is not None:
+        given = symbol_by_name(setting)()
+    return keys.label("scope", given)
 
 
 # --- just before a message is published ------------------------------------------------

@@ -18,11 +18,10 @@ from celery_idem.core.errors import ConfigurationError
 from celery_idem.core.model import CALLER_KEY, FINGERPRINT, KEY, MESSAGE, Fingerprint
 from celery_idem.engine.claim import Claim, Retries
 from celery_idem.integration.delivery import DOUBTFUL
+from celery_idem.integration.guarded import GuardedTask
 
 if TYPE_CHECKING:
     from celery.canvas import Signature
-
-    from celery_idem.integration.task import IdempotentTask
 
 SAME_INTENT = "idem_same_intent"
 """Option of a signature: its key header counts, whatever its arguments."""
@@ -45,7 +44,7 @@ def retries_of(claim: Claim) -> Retries:
     return claim._retries
 
 
-def identity_of(task: IdempotentTask, request: Context) -> tuple[str, Fingerprint]:
+def identity_of(task: GuardedTask, request: Context) -> tuple[str, Fingerprint]:
     """Key and fingerprint of the intent that a request works on."""
     claim: Claim | None = getattr(request, "idem_claim", None)
     if claim is not None:
@@ -53,7 +52,7 @@ def identity_of(task: IdempotentTask, request: Context) -> tuple[str, Fingerprin
     return task.guard.identify(request, request.args, request.kwargs)
 
 
-def continue_intent(task: IdempotentTask, request: Context, signature: Signature) -> None:
+def continue_intent(task: GuardedTask, request: Context, signature: Signature) -> None:
     """Mark a signature made from a request: whoever receives it works on the same intent."""
     key, fingerprint = identity_of(task, request)
     headers = signature.options.get("headers") or {}
@@ -67,7 +66,7 @@ def continue_intent(task: IdempotentTask, request: Context, signature: Signature
 
 
 def shape_retry(
-    task: IdempotentTask, request: Context, signature: Signature, given: bool, cause: BaseException | None
+    task: GuardedTask, request: Context, signature: Signature, given: bool, cause: BaseException | None
 ) -> None:
     """A retry that may be another action, or that comes after one that is published.
 
@@ -100,9 +99,9 @@ def shape_retry(
     raise AlreadyComing
 
 
-def _make_apart(task: IdempotentTask, request: Context, claim: Claim, signature: Signature) -> bool:
+def _make_apart(task: GuardedTask, request: Context, claim: Claim, signature: Signature) -> bool:
     """Turn a retry whose arguments make another intent into a call of its own; False where they do not."""
-    declaration, namespace = task._declared("a retry"), task.guard.ledger.namespace
+    declaration, namespace = task.guard.declaration, task.guard.ledger.namespace
     labels = _labels(request)
     caller_key = labels.get(CALLER_KEY)
 

@@ -36,7 +36,7 @@ from celery_idem.core.model import (
 )
 from celery_idem.engine import events, owners
 from celery_idem.engine.claim import Claim
-from celery_idem.integration import declaring, placing, publishing, receipts, republishing, retrying
+from celery_idem.integration import declaring, placing, publishing, republishing, retrying, submitting
 from celery_idem.integration.delivery import EAGER, HELD, PROPAGATES, Delivery, Guard, Replaced, as_headers
 from celery_idem.integration.options import declares
 from celery_idem.integration.publishing import LOOPS
@@ -156,7 +156,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         """
         cls = type(self)
         if cls._guard_made is None:
-            cls._guard_made = Guard.of(self)
+            cls._guard_made = Guard.of(self, self._declared("a guard"))
         return cls._guard_made
 
     def intent_key(
@@ -170,7 +170,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         """
         declaration = self._declared("intent_key")
         self._refuse_clash("intent_key", "scope", "occurrence")
-        scope = receipts.in_scope(self.guard.settings.scope, scope)
+        scope = publishing.in_scope(self.guard.settings.scope, scope)
         return declaration.key(self.guard.ledger.namespace, declaration.bind(args, kwargs), scope, occurrence)
 
     def submit(
@@ -183,11 +183,13 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
     ) -> Receipt:
         """Look the intent up, publish it only when it is new, and return a receipt with its status.
 
-        For agents and orchestrators: what is known of the intent already (done, in
-        progress, in doubt, known with other values) is a status of the receipt and never
-        an exception. Further options of ``apply_async`` go through ``celery_idem.submit``.
+        For agents and orchestrators: what is known already (done, in progress, in doubt, known with
+        other values) is a value of the receipt and never an exception.
 
         Args:
+            kwargs: the task's named arguments, and options of ``apply_async`` (``countdown``, ``eta``, ``expires``,
+                ``queue``, ``priority``, ``headers``, …). A name that the task itself takes is the task's, and a
+                task with ``**kwargs`` takes every name; ``celery_idem.submit`` takes the two apart.
             scope: tenant or conversation that the action belongs to.
             occurrence: which of several meant repetitions this is.
             idempotency_key: the caller's own key, see ``apply_async``.
@@ -197,9 +199,11 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             IntentError: an argument cannot be part of a key.
             kombu.exceptions.OperationalError: the broker did not take it; nothing is left behind.
         """
-        if not OWN_WORDS.isdisjoint(self._declared("submit").signature.parameters):
+        declaration = self._declared("submit")
+        if not OWN_WORDS.isdisjoint(declaration.signature.parameters):
             self._refuse_clash("submit", *OWN_WORDS)
-        return receipts.submit_task(self, args, kwargs, scope, occurrence, idempotency_key, {})
+        options = submitting.options_among(kwargs, declaration.signature)
+        return submitting.submit_task(self, args, kwargs, scope, occurrence, idempotency_key, options)
 
     def _refuse_clash(self, method: str, *names: str) -> None:
         for name in self._declared(method).signature.parameters:
@@ -486,7 +490,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         own = keys.identity(headers, message)
         own.update(keys.labelled(given))
         if SCOPE not in own and MESSAGE not in headers and not same:
-            scope = receipts.in_scope(self.guard.settings.scope)
+            scope = publishing.in_scope(self.guard.settings.scope)
             if scope is not None:
                 own[SCOPE] = scope
         return {**{name: value for name, value in headers.items() if name not in keys.MADE}, **own}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
+import re
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,8 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 
 import celery_idem
-from celery_idem import ConfigurationError, IntentError, Receipt, submit
+from celery_idem import ConfigurationError, IdempotencyError, IntentError, Receipt, look_up, submit
+from celery_idem.integration.receipts import ADVICE, PENDING, Code, Status
 from tests.callers import shop as shops
 from tests.support.effects import Effects, Gate
 from tests.support.servers import RedisServer, free_port
@@ -23,7 +28,7 @@ from tests.support.workers import CeleryWorker
 
 pytestmark = pytest.mark.redis
 
-FIELDS = ["status", "key", "task_id", "result", "reason", "differs", "retry_after", "next"]
+FIELDS = ["status", "key", "task_id", "result", "reason", "code", "differs", "retry_after", "next"]
 
 
 def test_new_then_known(shop: Celery, worker: CeleryWorker, done: Effects, name: str) -> None:
@@ -96,7 +101,7 @@ def test_failed_is_final_and_known(shop: Celery, worker: CeleryWorker, done: Eff
     fails = shop.tasks["shop.fails"]
     answers = [fails.submit(name).wait(20), fails.submit(name).wait(20)]
     for answer in answers:
-        assert (answer.status, answer.reason) == ("failed", "ValueError: error")
+        assert (answer.status, answer.reason, answer.final) == ("failed", "ValueError: error", True)
         assert "calling again unchanged gives this same answer" in answer.next
     assert done.count(f"fails-{name}") == 1
 
@@ -105,7 +110,7 @@ def test_nothing_was_done(shop: Celery, worker: CeleryWorker, done: Effects, nam
     fails = shop.tasks["shop.fails"]
     for count in (1, 2):  # it may be tried again, and then it is
         answer = fails.submit(name, how="brief").wait(20)
-        assert (answer.status, answer.reason) == ("failed", "Brief: brief")
+        assert (answer.status, answer.reason, answer.final) == ("not_run", "Brief: brief", False)
         assert answer.next == "Nothing was done. Safe to call again unchanged."
         assert done.count(f"fails-{name}") == count
 
@@ -124,7 +129,7 @@ def test_done_without_a_kept_value(shop: Celery, worker: CeleryWorker, done: Eff
     large = shop.tasks["shop.large"]
     large.submit(name).wait(20)
     again = large.submit(name)
-    assert (again.status, again.result) == ("replayed", None)
+    assert (again.status, again.result, again.code) == ("replayed", None, "not_kept")
     assert "idem_max_result_bytes" in again.reason
     assert again.next.endswith("Its result was not kept.")
     assert done.count(f"large-{name}") == 1
@@ -153,6 +158,113 @@ def test_odd_values_become_text() -> None:
     told = Receipt("executed", "k", result=value).to_dict()["result"]
     assert told == {"a": "1.10", "b": str(one), "c": "2026-11-01", "d": [1, "eA=="], "e": [3], "5": "nan"}
     json.dumps(told, allow_nan=False)
+
+
+def test_every_status_and_code_has_advice_and_a_row_in_the_docs() -> None:
+    page = Path(__file__).parents[2].joinpath("docs/reference/callers.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|(.*)", page, re.MULTILINE)
+    statuses, codes = typing.get_args(Status), [code for code in typing.get_args(Code) if code]
+    assert [name for name, _ in rows] == [*statuses, *codes]
+    written = {(status, "") for status in statuses}
+    for code, row in rows[len(statuses) :]:
+        written |= {(status, code) for status in re.findall(r"`(\w+)`", row.split("|")[0])}
+    assert written == set(ADVICE)
+    for status, code in ADVICE:
+        receipt = Receipt(status, "k", code=code, differs=("cents",))
+        assert receipt.to_dict()["next"] == receipt.next != ""
+        assert (receipt.done, receipt.final) == (
+            status in ("executed", "replayed"),
+            status in ("executed", "replayed") or (status == "failed" and code != "unsure"),
+        )
+
+
+# --- as a value ------------------------------------------------------------------------
+
+
+def test_copies_can_wait(shop: Celery, worker: CeleryWorker, folder: Path, done: Effects, name: str) -> None:
+    first = shop.tasks["shop.slow"].submit(name)
+    copies = [copy.copy(first), copy.deepcopy(first), dataclasses.replace(first, retry_after=2.0)]
+    assert copies[:2] == [first, first]
+    Gate(folder / f"gate-{name}").open()
+    assert [each.wait(20).status for each in copies] == ["executed"] * 3
+    answer = first.wait(20)
+    assert dataclasses.asdict(answer) == answer.to_dict() | {"differs": ()}
+    assert list(dataclasses.asdict(answer)) == FIELDS
+    assert copy.deepcopy(answer) == answer
+
+
+def test_an_unpickled_receipt_says_that_it_cannot_wait(
+    shop: Celery, worker: CeleryWorker, folder: Path, name: str
+) -> None:
+    first = shop.tasks["shop.slow"].submit(name)
+    packed = pickle.dumps(first)
+    assert shop.conf.broker_url.encode() not in packed
+    unpickled = pickle.loads(packed)
+    assert (unpickled, unpickled.next) == (first, first.next)
+    with pytest.raises(IdempotencyError, match=re.escape(f"look_up(app, {first.key!r}")):
+        unpickled.wait(0)
+    Gate(folder / f"gate-{name}").open()
+    assert first.wait(20).status == "executed"
+    found = look_up(shop, unpickled.key)
+    assert found is not None
+    assert found.wait(20).result == f"slow {name}"
+    again = pickle.loads(pickle.dumps(found))
+    assert again == found
+    assert again.wait() is again  # nothing to look for
+
+
+# --- options ---------------------------------------------------------------------------
+
+
+def test_both_submits_take_the_same_options(redis: RedisServer, folder: Path, name: str) -> None:
+    app = shops.make(redis.url, folder)
+    options: dict[str, Any] = {"queue": f"q-{name}", "priority": 3, "countdown": 5, "headers": {"x": "y"}}
+    options["task_id"] = f"id-{name}"
+    by_task = app.tasks["shop.pay"].submit(name, "7", 1, **options)
+    by_name = submit(app, "shop.pay", (name, "8", 1), **options)
+    assert by_task.task_id == by_name.task_id == f"id-{name}"
+    with app.connection_for_read() as connection:
+        queue = connection.SimpleQueue(f"q-{name}")
+        sent = [queue.get(timeout=20) for _ in range(2)]
+        queue.clear()
+        queue.close()
+    for message in sent:
+        assert (message.headers["x"], message.headers["id"]) == ("y", f"id-{name}")
+        assert message.headers["eta"]
+        assert message.properties["priority"] == 3
+
+
+def test_a_parameter_is_the_tasks_and_never_an_option(redis: RedisServer, folder: Path, name: str) -> None:
+    app = shops.make(redis.url, folder)
+
+    @app.task(base=celery_idem.IdempotentTask, name="shop.queued", intent=("queue",))
+    def queued(queue: str, *, priority: int = 0) -> None: ...
+
+    @app.task(base=celery_idem.IdempotentTask, name="shop.open", intent=celery_idem.ALL_ARGUMENTS)
+    def open_ended(**rest: str) -> None: ...
+
+    with app.connection_for_read() as connection:
+        for task, own in ((queued, {"queue": "gold", "priority": 7}), (open_ended, {"eta": "noon"})):
+            receipt = submit(app, task.name, kwargs=own, queue=f"q-{name}")
+            assert receipt.key == task.intent_key(**own)
+            with connection.SimpleQueue(f"q-{name}") as queue:
+                message = queue.get(timeout=20)
+                message.ack()
+            assert message.payload[1] == own
+            app.conf.task_default_queue = f"d-{name}-{task.name}"
+            app.amqp.queues.clear()
+            task.submit(**own, occurrence="by task")
+            with connection.SimpleQueue(f"d-{name}-{task.name}") as queue:
+                message = queue.get(timeout=20)
+                message.ack()
+            assert message.payload[1] == own
+
+
+@pytest.mark.parametrize("wrong", [{"args": {"a": 1}}, {"args": "ab"}, {"args": {1}}, {"kwargs": [1]}])
+@pytest.mark.parametrize("task", ["shop.pay", "nobody.has.it"])
+def test_submit_refuses_what_is_no_call(shop: Celery, task: str, wrong: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="must be a"):
+        submit(shop, task, **wrong)
 
 
 # --- cost ------------------------------------------------------------------------------
@@ -261,7 +373,7 @@ def test_by_name_a_failure_may_not_be_final(
     for how, count in (("brief", 2), ("error", 1)):
         for _ in range(2):
             answer = submit(app, "shop.fails", (f"{name}-{how}", how)).wait(20)
-            assert (answer.status, answer.final) == ("failed", False)
+            assert (answer.status, answer.code, answer.final) == ("failed", "unsure", False)
             assert "Safe to call again unchanged, once" in answer.next
         assert done.count(f"fails-{name}-{how}") == count
 
@@ -271,7 +383,7 @@ def test_celerys_own_failure_is_not_final(shop: Celery, done: Effects, name: str
     receipt = submit(shop, "shop.pay", (name, "7", 1), queue="nobody")
     shop.backend.mark_as_failure(receipt.task_id, ConnectionError("Connection reset by peer"))
     answer = receipt.wait(20)
-    assert (answer.status, answer.final) == ("failed", False)
+    assert (answer.status, answer.code, answer.final) == ("failed", "unsure", False)
     assert answer.reason == "ConnectionError: Connection reset by peer"
     assert "Safe to call again unchanged, once" in answer.next
 
@@ -306,7 +418,7 @@ def test_revoked(shop: Celery, worker: CeleryWorker, done: Effects, name: str) -
     receipt = submit(shop, "shop.pay", (name, "7", 1), countdown=2)
     shop.control.revoke(receipt.task_id)
     answer = receipt.wait(20)
-    assert (answer.status, answer.reason) == ("failed", "revoked")
+    assert (answer.status, answer.reason) == ("not_run", "revoked")
     assert answer.next == "Nothing was done. Safe to call again unchanged."
     assert submit(shop, "shop.pay", (name, "7", 1)).wait(20).status == "executed"
     assert wait_for(lambda: done.count(f"pay-{name}-7")) == 1

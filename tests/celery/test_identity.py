@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from celery import Celery, Task, chain, chord, group, signature
 
-from celery_idem import ConfigurationError, IdempotentTask, IntentError, Ledger, submit
+from celery_idem import ConfigurationError, IdempotentTask, IntentError, Ledger, look_up, submit
 from celery_idem.core.model import CALLER_KEY, KEY, MESSAGE, OCCURRENCE, PART_OF, SCOPE
-from celery_idem.integration.receipts import look_up
 from tests.support.hand import application, deliver, drain, take
 
 tenant: ContextVar[Any] = ContextVar("tenant", default=None)

@@ -19,9 +19,8 @@ from celery.result import AsyncResult
 import celery_idem
 from celery_idem import OutcomeUnknown
 from celery_idem.adapters.agents import function
-from celery_idem.adapters.tools import NOT_SENT
 from celery_idem.core.model import CALLER_KEY
-from celery_idem.integration.receipts import NOTHING_DONE, WORKER_GONE, Receipt
+from celery_idem.integration.receipts import Receipt
 from tests.chaos import shop
 from tests.chaos.plan import Intent
 
@@ -94,17 +93,17 @@ def of_receipt(told: dict[str, Any]) -> Told:
         return Told(VALUE, told["result"])
     if told["status"] == "in_doubt":
         return _doubt(told)
-    if told["status"] == "failed":
+    if told["status"] == "not_run" and told["code"] in ("", "not_sent"):
+        return Told(AGAIN, detail=told["reason"])
+    if told["status"] in ("failed", "not_run"):
         name, _, text = told["reason"].partition(":")
-        if told["next"] in (NOTHING_DONE, NOT_SENT):
-            return Told(AGAIN, detail=told["reason"])
         return of_error(name, text)
     return Told(WRONG if told["status"] == "conflict" else AGAIN, detail=told["status"])
 
 
 def _doubt(told: dict[str, Any]) -> Told:
     # "Nobody is working on it any more. Call again once": an agent does what it is told.
-    kind = AGAIN if told["next"] == WORKER_GONE else IN_DOUBT
+    kind = AGAIN if told["code"] == "undecided" else IN_DOUBT
     return Told(kind, detail=f"{told['reason']} {told['next']}")
 
 

@@ -14,14 +14,13 @@ import pytest
 from celery import Celery
 from starlette.testclient import TestClient
 
-from celery_idem import ConfigurationError, IdempotentTask, Ledger, NotHappened
+from celery_idem import ConfigurationError, IdempotentTask, Ledger, NotHappened, look_up
 from celery_idem.adapters.http import door
 from celery_idem.adapters.inbox import inbox
 from celery_idem.adapters.mcp import server
 from celery_idem.adapters.tools import tool_of
 from celery_idem.core.errors import IdempotencyError
 from celery_idem.core.model import KEY
-from celery_idem.integration.receipts import look_up
 from celery_idem.integration.settings import of_app
 from celery_idem.operate.operators import Desk
 from celery_idem.telemetry.prometheus import exporter_registry

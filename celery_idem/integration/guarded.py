@@ -1,0 +1,49 @@
+"""What the modules below ``task`` need of a guarded task: types only."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from celery_idem.core.keys import Declaration
+from celery_idem.core.model import Fingerprint, Raised
+from celery_idem.engine.ledger import Ledger
+from celery_idem.engine.runner import Options
+from celery_idem.integration.settings import Settings
+
+
+class Guarding(Protocol):
+    """What all executions of one task share. ``delivery.Guard`` is it."""
+
+    @property
+    def declaration(self) -> Declaration: ...
+    @property
+    def settings(self) -> Settings: ...
+    @property
+    def ledger(self) -> Ledger: ...
+    @property
+    def options(self) -> Options: ...
+    def identify(self, request: Any, args: Any, kwargs: Any) -> tuple[str, Fingerprint]: ...
+    def kind_of(self, error: BaseException) -> Raised: ...
+
+
+class GuardedTask(Protocol):
+    """A task that declares an intent. ``task.IdempotentTask`` is it. What Celery owns is untyped here."""
+
+    name: Any
+    app: Any
+    acks_late: Any
+    ignore_result: Any
+    no_effect_errors: tuple[type[BaseException], ...]
+    ambiguous_errors: tuple[type[BaseException], ...]
+
+    @property
+    def guard(self) -> Guarding: ...
+    @property
+    def backend(self) -> Any: ...
+    @property
+    def request_stack(self) -> Any: ...
+    def run(self, *args: Any, **kwargs: Any) -> Any: ...
+    def apply_async(self, args: Any = None, kwargs: Any = None, *more: Any, **options: Any) -> Any: ...
+    def signature_from_request(
+        self, request: Any = None, args: Any = None, kwargs: Any = None, queue: Any = None, **options: Any
+    ) -> Any: ...

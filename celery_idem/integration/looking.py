@@ -1,0 +1,238 @@
+"""Looks an intent up: makes a ``Receipt`` of its record, or of Celery's result where the record cannot tell."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from celery_idem.core import keys, protocol
+from celery_idem.core.errors import (
+    FingerprintMismatch,
+    IdempotencyError,
+    InProgress,
+    LeaseLost,
+    OutcomeUnknown,
+    ResultUnavailable,
+    StoreError,
+)
+from celery_idem.core.model import (
+    MICROSECONDS,
+    NO_FINGERPRINT,
+    Busy,
+    Fingerprint,
+    InDoubt,
+    Mismatch,
+    Outcome,
+    Policy,
+    Replay,
+    State,
+)
+from celery_idem.engine import events
+from celery_idem.engine.entries import Entry
+from celery_idem.engine.ledger import Ledger
+from celery_idem.integration.publishing import in_scope
+from celery_idem.integration.receipts import Code, Receipt, Status
+from celery_idem.integration.wiring import ledger_of
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+ASK_AGAIN = 5.0
+"""Seconds in ``retry_after`` at most. A lease says when a dead worker is decided, not when a
+living one is done, and asking costs one read."""
+
+
+class Look(NamedTuple):
+    """Where a receipt looks again, and what for.
+
+    Attributes:
+        published: the caller has published the delivery whose task id the receipt has.
+        secret: the error of the body may quote a secret argument of another caller.
+    """
+
+    app: Celery | None
+    ledger: Ledger | None
+    fingerprint: Fingerprint
+    policy: Policy
+    published: bool
+    secret: bool = False
+
+    def look(self, receipt: Receipt) -> Receipt:
+        """One look at the record, and at Celery's result where the record cannot tell."""
+        entry = None
+        if self.ledger is not None:
+            try:
+                entry = self.ledger.get(receipt.key)
+            except StoreError as error:
+                events.emit("store_error", receipt.key, error=str(error), while_="waiting")
+            if entry is not None:
+                known = told(entry, receipt.key, receipt.task_id, self)
+                if known is not None:
+                    return known
+        result = celery_result(receipt, self, entry)
+        if result is not None:
+            return result
+        return receipt if entry is None else _undecided(entry, receipt, self)
+
+
+def look_up(app: Celery, key: str, scope: str | None = None) -> Receipt | None:
+    """Where the intent with this key stands; None when nothing is stored under it for this scope.
+
+    Args:
+        scope: the caller's; None: that of ``idem_scope``. The key of a call can be computed from its arguments,
+            so a key proves nothing: for the record of another scope the answer is None.
+
+    An application that does not have the task gets only the class of an error: which parameters are
+    secret is declared by the task.
+
+    Raises:
+        StoreError: the store did not answer.
+    """
+    task = app.tasks.get(keys.task_of(key) or key)
+    guarded = getattr(task, "idem_declaration", None) is not None
+    ledger = task.guard.ledger if guarded else ledger_of(app)
+    policy = task.guard.options.policy if guarded else PLAIN_POLICY
+    scope = in_scope(task.guard.settings.scope if guarded else app.conf.get("idem_scope"), scope)
+    entry = ledger.get(key)
+    if entry is None or entry.record.scope != keys.scope_digest(ledger.namespace, scope):
+        return None
+    secret = not guarded or bool(task.guard.declaration.secret)  # without the task nobody here can tell
+    source = Look(app, ledger, NO_FINGERPRINT, policy, published=False, secret=secret)
+    known = told(entry, key, "", source)
+    return (
+        known if known is not None else _undecided(entry, Receipt("in_progress", key, _source=source), source)
+    )
+
+
+PLAIN_POLICY = Policy(lease=0, result_ttl=0, failure_ttl=1 << 62)
+"""For looking only: what is lapsed counts as lapsed, what has failed as failed, and nobody asks."""
+
+
+def told(entry: Entry, key: str, task_id: str, source: Look) -> Receipt | None:
+    """What the record says by itself; None where a delivery has something to do first.
+
+    Args:
+        task_id: of the delivery that the caller published; "" for none.
+    """
+    decision = entry.standing(source.fingerprint, source.policy)
+    task_id = task_id or entry.record.task_id
+    mine = source.published and entry.record.task_id == task_id
+    status: Status
+    if isinstance(decision, Replay):
+        outcome = decision.outcome
+        elsewhere = protocol.replacement(outcome)
+        if elsewhere:
+            return _replaced(Receipt("in_progress", key, task_id, _source=source), elsewhere, source)
+        assert source.ledger is not None
+        result, why = _outcome(outcome, key, source.ledger, source.secret)
+        if not outcome.succeeded:
+            return Receipt("failed", key, task_id, None, why, _source=source)
+        status = "executed" if mine else "replayed"
+        code: Code = "not_kept" if why else ""
+        return Receipt(status, key, task_id, result, why, code, _source=source)
+    if isinstance(decision, Mismatch):
+        return Receipt("conflict", key, task_id, differs=tuple(decision.differs), _source=source)
+    if isinstance(decision, InDoubt):
+        return Receipt("in_doubt", key, task_id, None, decision.reason, _source=source)
+    if isinstance(decision, Busy):
+        status = "accepted" if mine else "in_progress"
+        again = round(min(ASK_AGAIN, decision.retry_after / MICROSECONDS), 3)
+        return Receipt(status, key, task_id, retry_after=again, _source=source)
+    return None
+
+
+def _outcome(outcome: Outcome, key: str, ledger: Ledger, secret: bool) -> tuple[Any, str]:
+    """The value, and why there is none: the body's error, or that it was not kept or cannot be read."""
+    if outcome.payload is None:
+        return None, outcome.missing
+    try:
+        if outcome.succeeded:
+            return ledger.codec.decode(outcome.payload, key), ""
+        return None, _words(ledger.codec.decode_error(outcome.payload, key), secret)
+    except StoreError as error:  # written with a serializer that is not accepted here: done all the same
+        return None, str(error)
+
+
+def _replaced(receipt: Receipt, task_id: str, source: Look) -> Receipt:
+    """Of a body that handed its action over to another task, whose result is Celery's."""
+    mine = source.published and task_id == receipt.task_id  # a replacement goes by the same id
+    result = celery_result(replace(receipt, task_id=task_id), source._replace(published=True), None)
+    if result is None:
+        return replace(receipt, status="in_progress", retry_after=ASK_AGAIN)
+    if result.status == "executed" and not mine:
+        return replace(result, status="replayed")
+    if result.code == "unsure":  # that task is not run again: its failure is the answer
+        return replace(result, code="")
+    return result
+
+
+def _undecided(entry: Entry, receipt: Receipt, source: Look) -> Receipt:
+    """Of a record that waits for a delivery, as it stands."""
+    state = entry.record.state
+    receipt = replace(receipt, task_id=receipt.task_id or entry.record.task_id, retry_after=None)
+    if source.published and state is not State.IN_DOUBT:
+        return receipt  # that delivery is under way
+    if state is State.RELEASED:
+        return _released(receipt, entry)
+    if state is State.FAILED:  # long enough ago, with finished steps: the next delivery goes on after them
+        return replace(receipt, status="not_run", code="partly_done")
+    reasons = {State.IN_DOUBT: entry.record.reason, State.SCHEDULED: "its retry is overdue"}
+    return replace(receipt, status="in_doubt", code="undecided", reason=reasons.get(state, protocol.CRASHED))
+
+
+def _released(receipt: Receipt, entry: Entry) -> Receipt:
+    return replace(receipt, status="not_run", code="partly_done" if entry.record.steps else "")
+
+
+def celery_result(receipt: Receipt, source: Look, entry: Entry | None) -> Receipt | None:
+    """What Celery's result backend knows of the delivery that this call published."""
+    if not source.published or source.app is None:
+        return None
+    try:
+        result = source.app.AsyncResult(receipt.task_id)
+        state, value = result.state, result.result
+    except Exception as error:  # no backend, or any error of any driver: it cannot tell
+        events.diagnose(logging.DEBUG, "the result of %s cannot be read: %s", receipt.task_id, error)
+        return None
+    receipt = replace(receipt, retry_after=None)
+    if state == "SUCCESS":
+        return replace(receipt, status="executed", result=value)
+    released = entry is not None and entry.record.state is State.RELEASED
+    if state == "REVOKED":
+        if entry is not None and not released:
+            return None  # it had begun: the record speaks
+        receipt = replace(receipt, reason="revoked")
+        if entry is not None:
+            return _released(receipt, entry)
+        # Only where records can be seen is it known that it had not begun.
+        return (
+            replace(receipt, status="failed", code="unsure")
+            if source.ledger is None
+            else replace(receipt, status="not_run")
+        )
+    if state != "FAILURE":
+        return None
+    receipt = replace(receipt, reason=_words(value, source.secret))
+    if isinstance(value, IdempotencyError) and value.key and not receipt.key:
+        receipt = replace(receipt, key=value.key)
+    if isinstance(value, FingerprintMismatch):
+        return replace(receipt, status="conflict", differs=tuple(value.differs))
+    if isinstance(value, ResultUnavailable):
+        return replace(receipt, status="replayed", reason=value.reason, code="not_kept")
+    if isinstance(value, InProgress):
+        return replace(receipt, status="in_progress", retry_after=value.retry_after)
+    if isinstance(value, (OutcomeUnknown, LeaseLost)):
+        return replace(receipt, status="in_doubt")
+    if entry is not None and released:
+        return _released(receipt, entry)
+    if isinstance(value, StoreError):
+        return replace(receipt, status="not_run", code="store_error")
+    # No record says so: the body may not have run. Celery itself reports a failure where its connection to the result
+    # backend breaks before a task begins, or after it ended. Only where failures are not kept there is nothing to ask.
+    forgotten = source.ledger is not None and entry is None and source.policy.failure_ttl == 0
+    return replace(receipt, status="failed", code="" if forgotten else "unsure")
+
+
+def _words(error: object, secret: bool) -> str:
+    return type(error).__name__ if secret else f"{type(error).__name__}: {error}"
