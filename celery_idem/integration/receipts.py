@@ -149,10 +149,10 @@ class Receipt:
     next: str = field(init=False, repr=False, compare=False)
     _source: InitVar[Source | None] = None
 
-    def __post_init__(self, _source: Source | None) -> None:
+    def __post_init__(self, source: Source | None) -> None:
         advice = ADVICE.get((self.status, self.code)) or ADVICE[self.status, ""]
         differs = ", ".join(self.differs) or "arguments"
-        vars(self).update(next=advice.format(differs=differs), _source=_source)
+        vars(self).update(next=advice.format(differs=differs), _source=source)
 
     def __copy__(self) -> Receipt:
         return replace(self)
