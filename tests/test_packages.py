@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,34 @@ def test_only_public_modules_are_imported_from_elsewhere(package: str) -> None:
     }
     assert outside - public == set()
     assert public - outside == set(), "named, and nobody else needs it"
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    """Also not inside a function, or for types only."""
+    grimp = pytest.importorskip("grimp")
+    graph = grimp.build_graph("celery_idem", exclude_type_checking_imports=False)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    assert len(imports) > 90
+    TopologicalSorter(imports).prepare()  # raises CycleError
+
+
+def test_no_branch_reads_the_advice_of_a_receipt() -> None:
+    """`next` is text for people and models. Programs compare `status` and `code`."""
+
+    def reads(node: ast.AST) -> bool:
+        return any(
+            (isinstance(each, ast.Attribute) and each.attr == "next")
+            or (
+                isinstance(each, ast.Subscript)
+                and isinstance(each.slice, ast.Constant)
+                and each.slice.value == "next"
+            )
+            for each in ast.walk(node)
+        )
+
+    for file in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            assert not (isinstance(node, ast.Compare) and reads(node)), f"{file}:{node.lineno}"
+            if isinstance(node, (ast.If, ast.IfExp, ast.While, ast.Match)):
+                condition = node.subject if isinstance(node, ast.Match) else node.test
+                assert not reads(condition), f"{file}:{node.lineno}"

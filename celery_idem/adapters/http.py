@@ -23,7 +23,7 @@ status  meaning
 415     the body is not JSON
 422     known already, with other arguments; the answer names them
 500     it was tried and failed; a repetition gets the same answer
-503     nothing was done, or only its finished steps; repeat it (``Retry-After``)
+503     ``not_run``: nothing was done, or only its finished steps; repeat it (``Retry-After``)
 ======  ==========================================================================
 
 Everything but 200 and 202 is ``application/problem+json`` (RFC 9457) with the
@@ -421,6 +421,7 @@ _PROBLEM = {
         "title": {"type": "string"},
         "status": {"type": "integer"},
         "detail": {"type": "string"},
+        "code": {"type": "string"},
         "next": {"type": "string"},
         "errors": {"type": "array", "items": {"type": "string"}},
     },

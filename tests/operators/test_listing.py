@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from celery import Celery
@@ -71,8 +72,8 @@ def test_the_beginning_of_one_key_is_that_one(idem: Idem, ledger: Ledger) -> Non
     assert [entry.key for entry in ledger.list()] == keys[:1]
 
 
-@pytest.mark.parametrize("state", ["indoubt", "done", "", "RUNNING ", "busy"])
-def test_a_state_that_does_not_exist(ledger: Ledger, app: Celery, state: str) -> None:
+@pytest.mark.parametrize("state", ["indoubt", "done", "", "RUNNING ", "busy", 1, b"running"])
+def test_a_state_that_does_not_exist(ledger: Ledger, app: Celery, state: Any) -> None:
     claimed(ledger, f"shop.send_invoice:{1:032x}")
     with pytest.raises(IdempotencyError, match=r"running, scheduled, .*in_doubt, lapsed"):
         ledger.list(state)  # at once, not at the first entry
