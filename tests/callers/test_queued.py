@@ -15,7 +15,7 @@ from celery import Celery
 from celery_idem import IdempotentTask, Ledger
 from celery_idem.adapters.http import door
 from celery_idem.adapters.tools import tool_of
-from celery_idem.integration import receipts
+from celery_idem.integration import submitting
 
 
 @pytest.fixture
@@ -111,11 +111,11 @@ def test_it_is_remembered_for_a_while_and_in_bounded_memory(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tool = tool_of(app, "shop.pay")
-    monkeypatch.setattr(receipts, "PUBLISHED_MAX", 3)
+    monkeypatch.setattr(submitting, "PUBLISHED_MAX", 3)
     for invoice in range(10):
         tool.submit({"invoice": str(invoice)})
     assert len(tool.published._known) == 3
     assert tool.submit({"invoice": "9"}).status == "in_progress"
-    monkeypatch.setattr(receipts, "PUBLISHED_FOR", 0.0)
+    monkeypatch.setattr(submitting, "PUBLISHED_FOR", 0.0)
     tool.submit({"invoice": "a"})
     assert tool.submit({"invoice": "a"}).status == "accepted"
