@@ -67,10 +67,10 @@ class Look(NamedTuple):
             except StoreError as error:
                 events.emit("store_error", receipt.key, error=str(error), while_="waiting")
             if entry is not None:
-                known = told(entry, receipt.key, receipt.task_id, self)
+                known = from_record(entry, receipt.key, receipt.task_id, self)
                 if known is not None:
                     return known
-        result = celery_result(receipt, self, entry)
+        result = from_celery(receipt, self, entry)
         if result is not None:
             return result
         return receipt if entry is None else _undecided(entry, receipt, self)
@@ -97,20 +97,20 @@ def look_up(app: Celery, key: str, scope: str | None = None) -> Receipt | None:
     entry = ledger.get(key)
     if entry is None or entry.record.scope != keys.scope_digest(ledger.namespace, scope):
         return None
-    secret = not guarded or bool(task.guard.declaration.secret)  # without the task nobody here can tell
+    secret = not guarded or bool(task.guard.declaration.secret)  # without the task this is not known here
     source = Look(app, ledger, NO_FINGERPRINT, policy, published=False, secret=secret)
-    known = told(entry, key, "", source)
+    known = from_record(entry, key, "", source)
     return (
         known if known is not None else _undecided(entry, Receipt("in_progress", key, _source=source), source)
     )
 
 
 PLAIN_POLICY = Policy(lease=0, result_ttl=0, failure_ttl=1 << 62)
-"""For looking only: what is lapsed counts as lapsed, what has failed as failed, and nobody asks."""
+"""For looking only: a lapsed lease counts as lapsed, a failure as a failure, and no destination is asked."""
 
 
-def told(entry: Entry, key: str, task_id: str, source: Look) -> Receipt | None:
-    """What the record says by itself; None where a delivery has something to do first.
+def from_record(entry: Entry, key: str, task_id: str, source: Look) -> Receipt | None:
+    """The receipt of a record that has its answer; None where a delivery must act first.
 
     Args:
         task_id: of the delivery that the caller published; "" for none.
@@ -155,9 +155,9 @@ def _outcome(outcome: Outcome, key: str, ledger: Ledger, secret: bool) -> tuple[
 
 
 def _replaced(receipt: Receipt, task_id: str, source: Look) -> Receipt:
-    """Of a body that handed its action over to another task, whose result is Celery's."""
+    """The receipt of a body that was replaced by another task: its result is in Celery's result backend."""
     mine = source.published and task_id == receipt.task_id  # a replacement goes by the same id
-    result = celery_result(replace(receipt, task_id=task_id), source._replace(published=True), None)
+    result = from_celery(replace(receipt, task_id=task_id), source._replace(published=True), None)
     if result is None:
         return replace(receipt, status="in_progress", retry_after=ASK_AGAIN)
     if result.status == "executed" and not mine:
@@ -168,7 +168,7 @@ def _replaced(receipt: Receipt, task_id: str, source: Look) -> Receipt:
 
 
 def _undecided(entry: Entry, receipt: Receipt, source: Look) -> Receipt:
-    """Of a record that waits for a delivery, as it stands."""
+    """The receipt of a record that waits for a delivery."""
     state = entry.record.state
     receipt = replace(receipt, task_id=receipt.task_id or entry.record.task_id, retry_after=None)
     if source.published and state is not State.IN_DOUBT:
@@ -185,8 +185,8 @@ def _released(receipt: Receipt, entry: Entry) -> Receipt:
     return replace(receipt, status="not_run", code="partly_done" if entry.record.steps else "")
 
 
-def celery_result(receipt: Receipt, source: Look, entry: Entry | None) -> Receipt | None:
-    """What Celery's result backend knows of the delivery that this call published."""
+def from_celery(receipt: Receipt, source: Look, entry: Entry | None) -> Receipt | None:
+    """The receipt of Celery's result for the delivery that this call published; None where there is none."""
     if not source.published or source.app is None:
         return None
     try:

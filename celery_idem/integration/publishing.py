@@ -1,4 +1,4 @@
-"""What a message says beside its arguments: whose intent it is, and nothing secret.
+"""Message headers: the identity of the intent, and representations of arguments without secrets.
 
 Celery hands options it does not know (``scope=`` of a signature whose task this process does not
 have, of ``send_task``, of a beat entry) to the broker as message properties, and forgets those of
@@ -39,7 +39,7 @@ have different tasks of one name, the last one's: a value may then be hidden nee
 
 
 def hide(declaration: keys.Declaration) -> None:
-    """Show no secret of this task, whoever publishes it in this process."""
+    """Hide the secrets of this task in every message that this process publishes."""
     _secrets[declaration.task] = declaration
 
 
@@ -125,11 +125,15 @@ def carry(
 signals.before_task_publish.connect(carry)
 
 
+# Celery gives the options of a group to each of its calls, and those of a chain to its first, and calls nothing of ours
+# in between: neither a call nor a message says whose option it was. So the next two functions read it from the frame of
+# the canvas that runs. The alternatives are worse: replacing methods of Celery's canvas classes for the whole process,
+# or canvas classes of our own that every author has to import.
 _CHAIN_RUNS = _chain.run.__code__
 
 
 def _of_the_chain() -> dict[str, str]:
-    """What options of a whole chain say for its later parts. Celery gives them to the first one only.
+    """The identity that options of a whole chain give to its later parts. Celery gives them to the first part only.
 
     Under a caller's own key each later part is a part of that action.
     """

@@ -1,8 +1,8 @@
-"""What continues an intent: its own retry, or the same message published again.
+"""Messages that continue an intent: its retry, or the same message published again.
 
-The key and the fingerprint of the intent travel with every such message, whatever the body
-made of its arguments. A retry with other arguments that is published beside (``throw=False``)
-is an intent of its own (see ADR 0016).
+Every such message carries the key and the fingerprint of the intent, also where the body changed its arguments.
+A retry with other arguments that the body publishes and does not raise (``throw=False``) is another intent
+(``docs/adr/0016``).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAYBE_APART = "idem_maybe_apart"
 """Option of a retry that may be another action: a tuple of the error because of which it was asked for."""
 
 _OF_ITS_CANVAS = ("chain", "chord", "group_id", "group_index", "link", "reply_to")
-"""What waits for the result of the body itself, and gets that."""
+"""Options that belong to the result of the body itself."""
 
 
 class AlreadyComing(Exception):
@@ -53,7 +53,7 @@ def identity_of(task: GuardedTask, request: Context) -> tuple[str, Fingerprint]:
 
 
 def continue_intent(task: GuardedTask, request: Context, signature: Signature) -> None:
-    """Mark a signature made from a request: whoever receives it works on the same intent."""
+    """Mark a signature made from a request: its message continues the same intent."""
     key, fingerprint = identity_of(task, request)
     headers = signature.options.get("headers") or {}
     signature.options["headers"] = {
@@ -71,14 +71,14 @@ def shape_retry(
     """A retry that may be another action, or that comes after one that is published.
 
     Args:
-        given: with arguments of its own.
+        given: the retry has other arguments than the request.
         cause: the error because of which it was asked for.
 
     Raises:
         AlreadyComing: this very retry is published.
         ConfigurationError: the intent has a retry already, with other arguments.
-        BaseException: the cause, where nobody knows whether the part of this body that would
-            become an intent of its own has had its effect: this body is in doubt.
+        BaseException: the cause, where it is unknown whether the part of this body that would become another
+            intent had its effect. This body is in doubt then.
     """
     claim: Claim = request.idem_claim
     first = retries_of(claim).signal
@@ -100,7 +100,7 @@ def shape_retry(
 
 
 def _make_apart(task: GuardedTask, request: Context, claim: Claim, signature: Signature) -> bool:
-    """Turn a retry whose arguments make another intent into a call of its own; False where they do not."""
+    """Make a retry whose arguments make another intent a separate call; return False where they do not."""
     declaration, namespace = task.guard.declaration, task.guard.ledger.namespace
     labels = _labels(request)
     caller_key = labels.get(CALLER_KEY)
@@ -149,7 +149,7 @@ def note_published(request: Context | None, options: dict[str, Any]) -> None:
 
 
 def note_retry(claim: Claim, signal: Retry, cause: BaseException | None) -> None:
-    """What ``Task.retry`` made: a retry of this intent, or an intent of its own."""
+    """Note what ``Task.retry`` published: a retry of this intent, or another intent."""
     retries = retries_of(claim)
     if signal.sig is None or signal.sig.options.get(SAME_INTENT):
         retries.signal = signal

@@ -14,7 +14,7 @@ from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.model import NO_FINGERPRINT, Fingerprint
 from celery_idem.engine import events
 from celery_idem.integration.guarded import GuardedTask
-from celery_idem.integration.looking import PLAIN_POLICY, Look, celery_result, told
+from celery_idem.integration.looking import PLAIN_POLICY, Look, from_celery, from_record
 from celery_idem.integration.publishing import in_scope
 from celery_idem.integration.receipts import Receipt
 
@@ -48,18 +48,18 @@ PUBLISHED_MAX = 10_000
 
 
 class Published:
-    """What this process has published and no worker has claimed: no record says so yet."""
+    """What this process has published and no worker has claimed: the store has no record of it yet."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._known: OrderedDict[tuple[str, Fingerprint], tuple[float, int, str]] = OrderedDict()
 
     def first(self, key: str, fingerprint: Fingerprint, fence: int, ended: Callable[[str], bool]) -> bool:
-        """Is the caller the first to publish this intent? Then it is remembered.
+        """Return whether the caller is the first to publish this intent, and remember it.
 
         Args:
-            fence: of its record, 0 without one. Another one since: the message was claimed.
-            ended: whether the message with this task id came to an end, as Celery knows it.
+            fence: of its record, 0 without one. A different one means that the message was claimed.
+            ended: whether Celery has a final state for a task id.
         """
         now = time.monotonic()
         call = (key, fingerprint)
@@ -77,7 +77,7 @@ class Published:
         return True
 
     def done(self, key: str, fingerprint: Fingerprint, task_id: str | None) -> None:
-        """It was published under this task id; None: it was not."""
+        """Note the task id it was published under. None: publishing failed, so forget it."""
         call = (key, fingerprint)
         with self._lock:
             known = self._known.pop(call, None)
@@ -98,14 +98,14 @@ def submit(
 ) -> Receipt:
     """``IdempotentTask.submit`` by the task's name.
 
-    An application that does not have the task (an orchestrator without task classes)
-    cannot derive the key: it does not know the signature. Then everything that the
-    worker needs to derive it is published, every time, and the worker decides. Such a
-    receipt has no ``key``, learns its answer from Celery's result, and calls every
-    success ``executed``, because a replay looks the same from there.
+    An application that does not have the task (an orchestrator without task classes) cannot derive the key,
+    because it does not know the signature. It publishes every call, and the worker decides. Such a receipt has no
+    ``key`` and takes its answer from Celery's result. Every success is ``executed``: a replay looks the same there.
 
     Args:
-        options: more options of ``apply_async``, such as ``queue``.
+        args: a list or tuple.
+        kwargs: a mapping.
+        options: options of ``apply_async`` (``countdown``, ``eta``, ``queue``, ``priority``, …).
 
     Raises:
         ConfigurationError: the task is known here, and has no intent.
@@ -137,10 +137,10 @@ def submit_task(
     options: Mapping[str, Any],
     published: Published | None = None,
 ) -> Receipt:
-    """What ``IdempotentTask.submit`` does. One look for what is known already.
+    """Look the intent up once; publish it if nothing is known.
 
     Args:
-        published: what the caller's process has published before.
+        published: what this process has published before; None: do not remember.
     """
     guard = task.guard
     ledger = guard.ledger
@@ -149,7 +149,9 @@ def submit_task(
     key = guard.declaration.key(ledger.namespace, arguments, scope, occurrence, idempotency_key)
     fingerprint = guard.declaration.fingerprint(arguments, idempotency_key)
     secret = bool(guard.declaration.secret)
-    shadow = guard.settings.shadow  # then a record is of a time with the guard, and no answer to this call
+    shadow = (
+        guard.settings.shadow
+    )  # a record was then written while the guard was on, and does not answer this call
     known_by = None if shadow else ledger
     source = Look(task.app, known_by, fingerprint, guard.options.policy, published=False, secret=secret)
     try:
@@ -159,7 +161,7 @@ def submit_task(
         events.emit("store_error", key, error=str(error), while_="submitting", then="published")
         entry = None
     if entry is not None:
-        known = told(entry, key, "", source)
+        known = from_record(entry, key, "", source)
         if known is not None:
             events.emit("told", key, status=known.status)
             return known
@@ -167,7 +169,7 @@ def submit_task(
     if published is not None:
 
         def ended(task_id: str) -> bool:
-            return celery_result(Receipt("in_progress", key, task_id), mine, entry) is not None
+            return from_celery(Receipt("in_progress", key, task_id), mine, entry) is not None
 
         if not published.first(key, fingerprint, entry.record.fence if entry is not None else 0, ended):
             events.emit("told", key, status="in_progress")

@@ -1,7 +1,7 @@
 """A decorator that keeps the function's signature for type checkers.
 
-``@app.task(base=IdempotentTask, …)`` works just as well when the program runs, but a type
-checker sees a task that takes and returns anything. Use whichever you like.
+``@app.task(base=IdempotentTask, …)`` does the same at run time, but a type checker sees a task that takes and
+returns anything.
 """
 
 from __future__ import annotations
