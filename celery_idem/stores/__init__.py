@@ -1,4 +1,4 @@
-"""Bytes by key, and a clock: one file for each kind of store, and the function that opens one by its URL.
+"""Stores keep bytes by key and have a clock. Each kind is one module here, with the URL schemes that it opens.
 
 Never here: rules.
 """
@@ -6,79 +6,79 @@ Never here: rules.
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from collections.abc import Mapping
+from functools import lru_cache
+from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
 from celery_idem.core.errors import ConfigurationError
 from celery_idem.stores.base import Change, Reply, Store
 
-__all__ = ["Change", "Reply", "Store", "open_server", "open_store", "readable"]
+__all__ = ["Change", "Reply", "Store", "open_server", "open_store", "readable", "schemes"]
 
-_OPENERS = {
-    "memory": "celery_idem.stores.memory:open_memory",
-    "redis": "celery_idem.stores.redis:open_redis",
-    "rediss": "celery_idem.stores.redis:open_redis",
-    "redis+socket": "celery_idem.stores.redis:open_redis",
-    "unix": "celery_idem.stores.redis:open_redis",
-    "sentinel": "celery_idem.stores.redis_sentinel:open_sentinel",
-    "redis-cluster": "celery_idem.stores.redis_cluster:open_cluster",
-    "rediss-cluster": "celery_idem.stores.redis_cluster:open_cluster",
-    "sqlite": "celery_idem.stores.sql:open_sql",
-    "postgresql": "celery_idem.stores.sql:open_sql",
-    "postgresql+psycopg": "celery_idem.stores.sql:open_sql",
-}
+
+@lru_cache(maxsize=1)
+def schemes() -> dict[str, ModuleType]:
+    """Return the module of each URL scheme.
+
+    A module of this package that names ``SCHEMES`` has ``open_url(url, durability)``. It imports its driver only there.
+    """
+    modules = [
+        importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)
+    ]
+    return {scheme: module for module in modules for scheme in getattr(module, "SCHEMES", ())}
 
 
 def open_store(url: str, durability: str = "none") -> Store:
-    """The store at ``url``. Connects to nothing yet.
+    """Return the store at ``url``. Does not connect yet.
 
     Args:
-        url: see ``docs/reference/settings.md`` (``idem_store``) for the forms.
+        url: ``docs/reference/settings.md`` (``idem_store``) lists the forms.
         durability: what a write waits for (``idem_durability``).
 
     Raises:
-        ConfigurationError: no store has this kind of URL, or it lacks a package.
+        ConfigurationError: no store has this scheme, or its package is not installed.
     """
     try:
         scheme = urlsplit(url).scheme
-    except ValueError:  # its text would show what it could not read
+    except ValueError:  # its text may show a password
         raise ConfigurationError(
             "idem_store is no URL that can be read. Percent-encode a user or password with special characters "
             "(%5B for [), and write a host by its ASCII name."
         ) from None
-    target = _OPENERS.get(scheme)
-    if target is None:
-        known = ", ".join(f"{name}://" for name in sorted(_OPENERS))
-        what = (
-            f"no store for {scheme}://" if "://" in url else "this is no URL"
-        )  # it may begin with a password
+    module = schemes().get(scheme)
+    if module is None:
+        known = ", ".join(f"{name}://" for name in sorted(schemes()))
+        # Without :// the text may begin with a password, so it is not shown.
+        what = f"no store for {scheme}://" if "://" in url else "this is no URL"
         raise ConfigurationError(f"idem_store: {what}. Use one of {known}.")
-    module, _, function = target.partition(":")
-    store: Store = getattr(importlib.import_module(module), function)(url, durability)
+    store: Store = module.open_url(url, durability)
     return store
 
 
 def open_server(options: Mapping[str, Any], durability: str = "none") -> Store:
-    """The store in a Redis whose connections are known, and not its URL. Connects to nothing yet.
+    """Return the store in a Redis for which connection options are given instead of a URL. Does not connect yet.
 
     Args:
-        options: arguments of redis-py's connection pool, and ``global_keyprefix``; behind Sentinel also
+        options: arguments of redis-py's connection pool, and ``global_keyprefix``. Behind Sentinel also
             ``sentinels`` and ``master_name``.
         durability: as for ``open_store``.
 
     Raises:
-        ConfigurationError: they do not fit together.
+        ConfigurationError: the options contradict each other.
     """
-    name = "redis_sentinel" if "sentinels" in options else "redis"
-    store: Store = importlib.import_module(f"celery_idem.stores.{name}").open_server(options, durability)
+    store: Store = schemes()["sentinel" if "sentinels" in options else "redis"].open_server(
+        options, durability
+    )
     return store
 
 
 def readable(url: str) -> None:
-    """Look at the URL of a Redis, or of several sentinels.
+    """Check that the password in a Redis or Sentinel URL can be told from the address.
 
     Raises:
-        ConfigurationError: its password cannot be told from its address, so no text may show any of it.
+        ConfigurationError: it cannot, so no message may show any part of the URL.
     """
-    importlib.import_module("celery_idem.stores.redis_sentinel").SentinelStore.readable(url)
+    schemes()["sentinel"].SentinelStore.readable(url)

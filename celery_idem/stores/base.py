@@ -1,8 +1,7 @@
-"""What a store must be able to do. A store knows no rules: only bytes, keys and its own clock.
+"""The interface of stores: bytes by key, and the store's own clock.
 
-Each value is kept together with a *stamp*: the store's time, in microseconds, of the
-last write. Stamps of one key only grow, so the stamp is the version too. Five
-primitives are enough; ``celery_idem.testing.StoreConformance`` tests them all.
+A value is kept with a *stamp*: the store's time of the last write, in microseconds. The stamps of one key only
+grow, so the stamp is also the version. ``celery_idem.testing.StoreConformance`` tests the five primitives.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.model import Stored
 
 OWNER = 12
-"""Bytes at the start of every value that a replacement compares, together with the stamp."""
+"""Length of the owner token, with which every value begins. A replacement compares it and the stamp."""
 
 
 class Reply(NamedTuple):
-    """Answer of ``create``, ``read`` and ``replace``.
+    """The answer of ``create``, ``read`` and ``replace``.
 
     Attributes:
         done: this call wrote (``read``: there is a value).
@@ -35,7 +34,7 @@ class Reply(NamedTuple):
 
 
 class Change(NamedTuple):
-    """One replacement: of ``old`` at ``key`` by ``value``, to be kept ``ttl`` microseconds (None: for ever)."""
+    """One replacement of ``old`` at ``key`` by ``value``, kept for ``ttl`` microseconds (None: for ever)."""
 
     key: str
     old: Stored
@@ -44,10 +43,10 @@ class Change(NamedTuple):
 
 
 class PartlyError(StoreError):
-    """Some of several replacements got no answer, and others did.
+    """Some of several replacements failed.
 
     Attributes:
-        replies: in order; None where there is none.
+        replies: in order; None for those that failed.
     """
 
     def __init__(self, first: StoreError, replies: Sequence[Reply | None]) -> None:
@@ -56,7 +55,7 @@ class PartlyError(StoreError):
 
 
 def elsewhere(url: str) -> ConfigurationError:
-    """The error of a connection on which the store's records cannot be seen."""
+    """Return the error for a connection from which the store's records cannot be reached."""
     return ConfigurationError(
         f"settle_in: the record of this intent is in {url}, and cannot be seen on your connection. Nothing was "
         "written. Point idem_store at the database (and, in PostgreSQL, the schema) that your connection uses."
@@ -64,77 +63,76 @@ def elsewhere(url: str) -> ConfigurationError:
 
 
 class Store(ABC):
-    """A place for records. Safe to share between threads, and after a fork.
+    """A store of records. Threads share it, and it survives a fork.
 
-    Every method raises ``StoreError`` when the store did not answer in bounded time.
-    The write may have happened all the same; callers find out by reading.
+    Every method raises ``StoreError`` when the store does not answer in bounded time. The write may have happened
+    nevertheless; the caller reads to find out.
     """
 
     url: str
-    """Where it is, without any secret: for messages."""
+    """The address to show in messages, without secrets."""
 
     expires: ClassVar[bool] = False
-    """Values go by themselves when their time is over, so nobody need call ``purge``."""
+    """The server deletes expired values itself, so ``purge`` is not needed."""
 
     durabilities: ClassVar[tuple[str, ...]] = ()
-    """Values of ``idem_durability`` that it honours beyond "none"."""
+    """Values of ``idem_durability`` that this store supports besides "none"."""
 
     @abstractmethod
     def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
-        """Write ``value`` if ``key`` holds nothing; else change nothing, and return what it holds.
+        """Write ``value`` if ``key`` holds nothing; otherwise return what it holds.
 
-        ``ttl``: microseconds to keep it (a store may round up to milliseconds); None: for
-        ever; 0: the write counts as done and leaves nothing.
+        ``ttl`` is how many microseconds to keep the value; a store may round up to milliseconds. None keeps it
+        for ever. With 0 the write counts as done and leaves nothing.
         """
 
     @abstractmethod
     def read(self, key: str) -> Reply:
-        """What ``key`` holds."""
+        """Return what ``key`` holds."""
 
     def peek(self, key: str) -> Stored | None:
-        """As ``read``, for a caller who does not need the store's time: cheaper, where the store can."""
+        """As ``read``, without the store's time, which makes it cheaper in some stores."""
         return self.read(key).stored
 
     @abstractmethod
     def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
         """Write ``value`` if the stamp and the first ``OWNER`` bytes are still those of ``old``.
 
-        The new stamp is the store's time, or one more than the old stamp where that
-        is later. ``ttl`` as for ``create``; it counts from this write, and 0 deletes.
+        The new stamp is the store's time, or the old stamp plus one if that is later. ``ttl`` is as for
+        ``create`` and counts from this write; 0 deletes.
         """
 
     @abstractmethod
     def scan(self, prefix: str) -> Iterator[tuple[str, Stored]]:
-        """All keys that begin with ``prefix``, in no order, in bounded memory.
+        """Return all keys that begin with ``prefix``, in no order and in bounded memory.
 
-        What is written while it runs may be missing; nothing else may. A key may
-        come twice.
+        Only what is written during the scan may be missing. A key may come twice.
         """
 
     def scan_states(self, prefix: str, states: bytes) -> Iterator[tuple[str, Stored]]:
-        """As ``scan``, for a caller who wants only values whose byte at ``codec.STATE_AT`` is in ``states``.
+        """As ``scan``, but a store with an index may leave out values in other states.
 
-        A store with an index may leave out the others; the caller looks at each all the same.
+        The state is the byte at ``record.STATE_AT``. The caller still has to check each value.
         """
         return self.scan(prefix)
 
     @abstractmethod
     def purge(self, limit: int) -> int:
-        """Delete at most ``limit`` expired values; how many. A server that expires by itself: 0."""
+        """Delete at most ``limit`` expired values and return their number (0 if the server expires them itself)."""
 
     def replace_many(self, changes: Sequence[Change]) -> list[Reply]:
-        """Several independent replacements, in one round trip where the store can.
+        """Make several independent replacements, in one round trip where the store can.
 
         Raises:
-            PartlyError: one that fails does not keep the others from being made, where the store can tell them apart.
+            PartlyError: some of them failed. The others are made, where the store can tell them apart.
         """
         return [self.replace(*change) for change in changes]
 
     def inside(self, connection: Any) -> Store:
-        """The same records, read and written within the transaction of a connection of the author's own.
+        """Return the same records, read and written in the transaction of the author's connection.
 
         Raises:
-            ConfigurationError: they are not in the database of that connection.
+            ConfigurationError: the connection's database does not have the records.
         """
         raise ConfigurationError(
             f"settle_in: the records are in {self.url}, which cannot take part in a transaction of your database. "
@@ -142,22 +140,22 @@ class Store(ABC):
         )
 
     def close(self) -> None:
-        """Drop connections. The store may be used again; it reconnects."""
+        """Close the connections. The next call opens new ones."""
 
     def forked(self) -> None:
-        """In a forked child, of a store given to ``tell_after_fork``: forget the parent's connections, unclosed."""
+        """Drop the parent's connections in a forked child, without closing them. See ``call_after_fork``."""
 
 
-_told_after_fork: weakref.WeakSet[Store] = weakref.WeakSet()
+_after_fork_stores: weakref.WeakSet[Store] = weakref.WeakSet()
 
 
-def tell_after_fork(store: Store) -> None:
-    """Have ``forked`` called in each child: it must not talk on its parent's connections."""
-    _told_after_fork.add(store)
+def call_after_fork(store: Store) -> None:
+    """Call ``store.forked`` in each child, which must not use its parent's connections."""
+    _after_fork_stores.add(store)
 
 
 def _after_fork() -> None:
-    for store in list(_told_after_fork):
+    for store in list(_after_fork_stores):
         store.forked()
 
 

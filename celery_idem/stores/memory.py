@@ -1,4 +1,4 @@
-"""A store in this process: for tests, and for trying things out. Gone with the process."""
+"""The store in memory, for tests and experiments. Its records end with the process."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from collections.abc import Callable, Iterator
 from celery_idem.core.model import Stored
 from celery_idem.stores.base import OWNER, Reply, Store
 
+SCHEMES = ("memory",)
+
 
 def _system_clock() -> int:
     return time.time_ns() // 1000
 
 
 class MemoryStore(Store):
-    """A dictionary and a lock.
+    """Records in a dictionary under a lock.
 
     Args:
-        clock: gives the time in microseconds; tests pass their own.
+        clock: returns the time in microseconds.
     """
 
     url = "memory://"
@@ -61,12 +63,12 @@ class MemoryStore(Store):
     def purge(self, limit: int) -> int:
         with self._lock:
             now = self._clock()
-            gone = [
-                key for key, (_, expires) in self._values.items() if expires is not None and expires <= now
+            expired = [key for key, (_, end) in self._values.items() if end is not None and end <= now][
+                :limit
             ]
-            for key in gone[:limit]:
+            for key in expired:
                 del self._values[key]
-            return len(gone[:limit])
+            return len(expired)
 
     def _held(self, key: str, now: int) -> Stored | None:
         stored, expires = self._values.get(key, (None, None))
@@ -83,6 +85,6 @@ class MemoryStore(Store):
 _named: dict[str, MemoryStore] = {}
 
 
-def open_memory(url: str, durability: str = "none") -> MemoryStore:
-    """The store of this name in this process: two openings of one URL share their records."""
+def open_url(url: str, durability: str = "none") -> MemoryStore:
+    """Return the store for this URL. The same URL gives the same store in a process."""
     return _named.setdefault(url, MemoryStore())

@@ -1,9 +1,8 @@
-"""Redis and Valkey. One key per record: 8 bytes of stamp, then the packed record.
+"""The store in Redis or Valkey. A record is one key: 8 bytes of stamp, then the packed record.
 
-Each primitive is one command and one round trip: a small script that reads the
-server's clock and does a ``SET … NX``, or a compare and a ``SET``. redis-py gives the
-connections (TLS, authentication, Unix sockets); commands are packed here, because
-packing is most of what a call to redis-py costs.
+Each primitive is one round trip: a small script reads the server's clock and writes with ``SET … NX``, or compares
+and writes. redis-py makes the connections (TLS, authentication, Unix sockets). This module packs the commands itself,
+because packing is most of what a call through redis-py costs.
 """
 
 from __future__ import annotations
@@ -18,47 +17,48 @@ from urllib.parse import urlsplit
 
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.model import Stored
-from celery_idem.stores.base import OWNER, Change, PartlyError, Reply, Store, tell_after_fork
+from celery_idem.stores.base import OWNER, Change, PartlyError, Reply, Store, call_after_fork
+
+SCHEMES = ("redis", "rediss", "redis+socket", "unix")
 
 TIMEOUT = 5.0
-"""Seconds to wait for a connection or an answer: redis-py's own default for connections
-made by hand. Another value: ``?socket_timeout=1`` in the URL."""
+"""Seconds to wait for a connection or an answer: redis-py's default. ``?socket_timeout=1`` in the URL changes it."""
 
 SCAN_COUNT = 200
-"""Keys per SCAN call: 0.3 to 0.4 ms of the server's time among a million records, so others hardly
-wait. With 500 it is 0.7 ms, and reading all is hardly sooner (``docs/performance.md``)."""
+"""Keys per SCAN call: 0.3 to 0.4 ms of the server's time among a million records. 500 keys take 0.7 ms and shorten
+the whole scan little (``docs/performance.md``)."""
 
 SCAN_READ = 50
-"""Values per MGET while scanning, at most."""
+"""Maximum of values per MGET in a scan."""
 
 SCAN_BYTES = 1 << 20
-"""Bytes an MGET should bring while scanning, going by the one before: 0.2 to 0.6 ms of the
-server's time. Fifty results of 1 MiB at once took 26 ms."""
+"""Bytes that an MGET in a scan should return, estimated from the one before: 0.2 to 0.6 ms of the server's time.
+Fifty results of 1 MiB at once took 26 ms."""
 
 DURABLE_WITHIN = 2.0
-"""Seconds that a write may take to become durable: `appendfsync everysec` syncs once in a second.
-Half of the time the connection is given to answer, where that is shorter."""
+"""Seconds that a write may take to become durable: `appendfsync everysec` syncs once a second. With a shorter
+socket timeout, half of that."""
 
 HIDDEN = "…"
-"""What is shown of a URL in which a password cannot be told from an address."""
+"""Stands for the part of a URL in which a password cannot be told from an address."""
 
 _STAMP = struct.Struct(">Q")
 
 NO_STAMP = _STAMP.pack(1 << 53)
-"""From here on a number of microseconds is none of ours (it is in the year 2255), and Lua's numbers skip some."""
+"""The first impossible stamp: the year 2255, and the limit of exact integers in Lua."""
 
 
 class _Script:
-    """A script as an EVALSHA command in which only the words are missing.
+    """A Lua script as a packed EVALSHA command without its arguments.
 
     Args:
-        name: its file.
-        words: how many follow the count of keys: the key, and the arguments.
-        writes: what it does may be waited for.
+        name: the file.
+        words: number of keys and arguments.
+        writes: the durability of the write can be waited for.
 
     Attributes:
-        by_hash: the command. ``%`` puts the words in, each after its length: at once, because
-            that takes half as long as one after the other.
+        by_hash: the command. ``%`` inserts the words, each after its length, in one operation: half as long as
+            packing them one by one.
         by_source: the same with the source, for a server that does not know the script yet.
     """
 
@@ -87,11 +87,11 @@ class RedisStore(Store):
 
     Args:
         url: as redis-py's ``from_url`` takes it, and ``global_keyprefix`` as a further option.
-        durability: "none"; "replicas:N" and "fsync" wait for it after each write.
-        given: how to connect, as arguments of redis-py's connection pool, in place of the URL.
+        durability: "none", "replicas:N" or "fsync".
+        given: arguments of redis-py's connection pool, in place of the URL.
 
     Attributes:
-        prefix: what every key has in front, as Celery's ``global_keyprefix``.
+        prefix: prefix of every key, from Celery's ``global_keyprefix``.
     """
 
     expires = True
@@ -114,23 +114,23 @@ class RedisStore(Store):
             flag = options.get("ssl_cert_reqs")
             if isinstance(flag, str):  # Celery's spelling is CERT_NONE, redis-py's none
                 options["ssl_cert_reqs"] = flag.removeprefix("CERT_").lower()
-            # One try, so that a call is bounded by the timeouts: what is tried again is decided in _call.
+            # redis-py tries once, so that the timeouts bound a call; _call decides what is tried again.
             options["retry"] = Retry(NoBackoff(), 0)
             options.pop("retry_on_timeout", None)
             self._pool = self._open_pool({**options, "protocol": 2, "decode_responses": False})
         except ValueError as error:
             raise ConfigurationError(f"idem_store: {self.url}: {error}") from None
-        # Idle connections. Taking and giving back are atomic; as many exist as calls run at once.
+        # Idle connections. pop and append are atomic. There are as many connections as calls run at once.
         self._idle: deque[Any] = deque()
         self._durability = durability
         answers_within = float(self._pool.connection_kwargs.get("socket_timeout") or TIMEOUT)
         self._waits = _waiting(durability, min(DURABLE_WITHIN, answers_within / 2))
         self._wait = b"".join(map(_command, self._waits))
-        tell_after_fork(self)
+        call_after_fork(self)
 
     @classmethod
     def readable(cls, url: str) -> str:
-        """The URL without secrets.
+        """Return the URL without secrets.
 
         Raises:
             ConfigurationError: its password cannot be told from its address.
@@ -145,12 +145,12 @@ class RedisStore(Store):
         return redact(url)
 
     def _options(self, url: str) -> dict[str, Any]:
-        """What a URL says, as arguments of redis-py's connection pool."""
+        """Return the URL's options as arguments of redis-py's connection pool."""
         options: dict[str, Any] = self._redis.connection.parse_url(url)
         return options
 
     def _open_pool(self, options: dict[str, Any]) -> Any:
-        """redis-py's pool: here only for what it knows of making a connection."""
+        """Return a redis-py pool. Only its connection class and arguments are used."""
         return self._redis.ConnectionPool(**options)
 
     # --- primitives -----------------------------------------------------------------
@@ -182,14 +182,16 @@ class RedisStore(Store):
     def _replacement(
         self, key: str, old: Stored, value: bytes, ttl: int | None = None
     ) -> tuple[int | bytes, ...]:
-        """The words of REPLACE, each after its length."""
+        """Return the words of REPLACE, each after its length."""
         name, keep = (self.prefix + key).encode(), _milliseconds(ttl)
         expected = _STAMP.pack(old.stamp) + old.value[:OWNER]
         return len(name), name, len(expected), expected, len(value), value, len(keep), keep
 
     def _again(self, reply: Reply, key: str, value: bytes, ttl: int | None) -> Reply:
-        """A value that stands there already is an earlier write of the same caller, and perhaps
-        one that did not become durable in time: it is written once more, and waited for."""
+        """Write once more if the key already holds this value.
+
+        It is an earlier write of the same caller, which perhaps did not become durable in time.
+        """
         if self._wait and not reply.done and reply.stored is not None and reply.stored.value == value:
             return self.replace(key, reply.stored, value, ttl)
         return reply
@@ -208,7 +210,7 @@ class RedisStore(Store):
         )
 
     def _one_of_many(self, change: Change, reply: Any) -> Reply | StoreError:
-        """What came of it; an error where the server has answered with one that concerns its key alone."""
+        """Return the reply, or the error if it concerns this key alone."""
         try:
             if isinstance(reply, Exception):  # NOSCRIPT after a restart, for one
                 return self.replace(*change)
@@ -227,7 +229,7 @@ class RedisStore(Store):
         whole = self.prefix + prefix
         pattern = "".join("\\" + c if c in "*?[]^\\" else c for c in whole) + "*"
         cursor = 0
-        at_once = 1  # how large the values are is not known yet
+        at_once = 1  # the size of the values is not known yet
         while True:
             cursor, keys = ask(b"SCAN", cursor, b"MATCH", pattern.encode(), b"COUNT", SCAN_COUNT)
             while keys:
@@ -243,7 +245,7 @@ class RedisStore(Store):
                 return
 
     def purge(self, limit: int) -> int:
-        return 0  # the server expires by itself
+        return 0  # the server expires values itself
 
     def close(self) -> None:
         while self._idle:
@@ -253,7 +255,7 @@ class RedisStore(Store):
         self._idle = deque()
 
     def execute(self, *words: bytes | str | int) -> Any:
-        """One command of the caller's own, such as INFO: for diagnosis, not for records."""
+        """Run another command, such as INFO, for diagnosis."""
         return self._one(_command([w if isinstance(w, bytes) else str(w).encode() for w in words]))
 
     # --- the wire -------------------------------------------------------------------
@@ -272,12 +274,12 @@ class RedisStore(Store):
         return reply
 
     def _error(self, reply: Exception, key: str) -> StoreError:
-        if "WRONGTYPE" in str(reply):  # somebody's list or hash, where a record should be
+        if "WRONGTYPE" in str(reply):  # a list or hash of another program
             return _no_record(key)
         return self._refusal(reply)
 
     def _check_durable(self, waited: Any) -> None:
-        """Of the answer to WAIT or WAITAOF. The write stands, and may yet be lost."""
+        """Raise StoreError if the answer to WAIT or WAITAOF says that the write may still be lost."""
         what = f"idem_durability={self._durability!r}"
         if isinstance(waited, Exception):
             raise StoreError(
@@ -297,20 +299,20 @@ class RedisStore(Store):
         return reply
 
     def _call(self, packed: bytes, replies: int) -> list[Any]:
-        """Send, and read that many replies; an error the server answered is a reply.
+        """Send commands and return that many replies. An error that the server answers is a reply.
 
-        A connection that turns out to be dead is replaced once: every write here
-        may be sent twice, because it is guarded by an owner that only its sender knows.
+        A dead connection is replaced once. Sending a write twice is safe, because an owner token that only the
+        sender knows guards it.
         """
         errors = self._errors
         try:
             return self._exchange(packed, replies)
         except errors.TimeoutError as error:
             raise self._silence(error) from error
-        except (errors.AuthenticationError, errors.ResponseError) as error:  # of what opens a connection
+        except (errors.AuthenticationError, errors.ResponseError) as error:  # while a connection opens
             raise self._refusal(error) from error
         except (errors.ConnectionError, OSError):
-            self.close()  # the other idle ones are as dead
+            self.close()  # the other idle connections are dead too
         except errors.RedisError as error:
             raise StoreError(
                 f"The store {self.url} does not answer as Redis does: {error}. Look at host and port in idem_store."
@@ -325,7 +327,7 @@ class RedisStore(Store):
             connection = self._idle.pop()
         except IndexError:
             connection = self._pool.connection_class(**self._pool.connection_kwargs)
-            connection.connect()  # not left to the first command: that would not ask a sentinel for the address
+            connection.connect()  # the first command would connect without asking a sentinel
         answers: list[Any] = []
         try:
             connection.send_packed_command((packed,), check_health=False)
@@ -335,8 +337,8 @@ class RedisStore(Store):
                 except self._errors.ResponseError as error:
                     answers.append(error)
         except BaseException:
-            # Also a time limit's exception, which may come at any line: a reply may be
-            # under way that belongs to nobody any more.
+            # A soft time limit may interrupt this at any point. The next user of the connection must not read
+            # the reply that may still arrive.
             connection.disconnect()
             raise
         self._idle.append(connection)
@@ -347,7 +349,7 @@ class RedisStore(Store):
 
     def _refusal(self, error: Exception) -> StoreError:
         if isinstance(error, self._errors.ReadOnlyError):
-            self.close()  # a demoted replica: the next call connects anew
+            self.close()  # the server was demoted to a replica: the next call connects again
         text = str(error).rstrip(".")
         if "permission" in text.lower() or "executing the script can't" in text:
             text += ". The user in idem_store needs more rights: the page on security has the ACL rule"
@@ -358,8 +360,8 @@ class RedisStore(Store):
         return StoreError(f"The store {self.url} refused: {text}.")
 
 
-def open_redis(url: str, durability: str = "none") -> RedisStore:
-    """The store for kombu's and redis-py's forms of a Redis URL."""
+def open_url(url: str, durability: str = "none") -> RedisStore:
+    """Return the store for kombu's and redis-py's forms of a Redis URL."""
     if url.startswith("redis+socket://"):  # kombu's spelling of redis-py's unix://
         path, _, query = url.removeprefix("redis+socket://").partition("?")
         url = f"unix://{path}?{query.replace('virtual_host=', 'db=')}"
@@ -367,7 +369,7 @@ def open_redis(url: str, durability: str = "none") -> RedisStore:
 
 
 def open_server(options: Mapping[str, Any], durability: str = "none") -> RedisStore:
-    """The store for arguments of redis-py's connection pool."""
+    """Return the store for arguments of redis-py's connection pool."""
     if "path" in options:
         shown = f"unix://{options['path']}"
     else:
@@ -378,22 +380,22 @@ def open_server(options: Mapping[str, Any], durability: str = "none") -> RedisSt
 
 
 def key_prefix(given: str | None) -> str:
-    """``global_keyprefix`` as Celery's result backend puts it in front of its keys."""
+    """Return ``global_keyprefix`` in the form that Celery's result backend puts before its keys."""
     return f"{given}_" if given and given[-1] not in ":_-." else given or ""
 
 
 def redact(url: str) -> str:
-    """The URL without user, password and query: safe in a log."""
+    """Return the URL without user, password and query, for logs."""
     parts = urlsplit(url)
     if "@" in f"{parts.path}{parts.query}{parts.fragment}":
-        # A password with an unescaped "/", "?" or "#": what stands in the host's place is half of it.
+        # The password has an unescaped "/", "?" or "#", so the host part is a piece of it.
         return f"{parts.scheme}://{HIDDEN}"
     host = parts.netloc.rpartition("@")[2]
     return f"{parts.scheme}://{host}{parts.path}"
 
 
 def unreadable(shown: str) -> ConfigurationError:
-    """The error of a URL whose password hides its address."""
+    """Return the error for a URL whose password cannot be told from its address."""
     return ConfigurationError(
         f"idem_store: {shown} cannot be read, because its user or password has a character that means something "
         "else in a URL. Percent-encode it: %2F for /, %23 for #, %3F for ?, %3B for ;, %40 for @."
@@ -401,7 +403,7 @@ def unreadable(shown: str) -> ConfigurationError:
 
 
 def _waiting(durability: str, seconds: float) -> list[tuple[bytes, ...]]:
-    """The command that follows each write; none, where nothing is waited for."""
+    """Return the command that follows each write: one, or none without durability."""
     limit = b"%d" % int(seconds * 1000)
     if durability == "fsync":
         return [(b"WAITAOF", b"1", b"0", limit)]
@@ -415,7 +417,7 @@ def _command(words: Sequence[bytes]) -> bytes:
 
 
 def whole(answers: Sequence[Reply | StoreError]) -> list[Reply]:
-    """The replies.
+    """Return the answers, if none of them is an error.
 
     Raises:
         PartlyError: an answer is an error.
@@ -455,5 +457,5 @@ def _stored(value: bytes) -> Stored:
 
 
 def _milliseconds(ttl: int | None) -> bytes:
-    """Rounded up; empty for ever, 0 for not at all."""
+    """Return a TTL for the scripts, rounded up: empty means for ever, 0 not at all."""
     return b"" if ttl is None else b"%d" % -(-ttl // 1000)

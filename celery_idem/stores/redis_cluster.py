@@ -1,8 +1,8 @@
-"""Redis or Valkey Cluster: each record on the node that owns its key's slot.
+"""The store in Redis or Valkey Cluster. Each record is on the node that owns its key's slot.
 
-redis-py's cluster client knows the nodes, follows slots that move, and finds out anew who owns what
-when a node fails. What it cannot do stands here: waiting for durability on the connection that wrote,
-many replacements in one round trip for each node, and reading all keys while slots move.
+redis-py's cluster client knows the nodes, follows slots that move, and looks the owners up again when a node fails.
+This module adds three things: waiting for durability on the connection that wrote, many replacements in one round
+trip per node, and a complete scan while slots move.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ from celery_idem.core.model import Stored
 from celery_idem.stores.base import Change, Reply
 from celery_idem.stores.redis import REPLACE, RedisStore, _held, _Script, whole
 
+SCHEMES = ("redis-cluster", "rediss-cluster")
+
 T = TypeVar("T")
 Address = tuple[str, int]
 
 TRIES = 3
-"""Times a durable write looks for the node that owns its slot: twice while the slot changes hands."""
+"""Attempts of a durable write to find the owner of its slot: a slot that is moving takes two."""
 
 PORT = 6379
-"""The port of a node that names none: Redis' own default."""
+"""Redis' default port."""
 
 _left_behind: list[Any] = []
-"""A forked child's copies of its parent's clients: forgetting one would close it, under a lock that
-a thread of the parent may hold."""
+"""A forked child's copies of its parent's clients. Kept, because garbage collection would close them, under a lock
+that a thread of the parent may have held at the fork."""
 
 
 class ClusterStore(RedisStore):
@@ -37,7 +39,7 @@ class ClusterStore(RedisStore):
 
     Args:
         url: ``redis-cluster://user:password@host:port,host:port/?option=…``; with TLS
-            ``rediss-cluster://``. One host that answers is enough to find the others.
+            ``rediss-cluster://``. One host that answers is enough.
         durability: as for one server.
     """
 
@@ -45,7 +47,7 @@ class ClusterStore(RedisStore):
         self._cluster: Any = None
         self._making = threading.Lock()
         self._silent: set[str] = set()  # nodes that did not answer the last time
-        self._known: list[Address] = []  # found earlier; asked first, because the URL's may be gone for good
+        self._known: list[Address] = []  # asked first: the nodes in the URL may not exist any more
         super().__init__(url, durability)
 
     def _options(self, url: str) -> dict[str, Any]:
@@ -69,7 +71,7 @@ class ClusterStore(RedisStore):
         from redis.backoff import NoBackoff
         from redis.retry import Retry
 
-        self._how = {**options, "retry": Retry(NoBackoff(), 1)}  # once more, after asking who owns what now
+        self._how = {**options, "retry": Retry(NoBackoff(), 1)}  # once more, after looking up the owners
         return super()._open_pool({name: value for name, value in options.items() if name != "ssl"})
 
     # --- primitives -------------------------------------------------------------------
@@ -82,7 +84,7 @@ class ClusterStore(RedisStore):
         return _held((0, reply), key).stored
 
     def replace_many(self, changes: Sequence[Change]) -> list[Reply]:
-        """One round trip for each node that has any of them. A node that did not answer the last time comes last."""
+        """Use one round trip per node. A node that did not answer the last time comes last."""
         answers: dict[int, Reply | StoreError] = {}
         by_node: dict[str, tuple[Any, list[int]]] = {}
         self._client()
@@ -108,12 +110,14 @@ class ClusterStore(RedisStore):
         answers = self._at(node, [*commands, *self._waits])
         if self._waits and any(type(answer) is int for answer in answers[:-1]):
             self._check_durable(answers[-1])
-        # An error: not known there, or elsewhere by now. Those before it may be written; this meets none of them.
+        # After an error (unknown script, moved slot) _one_of_many tries that replacement alone.
         return [self._one_of_many(*one) for one in zip(changes, answers, strict=False)]
 
     def scan(self, prefix: str) -> Iterator[tuple[str, Stored]]:
-        """Master by master. When slots moved meanwhile, all once more: a key may have gone from a master that was
-        still to come to one that was done, and there it is now."""
+        """Scan every master. If slots moved meanwhile, scan all of them again.
+
+        A key may have moved from a master that was not scanned yet to one that was.
+        """
         before = self._layout()
         yield from self._scan_all(prefix)
         after = self._layout()
@@ -125,7 +129,7 @@ class ClusterStore(RedisStore):
             yield from self._scan(prefix, partial(self._one_at, node), partial(self._values_at, node))
 
     def execute(self, *words: bytes | str | int) -> Any:
-        """One command of the caller's own, to one of the nodes."""
+        """Run another command on one of the nodes."""
         return self._one_at(self._client().get_primaries()[0], *words)
 
     def close(self) -> None:
@@ -150,23 +154,23 @@ class ClusterStore(RedisStore):
         return client
 
     def _connected(self) -> Any:
-        """A client that has asked who owns what."""
+        """Return a client that has looked up the owners of the slots."""
         from redis.cluster import ClusterNode, RedisCluster
 
         nodes = [ClusterNode(*address) for address in dict.fromkeys([*self._known, *self._seeds])]
         nodes.sort(key=lambda node: node.name in self._silent)
-        # Keys of a slot that no node has are an error; those of all others need not be.
+        # A slot without an owner is an error for its own keys only.
         client = RedisCluster(startup_nodes=nodes, require_full_coverage=False, **self._how)
         self._known = [(node.host, node.port) for node in client.get_primaries()]
         return client
 
     def _forget(self) -> Any:
-        """Have the next call ask anew who owns what; the client so far."""
+        """Make the next call look the owners up again; return the old client."""
         client, self._cluster = self._cluster, None
         return client
 
     def _safely(self, call: Callable[[], T]) -> T:
-        """Errors of the client as ``StoreError``; those that a node answered as they are."""
+        """Turn the client's errors into ``StoreError``. Errors that a node answered pass."""
         from redis.exceptions import RedisClusterException
 
         errors = self._errors
@@ -180,7 +184,7 @@ class ClusterStore(RedisStore):
         except (errors.RedisError, RedisClusterException, OSError) as error:
             self._forget()
             raise self._silence(error) from error
-        except (LookupError, AttributeError) as error:  # in the client: of a node it does not know (yet)
+        except (LookupError, AttributeError) as error:  # in the client: it does not know the node (yet)
             self._forget()
             raise StoreError(
                 f"The store {self.url} did not answer: its nodes and slots are changing, or none of the hosts belongs "
@@ -191,7 +195,7 @@ class ClusterStore(RedisStore):
         return self._safely(lambda: self._client().execute_command(*words))
 
     def _at(self, node: Any, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Commands to one node, in one round trip; an error that it answered is a reply."""
+        """Send commands to one node in one round trip. An error that it answers is a reply."""
 
         def call() -> list[Any]:
             with self._client().get_redis_connection(node).pipeline(transaction=False) as pipe:
@@ -216,7 +220,7 @@ class ClusterStore(RedisStore):
             raise self._error(error, key) from error
 
     def _write_durably(self, *words: Any) -> Any:
-        """A write and the waiting for it, on one connection: WAIT speaks of what its own connection wrote."""
+        """Send a write and its WAIT on one connection: WAIT counts only what its own connection wrote."""
         name = words[3].decode()
         node, asking = self._owner(name), False
         for _ in range(TRIES):
@@ -227,7 +231,7 @@ class ClusterStore(RedisStore):
                 asking = not isinstance(reply, self._errors.MovedError)
                 host, port = reply.node_addr
                 if not asking:
-                    self._ask("EXISTS", name)  # redis-py follows, and knows from then on
+                    self._ask("EXISTS", name)  # redis-py follows the redirection and remembers it
                 node = self._safely(partial(self._known_node, host, port))
                 continue
             if isinstance(reply, Exception):
@@ -255,7 +259,7 @@ class ClusterStore(RedisStore):
         return answer
 
     def _values_at(self, node: Any, keys: Sequence[bytes]) -> Sequence[Any]:
-        """One by one: they lie in several slots, which MGET does not take."""
+        """Read one by one: MGET does not take keys of several slots."""
         return [
             self._moved_value(key) if isinstance(value, self._errors.AskError) else _text(value)
             for key, value in zip(keys, self._at(node, [("GET", key) for key in keys]), strict=True)
@@ -264,22 +268,22 @@ class ClusterStore(RedisStore):
     def _moved_value(self, key: bytes) -> Any:
         try:
             return self._ask("GET", key)
-        except self._errors.ResponseError:  # somebody's list or hash
+        except self._errors.ResponseError:  # a list or hash of another program
             return None
 
     def _layout(self) -> dict[str, tuple[Any, Any]]:
-        """Each master's slots and the moves it takes part in, in its own words; asked anew who they are."""
+        """Return each master's slots and the moves that it takes part in, as the masters report them."""
         self._forget()
         layout = {}
         for node in self._client().get_primaries():
-            told = self._one_at(node, "CLUSTER NODES")
-            mine = next(one for one in told.values() if "myself" in one["flags"])
+            nodes = self._one_at(node, "CLUSTER NODES")
+            mine = next(one for one in nodes.values() if "myself" in one["flags"])
             layout[node.name] = mine["slots"], mine["migrations"]
         return layout
 
 
 def _text(value: Any) -> Any:
-    """A value, or nothing where a node answered with an error: it holds a list or a hash."""
+    """Return a value, or None for an error: the key holds a list or a hash."""
     return None if isinstance(value, Exception) else value
 
 
@@ -290,6 +294,6 @@ def _address(host: str) -> Address:
     return parts.hostname, parts.port or PORT
 
 
-def open_cluster(url: str, durability: str = "none") -> ClusterStore:
-    """The store for a cluster's URL."""
+def open_url(url: str, durability: str = "none") -> ClusterStore:
+    """Return the store for a cluster's URL."""
     return ClusterStore(url, durability)

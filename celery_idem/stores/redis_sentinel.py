@@ -1,7 +1,7 @@
-"""Redis or Valkey behind Sentinel: whichever server is the master now.
+"""The store in the current master of a Redis or Valkey group that sentinels watch.
 
-A connection asks the sentinels for the master when it is opened. When a failover ends
-the old ones, the next call opens new ones, and so finds the new master.
+A connection asks the sentinels for the master when it opens. A failover breaks the open connections; the next call
+opens new ones and finds the new master.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.stores.redis import HIDDEN, RedisStore, redact
 
+SCHEMES = ("sentinel",)
+
 SENTINEL_TIMEOUT = 1.0
-"""Seconds to wait for one sentinel: they have nothing else to do, and there is another one to ask."""
+"""Seconds to wait for one sentinel: it has no other work, and there is another one to ask."""
 
 SENTINEL_PORT = 26379
-"""The port of a sentinel that names none: Redis' own default."""
+"""Redis' default port of a sentinel."""
 
 
 class SentinelStore(RedisStore):
@@ -34,7 +36,7 @@ class SentinelStore(RedisStore):
     def _shown(url: str) -> str:
         shown, query = [], False
         for part in url.split(";"):
-            # Neither behind a query nor with such a port is there a sentinel: it is half of a password.
+            # A part after a query, or one with no valid port, is no sentinel: it is a piece of a password.
             hidden = (query and "://" not in part) or not _readable(part)
             shown.append(f"sentinel://{HIDDEN}" if hidden else redact(_whole(part)))
             query = query or "?" in part
@@ -63,7 +65,7 @@ class SentinelStore(RedisStore):
                 f"idem_store: {self.url} does not name the master. Add ?master_name=…, or set it in "
                 "result_backend_transport_options where the result backend is the store."
             )
-        for name in ("host", "port"):  # the sentinels say
+        for name in ("host", "port"):  # the sentinels give them
             options.pop(name, None)
         asking = {
             "socket_timeout": SENTINEL_TIMEOUT,
@@ -76,8 +78,8 @@ class SentinelStore(RedisStore):
         return SentinelConnectionPool(master, manager, **options)
 
     def _silence(self, error: Exception) -> StoreError:
-        self.close()  # whoever does not answer may be the master no more: ask again
-        if isinstance(error, self._redis.sentinel.MasterNotFoundError):  # its own text shows whole clients
+        self.close()  # this server may not be the master any more: the next call asks the sentinels
+        if isinstance(error, self._redis.sentinel.MasterNotFoundError):  # its text shows the clients' options
             return StoreError(
                 f"The store {self.url} did not answer: no sentinel there answers and knows a healthy master "
                 f"{self._pool.service_name!r}."
@@ -86,7 +88,7 @@ class SentinelStore(RedisStore):
 
 
 def _parsed(url: str) -> tuple[str, list[tuple[str, int]], dict[str, str]]:
-    """(redis:// URL with user, password and database; the sentinels; options)."""
+    """Return the redis:// URL with user, password and database, the sentinels, and the options."""
     sentinels = []
     user, path = "", ""
     query: dict[str, str] = {}
@@ -111,12 +113,12 @@ def _readable(part: str) -> bool:
     return True
 
 
-def open_sentinel(url: str, durability: str = "none") -> SentinelStore:
-    """The store for kombu's form of a Sentinel URL."""
+def open_url(url: str, durability: str = "none") -> SentinelStore:
+    """Return the store for kombu's form of a Sentinel URL."""
     return SentinelStore(url, durability)
 
 
 def open_server(options: Mapping[str, Any], durability: str = "none") -> SentinelStore:
-    """The store for arguments of redis-py's connection pool, ``sentinels`` and ``master_name``."""
+    """Return the store for arguments of redis-py's connection pool, ``sentinels`` and ``master_name``."""
     shown = ";".join(f"sentinel://{host}:{port}" for host, port in options["sentinels"])
     return SentinelStore(f"{shown}/{options.get('db', 0)}", durability, options)

@@ -1,10 +1,10 @@
-"""The PostgreSQL and SQLite store. One row per record, in one table that anybody may read.
+"""The store in PostgreSQL or SQLite. A record is one row of one table.
 
-Each primitive is one statement in a transaction of its own, so nothing is left behind in
-a session: a pooler that hands every transaction another connection is fine, and no
-prepared statement is needed. The table is made at first use, or by hand from the files
-``schema.*.sql``. In rooms of their own: the statements, the primitives that run them, our
-connections (``sql_connections``) and the author's (``sql_transaction``).
+Each primitive is one statement in its own transaction and keeps no state in the session, so a pooler may give every
+transaction another connection. The first use creates the table, or an administrator does with ``schema.*.sql``.
+
+``sql_statements`` has the statements and primitives, ``sql_connections`` our connections, ``sql_transaction`` the
+author's connection.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.model import Stored
 from celery_idem.stores import sql_connections
-from celery_idem.stores.base import OWNER, Change, Reply, Store, tell_after_fork
-from celery_idem.stores.sql_primitives import SqlPrimitives, no_table
-from celery_idem.stores.sql_statements import schema, statements
+from celery_idem.stores.base import OWNER, Change, Reply, Store, call_after_fork
+from celery_idem.stores.sql_statements import SqlPrimitives, no_table, schema, statements
 from celery_idem.stores.sql_transaction import InsideTransaction
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
 
+SCHEMES = ("sqlite", "postgresql", "postgresql+psycopg")
+
 MANY = 1000
 """Replacements per statement: at about 300 bytes each, a third of a megabyte."""
 
 LOCK = 0x69646D
-"""Number of the advisory lock under which PostgreSQL makes the table: "idm" in ASCII. Two
-sessions that do it at once would get an error otherwise."""
+"""Number of the advisory lock under which PostgreSQL creates the table ("idm" in ASCII). Without it, two sessions that
+create the table at once get an error."""
 
 _left_behind: list[Any] = []
-"""A forked child's copies of its parent's connections. Kept, because SQLite must not close
-in one process what was opened in another, and forgetting them would."""
+"""A forked child's copies of its parent's connections. Kept, because garbage collection would close them, and SQLite
+must not close in one process what another one opened."""
 
 
 class SqlStore(SqlPrimitives):
@@ -43,8 +44,8 @@ class SqlStore(SqlPrimitives):
 
     Args:
         url: as SQLAlchemy takes it.
-        durability: "none", or "fsync": SQLite then waits for the disk at every write.
-            PostgreSQL does so anyway, unless its ``synchronous_commit`` is off.
+        durability: "none", or "fsync": SQLite waits for the disk at every write. PostgreSQL always does, unless its
+            ``synchronous_commit`` is off.
     """
 
     durabilities: ClassVar[tuple[str, ...]] = ("fsync",)
@@ -57,7 +58,7 @@ class SqlStore(SqlPrimitives):
             raise ConfigurationError(
                 "idem_store: this is no database URL. Write postgresql://user@host/database or sqlite:///file.db."
             ) from None
-        if "@" in (parsed.host or ""):  # what stands in the place of the host is half of a password
+        if "@" in (parsed.host or ""):  # the host part is a piece of a password
             raise ConfigurationError(
                 "idem_store: the database's URL has more than one @. Percent-encode the one in the password: %40."
             )
@@ -75,7 +76,7 @@ class SqlStore(SqlPrimitives):
         paramstyle = "named" if self.dialect == "sqlite" else "pyformat"
         self._sql = statements(self.dialect, paramstyle)
         self._making = threading.Lock()
-        tell_after_fork(self)
+        call_after_fork(self)
 
     def inside(self, connection: Any) -> Store:
         return InsideTransaction(self, connection)
@@ -114,10 +115,10 @@ class SqlStore(SqlPrimitives):
         self._making = threading.Lock()
 
     def make_schema(self) -> None:
-        """Make the table if it is not there. Several processes may do so at once.
+        """Create the table if it does not exist. Several processes may do so at once.
 
         Raises:
-            StoreError: the database refused, or did not answer.
+            StoreError: the database refused or did not answer.
         """
         text = schema(self.dialect)
         if self.dialect == "postgresql":  # several statements sent as one are one transaction
@@ -146,20 +147,22 @@ class SqlStore(SqlPrimitives):
             self.make_schema()
         except _RefusedError as error:
             raise StoreError(
-                f"The store {self.url} has no table celery_idem, and it cannot be made: {_why(error)}. Nothing was "
-                "run. Let the owner of the database run what `celery -A proj idem schema` prints."
+                f"The store {self.url} has no table celery_idem, and it cannot be created: {_why(error)}. Nothing "
+                "was run. Let the owner of the database run what `celery -A proj idem schema` prints."
             ) from error
         try:
             return self._run(statement, parameters)
         except _NoTableError as error:
             raise StoreError(
-                f"The table celery_idem was made in {self.url}, and is not seen there ({error}). Look at the user's "
+                f"The table celery_idem was created in {self.url}, but is not found there ({error}). Check the user's "
                 "search_path."
             ) from error
 
     def _run(self, statement: str, parameters: dict[str, Any] | None) -> tuple[Sequence[Any], int]:
-        """A connection that turns out to be dead is replaced once: every write here may be
-        sent twice, because it is guarded by an owner that only its sender knows."""
+        """Run a statement. A dead connection is replaced once.
+
+        Sending a write twice is safe, because an owner token that only the sender knows guards it.
+        """
         give_up = time.monotonic() + sql_connections.TIMEOUT
         try:
             return self._once(statement, parameters)
@@ -181,8 +184,8 @@ class SqlStore(SqlPrimitives):
             except self._sa.exc.DBAPIError:
                 raise  # SQLAlchemy knows whether the connection can go on
             except BaseException:
-                # A time limit's exception may come at any line: a reply may be under way
-                # that belongs to nobody any more.
+                # A soft time limit may interrupt this at any point. The next user of the connection must not read
+                # the reply that may still arrive.
                 connection.invalidate()
                 raise
 
@@ -210,14 +213,14 @@ class _RefusedError(StoreError):
 
 
 def _why(error: StoreError) -> str:
-    """What the database said."""
+    """Return the database's own message."""
     return str(getattr(error.__cause__, "orig", error.__cause__)).strip().splitlines()[0]
 
 
 class _NoTableError(StoreError):
-    """The table is not there."""
+    """The table does not exist."""
 
 
-def open_sql(url: str, durability: str = "none") -> SqlStore:
-    """The store for SQLAlchemy's form of a PostgreSQL or SQLite URL."""
+def open_url(url: str, durability: str = "none") -> SqlStore:
+    """Return the store for SQLAlchemy's form of a PostgreSQL or SQLite URL."""
     return SqlStore(url, durability)

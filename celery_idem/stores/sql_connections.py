@@ -1,4 +1,4 @@
-"""Connections to PostgreSQL and SQLite whose every wait has an end, in a pool of SQLAlchemy's."""
+"""SQLAlchemy engines for PostgreSQL and SQLite in which every wait is bounded."""
 
 from __future__ import annotations
 
@@ -13,20 +13,18 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
 TIMEOUT = 5.0
-"""Seconds to wait for a connection, an answer or a lock: the Redis stores' own."""
+"""Seconds to wait for a connection, an answer or a lock, as in the Redis stores."""
 
 IDLE, MOST = 5, 20
-"""Connections kept and connections at most, per process. A call takes one for about a
-millisecond, so twenty are busy only when the database hangs, and then more would not help.
-A prefork child has two: its body's and the lease thread's."""
-
+"""Connections kept open, and their maximum, per process. A call uses one for about a millisecond, so twenty are in use
+only when the database hangs. A prefork child has two: the task body's and the lease thread's."""
 
 READ_ONLY = "25006"
-"""SQLSTATE of a write that meets a server which is no primary (any more)."""
+"""SQLSTATE of a write to a server that is not the primary (any more)."""
 
 
 def sqlalchemy_module() -> Any:
-    """SQLAlchemy, imported.
+    """Import SQLAlchemy.
 
     Raises:
         ConfigurationError: it is not installed.
@@ -41,7 +39,7 @@ def sqlalchemy_module() -> Any:
 
 
 def shown(url: URL) -> str:
-    """The URL without user, password and query: safe in a log."""
+    """Return the URL without user, password and query, for logs."""
     host = f"{url.host or ''}:{url.port}" if url.port else url.host or ""
     several = url.query.get("host", ())
     host = host or ",".join([several] if isinstance(several, str) else several)
@@ -51,7 +49,7 @@ def shown(url: URL) -> str:
 def sqlite_engine(sa: Any, url: URL, fsync: bool) -> Engine:
     import sqlite3
 
-    if sqlite3.sqlite_version_info < (3, 35):  # the first that knows RETURNING
+    if sqlite3.sqlite_version_info < (3, 35):  # the first version with RETURNING
         raise ConfigurationError(
             f"idem_store: this Python has SQLite {sqlite3.sqlite_version}; sqlite:// needs 3.35 or newer."
         )
@@ -72,7 +70,7 @@ def sqlite_engine(sa: Any, url: URL, fsync: bool) -> Engine:
 
     def set_up(connection: sqlite3.Connection, _: Any) -> None:
         _write_ahead(connection)
-        # NORMAL loses the last writes when the machine loses power, and none when a process is killed.
+        # NORMAL loses the last writes at a power cut, and none when a process is killed.
         connection.execute(f"PRAGMA synchronous = {'FULL' if fsync else 'NORMAL'}")
 
     sa.event.listen(engine, "connect", set_up)
@@ -80,8 +78,10 @@ def sqlite_engine(sa: Any, url: URL, fsync: bool) -> Engine:
 
 
 def _write_ahead(connection: Any) -> None:
-    """Readers and the writer then do not wait for each other. The switch is the one thing for
-    which SQLite does not wait by itself, when several processes open a new file at once."""
+    """Switch to write-ahead logging, so that readers and the writer do not wait for each other.
+
+    SQLite itself does not wait for this switch when several processes open a new file at once.
+    """
     import sqlite3
 
     give_up = time.monotonic() + TIMEOUT
@@ -106,13 +106,11 @@ def postgresql_engine(sa: Any, url: URL) -> Engine:
     arguments, options = url.get_dialect()().create_connect_args(url)
     options.setdefault("connect_timeout", int(TIMEOUT))
     options.setdefault("application_name", "celery_idem")
-    if "," in str(
-        options.get("host", "")
-    ):  # the first that answers may be a standby, or the primary of before
+    if "," in str(options.get("host", "")):  # the first server that answers may be a standby
         options.setdefault("target_session_attrs", "read-write")
 
     def creator() -> Any:
-        # Without server-side prepared statements: behind a pooler the next transaction has another server.
+        # No server-side prepared statements: behind a pooler the next transaction has another session.
         return connect(*arguments, prepare_threshold=None, **options)
 
     engine: Engine = sa.create_engine(
@@ -122,18 +120,18 @@ def postgresql_engine(sa: Any, url: URL) -> Engine:
         pool_size=IDLE,
         max_overflow=MOST - IDLE,
         pool_timeout=TIMEOUT,
-        use_native_hstore=False,  # saves a question at connecting, about a type that is not used here
+        use_native_hstore=False,  # saves a query per connection, about a type that is not used here
         hide_parameters=True,
     )
-    sa.event.listen(engine, "handle_error", _drop_what_leads_nowhere)
+    sa.event.listen(engine, "handle_error", _mark_disconnects)
     return engine
 
 
-def _drop_what_leads_nowhere(context: Any) -> None:
-    """Have SQLAlchemy drop all connections after an error that only a new one can mend.
+def _mark_disconnects(context: Any) -> None:
+    """Make SQLAlchemy drop all connections after an error that only a new connection can solve.
 
-    It does so by itself when the driver has closed one. But after a switchover they may live on, with a server
-    that only reads; and a pooler between may report its own broken connection as an ordinary error.
+    SQLAlchemy does so itself when the driver has closed one. But after a switchover the connections may stay open to a
+    server that is read-only, and a pooler may report its own broken connection as an ordinary error.
     """
     error = context.original_exception
     code = getattr(error, "sqlstate", None) or ""
@@ -143,10 +141,9 @@ def _drop_what_leads_nowhere(context: Any) -> None:
 
 
 def _bounded_connect() -> Any:
-    """psycopg's ``connect``, of connections that wait at most ``TIMEOUT`` for any answer.
+    """Return psycopg's ``connect`` for connections that wait at most ``TIMEOUT`` for any answer.
 
-    The server's own ``statement_timeout`` would be state of a session, and a server that
-    hangs would not keep it.
+    ``statement_timeout`` would be session state, and a server that hangs would not enforce it.
     """
     import psycopg
 
@@ -155,14 +152,14 @@ def _bounded_connect() -> Any:
             return super().wait(self._bounded(gen), *args, **kwargs)
 
         def _bounded(self, gen: Any) -> Any:
-            """The same conversation with the driver's loop, which looks in here ten times a second."""
+            """Wrap the driver's generator, which psycopg resumes ten times a second, with a deadline."""
             give_up = time.monotonic() + TIMEOUT
             try:
                 wanted = next(gen)
                 while True:
                     ready = yield wanted
                     if not ready and time.monotonic() > give_up:
-                        self.pgconn.finish()  # an answer that comes now belongs to nobody
+                        self.pgconn.finish()  # the next caller must not read a late answer
                         raise psycopg.OperationalError(f"no answer within {TIMEOUT:g} s")
                     wanted = gen.send(ready)
             except StopIteration as end:

@@ -1,19 +1,29 @@
-"""Every statement of the SQL store, in the spelling of PostgreSQL and of SQLite.
+"""The SQL store's statements for PostgreSQL and SQLite, and the primitives that run them.
 
-Written out instead of built with SQLAlchemy, because they have to run on an author's own connection
-too (``sql_transaction``), whichever driver that is of. ``:name`` is a parameter, ``{now}`` the
-store's time in microseconds: PostgreSQL's ``clock_timestamp()``, and SQLite's ``julianday('now')``,
-which counts milliseconds. SQLite's 'now' stands still during a statement; PostgreSQL's clock does
-not, so it is read once. A stamp is one more than the one before where the clock has not moved.
+The statements are text and not built with SQLAlchemy, because they also run on an author's own connection
+(``sql_transaction``) with any driver. ``:name`` is a parameter. ``{now}`` is the store's time in microseconds:
+PostgreSQL's ``clock_timestamp()``, or SQLite's ``julianday('now')``, which counts milliseconds. PostgreSQL's clock
+moves during a statement, so a statement reads it once. Where the clock has not moved, the new stamp is the old one
+plus one.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from celery_idem.core.errors import ConfigurationError
+from celery_idem.core.errors import ConfigurationError, StoreError
+from celery_idem.core.model import Stored
+from celery_idem.stores.base import OWNER, Reply, Store
+
+PAGE = 500
+"""Rows per statement of a scan: at about 300 bytes each, 150 kB."""
+
+TRIES = 20
+"""Attempts of ``create``. It starts again when the row it met was deleted, or not visible yet, when it looked. Each
+time another caller has written in between."""
 
 _NOW = {
     "postgresql": "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)",
@@ -22,9 +32,8 @@ _NOW = {
 _GREATEST = {"postgresql": "greatest", "sqlite": "max"}
 _BYTE_4 = {"postgresql": r"'\x04'::bytea", "sqlite": "x'04'"}
 
-# The key is looked up first, so that a duplicate, which is most of what comes here twice, writes
-# nothing and waits for no lock. The insert then meets nothing, an expired row, or a row so new
-# that this statement cannot see it: then it writes nothing, and the caller starts over.
+# The key is looked up first, so that a duplicate writes nothing and waits for no lock. The insert then meets no row, an
+# expired row, or a row that is too new for this statement to see: then it writes nothing, and the caller tries again.
 _CREATE_POSTGRESQL = """
 WITH clock AS MATERIALIZED (SELECT {now} AS now),
 held AS MATERIALIZED (
@@ -65,8 +74,8 @@ WHERE key = :key AND stamp = :stamp AND substr(value, 1, :length) = :owner
 RETURNING stamp
 """
 
-# A row that a transaction has locked (`settle_in`, before its commit) is left alone: one that is
-# open for long would hold up the leases of all others. It is tried again at the next look.
+# Rows that a transaction has locked (`settle_in`, before its commit) are skipped: a long transaction would delay the
+# renewal of all other leases. The next renewal tries them again.
 _REPLACE_MANY_POSTGRESQL = """
 WITH clock AS MATERIALIZED (SELECT {now} AS now),
 mine AS MATERIALIZED (
@@ -94,7 +103,7 @@ WHERE key >= :after AND (expires IS NULL OR expires > clock.now)
 ORDER BY key LIMIT :page
 """
 
-# The comparison with byte 4 says nothing new; it is what lets the planner use the partial index.
+# The comparison with byte 4 is redundant; it lets the planner use the partial index.
 _SCAN_STATE = """
 SELECT key, stamp, value
 FROM celery_idem, (SELECT {now} AS now) AS clock
@@ -109,30 +118,30 @@ DELETE FROM celery_idem WHERE key IN (
 )
 """
 
-# Rows that somebody else is purging, or replacing, are left to them.
+# Rows that another session is purging or replacing are skipped.
 _PURGE_POSTGRESQL = """
-WITH gone AS MATERIALIZED (
+WITH expired AS MATERIALIZED (
   SELECT key FROM celery_idem WHERE expires <= (SELECT {now}) ORDER BY expires LIMIT :limit
   FOR UPDATE SKIP LOCKED
 )
-DELETE FROM celery_idem USING gone WHERE celery_idem.key = gone.key
+DELETE FROM celery_idem USING expired WHERE celery_idem.key = expired.key
 """
 
 
 class Statements(NamedTuple):
-    """Every statement, in the spelling of one database and one style of parameters."""
+    """The statements for one database and one style of parameters."""
 
     create: str
     read: str
     replace: str
-    replace_many: str  # "" for SQLite, where a round trip costs nothing
+    replace_many: str  # "" for SQLite, which has no round trips
     scan: str
     scan_state: str
     purge: str
 
 
 def statements(dialect: str, paramstyle: str) -> Statements:
-    """The statements for a database.
+    """Return the statements for a database.
 
     Args:
         dialect: "postgresql" or "sqlite".
@@ -156,14 +165,90 @@ def statements(dialect: str, paramstyle: str) -> Statements:
 
 
 def schema(dialect: str) -> str:
-    """The statements that make the table, to read and to run by hand.
+    """Return the statements that create the table.
 
     Args:
         dialect: "postgresql" or "sqlite".
 
     Raises:
-        ConfigurationError: it is another one.
+        ConfigurationError: it is neither.
     """
     if dialect not in _NOW:
         raise ConfigurationError(f"There is no table for {dialect!r}: use one of {', '.join(_NOW)}.")
     return files("celery_idem.stores").joinpath(f"schema.{dialect}.sql").read_text()
+
+
+class SqlPrimitives(Store):
+    """The primitives over the statements. A subclass runs them."""
+
+    dialect: str
+    _sql: Statements
+
+    def _rows(self, statement: str, parameters: dict[str, Any]) -> Sequence[Any]:
+        """Run a statement and return its rows."""
+        raise NotImplementedError
+
+    def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
+        for _ in range(TRIES):
+            parameters = {"key": key, "value": value, "ttl": ttl}
+            for now, written, stamp, held in self._rows(self._sql.create, parameters):
+                if written is not None:
+                    return Reply(True, Stored(value, written), now)
+                if stamp is not None:
+                    return Reply(False, Stored(bytes(held), stamp), now)
+            if self.dialect == "sqlite":
+                reply = self.read(key)
+                if reply.done:
+                    return reply._replace(done=False)
+        raise StoreError(f"{key} kept changing in {self.url}. Nothing was written. Try again.", key)
+
+    def read(self, key: str) -> Reply:
+        ((now, stamp, value),) = self._rows(self._sql.read, {"key": key})
+        if stamp is None:
+            return Reply(False, None, now)
+        return Reply(True, Stored(bytes(value), stamp), now)
+
+    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
+        parameters = {"key": key, "value": value, "ttl": ttl, "stamp": old.stamp}
+        parameters.update(owner=old.value[:OWNER], length=OWNER)
+        for (stamp,) in self._rows(self._sql.replace, parameters):
+            return Reply(True, Stored(value, stamp), stamp)
+        return self.read(key)._replace(done=False)
+
+    def scan(self, prefix: str) -> Iterator[tuple[str, Stored]]:
+        return self._scan(prefix, self._sql.scan, {})
+
+    def scan_states(self, prefix: str, states: bytes) -> Iterator[tuple[str, Stored]]:
+        if b"\x04" in states:  # succeeded: nearly all rows, so an index would not help
+            yield from self.scan(prefix)
+            return
+        for state in states:
+            yield from self._scan(prefix, self._sql.scan_state, {"state": bytes([state])})
+
+    def _scan(self, prefix: str, statement: str, parameters: dict[str, Any]) -> Iterator[tuple[str, Stored]]:
+        """Read page by page, each from the last key of the one before, so that no cursor stays open."""
+        after, seen = prefix, False
+        while True:
+            given = {**parameters, "after": after, "page": PAGE}
+            rows = self._rows(statement, given)
+            for key, stamp, value in rows:
+                if not key.startswith(prefix):
+                    return
+                if not (seen and key == after):
+                    yield key, Stored(bytes(value), stamp)
+            if len(rows) < PAGE:
+                return
+            after, seen = rows[-1][0], True
+
+    def purge(self, limit: int) -> int:
+        return self._count(self._sql.purge, {"limit": limit})
+
+    def _count(self, statement: str, parameters: dict[str, Any]) -> int:
+        """Run a statement and return how many rows it wrote."""
+        raise NotImplementedError
+
+
+def no_table(error: BaseException) -> bool:
+    """Tell whether a driver's error says that our table is missing, and not another one."""
+    code = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)  # psycopg 3, psycopg 2
+    return "celery_idem" in str(error) and (code == "42P01" or "no such table" in str(error))

@@ -1,9 +1,7 @@
-"""The SQL store's records, seen from inside a transaction of the author's own.
+"""Runs the SQL store's statements in a transaction of the author's own connection.
 
-Takes a SQLAlchemy session or connection, a psycopg connection, Django's
-``connections["default"]`` or a ``sqlite3`` connection, and runs the store's own statements
-on it. Drivers are recognised by what they can do and not imported: whoever hands in a
-connection has imported its driver.
+The connection is a SQLAlchemy session or connection, a psycopg connection, Django's ``connections["default"]`` or a
+``sqlite3`` connection. Drivers are recognised by their attributes and not imported.
 """
 
 from __future__ import annotations
@@ -13,20 +11,18 @@ from typing import Any, NamedTuple
 
 from celery_idem.core.errors import ConfigurationError
 from celery_idem.stores.base import elsewhere
-from celery_idem.stores.sql_primitives import SqlPrimitives, no_table
-from celery_idem.stores.sql_statements import statements
+from celery_idem.stores.sql_statements import SqlPrimitives, no_table, statements
 
 
 class InsideTransaction(SqlPrimitives):
-    """The primitives on an author's connection: what they write is there once the author commits.
+    """The primitives on an author's connection. The author's commit makes their writes visible.
 
     Args:
         store: the store that keeps the records.
-        connection: where to run.
+        connection: the author's connection.
 
     Raises:
-        ConfigurationError: not a connection that this knows, another kind of database, or
-            one that commits every statement by itself.
+        ConfigurationError: the kind of connection is not supported, or the database is of another kind.
     """
 
     def __init__(self, store: SqlPrimitives, connection: Any) -> None:
@@ -49,15 +45,19 @@ class InsideTransaction(SqlPrimitives):
             )
         try:
             return self._at.run(statement, parameters)
-        except Exception as error:  # of whichever driver it is; the author's code knows it
+        except Exception as error:  # any driver's error; the author's code handles it
             if no_table(getattr(error, "orig", None) or error.__cause__ or error):
                 raise elsewhere(self.url) from error
             raise
 
 
 class _At(NamedTuple):
-    """Where statements run: the kind of database, the style of parameters, how to run one, and
-    how to get at the driver's own connection."""
+    """An author's connection.
+
+    Attributes:
+        run: runs a statement.
+        driver: returns the driver's own connection.
+    """
 
     dialect: str
     paramstyle: str
@@ -83,14 +83,14 @@ def _opened(given: Any) -> _At:
     if "sqlite3" in kinds:
         return _At("sqlite", "named", _by_cursor(given.cursor), lambda: given)
     raise ConfigurationError(
-        f"settle_in: a {type(given).__name__} is no connection that it knows. Give it a SQLAlchemy session or "
+        f"settle_in: a {type(given).__name__} is not a supported connection. Give it a SQLAlchemy session or "
         "connection, a psycopg connection, or Django's django.db.connection."
     )
 
 
 def _of_session(session: Any) -> _At:
     def connection() -> Any:
-        # Its rows go first: an error in one is the author's, and no lock of ours is held while they do.
+        # Flush the author's rows first: their errors are the author's, and our lock is not held meanwhile.
         session.flush()
         return session.connection()
 
@@ -120,9 +120,9 @@ def _by_cursor(open_cursor: Callable[[], Any]) -> Callable[[str, dict[str, Any]]
 
 
 def _in_transaction(driver: Any) -> bool:
-    """Whether the next statement of a driver's connection belongs to a transaction that somebody commits."""
-    if hasattr(driver, "in_transaction"):  # sqlite3, which may also begin one before the next write
-        begins = getattr(driver, "autocommit", -1)  # from Python 3.12 on; -1: as isolation_level says
+    """Tell whether the connection's next statement is in a transaction, and not committed at once."""
+    if hasattr(driver, "in_transaction"):  # sqlite3, which may also begin a transaction before the next write
+        begins = getattr(driver, "autocommit", -1)  # since Python 3.12; -1 means that isolation_level decides
         return (
             driver.in_transaction or begins is False or (begins == -1 and driver.isolation_level is not None)
         )

@@ -426,7 +426,7 @@ def test_a_postgresql_user_without_the_rights(postgres: PostgresServer) -> None:
         shop = Shop(idem_store=url.replace("postgres@", "poor@"))
         task = shop.task()
         with pytest.raises(
-            StoreError, match="no table celery_idem, and it cannot be made: permission denied"
+            StoreError, match="no table celery_idem, and it cannot be created: permission denied"
         ) as none:
             run(task, "c1")
         assert "Let the owner of the database run what `celery -A proj idem schema` prints." in str(

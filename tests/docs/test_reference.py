@@ -14,7 +14,7 @@ from celery_idem.core import errors
 from celery_idem.engine import events
 from celery_idem.integration.options import WORDS
 from celery_idem.integration.settings import Settings
-from celery_idem.stores import _OPENERS
+from celery_idem.stores import schemes
 from tests.docs.page import ROOT
 
 REFERENCE = ROOT / "docs" / "reference"
@@ -55,7 +55,7 @@ def test_every_option_of_a_task_is_there() -> None:
 def test_every_kind_of_store_is_there() -> None:
     text = (REFERENCE / "settings.md").read_text()
     spellings = {"unix", "postgresql+psycopg"}  # of redis-py and of SQLAlchemy: accepted, not recommended
-    assert [scheme for scheme in _OPENERS if f"{scheme}://" not in text and scheme not in spellings] == []
+    assert [scheme for scheme in schemes() if f"{scheme}://" not in text and scheme not in spellings] == []
 
 
 def test_no_store_is_there_that_cannot_be_opened() -> None:
@@ -65,7 +65,7 @@ def test_no_store_is_there_that_cannot_be_opened() -> None:
         for cell in row[0].split(",")
         if "://" in cell
     }
-    assert said <= set(_OPENERS)
+    assert said <= set(schemes())
 
 
 def test_every_event_is_there_with_its_level() -> None:
