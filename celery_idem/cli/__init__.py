@@ -1,19 +1,17 @@
-"""``celery -A proj idem …``: see intents, trust them, settle them.
+"""The commands of ``celery -A proj idem …``: list, inspect and settle intents, and check the set-up.
 
-Made for somebody who was woken up: every command says what it found, what it will change and
-what comes next; nothing that cannot be undone happens without a question. ``--json`` is for
-programs, and needs nothing beyond Celery itself.
+Every command says what it found, what it will change and what to do next. It asks before anything that cannot be
+undone. ``--json`` is for programs and needs no package beyond Celery.
 
-Exit status: 0 fine, 1 the answer is no (nothing found, a check failed), 2 wrong usage,
-3 stopped before all was read (see ``reading``).
+Exit status: 0 success; 1 nothing found, or a check failed; 2 wrong usage; 3 stopped before everything was read.
 """
 
 from __future__ import annotations
 
 from celery_idem.cli import checking, key, records, settling
-from celery_idem.cli.group import idem
+from celery_idem.cli.screen import idem
 
-# Imported above so that the commands are in the group.
+# Importing them adds the commands to the group.
 _COMMANDS = (records, settling, checking, key)
 
 __all__ = ["idem"]

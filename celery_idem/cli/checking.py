@@ -1,10 +1,9 @@
-"""Commands about the set-up: doctor, audit, shadow, metrics, schema, copy."""
+"""The commands about the set-up: doctor, audit, shadow, metrics, schema and copy."""
 
 from __future__ import annotations
 
 import click
 
-from celery_idem.cli.group import idem
 from celery_idem.cli.screen import Screen, command, yes_option
 from celery_idem.core.errors import ConfigurationError
 from celery_idem.engine.ledger import Ledger
@@ -14,17 +13,17 @@ from celery_idem.operate.operators import Desk
 from celery_idem.stores import open_store, sql_statements
 
 
-@command(idem, "doctor")
+@command("doctor")
 @click.option(
     "--pool",
     default="",
-    help="The pool your workers run with (--pool), where the configuration does not say.",
+    help="The pool of your workers (--pool), if the configuration does not say.",
 )
 @click.option("--strict", is_flag=True, help="Warnings fail too.")
 def doctor(screen: Screen, desk: Desk, pool: str, strict: bool) -> None:
-    """What in this set-up will go wrong, and the exact setting to change.
+    """Find problems of this set-up, and the setting to change.
 
-    Exit status 1 when there is an error (with --strict: a warning), so that a CI can stop.
+    Exit status 1 if there is an error (with --strict: a warning), for use in CI.
     """
     from celery_idem.operate.doctor import examine, gather
 
@@ -36,13 +35,13 @@ def doctor(screen: Screen, desk: Desk, pool: str, strict: bool) -> None:
             screen.state(finding.severity, f"{finding.code}: {finding.where}")
             screen.line(f"    {finding.wrong}")
             screen.line(f"    -> {finding.change}")
-        screen.line(f"Findings: {len(found)}." if found else "Nothing found. This is a good set-up.")
+        screen.line(f"Findings: {len(found)}." if found else "No findings.")
     fatal = ("error", "warning") if strict else ("error",)
     if any(finding.severity in fatal for finding in found):
         raise SystemExit(1)
 
 
-@command(idem, "audit")
+@command("audit")
 @click.option("--task", help="Only this task.")
 @click.option(
     "--within",
@@ -52,10 +51,10 @@ def doctor(screen: Screen, desk: Desk, pool: str, strict: bool) -> None:
     help="Seconds between retries of one action.",
 )
 def audit(screen: Screen, desk: Desk, task: str | None, within: float) -> None:
-    """Find keys that do not mean what their author thinks.
+    """Find keys that may be too narrow (drift) or too wide (spread).
 
-    Drift: calls that differ in one value of their intent only, so that retries run again. Spread:
-    replays whose free arguments differ, so that a second action may never have happened.
+    Drift: calls that differ in one value of the intent only, so that retries may run again. Spread: replays whose
+    free arguments differ, so that a second action may not have run.
     """
     from celery_idem.operate.audit import audit as look
 
@@ -71,21 +70,21 @@ def audit(screen: Screen, desk: Desk, task: str | None, within: float) -> None:
         screen.line("Nothing suspicious. (Only records with digests are looked at: idem_audit = True.)")
 
 
-@command(idem, "shadow")
-@click.option("--clear", is_flag=True, help="Remove the shadow records, once they have served.")
+@command("shadow")
+@click.option("--clear", is_flag=True, help="Remove the shadow records.")
 @yes_option
 def shadow(screen: Screen, desk: Desk, clear: bool, yes: bool) -> None:
-    """What shadow mode (idem_shadow) has seen, and which tasks are ready for the real thing."""
+    """Report what shadow mode (idem_shadow) has seen, and which tasks are ready for their guard."""
     from celery_idem.operate.readiness import readiness
 
     ledgers = [ledger.shadow() for ledger in desk.ledgers()]
     if clear:
-        screen.confirm("All shadow records will be removed; records of real guards stay. Go on?", yes)
-        gone = sum(ledger.forget(entry.key) for ledger in ledgers for entry in ledger.list())
+        screen.confirm("All shadow records will be removed. Records of real guards stay. Go on?", yes)
+        removed = sum(ledger.forget(entry.key) for ledger in ledgers for entry in ledger.list())
         if screen.as_json:
-            screen.json({"removed": gone})
+            screen.json({"removed": removed})
         else:
-            screen.line(f"{gone} shadow records removed.")
+            screen.line(f"{removed} shadow records removed.")
         return
     report = readiness((entry for ledger in ledgers for entry in ledger.list()), desk.tasks())
     if screen.as_json:
@@ -111,10 +110,12 @@ def shadow(screen: Screen, desk: Desk, clear: bool, yes: bool) -> None:
         )
         screen.line(f"    {task.why}")
     if not report:
-        screen.line("No shadow records. Set idem_shadow = True (or shadow=True on a task), and let it run.")
+        screen.line(
+            "No shadow records. Set idem_shadow = True (or shadow=True on a task) and run your workers."
+        )
 
 
-@command(idem, "metrics")
+@command("metrics")
 @click.option("--port", type=click.IntRange(0, 65_535), default=9808, show_default=True)
 @click.option("--address", default="127.0.0.1", show_default=True)
 @click.option(
@@ -122,13 +123,13 @@ def shadow(screen: Screen, desk: Desk, clear: bool, yes: bool) -> None:
     type=click.FloatRange(min=0.0),
     default=30.0,
     show_default=True,
-    help="Seconds between looks at the store.",
+    help="Seconds between two readings of the store.",
 )
-@click.option("--once", is_flag=True, help="Print what would be served, and end.")
+@click.option("--once", is_flag=True, help="Print the metrics and exit.")
 def metrics(screen: Screen, desk: Desk, port: int, address: str, every: float, once: bool) -> None:
-    """Serve metrics for Prometheus: counts of intents by state, and what the workers counted.
+    """Serve metrics for Prometheus: counts of intents by state, and the workers' counts of events.
 
-    The workers' own counts are there when they and this command share PROMETHEUS_MULTIPROC_DIR.
+    The workers' counts need the same PROMETHEUS_MULTIPROC_DIR for them and this command.
     """
     from celery_idem.telemetry.prometheus import PATIENCE, exporter_registry
 
@@ -142,16 +143,16 @@ def metrics(screen: Screen, desk: Desk, port: int, address: str, every: float, o
         _, thread = prometheus_client.start_http_server(port, address, registry)
     except OSError as error:
         raise ConfigurationError(
-            f"Nothing is served: {address}:{port} cannot be used ({error.strerror}). Give another --port or --address."
+            f"Cannot listen on {address}:{port} ({error.strerror}). Give another --port or --address."
         ) from None
     click.echo(f"http://{address}:{port}/metrics", err=True)
     thread.join()
 
 
-@command(idem, "schema")
+@command("schema")
 @click.argument("dialect", default="postgresql")
 def schema(screen: Screen, desk: Desk, dialect: str) -> None:
-    """The SQL that makes the table of the SQL store: postgresql or sqlite."""
+    """Print the SQL that creates the SQL store's table, for postgresql or sqlite."""
     text = sql_statements.schema(dialect)
     if screen.as_json:
         screen.json({"dialect": dialect, "sql": text})
@@ -159,16 +160,15 @@ def schema(screen: Screen, desk: Desk, dialect: str) -> None:
         screen.line(text)
 
 
-@command(idem, "copy")
+@command("copy")
 @click.argument("source", metavar="FROM")
 @click.argument("target", metavar="TO")
 @yes_option
 def copy(screen: Screen, desk: Desk, source: str, target: str, yes: bool) -> None:
-    """Copy all records from one store (its URL) to another. May be stopped, and run again."""
+    """Copy all records from one store (its URL) to another. It may be stopped and run again."""
     screen.confirm(
-        "Records of this application's namespaces will be written to the target. A newer one there stays, and one that "
-        "has moved on since the last copy is brought up to date: copy once while the workers run, and once after they "
-        "have stopped. Go on?",
+        "Records of this application's namespaces will be written to the target. A newer record there stays; an "
+        "older one is updated. Copy once while the workers run, and once more after they have stopped. Go on?",
         yes,
     )
 
@@ -187,5 +187,5 @@ def copy(screen: Screen, desk: Desk, source: str, target: str, yes: bool) -> Non
         click.echo(err=True)
         screen.line(
             f"{total.seen} records seen: {total.written} written, {total.there} there already, "
-            f"{total.expired} expired, {total.unreadable} not readable."
+            f"{total.expired} expired, {total.unreadable} unreadable."
         )

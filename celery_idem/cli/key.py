@@ -1,4 +1,4 @@
-"""The command that says which calls are the same action."""
+"""The command ``key``: computes a call's key and compares two calls."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from celery_idem.cli.group import idem
 from celery_idem.cli.screen import Screen, command
 from celery_idem.core import protocol
 from celery_idem.core.errors import IdempotencyError
@@ -17,11 +16,11 @@ from celery_idem.integration.publishing import HIDDEN
 from celery_idem.operate.operators import Desk
 
 
-@command(idem, "key")
+@command("key")
 @click.argument("task")
 @click.argument("calls", nargs=-1, metavar="CALL [OTHER_CALL]")
-@click.option("--scope", multiple=True, help="Scope of the call; a second one is the other call's.")
-@click.option("--occurrence", multiple=True, help="Occurrence of the call; a second one is the other call's.")
+@click.option("--scope", multiple=True, help="Scope of the call. Give it twice for two calls.")
+@click.option("--occurrence", multiple=True, help="Occurrence of the call. Give it twice for two calls.")
 def key(
     screen: Screen,
     desk: Desk,
@@ -30,9 +29,9 @@ def key(
     scope: tuple[str, ...],
     occurrence: tuple[str, ...],
 ) -> None:
-    """The key of a call, and its canonical form; of two calls, what makes them differ.
+    """Print a call's key and its canonical form, and how two calls differ.
 
-    A CALL is JSON: {"kwargs": …} as an object of keyword arguments, or a list of positional ones.
+    A CALL is JSON: an object of keyword arguments, or a list of positional arguments.
     """
     guarded = desk.tasks().get(task)
     if guarded is None:
@@ -40,9 +39,7 @@ def key(
     if not 1 <= len(calls) <= 2:
         raise click.UsageError("Give one call, or two to compare.")
     if max(len(scope), len(occurrence)) > len(calls):
-        raise click.UsageError(
-            f"There are more scopes or occurrences than calls, of which there are {len(calls)}."
-        )
+        raise click.UsageError(f"Give at most {len(calls)} of --scope and --occurrence: one for each call.")
     declaration, namespace = guarded.guard.declaration, guarded.guard.ledger.namespace
     forms: list[dict[str, Any]] = []
     wholes: list[dict[str, Any]] = []
@@ -57,7 +54,7 @@ def key(
             arguments = declaration.bind(args, kwargs)
         except TypeError as error:
             what = "This" if declaration.secret else call
-            raise IdempotencyError(f"{what} is no call of {task}: {error}.") from None
+            raise IdempotencyError(f"{what} does not fit the signature of {task}: {error}.") from None
         fields = {**{k: v for k, v in labels.items() if v is not None}, **declaration.intent(arguments)}
         made = declaration.key(namespace, arguments, labels["scope"], labels["occurrence"])
         forms.append({"key": made, "intent": _hidden(fields, declaration)})
@@ -92,7 +89,7 @@ def _call(text: str) -> tuple[list[Any], dict[str, Any]]:
     try:
         form = json.loads(text)
     except ValueError as error:
-        raise click.UsageError(f"A call is JSON, and {text} is none: {error}.") from None
+        raise click.UsageError(f"A call is JSON, and {text} is not: {error}.") from None
     if isinstance(form, list):
         return form, {}
     if isinstance(form, dict):
@@ -105,6 +102,6 @@ def _nth(values: tuple[str, ...], n: int) -> str | None:
 
 
 def _hidden(fields: dict[str, Any], declaration: Declaration) -> dict[str, Any]:
-    """Without secrets. What a function makes of them has names of its own, so then nothing is shown."""
+    """Hide secret fields. A computed intent may have any names, so with secrets all of it is hidden."""
     secret = declaration.secret if declaration.compute is None or not declaration.secret else fields
     return {name: HIDDEN if name in secret else value for name, value in fields.items()}

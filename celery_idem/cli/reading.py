@@ -1,8 +1,7 @@
-"""Reading many records for a person who waits: how far it is, and an end before the end.
+"""Reads many records with progress and an early stop.
 
-A store may hold millions, and on Redis each of them is looked at. So whoever waits sees how
-many were read, and may stop it (Ctrl-C, or ``--within``) and still gets what was found until
-then. That it is not all is said where it cannot be missed, and in the exit status.
+A store may hold millions of records, and Redis reads each of them. The operator sees how many were read, may stop
+(Ctrl-C or ``--within``) and still gets what was found. The last line and the exit status say that it is not all.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from celery.bin.base import CeleryOption
 from celery_idem.engine.entries import Entry
 
 SHOW_EVERY = 0.5
-"""Seconds between two signs of progress: often enough to see that it moves."""
+"""Seconds between two progress messages."""
 
 NOT_ALL = 3
 """Exit status of a command that stopped early. 1 is an error, 2 a wrong use of the command line."""
@@ -27,21 +26,21 @@ within_option = click.option(
     type=click.FloatRange(min=0.0),
     metavar="SECONDS",
     cls=CeleryOption,
-    help=f"Stop reading after that long and go by what was read (exit status {NOT_ALL} then). Ctrl-C does the same.",
+    help=f"Stop after that many seconds and report what was read (exit status {NOT_ALL}). Ctrl-C does the same.",
 )
 
 
 class Reading:
-    """Entries, as long as there is time.
+    """The entries that can be read in time.
 
     Args:
-        read: gives them; it calls what it is given for every record it looks at, wanted or not.
-        within: seconds; None: all of them.
-        quiet: show no progress. It is shown on standard error, and only to a terminal.
+        read: returns the entries, and calls its argument for every record that it looks at.
+        within: seconds until it stops; None: read all.
+        quiet: show no progress. Progress goes to standard error, and only to a terminal.
 
     Attributes:
-        count: how many were read.
-        stopped: there may be more.
+        count: number of records read.
+        stopped: it stopped early, so there may be more.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class Reading:
             click.echo(f"\r{self.count:,} read; Ctrl-C stops here", nl=False, err=True)
 
     def end(self) -> None:
-        """Say that it was not all, where that is so, and exit."""
+        """If it stopped early, say so and exit."""
         if self.stopped:
-            click.echo(f"Stopped after {self.count:,} records: there are more, so this is not all.", err=True)
+            click.echo(f"Stopped after {self.count:,} records. There are more, so this is not all.", err=True)
             click.get_current_context().exit(NOT_ALL)

@@ -1,4 +1,4 @@
-"""Commands that look at intents and settle them one by one: list, show, resolve, forget, purge, stats."""
+"""The commands about single intents: list, show, resolve, forget, purge and stats."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 import click
 
-from celery_idem.cli.group import idem
 from celery_idem.cli.reading import Reading, within_option
 from celery_idem.cli.screen import Screen, command, yes_option
 from celery_idem.core.model import Happened, NotHappened
@@ -20,11 +19,11 @@ from celery_idem.engine.entries import STATES, Entry, tallied
 from celery_idem.operate.operators import DOUBTFUL, Desk, Oldest, duration
 
 LINES = 50
-"""Entries shown to a person unless told otherwise: about a screen."""
+"""Entries that ``list`` prints by default: about a screen."""
 
 
-def somebody() -> str:
-    """Who is at the keyboard, for the audit trail."""
+def user_and_host() -> str:
+    """Return the operator's name for the record."""
     try:
         return f"{getpass.getuser()}@{socket.gethostname()}"
     except (KeyError, OSError):  # a container whose user has no name
@@ -32,9 +31,9 @@ def somebody() -> str:
 
 
 def as_typed() -> str:
-    """The beginning of a command that can be copied: with the application that this one was given.
+    """Return the beginning of a command to copy, with the application of this command line.
 
-    Nothing else of the command line is repeated: a broker's address (``-b``) may hold a password.
+    The rest of the command line is left out: a broker's address (``-b``) may hold a password.
     """
     given = "proj"
     for word, following in pairwise(sys.argv):
@@ -47,7 +46,7 @@ def as_typed() -> str:
     return f"celery -A {shlex.quote(given)} idem"
 
 
-@command(idem, "list")
+@command("list")
 @click.option("--state", type=click.Choice(STATES), help="Only those in this state.")
 @click.option("--task", help="Only those of this task.")
 @click.option(
@@ -55,13 +54,13 @@ def as_typed() -> str:
     type=click.FloatRange(min=0.0),
     default=0.0,
     metavar="SECONDS",
-    help="Only those that stand so long.",
+    help="Only those unchanged for that long.",
 )
 @click.option(
     "--limit",
     type=click.IntRange(min=1),
     default=None,
-    help=f"At most so many; people get {LINES}, --json gets all.",
+    help=f"At most that many. Default: {LINES}, with --json all.",
 )
 @within_option
 def list_(
@@ -73,9 +72,9 @@ def list_(
     limit: int | None,
     within: float | None,
 ) -> None:
-    """List intents, those that have stood longest first.
+    """List intents, the longest unchanged first.
 
-    With --json: one line for each, in no order, as the store gives them, so any number fits.
+    With --json: one line per intent, in no order.
     """
     found = Reading(lambda tick: desk.list(state, task, older_than, tick), within, quiet=screen.as_json)
     if screen.as_json:
@@ -90,14 +89,14 @@ def list_(
     for entry in entries:
         _print_line(screen, entry)
     if total > len(entries):
-        screen.line(f"… and {total - len(entries)} more. --limit shows more of them, --json all.")
+        screen.line(f"… and {total - len(entries)} more. --limit shows more, --json all.")
     if not total:
-        screen.line("No such intents." if not found.stopped else "No such intents so far.")
+        screen.line("No such intents." if not found.stopped else "No such intents among those read.")
         if task and task not in desk.tasks():
             screen.line(desk.no_task(task))
     elif any(entry.state in DOUBTFUL for entry in entries):
         screen.line(
-            "Next: `idem show KEY` says what is known; `idem reconcile` asks the destinations for all of them."
+            "Next: `idem show KEY` prints what is known; `idem reconcile` asks the destinations about all of them."
         )
     found.end()
 
@@ -107,10 +106,10 @@ def _print_line(screen: Screen, entry: Entry) -> None:
     screen.state(entry.state, f"{duration(entry.age):>7}  {entry.key}{reason}")
 
 
-@command(idem, "show")
+@command("show")
 @click.argument("key")
 def show(screen: Screen, desk: Desk, key: str) -> None:
-    """Everything known about one intent. KEY may be its beginning."""
+    """Print everything known about one intent. KEY may be the beginning of a key."""
     entry = desk.find(key)
     form = desk.describe(entry)
     if screen.as_json:
@@ -127,7 +126,7 @@ def show(screen: Screen, desk: Desk, key: str) -> None:
 
 
 def _facts(form: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Only what is there: an empty line tells nobody anything."""
+    """Return the labels and values that are not empty."""
     labels = {
         "reason": "why",
         "task_id": "task id",
@@ -149,38 +148,38 @@ def _facts(form: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def advice(entry: Entry) -> str:
-    """What somebody can do about an intent in this state."""
+    """Return what an operator can do about an intent in this state."""
     key = entry.key
     if entry.state in DOUBTFUL:
         this = f"{as_typed()} resolve '{key}' --fence {entry.record.fence}"
         return (
-            "Nobody here knows whether it took effect. Look at the destination, then say what you saw:\n"
+            "It is not known whether it took effect. Check the destination, then record what you saw:\n"
             f"  {this} --happened RESULT --evidence '…'    every caller gets RESULT (JSON)\n"
             f"  {this} --not-happened --evidence '…'       the next delivery runs it"
         )
     if entry.state == "running":
-        return "A worker is at it and renews its lease. Nothing to do; a dead one shows as lapsed after its lease."
+        return "A worker is running it and renews the lease: nothing to do. If it dies, the state becomes lapsed."
     if entry.state == "scheduled":
         return "It waits for its own retry. Nothing to do."
     if entry.state == "released":
-        return "Nothing happened. The next delivery runs it."
+        return "It did not take effect. The next delivery runs it."
     return f"Its outcome is known and replayed to every caller. `{as_typed()} forget '{key}'` lets it happen again."
 
 
-@command(idem, "resolve")
+@command("resolve")
 @click.argument("key")
 @click.option(
-    "--happened", metavar="JSON", help="It took effect; callers get this value, for example '\"inv_7\"'."
+    "--happened", metavar="JSON", help="It took effect; callers receive this value, for example '\"inv_7\"'."
 )
 @click.option(
-    "--not-happened", is_flag=True, help="It did not take effect, and no request for it is under way."
+    "--not-happened", is_flag=True, help="It did not take effect, and no request for it is in flight."
 )
-@click.option("--by", default=somebody, show_default="user@host", help="Who decides.")
-@click.option("--evidence", help="What you saw, and where. Asked for where it is not given.")
+@click.option("--by", default=user_and_host, show_default="user@host", help="Your name, for the record.")
+@click.option("--evidence", help="What you saw, and where. The command asks for it.")
 @click.option(
     "--fence",
     type=int,
-    help="What `idem show` said when you looked: refused if it was taken up again since.  [default: as it is now]",
+    help="The fence that `idem show` printed. Refused if it was claimed again since.  [default: the current one]",
 )
 @yes_option
 def resolve(
@@ -194,41 +193,40 @@ def resolve(
     fence: int | None,
     yes: bool,
 ) -> None:
-    """Settle an intent in doubt: you looked at the destination, and say what happened.
+    """Settle an intent in doubt by what you saw at the destination.
 
-    Kept in the record: who, when, what, and the evidence.
+    The record keeps who decided, when, what, and the evidence.
     """
     if (happened is None) == (not not_happened):
-        raise click.UsageError("Say one of --happened JSON and --not-happened.")
+        raise click.UsageError("Give one of --happened JSON and --not-happened.")
     if evidence is None:
         evidence = screen.ask("What did you see, and where", "--evidence")
     if not evidence.strip():
-        raise click.UsageError("Say what you saw: --evidence 'invoice inv_7 is in the billing system'.")
+        raise click.UsageError("Write what you saw: --evidence 'invoice inv_7 is in the billing system'.")
     answer: Happened | NotHappened = NotHappened()
     if happened is not None:
         try:
             answer = Happened(json.loads(happened))
         except ValueError:
             raise click.UsageError(
-                f"--happened takes JSON, and {happened} is none. Text needs its own quotes: "
-                f"--happened '\"{happened}\"'; no value at all is null."
+                f"--happened takes JSON, and {happened} is not. Text needs its own quotes: "
+                f"--happened '\"{happened}\"'. For no value give null."
             ) from None
     entry = desk.find(key)
     if isinstance(answer, Happened):
         screen.confirm(
-            f"{entry.key} is {entry.state}. It will be SUCCEEDED with {happened}, for every caller, and will not run "
-            "again. A settled outcome cannot be changed. Go on?",
+            f"{entry.key} is {entry.state}. It will be settled as SUCCEEDED, every caller receives {happened}, and it "
+            "does not run again. A settled outcome cannot be changed. Go on?",
             yes,
         )
     else:
         screen.confirm(
-            f"{entry.key} is {entry.state}. It will be released: the next delivery RUNS it. If it did take effect "
-            "after all, that is a second time. Go on?",
+            f"{entry.key} is {entry.state}. It will be released: the next delivery RUNS it. If it did take effect, "
+            "that is a second time. Go on?",
             yes,
         )
-    seen = (
-        entry.record.fence if fence is None else fence
-    )  # it may be taken up while somebody reads the question
+    # A worker may claim it while the operator reads the question.
+    seen = entry.record.fence if fence is None else fence
     settled = desk.resolve(entry.key, answer, by, evidence, seen)
     if screen.as_json:
         screen.json(desk.describe(settled))
@@ -236,59 +234,57 @@ def resolve(
     screen.state(settled.state, settled.key)
     if isinstance(answer, NotHappened):
         screen.line(
-            "Nobody sends it again by itself: the caller repeats the call, or the broker redelivers it."
+            "It is not sent again by itself: the caller repeats the call, or the broker redelivers it."
         )
 
 
-@command(idem, "forget")
+@command("forget")
 @click.argument("key")
 @click.option("--steps", is_flag=True, help="Forget its finished steps too: they RUN AGAIN.")
 @yes_option
 def forget(screen: Screen, desk: Desk, key: str, steps: bool, yes: bool) -> None:
-    """Let an intent run again, whatever its state: the next call with this key RUNS.
+    """Delete an intent in any state: the next call with this key RUNS.
 
-    Finished steps of an action that is not done stay done; --steps forgets them too.
+    Finished steps of an unfinished action stay done; --steps forgets them too.
     """
     entry = desk.find(key)
     finished = ", ".join(repr(step.name) for step in entry.record.steps)
-    running = (
-        " A WORKER IS AT IT RIGHT NOW, and a second one could start." if entry.state == "running" else ""
-    )
-    gone = "Its record, and every proof that it ever ran, will be gone, and the next call RUNS."
+    running = " A WORKER IS RUNNING IT NOW, and a second one could start." if entry.state == "running" else ""
+    loss = "Its record, and every proof that it ran, is deleted, and the next call RUNS."
     if finished and steps:
-        gone += f" So do its finished steps, AGAIN: {finished}."
+        loss += f" Its finished steps run AGAIN: {finished}."
     elif finished:
-        gone = (
-            f"The next call RUNS, without its finished steps: {finished}. They stay done, and what must match stays "
-            "as it was. (--steps forgets all.)"
+        loss = (
+            f"The next call RUNS without its finished steps: {finished}. They stay done, and must_match is kept. "
+            "(--steps forgets all.)"
         )
-    screen.confirm(f"{entry.key} is {entry.state}. {gone}{running} Go on?", yes)
+    screen.confirm(f"{entry.key} is {entry.state}. {loss}{running} Go on?", yes)
     forgotten = desk.forget(entry.key, steps)
     if screen.as_json:
         screen.json({"key": entry.key, "forgotten": forgotten})
     else:
-        screen.line(f"Forgotten: {entry.key}" if forgotten else "It was gone already.")
+        screen.line(f"Forgotten: {entry.key}" if forgotten else "There was no record any more.")
 
 
-@command(idem, "purge")
+@command("purge")
 @yes_option
 def purge(screen: Screen, desk: Desk, yes: bool) -> None:
-    """Delete outcomes whose time is over. Redis does that by itself."""
+    """Delete expired outcomes. Redis does that itself."""
     screen.confirm(
         "Outcomes older than their result_ttl will be deleted. Intents that run, wait or are in doubt stay. Go on?",
         yes,
     )
-    gone = desk.purge()
+    purged = desk.purge()
     if screen.as_json:
-        screen.json({"purged": gone})
+        screen.json({"purged": purged})
     else:
-        screen.line(f"{gone} expired records deleted.")
+        screen.line(f"{purged} expired records deleted.")
 
 
-@command(idem, "stats")
+@command("stats")
 @within_option
 def stats(screen: Screen, desk: Desk, within: float | None) -> None:
-    """How many intents stand in which state, by task."""
+    """Count intents by task and state."""
     reading = Reading(lambda tick: desk.list(tick=tick), within)
     tallies = sorted(tallied(reading).items())
     if screen.as_json:
@@ -303,7 +299,5 @@ def stats(screen: Screen, desk: Desk, within: float | None) -> None:
     for (task, state), tally in tallies:
         screen.state(state, f"{tally.intents:>9}  oldest {duration(tally.oldest):>7}  {task}")
     waiting = sum(tally.intents for (_, state), tally in tallies if state in DOUBTFUL)
-    screen.line(
-        f"{sum(t.intents for _, t in tallies)} intents, {waiting} of them wait for somebody to decide."
-    )
+    screen.line(f"{sum(t.intents for _, t in tallies)} intents, {waiting} of them wait for a decision.")
     reading.end()

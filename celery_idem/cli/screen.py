@@ -1,8 +1,9 @@
-"""Where output goes: JSON for programs, rich for people."""
+"""The command group, and the output of its commands: JSON for programs, rich for people."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
@@ -38,22 +39,22 @@ COLOURS = {
     "look": "bold yellow",
     "wait": "blue",
 }
-"""By state, and by severity of a finding. Never the only sign: the word stands beside it."""
+"""Colours of states, severities and verdicts. The word is always shown too."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""All but tab and newline; ESC is among them, and the one-byte forms of terminal commands."""
+"""Control characters but tab and newline: ESC, and the one-byte forms of terminal commands."""
 
-yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask; do it.")
+yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 
 PIPE_WIDTH = 200
-"""Columns when the output is no terminal: whole lines, for grep."""
+"""Columns when the output is not a terminal: whole lines, for grep."""
 
 
 class Screen:
     """One command's output.
 
     Args:
-        as_json: programs read it; then nothing but JSON goes to standard output.
+        as_json: write only JSON to standard output.
     """
 
     def __init__(self, as_json: bool, no_color: bool = False) -> None:
@@ -63,7 +64,7 @@ class Screen:
 
     @property
     def console(self) -> Console:
-        """Standard output, for people.
+        """Standard output for people.
 
         Raises:
             ConfigurationError: rich is not installed.
@@ -83,25 +84,27 @@ class Screen:
         return self._console
 
     def line(self, text: str = "", style: str = "") -> None:
-        """A line for people; never wrapped in the middle of a key, never read as markup."""
+        """Print a line for people, without wrapping and markup."""
         self.console.print(printable(text), style=style or None, markup=False)
 
     def state(self, name: str, rest: str) -> None:
-        """A line that begins with a state or a severity in its colour."""
+        """Print a line that begins with a state or a severity in its colour."""
         from rich.text import Text
 
         self.console.print(Text.assemble((f"{name:<10}", COLOURS.get(name, "")), " ", printable(rest)))
 
     def json(self, value: Any) -> None:
-        """One JSON document on one line."""
+        """Print one JSON document on one line."""
         text = json.dumps(value, ensure_ascii=False, default=str)
-        click.echo(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text))  # those that JSON lets stand
+        click.echo(
+            _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+        )  # those that JSON does not escape
 
     def confirm(self, question: str, yes: bool) -> None:
-        """Go on only if a person says so.
+        """Return only if the operator agrees.
 
         Raises:
-            click.ClickException: there is nobody to ask, and ``--yes`` was not given.
+            click.ClickException: the operator declined, or cannot be asked, and ``--yes`` was not given.
         """
         if yes:
             return
@@ -111,10 +114,10 @@ class Screen:
             raise click.ClickException("Nothing was changed. (--yes answers the question.)") from None
 
     def ask(self, question: str, option: str) -> str:
-        """An answer in words.
+        """Return the operator's answer.
 
         Raises:
-            click.ClickException: there is nobody to ask, and the option was not given.
+            click.ClickException: the operator cannot be asked, and the option was not given.
         """
         try:
             answer: str = click.prompt(question, err=True)
@@ -124,21 +127,27 @@ class Screen:
 
 
 def printable(text: str) -> str:
-    """The text with control characters made visible: what stands in a record (a reason, the words of
-    somebody's error) must not give orders to the terminal it is shown on."""
+    """Return the text with visible control characters: text from a record must not send commands to the terminal."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def _next(error: IdempotencyError, app: Celery) -> str:
-    """What to do about an error that is the command line's to explain."""
+    """Return advice on an error that only the command line can give."""
     if isinstance(error, ConfigurationError) and app is _state.default_app:
-        return " Or did you forget to name your application? celery -A proj idem …"
-    if isinstance(error, StoreError) and not error.key:  # of the store as a whole
-        return " `idem doctor` looks at the store, and at the settings that lead to it."
+        return " Did you name your application? celery -A proj idem …"
+    if isinstance(error, StoreError) and not error.key:  # it concerns the whole store
+        return " `idem doctor` checks the store and its settings."
     return ""
 
 
-def command(group: click.Group, name: str) -> Callable[[F], click.Command]:
+@click.group()
+def idem(**_: Any) -> None:
+    """Idempotent tasks: list intents, find out what happened, settle what is in doubt."""
+    # The commands report what they did. Without a handler Python would print each event as well.
+    logging.getLogger("celery_idem").addHandler(logging.NullHandler())
+
+
+def command(name: str) -> Callable[[F], click.Command]:
     """Make a function ``(screen, desk, **options)`` a command of the group, with ``--json`` and our errors."""
 
     def decorate(function: F) -> click.Command:
@@ -148,7 +157,7 @@ def command(group: click.Group, name: str) -> Callable[[F], click.Command]:
             screen = Screen(as_json, getattr(ctx.obj, "no_color", False))
             try:
                 if not as_json:
-                    _ = screen.console  # says which package is missing before anything is changed
+                    _ = screen.console  # fails before anything is changed if rich is missing
                 app.loader.import_default_modules()
                 function(screen, Desk(app), **options)
             except IdempotencyError as error:
@@ -157,7 +166,7 @@ def command(group: click.Group, name: str) -> Callable[[F], click.Command]:
         option = click.option(
             "--json", "as_json", is_flag=True, cls=CeleryOption, help="Print JSON for programs."
         )
-        register: Any = group.command(name, cls=CeleryCommand)
+        register: Any = idem.command(name, cls=CeleryCommand)
         body: Any = option(run)
         made: click.Command = register(click.pass_context(body))
         return made

@@ -1,4 +1,4 @@
-"""Settle many at once: ask the destinations, one intent after the other."""
+"""The command ``reconcile``: asks the destinations about all intents in doubt."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TextIO
 
 import click
 
-from celery_idem.cli.group import idem
 from celery_idem.cli.screen import Screen, command, yes_option
 from celery_idem.core.errors import StoreError
 from celery_idem.operate.operators import Desk, read_arguments
@@ -21,30 +20,30 @@ WORDS = {
 }
 
 
-@command(idem, "reconcile")
+@command("reconcile")
 @click.option("--task", help="Only those of this task.")
 @click.option(
     "--older-than",
     type=click.FloatRange(min=0.0),
     default=0.0,
     metavar="SECONDS",
-    help="Only those unchanged for so long. A question that got no answer counts as a change, so 600 leaves out "
-    "what was asked in the last ten minutes.",
+    help="Only those unchanged for that long. Asking counts as a change, so 600 leaves out what was asked in the last "
+    "ten minutes.",
 )
-@click.option("--limit", type=click.IntRange(min=1), default=None, help="Ask about so many at most.")
+@click.option("--limit", type=click.IntRange(min=1), default=None, help="Ask about at most that many.")
 @click.option(
     "--arguments",
     type=click.File("r"),
     help='Arguments of the calls, as JSON lines {"key": …, "args": […], "kwargs": {…}}; "-" for standard input. '
-    "Without it they are looked up in the result backend (result_extended=True keeps them there).",
+    "Without it they are read from the result backend (with result_extended=True).",
 )
 @click.option(
     "--without-arguments",
     is_flag=True,
-    help="Every reconcile looks at task.claim.key alone, so call it without arguments where they are not known. One "
-    "that looks at its arguments would find nothing, and answer that nothing happened.",
+    help="Call reconcile without arguments where they are unknown. Only for a reconcile that uses task.claim.key "
+    "alone: one that uses its arguments would find nothing and answer that nothing happened.",
 )
-@click.option("--dry-run", is_flag=True, help="Ask the destinations, change nothing.")
+@click.option("--dry-run", is_flag=True, help="Ask the destinations and change nothing.")
 @yes_option
 def reconcile(
     screen: Screen,
@@ -59,14 +58,14 @@ def reconcile(
 ) -> None:
     """Ask the destination about every intent in doubt, and settle what it knows.
 
-    Each is settled as soon as its answer is there. Stop at any time and start again: what is
-    settled is not in doubt any more, so a new run goes on where the last one stopped.
+    Each intent is settled as soon as it is answered. It may be stopped and run again: a new run continues with
+    what is still in doubt.
     """
     known = {} if arguments is None else read_arguments(iter(arguments))
     if not dry_run:
         screen.confirm(
-            "Each intent in doubt whose task has a reconcile= will be asked about. What happened is settled with "
-            "the destination's result; what did not is released, and its next delivery RUNS. "
+            "Every intent in doubt whose task has reconcile= is asked about. What happened is settled with the "
+            "destination's result. What did not happen is released, and its next delivery RUNS. "
             "(--dry-run only asks.) Go on?",
             yes,
         )
@@ -92,7 +91,7 @@ def reconcile(
     else:
         screen.line(_summary(counts, dry_run))
         if counts["unknown"] or counts["skipped"]:
-            screen.line("The rest is for a person: `idem list --state in_doubt`, then `idem resolve`.")
+            screen.line("Decide the rest yourself: `idem list --state in_doubt`, then `idem resolve`.")
     if counts["unknown"] or counts["skipped"]:
         raise SystemExit(1)
 

@@ -66,9 +66,9 @@ WRONG: list[tuple[tuple[str, ...], int, tuple[str, ...]]] = [
         ("No such intents", "no guarded task shop.chrage", "It has: shop.charge"),
     ),
     (("resolve", "{doubtful}", *SURE), 2, ("--happened JSON", "--not-happened")),
-    (("resolve", "{doubtful}", "--happened=1", "--not-happened", *SURE), 2, ("Say one of",)),
+    (("resolve", "{doubtful}", "--happened=1", "--not-happened", *SURE), 2, ("Give one of",)),
     (("resolve", "{doubtful}", "--happened=inv_7", *SURE), 2, ("JSON", "inv_7", "--happened '\"inv_7\"'")),
-    (("resolve", "{doubtful}", "--not-happened", "--evidence= "), 2, ("Say what you saw", "--evidence '")),
+    (("resolve", "{doubtful}", "--not-happened", "--evidence= "), 2, ("Write what you saw", "--evidence '")),
     (
         ("resolve", "{doubtful}", "--not-happened"),
         1,
@@ -90,11 +90,15 @@ WRONG: list[tuple[tuple[str, ...], int, tuple[str, ...]]] = [
     (("forget", NO_KEY, "--yes"), 1, (f"no intent {NO_KEY}",)),
     (("key", "shop.chrage", "[]"), 1, ("no guarded task shop.chrage", "It has: shop.charge")),
     (("key", "shop.charge"), 2, ("Give one call, or two",)),
-    (("key", "shop.charge", "{{x"), 2, ("A call is JSON, and {{x is none",)),
+    (("key", "shop.charge", "{{x"), 2, ("A call is JSON, and {{x is not",)),
     (("key", "shop.charge", "5"), 2, ("JSON object of keyword arguments, or a list", "5 is neither")),
-    (("key", "shop.charge", '{{"custmer": 1}}'), 1, ("is no call of shop.charge", "'customer'")),
+    (
+        ("key", "shop.charge", '{{"custmer": 1}}'),
+        1,
+        ("does not fit the signature of shop.charge", "'customer'"),
+    ),
     (("key", "shop.charge", "[NaN]"), 1, ("'customer'", "NaN")),
-    (("key", "shop.charge", "[1]", "--scope=a", "--scope=b"), 2, ("more scopes", "of which there are 1")),
+    (("key", "shop.charge", "[1]", "--scope=a", "--scope=b"), 2, ("at most 1 of --scope",)),
     (("schema", "mysql"), 1, ("no table for 'mysql'", "postgresql, sqlite")),
     (("copy", "mongodb://me:hunter2@x", "memory://y", "--yes"), 1, ("no store for mongodb://", "redis://")),
     (
@@ -108,7 +112,7 @@ WRONG: list[tuple[tuple[str, ...], int, tuple[str, ...]]] = [
     (
         ("metrics", "--port=1", "--address=nowhere.invalid"),
         1,
-        ("Nothing is served", "nowhere.invalid:1", "--address"),
+        ("Cannot listen on", "nowhere.invalid:1", "--address"),
     ),
 ]
 
@@ -137,7 +141,7 @@ def test_a_port_that_is_taken() -> None:
         port = other.getsockname()[1]
         code, output = line(Shop().app, "metrics", f"--port={port}")
     assert code == 1
-    assert f"Nothing is served: 127.0.0.1:{port} cannot be used" in output
+    assert f"Cannot listen on 127.0.0.1:{port}" in output
     assert "Give another --port" in output
 
 
@@ -149,7 +153,7 @@ def test_a_store_that_is_away(words: str) -> None:
     code, output = line(Shop(idem_store="redis://:hunter2@127.0.0.1:1/0").app, *words.split())
     assert code == 1
     assert "redis://127.0.0.1:1/0 did not answer" in output
-    assert "`idem doctor` looks at the store" in output
+    assert "`idem doctor` checks the store" in output
     assert "hunter2" not in output
 
 
@@ -175,7 +179,7 @@ def test_no_store_and_a_misspelt_setting(words: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["idem", "list"], "did you forget to name your application? celery -A proj idem"),
+        (["idem", "list"], "Did you name your application? celery -A proj idem"),
         (["-A", "nowhere", "idem", "list"], "The module nowhere was not found"),
         (["-A", "wrong", "idem", "list"], "wrong.pay is declared with IdempotentTask but without an intent"),
     ],

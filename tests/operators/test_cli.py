@@ -58,9 +58,11 @@ def test_a_reading_that_was_stopped_says_that_it_is_not_all(idem: Idem, ledger: 
     for words in (("stats",), ("list", "--state", "in_doubt"), ("list", "--json")):
         stopped = idem(*words, "--within", "0")
         assert stopped.exit_code == 3
-        assert "Stopped after 0 records: there are more" in stopped.stderr
+        assert "Stopped after 0 records. There are more" in stopped.stderr
         assert idem(*words, "--within", "60").exit_code == 0
-    assert idem("list", "--state", "in_doubt", "--within", "0").stdout == "No such intents so far.\n"
+    assert (
+        idem("list", "--state", "in_doubt", "--within", "0").stdout == "No such intents among those read.\n"
+    )
 
 
 def test_who_waits_sees_how_far_it_is_and_may_stop_it(
