@@ -75,7 +75,7 @@ def audit(screen: Screen, desk: Desk, task: str | None, within: float) -> None:
 @yes_option
 def shadow(screen: Screen, desk: Desk, clear: bool, yes: bool) -> None:
     """Report what shadow mode (idem_shadow) has seen, and which tasks are ready for their guard."""
-    from celery_idem.operate.readiness import readiness
+    from celery_idem.operate.audit import readiness
 
     ledgers = [ledger.shadow() for ledger in desk.ledgers()]
     if clear:

@@ -10,5 +10,4 @@ __all__ = [
     "copying",
     "doctor",
     "operators",
-    "readiness",
 ]

@@ -1,13 +1,12 @@
-"""Find keys that do not mean what their author thinks, from digests in live records.
+"""Finds keys that are too narrow or too wide, from digests in records, and judges the records of shadow mode.
 
-*Drift* (the key is too narrow): calls of one task, close in time, that agree in everything but one
-or two parameters of the intent. If they are retries of one action, that parameter is minted anew
-each time and the guard does nothing. *Spread* (the key may be too wide): replays that brought
-another value of a free argument than the call that ran. If that argument says what the action is,
-the second action silently never happened.
+*Drift* (the key may be too narrow): calls of one task, close in time, that agree in all but one or two parameters of
+the intent. If they are retries of one action, that parameter changes with each retry and the guard does nothing.
+*Spread* (the key may be too wide): replays that had another value of a free argument than the call that ran. If that
+argument says what the action is, the second action did not happen.
 
-Digests tell that values differ and nothing about them, so both are suspicions: the author decides.
-Memory is bounded: a task's first ``MAX_CALLS`` records are looked at.
+Digests only show that values differ, so both are suspicions that the author has to judge. Memory is bounded: only the
+first ``MAX_CALLS`` records of a task are compared.
 """
 
 from __future__ import annotations
@@ -16,36 +15,40 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from celery_idem.core import digests
 from celery_idem.core.keys import LABELS, Declaration
 from celery_idem.core.model import MICROSECONDS
 from celery_idem.engine.entries import Entry
+from celery_idem.engine.shadow import WOULD
 from celery_idem.integration.task import IdempotentTask
 from celery_idem.operate.doctor.configuration import FREE_TEXT, minted_anew
 from celery_idem.operate.doctor.snapshot import annotated
 
 MAX_CALLS = 50_000
-"""Records of one task that are compared: some 20 MB, and enough for any statistic."""
+"""Records of one task that are compared: about 20 MB, and enough for the statistics."""
 
 WITHIN = 300.0
-"""Seconds between calls that may be retries of one another: five minutes cover an agent that
-re-plans and a client that backs off; two meant actions that agree in all but one value are rare in it."""
+"""Seconds between calls that may be retries of one another. Five minutes cover an agent that plans again and a client
+that backs off; two intended actions that agree in all but one value are rare in that time."""
 
 LEAST = 3
-"""Calls that must be alike before anything is said: two are a coincidence."""
+"""Calls that must be alike to be reported: two may be a coincidence."""
+
+ENOUGH = 100
+"""Calls of a task needed for a verdict: fewer would not show duplicates rarer than 1 %."""
 
 
 class Suspicion(NamedTuple):
-    """Something in the records that an author should look at.
+    """Something in the records that an author should check.
 
     Attributes:
         kind: ``drift`` or ``spread``.
-        parameters: their names.
-        calls: how many records show it.
-        of: how many were compared.
-        likely: the names say so too; otherwise it may well be what is meant.
+        parameters: names of the parameters.
+        calls: number of records that show it.
+        of: number of records that were compared.
+        likely: the parameter names support it; otherwise it may be intended.
         example: keys that show it.
     """
 
@@ -59,23 +62,23 @@ class Suspicion(NamedTuple):
 
     @property
     def says(self) -> str:
-        """What it means, and what to do."""
+        """A message with the meaning and what to do."""
         names = ", ".join(map(repr, self.parameters))
         if self.kind == "drift":
             return (
-                f"{self.calls} of {self.of} calls of {self.task} agree with another one in everything but {names}, "
-                "within minutes. If those are retries, each of them ran: take it out of intent=."
+                f"{self.calls} of {self.of} calls of {self.task} agree with another call, minutes apart, in all but "
+                f"{names}. If they are retries, each of them ran: remove it from intent=."
             )
         return (
-            f"In {self.calls} of {self.of} intents of {self.task} a replayed call had another {names} than the one "
-            "that ran. If it says what the action is, a second action did not happen: put it into intent=, or into "
-            "must_match= to have such calls refused."
+            f"In {self.calls} of {self.of} intents of {self.task} a replayed call had another {names} than the call "
+            "that ran. If it says what the action is, a second action did not happen: add it to intent=, or to "
+            "must_match= to refuse such calls."
         )
 
 
 @dataclass
 class _Calls:
-    """What is kept of one task's records while they are read."""
+    """The data kept about one task's records."""
 
     number: int = 0
     kept: list[tuple[int, str, dict[bytes, bytes]]] = field(default_factory=list)
@@ -86,7 +89,7 @@ class _Calls:
 def audit(
     entries: Iterable[Entry], tasks: Mapping[str, IdempotentTask], within: float = WITHIN
 ) -> list[Suspicion]:
-    """Every suspicion, the likely ones first.
+    """Return all suspicions, the likely ones first.
 
     Args:
         within: seconds between calls that may be retries of one another.
@@ -118,7 +121,7 @@ def _read(calls: _Calls, entry: Entry) -> None:
 
 
 def _drift(task: str, calls: _Calls, declaration: Declaration, within: int) -> Iterator[Suspicion]:
-    """One parameter first; two at once only where no single one explains it."""
+    """Look at single parameters, then at pairs for calls that no single one explains."""
     names = _names(declaration)
     identity = _identity(declaration, names)
     own = set(declaration.fields or declaration.signature.parameters)
@@ -131,7 +134,7 @@ def _drift(task: str, calls: _Calls, declaration: Declaration, within: int) -> I
             parameters = tuple(names[tag] for tag in tags)
             likely = all(_volatile(declaration, name) for name in parameters)
             if not likely and not own - set(parameters):
-                continue  # the whole intent differs: other actions, as far as anybody can see
+                continue  # the whole intent differs: presumably other actions
             if size == 1:
                 explained.update(alike)
             yield Suspicion(
@@ -142,8 +145,7 @@ def _drift(task: str, calls: _Calls, declaration: Declaration, within: int) -> I
 def _alike(
     kept: list[tuple[int, str, dict[bytes, bytes]]], tags: tuple[bytes, ...], within: int, without: set[str]
 ) -> set[str]:
-    """Keys of calls that agree in all but ``tags`` with another one that came close to it, each
-    with a value of its own."""
+    """Return keys of calls that differ from another call close in time in all of ``tags`` and in nothing else."""
     groups: dict[tuple[tuple[bytes, bytes], ...], list[tuple[int, str, tuple[bytes | None, ...]]]] = (
         defaultdict(list)
     )
@@ -155,7 +157,7 @@ def _alike(
     for members in groups.values():
         members.sort(key=lambda member: member[0])
         for (at, key, value), (next_at, next_key, next_value) in pairwise(members):
-            # Each of the tags differs: what stays the same does not vary.
+            # Every tag has to differ.
             if next_at - at <= within and all(a != b for a, b in zip(value, next_value, strict=True)):
                 alike.update((key, next_key))
     return alike
@@ -178,9 +180,9 @@ def _spread(task: str, calls: _Calls, declaration: Declaration) -> Iterator[Susp
 
 
 def _names(declaration: Declaration) -> dict[bytes, str]:
-    """Names by tag: of the parameters, and of scope, occurrence and the caller's key."""
+    """Return names by tag: of parameters, scope, occurrence and the caller's key."""
     names = {digests.tag_of(name): name for name in declaration.signature.parameters}
-    for field_name in declaration.fields or ():  # of **kwargs, which the signature does not name
+    for field_name in declaration.fields or ():  # a field from **kwargs is not in the signature
         names[digests.tag_of(field_name)] = field_name
     for label in LABELS:
         names[digests.label_tag(label)] = label
@@ -188,7 +190,7 @@ def _names(declaration: Declaration) -> dict[bytes, str]:
 
 
 def _identity(declaration: Declaration, names: dict[bytes, str]) -> set[bytes]:
-    """Tags of what is in the key; all parameters where a function computes it."""
+    """Return the tags of what is in the key: all parameters if a function computes the intent."""
     labels = {digests.label_tag(label) for label in LABELS}
     if declaration.fields is None:
         return set(names)
@@ -196,6 +198,74 @@ def _identity(declaration: Declaration, names: dict[bytes, str]) -> set[bytes]:
 
 
 def _volatile(declaration: Declaration, name: str) -> bool:
-    """Does the declaration say that its values are minted anew?"""
+    """Tell whether a parameter's name or annotation says that each call has a new value."""
     annotation = getattr(declaration.signature.parameters.get(name), "annotation", "")
     return minted_anew(name, annotated(annotation))
+
+
+# --- shadow mode --------------------------------------------------------------------
+
+
+@dataclass
+class Readiness:
+    """The shadow records of one task.
+
+    Attributes:
+        calls: number of deliveries.
+        intents: number of different intents.
+        would: number of calls that a guard would have answered with ``replay``, ``busy``, ``mismatch`` or
+            ``in_doubt`` instead of running them. A lower bound: a record keeps its latest 32.
+        differs: parameters that did not match, and how often.
+        suspicions: the audit of the shadow records.
+    """
+
+    task: str
+    calls: int = 0
+    intents: int = 0
+    would: Counter[str] = field(default_factory=Counter)
+    differs: Counter[str] = field(default_factory=Counter)
+    suspicions: list[Suspicion] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> Literal["ready", "look", "wait"]:
+        """``ready``: turn shadow mode off. ``look``: the intent may be wrong. ``wait``: too few calls."""
+        if self.would["mismatch"] or any(s.likely for s in self.suspicions):
+            return "look"
+        return "ready" if self.calls >= ENOUGH else "wait"
+
+    @property
+    def why(self) -> str:
+        """The reason for the verdict, in one sentence."""
+        if self.would["mismatch"]:
+            names = ", ".join(name for name, _ in self.differs.most_common())
+            return (
+                f"{self.would['mismatch']} calls would have been refused, because {names} had another value: add it to "
+                "intent= if that makes it another action, or remove it from must_match=."
+            )
+        for suspicion in self.suspicions:
+            if suspicion.likely:
+                return suspicion.says
+        if self.calls < ENOUGH:
+            return f"only {self.calls} calls so far; a verdict needs {ENOUGH}."
+        collapsed = self.would["replay"] + self.would["busy"]
+        return f"{collapsed} of {self.calls} calls were duplicates and ran; none would have been refused."
+
+
+def readiness(entries: Iterable[Entry], tasks: Mapping[str, IdempotentTask]) -> list[Readiness]:
+    """Return the readiness of each task with shadow records: can its guard be turned on?"""
+    known: dict[str, Readiness] = {}
+    by_task: dict[str, list[Entry]] = {}
+    for entry in entries:
+        task = known.setdefault(entry.task, Readiness(entry.task))
+        task.intents += 1
+        task.calls += entry.record.attempts
+        for note in entry.record.notes:
+            if note.what in WOULD.values():
+                task.calls += 1
+                task.would[note.what] += 1
+                if note.what == "mismatch":
+                    task.differs.update(note.evidence.split(", "))
+        by_task.setdefault(entry.task, []).append(entry)
+    for name, task in known.items():
+        task.suspicions = audit(by_task[name], tasks)
+    return sorted(known.values(), key=lambda task: task.task)

@@ -1,7 +1,6 @@
-"""The latest of something that takes long to read: a million records take half a minute.
+"""Runs slow readings in the background: reading a million records takes half a minute.
 
-It is read on a thread of its own, one reading at a time and with pauses, while everybody who asks
-gets what is there: the latest whole result, and how far the next one is.
+A thread runs one reading at a time, with pauses. Callers get the latest complete result and the progress of the next.
 """
 
 from __future__ import annotations
@@ -15,20 +14,19 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 PAUSE = 9.0
-"""The least pause after a reading that took longer than anybody waits, in times what it took: the
-store's server and this process then spend a tenth of the time on it at most."""
+"""Pause after a reading longer than ``patience``, as a multiple of its duration: the server and this process then spend
+at most a tenth of their time on it."""
 
 
 @dataclass(frozen=True)
 class Latest(Generic[T]):
-    """What is there.
+    """The latest result and the progress of the next.
 
     Attributes:
-        whole: the latest result; None before the first reading has ended.
-        unfinished: as far as the present reading is; None when there is none.
-        began: the worker's time (``time.monotonic``) when the reading of ``whole`` began, or
-            while there is none, that of ``unfinished``.
-        error: what ended the latest reading; None when nothing did.
+        whole: the latest complete result; None before the first reading has ended.
+        unfinished: the partial result of the running reading; None if none is running.
+        began: when the reading of ``whole`` (or else of ``unfinished``) began, as ``time.monotonic``.
+        error: the error that ended the latest reading, if any.
     """
 
     whole: T | None = None
@@ -38,10 +36,10 @@ class Latest(Generic[T]):
 
 
 class Background(Generic[T]):
-    """Reads when somebody asks and the latest result is old.
+    """Reads again when a caller asks and the latest result is old.
 
     Args:
-        read: gives what is known so far, as often as it likes; what it gives last is the result.
+        read: yields partial results; the last one is the complete result.
         fresh: seconds until a result is old.
         patience: seconds that ``look`` waits for a reading; None: until it has ended.
     """
@@ -54,11 +52,11 @@ class Background(Generic[T]):
         self._idle = threading.Event()
         self._idle.set()
         self._due = 0.0
-        self._slow = False  # the latest reading took longer than anybody waits
+        self._slow = False  # the latest reading took longer than ``patience``
         self._latest: Latest[T] = Latest()
 
     def look(self) -> Latest[T]:
-        """What is there, after waiting for the present reading (see ``patience``)."""
+        """Return the latest result after waiting for the running reading (see ``patience``)."""
         with self._lock:
             if self._idle.is_set() and time.monotonic() >= self._due:
                 self._idle.clear()
@@ -67,7 +65,7 @@ class Background(Generic[T]):
         return self._latest
 
     def outdate(self) -> None:
-        """Something has changed: read anew for whoever asks next, where that is quickly done."""
+        """Make the next ``look`` read again after a change, if readings are fast."""
         if not self._slow:
             self._due = 0.0
 
@@ -80,14 +78,14 @@ class Background(Generic[T]):
                 since = began if before.whole is None else before.began
                 self._latest = Latest(before.whole, so_far, since)
             self._latest = Latest(so_far, None, began)
-        except Exception as error:  # whoever looks next is told
+        except Exception as error:  # the next ``look`` returns it
             self._latest = Latest(before.whole, None, before.began, error)
         finally:
             ended = time.monotonic()
             took = ended - began
             self._slow = self._patience is not None and took > self._patience
             if self._latest.error is not None:
-                self._due = ended  # the next one to ask tries again
+                self._due = ended  # the next ``look`` tries again
             else:
                 self._due = ended + max(self._fresh, PAUSE * took if self._slow else 0.0)
             self._idle.set()

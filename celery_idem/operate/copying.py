@@ -1,7 +1,6 @@
-"""Moving house: the records of one store written to another, while both are in use.
+"""Copies records from one store to another while both are in use.
 
-May be stopped at any time and run again: what is there already is left alone, and a
-record that has moved on in the source since it was copied is brought up to date.
+A copy may be stopped at any time and run again. It updates records that have changed in the source since.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ from celery_idem.engine.ledger import Ledger
 from celery_idem.stores.base import Reply
 
 EVERY = 200
-"""Records between two reports of progress: a few a second over a network."""
+"""Records between two progress reports: a few reports a second over a network."""
 
 
 class Copied(NamedTuple):
     """Counts of records.
 
     Attributes:
-        seen: that the source had.
-        written: to the target, now.
-        there: that the target had already, or had a newer state of.
-        expired: whose time to live was over.
-        unreadable: that are no records of ours.
+        seen: read from the source.
+        written: written to the target.
+        there: already in the target, in the same or a newer state.
+        expired: not copied because their time to live was over.
+        unreadable: not records of celery_idem.
     """
 
     seen: int = 0
@@ -41,23 +40,22 @@ class Copied(NamedTuple):
 def copy(
     source: Ledger, target: Ledger, progress: Callable[[Copied], object] = lambda counts: None
 ) -> Copied:
-    """Write all live records of ``source`` to ``target``. Never overwrites a newer one.
+    """Write all live records of ``source`` to ``target``. Never overwrites a newer record.
 
-    A lease or a retry's delay starts anew in the target, because it counts from the last
-    write: nobody takes a running intent over too early. Outcomes are kept for what is
-    left of the task's ``result_ttl``.
+    Leases and delays of retries start again in the target, because they count from the last write. So a running intent
+    is not taken over too early. Outcomes are kept for the rest of the task's ``result_ttl``.
 
     Args:
-        progress: called now and then, and at the end.
+        progress: called regularly, and at the end.
 
     Raises:
-        ConfigurationError: the namespaces differ; they are part of every key.
-        StoreError: a store did not answer. Run it again: it goes on where it was.
+        ConfigurationError: the namespaces differ.
+        StoreError: a store did not answer. Run it again to continue.
     """
     if source.namespace != target.namespace:
         raise ConfigurationError(
-            f"copy: the namespaces {source.namespace!r} and {target.namespace!r} differ. A key is a digest of the "
-            "namespace too, so the records would never be found under the other one."
+            f"copy: the namespaces {source.namespace!r} and {target.namespace!r} differ. The namespace is part "
+            "of every key, so the records would never be found under the other one."
         )
     prefix = f"{source.namespace}:"
     now = source.store.read(prefix).now

@@ -1,7 +1,7 @@
-"""The operator's view of an application: every ledger its tasks use, and what the tasks say about them.
+"""The operator API: list, inspect and settle the intents of an application.
 
-The command line and the inbox both stand on this; neither talks to a store. A task may have a
-store or a namespace of its own, so a key is looked up in the ledger of the task it names.
+The command line, the inbox and the metrics use it. A task may have its own store or namespace, so a key is looked up in
+the ledger of the task that it names.
 """
 
 from __future__ import annotations
@@ -40,24 +40,23 @@ if TYPE_CHECKING:
     from celery import Celery
 
 DOUBTFUL = ("in_doubt", "lapsed")
-"""States that wait for somebody to find out. ``lapsed`` becomes ``in_doubt`` at its next delivery,
-and when none comes it stays: both need an eye."""
+"""States that wait for a decision. ``lapsed`` becomes ``in_doubt`` at the next delivery, which may never come."""
 
 
 class Arguments(NamedTuple):
-    """What a call was made with."""
+    """The arguments of a call."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 class Asked(NamedTuple):
-    """What came of asking a destination.
+    """The result of asking a destination.
 
     Attributes:
-        verdict: ``happened`` and ``not_happened`` are settled (in a dry run: would be);
-            ``unknown``: the destination could not tell; ``skipped``: it was not asked.
-        why: one sentence.
+        verdict: ``happened`` or ``not_happened`` (settled, but for a dry run), ``unknown`` (the destination could
+            not tell) or ``skipped`` (it was not asked).
+        why: one sentence for a person.
     """
 
     verdict: Literal["happened", "not_happened", "unknown", "skipped"]
@@ -66,14 +65,14 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class Desk:
-    """Everything an operator may do with the intents of one application."""
+    """What an operator can do with the intents of one application."""
 
     app: Celery
 
-    # --- where things are -------------------------------------------------------------
+    # --- tasks and ledgers ------------------------------------------------------------
 
     def tasks(self) -> dict[str, IdempotentTask]:
-        """The guarded tasks by name."""
+        """Return the guarded tasks by name."""
         return {
             name: task
             for name, task in sorted(self.app.tasks.items())
@@ -81,16 +80,16 @@ class Desk:
         }
 
     def task_of(self, key: str) -> IdempotentTask | None:
-        """The task a key names; None when this application does not have it."""
+        """Return the task that a key names, or None if this application does not have it."""
         return self.tasks().get(keys.task_of(key) or "")
 
     def ledger_of(self, key: str) -> Ledger:
-        """Where the record of a key is."""
+        """Return the ledger with the record of a key."""
         task = self.task_of(key)
         return ledger_of(self.app) if task is None else task.guard.ledger
 
     def ledgers(self) -> list[Ledger]:
-        """Every place where this application's tasks keep records, each once."""
+        """Return the ledgers of all tasks, each once."""
         found: dict[tuple[int, str], Ledger] = {}
         tasks = self.tasks().values()
         for ledger in [task.guard.ledger for task in tasks] or [ledger_of(self.app)]:
@@ -98,7 +97,7 @@ class Desk:
         return list(found.values())
 
     def no_task(self, name: str) -> str:
-        """What to tell somebody who names a task that is not guarded here."""
+        """Return the message about a task that is not guarded in this application."""
         return f"This application has no guarded task {name}. It has: {', '.join(self.tasks()) or 'none'}."
 
     # --- reading ----------------------------------------------------------------------
@@ -110,11 +109,11 @@ class Desk:
         older_than: float = 0.0,
         tick: Callable[[], object] | None = None,
     ) -> Iterator[Entry]:
-        """Intents, in no order and in bounded memory.
+        """Return intents, in no order and in bounded memory.
 
         Args:
-            state: one of ``claims.STATES``.
-            older_than: only those whose last write is at least that many seconds ago.
+            state: one of ``entries.STATES``.
+            older_than: only intents whose last write is at least that many seconds ago.
             tick: see ``Ledger.list``.
         """
         for ledger in self.ledgers():
@@ -123,22 +122,24 @@ class Desk:
                     yield entry
 
     def doubtful(self, task: str | None = None, older_than: float = 0.0) -> Iterator[Entry]:
-        """Intents in doubt, and those whose worker fell silent."""
+        """Return intents in doubt, and those whose worker stopped renewing the lease."""
         for state in DOUBTFUL:
             yield from self.list(state, task, older_than)
 
     def find(self, key: str) -> Entry:
-        """One intent, by its key or by the beginning of one that is unambiguous.
+        """Return the intent with a key, or with the only key that begins so.
 
         Raises:
             IdempotencyError: there is none, or there are several.
         """
         if not key:
-            raise IdempotencyError("Every key begins with nothing. Give a key, or the beginning of one.")
+            raise IdempotencyError("The key is empty. Give a key, or the beginning of one.")
         try:
             key.encode()
         except UnicodeEncodeError:
-            raise IdempotencyError(f"{key!a} is no text, so no intent has that key. Copy it again.") from None
+            raise IdempotencyError(
+                f"{key!a} is not valid text, so no intent has that key. Copy it again."
+            ) from None
         entry = self.ledger_of(key).get(key)
         if entry is not None:
             return entry
@@ -153,12 +154,12 @@ class Desk:
         places = ", ".join(f"{ledger.store.url} (namespace {ledger.namespace})" for ledger in self.ledgers())
         raise IdempotencyError(
             f"There is no intent {key} in {places}. It may have expired after its result_ttl, or it never ran. "
-            "`idem list` shows what there is.",
+            "`idem list` shows all intents.",
             key,
         )
 
     def _beginning_with(self, start: str) -> dict[str, Entry]:
-        """Intents by key; two are enough to know that a beginning is ambiguous. A store may name a key twice."""
+        """Return at most two intents whose keys begin so: two make it ambiguous. A scan may return a key twice."""
         found: dict[str, Entry] = {}
         for ledger in self.ledgers():
             for stored_key, _ in ledger.store.scan(f"{ledger.namespace}:{start}"):
@@ -171,7 +172,7 @@ class Desk:
         return found
 
     def stats(self) -> dict[tuple[str, str], Tally]:
-        """Counts by (task, state) over all ledgers."""
+        """Return counts by (task, state) over all ledgers."""
         return tallied(self.list())
 
     # --- deciding ---------------------------------------------------------------------
@@ -199,14 +200,13 @@ class Desk:
         without_arguments: bool = False,
         dry_run: bool = False,
     ) -> Asked:
-        """Let the task's ``reconcile`` find out, as a redelivery would; the body is never run.
+        """Run the task's ``reconcile`` as a redelivery would. Never runs the body.
 
         Args:
-            arguments: of the call, where the caller knows them.
-            without_arguments: every reconcile looks at ``task.claim.key`` alone, so it may be
-                called without arguments. Somebody must say so: one that looks for invoice None
-                finds nothing and answers "did not happen".
-            dry_run: ask the destination, and write nothing.
+            arguments: arguments of the call, if the caller knows them.
+            without_arguments: call it without arguments if they are unknown. Only right for a reconcile that uses
+                ``task.claim.key`` alone: one that looks for invoice None finds nothing and answers "not happened".
+            dry_run: ask the destination and write nothing.
         """
         task = self.task_of(entry.key)
         if task is None:
@@ -218,15 +218,13 @@ class Desk:
         if known is None and not without_arguments:
             return Asked(
                 "skipped",
-                "its arguments are not known, a record holds none: give them in a file, or set result_extended=True, "
-                "so that the result backend keeps those of the next ones",
+                "its arguments are not known (a record has none). Give them in a file, or set result_extended=True, "
+                "so that the result backend keeps those of future calls",
             )
         if known is not None and not _fit(task, known):
-            return Asked("skipped", f"the arguments known for it are no call of {entry.task}")
+            return Asked("skipped", f"its arguments do not fit the signature of {entry.task}")
         if known is not None and _of_another_call(guard, entry, known):
-            return Asked(
-                "skipped", "the arguments known for it are those of another call: their digests differ"
-            )
+            return Asked("skipped", "its arguments are those of another call: their digests differ")
         known = known or Arguments((), {})
         request = Context(id=entry.record.task_id, args=known.args, kwargs=known.kwargs, headers={})
         delivery = Delivery(guard, task, request, known.args, known.kwargs, entry.key, NO_FINGERPRINT)
@@ -234,23 +232,19 @@ class Desk:
             return _would(guard, delivery)
         decision = guard.runner.inquire(delivery)
         if isinstance(decision, Replay):
-            return Asked(
-                "happened", "the destination says it happened: settled, every caller gets this result"
-            )
+            return Asked("happened", "the destination says it happened: settled for every caller")
         if isinstance(decision, Acquired):
-            return Asked(
-                "not_happened", "the destination says it did not happen: released, the next delivery runs"
-            )
+            return Asked("not_happened", "the destination says it did not happen: the next delivery runs it")
         if isinstance(decision, InDoubt):
             return Asked("unknown", decision.reason)
-        return Asked("skipped", "somebody else works on it right now")
+        return Asked("skipped", "another worker is running it now")
 
     def arguments_of(self, entry: Entry) -> Arguments | None:
-        """What the call was made with, as Celery's result backend knows it (``result_extended``)."""
+        """Return the call's arguments from Celery's result backend (``result_extended``), if it has them."""
         try:
             result = self.app.AsyncResult(entry.record.task_id)
             args, kwargs = result.args, result.kwargs
-        except Exception:  # no backend, or one that does not answer: then the arguments are not known
+        except Exception:  # no backend, or it does not answer
             return None
         if not isinstance(args, (list, tuple, type(None))) or not isinstance(kwargs, (dict, type(None))):
             return None
@@ -261,7 +255,7 @@ class Desk:
     # --- showing ----------------------------------------------------------------------
 
     def describe(self, entry: Entry) -> dict[str, Any]:
-        """An intent as plain JSON values. Times are ISO 8601 in UTC, durations seconds."""
+        """Return an intent as JSON values. Times are ISO 8601 in UTC, durations are seconds."""
         record = entry.record
         return {
             "key": entry.key,
@@ -286,9 +280,9 @@ class Desk:
         }
 
     def result_of(self, entry: Entry) -> str | None:
-        """A settled outcome in words; None where there is none.
+        """Return the outcome as text, or None if there is none.
 
-        A task with ``secret`` parameters may well return them, so its results are not shown.
+        A task with ``secret`` parameters may return them, so its results are not shown.
         """
         outcome = entry.record.outcome
         if outcome is None:
@@ -314,13 +308,13 @@ class Desk:
 
 
 class Oldest:
-    """Of any number of entries those that have stood longest, in bounded memory.
+    """Keeps the entries that are unchanged for longest, in bounded memory.
 
     Args:
-        limit: how many are kept.
+        limit: number of entries to keep.
 
     Attributes:
-        total: how many there were.
+        total: number of entries added.
     """
 
     def __init__(self, limit: int) -> None:
@@ -330,24 +324,24 @@ class Oldest:
 
     def add(self, entry: Entry) -> None:
         self.total += 1
-        item = (-entry.changed_at, self.total, entry)  # the total, so that no two entries are compared
+        item = (-entry.changed_at, self.total, entry)  # the total keeps entries from being compared
         if len(self._heap) < self._limit:
             heapq.heappush(self._heap, item)
         elif self._heap and item > self._heap[0]:
             heapq.heapreplace(self._heap, item)
 
     def entries(self) -> list[Entry]:
-        """Those kept, the oldest first."""
+        """Return the entries, the oldest first."""
         return [entry for _, _, entry in sorted(self._heap, key=lambda item: -item[0])]
 
 
 def iso(seconds: float) -> str:
-    """A time in seconds since the epoch as ISO 8601 in UTC."""
+    """Return a time in seconds since the epoch as ISO 8601 in UTC."""
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: ``45s``, ``12m``, ``3h 5m``, ``2d 4h``."""
+    """Return seconds in a short form: ``45s``, ``12m``, ``3h 5m``, ``2d 4h``."""
     whole = int(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -359,10 +353,10 @@ def duration(seconds: float) -> str:
 
 
 def read_arguments(lines: Iterator[str]) -> dict[str, Arguments]:
-    """Arguments by key, from JSON lines ``{"key": …, "args": […], "kwargs": {…}}``.
+    """Return arguments by key from JSON lines ``{"key": …, "args": […], "kwargs": {…}}``.
 
     Raises:
-        IdempotencyError: a line is not that.
+        IdempotencyError: a line has another form.
     """
     known = {}
     for number, line in enumerate(lines, 1):
@@ -371,7 +365,7 @@ def read_arguments(lines: Iterator[str]) -> dict[str, Arguments]:
         try:
             form: Any = json.loads(line)
             if not isinstance(form, dict) or "key" not in form:
-                raise ValueError('it is no object with a "key"')
+                raise ValueError('it is not an object with a "key"')
             args, kwargs = form.get("args"), form.get("kwargs")
             keys.check_call(str(form["key"]), args, kwargs)
             known[str(form["key"])] = Arguments(tuple(args or ()), dict(kwargs or {}))
@@ -383,7 +377,7 @@ def read_arguments(lines: Iterator[str]) -> dict[str, Arguments]:
 
 
 def _fit(task: IdempotentTask, arguments: Arguments) -> bool:
-    """Are these arguments a call of the task?"""
+    """Tell whether the arguments fit the task's signature."""
     try:
         task.guard.declaration.bind(*arguments)
     except TypeError:
@@ -392,8 +386,10 @@ def _fit(task: IdempotentTask, arguments: Arguments) -> bool:
 
 
 def _of_another_call(guard: Guard, entry: Entry, arguments: Arguments) -> bool:
-    """Does the record say that these are not its arguments? A question about another call gets an
-    answer about another call. Free arguments do not count: a caller may have reworded them."""
+    """Tell whether the record's digests show that these are not its arguments.
+
+    Free arguments do not count: another call of the same intent may have other ones.
+    """
     if guard.digester is None or not entry.record.digests:
         return False
     declaration = guard.declaration

@@ -54,7 +54,7 @@ WRONG: list[tuple[tuple[str, ...], int, tuple[str, ...]]] = [
         1,
         ("Several intents begin with 'shop.cha'", "such as shop.charge:", "more of the key"),
     ),
-    (("show", "\udcff"), 1, ("'\\udcff' is no text", "Copy it again")),
+    (("show", "\udcff"), 1, ("'\\udcff' is not valid text", "Copy it again")),
     (("show",), 2, ("Missing argument 'KEY'",)),
     (("frobnicate",), 2, ("No such command 'frobnicate'", "--help")),
     (("list", "--state", "doubtful"), 2, ("'doubtful' is not one of 'running'", "'in_doubt'")),

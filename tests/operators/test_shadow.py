@@ -11,7 +11,7 @@ from celery import Celery
 
 from celery_idem import FingerprintMismatch, IdempotentTask, Ledger
 from celery_idem.engine import events
-from celery_idem.operate.readiness import ENOUGH
+from celery_idem.operate.audit import ENOUGH
 from tests.operators.conftest import command_line, use_store
 
 Ran = list[str]
