@@ -428,7 +428,7 @@ def test_validators_that_mint_are_refused() -> None:
 
     for model in (Before, After):
         for task in (taking(model), taking(model, intent=lambda a: {"x": a["x"]})):
-            with pytest.raises(IntentError, match="validators make another value each time") as caught:
+            with pytest.raises(IntentError, match="validators return another value each time") as caught:
                 task.intent_key({"number": 1})
             assert caught.value.parameter == "x"
             assert task.intent_key({"number": 1, "trace": "a"}) == task.intent_key(

@@ -1,4 +1,4 @@
-"""Values and rules: the record, the protocol, keys, fingerprints, values and records as bytes.
+"""Values and rules: keys, fingerprints, records, the protocol, and their form as bytes.
 
 Never here: input or output, clocks, Celery.
 """

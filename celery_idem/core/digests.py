@@ -1,12 +1,11 @@
-"""Digests of a call's arguments, for finding out later which of them vary. Not part of any decision.
+"""Digests of a call's arguments for ``idem audit``, which finds parameters that vary. No decision uses them.
 
-Six bytes per parameter: a tag of its name and a keyed digest of its value. They tell whether
-two calls had the same value and nothing else: a digest is keyed with the namespace, or with
-``idem_audit_key``, and is too short to be searched for. A parameter declared ``secret`` has one
-only when there is an ``idem_audit_key``, because a namespace can be guessed.
+A parameter takes six bytes: a tag of its name and a keyed digest of its value. They only show whether two calls had the
+same value. The digest is keyed with the namespace or ``idem_audit_key``, and too short for a search of the value. A
+``secret`` parameter has a digest only with ``idem_audit_key``, because a namespace can be guessed.
 
-Values are taken as they arrived and not in canonical form, which would cost ten times as much:
-two spellings of one value (``1`` and ``1.0``) count as two here, and as one in the key.
+Values are digested as they arrive. The canonical form would cost ten times as much. So ``1`` and ``1.0`` are two values
+here, and one in the key.
 """
 
 from __future__ import annotations
@@ -19,27 +18,27 @@ from typing import Any
 from celery_idem.core.keys import Declaration
 
 TAG = 2
-"""Bytes of a name's tag. Fifteen bits tell a task's parameters apart; the first bit is VARIED."""
+"""Bytes of a name's tag: 15 bits of the name, and VARIED in the first bit."""
 
 VALUE = 4
-"""Bytes of a value's digest. One pair in four thousand million agrees by chance, which moves no statistic."""
+"""Bytes of a value's digest. By chance one pair in 4e9 agrees, which does not change the statistics."""
 
 ENTRY = TAG + VALUE
 
 VARIED = 0x80
-"""Set in the first byte of a tag: a later call of the same intent brought another value."""
+"""Bit in a tag's first byte: a later call of the same intent had another value."""
 
 MAX_ENTRIES = 24
-"""Parameters digested at most, 144 bytes: half of what a whole record without a result takes in Redis."""
+"""Maximum of digested parameters: 144 bytes, half of a record without a result in Redis."""
 
 
 def tag_of(name: str) -> bytes:
-    """The tag of a parameter's name."""
+    """Return the tag of a parameter's name."""
     return (zlib.crc32(name.encode()) & 0x7FFF).to_bytes(TAG, "big")
 
 
 def label_tag(name: str) -> bytes:
-    """The tag of a label; no parameter can have it by its name, which holds no space."""
+    """Return the tag of a label. The space keeps it apart from parameter names."""
     return tag_of(f"label {name}")
 
 
@@ -47,7 +46,7 @@ class Digester:
     """Makes the digests of one task's calls.
 
     Args:
-        key: what digests are keyed with, beside the namespace; "" for nothing.
+        key: ``idem_audit_key``; "" for none.
     """
 
     def __init__(self, declaration: Declaration, namespace: str, key: str = "") -> None:
@@ -70,10 +69,10 @@ class Digester:
     def of(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], labels: Mapping[str, Any] | None = None
     ) -> bytes:
-        """The digests of a call, packed."""
+        """Return the packed digests of a call."""
         entries = {**self._labels(labels), **self._defaults} if labels else dict(self._defaults)
         hidden = self._hidden
-        for name, value in zip(self._positional, args):  # noqa: B905  # *args may be longer; it has no names
+        for name, value in zip(self._positional, args):  # noqa: B905  # *args may be longer
             if name not in hidden:
                 entries[name] = self._entry(name, value)
         for name, value in kwargs.items():
@@ -82,11 +81,11 @@ class Digester:
         return b"".join(entries.values())[: MAX_ENTRIES * ENTRY]
 
     def _labels(self, labels: Mapping[str, Any]) -> dict[str, bytes]:
-        """First of all: a call with more parameters than are kept must not lose its scope."""
+        """Return the entries of labels. They come first, so that a call with many parameters keeps its scope."""
         return {f"label {name}": self.label(name, value) for name, value in labels.items()}
 
     def label(self, name: str, value: Any) -> bytes:
-        """The entry of a label."""
+        """Return the entry of a label."""
         return self._entry(f"label {name}", value)
 
     def _entry(self, name: str, value: Any) -> bytes:
@@ -100,14 +99,14 @@ class Digester:
                 if type(value) is str
                 else b"r" + repr(value).encode()
             )
-        except Exception:  # an object that cannot be shown: it has no digest that means anything
+        except Exception:  # its repr fails: the digest of empty text stands for it
             text = b""
         digest.update(tag + text)
         return tag + digest.digest()
 
 
 def entries(packed: bytes) -> dict[bytes, bytes]:
-    """Digests by tag, without the mark."""
+    """Return digests by tag, without VARIED."""
     return {
         bytes((packed[i] & ~VARIED, packed[i + 1])): packed[i + TAG : i + ENTRY]
         for i in range(0, len(packed) - ENTRY + 1, ENTRY)
@@ -115,7 +114,7 @@ def entries(packed: bytes) -> dict[bytes, bytes]:
 
 
 def varied(packed: bytes) -> set[bytes]:
-    """Tags of parameters that a later call of the same intent brought with another value."""
+    """Return tags of parameters for which a later call of the same intent had another value."""
     return {
         bytes((packed[i] & ~VARIED, packed[i + 1]))
         for i in range(0, len(packed) - ENTRY + 1, ENTRY)
@@ -124,13 +123,13 @@ def varied(packed: bytes) -> set[bytes]:
 
 
 def differing(stored: bytes, packed: bytes) -> set[bytes]:
-    """Tags of parameters that both know, with different values."""
+    """Return tags of parameters that are in both with different values."""
     ours = entries(packed)
     return {tag for tag, value in entries(stored).items() if ours.get(tag, value) != value}
 
 
 def marked(stored: bytes, packed: bytes) -> bytes:
-    """``stored`` with a mark at every parameter that ``packed`` has another value of."""
+    """Return ``stored`` with VARIED set for every parameter of which ``packed`` has another value."""
     if stored == packed or not stored or not packed:
         return stored
     tags = differing(stored, packed)

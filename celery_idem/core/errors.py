@@ -1,21 +1,20 @@
-"""Everything this package raises, as one tree.
+"""All errors of this package, in one tree.
 
 ::
 
     IdempotencyError
     ├── ConfigurationError      at declaration or start-up; says what to change
     ├── IntentError             an argument cannot be part of an idempotency key
-    ├── StoreError              the store did not answer, or answered nonsense
-    ├── LeaseLost               somebody took the intent over
+    ├── StoreError              the store did not answer, or not with a record
+    ├── LeaseLost               another worker took the intent over
     ├── OutcomeUnknown          in doubt; says how to resolve it
     ├── ResultUnavailable       done, but the value was not stored
     └── IntentConflict
-        ├── InProgress          being worked on right now (HTTP 409)
+        ├── InProgress          another worker is running it (HTTP 409)
         └── FingerprintMismatch same intent, other values   (HTTP 422)
 
-Every attribute is also a positional argument, because that is what survives:
-``pickle`` and Celery's JSON result backend both rebuild an exception from
-``type(exc)(*exc.args)``.
+Every attribute is also a positional argument, because ``pickle`` and Celery's JSON result backend rebuild an exception
+with ``type(exc)(*exc.args)``.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class IdempotencyError(Exception):
 
     Args:
         message: what happened, and what to do next.
-        key: the idempotency key it happened to, where there is one.
+        key: the idempotency key, if there is one.
     """
 
     key: str | None
@@ -76,11 +75,11 @@ class StoreError(IdempotencyError):
 
 
 class LeaseLost(IdempotencyError):
-    """Somebody else took this intent over, so this execution must not go on."""
+    """Another worker took this intent over, so this execution must stop."""
 
 
 class OutcomeUnknown(IdempotencyError):
-    """In doubt: the effect may or may not have happened, and nobody here can know.
+    """In doubt: the effect may or may not have happened, and the package cannot find out.
 
     Args:
         reason: why it is unknown.
@@ -92,10 +91,10 @@ class OutcomeUnknown(IdempotencyError):
 
 
 class ResultUnavailable(IdempotencyError):
-    """The action is done, and will not be done again, but its value was not stored.
+    """The action is done and will not run again, but its result was not stored.
 
     Args:
-        reason: why the value was not stored.
+        reason: why the result was not stored.
     """
 
     def __init__(self, message: str = "", key: str | None = None, reason: str = "") -> None:
@@ -108,10 +107,10 @@ class IntentConflict(IdempotencyError):
 
 
 class InProgress(IntentConflict):
-    """Somebody is working on this intent right now.
+    """Another worker is running this intent.
 
     Args:
-        retry_after: seconds after which asking again makes sense.
+        retry_after: seconds after which to ask again.
     """
 
     def __init__(self, message: str = "", key: str | None = None, retry_after: float | None = None) -> None:
@@ -120,7 +119,7 @@ class InProgress(IntentConflict):
 
 
 class FingerprintMismatch(IntentConflict):
-    """The same intent came with other values than the first time.
+    """The same intent came again with other values.
 
     Args:
         differs: names of the parameters that differ; never their values.

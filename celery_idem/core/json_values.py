@@ -1,4 +1,4 @@
-"""JSON as kombu writes it, in which a value that imitates kombu's type marks comes back as it was."""
+"""kombu's JSON, extended so that values that look like kombu's type marks survive."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from kombu.utils import json as kombu_json
 
 _TO_JSON = kombu_json.JSONEncoder()
 _MARKS = {"__type__", "__value__"}
-"""Keys of the dictionaries in which kombu's JSON keeps a date, a UUID and the like."""
+"""Keys of the dictionaries that kombu's JSON writes for dates, UUIDs and other types."""
 
 _LITERAL = "idem:dict"
-"""The mark of a dictionary that only looks like one of those: its two values follow."""
+"""Type mark of a dictionary that only looks like one of those; its two values follow."""
 
 
 def _from_mark(found: dict[str, Any]) -> Any:
-    """kombu's object hook, and what it would take for a mark of its own."""
+    """Decode our mark, and leave the others to kombu's object hook."""
     if len(found) != 2 or found.keys() != _MARKS:
         return found
     if found["__type__"] == _LITERAL:
@@ -25,12 +25,12 @@ def _from_mark(found: dict[str, Any]) -> Any:
 
 
 FROM_JSON = JSONDecoder(object_hook=_from_mark)
-"""What ``kombu.utils.json`` makes anew for each value. They keep nothing between values."""
+"""``kombu.utils.json`` makes a decoder for each value. One is enough: it keeps no state."""
 
 
 def to_json(value: Any) -> str:
     text: str = _TO_JSON.encode(value)
-    if '"__type__"' in text:  # marks, or a value that imitates them
+    if '"__type__"' in text:  # kombu's marks, or a value that looks like one
         literal = _literal(value)
         if literal is not value:
             text = _TO_JSON.encode(literal)
@@ -38,7 +38,7 @@ def to_json(value: Any) -> str:
 
 
 def _literal(value: Any) -> Any:
-    """The same value, with dictionaries that would be read as marks marked themselves."""
+    """Return the value with our mark on dictionaries that look like kombu's marks."""
     if isinstance(value, dict):
         new = {name: _literal(item) for name, item in value.items()}
         if new.keys() == _MARKS:

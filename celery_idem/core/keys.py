@@ -1,15 +1,13 @@
-"""From a call's arguments to its idempotency key and fingerprint.
+"""Computes idempotency keys and fingerprints from the arguments of calls.
 
-Three steps: *bind* the arguments to the signature (so that positional, keyword and
-defaulted calls agree), pick the fields that say what the action *is*, and hash their
-*canonical form*: RFC 8785 JSON over a typed pre-pass. The pre-pass decides which
-values are the same:
+Three steps: *bind* the arguments to the signature, so that positional, keyword and defaulted calls agree; take the
+fields of the intent; hash their *canonical form*, which is RFC 8785 JSON of normalised values. Equal values:
 
 * numbers are the same when Python says they are equal (``1``, ``1.0``,
   ``Decimal("1.00")``); a bool is not a number;
 * text is compared in Unicode normal form C;
-* lists and tuples are the same; an Enum is its value; a dataclass or pydantic model is
-  the dictionary of its fields, as they are in Python; integer dictionary keys are text (JSON makes them so);
+* lists and tuples are the same; an Enum is its value; a dataclass or pydantic model is the dictionary of its fields;
+  integer dictionary keys are text, as in JSON;
 * aware datetimes are the same when they are the same instant;
 * bytes, dates, UUIDs, time spans, sets, addresses and secrets keep their type: ``"2026-11-01"`` is not
   ``date(2026, 11, 1)``;
@@ -54,27 +52,26 @@ from celery_idem.core.model import (
 )
 
 SCHEME = 1
-"""Version of everything below that decides which calls share a key. Part of every key."""
+"""Version of the rules below that decide which calls share a key. Part of every key."""
 
 VALUE = FINGERPRINT_ENTRY - FINGERPRINT_TAG
 """Bytes of a value's digest in a fingerprint."""
 
 DIGEST = 32
-"""Hex digits of the digest in a key: 128 bits. The chance of one collision among 1e9
-keys is 1e-21; with the 64 bits of many home-made keys it is 2.7 %."""
+"""Hex digits of the digest in a key: 128 bits. A collision among 1e9 keys has a chance of 1e-21 (64 bits: 2.7 %)."""
 
 MAX_DEPTH = 64
-"""Nesting allowed in an argument: far above any sane call, far below Python's own limit."""
+"""Maximum nesting of an argument: far above real calls, far below Python's recursion limit."""
 
 MAX_INT_BITS = 14_000
-"""Larger integers are refused: Python itself converts at most 4,300 digits to text."""
+"""Maximum size of integers: Python converts at most 4,300 digits to text."""
 
 _ADDRESSES = (IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network)
 
 _URLS = frozenset({"pydantic.networks", "pydantic_core._pydantic_core"})
-"""Where pydantic's URLs come from, which are no text."""
+"""Modules of pydantic's URL types, which are not str."""
 
-_SAFE_INT = 2**53 - 1  # the largest integer every JSON reader keeps exactly (RFC 8785, section 3.2.2.3)
+_SAFE_INT = 2**53 - 1  # the largest exact integer in every JSON reader (RFC 8785, section 3.2.2.3)
 
 
 class AllArguments:
@@ -85,8 +82,7 @@ class AllArguments:
 
 
 ALL_ARGUMENTS: Final = AllArguments()
-"""As ``intent=``: every argument is part of what the action is. Say it only where no
-argument is ever reworded, timestamped or minted anew."""
+"""As ``intent=``: every argument is part of the intent. Only right where a retry never changes an argument."""
 
 IntentSpec = Iterable[str] | str | Callable[[dict[str, Any]], Mapping[str, Any]] | AllArguments
 
@@ -95,7 +91,7 @@ IntentSpec = Iterable[str] | str | Callable[[dict[str, Any]], Mapping[str, Any]]
 
 
 def canonical(value: Any) -> Any:
-    """The typed pre-pass: a value that JSON can hold, equal for equal arguments.
+    """Normalise a value to JSON types, equal for equal arguments.
 
     Raises:
         IntentError: the value cannot be part of a key; the message says why.
@@ -109,7 +105,7 @@ def _canonical(value: Any, depth: int) -> Any:
     if isinstance(value, Enum):
         return _canonical(value.value, depth)
     if isinstance(value, str):
-        return unicodedata.normalize("NFC", str.__str__(value))  # a subclass may print something else
+        return unicodedata.normalize("NFC", str.__str__(value))  # a subclass may override __str__
     if isinstance(value, int):
         return _whole(int(value))
     if isinstance(value, (float, Decimal)):
@@ -138,7 +134,7 @@ def _canonical(value: Any, depth: int) -> Any:
         return {"$uuid": str(value)}
     if isinstance(value, (set, frozenset)):
         items = {rfc8785.dumps(form): form for form in (_canonical(item, depth + 1) for item in value)}
-        return {"$set": [items[form] for form in sorted(items)]}  # once each, as they are compared here
+        return {"$set": [items[form] for form in sorted(items)]}  # without duplicates of the canonical form
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return _mapping(fields, depth)
@@ -147,7 +143,7 @@ def _canonical(value: Any, depth: int) -> Any:
         return _canonical(fields["root"], depth + 1) if models.is_root(value) else _mapping(fields, depth)
     if isinstance(value, _ADDRESSES):
         return {"$ip": str(value)}
-    if hasattr(type(value), "get_secret_value"):  # its digest: a form may be shown
+    if hasattr(type(value), "get_secret_value"):  # the digest, because a canonical form may be shown
         return {"$secret": _hash(_canonical(value.get_secret_value(), depth + 1)).hexdigest()}
     if type(value).__module__ in _URLS and hasattr(value, "unicode_string"):
         return {"$url": str(value)}
@@ -160,11 +156,11 @@ def _mapping(value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
         if isinstance(key, Enum):
             key = key.value
         if isinstance(key, int) and not isinstance(key, bool):
-            key = _text_of(int(key))  # what JSON transport makes of it
+            key = _text_of(int(key))  # as JSON does
         if not isinstance(key, str):
             raise IntentError(f"it has a dictionary key that is a {type(key).__name__}: use text")
         name = unicodedata.normalize("NFC", key)
-        if name.startswith("$"):  # "$date" and the like are ours
+        if name.startswith("$"):  # names that begin with $ are ours, such as "$date"
             name = "$" + name
         if name in result:
             raise IntentError("it has two dictionary keys that are the same once normalised")
@@ -188,7 +184,7 @@ def _number(value: float | Decimal) -> Any:
     if isinstance(value, Decimal):
         if not value.is_finite():
             raise IntentError("it is NaN or infinite")
-        if -400 < value.adjusted() < 400:  # a float may be equal; beyond, none is
+        if -400 < value.adjusted() < 400:  # a float may be equal; outside of this range none is
             number = float(value)
             if math.isfinite(number) and Decimal(number) == value:
                 return _number(number)
@@ -201,7 +197,7 @@ def _number(value: float | Decimal) -> Any:
 
 
 def _digits(value: Decimal) -> dict[str, str]:
-    """A number beyond JSON's: its digits without trailing zeros, and a power of ten."""
+    """Return a number outside of JSON's range as digits without trailing zeros and a power of ten."""
     sign, digits, exponent = value.as_tuple()
     text = "".join(map(str, digits)).lstrip("0")
     stripped = text.rstrip("0")
@@ -220,25 +216,25 @@ def _hash(value: Any) -> hashlib._Hash:
     return hashlib.sha256(_json(value))
 
 
-@lru_cache(maxsize=1024)  # far more tasks than an application has
+@lru_cache(maxsize=1024)  # more than an application's tasks
 def _hash_of_start(*items: Any) -> hashlib._Hash:
-    """Of a list that begins with these items, all but its closing bracket. The rest is added to a copy."""
+    """Return the hash of a JSON list's beginning. Callers add the rest to a copy."""
     return hashlib.sha256(_json(list(items))[:-1])
 
 
 def _named(parameter: str, value: Any, reader: models.Reader | None = None) -> Any:
-    """Canonical form of one argument; the error names the parameter, never the value."""
+    """Return the canonical form of an argument. Errors name the parameter and never the value."""
     try:
         form = canonical(value if reader is None else reader(value))
         if type(form) is str:
-            form.encode()  # all that can be wrong with text
+            form.encode()  # the only check that text needs
         else:
             rfc8785.dumps(form)
     except IntentError as error:
         raise _refused(parameter, error) from None
     except (rfc8785.CanonicalizationError, UnicodeEncodeError):
         raise _refused(parameter, "its text is not valid Unicode") from None
-    except Exception as error:  # an object whose own methods fail: still an argument that cannot be used
+    except Exception as error:  # the object's own methods fail
         raise _refused(parameter, f"reading it failed with {type(error).__name__}") from error
     return form
 
@@ -252,7 +248,7 @@ def _read(parameter: str, value: Any, reader: models.Reader) -> Any:
         raise _refused(parameter, f"reading it failed with {type(error).__name__}") from error
 
 
-_UNSTEADY = "its model's validators make another value each time it is read"
+_UNSTEADY = "its model's validators return another value each time"
 
 
 def _refused(parameter: str, why: object) -> IntentError:
@@ -265,10 +261,7 @@ def _refused(parameter: str, why: object) -> IntentError:
 
 
 class Declaration(NamedTuple):
-    """What a task's author said about the identity of its actions, checked.
-
-    Build it with ``declare``.
-    """
+    """A task's checked declaration of its intent. ``declare`` makes it."""
 
     task: str
     signature: inspect.Signature
@@ -281,7 +274,7 @@ class Declaration(NamedTuple):
     defaults: Mapping[str, Any]
 
     def bind(self, args: Iterable[Any] | None, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Arguments by parameter name, defaults applied, ``**kwargs`` opened up.
+        """Return the arguments by parameter name, with defaults and the contents of ``**kwargs``.
 
         Raises:
             TypeError: the call does not fit the signature.
@@ -289,7 +282,7 @@ class Declaration(NamedTuple):
         check_call(self.task, args, kwargs)
         bound = self.signature.bind(*(args or ()), **(kwargs or {}))
         parameters = self.signature.parameters
-        if len(bound.arguments) < len(parameters):  # where all are given this would only cost time
+        if len(bound.arguments) < len(parameters):  # faster when all are given
             for name, value in self.defaults.items():
                 bound.arguments.setdefault(name, value)
             bound.apply_defaults()
@@ -308,7 +301,7 @@ class Declaration(NamedTuple):
         return arguments
 
     def intent(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Canonical fields that say what the action is.
+        """Return the canonical fields of the intent.
 
         Raises:
             IntentError: a value cannot be part of a key.
@@ -343,7 +336,7 @@ class Declaration(NamedTuple):
         return {str(name): _named(str(name), value) for name, value in fields.items()}
 
     def _form(self, name: str, value: Any) -> Any:
-        """Canonical form of the argument ``name``: of the model, where Celery makes one of it."""
+        """Return the canonical form of an argument, read as a model where Celery does so."""
         reader = self.readers.get(name)
         form = _named(name, value, reader)
         if reader is not None and reader.runs_code and _named(name, value, reader) != form:
@@ -359,19 +352,19 @@ class Declaration(NamedTuple):
         caller_key: str | None = None,
         part_of: str | None = None,
     ) -> str:
-        """The idempotency key: the task's name, a colon, and 32 hex digits.
+        """Return the idempotency key: the task's name, a colon, and 32 hex digits.
 
         Args:
-            scope: tenant, conversation: whose action it is.
-            occurrence: which of several meant repetitions.
-            caller_key: the caller's own key; then it is the identity instead of the fields.
-            part_of: the action, named by a caller's own key, that made the call.
+            scope: whose action it is, for example a tenant.
+            occurrence: which of several intended repetitions.
+            caller_key: the caller's own key, which replaces the fields.
+            part_of: the action with a caller's own key that made this call.
 
         Raises:
             IntentError: a value cannot be part of a key.
         """
         fields = {} if caller_key is not None else self.intent(arguments)
-        # One list [SCHEME, namespace, …, fields], whose start all calls of a task share.
+        # One JSON list [SCHEME, namespace, …, fields]. All calls of a task share its beginning.
         items: list[Any] = [
             label("scope", scope),
             label("occurrence", occurrence),
@@ -385,17 +378,16 @@ class Declaration(NamedTuple):
         return f"{self.task}:{digest.hexdigest()[:DIGEST]}"
 
     def fingerprint(self, arguments: dict[str, Any], caller_key: str | None = None) -> Fingerprint:
-        """Digests of what must be equal when the intent comes back: ``must_match``,
-        or every argument when the caller brought the key (as Stripe does)."""
+        """Return digests of what must be equal: ``must_match``, or with the caller's own key every argument."""
         names = sorted(arguments) if caller_key is not None else self.must_match
         if not names:
             return NO_FINGERPRINT
         return Fingerprint(tuple(names), b"".join(self._entry(name, arguments) for name in names))
 
     def continued(self, sent: Any, arguments: dict[str, Any], caller_key: str | None = None) -> Fingerprint:
-        """The fingerprint of a message that continues an intent: the one that was sent with it, in hex.
+        """Return the fingerprint of a message that continues an intent, from the hex in its header.
 
-        A parameter that is not in there (another release, a header that is not ours) counts as it is now.
+        Parameters that are not in the header (another release sent it) are added with their present values.
         """
         try:
             first = bytes.fromhex(sent)
@@ -425,22 +417,22 @@ def _tag(task: str, name: str) -> bytes:
 # --- scope, occurrence, caller's key -------------------------------------------------
 
 LABELS = {"scope": SCOPE, "occurrence": OCCURRENCE, "idempotency_key": CALLER_KEY}
-"""What a call may say of its identity beside its arguments: the option's name, and its message header."""
+"""Options that are part of a call's identity, with their message headers."""
 
 IDENTITY = frozenset((*LABELS.values(), PART_OF))
 """Message headers that are part of a call's identity."""
 
 MADE = frozenset((KEY, FINGERPRINT, MESSAGE, *IDENTITY))
-"""Message headers that are made anew for each call that continues no intent."""
+"""Message headers that are new for each call, unless it continues an intent."""
 
 
 def label(what: str, value: Any) -> str | None:
-    """The one form of a scope, an occurrence or a caller's key: text in NFC; of an int its digits, of an
-    Enum its value. Everything that takes one from outside uses this, so that header, key, record
-    and look-up agree.
+    """Normalise a scope, an occurrence or a caller's key to text in NFC. An int or Enum value becomes text.
+
+    Everything that receives one uses this, so that header, key, record and look-up agree.
 
     Raises:
-        IntentError: it is something else, or empty.
+        IntentError: it is of another type, or empty.
     """
     if isinstance(value, Enum):
         value = value.value
@@ -456,15 +448,15 @@ def label(what: str, value: Any) -> str | None:
     except UnicodeEncodeError:
         raise IntentError(f"{what} is not valid Unicode.", None, what) from None
     if not text:
-        raise IntentError(f"{what} is empty: give None where there is none.", None, what)
+        raise IntentError(f"{what} is empty: give None instead.", None, what)
     return unicodedata.normalize("NFC", text)
 
 
 def check_call(task: str, args: Any, kwargs: Any) -> None:
-    """Refuse what Python would take apart in its own way: a dictionary into its keys, text into letters.
+    """Refuse arguments that Python would unpack wrongly: a dictionary into keys, text into letters.
 
     Raises:
-        TypeError: ``args`` is no list or tuple, or ``kwargs`` no mapping.
+        TypeError: ``args`` is not a list or tuple, or ``kwargs`` is not a mapping.
     """
     if args is not None and not isinstance(args, (list, tuple)):
         raise TypeError(
@@ -478,7 +470,7 @@ def check_call(task: str, args: Any, kwargs: Any) -> None:
 
 
 def labelled(given: Mapping[str, Any]) -> dict[str, str]:
-    """Options of a call (``scope``, …) as message headers.
+    """Return the options of a call (``scope``, …) as message headers.
 
     Raises:
         IntentError: one of them has no normal form.
@@ -488,13 +480,13 @@ def labelled(given: Mapping[str, Any]) -> dict[str, str]:
 
 
 def identity(headers: Mapping[str, Any], message: str | None) -> dict[str, str]:
-    """What a message's headers say of its identity, in normal form.
+    """Return the identity in a message's headers, in normal form.
 
-    Headers that were made for another message count for less: its scope and occurrence hold, its key
-    does not, and under a caller's own key this call is a part of that action.
+    Celery copies a message's headers to the messages that its task sends. In a copy, scope and occurrence hold, and the
+    key does not; with a caller's own key, the call becomes a part of that action.
 
     Args:
-        message: the message's id; None where it has none yet.
+        message: the message's id; None if it has none yet.
 
     Raises:
         IntentError: one of them has no normal form.
@@ -513,14 +505,14 @@ def identity(headers: Mapping[str, Any], message: str | None) -> dict[str, str]:
 def key_of(
     declaration: Declaration, namespace: str, arguments: dict[str, Any], own: Mapping[str, str]
 ) -> str:
-    """The key of a call whose identity is in ``own`` (see ``identity``)."""
+    """Return the key of a call with the identity ``own`` (see ``identity``)."""
     return declaration.key(
         namespace, arguments, own.get(SCOPE), own.get(OCCURRENCE), own.get(CALLER_KEY), own.get(PART_OF)
     )
 
 
 def scope_digest(namespace: str, scope: str | None) -> bytes:
-    """What a record keeps of its scope; empty for none.
+    """Return the digest of a scope for the record; empty for none.
 
     Args:
         scope: in normal form.
@@ -541,8 +533,8 @@ def declare(
     """Check a declaration against the task's signature.
 
     Args:
-        readers: of parameters of which Celery makes a pydantic model.
-        renamed: names that a wrapped function has for parameters of the signature.
+        readers: readers of parameters that Celery turns into pydantic models.
+        renamed: a wrapped function's names of the signature's parameters.
 
     Raises:
         ConfigurationError: an unknown name (the message lists the real ones), or an
@@ -560,7 +552,7 @@ def declare(
         if not fields:
             raise ConfigurationError(
                 f"{task}: intent= names no parameter, so every call would be the same action. Name what tells "
-                "two actions apart, or say intent=ALL_ARGUMENTS."
+                "two actions apart, or write intent=ALL_ARGUMENTS."
             )
     return Declaration(
         task=task,
@@ -576,7 +568,7 @@ def declare(
 
 
 def _settled_defaults(task: str, signature: inspect.Signature) -> dict[str, Any]:
-    """Models as defaults, without what was minted when their module was imported: each process has another value."""
+    """Return default models without generated values: each process generated another one at import."""
     try:
         return {
             name: models.settled(parameter.default)
@@ -622,15 +614,12 @@ _KEY = re.compile(rf"(?P<task>.+):[0-9a-f]{{{DIGEST}}}\Z", re.DOTALL)
 
 
 def task_of(key: str) -> str | None:
-    """The task's name in an idempotency key; None when it is not a key of ours."""
+    """Return the task's name in an idempotency key, or None if it is not one."""
     match = _KEY.match(key)
     return match["task"] if match else None
 
 
 def downstream_key(key: str, name: str) -> str:
-    """A key for the service that this action calls: stable, and fit for an HTTP header.
-
-    ASCII, at most 97 characters (Stripe allows 255).
-    """
+    """Return a stable key for a service that the action calls: ASCII, at most 97 characters, for an HTTP header."""
     label = re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:64]
     return f"{label}-{hashlib.sha256(rfc8785.dumps([key, name])).hexdigest()[:DIGEST]}"

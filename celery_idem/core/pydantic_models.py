@@ -1,6 +1,6 @@
-"""Pydantic models as arguments: which values are the caller's, and which are minted by reading them.
+"""Reads pydantic models in arguments, and removes values that validation generated.
 
-Nothing here imports pydantic: a task that uses a model has done so.
+Does not import pydantic: a task that uses a model has imported it.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from typing import Any
 from celery_idem.core.errors import IntentError
 
 _CONSTANT = frozenset({bool, bytes, dict, float, frozenset, int, list, set, str, tuple})
-"""Factories that make the same value whenever they are called."""
+"""Factories that always return the same value."""
 
 _NOT_VALIDATION = frozenset({"serialization", "metadata", "ref", "schema_ref"})
-"""Parts of a core schema that reading a value does not use."""
+"""Parts of a core schema that validation does not use."""
 
 
 def is_model(value: Any) -> bool:
-    """An instance of pydantic's ``BaseModel``."""
+    """Tell whether it is an instance of pydantic's ``BaseModel``."""
     return getattr(type(value), "__pydantic_root_model__", None) is not None
 
 
 def is_root(model: Any) -> bool:
-    """An instance of pydantic's ``RootModel``: a value with a model around it."""
+    """Tell whether it is an instance of pydantic's ``RootModel``."""
     return bool(type(model).__pydantic_root_model__)
 
 
 def fields_of(model: Any) -> dict[str, Any]:
-    """The values of a model's fields by name, as Python objects: excluded ones and extra ones too, no computed ones."""
+    """Return a model's fields by name, with excluded and extra fields and without computed ones."""
     held = vars(model)
     return {
         **{name: held[name] for name in type(model).model_fields if name in held},
@@ -39,11 +39,11 @@ def fields_of(model: Any) -> dict[str, Any]:
 
 
 class Reader:
-    """Reads what callers give for one parameter that is annotated with a model, as Celery's ``pydantic=True`` does.
+    """Reads the argument of a parameter that is annotated with a model, as Celery's ``pydantic=True`` does.
 
     Args:
-        optional: None stays None.
-        strict, context: what Celery validates with.
+        optional: None is allowed.
+        strict, context: Celery's options of validation.
     """
 
     def __init__(self, model: Any, optional: bool, strict: bool, context: Mapping[str, Any]) -> None:
@@ -52,34 +52,34 @@ class Reader:
         self.strict = strict
         self.context = dict(context)
         self.runs_code = _any_node(model, _runs_code)
-        """Validators may make another value each time."""
-        self._mints = _any_node(model, _mints)
+        """Its validators may return another value each time."""
+        self._generates = _any_node(model, _generates)
 
     def __call__(self, value: Any) -> Any:
-        """The model, without what reading it has minted; a value that is none as it is, since the task refuses it."""
+        """Return the model without generated values. An invalid value is returned as it is: the task refuses it."""
         if isinstance(value, self.model) or (value is None and self.optional):
             return value
         try:
             made = self.model.model_validate(value, strict=self.strict, context=dict(self.context))
         except ValueError:
             return value
-        return settled(made) if self._mints else made
+        return settled(made) if self._generates else made
 
 
 def settled(value: Any) -> Any:
-    """A copy in which fields that the caller did not send, and whose value a ``default_factory`` made, are missing.
+    """Return a copy without the fields that a ``default_factory`` generated.
 
     Raises:
-        IntentError: nobody can tell which those are.
+        IntentError: it is not known which fields were generated.
     """
     if is_model(value):
         fields = type(value).model_fields
-        made = copy.copy(value)  # a model's fields are in its __dict__, and its copy has another one
+        made = copy.copy(value)  # the copy has its own __dict__, where the fields are
         kept = {
             name: settled(item)
             for name, item in vars(value).items()
             if name in fields
-            and (name in value.model_fields_set or not _is_minting(fields[name].default_factory))
+            and (name in value.model_fields_set or not _is_generator(fields[name].default_factory))
         }
         object.__setattr__(made, "__dict__", kept)
         if value.__pydantic_extra__:
@@ -89,7 +89,7 @@ def settled(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         made = copy.copy(value)
         for field in dataclasses.fields(value):
-            if field.default_factory is not dataclasses.MISSING and _is_minting(field.default_factory):
+            if field.default_factory is not dataclasses.MISSING and _is_generator(field.default_factory):
                 raise IntentError(
                     f"its {type(value).__name__} has a default_factory for {field.name!r}, and a dataclass does not "
                     "tell whether the caller sent a value: make it a model"
@@ -107,10 +107,10 @@ def settled(value: Any) -> Any:
     return value
 
 
-def _is_minting(factory: Any) -> bool:
+def _is_generator(factory: Any) -> bool:
     if factory is None or factory in _CONSTANT:
         return False
-    # A model's own class: what that mints is missing from it in turn.
+    # A model class is fine: its own generated fields are removed as well.
     return getattr(factory, "__pydantic_root_model__", None) is None
 
 
@@ -123,12 +123,12 @@ def _runs_code(node: Mapping[str, Any]) -> bool:
     )
 
 
-def _mints(node: Mapping[str, Any]) -> bool:
+def _generates(node: Mapping[str, Any]) -> bool:
     return "default_factory" in node
 
 
 def _any_node(model: Any, found: Callable[[Mapping[str, Any]], bool]) -> bool:
-    """Whether any node of a model's core schema is of that kind; True where it cannot be read yet."""
+    """Tell whether any node of a model's core schema is of that kind; True if it cannot be read yet."""
     left = [getattr(model, "__pydantic_core_schema__", None)]
     try:
         while left:
@@ -139,6 +139,6 @@ def _any_node(model: Any, found: Callable[[Mapping[str, Any]], bool]) -> bool:
                 left.extend(part for name, part in node.items() if name not in _NOT_VALIDATION)
             elif isinstance(node, (list, tuple)):
                 left.extend(node)
-    except Exception:  # a model whose forward references are not there yet
+    except Exception:  # the model's forward references are not resolved yet
         return True
     return False

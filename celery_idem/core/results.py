@@ -1,7 +1,7 @@
-"""An outcome's value or error as bytes, and back.
+"""Encodes the values and errors of outcomes as bytes, and decodes them.
 
-A payload is one byte that names a serializer (``_SERIALIZERS``; ``n``: its name follows) and its
-data. Nothing is unpickled unless the application accepts pickle for results.
+A payload is one byte for the serializer (``_SERIALIZERS``; ``n``: its name follows) and the data. Nothing is unpickled
+unless the application accepts pickle for results.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from celery_idem.core.stored_errors import form_of, named, rebuilt, text_of
 _SERIALIZERS = {"json": b"j", "pickle": b"p", "yaml": b"y", "msgpack": b"m"}
 _NAMES = {code: name for name, code in _SERIALIZERS.items()}
 _NAMED = b"n"
-"""Any other serializer of kombu's registry: a byte of length and its name come before the data."""
+"""Code of any other kombu serializer: one byte of length and its name precede the data."""
 
 _SIMPLE = (type(None), bool, str)
-"""Types that every serializer gives back as they are: no need to decode what was just encoded."""
-
+"""Types that every serializer returns unchanged, so that a check by decoding is not needed."""
 
 _NULL = b"jnull"
 
@@ -37,9 +36,9 @@ class Codec(NamedTuple):
 
     Attributes:
         serializer: kombu's name of the serializer for new payloads.
-        accept: serializers that may be read.
-        max_bytes: the largest payload.
-        kombus_json: "json" is what kombu registers under that name, and not the application's own.
+        accept: names of serializers that may be read.
+        max_bytes: maximum size of a payload.
+        kombus_json: "json" is kombu's own serializer, not one that the application registered.
     """
 
     serializer: str = "json"
@@ -48,25 +47,24 @@ class Codec(NamedTuple):
     kombus_json: bool = True
 
     def unusable(self) -> str:
-        """Why no result could be written and read again; "" where it can. Asks kombu's registry as it is now."""
+        """Return why no result can be written and read again, by kombu's present registry; "" if it can."""
         try:
             if self.serializer not in serialization.registry.name_to_type:
                 raise SerializerNotInstalled
             serialization.dumps(None, self.serializer)
         except SerializerNotInstalled:
             return f"no serializer {self.serializer!r} is registered with kombu in this process"
-        except Exception:  # noqa: S110  # it is there, and None is not for it
+        except Exception:  # noqa: S110  # registered, but None is no value for it
             pass
         if self.serializer not in self.accept:
             return f"results written with the serializer {self.serializer!r} could not be read again"
         return ""
 
     def encode(self, value: Any) -> bytes:
-        """The payload of a value.
+        """Return the payload of a value.
 
         Raises:
-            NotStorable: no serializer takes it, or it is too large. Nothing else, whatever code the value
-                brings along, but for an order to exit.
+            NotStorable: the serializer refuses it, or it is too large. Errors of the value's own code become this too.
         """
         if value is None and self.serializer == "json" and self.kombus_json and "json" in self.accept:
             return _NULL  # what most tasks return
@@ -74,7 +72,7 @@ class Codec(NamedTuple):
             payload = self._encoded(value)
         except NotStorable:
             raise
-        except Exception:  # the value's own, or a soft time limit that fired here: that fires once
+        except Exception:  # of the value's code, or a soft time limit, which fires only once: try again
             try:
                 payload = self._encoded(value)
             except NotStorable:
@@ -91,11 +89,11 @@ class Codec(NamedTuple):
             raise NotStorable(self.unusable())
         json = (
             name == "json" and self.kombus_json
-        )  # by far the most common; kombu's way costs four times as much
+        )  # the usual case; kombu's own code takes four times as long
         try:
             data = to_json(value) if json else serialization.dumps(value, name)[2]
         except (KombuError, TypeError, ValueError, RecursionError, AttributeError) as error:
-            # Only JSON's own error says what it is about; YAML's would show the whole value.
+            # JSON's error names the type; YAML's would show the whole value.
             why = text_of(error) if json else type(error).__name__
             raise NotStorable(f"the {name} serializer does not take it: {why}") from None
         code = _SERIALIZERS.get(name)
@@ -108,7 +106,7 @@ class Codec(NamedTuple):
         return code + bytes(data)
 
     def decode(self, payload: bytes, key: str | None = None) -> Any:
-        """The value of a payload.
+        """Return the value of a payload.
 
         Raises:
             StoreError: the payload cannot be read, or its serializer is not accepted.
@@ -134,11 +132,10 @@ class Codec(NamedTuple):
             raise StoreError(f"The stored result of {key} cannot be read: {error}.", key) from error
 
     def kept(self, value: Any) -> tuple[bytes, Any]:
-        """The payload of a value, and what a replay of it will return: every caller gets the same, the
-        first included.
+        """Return a value's payload and its decoded value, so that the first caller gets the same as a replay.
 
         Raises:
-            NotStorable: it cannot be stored, or could not be read again.
+            NotStorable: it cannot be stored, or not read again.
         """
         payload = self.encode(value)
         if type(value) in _SIMPLE:
@@ -147,17 +144,17 @@ class Codec(NamedTuple):
             try:
                 return payload, self.decode(payload)
             except Exception:
-                if last:  # a __json__ that writes marks of its own, a decoder that does not fit its encoder
+                if last:  # for example a decoder that does not fit its encoder
                     break
         raise NotStorable(f"what the {self.serializer} serializer makes of it cannot be read again")
 
     def encode_error(self, error: BaseException) -> bytes:
-        """The payload of an exception: its class, arguments and attributes, in JSON whatever the serializer."""
+        """Return the payload of an exception: class, arguments and attributes, always in JSON."""
         try:
             payload = b"j" + to_json(form_of(error)).encode("utf-8", "surrogatepass")
         except (
             Exception
-        ):  # an author's property, group or number that fails: the end of the body is known all the same
+        ):  # code of the author's exception fails: its class and text still say how the body ended
             payload = b""
         if payload and len(payload) <= self.max_bytes:
             return payload
@@ -167,13 +164,12 @@ class Codec(NamedTuple):
         )
 
     def decode_error(self, payload: bytes, key: str | None = None) -> Exception:
-        """The exception of a payload, with ``idem_replayed`` true: same class, arguments, attributes and text
-        where the class is loaded here.
+        """Return the exception of a payload, with ``idem_replayed`` set.
 
-        Only classes of modules that are already imported are looked at, only exception classes are
-        used, and no constructor of theirs is run, so a forged record cannot run anything. An unknown
-        class becomes a new one of that name, and so does one that Celery or the interpreter would
-        take for a message to itself (``_SPECIAL``).
+        It has the same class, arguments, attributes and text if the class is loaded. Only exception classes of
+        imported modules are used, and their constructors do not run, so a forged record cannot run code. An unknown
+        class is replaced by a new one of that name. So is a class that Celery or the interpreter treats specially
+        (``_SPECIAL``).
         """
         try:
             return rebuilt(FROM_JSON.decode(payload[1:].decode("utf-8", "surrogatepass")))

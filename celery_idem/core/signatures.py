@@ -1,9 +1,8 @@
 """Reads the parameters that the callers of a function give.
 
-``inspect.signature`` follows ``__wrapped__``: of a decorated function it shows the parameters of the function
-inside, which callers do not reach. A decorator that injects a session moves every position by one, and then one
-argument is taken for another. Here the signature is that of the function which is really called. Where that takes
-``*args`` or ``**kwargs`` and hands them on, its source has to show how; whatever is not recognised is ``Opaque``.
+``inspect.signature`` follows ``__wrapped__``: for a decorated function it returns the parameters of the wrapped
+function. If the decorator injects a session, every position is then off by one. This module reads the function that is
+really called. If it passes ``*args`` or ``**kwargs`` on, its source has to show how; otherwise it is ``Opaque``.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ _HARMLESS = frozenset({"__name__", "__qualname__", "__module__", "__doc__"})
 """Attributes of the wrapped function that a decorator may read without calling it."""
 
 _CHANGING = frozenset({"pop", "popitem", "clear", "update", "setdefault", "__setitem__", "__delitem__"})
-"""Methods of a dictionary after which ``**kwargs`` is not what the caller gave."""
+"""Methods that change ``**kwargs``."""
 
 
 class Opaque(Exception):
-    """The parameters cannot be read off the function. The text says why."""
+    """The parameters cannot be determined. The text says why."""
 
 
 class Called(NamedTuple):
-    """What callers give.
+    """The parameters that callers give.
 
     Attributes:
-        signature: their parameters.
-        owners: the function that each parameter is written at; its annotations are evaluated there.
-        renamed: names that only a wrapped function has, and what callers call that parameter.
+        signature: the parameters.
+        owners: the function that declares each parameter; its annotations are evaluated there.
+        renamed: the callers' names of parameters by the wrapped function's names.
     """
 
     signature: inspect.Signature
@@ -43,7 +42,7 @@ class Called(NamedTuple):
     renamed: Mapping[str, str]
 
     def without_first(self) -> Called:
-        """Without the parameter that the task itself, or a method's object, takes up.
+        """Return it without the first parameter: the task itself, or a method's object.
 
         Raises:
             Opaque: there is no such parameter.
@@ -57,14 +56,14 @@ class Called(NamedTuple):
 
 
 def called(fun: Any) -> Called:
-    """The parameters that callers of ``fun`` give.
+    """Return the parameters that callers of ``fun`` give.
 
     Raises:
-        Opaque: that cannot be known.
+        Opaque: they cannot be determined.
     """
     if isinstance(fun, functools.partial):
         return _partial(fun)
-    real = type(fun)  # a proxy (wrapt's, a mock) says that its class is that of what it stands for
+    real = type(fun)  # a proxy (wrapt, mock) pretends to have the class of its target
     if issubclass(real, MethodType):
         return called(fun.__func__).without_first()
     if issubclass(real, FunctionType):
@@ -114,7 +113,7 @@ def _function(fun: FunctionType) -> Called:
 
 
 def _own(fun: FunctionType) -> inspect.Signature:
-    """Of the code alone: ``functools.wraps`` copies a ``__signature__`` along with everything else."""
+    """Return the signature of the code alone: ``functools.wraps`` copies a ``__signature__``."""
     bare = FunctionType(fun.__code__, fun.__globals__, fun.__name__, fun.__defaults__, fun.__closure__)
     bare.__kwdefaults__ = fun.__kwdefaults__
     bare.__annotations__ = fun.__annotations__
@@ -126,21 +125,21 @@ def _open(signature: inspect.Signature) -> bool:
 
 
 def _name(fun: FunctionType) -> str:
-    return str(fun.__code__.co_name)  # functools.wraps gives it the other name of the two
+    return str(fun.__code__.co_name)  # functools.wraps sets __name__ to that of the wrapped function
 
 
-# --- what a decorator hands on -----------------------------------------------------------
+# --- what a decorator passes on ----------------------------------------------------------
 
 
 class _Source(NamedTuple):
-    """A decorator's wrapper as it is written, and its calls of the wrapped function."""
+    """The source of a decorator's wrapper, and its calls of the wrapped function."""
 
     node: ast.FunctionDef | ast.AsyncFunctionDef
     calls: list[ast.Call]
 
 
 def _source(fun: FunctionType, wrapped: Any) -> _Source:
-    """Raises ``Opaque`` where a name that matters is used in a way that is not understood."""
+    """Parse the wrapper; ``Opaque`` if a relevant name is used in an unknown way."""
     names = set()
     for name, cell in zip(fun.__code__.co_freevars, fun.__closure__ or (), strict=True):
         try:
@@ -178,7 +177,9 @@ def _parsed(fun: FunctionType) -> ast.FunctionDef | ast.AsyncFunctionDef:
     import textwrap  # only a decorator needs it
 
     try:
-        lines, _ = inspect.getsourcelines(fun.__code__)  # of the code: of the function it follows __wrapped__
+        lines, _ = inspect.getsourcelines(
+            fun.__code__
+        )  # of the code, because for a function it follows __wrapped__
         node = ast.parse(textwrap.dedent("".join(lines))).body[0]
     except (OSError, SyntaxError, ValueError, IndexError, TypeError):
         raise Opaque(f"the source of {_name(fun)} is not at hand") from None
@@ -188,12 +189,12 @@ def _parsed(fun: FunctionType) -> ast.FunctionDef | ast.AsyncFunctionDef:
     code = fun.__code__
     if written != list(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]):
         raise Opaque(f"the source of {_name(fun)} has changed")
-    node.decorator_list = []  # functools.wraps(…): they ran already
+    node.decorator_list = []  # they ran already
     return node
 
 
 def _bound_or_used(node: ast.AST, wrapped: set[str]) -> Iterator[str]:
-    """Names that a node binds anew, by any syntax, and uses of the wrapped function."""
+    """Return names that a node binds, by any syntax, and uses of the wrapped function."""
     if isinstance(node, (ast.Attribute, ast.keyword, ast.Constant)):
         return
     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id not in wrapped:
@@ -236,8 +237,7 @@ def _shape(fun: FunctionType, source: _Source) -> tuple[int, frozenset[str]]:
 
 
 def _composed(fun: FunctionType, own: inspect.Signature, wrapped: Any) -> Called:
-    """Of a wrapper with ``*args`` or ``**kwargs``: its own parameters, then those of the wrapped function
-    that its call leaves to the caller."""
+    """Return a wrapper's own parameters, then those of the wrapped function that its call leaves to the caller."""
     inner = called(wrapped)
     first, injected = _shape(fun, _source(fun, wrapped))
     mine = [p for p in own.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -255,7 +255,7 @@ def _composed(fun: FunctionType, own: inspect.Signature, wrapped: Any) -> Called
                 if name in injected:
                     raise Opaque(f"{_name(fun)} gives {name} twice")
                 continue
-            if name in injected:  # whoever comes behind it can be reached by name only
+            if name in injected:  # the following ones can be given by name only
                 by_position = False
                 continue
             if kind is Parameter.POSITIONAL_ONLY:
@@ -275,7 +275,7 @@ def _composed(fun: FunctionType, own: inspect.Signature, wrapped: Any) -> Called
             and name in own.parameters
             and parameter.default is not parameter.empty
         ):
-            continue  # the wrapper's own of that name stands in front
+            continue  # the wrapper's parameter of that name hides it
         if reachable:
             rest.append(parameter.replace(kind=kind))
         elif parameter.default is Parameter.empty and kind in (*POSITIONAL, Parameter.KEYWORD_ONLY):
@@ -283,7 +283,7 @@ def _composed(fun: FunctionType, own: inspect.Signature, wrapped: Any) -> Called
     clash = {p.name for p in mine} & {p.name for p in rest}
     if clash:
         raise Opaque(f"{_name(fun)} and the function that it wraps both take {min(clash)}")
-    if any(p.kind is Parameter.POSITIONAL_ONLY for p in rest):  # nothing in front of one can be named
+    if any(p.kind is Parameter.POSITIONAL_ONLY for p in rest):  # no parameter before one can be given by name
         only = Parameter.POSITIONAL_ONLY
         mine = [p.replace(kind=only) if p.kind in POSITIONAL else p for p in mine]
     try:
@@ -301,10 +301,9 @@ def _composed(fun: FunctionType, own: inspect.Signature, wrapped: Any) -> Called
 
 
 def _renamed(fun: FunctionType, signature: inspect.Signature, wrapped: Any) -> dict[str, str]:
-    """The one parameter that a wrapper takes in place of another: ``load(order_id, dry)`` around ``ship(order, dry)``.
+    """Return the one parameter that it takes instead of another: ``load(order_id, dry)`` around ``ship(order, dry)``.
 
-    Only where all others are the same, it stands in the same place, and the source shows that what the wrapped
-    function gets is made of it.
+    Only if all others are the same, the position is the same, and the source shows that one is made from the other.
     """
     try:
         inner = called(wrapped).signature.parameters
@@ -328,7 +327,7 @@ def _renamed(fun: FunctionType, signature: inspect.Signature, wrapped: Any) -> d
 
 
 def _made_of(node: ast.AST, name: str) -> set[str]:
-    """Names of local variables that are assigned from expressions with ``name`` in them."""
+    """Return the local variables that are assigned from expressions with ``name``."""
     known, size = {name}, 0
     while len(known) > size:
         size = len(known)

@@ -1,4 +1,4 @@
-"""Exceptions as plain data, and back without running code of their classes."""
+"""Turns exceptions into plain data, and back without running code of their classes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from celery_idem.core.json_values import to_json
 
 _SPECIAL = frozenset(
     {
-        # Raised by a replay, these would stop the worker's main process, reject or requeue the message for ever, count
-        # as a retry, a revocation or a time limit, or end a generator. By name, because nothing here imports Celery.
-        # What is no Exception (SystemExit and kin) is special as well.
+        # Raised by a replay, these would stop the worker, reject or requeue the message for ever, count as a retry, a
+        # revocation or a time limit, or end a generator. Named, because the core does not import Celery. Classes that
+        # are not Exceptions (SystemExit) are special as well.
         ("builtins", "MemoryError"),
         ("builtins", "StopIteration"),
         ("builtins", "StopAsyncIteration"),
@@ -29,18 +29,18 @@ _SPECIAL = frozenset(
         ("billiard.exceptions", "CoroStop"),
     }
 )
-"""Classes that a replay may not raise, and their subclasses: a stand-in of the same name is raised instead."""
+"""Classes that a replay must not raise, nor their subclasses. It raises a stand-in of the same name."""
 
 _STAND_IN_MODULE = "celery_idem.replayed"
-"""Module of a stand-in for a special class. There is none of that name: with the class' own module, Celery's
-result backend would give its caller the special class after all."""
+"""Module name of a stand-in for a special class. With the real module name, Celery's result backend would rebuild the
+special class for its caller."""
 
 _GROUP: tuple[type[BaseException], ...] = tuple(
     filter(None, [getattr(builtins, "BaseExceptionGroup", None)])  # since 3.11
 )
 _MEMBERS = (MemberDescriptorType, GetSetDescriptorType)
 _HEAP_TYPE = 1 << 9
-"""Py_TPFLAGS_HEAPTYPE: a class that is not built into the interpreter or an extension."""
+"""Py_TPFLAGS_HEAPTYPE: set for classes written in Python."""
 
 
 def named(error: BaseException) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def named(error: BaseException) -> dict[str, Any]:
 
 
 def form_of(error: BaseException) -> dict[str, Any]:
-    """An exception as plain values. What JSON does not take is empty, or its text."""
+    """Return an exception as plain values. A value that JSON cannot hold becomes None, or its text."""
     text = text_of(error)
     form: dict[str, Any] = {**named(error), "text": text}
     if isinstance(error, _GROUP):
@@ -67,13 +67,13 @@ def form_of(error: BaseException) -> dict[str, Any]:
 def _fits(value: Any) -> bool:
     try:
         to_json(value)
-    except Exception:  # a response, a connection, anything with code of its own
+    except Exception:  # for example a response or a connection
         return False
     return True
 
 
 def _attributes(error: BaseException) -> Iterator[tuple[str, Any]]:
-    """Those in its dictionary, and those beside it: ``errno`` of an OSError, slots."""
+    """Return the attributes in its dictionary, in slots and in C members, such as ``errno``."""
     for cls in type(error).__mro__:
         if cls is BaseException or cls in _GROUP:
             break
@@ -92,11 +92,11 @@ _OWN_ATTRIBUTES = ("idem_replayed", "_idem_form")
 
 
 class _StandIn(Exception):
-    """Of a class that is not here or must not be raised: its name, text and attributes, and nothing it does."""
+    """Stands for a class that is not loaded or must not be raised, with its name, text and attributes."""
 
 
 def rebuilt(form: dict[str, Any]) -> Exception:
-    """An exception from the plain values of ``form_of``. Runs no constructor but the interpreter's own."""
+    """Return an exception from the values of ``form_of``. Runs only the interpreter's own constructors."""
     module, name, text, args = str(form["module"]), str(form["type"]), str(form["text"]), list(form["args"])
     if "group" in form:
         args.append([rebuilt(one) for one in form["group"]])
@@ -105,7 +105,7 @@ def rebuilt(form: dict[str, Any]) -> Exception:
         exc: Exception | None = _blank(found, args, form)
         if exc is not None and text_of(exc) == text:
             return exc
-        # Its text needs more than was kept: a subclass that knows it.
+        # Its __str__ needs more than was kept: use a subclass that returns the stored text.
         if _plain(found):
             exc = _blank(_worded(found, found.__module__, name), args, form) or exc
         if exc is not None:
@@ -119,9 +119,9 @@ def rebuilt(form: dict[str, Any]) -> Exception:
 
 
 def _class_of(module: str, name: str) -> type[BaseException] | None:
-    """The exception class of that name, where its module is imported here; else None.
+    """Return the exception class of that name, if its module is imported.
 
-    Looked up without ``getattr``, with which a module may import more and a class may run code.
+    Does not use ``getattr``, which may run code of the module or class.
     """
     found: Any = sys.modules.get(module)
     for part in name.split("."):
@@ -139,12 +139,12 @@ def _special(cls: type[BaseException]) -> bool:
 
 
 def _plain(cls: type[BaseException]) -> bool:
-    """A subclass of it can be made without running code of its author's."""
+    """Tell whether making a subclass runs no code of the author's."""
     return type(cls) is type and not any("__init_subclass__" in vars(base) for base in cls.__mro__[:-1])
 
 
 def _blank(cls: type[BaseException], args: list[Any], form: dict[str, Any]) -> Any:
-    """An instance with these arguments and attributes, made by the first built-in class below; None: it cannot be."""
+    """Return an instance, made by its first built-in base class, or None if that fails."""
     builtin: Any = next(base for base in cls.__mro__ if not base.__flags__ & _HEAP_TYPE)
     attributes, tuples = form.get("attributes") or {}, form.get("tuples") or ()
     try:
@@ -166,14 +166,14 @@ def _blank(cls: type[BaseException], args: list[Any], form: dict[str, Any]) -> A
         own.update(idem_replayed=True)
         if getattr(cls, "_idem_worded", False):
             own.update(_idem_form=form)
-    except Exception:  # a class that cannot be made in this way
+    except Exception:  # the class cannot be made so
         return None
     return exc
 
 
-@lru_cache(maxsize=256)  # every replay of one intent needs the same
+@lru_cache(maxsize=256)  # replays of an intent need the same class
 def _worded(cls: Any, module: str, name: str) -> type[BaseException]:
-    """A subclass whose instances say the text in their form, and go through pickle as it."""
+    """Return a subclass whose instances print the stored text and are pickled as their form."""
     body = {
         "__module__": module,
         "__qualname__": name,
@@ -187,5 +187,5 @@ def _worded(cls: Any, module: str, name: str) -> type[BaseException]:
 def text_of(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception:  # an author's __str__ that fails must not cost the record of how the body ended
-        return f"a {type(error).__name__} that cannot say what happened"
+    except Exception:  # a failing __str__ must not prevent recording the outcome
+        return f"a {type(error).__name__} whose text cannot be read"
