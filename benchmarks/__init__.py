@@ -1,1 +1,1 @@
-"""What the guard costs, as ratios measured side by side in one run. ``make bench``."""
+"""Benchmarks of the guard's cost, as ratios measured side by side in one run: ``make bench``."""

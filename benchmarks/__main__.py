@@ -1,7 +1,7 @@
-"""All that takes minutes, in one table: ``make bench``.
+"""Runs the benchmarks that take minutes and prints one table: ``make bench``.
 
-``--docs`` puts the numbers and the picture where the documentation shows them. ``--full`` goes on
-with the growth runs, which take an hour and need 4 GB.
+``--docs`` writes the numbers and the picture into the documentation. ``--full`` also runs ``growth``, which takes an hour
+and needs 4 GB.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ BUILD = ROOT / "build" / "bench"
 RECORDS = 100_000
 
 BYTES = 1.3
-"""The most that a record should take over a bare ``SET … EX`` of the same result."""
+"""Target: a record's size over that of a bare ``SET … EX`` of the same result."""
 
 
 def about() -> dict[str, str]:
-    """The machine and the versions."""
+    """Return the machine and the versions."""
     found = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start",
@@ -49,7 +49,7 @@ def about() -> dict[str, str]:
 
 
 def memory() -> list[Row]:
-    """Bytes of a finished record, keys and all."""
+    """Measure the bytes of a finished record, keys included."""
     made = []
     with RedisServer(BUILD / "redis") as server:
         client = redis.Redis.from_url(server.url, socket_timeout=120)

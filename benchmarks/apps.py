@@ -36,7 +36,7 @@ app.conf.update(SETTINGS, idem_store=STORE)
 
 
 class Floor(Task):
-    """The least a guard can do with two ordinary redis-py calls: no rules at all."""
+    """The simplest possible guard: two redis-py calls, without rules."""
 
     client: redis.Redis | None = None
 
@@ -71,7 +71,7 @@ def make_idem() -> Any:
 
 
 def make_wasteful() -> Any:
-    """Ours, with a little needless work in each task, for the tests of the instruction count."""
+    """Ours with some needless work per task, to test the instruction count."""
     from celery_idem import IdempotentTask
     from celery_idem.core.record import unpack
 
@@ -128,7 +128,7 @@ def make_fencekit() -> Any:
 
 
 def make_relier() -> Any:
-    """It brings an application of its own, with late acknowledgement and a started state; that stays."""
+    """Relier has its own application, with late acknowledgement and the started state, which are kept."""
     global app  # noqa: PLW0603  # the worker is started with it
     os.environ["RELIER_REDIS_URL"] = STORE
     from relier import rl_task
@@ -157,7 +157,7 @@ noop = MAKE[VARIANT]()
 
 
 def publish(first: int, count: int) -> None:
-    """So many calls, through the guard's own door, over one connection where it takes one."""
+    """Make ``count`` calls through the guard's own API, over one connection if it accepts one."""
     if VARIANT == "relier":
         for n in range(first, first + count):
             noop.push(n)

@@ -1,4 +1,4 @@
-"""Many real records, fast: what the codec packs, sent as the server takes it quickest.
+"""Fills stores with many real records quickly.
 
 A hundred records in turn: one in doubt, one failed, one running (its lease is long over), one
 released; of the others every second one has a result of 115 bytes, and the rest ``null``. They
@@ -20,13 +20,13 @@ from celery_idem.core.record import pack
 from celery_idem.engine import owners
 
 CHUNK = 1_000
-"""Records sent at once: about 300 KB."""
+"""Records per batch: about 300 KB."""
 
 TASK = "bench.noop"
 
 
 def record(n: int, now: int) -> Record:
-    """Record number ``n``. ``now``: microseconds."""
+    """Return record number ``n``. ``now``: microseconds."""
     common: dict[str, Any] = {"owner": owners.mint(), "task_id": str(uuid.UUID(int=n)), "fence": now - n}
     kind = n % 100
     if kind == 0:
@@ -41,21 +41,21 @@ def record(n: int, now: int) -> Record:
 
 
 def same(payload: bytes) -> Callable[[int, int], Record]:
-    """Only finished records with this result."""
+    """Return a maker of finished records with this result."""
     return lambda n, now: record(4, now)._replace(
         task_id=str(uuid.UUID(int=n)), fence=now - n, outcome=Outcome(True, payload)
     )
 
 
 def key(n: int) -> str:
-    """What the store calls it."""
+    """Return the key of record ``n`` in the store."""
     return f"idem:{TASK}:{n:032x}"
 
 
 def rows(
     first: int, last: int, make: Callable[[int, int], Record] = record
 ) -> Iterator[tuple[str, int, bytes, int | None]]:
-    """Key, stamp, value and microseconds to live of the records ``first`` to ``last``."""
+    """Return key, stamp, value and time to live (microseconds) of the records ``first`` to ``last``."""
     now = time.time_ns() // 1000
     for n in range(first, last):
         made = make(n, now)
@@ -66,10 +66,10 @@ def rows(
 def fill_redis(
     client: Any, first: int, last: int, make: Callable[[int, int], Record] = record, bare: bytes = b""
 ) -> None:
-    """Write them through one connection that asks for no answers.
+    """Write the records through one connection without reading replies.
 
     Args:
-        bare: write this value in their place, as ``SET key value EX`` would.
+        bare: write this value instead, as ``SET key value EX`` would.
     """
     connection = client.connection_pool.get_connection()
     before = client.dbsize()
@@ -101,16 +101,16 @@ def fill_redis(
 def fill_postgresql(
     connection: Any, first: int, last: int, make: Callable[[int, int], Record] = record
 ) -> None:
-    """Write them with COPY into ``celery_idem``. ``connection``: psycopg's."""
+    """Write the records with COPY into ``celery_idem``. ``connection``: psycopg's."""
     with connection.cursor().copy("COPY celery_idem (key, stamp, value, expires) FROM STDIN") as copy:
         for n, (name, stamp, value, ttl) in enumerate(rows(first, last, make), first + 1):
             copy.write_row((name, stamp, value, None if ttl is None else time.time_ns() // 1000 + ttl))
             shown(n, last)
-    connection.execute("VACUUM ANALYZE celery_idem")  # as autovacuum would have, by then
+    connection.execute("VACUUM ANALYZE celery_idem")  # as autovacuum does in time
 
 
 def shown(done: int, of: int) -> None:
-    """Progress on standard error, a line that is written over; a log gets none of it."""
+    """Print progress on standard error, on a terminal only."""
     if sys.stderr.isatty() and (done % 100_000 == 0 or done == of):
         end = "\n" if done == of else ""
         print(f"\r  {done:,} of {of:,} records", end=end, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""How the cost grows with the number of records: ``python -m benchmarks.growth --sizes 1000,1000000``.
+"""Measures how the cost grows with the number of records: ``python -m benchmarks.growth --sizes 1000,1000000``.
 
 For each size, on a server of its own, filled with real records (``benchmarks.filling``):
 
@@ -37,10 +37,10 @@ from celery_idem.stores import open_store
 from tests.support.servers import PostgresServer, RedisServer
 
 SMALL = 1_000
-"""Records in the store that is compared with."""
+"""Records in the small store for comparison."""
 
 ROUNDS, CLAIMS = 9, 1_000
-"""Rounds, of which the first warms up, and claims in each: a second or two."""
+"""Rounds (the first one warms up) and claims per round: one or two seconds."""
 
 
 class Place(ABC):
@@ -59,11 +59,11 @@ class Place(ABC):
 
     @abstractmethod
     def fill(self, first: int, last: int) -> None:
-        """Records number ``first`` to ``last``."""
+        """Write records number ``first`` to ``last``."""
 
     @abstractmethod
     def bare(self, key: str) -> object:
-        """What somebody would do who only wants to know whether the key was there."""
+        """Run the cheapest command that creates a key and tells whether it existed."""
 
     @abstractmethod
     def clear(self, keys: list[str]) -> None:
@@ -71,7 +71,7 @@ class Place(ABC):
 
     @abstractmethod
     def bytes(self) -> int:
-        """That the records take."""
+        """Return the bytes that the records take."""
 
 
 class RedisPlace(Place):
@@ -111,7 +111,7 @@ class PostgresPlace(Place):
         self._connection = psycopg.connect(self.url, autocommit=True)
         self._few = psycopg.connect(self.small, autocommit=True)
         for url in (self.url, self.small):
-            Ledger(open_store(url)).get("bench.noop:first")  # makes the table
+            Ledger(open_store(url)).get("bench.noop:first")  # creates the table
         # With its key, and without an index for listing or purging.
         self._connection.execute(
             'CREATE TABLE bare (key text COLLATE "C" PRIMARY KEY, stamp bigint, value bytea, expires bigint)'
@@ -143,7 +143,7 @@ class PostgresPlace(Place):
 
 @contextlib.contextmanager
 def place(kind: str) -> Iterator[Place]:
-    """The servers, ended whatever happens."""
+    """Start the servers, and always stop them."""
     if kind == "postgresql":
         with PostgresServer() as server:
             yield PostgresPlace(server)
@@ -157,14 +157,14 @@ def place(kind: str) -> Iterator[Place]:
 
 
 def claims(at: Place) -> dict[str, float]:
-    """Medians over the rounds: of a claim's p50 in µs, and of its ratios to the two others."""
+    """Return medians over the rounds: a claim's p50 in µs, and its ratios to the two others."""
     many, few = Ledger(open_store(at.url)), Ledger(open_store(at.small))
 
     def claim(ledger: Ledger) -> Callable[[str], object]:
         return lambda key: ledger.claim(key, Request(owners.mint(), str(uuid.uuid4()), Fingerprint(), POLICY))
 
     calls = {"claim": claim(many), "few": claim(few), "bare": at.bare}
-    orders = list(itertools.permutations(calls))  # none of them always comes after the same other one
+    orders = list(itertools.permutations(calls))  # every order, so that no one always follows the same other one
     rounds: list[dict[str, float]] = []
     for turn in range(ROUNDS):
         times: dict[str, list[float]] = {name: [] for name in calls}
@@ -231,11 +231,11 @@ def main() -> None:
             print(f"{at.kind}, {size:,} records (filled in {time.monotonic() - began:.0f} s)", flush=True)
             about = {"store": at.kind, "records": size}
             keep({**about, "what": "claim", **claims(at), "bytes per record": round(at.bytes() / size)})
-            if options.undisturbed:  # only now: a claim is compared with one on the other server
+            if options.undisturbed:  # only now: claims on the other server are compared before
                 os.sched_setscheduler(at.pid, os.SCHED_FIFO, os.sched_param(1))
             for name in wanted:
                 if name == "purge" and size != sizes[-1]:
-                    continue  # it would take away what the next size builds on
+                    continue  # it would remove records that the next size needs
                 keep({**about, "what": name, **operations.run(name, at.kind, at.url, at.pid)})
             if options.undisturbed:
                 os.sched_setscheduler(at.pid, os.SCHED_OTHER, os.sched_param(0))

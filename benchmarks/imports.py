@@ -1,4 +1,4 @@
-"""What ``import celery_idem`` adds to ``import celery``: ``python -m benchmarks.imports``.
+"""Measures what ``import celery_idem`` adds to ``import celery``: ``python -m benchmarks.imports``.
 
 CPU time of whole interpreters, in turn. Celery itself is lazy, so the fair base is what
 every worker and producer imports anyway: ``Celery`` and ``Task``.
@@ -16,13 +16,13 @@ from benchmarks.report import Row, compared, show
 BASE = "from celery import Celery, Task; Celery; Task"
 
 TARGET = 1.15
-"""The most that it should cost."""
+"""Target."""
 
 
 def cpu_of(code: str) -> float:
-    """CPU seconds of one interpreter that runs ``code``."""
+    """Return the CPU seconds of an interpreter that runs ``code``."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # Compiling is not importing: the bytecode must be there, whatever the caller's environment says.
+    # Compiling does not count: the bytecode must be written, whatever the environment says.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=environment)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -30,7 +30,7 @@ def cpu_of(code: str) -> float:
 
 
 def rows(rounds: int = 15) -> list[Row]:
-    """Milliseconds; the first round fills the caches and does not count."""
+    """Return milliseconds. The first round fills the caches and does not count."""
     code = {"import celery": BASE, "celery_idem, with celery": f"{BASE}; import celery_idem"}
     found: dict[str, list[float]] = {name: [] for name in code}
     for turn in range(rounds + 1):

@@ -1,4 +1,4 @@
-"""What a task costs its process in instructions: ``python -m benchmarks.instructions``.
+"""Counts the instructions that a task costs its process: ``python -m benchmarks.instructions``.
 
 Counted by ``valgrind --tool=callgrind``, so nothing else on the machine matters, and the same
 Python counts the same to a fraction of a percent. What is counted is what a pool's process does
@@ -40,7 +40,7 @@ IMPORTED = (
     "celery_idem.integration.delivery",
     "celery_idem.stores.redis",
 )
-"""What every child needs: loaded once, for it is most of the time."""
+"""Modules for every child, imported once because importing takes most of the time."""
 
 VARIANTS = ("bare", "floor", "idem")
 
@@ -49,11 +49,11 @@ PATIENCE = 600
 
 
 class ValgrindMissingError(Exception):
-    """It is not installed, or cannot run here."""
+    """valgrind is not installed, or cannot run here."""
 
 
 def valgrind() -> str:
-    """Path of valgrind.
+    """Return the path of valgrind.
 
     Raises:
         ValgrindMissingError: the text says what to install.
@@ -65,7 +65,7 @@ def valgrind() -> str:
 
 
 def counted(command: list[str], folder: Path) -> None:
-    """Run it; each of its processes leaves its count in ``folder``."""
+    """Run a command. Each of its processes writes its count into ``folder``."""
     ran = subprocess.run(
         [valgrind(), "--tool=callgrind", f"--callgrind-out-file={folder}/%p", "-q", *command],
         env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"},
@@ -79,7 +79,7 @@ def counted(command: list[str], folder: Path) -> None:
 
 
 def instructions(file: Path) -> int:
-    """Of one process, from what callgrind left."""
+    """Return the count of one process from callgrind's file."""
     found = re.search(r"^(?:summary|totals): (\d+)", file.read_text(), re.MULTILINE)
     assert found, f"{file} has no count"
     return int(found[1])
@@ -136,11 +136,11 @@ def work(variant: str, tasks: int, url: str) -> None:
 
 
 def children(variants: Sequence[str], url: str, numbers: Path) -> None:
-    """Fork one child after the other, and write down which process did what."""
+    """Fork one child after the other, and note which process ran what."""
     for name in IMPORTED:
         importlib.import_module(name)
 
-    gc.freeze()  # what is imported is nobody's garbage: how often it is looked at would be chance
+    gc.freeze()  # imported objects stay: otherwise the number of garbage collections varies
     lines = []
     for variant in variants:
         for tasks in (FEW, MANY):
@@ -165,7 +165,7 @@ def children(variants: Sequence[str], url: str, numbers: Path) -> None:
 
 
 def per_task(variants: Sequence[str] = VARIANTS) -> dict[str, float]:
-    """Instructions per task of each variant (see ``benchmarks.apps``).
+    """Return the instructions per task of each variant (see ``benchmarks.apps``).
 
     Raises:
         ValgrindMissingError: no valgrind.
@@ -187,7 +187,7 @@ def per_task(variants: Sequence[str] = VARIANTS) -> dict[str, float]:
 
 
 def rows() -> list[Row]:
-    """Or one that says why there are none."""
+    """Return the rows, or one row that says why there are none."""
     group = "Instructions of a pool's process per no-op task"
     try:
         found = per_task()

@@ -1,7 +1,7 @@
 """A worker process with a thousand running tasks: ``python -m benchmarks.leases --pool gevent``.
 
-Its leases last two seconds, and it is watched for more than three times that, while nothing else
-is done: threads in the process, commands that the store got, and whether any lease lapsed.
+Leases last two seconds, and the idle process is measured for more than three leases: its threads, the store's commands,
+and whether any lease lapsed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bytes that a finished record takes on Redis: ``python -m benchmarks.memory --sizes 100000,1000000``.
+"""Measures the bytes of a finished record in Redis: ``python -m benchmarks.memory --sizes 100000,1000000``.
 
 With a result of 115 bytes, with none (``null``), and what a bare ``SET key result EX`` of the same
 result takes: keys, and all that the server adds, included. The records are those that a claim and
@@ -29,7 +29,7 @@ NOTHING = b"jnull"
 
 
 def check(payload: bytes) -> None:
-    """The records that are filled in are as long as a real one."""
+    """Check that the filled records are as long as real ones."""
     store = MemoryStore()
     ledger = Ledger(store)
     _, claim = ledger.claim("k", Request(owners.mint(), str(uuid.uuid4()), Fingerprint(), POLICY))
@@ -59,7 +59,7 @@ def main() -> None:
         check(payload)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, RedisServer(Path(folder)) as server:
-        client = redis.Redis.from_url(server.url, socket_timeout=120)  # a million are flushed in seconds
+        client = redis.Redis.from_url(server.url, socket_timeout=120)  # flushing a million takes seconds
         for size in map(int, options.sizes.split(",")):
             row: dict[str, Any] = {"records": size}
             for name, payload in (("115-byte result", RESULT), ("no-op", NOTHING)):

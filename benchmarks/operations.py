@@ -33,10 +33,10 @@ from celery_idem.engine.ledger import Ledger
 from celery_idem.stores import open_store
 
 STORE = "BENCH_STORE"
-"""Environment variable of the child: the store's URL."""
+"""Environment variable with the store's URL, for the child."""
 
 LONGEST = 5_000
-"""Microseconds that one command may keep the server from all others."""
+"""Target: microseconds for which one command may block the server."""
 
 COMMANDS = {
     "list --state in_doubt": ("list", "--state", "in_doubt"),
@@ -50,14 +50,14 @@ COMMANDS = {
 NAMES = tuple(COMMANDS)
 
 PATIENCE = 3600
-"""Seconds for one of them: ten million records are read in minutes."""
+"""Seconds for one operation: reading ten million records takes minutes."""
 
 
 # --- the parent --------------------------------------------------------------------------
 
 
 def run(name: str, kind: str, url: str, pid: int) -> dict[str, Any]:
-    """One operation in a process of its own: what it measured itself, and what was seen here."""
+    """Run an operation in its own process, and return its measurements and ours."""
     seen: dict[str, Any] = {}
     watch = watched_redis(url, pid, seen) if kind == "redis" else contextlib.nullcontext()
     if name == "purge" and kind == "postgresql":
@@ -75,7 +75,7 @@ def run(name: str, kind: str, url: str, pid: int) -> dict[str, Any]:
 
 
 def expire_some(url: str) -> None:
-    """The time of one record in sixteen is over."""
+    """Expire one record in sixteen."""
     import psycopg
 
     with psycopg.connect(url, autocommit=True) as connection:
@@ -85,7 +85,7 @@ def expire_some(url: str) -> None:
 
 @contextlib.contextmanager
 def claiming(url: str, seen: dict[str, Any]) -> Iterator[None]:
-    """Milliseconds that the claims of another client took meanwhile, as it saw them."""
+    """Measure the milliseconds of another client's claims meanwhile."""
     times: list[float] = []
     done = threading.Event()
     ledger = Ledger(open_store(url))
@@ -112,7 +112,7 @@ def claiming(url: str, seen: dict[str, Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def watched_redis(url: str, pid: int, seen: dict[str, Any]) -> Iterator[None]:
-    """What the server says about itself."""
+    """Return the server's own statistics."""
     import redis
 
     with redis.Redis.from_url(url) as client:
@@ -147,13 +147,12 @@ def watched_redis(url: str, pid: int, seen: dict[str, Any]) -> Iterator[None]:
 
 
 def waited_for_core(pid: int) -> float:
-    """Seconds that a process could have run, and the machine was busy with others. Commands take
-    longer by that, which is not their fault."""
+    """Return the seconds for which a process waited for a CPU, which make its commands longer."""
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
 
 
 def stolen_from_machine() -> float:
-    """Seconds that a core of this machine could have run, and its host gave to other machines."""
+    """Return the seconds of a core that the host gave to other machines."""
     fields = Path("/proc/stat").read_text().split()
     return int(fields[8]) / os.sysconf("SC_CLK_TCK")
 
@@ -162,14 +161,13 @@ def stolen_from_machine() -> float:
 
 
 def peak() -> int:
-    """The largest memory of this process so far, in KiB. Not ru_maxrss: that one also counts what
-    the parent had when it started us."""
+    """Return the peak memory of this process in KiB. ru_maxrss would include the parent's at the start."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0])
 
 
 class Lines(io.TextIOBase):
-    """An output that keeps its last line and counts them: a listing that found nothing is no measurement."""
+    """An output that counts lines and keeps the last one, to check that a listing found something."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -182,7 +180,7 @@ class Lines(io.TextIOBase):
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Seconds of one operation, the lines it printed, and by how much it raised the peak of memory."""
+    """Measure an operation's seconds, printed lines, and increase of the peak memory."""
     call = _overview() if name == "overview" else _command(COMMANDS[name])
     before = peak()
     began = time.perf_counter()
@@ -197,7 +195,7 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def _app() -> Celery:
-    """The application that the records belong to."""
+    """Return the application of the records."""
     app = Celery("bench")
     app.conf.idem_store = os.environ[STORE]
 
@@ -221,10 +219,10 @@ def _command(words: tuple[str, ...]) -> Callable[[], Any]:
 def _overview() -> Callable[[], Any]:
     from benchmarks.apps import app
     from celery_idem.adapters import inbox_overview, inbox_pages
-    from celery_idem.operate.operators import Desk
+    from celery_idem.operate.operators import Operator
 
     def read() -> None:
-        *_, whole = inbox_overview.look(Desk(app))
+        *_, whole = inbox_overview.look(Operator(app))
         print(inbox_pages.overview(whole, "", ""))
 
     return read

@@ -1,7 +1,6 @@
-"""Other guards for Celery, in an environment of their own: ``build/bench-env``.
+"""Installs other guards for Celery in their own environment, ``build/bench-env``.
 
-They are measured with the same Python, Celery and redis-py as everything beside them, so bare
-Celery, the floor and ``celery_idem`` run from that environment too.
+All variants run from that environment, so that Python, Celery and redis-py are the same.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / "build" / "bench-env"
 
 PACKAGES = ("celery-once", "celery-singleton", "idemkit", "fencekit", "relier")
-"""As they are called on PyPI, and in ``benchmarks.apps``."""
+"""Their names on PyPI and in ``benchmarks.apps``."""
 
 TRY = "import os; os.environ['BENCH_VARIANT'] = {!r}; import benchmarks.apps"
 
 INSTALL_WITHIN = 600
-"""Seconds for one package and what it needs."""
+"""Seconds to install one package."""
 
 
 def environment() -> tuple[str, dict[str, str]]:
-    """The interpreter to measure with, and for each peer why it cannot be measured ("" where it can).
+    """Return the interpreter, and for each peer why it cannot be measured ("" if it can).
 
-    Made at the first call. Where nothing can be installed, it is this very interpreter, and no peer.
+    The first call creates the environment. If nothing can be installed, it is this interpreter without peers.
     """
     python = str(PLACE / "bin" / "python")
     stamp = PLACE / ".ready"
@@ -45,13 +44,13 @@ def environment() -> tuple[str, dict[str, str]]:
 
 
 def _pinned() -> list[str]:
-    """What must be the same as here. hiredis where it is here: redis-py takes it when it finds it."""
+    """Return the versions to install. redis-py uses hiredis if it is installed, so it must agree."""
     names = ["celery", "kombu", "redis", *(["hiredis"] if find_spec("hiredis") else [])]
     return [f"{name}=={version(name)}" for name in names]
 
 
 def _made(python: str) -> str:
-    """Build it. "" or why not. A peer that cannot be installed alone is left out by ``_imported``."""
+    """Create the environment; return "" or the error. ``_imported`` leaves out peers that fail alone."""
     made = subprocess.run(
         [sys.executable, "-m", "venv", str(PLACE)], capture_output=True, text=True, check=False
     )
@@ -86,6 +85,6 @@ def _imported(python: str, name: str) -> str:
 
 
 def _last(ran: subprocess.CompletedProcess[str]) -> str:
-    """The line that says what went wrong."""
+    """Return the line with the error."""
     errors = [line for line in ran.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
     return errors[-1].strip() if errors else f"exit status {ran.returncode}"

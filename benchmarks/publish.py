@@ -1,4 +1,4 @@
-"""The caller's side: ``python -m benchmarks.publish``.
+"""Measures the caller's side: ``python -m benchmarks.publish``.
 
 A new intent through ``submit`` and ``apply_async``, against bare Celery's ``apply_async``; and a
 duplicate of a finished one through ``submit``, against one GET. Broker and store are servers of their
@@ -20,10 +20,10 @@ from celery_idem import IdempotentTask
 from tests.support.servers import RedisServer
 
 ROUNDS, COUNT = 9, 500
-"""Rounds and calls in each: some seconds."""
+"""Rounds and calls per round: some seconds."""
 
 DUPLICATE = 1.3
-"""The most that a duplicate should cost over one GET."""
+"""Target: a duplicate's cost over one GET."""
 
 
 def bare(key: str) -> None:
@@ -31,9 +31,9 @@ def bare(key: str) -> None:
 
 
 def commands(client: redis.Redis) -> int:
-    """That the server has got, without those that ask for it."""
-    told: dict[str, Any] = client.info("commandstats")
-    return sum(one["calls"] for name, one in told.items() if name != "cmdstat_info")
+    """Return the number of commands that the server ran, without INFO."""
+    stats: dict[str, Any] = client.info("commandstats")
+    return sum(one["calls"] for name, one in stats.items() if name != "cmdstat_info")
 
 
 def rows(rounds: int = ROUNDS, count: int = COUNT) -> list[Row]:

@@ -1,4 +1,4 @@
-"""What the benchmarks say, in one form: rows, which become a table, a JSON file and a picture."""
+"""Writes the benchmarks' rows as a table, a JSON file and a picture."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def compared(
     targets: Mapping[str, float] | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> list[Row]:
-    """A row for each variant.
+    """Return a row for each variant.
 
-    The ratio is taken round by round, so that a machine that gets slower slows both sides of it.
+    The ratio is taken per round, so that a slower machine slows both sides.
 
     Args:
         rounds: of each variant, what was measured in the first round, the second, …
@@ -83,7 +83,7 @@ def show(rows: Iterable[Row]) -> None:
 
 
 def write(rows: Sequence[Row], about: Mapping[str, Any], data: Path, picture: Path) -> None:
-    """Keep them as JSON, and draw them.
+    """Write the rows as JSON and as a picture.
 
     Args:
         about: the machine and the versions.

@@ -1,11 +1,9 @@
-"""A scripted agent: what a language model does with a tool that did not answer, without a language model.
+"""A scripted agent that retries a tool as a language model does.
 
-Its goal stays the same. Its calls do not: with every new plan it finds other words for the free text, puts
-the arguments in another order, passes some by position, and leaves out or spells out a default. From a
-seed, so that every run makes the same calls.
+The goal stays the same, and the calls vary: every plan has another free text and another order of arguments, passes
+some by position, and leaves out or writes a default. A seed makes every run the same.
 
-As a program it reads its goals as one JSON line, pursues them all at once, and writes what each sees and
-gets:
+As a program it reads its goals as one JSON line, pursues them at once, and writes what each sees and gets:
 
     [{"customer_id": "acme", "invoice_id": "lost-0", "cents": 4200}]
     {"goal": 0, "says": "call 1: send_invoice('acme', cents=4200, invoice_id='lost-0', note='…')"}
@@ -25,10 +23,9 @@ from typing import Any
 from example_project import witness
 from example_project.orchestrator import Answer, dispatch
 
-# Seconds an agent's host waits for a tool here. Shorter than the stalled answer in `faults`, so that it
-# gives up.
+# Seconds that the agent waits for a tool: shorter than the stalled answer in `faults`, so that it gives up.
 PATIENCE = 1.5
-MAX_CALLS = 6  # an agent's host stops a loop at some point; more than any goal here needs
+MAX_CALLS = 6  # a limit as agent hosts have it; no goal here needs as many
 
 TASK = "billing.send_invoice"
 PARAMETERS = ("customer_id", "invoice_id", "cents", "currency", "note")
@@ -43,7 +40,7 @@ NOTES = (
 
 
 def plan(goal: dict[str, Any], random_: random.Random) -> tuple[list[Any], dict[str, Any]]:
-    """One way to say the same: positional and keyword arguments for the task."""
+    """Return one of many spellings of the same call: positional and keyword arguments."""
     values = {**goal, "currency": "EUR", "note": random_.choice(NOTES)}
     positional = random_.randint(0, 3)
     named = list(PARAMETERS[positional:])
@@ -54,7 +51,7 @@ def plan(goal: dict[str, Any], random_: random.Random) -> tuple[list[Any], dict[
 
 
 def pursue(goal: dict[str, Any], seed: str, says: Callable[[str], None]) -> tuple[Answer, int]:
-    """Call, look, plan again, until done or the host stops the loop: the last answer, the number of calls."""
+    """Call and plan again until it is done, at most ``MAX_CALLS`` times. Return the last answer and the calls made."""
     random_ = random.Random(seed)
     count = 0
     while True:

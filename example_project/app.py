@@ -1,4 +1,4 @@
-"""The Celery application. Everything comes from the environment, so that one file serves every stage.
+"""The Celery application, configured by environment variables.
 
 | variable | meaning | default |
 |---|---|---|
@@ -27,7 +27,7 @@ PREFIX = os.environ.get("IDEM_DEMO_PREFIX", "idem-demo")
 
 
 def _task_class() -> Any:
-    """The switch: with the guard off, celery_idem is not even imported."""
+    """Return the task class. Without the guard, celery_idem is not imported."""
     if GUARDED:
         from celery_idem import IdempotentTask
 
@@ -47,17 +47,17 @@ app.conf.update(
     task_default_queue=PREFIX,
     broker_connection_retry_on_startup=True,
     result_expires=3600,
-    # What one is told to set so that no task gets lost. It is also what makes tasks run twice.
+    # The usual advice against lost tasks. It is also why tasks run twice.
     task_acks_late=True,
     task_reject_on_worker_lost=True,
-    # Do not hoard: a message that waits behind another in one worker would only blur what the demo shows.
+    # A message that waits behind another one in a worker would blur what the demo shows.
     worker_prefetch_multiplier=1,
 )
 if BROKER_URL.startswith("redis"):
     app.conf.broker_transport_options = {
         "global_keyprefix": f"{PREFIX}:",
         "visibility_timeout": float(os.environ.get("IDEM_DEMO_VISIBILITY", "3600")),
-        # Look for overdue messages every second, instead of every 100: the demo has no time to wait.
+        # Look for overdue messages every second instead of every 100, to keep the demo short.
         "unacked_restore_interval": 1,
         "unacked_restore_throttle": 1,
     }
@@ -66,9 +66,9 @@ if GUARDED:
         idem_namespace=PREFIX,
         # Any store will do: sqlite:///idem.db, postgresql://…, redis-cluster://…; by default the result backend.
         idem_store=os.environ.get("IDEM_DEMO_STORE", ""),
-        # Short, so that a worker killed in the demo is decided while you watch. Production keeps the default.
+        # Short, so that the demo is short. Production keeps the default.
         idem_lease=5,
-        # Guards a task without touching its code: `legacy.issue_refund` knows nothing of celery_idem.
+        # Guards a task without changing its code.
         task_annotations={"legacy.issue_refund": {"intent": ("order_id",), "must_match": ("cents",)}},
     )
 

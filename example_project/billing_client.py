@@ -1,4 +1,4 @@
-"""How tasks reach the billing service: one POST, one GET, and an error for each thing that can be known.
+"""The client of the billing service: POST, GET, and errors that say what is known about the effect.
 
 - `NotReached`: no connection was made, so nothing happened.
 - `NoAnswer`: the request went out and no answer came back. It may have happened. This is the one that charges
@@ -17,7 +17,7 @@ from typing import Any
 
 from example_project import witness
 
-# Longer than the slowest answer that the simulator arranges (7 s), so that a slow answer stays a slow answer.
+# Longer than the slowest answer that the simulator arranges (7 s), so that a slow answer is no timeout.
 TIMEOUT = 10.0
 # No proxy: the billing service of the example is always on loopback or in the same compose network.
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
@@ -36,25 +36,25 @@ class Refused(Exception):
 
 
 def post(path: str, *, reference: str, invoice_id: str, **fields: Any) -> dict[str, Any]:
-    """Make something happen at the billing service. `reference` is stored with it, to ask by later."""
+    """Cause an effect at the billing service, stored with `reference` for later queries."""
     body = {"reference": reference, "invoice_id": invoice_id, **fields}
     answer: dict[str, Any] = _send("POST", path, invoice_id, json.dumps(body).encode())
     return answer
 
 
 def get(path: str, **query: str) -> Any:
-    """Ask the billing service something. Changes nothing there."""
+    """Query the billing service."""
     return _send("GET", f"{path}?{urllib.parse.urlencode(query)}", query.get("invoice_id", ""), None)
 
 
 def arm(path: str, invoice_id: str, fault: str, seconds: float = 0, base: str | None = None) -> None:
-    """For the simulator: have the service at `base` do `fault` at the next request for path and invoice."""
+    """Make the service at `base` do `fault` at the next request for path and invoice (for the simulator)."""
     body = {"path": path, "invoice_id": invoice_id, "fault": fault, "seconds": seconds}
     _send("POST", "/faults", invoice_id, json.dumps(body).encode(), base)
 
 
 def armed(base: str) -> list[str]:
-    """For the simulator: the faults that wait for their request."""
+    """Return the faults that wait for their request (for the simulator)."""
     waiting: list[str] = _send("GET", "/faults", "", None, base)
     return waiting
 

@@ -11,9 +11,8 @@
 | `POST /faults` | arms a fault for the next request: `{"path", "invoice_id", "fault", "seconds"}` |
 | `GET /faults` | the faults that still wait for their request |
 
-A line holds `invoice_id`, `reference` and whatever else was sent. The service does NOT deduplicate: two
-requests are two lines, as with most services one has to live with. It keeps the caller's reference and can
-be asked by it.
+A line holds `invoice_id`, `reference` and the other fields of the request. The service does NOT deduplicate: two
+requests are two lines, as in most services. It can be queried by the caller's reference.
 
 Faults, both after the work is committed: `drop` closes the connection instead of answering; `stall` answers
 late.
@@ -35,12 +34,12 @@ from pathlib import Path
 from typing import Any
 
 KINDS = {"/invoices": "invoice", "/reminders": "reminder", "/refunds": "refund", "/emails": "email"}
-MAX_BODY = 64 * 1024  # far above any honest request here; a larger one is a mistake
+MAX_BODY = 64 * 1024  # far above the requests of the demo
 LOCK_WAIT = 5.0  # seconds SQLite waits for another thread's commit; commits here take milliseconds
 
 
 class Ledger:
-    """The lines, one per effect. A connection per use: threads share nothing but the file."""
+    """The lines, one per effect. Each use opens a connection, so that threads share only the file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -55,7 +54,7 @@ class Ledger:
         return sqlite3.connect(self.path, timeout=LOCK_WAIT)
 
     def add(self, kind: str, invoice_id: str, reference: str, details: dict[str, Any]) -> int:
-        """Write and commit one line; its number."""
+        """Write and commit one line, and return its number."""
         with closing(self._connect()) as db, db:
             number = db.execute(
                 "INSERT INTO lines (kind, invoice_id, reference, details) VALUES (?, ?, ?, ?)",
@@ -65,7 +64,7 @@ class Ledger:
         return number
 
     def by_reference(self, kind: str, reference: str) -> list[int]:
-        """The numbers of the lines with that reference."""
+        """Return the numbers of the lines with a reference."""
         with closing(self._connect()) as db:
             rows = db.execute(
                 "SELECT number FROM lines WHERE kind = ? AND reference = ? ORDER BY number", (kind, reference)
@@ -91,13 +90,13 @@ class Faults:
             return [f"{path} {invoice_id}: {fault}" for (path, invoice_id), (fault, _) in self._armed.items()]
 
     def take(self, path: str, invoice_id: str) -> tuple[str, float]:
-        """The fault for this request and its seconds; ("", 0) for none."""
+        """Return the fault for this request and its seconds; ("", 0) for none."""
         with self._lock:
             return self._armed.pop((path, invoice_id), ("", 0.0))
 
 
 def answer_line(kind: str, number: int) -> dict[str, Any]:
-    """What the service says about one line, when it writes it and when it is asked."""
+    """Return the answer about one line."""
     return {"number": f"{kind}-{number}"}
 
 
@@ -165,14 +164,14 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(payload)
         except ConnectionError:
-            self.close_connection = True  # the caller was killed while we stalled; the ledger line stands
+            self.close_connection = True  # the caller was killed meanwhile; the ledger line stays
 
     def log_request(self, code: Any = "-", size: Any = "-") -> None:
         print(self.command, self.path, int(code), flush=True)
 
 
 def make_server(ledger: Path, host: str, port: int) -> ThreadingHTTPServer:
-    """A server that is bound and not yet serving. Port 0 takes any free port."""
+    """Return a server that is bound and not serving yet. Port 0 takes any free port."""
     handler = type(
         "BillingHandler",
         (Handler,),

@@ -1,7 +1,7 @@
-"""The faults, one function each, which brings its trouble about on a stage and makes sure that it took place.
+"""The faults of the demo. Each function injects one and checks that it took place.
 
-A fault that did not take place proves nothing about the guard, so `DidNotHappen` makes the whole demo fail.
-Invoice ids begin with the fault's tag: by that the ledger's lines and the workers' deliveries are told apart.
+A fault that did not take place proves nothing, so `DidNotHappen` fails the demo. Invoice ids begin with the fault's
+tag, which tells the lines and deliveries of faults apart.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from example_project.callers import Call, Caller, Heard
 from example_project.stage import Stage
 
 Say = Callable[[str], None]
-# Kind and invoice id, as in the billing ledger, and how many lines everybody means to have there.
+# Kind and invoice id, as in the billing ledger, and the intended number of lines.
 Meant = dict[tuple[str, str], int]
 
 # Seconds; longer than the agent's patience of 1.5, shorter than the visibility timeout of 3.
 AGENT_STALL = 2.5
 # Seconds; the redelivery comes 3 to 5 s after the first, and must find it still running.
 VISIBILITY_STALL = 6.5
-# Seconds a worker child is held where it will be killed. The kill comes at once; this is only the upper
-# bound, and less than the client's time limit of 10, so that a missed kill shows as what it is.
+# Seconds that a worker child is held for its kill: an upper bound, below the client's time limit of 10, so that a missed
+# kill does not look like a timeout.
 HELD = 9.0
 
 
 class DidNotHappen(Exception):
-    """The fault could not be brought about."""
+    """The fault did not take place."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Fault:
     meant: Meant
     run: Callable[[Stage, Say], None]
     needs_redis_broker: bool = False
-    ends: str = "done"  # what every caller is to hear with the guard; see `orchestrator.Answer`
+    ends: str = "done"  # every caller's outcome with the guard; see `orchestrator.Answer`
 
 
 def lost_response(stage: Stage, say: Say) -> None:
@@ -48,7 +48,7 @@ def lost_response(stage: Stage, say: Say) -> None:
         stage.arm("/invoices", str(goal["invoice_id"]), "drop")
     for goal in goals[2:]:
         stage.arm("/invoices", str(goal["invoice_id"]), "stall", AGENT_STALL)
-    # One of each kind is shown: four transcripts at once nobody can read.
+    # Show one transcript of each kind.
     _pursue(stage, stage.start_agent("7"), goals, say, shown=(0, 2))
     for goal in goals[2:]:
         if len(stage.deliveries(str(goal["invoice_id"]))) < 2:
@@ -58,7 +58,7 @@ def lost_response(stage: Stage, say: Say) -> None:
 def _pursue(
     stage: Stage, agent: Caller, goals: list[dict[str, Any]], say: Say, shown: tuple[int, ...]
 ) -> None:
-    """Have the agent pursue its goals to their ends, and note what it hears and how often it called."""
+    """Let the agent pursue its goals to the end, and note its answers and numbers of calls."""
     agent.tell(goals)
     ended = 0
     while ended < len(goals):
@@ -72,12 +72,12 @@ def _pursue(
 
 
 def mcp_timeout(stage: Stage, say: Say) -> None:
-    """An agent's MCP client gives up before the tool has answered; the agent words its call anew."""
+    """An agent's MCP client gives up before the tool has answered; the agent rewords its call."""
     goals = [{"customer_id": "gust", "invoice_id": f"mcp-{n}", "cents": 800 + n} for n in range(2)]
     for goal in goals:
         stage.arm("/invoices", str(goal["invoice_id"]), "stall", AGENT_STALL)
     _pursue(stage, stage.start_agent("7", "mcp_agent"), goals, say, shown=(0,))
-    # Not the deliveries: with the guard, a call that comes again never gets as far as the broker.
+    # Deliveries do not show it: with the guard, a repeated call does not reach the broker.
     for heard in stage.heard[-len(goals) :]:
         if heard.calls < 2:
             raise DidNotHappen(f"the agent of {heard.call.invoice_id} did not try again")
@@ -120,7 +120,7 @@ def killed_after_effect(stage: Stage, say: Say) -> None:
 
 
 def _ask_and_kill(stage: Stage, calls: list[Call], path: str) -> None:
-    """Hold each call's worker child in its request to `path`, kill it there, and hear what the caller gets."""
+    """Hold each call's worker child in its request to `path`, kill it there, and wait for the caller's answer."""
     for call in calls:
         stage.arm(path, call.invoice_id, "stall", HELD)
     asked = stage.ask(calls)
@@ -130,7 +130,7 @@ def _ask_and_kill(stage: Stage, calls: list[Call], path: str) -> None:
 
 
 def killed_and_nobody_to_ask(stage: Stage, say: Say) -> None:
-    """The same with a task that has no `reconcile`: nobody can know, so the callers must be told just that."""
+    """The same with a task without `reconcile`: the callers must receive "in doubt"."""
     calls = [
         Call("billing.send_reminder", {"customer_id": "dune", "invoice_id": f"doubt-{n}"}, "first")
         for n in range(2)
@@ -158,7 +158,7 @@ def killed_between_steps(stage: Stage, say: Say) -> None:
 
 
 def untouched_task(stage: Stage, say: Say) -> None:
-    """A task whose code has never heard of celery_idem, dispatched by two orchestrators."""
+    """A task that is guarded by configuration only, dispatched by two orchestrators."""
     calls = [Call("legacy.issue_refund", {"order_id": f"legacy-{n}", "cents": 1500}) for n in range(2)]
     stage.hear(stage.ask(calls, by=2))
 

@@ -1,7 +1,7 @@
-"""A module from before, with a task that nobody wants to touch. It has never heard of celery_idem.
+"""A module whose task is guarded without changing its code.
 
-`app.py` guards it from the outside: `task_cls` gives every task of the application the guarded class, and
-`task_annotations` names what makes this one's action.
+In `app.py`, `task_cls` gives every task of the application the guarded class, and `task_annotations` declares the intent of
+this one.
 """
 
 from __future__ import annotations

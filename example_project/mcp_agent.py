@@ -1,7 +1,6 @@
-"""The scripted agent once more, over MCP: its client gives up before the tool has answered, and it calls again.
+"""The scripted agent over MCP: its client gives up before the tool has answered, and it calls again.
 
-Reads its goals and tells what it sees as `agent` does. The server is a process of its own, which the SDK's
-client starts and ends.
+Input and output are those of `agent`. The SDK's client starts and ends the server process.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def tell(**fields: Any) -> None:
 
 
 async def pursue(client: Client, number: int, goal: dict[str, Any], seed: str) -> None:
-    """Call, lose patience, plan again, until there is an answer."""
+    """Call and plan again until there is an answer."""
     random_ = random.Random(f"{seed}-{number}")
     for count in range(1, MAX_CALLS + 1):
         args, kwargs = plan(goal, random_)

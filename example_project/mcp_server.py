@@ -1,7 +1,6 @@
 """The billing task as an MCP tool, on standard input and output.
 
-With the guard it is the adapter's server. Without it, it is what one writes by hand: send the task, wait for
-its result.
+With the guard it is the adapter's server. Without the guard it sends the task and waits for the result.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from mcp.server import Server
 from mcp.server.stdio import stdio_server
 from mcp_types import CallToolResult, ListToolsResult, TextContent, Tool
 
-import example_project.tasks  # noqa: F401  # the adapter reads the tool's schema off the task
+import example_project.tasks  # noqa: F401  # the adapter reads the tool's schema from the task
 from example_project.app import GUARDED, app
 from example_project.orchestrator import PATIENCE
 
@@ -28,7 +27,7 @@ async def list_tools(context: Any, params: Any) -> ListToolsResult:
 
 async def call_tool(context: Any, params: Any) -> CallToolResult:
     sent = await asyncio.to_thread(app.send_task, TASK, kwargs=params.arguments)
-    # Looked at again and again instead of waited for on a thread: nothing then outlives a client that left.
+    # Polling instead of waiting on a thread: nothing outlives a client that has left.
     for _ in range(int(PATIENCE / 0.05)):
         if await asyncio.to_thread(sent.ready):
             text = json.dumps(sent.result, default=repr)

@@ -1,7 +1,6 @@
-"""Dispatches by task name only: it imports no task and knows no task class, as with most real orchestrators.
+"""Dispatches tasks by name, without importing them, as most orchestrators do.
 
-As a module it gives `dispatch`, which the agent uses too. As a program it reads one call per line from
-standard input, dispatches it at once, and writes one answer per line:
+As a program it reads one call per line from standard input, dispatches it at once, and writes one answer per line:
 
     {"id": 1, "name": "billing.send_invoice", "kwargs": {…}, "occurrence": null}
     {"id": 1, "outcome": "done", "answer": {"number": "invoice-1"}, "seen": "…"}
@@ -20,17 +19,17 @@ from celery.exceptions import TimeoutError as NoResultYet
 from example_project import witness
 from example_project.app import app
 
-# Longer than any fault of the demo lasts, so that an orchestrator hears the end of every story.
+# Seconds: longer than any fault of the demo, so that every call gets its answer.
 PATIENCE = 25.0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a caller has in the end."""
+    """The final answer to a call."""
 
     outcome: str  # "done", "failed", "in_doubt", or "no_answer" when the patience ran out
     answer: Any  # the task's result when done
-    seen: str  # the words a model would get to read
+    seen: str  # the text for a model
 
 
 def dispatch(
@@ -41,7 +40,7 @@ def dispatch(
     patience: float = PATIENCE,
 ) -> Answer:
     """Send one call and wait up to `patience` seconds for its answer."""
-    # A header is all that the guard in the worker needs from a caller; plain Celery does not look at it.
+    # The guard in the worker needs only this header; plain Celery ignores it.
     headers = {"idem-occurrence": occurrence} if occurrence else {}
     result = app.send_task(name, args=args or [], kwargs=kwargs or {}, headers=headers)
     try:
@@ -50,7 +49,7 @@ def dispatch(
         return Answer(
             "no_answer", None, f"The tool did not answer within {patience:g} seconds. Please try again."
         )
-    except Exception as error:  # whatever the task raised: it is the answer
+    except Exception as error:  # the task's error is the answer
         outcome = "in_doubt" if type(error).__name__ == "OutcomeUnknown" else "failed"
         return Answer(outcome, None, f"An error occurred while running the tool: {error}. Please try again.")
     return Answer("done", value, json.dumps(value))

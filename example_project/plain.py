@@ -1,7 +1,7 @@
-"""The task class of the unguarded run: Celery as it comes, with stand-ins for what the bodies in `tasks` use.
+"""The task class of the unguarded run: plain Celery with stand-ins for what the task bodies use.
 
-Plain Celery has no identity for an action. The best it can offer the billing service as a reference is the
-task id, and every re-dispatch has a new one. Nothing is remembered, so a step simply runs.
+Plain Celery has no identity of an action. As a reference for the billing service it only has the task id, which is new
+for every dispatch. Steps are not recorded and simply run.
 """
 
 from __future__ import annotations

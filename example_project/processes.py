@@ -1,4 +1,4 @@
-"""Processes that are always cleaned up: each in its own session, stopped by its id, every wait bounded."""
+"""Starts processes and always stops them: each in its own session, stopped by its id, with bounded waits."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from types import FrameType
 from typing import IO
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-HASTE = 1.0  # seconds of grace when everything must go: nothing here has state worth more
-POLL = 0.05  # seconds between two looks at a condition: short to a person, cheap to the machine
+HASTE = 1.0  # seconds of grace in the final clean-up: no process has state to save
+POLL = 0.05  # seconds between two checks of a condition
 
 
 class Interrupted(BaseException):
@@ -26,7 +26,7 @@ class Interrupted(BaseException):
 
 
 class Ended(Exception):
-    """A process has ended that should still run."""
+    """A process ended too early."""
 
 
 class NotInTime(Exception):
@@ -43,7 +43,7 @@ def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None
 
 
 class Processes:
-    """Starts processes and stops every one of them, whatever happens in between."""
+    """Starts processes, and stops all of them on exit."""
 
     def __init__(self) -> None:
         self._running: dict[subprocess.Popen[str], Path] = {}  # and the log of each
@@ -60,11 +60,11 @@ class Processes:
     def __exit__(self, *_: object) -> None:
         try:
             self.stop_all()
-        except Interrupted:  # the first signal, in the moment before they are ignored
+        except Interrupted:  # a signal just before they are ignored
             self.stop_all()
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        # Only the first one raises: a second Ctrl-C must not cut the clean-up short.
+        # Only the first one raises: a second Ctrl-C must not interrupt the clean-up.
         if self._signum is None:
             self._signum = signum
             if not self._held:
@@ -98,20 +98,20 @@ class Processes:
         return process
 
     def after(self, action: Callable[[], None]) -> None:
-        """Have something done once, when all processes are stopped."""
+        """Run an action once after all processes have stopped."""
         self._after.append(action)
 
     def check(self) -> None:
         """Raise `Ended` when one of them has failed, with the end of its log."""
         for process, log in self._running.items():
-            if process.poll():  # an agent that is done ends with 0, and may
+            if process.poll():  # an agent that is done ends with 0
                 raise Ended(f"{log.stem} ended with status {process.returncode}:\n{_tail(log)}")
 
     def stop(self, processes: Sequence[subprocess.Popen[str]], grace: float) -> None:
         """SIGINT to each of them, SIGKILL after `grace` seconds to what is left of its group.
 
-        SIGINT and not SIGTERM, because the launcher of the embedded Valkey takes its server along only
-        then. It is a warm shutdown to a Celery worker too.
+        The launcher of the embedded Valkey stops its server only on SIGINT. A Celery worker takes it as a warm
+        shutdown.
         """
         for process in processes:
             if process.poll() is None:
@@ -122,13 +122,13 @@ class Processes:
         for process in processes:
             # The group and not the leader alone: pool children outlive a worker for a moment.
             _kill_group(process.pid)
-            process.wait(timeout=10)  # a killed process is gone at once, unless the machine is in trouble
+            process.wait(timeout=10)  # a killed process ends at once
             for pipe in (process.stdin, process.stdout):
                 _close(pipe)
             self._running.pop(process, None)
 
     def stop_all(self) -> None:
-        """Stop whatever still runs. From here on signals are ignored: this is the clean-up they ask for."""
+        """Stop all running processes. Signals are ignored from here on."""
         for signum in SIGNALS:
             signal.signal(signum, signal.SIG_IGN)
         self.stop(list(self._running), HASTE)
@@ -137,7 +137,7 @@ class Processes:
 
 
 def _kill_group(pid: int) -> None:
-    # Nobody left in it; macOS says the latter for a group of zombies.
+    # The group is empty; macOS raises PermissionError for a group of zombies.
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
 

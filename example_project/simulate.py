@@ -32,7 +32,7 @@ NAMES = {False: "plain Celery", True: "celery_idem"}
 
 
 class Progress:
-    """Lines as things happen, and on a terminal a moving line for what happens now."""
+    """Prints what happens, and on a terminal a spinner with the present step."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False)
@@ -60,7 +60,7 @@ class Progress:
 
 
 def run(stage: Stage, faults: list[Fault], progress: Progress) -> dict[str, report.Row]:
-    """Bring every fault about, one after the other, then count."""
+    """Inject every fault, one after the other, then count."""
     for number, fault in enumerate(faults, 1):
         progress.now(f"{NAMES[stage.guarded]}: {fault.title}")
         fault.run(stage, lambda text: progress.say(f"    {text}", "dim"))
@@ -116,7 +116,7 @@ def main() -> int:
     except Interrupted as signal_:
         print(f"{signal_}: everything that was started is stopped", file=sys.stderr)
         status = 128 + signal_.signum
-    if status != 1:  # otherwise the logs tell what went wrong
+    if status != 1:  # otherwise the logs show what failed
         shutil.rmtree(folder, ignore_errors=True)
     return status
 

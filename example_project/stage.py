@@ -17,9 +17,9 @@ from example_project.callers import Call, Caller, Heard
 from example_project.processes import Processes, wait_for
 from example_project.server import PREFIX, Server
 
-ROOT = Path(__file__).resolve().parent.parent  # of the checkout, which need not be installed to be run
+ROOT = Path(__file__).resolve().parent.parent  # the checkout, which need not be installed
 START = 30.0  # seconds for a process to come up: a worker takes 3, a busy machine may take ten times that
-SEEN = 20.0  # seconds for something to happen that the fault brings about: a worker picks a task up at once
+SEEN = 20.0  # seconds until a fault shows its effect
 WORKERS = 2
 CHILDREN = 4  # per worker: enough that nothing queues behind a stalled task
 # Seconds until Redis redelivers. Shorter than the stall of `faults.still_running`, longer than other tasks
@@ -28,13 +28,13 @@ VISIBILITY = 3
 
 
 class Stage:
-    """Everything one run needs. `guarded` says with or without celery_idem."""
+    """The processes of one run, with celery_idem if `guarded`."""
 
     def __init__(self, processes: Processes, server: Server, folder: Path, guarded: bool) -> None:
         folder.mkdir()
         self.guarded = guarded
         self.server = server
-        self.heard: list[Heard] = []  # every caller's last word, over all faults
+        self.heard: list[Heard] = []  # every caller's final answer, over all faults
         self._folder = folder
         self._processes = processes
         self._prefix = f"{PREFIX}-{'guarded' if guarded else 'plain'}"
@@ -59,22 +59,22 @@ class Stage:
     # -- what the faults do
 
     def arm(self, path: str, invoice_id: str, fault: str, seconds: float = 0) -> None:
-        """Have the billing service do `fault` on the next request for that path and invoice."""
+        """Make the billing service do `fault` on the next request for that path and invoice."""
         billing_client.arm(path, invoice_id, fault, seconds, base=self._env["IDEM_DEMO_BILLING"])
 
     def armed(self) -> list[str]:
-        """The faults that are still to come: a fault that did not take place proves nothing."""
+        """Return the faults that have not taken place yet."""
         return billing_client.armed(base=self._env["IDEM_DEMO_BILLING"])
 
     def ask(self, calls: list[Call], by: int = 1) -> list[tuple[Caller, Call]]:
-        """Have `by` orchestrators dispatch all the calls, at once. Give what it returns to `hear`."""
+        """Let `by` orchestrators dispatch all calls at once. Pass the result to `hear`."""
         asked = [(caller, call) for call in calls for caller in self._orchestrators[:by]]
         for number, (caller, call) in enumerate(asked):
             caller.tell({"id": number, **asdict(call)})
         return asked
 
     def hear(self, asked: list[tuple[Caller, Call]]) -> None:
-        """Wait for the answer to everything asked. Raises `NotInTime`."""
+        """Wait for all answers. Raises `NotInTime`."""
         for caller, _ in asked:
             said = caller.hear()
             self.heard.append(Heard(asked[said["id"]][1], said["outcome"], said["answer"]))
@@ -83,7 +83,7 @@ class Stage:
         return self._start_caller(role, "--seed", seed)
 
     def kill_child(self, path: str, invoice_id: str) -> None:
-        """Wait until a worker child speaks to the billing service about that invoice, and SIGKILL it."""
+        """Wait until a worker child has called the billing service for that invoice, and SIGKILL it."""
         wait_for(lambda: self._calls(path, invoice_id), SEEN, f"a worker calls {path} for {invoice_id}")
         wait_for(lambda: self.lines(invoice_id), SEEN, f"the ledger has a line for {invoice_id}")
         os.kill(self._calls(path, invoice_id)[0], signal.SIGKILL)
@@ -91,7 +91,7 @@ class Stage:
     # -- what is read in the end
 
     def lines(self, invoice_prefix: str) -> dict[tuple[str, str], list[int]]:
-        """The billing ledger: the numbers of the lines, by kind and invoice id."""
+        """Return the numbers of the ledger's lines by kind and invoice id."""
         found: dict[tuple[str, str], list[int]] = {}
         query = "SELECT kind, invoice_id, number FROM lines WHERE invoice_id LIKE ? || '%' ORDER BY number"
         with closing(sqlite3.connect(f"{self._ledger.as_uri()}?mode=ro", uri=True, timeout=5)) as db:
@@ -100,12 +100,12 @@ class Stage:
         return found
 
     def deliveries(self, invoice_prefix: str) -> list[witness.Delivery]:
-        """What the workers were handed, as they saw it themselves."""
+        """Return the deliveries that the workers noted."""
         every = witness.deliveries(self._journal)
         return [delivery for delivery in every if delivery.invoice_id.startswith(invoice_prefix)]
 
     def stop(self) -> None:
-        """Let the broker run dry, so that no effect is still to come, then stop the workers and the rest."""
+        """Wait until the broker is empty, so that no effect can follow, then stop all processes."""
         if self.server.is_broker:
             wait_for(
                 lambda: not self.server.messages_left(self._prefix), SEEN, "the broker has no message left"

@@ -1,4 +1,4 @@
-"""What the workers run. Each task says which arguments make the action, and which must agree."""
+"""The tasks. Each declares which arguments are the intent, and which must match."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from example_project.app import BASE, app
 
 def find_invoice(task: Any, *args: Any, **kwargs: Any) -> Any:
     """Ask billing whether this intent's invoice exists, after a worker died or no answer came."""
-    # Imported here because the unguarded run does without celery_idem, and never reconciles.
+    # Imported here because the unguarded run does not import celery_idem.
     from celery_idem import Happened, NotHappened
 
     found = billing.get("/invoices", reference=task.claim.key)
@@ -30,7 +30,7 @@ def find_invoice(task: Any, *args: Any, **kwargs: Any) -> Any:
 def send_invoice(
     self: Any, customer_id: str, invoice_id: str, cents: int, currency: str = "EUR", note: str = ""
 ) -> dict[str, Any]:
-    """One invoice per customer and invoice id. `note` is the model's own words and may change."""
+    """Send one invoice per customer and invoice id. `note` is free text and may change."""
     return billing.post(
         "/invoices",
         reference=self.claim.key,
@@ -51,7 +51,7 @@ def send_invoice(
     ambiguous_errors=(billing.NoAnswer,),
 )
 def send_reminder(self: Any, customer_id: str, invoice_id: str, text: str = "") -> dict[str, Any]:
-    """One reminder per invoice and occurrence: the caller says `occurrence="first"`, then `"second"`."""
+    """Send one reminder per invoice and occurrence, such as `occurrence="second"`."""
     return billing.post(
         "/reminders", reference=self.claim.key, invoice_id=invoice_id, customer_id=customer_id, text=text
     )
@@ -67,7 +67,7 @@ def send_reminder(self: Any, customer_id: str, invoice_id: str, text: str = "") 
     ambiguous_errors=(billing.NoAnswer,),
 )
 def refund(self: Any, customer_id: str, invoice_id: str, cents: int, reason: str = "") -> dict[str, Any]:
-    """One refund per invoice."""
+    """Refund an invoice once."""
     return billing.post(
         "/refunds",
         reference=self.claim.key,
@@ -89,7 +89,7 @@ def refund(self: Any, customer_id: str, invoice_id: str, cents: int, reason: str
 def invoice_and_email(
     self: Any, customer_id: str, invoice_id: str, cents: int, note: str = ""
 ) -> dict[str, Any]:
-    """Two effects. Each is a step, so an attempt after a crash goes on at the first one that is missing."""
+    """Send an invoice and an e-mail. Each is a step, so an attempt after a crash continues at the first missing one."""
     invoice = self.step(
         "invoice",
         billing.post,

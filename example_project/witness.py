@@ -1,4 +1,4 @@
-"""A journal of what really happened in the worker processes, kept apart from what anybody claims.
+"""A journal of what happened in the worker processes, independent of records and answers.
 
 One JSON line per event is appended to the file named by `IDEM_DEMO_WITNESS`; without that variable nothing is
 written. Plain Celery and celery_idem keep the same journal, so both are measured by the same ruler.
@@ -20,7 +20,7 @@ from typing import Any
 
 from celery import signals
 
-_here = threading.local()  # `.delivery`: the delivery this thread works on
+_here = threading.local()  # `.delivery`: the current delivery of this thread
 
 
 def note(event: str, **fields: Any) -> None:
@@ -64,7 +64,7 @@ def _end(retval: Any, state: str | None, **_: Any) -> None:
 
 @dataclass
 class Delivery:
-    """One delivery of one message, as the journal tells it."""
+    """One delivery of one message in the journal."""
 
     task_id: str
     invoice_id: str
@@ -74,7 +74,7 @@ class Delivery:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The events so far, oldest first. A line that is still being written is left out."""
+    """Return the events, oldest first, without an unfinished last line."""
     if not path.exists():
         return
     for line in path.read_text().splitlines(keepends=True):
@@ -83,7 +83,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def deliveries(path: Path) -> list[Delivery]:
-    """The events, put together per delivery."""
+    """Return the events grouped by delivery."""
     found: dict[str, Delivery] = {}
     for event in read(path):
         name = event["delivery"]

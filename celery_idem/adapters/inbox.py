@@ -36,7 +36,7 @@ from celery_idem.adapters.inbox_overview import Overview, look
 from celery_idem.core.errors import ConfigurationError, IdempotencyError, StoreError
 from celery_idem.core.model import Happened, NotHappened
 from celery_idem.operate.background import Background
-from celery_idem.operate.operators import Desk
+from celery_idem.operate.operators import Operator
 
 try:
     from starlette.applications import Starlette
@@ -106,16 +106,16 @@ def inbox(app: Celery, *, token: str | None = None, authenticate: Authenticate |
             f"The inbox' token has {len(token)} characters. Use {MIN_TOKEN} or more: "
             "python -c 'import secrets; print(secrets.token_urlsafe())'"
         )
-    return _Inbox(Desk(app), token, authenticate).site()
+    return _Inbox(Operator(app), token, authenticate).site()
 
 
 class _Inbox:
-    def __init__(self, desk: Desk, token: str | None, authenticate: Authenticate | None) -> None:
-        self._desk = desk
+    def __init__(self, operator: Operator, token: str | None, authenticate: Authenticate | None) -> None:
+        self._operator = operator
         self._token = token
         self._authenticate = authenticate
         self._session_key = hashlib.sha256(f"celery_idem inbox session\0{token}".encode()).digest()
-        self._overviews = Background(lambda: look(desk), FRESH, PATIENCE)
+        self._overviews = Background(lambda: look(operator), FRESH, PATIENCE)
         self._decided: dict[str, float] = {}  # intents that were settled here, and when
         self._css = files("celery_idem.adapters").joinpath("inbox.css").read_text()
 
@@ -138,7 +138,7 @@ class _Inbox:
         settled = request.query_params.get("settled", "")
         if settled:
             try:
-                entry = await run_in_threadpool(self._desk.find, settled)
+                entry = await run_in_threadpool(self._operator.find, settled)
                 settled = f"{entry.key} is {entry.state} now."
             except IdempotencyError:
                 settled = ""
@@ -165,10 +165,10 @@ class _Inbox:
         self, request: Request, user: str, key: str, problem: str = "", typed: dict[str, str] | None = None
     ) -> Response:
         try:
-            entry = await run_in_threadpool(self._desk.find, key)
+            entry = await run_in_threadpool(self._operator.find, key)
         except IdempotencyError as error:
             return self._page(request, "Not found", pages.problem(str(error)), user, 404)
-        body = pages.intent(self._desk, entry, _csrf(request), problem, typed or {}, _base(request))
+        body = pages.intent(self._operator, entry, _csrf(request), problem, typed or {}, _base(request))
         return self._page(request, entry.key, body, user, 400 if problem else 200)
 
     async def _resolve(self, request: Request, user: str) -> Response:
@@ -193,7 +193,7 @@ class _Inbox:
         if problem:
             return await self._intent_page(request, user, key, problem, form)
         try:
-            await run_in_threadpool(self._desk.resolve, key, answer, user, evidence, int(fence))
+            await run_in_threadpool(self._operator.resolve, key, answer, user, evidence, int(fence))
         except IdempotencyError as error:
             form.pop("fence")  # the page shows what stands there now, and a decision is about that
             return await self._intent_page(request, user, key, str(error), form)

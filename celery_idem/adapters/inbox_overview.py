@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 
 from celery_idem.engine.entries import Entry, Tally, count
-from celery_idem.operate.operators import DOUBTFUL, Desk, Oldest
+from celery_idem.operate.operators import DOUBTFUL, Oldest, Operator
 
 LISTED = 200
 """Intents in the list, the oldest first: more than anybody settles before the page is read again."""
@@ -49,7 +49,7 @@ class Overview:
         return replace(self, doubtful=left, waiting=self.waiting - len(self.doubtful) + len(left))
 
 
-def look(desk: Desk) -> Iterator[Overview]:
+def look(operator: Operator) -> Iterator[Overview]:
     """Read every record once, in bounded memory: what is known after each ``STRIDE`` of them, and at the end."""
     seen = Overview()
     oldest = Oldest(LISTED)
@@ -63,7 +63,7 @@ def look(desk: Desk) -> Iterator[Overview]:
             waiting=oldest.total,
         )
 
-    for entry in desk.list():
+    for entry in operator.list():
         state = entry.state
         count(seen.tallies, entry)
         seen.records += 1

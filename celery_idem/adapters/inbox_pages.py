@@ -9,7 +9,7 @@ from urllib.parse import quote
 from celery_idem.adapters.inbox_overview import HOURS, Overview
 from celery_idem.core.model import NO_OWNER
 from celery_idem.engine.entries import Entry
-from celery_idem.operate.operators import DOUBTFUL, Desk, duration, iso
+from celery_idem.operate.operators import DOUBTFUL, Operator, duration, iso
 
 SHOWN = 4000
 """Characters of a result that are shown: a screen or two."""
@@ -153,8 +153,8 @@ def _chart(seen: Overview) -> str:
 # --- one intent ------------------------------------------------------------------------
 
 
-def intent(desk: Desk, entry: Entry, csrf: str, wrong: str, typed: dict[str, str], base: str) -> str:
-    form = desk.describe(entry)
+def intent(operator: Operator, entry: Entry, csrf: str, wrong: str, typed: dict[str, str], base: str) -> str:
+    form = operator.describe(entry)
     facts = "".join(
         f"<dt>{escape(label)}</dt><dd>{escape(str(value))}</dd>"
         for label, value in (

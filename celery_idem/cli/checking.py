@@ -9,7 +9,7 @@ from celery_idem.core.errors import ConfigurationError
 from celery_idem.engine.ledger import Ledger
 from celery_idem.operate import copying
 from celery_idem.operate.copying import Copied
-from celery_idem.operate.operators import Desk
+from celery_idem.operate.operators import Operator
 from celery_idem.stores import open_store, sql_statements
 
 
@@ -20,14 +20,14 @@ from celery_idem.stores import open_store, sql_statements
     help="The pool of your workers (--pool), if the configuration does not say.",
 )
 @click.option("--strict", is_flag=True, help="Warnings fail too.")
-def doctor(screen: Screen, desk: Desk, pool: str, strict: bool) -> None:
+def doctor(screen: Screen, operator: Operator, pool: str, strict: bool) -> None:
     """Find problems of this set-up, and the setting to change.
 
     Exit status 1 if there is an error (with --strict: a warning), for use in CI.
     """
     from celery_idem.operate.doctor import examine, gather
 
-    found = examine(gather(desk.app, pool=pool))
+    found = examine(gather(operator.app, pool=pool))
     if screen.as_json:
         screen.json([finding._asdict() for finding in found])
     else:
@@ -50,7 +50,7 @@ def doctor(screen: Screen, desk: Desk, pool: str, strict: bool) -> None:
     show_default=True,
     help="Seconds between retries of one action.",
 )
-def audit(screen: Screen, desk: Desk, task: str | None, within: float) -> None:
+def audit(screen: Screen, operator: Operator, task: str | None, within: float) -> None:
     """Find keys that may be too narrow (drift) or too wide (spread).
 
     Drift: calls that differ in one value of the intent only, so that retries may run again. Spread: replays whose
@@ -58,7 +58,7 @@ def audit(screen: Screen, desk: Desk, task: str | None, within: float) -> None:
     """
     from celery_idem.operate.audit import audit as look
 
-    found = look(desk.list(None, task), desk.tasks(), within)
+    found = look(operator.list(None, task), operator.tasks(), within)
     if screen.as_json:
         screen.json([{**suspicion._asdict(), "says": suspicion.says} for suspicion in found])
         return
@@ -73,11 +73,11 @@ def audit(screen: Screen, desk: Desk, task: str | None, within: float) -> None:
 @command("shadow")
 @click.option("--clear", is_flag=True, help="Remove the shadow records.")
 @yes_option
-def shadow(screen: Screen, desk: Desk, clear: bool, yes: bool) -> None:
+def shadow(screen: Screen, operator: Operator, clear: bool, yes: bool) -> None:
     """Report what shadow mode (idem_shadow) has seen, and which tasks are ready for their guard."""
     from celery_idem.operate.audit import readiness
 
-    ledgers = [ledger.shadow() for ledger in desk.ledgers()]
+    ledgers = [ledger.shadow() for ledger in operator.ledgers()]
     if clear:
         screen.confirm("All shadow records will be removed. Records of real guards stay. Go on?", yes)
         removed = sum(ledger.forget(entry.key) for ledger in ledgers for entry in ledger.list())
@@ -86,7 +86,7 @@ def shadow(screen: Screen, desk: Desk, clear: bool, yes: bool) -> None:
         else:
             screen.line(f"{removed} shadow records removed.")
         return
-    report = readiness((entry for ledger in ledgers for entry in ledger.list()), desk.tasks())
+    report = readiness((entry for ledger in ledgers for entry in ledger.list()), operator.tasks())
     if screen.as_json:
         screen.json(
             [
@@ -126,14 +126,14 @@ def shadow(screen: Screen, desk: Desk, clear: bool, yes: bool) -> None:
     help="Seconds between two readings of the store.",
 )
 @click.option("--once", is_flag=True, help="Print the metrics and exit.")
-def metrics(screen: Screen, desk: Desk, port: int, address: str, every: float, once: bool) -> None:
+def metrics(screen: Screen, operator: Operator, port: int, address: str, every: float, once: bool) -> None:
     """Serve metrics for Prometheus: counts of intents by state, and the workers' counts of events.
 
     The workers' counts need the same PROMETHEUS_MULTIPROC_DIR for them and this command.
     """
     from celery_idem.telemetry.prometheus import PATIENCE, exporter_registry
 
-    registry = exporter_registry(desk.app, every, None if once else PATIENCE)
+    registry = exporter_registry(operator.app, every, None if once else PATIENCE)
     import prometheus_client
 
     if once:
@@ -151,7 +151,7 @@ def metrics(screen: Screen, desk: Desk, port: int, address: str, every: float, o
 
 @command("schema")
 @click.argument("dialect", default="postgresql")
-def schema(screen: Screen, desk: Desk, dialect: str) -> None:
+def schema(screen: Screen, operator: Operator, dialect: str) -> None:
     """Print the SQL that creates the SQL store's table, for postgresql or sqlite."""
     text = sql_statements.schema(dialect)
     if screen.as_json:
@@ -164,7 +164,7 @@ def schema(screen: Screen, desk: Desk, dialect: str) -> None:
 @click.argument("source", metavar="FROM")
 @click.argument("target", metavar="TO")
 @yes_option
-def copy(screen: Screen, desk: Desk, source: str, target: str, yes: bool) -> None:
+def copy(screen: Screen, operator: Operator, source: str, target: str, yes: bool) -> None:
     """Copy all records from one store (its URL) to another. It may be stopped and run again."""
     screen.confirm(
         "Records of this application's namespaces will be written to the target. A newer record there stays; an "
@@ -177,7 +177,7 @@ def copy(screen: Screen, desk: Desk, source: str, target: str, yes: bool) -> Non
             click.echo(f"\r{counts.seen} seen, {counts.written} written", nl=False, err=True)
 
     total = Copied()
-    for namespace, ledger in {ledger.namespace: ledger for ledger in desk.ledgers()}.items():
+    for namespace, ledger in {ledger.namespace: ledger for ledger in operator.ledgers()}.items():
         old = Ledger(open_store(source), namespace, ledger.codec, ledger.result_ttl)
         new = Ledger(open_store(target), namespace, ledger.codec, ledger.result_ttl)
         total = Copied(*map(sum, zip(total, copying.copy(old, new, progress), strict=True)))

@@ -13,7 +13,7 @@ from celery_idem.core.errors import IdempotencyError
 from celery_idem.core.keys import Declaration, label
 from celery_idem.core.model import Fingerprint
 from celery_idem.integration.publishing import HIDDEN
-from celery_idem.operate.operators import Desk
+from celery_idem.operate.operators import Operator
 
 
 @command("key")
@@ -23,7 +23,7 @@ from celery_idem.operate.operators import Desk
 @click.option("--occurrence", multiple=True, help="Occurrence of the call. Give it twice for two calls.")
 def key(
     screen: Screen,
-    desk: Desk,
+    operator: Operator,
     task: str,
     calls: tuple[str, ...],
     scope: tuple[str, ...],
@@ -33,9 +33,9 @@ def key(
 
     A CALL is JSON: an object of keyword arguments, or a list of positional arguments.
     """
-    guarded = desk.tasks().get(task)
+    guarded = operator.tasks().get(task)
     if guarded is None:
-        raise IdempotencyError(desk.no_task(task))
+        raise IdempotencyError(operator.no_task(task))
     if not 1 <= len(calls) <= 2:
         raise click.UsageError("Give one call, or two to compare.")
     if max(len(scope), len(occurrence)) > len(calls):

@@ -16,7 +16,7 @@ from celery_idem.cli.reading import Reading, within_option
 from celery_idem.cli.screen import Screen, command, yes_option
 from celery_idem.core.model import Happened, NotHappened
 from celery_idem.engine.entries import STATES, Entry, tallied
-from celery_idem.operate.operators import DOUBTFUL, Desk, Oldest, duration
+from celery_idem.operate.operators import DOUBTFUL, Oldest, Operator, duration
 
 LINES = 50
 """Entries that ``list`` prints by default: about a screen."""
@@ -65,7 +65,7 @@ def as_typed() -> str:
 @within_option
 def list_(
     screen: Screen,
-    desk: Desk,
+    operator: Operator,
     state: str | None,
     task: str | None,
     older_than: float,
@@ -76,10 +76,10 @@ def list_(
 
     With --json: one line per intent, in no order.
     """
-    found = Reading(lambda tick: desk.list(state, task, older_than, tick), within, quiet=screen.as_json)
+    found = Reading(lambda tick: operator.list(state, task, older_than, tick), within, quiet=screen.as_json)
     if screen.as_json:
         for entry in islice(found, limit):
-            screen.json(desk.describe(entry))
+            screen.json(operator.describe(entry))
         found.end()
         return
     oldest = Oldest(LINES if limit is None else limit)
@@ -92,8 +92,8 @@ def list_(
         screen.line(f"… and {total - len(entries)} more. --limit shows more, --json all.")
     if not total:
         screen.line("No such intents." if not found.stopped else "No such intents among those read.")
-        if task and task not in desk.tasks():
-            screen.line(desk.no_task(task))
+        if task and task not in operator.tasks():
+            screen.line(operator.no_task(task))
     elif any(entry.state in DOUBTFUL for entry in entries):
         screen.line(
             "Next: `idem show KEY` prints what is known; `idem reconcile` asks the destinations about all of them."
@@ -108,10 +108,10 @@ def _print_line(screen: Screen, entry: Entry) -> None:
 
 @command("show")
 @click.argument("key")
-def show(screen: Screen, desk: Desk, key: str) -> None:
+def show(screen: Screen, operator: Operator, key: str) -> None:
     """Print everything known about one intent. KEY may be the beginning of a key."""
-    entry = desk.find(key)
-    form = desk.describe(entry)
+    entry = operator.find(key)
+    form = operator.describe(entry)
     if screen.as_json:
         screen.json(form)
         return
@@ -184,7 +184,7 @@ def advice(entry: Entry) -> str:
 @yes_option
 def resolve(
     screen: Screen,
-    desk: Desk,
+    operator: Operator,
     key: str,
     happened: str | None,
     not_happened: bool,
@@ -212,7 +212,7 @@ def resolve(
                 f"--happened takes JSON, and {happened} is not. Text needs its own quotes: "
                 f"--happened '\"{happened}\"'. For no value give null."
             ) from None
-    entry = desk.find(key)
+    entry = operator.find(key)
     if isinstance(answer, Happened):
         screen.confirm(
             f"{entry.key} is {entry.state}. It will be settled as SUCCEEDED, every caller receives {happened}, and it "
@@ -227,9 +227,9 @@ def resolve(
         )
     # A worker may claim it while the operator reads the question.
     seen = entry.record.fence if fence is None else fence
-    settled = desk.resolve(entry.key, answer, by, evidence, seen)
+    settled = operator.resolve(entry.key, answer, by, evidence, seen)
     if screen.as_json:
-        screen.json(desk.describe(settled))
+        screen.json(operator.describe(settled))
         return
     screen.state(settled.state, settled.key)
     if isinstance(answer, NotHappened):
@@ -242,12 +242,12 @@ def resolve(
 @click.argument("key")
 @click.option("--steps", is_flag=True, help="Forget its finished steps too: they RUN AGAIN.")
 @yes_option
-def forget(screen: Screen, desk: Desk, key: str, steps: bool, yes: bool) -> None:
+def forget(screen: Screen, operator: Operator, key: str, steps: bool, yes: bool) -> None:
     """Delete an intent in any state: the next call with this key RUNS.
 
     Finished steps of an unfinished action stay done; --steps forgets them too.
     """
-    entry = desk.find(key)
+    entry = operator.find(key)
     finished = ", ".join(repr(step.name) for step in entry.record.steps)
     running = " A WORKER IS RUNNING IT NOW, and a second one could start." if entry.state == "running" else ""
     loss = "Its record, and every proof that it ran, is deleted, and the next call RUNS."
@@ -259,7 +259,7 @@ def forget(screen: Screen, desk: Desk, key: str, steps: bool, yes: bool) -> None
             "(--steps forgets all.)"
         )
     screen.confirm(f"{entry.key} is {entry.state}. {loss}{running} Go on?", yes)
-    forgotten = desk.forget(entry.key, steps)
+    forgotten = operator.forget(entry.key, steps)
     if screen.as_json:
         screen.json({"key": entry.key, "forgotten": forgotten})
     else:
@@ -268,13 +268,13 @@ def forget(screen: Screen, desk: Desk, key: str, steps: bool, yes: bool) -> None
 
 @command("purge")
 @yes_option
-def purge(screen: Screen, desk: Desk, yes: bool) -> None:
+def purge(screen: Screen, operator: Operator, yes: bool) -> None:
     """Delete expired outcomes. Redis does that itself."""
     screen.confirm(
         "Outcomes older than their result_ttl will be deleted. Intents that run, wait or are in doubt stay. Go on?",
         yes,
     )
-    purged = desk.purge()
+    purged = operator.purge()
     if screen.as_json:
         screen.json({"purged": purged})
     else:
@@ -283,9 +283,9 @@ def purge(screen: Screen, desk: Desk, yes: bool) -> None:
 
 @command("stats")
 @within_option
-def stats(screen: Screen, desk: Desk, within: float | None) -> None:
+def stats(screen: Screen, operator: Operator, within: float | None) -> None:
     """Count intents by task and state."""
-    reading = Reading(lambda tick: desk.list(tick=tick), within)
+    reading = Reading(lambda tick: operator.list(tick=tick), within)
     tallies = sorted(tallied(reading).items())
     if screen.as_json:
         screen.json(

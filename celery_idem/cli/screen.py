@@ -16,7 +16,7 @@ from celery import _state
 from celery.bin.base import CeleryCommand, CeleryOption
 
 from celery_idem.core.errors import ConfigurationError, IdempotencyError, StoreError
-from celery_idem.operate.operators import Desk
+from celery_idem.operate.operators import Operator
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -148,7 +148,7 @@ def idem(**_: Any) -> None:
 
 
 def command(name: str) -> Callable[[F], click.Command]:
-    """Make a function ``(screen, desk, **options)`` a command of the group, with ``--json`` and our errors."""
+    """Make a function ``(screen, operator, **options)`` a command of the group, with ``--json`` and our errors."""
 
     def decorate(function: F) -> click.Command:
         @wraps(function)
@@ -159,7 +159,7 @@ def command(name: str) -> Callable[[F], click.Command]:
                 if not as_json:
                     _ = screen.console  # fails before anything is changed if rich is missing
                 app.loader.import_default_modules()
-                function(screen, Desk(app), **options)
+                function(screen, Operator(app), **options)
             except IdempotencyError as error:
                 raise click.ClickException(printable(f"{error}{_next(error, app)}")) from error
 

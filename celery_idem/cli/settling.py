@@ -10,7 +10,7 @@ import click
 
 from celery_idem.cli.screen import Screen, command, yes_option
 from celery_idem.core.errors import StoreError
-from celery_idem.operate.operators import Desk, read_arguments
+from celery_idem.operate.operators import Operator, read_arguments
 
 WORDS = {
     "happened": "happened",
@@ -47,7 +47,7 @@ WORDS = {
 @yes_option
 def reconcile(
     screen: Screen,
-    desk: Desk,
+    operator: Operator,
     task: str | None,
     older_than: float,
     limit: int | None,
@@ -71,9 +71,9 @@ def reconcile(
         )
     counts: Counter[str] = Counter()
     try:
-        for entry in islice(desk.doubtful(task, older_than), limit):
+        for entry in islice(operator.doubtful(task, older_than), limit):
             try:
-                asked = desk.ask(
+                asked = operator.ask(
                     entry, known.get(entry.key), without_arguments=without_arguments, dry_run=dry_run
                 )
             except StoreError as error:

@@ -64,7 +64,7 @@ class Asked(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Desk:
+class Operator:
     """What an operator can do with the intents of one application."""
 
     app: Celery

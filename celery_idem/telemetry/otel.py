@@ -22,10 +22,10 @@ SCOPE = "celery_idem"
 
 
 def install(meter_provider: MeterProvider | None = None) -> Callable[[], None]:
-    """Annotate spans and count; returns a function that stops it.
+    """Annotate spans and count events, and return a function that stops it.
 
     Args:
-        meter_provider: the global one without it.
+        meter_provider: without it, the global one.
     """
     try:
         from opentelemetry import metrics, trace
@@ -34,7 +34,7 @@ def install(meter_provider: MeterProvider | None = None) -> Callable[[], None]:
             "OpenTelemetry needs a package that is not installed: pip install 'celery_idem[otel]'."
         ) from None
     meter = metrics.get_meter(SCOPE, meter_provider=meter_provider)
-    counter = meter.create_counter(COUNTER, unit="{event}", description="What happened to intents.")
+    counter = meter.create_counter(COUNTER, unit="{event}", description="Events of intents.")
 
     def annotate(event: events.Event) -> None:
         counter.add(1, {"celery.task_name": event.task, "celery_idem.event": event.kind})
@@ -49,7 +49,7 @@ def install(meter_provider: MeterProvider | None = None) -> Callable[[], None]:
 
 
 def _attributes(details: dict[str, Any]) -> dict[str, Any]:
-    """Values that an attribute can hold; text of any other."""
+    """Return values that an attribute can hold, others as text."""
     plain = (str, bool, int, float)
     return {
         f"celery_idem.{name.rstrip('_')}": value if isinstance(value, plain) else str(value)

@@ -1,16 +1,15 @@
 """Metrics for Prometheus. Labels are the task's name and the kind of event or state, never a key.
 
-Two sources. ``install`` counts events where they happen, in the workers; with a prefork pool set
-``PROMETHEUS_MULTIPROC_DIR``, so that children write what they count to files. ``Intents`` looks
-at the store when it is scraped: how many intents stand in which state, and for how long.
-``celery -A proj idem metrics`` serves both.
+``install`` counts events in the workers. With a prefork pool set ``PROMETHEUS_MULTIPROC_DIR``, so that the children
+write their counts to files. ``Intents`` reads the store when it is scraped and reports the number and age of intents by
+state. ``celery -A proj idem metrics`` serves both.
 
 ==================================  =========  ===========  ==============================
 metric                              type       labels       meaning
 ==================================  =========  ===========  ==============================
-``celery_idem_events_total``        counter    task, kind   what happened (``events.KINDS``)
+``celery_idem_events_total``        counter    task, kind   events (``events.KINDS``)
 ``celery_idem_intents``             gauge      task, state  intents in that state now
-``celery_idem_oldest_seconds``      gauge      task, state  how long the oldest stands
+``celery_idem_oldest_seconds``      gauge      task, state  seconds since the oldest change
 ``celery_idem_store_up``            gauge                   1 when the store answered
 ==================================  =========  ===========  ==============================
 """
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.engine import events
 from celery_idem.operate.background import Background
-from celery_idem.operate.operators import Desk
+from celery_idem.operate.operators import Operator
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -40,8 +39,8 @@ EVERY = 30.0
 """Seconds between readings of the store, however often it is scraped: a reading goes through every record."""
 
 PATIENCE = 5.0
-"""Seconds that a scrape waits for a look: half of what Prometheus waits by default. A look at more
-records than can be read in that goes on in the background, and the next scrape finds it."""
+"""Seconds that a scrape waits for a reading: half of Prometheus' default timeout. A longer reading continues in the
+background, and a later scrape returns it."""
 
 
 def _client() -> Any:
@@ -55,21 +54,22 @@ def _client() -> Any:
 
 
 def install(registry: CollectorRegistry | None = None) -> Callable[[], None]:
-    """Count events; returns a function that stops it. Call it before the worker forks, for
-    example in the module that makes the application.
+    """Count events, and return a function that stops it.
+
+    Call it before the worker forks, for example in the module that creates the application.
 
     Args:
-        registry: where the counter is registered; Prometheus' default one without it.
+        registry: the registry of the counter; without it, Prometheus' default one.
     """
     client = _client()
     counter = client.Counter(
-        EVENTS, "What happened to intents.", ("task", "kind"), registry=registry or client.REGISTRY
+        EVENTS, "Events of intents.", ("task", "kind"), registry=registry or client.REGISTRY
     )
 
     def count(event: events.Event) -> None:
         counter.labels(event.task, event.kind).inc()
 
-    stop = events.listen(count, here=True)  # adds to a number in memory
+    stop = events.listen(count, here=True)  # fast enough to run in the emitting thread
 
     def uninstall() -> None:
         stop()
@@ -79,20 +79,20 @@ def install(registry: CollectorRegistry | None = None) -> Callable[[], None]:
 
 
 class Intents:
-    """A collector that looks at the store. Register it in one process only.
+    """A collector that reads the store. Register it in one process only.
 
     Args:
-        every: seconds between looks.
-        patience: seconds that a scrape waits for a look; None: until it has ended.
+        every: seconds between two readings.
+        patience: seconds that a scrape waits for a reading; None: until it has ended.
     """
 
     def __init__(self, app: Celery, every: float = EVERY, patience: float | None = PATIENCE) -> None:
-        desk = Desk(app)
-        self._tallies = Background(lambda: iter([desk.stats()]), every, patience)
+        operator = Operator(app)
+        self._tallies = Background(lambda: iter([operator.stats()]), every, patience)
         _client()
 
     def describe(self) -> list[GaugeMetricFamily]:
-        """Nothing is looked at when the collector is registered."""
+        """Return nothing, so that registering the collector does not read the store."""
         return []
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
@@ -112,14 +112,13 @@ class Intents:
             oldest.add_metric((task, state), tally.oldest)
         yield intents
         yield oldest
-        yield GaugeMetricFamily(STORE_UP, "1 when the store answered at the last look.", value=float(up))
+        yield GaugeMetricFamily(STORE_UP, "1 if the store answered the last reading.", value=float(up))
 
 
 def exporter_registry(
     app: Celery, every: float = EVERY, patience: float | None = PATIENCE
 ) -> CollectorRegistry:
-    """Everything there is to scrape: what the workers counted, where they write it to
-    ``PROMETHEUS_MULTIPROC_DIR``, and the state of the store."""
+    """Return a registry with the state of the store, and the workers' counts from ``PROMETHEUS_MULTIPROC_DIR``."""
     client = _client()
     registry: CollectorRegistry = client.CollectorRegistry()
     if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):

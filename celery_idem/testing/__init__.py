@@ -1,14 +1,13 @@
-"""For tests: of your own store, and of your own tasks under faults.
+"""Helpers for tests of your own store, and of your own tasks under faults.
 
 ``StoreConformance``
-    Everything a store must do, as one class of pytest methods to subclass.
+    The tests that every store must pass, as a class to subclass.
 ``FakeClock``
-    A clock that stands still until it is told to move.
+    A clock that moves only by ``advance``.
 ``CrashingStore``
-    A store that fails at a point you name: before or after a primitive, by an error or
-    by the death of the process.
+    A store that fails before or after a primitive of your choice, with an error or by killing the process.
 ``use_store``
-    Gives the applications of this process a store of your making.
+    Makes the applications of this process use your own store.
 
 Nothing in ``celery_idem`` imports this package.
 """

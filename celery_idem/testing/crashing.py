@@ -1,4 +1,4 @@
-"""A store that fails where it is told to: to see what is left behind."""
+"""A store that fails at chosen points, for tests of what a crash leaves behind."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ T = TypeVar("T")
 PRIMITIVES = ("create", "read", "replace", "replace_many", "scan", "purge")
 
 POINTS = tuple(f"{when} {name}" for name in PRIMITIVES for when in ("before", "after"))
-"""Where a ``CrashingStore`` can fail: "before create": nothing is written; "after create":
-it is written, and the caller does not get the reply. Leases are renewed by
-``replace_many``, outcomes and steps are written by ``replace``."""
+"""Where a ``CrashingStore`` can fail. "before create": nothing is written. "after create": it is written, and the
+caller does not get the reply. ``replace_many`` renews leases; ``replace`` writes outcomes and steps."""
 
 How = Literal["raise", "kill"] | Callable[[], object]
 
 
 class CrashingStore(Store):
-    """Passes everything on to ``store``, and fails at the points set with ``crash``.
+    """Passes all calls on to ``store``, and fails at the points set with ``crash``.
 
     ::
 
         store = CrashingStore(open_store("redis://localhost:6379/1"))
         store.crash("after create")                 # the claim is written, its reply is lost
         store.crash("before replace", "kill")       # the process dies with the effect done, unrecorded
-        store.crash("before replace", times=1000)   # the store has gone away
+        store.crash("before replace", times=1000)   # the store is down
         store.heal()
 
     Attributes:
-        store: the store behind it: look into it to see what was written.
-        calls: names of the primitives that were called so far, in order.
+        store: the store behind it, which shows what was written.
+        calls: names of the primitives called so far, in order.
     """
 
     def __init__(self, store: Store) -> None:
@@ -50,17 +49,16 @@ class CrashingStore(Store):
         """Fail at ``point``, one of ``POINTS``.
 
         Args:
-            how: "raise": a StoreError, as after a time-out; "kill": SIGKILL for this
-                process; or a function to call, which may raise whatever it likes.
-            times: how often.
-            skip: how often the point is passed unharmed before that.
+            how: "raise": a StoreError, as after a time-out; "kill": SIGKILL for this process; or a function to call.
+            times: number of failures.
+            skip: number of passes before the first failure.
         """
         if point not in POINTS:
             raise ValueError(f"there is no point {point!r}; there are: {', '.join(POINTS)}")
         self._crashes.append(_Crash(point, how, times, skip))
 
     def heal(self) -> None:
-        """Fail no more."""
+        """Stop failing."""
         self._crashes.clear()
 
     def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
@@ -121,8 +119,8 @@ class _Crash:
 
 
 def use_store(url: str, store: Store, durability: str = "none") -> None:
-    """Let every application of this process whose ``idem_store`` is ``url`` use ``store``.
+    """Make every application of this process whose ``idem_store`` is ``url`` use ``store``.
 
-    Call it before the first task runs, for example in the module that makes the application.
+    Call it before the first task runs, for example in the module that creates the application.
     """
     wiring._stores[url, durability] = store

@@ -1,20 +1,20 @@
-"""A pytest plugin: your tasks on a store in memory, and ``--idem-duplicate``.
+"""The pytest plugin: fixtures with a store in memory, and the option ``--idem-duplicate``.
 
 Fixtures:
 
 ``idem_store``
     Puts every guarded task of ``idem_app`` on an empty store in memory for one test.
 ``idem_clock``
-    That store's clock: ``idem_clock.advance(60)`` makes leases lapse and outcomes expire.
+    The clock of that store. ``idem_clock.advance(60)`` makes leases lapse and outcomes expire.
 ``idem_effects``
-    Counts effects: have the fake of your destination call ``idem_effects.add("charge", customer)``.
+    Counts effects. Your fake destination calls ``idem_effects.add("charge", customer)``.
 ``idem_app``
-    Your application. Without one of your own it is the ``celery_app`` fixture, else Celery's current application.
+    The application under test: the ``celery_app`` fixture, else Celery's current application. Override it.
 
-``pytest --idem-duplicate`` delivers every task twice in every test, and guarded tasks once more
-after a crash between effect and record. A test then fails where an effect it counts was repeated.
-Guarded tasks are duplicated wherever they run in the test's process (``apply``, ``task_always_eager``,
-a direct call, Celery's ``celery_worker`` fixture); tasks without a guard only in ``apply`` and eager mode.
+``pytest --idem-duplicate`` delivers every task twice in every test, and guarded tasks once more after a crash between
+effect and record. A test fails if a counted effect is repeated. Guarded tasks are duplicated wherever they run in the
+test's process (``apply``, ``task_always_eager``, a direct call, Celery's ``celery_worker`` fixture). Tasks without a
+guard are duplicated only in ``apply`` and eager mode.
 """
 
 from __future__ import annotations
@@ -38,31 +38,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.getgroup("celery_idem").addoption(
         "--idem-duplicate",
         action="store_true",
-        help="deliver every Celery task twice, and guarded ones again after a crash; fail where an effect that "
+        help="deliver every Celery task twice, and guarded tasks again after a crash; fail if an effect that "
         "idem_effects counts is repeated",
     )
 
 
 class RepeatedEffects:
-    """Counts effects at your fake destination."""
+    """Counts the effects at your fake destination."""
 
     def __init__(self) -> None:
         self._counts: Counter[tuple[Any, ...]] = Counter()
 
     def add(self, *what: Any) -> None:
-        """Something took effect: a name, and what tells it from others of that name. Hashable values."""
+        """Count an effect: a name, and values that identify it. All must be hashable."""
         self._counts[what] += 1
 
     def count(self, *what: Any) -> int:
-        """How often it did."""
+        """Return how often this effect was counted."""
         return self._counts[what]
 
     def repeated(self) -> dict[tuple[Any, ...], int]:
-        """What took effect more than once."""
+        """Return the effects that were counted more than once."""
         return {what: count for what, count in self._counts.items() if count > 1}
 
     def forget(self, *what: Any) -> None:
-        """This one may happen again: the test means it."""
+        """Remove an effect from the counts: the test intends its repetition."""
         self._counts.pop(what, None)
 
 
@@ -80,7 +80,7 @@ def idem_app(request: pytest.FixtureRequest) -> Celery:
 
 @pytest.fixture
 def idem_clock() -> FakeClock:
-    """The store's clock. It stands still until it is told to move."""
+    """The store's clock. It moves only by ``advance``."""
     return FakeClock()
 
 
@@ -106,7 +106,7 @@ def idem_effects() -> RepeatedEffects:
 
 
 def _point(app: Celery, url: Any) -> None:
-    """Have the application, which may have been used before, open another store."""
+    """Make the application, which may be in use, open another store."""
     from celery_idem.integration import wiring
 
     app.conf.idem_store = url or ""
@@ -142,7 +142,7 @@ def _idem_duplicate(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def duplicate(app: Celery, clock: FakeClock) -> Callable[[], None]:
-    """Deliver twice from now on; returns a function that stops it."""
+    """Deliver every task twice from now on, and return a function that stops it."""
     from celery import Task
 
     from celery_idem.integration.task import IdempotentTask
@@ -173,10 +173,9 @@ def duplicate(app: Celery, clock: FakeClock) -> Callable[[], None]:
 
 
 def _deliver(task: Any, request: Any, args: Any, kwargs: Any, clock: FakeClock) -> Any:
-    """One delivery whose worker dies after the effect, then another after the lease, then a duplicate.
+    """Run a delivery whose worker dies after the effect, then one after the lease has lapsed, then a duplicate.
 
-    The caller gets what the first one got: that its outcome was written late (which rule 4
-    allows) is the only thing that it could notice.
+    The caller receives the first one's result, whose outcome is written late, as the protocol allows.
     """
     from celery_idem.core.errors import IdempotencyError
     from celery_idem.engine.runner import Runner

@@ -15,7 +15,7 @@ import redis as redis_py
 from celery import Celery
 
 from celery_idem import IdempotentTask
-from celery_idem.operate.operators import Desk
+from celery_idem.operate.operators import Operator
 from tests.support.effects import Effects
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_for
@@ -105,12 +105,12 @@ def hold_many(pool: str, number: int, broker: RedisServer, store: RedisServer, f
 
 
 def _hold_many(app: Celery, number: int, store: RedisServer, folder: Path) -> Cost:
-    desk = Desk(app)
+    operator = Operator(app)
     with app.producer_pool.acquire(block=True) as producer:
         results = [app.tasks["hold"].apply_async((n,), producer=producer) for n in range(number)]
 
     def running() -> bool:
-        return sum(entry.state == "running" for entry in desk.list()) == number
+        return sum(entry.state == "running" for entry in operator.list()) == number
 
     wait_for(running, PATIENCE, "all of them to run", 0.5)
     names = app.tasks["threads"].delay().get(timeout=PATIENCE)
@@ -122,7 +122,7 @@ def _hold_many(app: Celery, number: int, store: RedisServer, folder: Path) -> Co
         while time.monotonic() - began < 3.2 * LEASE:
             time.sleep(0.5)
             looks += 1
-            for entry in desk.list():
+            for entry in operator.list():
                 states[entry.state] = states.get(entry.state, 0) + 1
                 oldest = max(oldest, entry.age)
         seconds = time.monotonic() - began

@@ -28,7 +28,7 @@ def line(app: Celery, *words: str, **options: Any) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-class Desk:
+class Operator:
     """A shop with something to look at: ``{doubtful}`` and ``{settled}`` in a command are keys."""
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ WRONG: list[tuple[tuple[str, ...], int, tuple[str, ...]]] = [
         ("redis://127.0.0.1:1/0 did not answer",),
     ),
     (("reconcile", "--arguments=/nowhere", "--yes"), 2, ("'/nowhere'", "No such file")),
-    (("reconcile", "--arguments=-", "--yes"), 1, ("Line 1 is not", '"kwargs"', 'no object with a "key"')),
+    (("reconcile", "--arguments=-", "--yes"), 1, ("Line 1 is not", '"kwargs"', 'not an object with a "key"')),
     (("metrics", "--port=99999"), 2, ("'--port'", "99999 is not in the range")),
     (
         ("metrics", "--port=1", "--address=nowhere.invalid"),
@@ -121,17 +121,17 @@ WRONG: list[tuple[tuple[str, ...], int, tuple[str, ...]]] = [
 def test_the_command_line_says_what_was_wrong(
     words: tuple[str, ...], status: int, said: tuple[str, ...]
 ) -> None:
-    desk = Desk()
+    operator = Operator()
     words = tuple(word.replace("{{", "{").replace("}}", "}") for word in words)
     given = "[1]\n" if "--arguments=-" in words else ""
-    code, output = desk.say(words, input=given)
+    code, output = operator.say(words, input=given)
     wanted = [
-        re.sub(r"\{(settled|doubtful)\}", lambda f: desk.keys[f[1]], w).replace("{{", "{") for w in said
+        re.sub(r"\{(settled|doubtful)\}", lambda f: operator.keys[f[1]], w).replace("{{", "{") for w in said
     ]
     assert code == status, output
     assert [word for word in wanted if word not in output] == [], output
     assert [word for word in SECRETS if word in output] == [], output
-    assert desk.say(("list", "--json"))[1].count("\n") == 2  # and nothing was changed
+    assert operator.say(("list", "--json"))[1].count("\n") == 2  # and nothing was changed
 
 
 def test_a_port_that_is_taken() -> None:

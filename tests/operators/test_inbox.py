@@ -295,7 +295,7 @@ def test_many_records_are_shown_as_far_as_they_are_read(
 
 
 @pytest.fixture
-def desk(app: Celery, ledger: Ledger) -> Iterator[str]:
+def operator(app: Celery, ledger: Ledger) -> Iterator[str]:
     for n in range(60):
         succeeded(ledger, key(f"fine-{n}"))
     for n in range(4):
@@ -337,8 +337,8 @@ def look(browser: webdriver.Chrome) -> Iterator[Callable[[str, int, int], None]]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
-def test_light_dark_and_on_a_phone(desk: str, browser: webdriver.Chrome, look: Any) -> None:
-    sign_in(browser, desk)
+def test_light_dark_and_on_a_phone(operator: str, browser: webdriver.Chrome, look: Any) -> None:
+    sign_in(browser, operator)
     grounds = set()
     for scheme, width, height, name in (
         ("light", 1280, 900, "inbox-light.png"),
@@ -346,7 +346,7 @@ def test_light_dark_and_on_a_phone(desk: str, browser: webdriver.Chrome, look: A
         ("light", 390, 844, "inbox-phone.png"),
     ):
         look(scheme, width, height)
-        browser.get(desk)
+        browser.get(operator)
         assert "6 intents wait" in browser.find_element(By.TAG_NAME, "h1").text
         assert not wide(browser)
         picture(browser, name)
@@ -358,9 +358,9 @@ def test_light_dark_and_on_a_phone(desk: str, browser: webdriver.Chrome, look: A
     assert len(grounds) == 2  # the style sheet was applied, and knows the dark
 
 
-def test_by_keyboard_alone(desk: str, browser: webdriver.Chrome, ledger: Ledger) -> None:
-    sign_in(browser, desk)
-    browser.get(desk)
+def test_by_keyboard_alone(operator: str, browser: webdriver.Chrome, ledger: Ledger) -> None:
+    sign_in(browser, operator)
+    browser.get(operator)
 
     def tab_to(selector: str) -> Any:
         for _ in range(40):
@@ -381,9 +381,11 @@ def test_by_keyboard_alone(desk: str, browser: webdriver.Chrome, ledger: Ledger)
     assert entry.state == "released"
 
 
-def test_the_browser_itself_asks_for_evidence(desk: str, browser: webdriver.Chrome, ledger: Ledger) -> None:
-    sign_in(browser, desk)
-    browser.get(desk)
+def test_the_browser_itself_asks_for_evidence(
+    operator: str, browser: webdriver.Chrome, ledger: Ledger
+) -> None:
+    sign_in(browser, operator)
+    browser.get(operator)
     browser.find_element(By.CSS_SELECTOR, ".doubtful a").click()
     button = browser.find_element(By.CSS_SELECTOR, "button.no")
     here = browser.current_url
@@ -392,9 +394,9 @@ def test_the_browser_itself_asks_for_evidence(desk: str, browser: webdriver.Chro
     assert browser.execute_script("return !document.querySelector('#evidence-no').validity.valid")
 
 
-def test_every_field_has_a_label_and_the_console_is_quiet(desk: str, browser: webdriver.Chrome) -> None:
-    sign_in(browser, desk)
-    browser.get(desk)
+def test_every_field_has_a_label_and_the_console_is_quiet(operator: str, browser: webdriver.Chrome) -> None:
+    sign_in(browser, operator)
+    browser.get(operator)
     browser.find_element(By.CSS_SELECTOR, ".doubtful a").click()
     browser.find_element(By.CSS_SELECTOR, ".timeline")
     unlabelled = browser.execute_script(

@@ -10,7 +10,7 @@ from celery import Celery
 
 from celery_idem import IdempotencyError, Ledger
 from celery_idem.engine import ledger as ledger_module
-from celery_idem.operate.operators import Desk
+from celery_idem.operate.operators import Operator
 from celery_idem.stores.memory import MemoryStore
 from tests.operators.conftest import Idem
 from tests.operators.intents import claimed, in_doubt, succeeded
@@ -34,7 +34,7 @@ def test_each_intent_is_listed_and_counted_once(app: Celery, ledger: Ledger, ide
         in_doubt(ledger, key)
     assert sorted(entry.key for entry in ledger.list()) == keys
     assert sorted(entry.key for entry in ledger.list("in_doubt")) == keys
-    assert [tally.intents for tally in Desk(app).stats().values()] == [5]
+    assert [tally.intents for tally in Operator(app).stats().values()] == [5]
     assert len(idem("list", "--json").output.splitlines()) == 5
 
 
@@ -78,5 +78,5 @@ def test_a_state_that_does_not_exist(ledger: Ledger, app: Celery, state: Any) ->
     with pytest.raises(IdempotencyError, match=r"running, scheduled, .*in_doubt, lapsed"):
         ledger.list(state)  # at once, not at the first entry
     with pytest.raises(IdempotencyError, match="There is no state"):
-        list(Desk(app).list(state))
+        list(Operator(app).list(state))
     assert [entry.state for entry in ledger.list("RUNNING")] == ["running"]

@@ -22,7 +22,7 @@ from celery_idem.adapters.tools import tool_of
 from celery_idem.core.errors import IdempotencyError
 from celery_idem.core.model import KEY
 from celery_idem.integration.settings import of_app
-from celery_idem.operate.operators import Desk
+from celery_idem.operate.operators import Operator
 from celery_idem.telemetry.prometheus import exporter_registry
 from tests.operators.intents import in_doubt
 from tests.security.conftest import MARK, application, command_line
@@ -86,7 +86,7 @@ class Doors:
     """Everything that the doors of an application say, by door."""
 
     def __init__(self, app: Celery) -> None:
-        self.app, self.ledger, self.desk = app, Ledger.from_app(app), Desk(app)
+        self.app, self.ledger, self.operator = app, Ledger.from_app(app), Operator(app)
         self.http = TestClient(door(app, ["shop.pay"], token=TOKEN), headers=BEARER)
         self.pages = TestClient(inbox(app, authenticate=lambda request: "ann"))
         self.mcp = _mcp_handlers(app)
@@ -111,22 +111,22 @@ class Doors:
         ):
             self.say("cli", command_line, self.app, *words, "--json")
         self.say("ledger", lambda: [(e.key, e.record) for e in self.ledger.list()])
-        self.say("desk", lambda: [self.desk.describe(e) for e in self.desk.list()])
-        self.say("stats", lambda: (self.ledger.stats(), self.desk.stats()))
-        self.say("doubtful", lambda: list(self.desk.doubtful()))
+        self.say("operator", lambda: [self.operator.describe(e) for e in self.operator.list()])
+        self.say("stats", lambda: (self.ledger.stats(), self.operator.stats()))
+        self.say("doubtful", lambda: list(self.operator.doubtful()))
         self.say("inbox", lambda: self.pages.get("/").text)
         self.say("metrics", lambda: prometheus_client.generate_latest(exporter_registry(self.app)).decode())
 
     def look(self, key: str) -> None:
         self.say("ledger", self.ledger.get, key)
         self.say("ledger", lambda task: list(self.ledger.list(task=task)), key)
-        self.say("desk", lambda key: self.desk.describe(self.desk.find(key)), key)
+        self.say("operator", lambda key: self.operator.describe(self.operator.find(key)), key)
         self.say("receipts", lambda key: look_up(self.app, key), key)
 
     def change(self, key: str) -> None:
         self.say("change", lambda key: self.ledger.resolve(key, NotHappened(), by="mallory"), key)
-        self.say("change", lambda key: self.desk.resolve(key, NotHappened(), "mallory", "seen"), key)
-        self.say("change", lambda key: (self.ledger.forget(key), self.desk.forget(key)), key)
+        self.say("change", lambda key: self.operator.resolve(key, NotHappened(), "mallory", "seen"), key)
+        self.say("change", lambda key: (self.ledger.forget(key), self.operator.forget(key)), key)
 
     def ask(self, key: str) -> None:
         """The same questions as ``look`` through the doors that people and programs use."""
@@ -178,7 +178,7 @@ def test_the_neighbour_sees_itself(theirs: Celery) -> None:
     doors.look(key)
     doors.ask(key)
     shown = {name: "".join(answers) for name, answers in doors.said.items()}
-    for name in ("ledger", "desk", "cli", "http", "inbox", "mcp", "receipts"):
+    for name in ("ledger", "operator", "cli", "http", "inbox", "mcp", "receipts"):
         assert MARK in shown[name], name
     for name in ("stats", "doubtful", "metrics"):
         assert "in_doubt" in shown[name], name

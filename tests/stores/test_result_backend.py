@@ -17,7 +17,7 @@ from celery_idem.core.errors import ConfigurationError
 from celery_idem.engine.ledger import Ledger
 from celery_idem.integration.settings import Settings
 from celery_idem.integration.wiring import ledger_of, store_of
-from celery_idem.operate.operators import Desk
+from celery_idem.operate.operators import Operator
 from celery_idem.stores import open_store
 from celery_idem.stores.redis import TIMEOUT, RedisStore
 from celery_idem.stores.redis_sentinel import SentinelStore
@@ -230,7 +230,7 @@ def test_applications_with_other_prefixes_do_not_see_each_other(redis_url: str) 
     plain = open_store(redis_url)
     found = {key for part in ("staging:", "production:", "third_", "idem:") for key, _ in plain.scan(part)}
     assert found == {"staging:idem:a", "production:idem:a", "third_idem:a"}
-    assert [ledger.store for ledger in Desk(apps["staging:"]).ledgers()] == [ledgers[0].store]
+    assert [ledger.store for ledger in Operator(apps["staging:"]).ledgers()] == [ledgers[0].store]
 
 
 # --- TLS ------------------------------------------------------------------------------------------

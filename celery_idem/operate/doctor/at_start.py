@@ -17,7 +17,7 @@ from celery_idem.operate.doctor import CHEAP, examine, gather
 from celery_idem.operate.doctor.configuration import NOT_A_SETTING
 from celery_idem.operate.doctor.snapshot import version
 from celery_idem.operate.doctor.stores import meanwhile
-from celery_idem.operate.operators import Desk
+from celery_idem.operate.operators import Operator
 
 POOLS = {"thread": "threads"}
 """Pools whose module has another name than ``--pool`` takes."""
@@ -77,7 +77,7 @@ def _check(app: Any, pool: str) -> None:
 
 def _try_stores(app: Any) -> None:
     try:
-        ledgers = Desk(app).ledgers()
+        ledgers = Operator(app).ledgers()
     except ConfigurationError:  # the check of the configuration reports it
         return
     for ledger in ledgers:
@@ -91,7 +91,7 @@ def _try_store(app: Any, ledger: Ledger) -> None:
     try:
         store.read(f"{ledger.namespace}:")
     except StoreError as error:
-        guards = {name: task.guard for name, task in Desk(app).tasks().items()}
+        guards = {name: task.guard for name, task in Operator(app).tasks().items()}
         its = {name: guard.settings for name, guard in guards.items() if guard.ledger.store is store}
         events.diagnose(
             logging.WARNING,

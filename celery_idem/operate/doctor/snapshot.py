@@ -17,7 +17,7 @@ from celery_idem.integration.declaring import options_of
 from celery_idem.integration.options import Stray
 from celery_idem.integration.settings import LONGEST, Settings, of_app
 from celery_idem.integration.wiring import codec_of, store_of
-from celery_idem.operate.operators import Desk
+from celery_idem.operate.operators import Operator
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -159,8 +159,8 @@ def gather(app: Celery, *, ask: bool = True, pool: str = "") -> Snapshot:
     """
     conf = app.conf
     settings = of_app(conf)
-    desk = Desk(app)
-    guarded = desk.tasks()
+    operator = Operator(app)
+    guarded = operator.tasks()
     brokers = _brokers(conf.broker_read_url, conf.broker_write_url)
     schedule = conf.beat_schedule if isinstance(conf.beat_schedule, Mapping) else {}
     scheduled = {str(entry.get("task")) for entry in schedule.values() if isinstance(entry, Mapping)}
@@ -179,7 +179,9 @@ def gather(app: Celery, *, ask: bool = True, pool: str = "") -> Snapshot:
             _facts_or_why_not(name, task, guarded.get(name), name in scheduled)
             for name, task in sorted(app.tasks.items())
         ),
-        stores=tuple(_store_facts(ledger, settings.durability, guarded.values()) for ledger in desk.ledgers())
+        stores=tuple(
+            _store_facts(ledger, settings.durability, guarded.values()) for ledger in operator.ledgers()
+        )
         if ask
         else (),
     )

@@ -1,6 +1,6 @@
-"""What every store must do, as tests.
+"""The tests that every store must pass.
 
-Subclass it in a test module, and say how to open your store::
+Subclass ``StoreConformance`` in a test module and open your store in ``make_store``::
 
     from celery_idem.testing import StoreConformance
 

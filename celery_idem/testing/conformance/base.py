@@ -1,4 +1,4 @@
-"""What the parts of the suite share: the set-up of a test, values and keys to try, and bounded waiting."""
+"""The base of the suite: set-up, sample values and keys, and bounded waiting."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from celery_idem.core.model import MICROSECONDS, Stored
 from celery_idem.stores.base import Reply, Store
 
 PATIENCE = 60.0
-"""Seconds until something that should have happened is a failure: for a very slow machine."""
+"""Seconds until a wait fails: enough for a very slow machine."""
 
 SHORT = MICROSECONDS // 5
-"""Microseconds that a value is kept in the tests of expiry: long beside a round trip, short to wait for."""
+"""Time to live in the tests of expiry, in microseconds: longer than a round trip, and short to wait for."""
 
 MINE = b"owner-mine--"
 YOURS = b"owner-yours-"
@@ -44,10 +44,10 @@ AWKWARD = (
 
 
 class Suite:
-    """What every part has: a store, and keys that no other test uses, so the store need not be empty."""
+    """A store, and keys that no other test uses, so the store need not be empty."""
 
     shared_by_processes = True
-    """False for a store that lives in one process: the races between processes are then skipped."""
+    """False for a store in one process: races between processes are then skipped."""
 
     racers = 8
     """Threads in a race."""
@@ -78,13 +78,13 @@ class Suite:
 
     @property
     def store(self) -> Store:
-        """Opened at first use: fixtures of a subclass come before it."""
+        """The store, opened at first use, after the fixtures of a subclass."""
         if self._opened is None:
             self._opened = self.make_store()
         return self._opened
 
     def key(self, name: str) -> str:
-        """A key that no other test uses."""
+        """Return a key that no other test uses."""
         return self._prefix + name
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Suite:
 
 
 def held_by(reply: Reply) -> Stored:
-    """What the key holds, which must be something."""
+    """Return what the key holds; fail if it holds nothing."""
     assert reply.stored is not None
     return reply.stored
 
@@ -102,7 +102,7 @@ def stamp_of(reply: Reply) -> int:
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
-    """Until the condition holds; ``what`` is what was waited for, when it never does."""
+    """Wait until the condition holds; ``what`` names it in the failure."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, f"waited {PATIENCE:g} s for {what}"

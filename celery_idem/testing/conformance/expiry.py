@@ -1,4 +1,4 @@
-"""Time to live, and deleting what has expired."""
+"""Tests of time to live and purge."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from celery_idem.testing.conformance.base import MINE, SHORT, YOURS, Suite, held
 
 
 class Expiry(Suite):
-    """A value is kept as long as it should be, and no longer."""
+    """A value is kept for its time to live, and no longer."""
 
     def test_a_value_expires(self) -> None:
         first = self.store.create(self.key("a"), MINE + b"1", SHORT)

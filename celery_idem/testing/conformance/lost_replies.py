@@ -1,4 +1,4 @@
-"""Replies that get lost: the write happened, and its caller was told that it failed."""
+"""Tests of lost replies: the write happened, and its caller received an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from celery_idem.testing.crashing import CrashingStore
 
 
 class LostReplies(Suite):
-    """The protocol over this store finds out what happened."""
+    """The protocol finds out over this store what happened."""
 
     def test_a_claim_that_meets_its_own_lost_write_has_won(self) -> None:
         store, ledger, request = self._ledger()

@@ -1,4 +1,4 @@
-"""Many values in one call: scan and replace_many."""
+"""Tests of scan and replace_many."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several at once: threads, processes and a forked child."""
+"""Tests of concurrent threads, processes and a forked child."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from celery_idem.testing.conformance.base import MINE, PATIENCE, YOURS, Suite, h
 
 
 class Races(Suite):
-    """One wins, and no write gets lost."""
+    """One caller wins, and no write is lost."""
 
     def test_threads_race_and_one_creates(self) -> None:
         def create(i: int) -> list[Reply]:
@@ -81,7 +81,7 @@ class Races(Suite):
             raise unittest.SkipTest("this store lives in one process")
         keys = [self.key(str(n)) for n in range(40)]
         olds = {key: self.store.create(key, MINE).stored for key in keys[20:]}
-        context = multiprocessing.get_context("spawn")  # a new interpreter each, as workers on other machines
+        context = multiprocessing.get_context("spawn")  # new interpreters, like workers on other machines
         start = context.Barrier(self.processes)
         wins: list[list[str]] = []
         with contextlib.ExitStack() as running:
@@ -130,7 +130,7 @@ class Races(Suite):
 
 
 def _one_winner_each(racers: list[list[Reply]]) -> None:
-    """Each racer's replies for the same keys: one wrote, and the others saw what it wrote."""
+    """Check that for each key one racer wrote, and the others saw its value."""
     for replies in zip(*racers, strict=True):
         winners = [reply for reply in replies if reply.done]
         assert len(winners) == 1
@@ -145,7 +145,7 @@ def _racer(
     olds: dict[str, Stored | None],
     number: int,
 ) -> None:
-    """In a process of its own: create the first keys, replace the others, and say which were won."""
+    """Run in a separate process: create the first keys, replace the others, and send the keys that were won."""
     store = make_store()
     store.read(keys[0])  # connected before the start
     start.wait(PATIENCE)

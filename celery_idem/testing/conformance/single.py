@@ -1,4 +1,4 @@
-"""One value: create, read and replace, stamps and the clock."""
+"""Tests of create, read and replace, of stamps and the clock."""
 
 from __future__ import annotations
 
