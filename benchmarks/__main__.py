@@ -1,7 +1,7 @@
 """Runs the benchmarks that take minutes and prints one table: ``make bench``.
 
-``--docs`` writes the numbers and the picture into the documentation. ``--full`` also runs ``growth``, which takes an hour
-and needs 4 GB.
+``--docs`` writes the numbers and the picture into the documentation. ``--full`` also runs ``growth``, which takes an
+hour and needs 4 GB.
 """
 
 from __future__ import annotations

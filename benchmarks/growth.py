@@ -164,7 +164,9 @@ def claims(at: Place) -> dict[str, float]:
         return lambda key: ledger.claim(key, Request(owners.mint(), str(uuid.uuid4()), Fingerprint(), POLICY))
 
     calls = {"claim": claim(many), "few": claim(few), "bare": at.bare}
-    orders = list(itertools.permutations(calls))  # every order, so that no one always follows the same other one
+    orders = list(
+        itertools.permutations(calls)
+    )  # every order, so that no one always follows the same other one
     rounds: list[dict[str, float]] = []
     for turn in range(ROUNDS):
         times: dict[str, list[float]] = {name: [] for name in calls}

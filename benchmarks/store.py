@@ -1,7 +1,7 @@
-"""The store layer alone: ``python -m benchmarks.store``.
+"""Measures the ledger over a store: ``python -m benchmarks.store``.
 
-Claim and settle through the ledger, against two bare redis-py SETs, in turn within one process,
-at one thread and at eight; and a look at a finished intent against one GET.
+Claim and settle against two bare redis-py SETs, in turn in one process, with one thread and with eight; and the look-up
+of a finished intent against one GET.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ POLICY = Policy(lease=30_000_000, result_ttl=DAY * 1_000_000, failure_ttl=DAY * 
 RESULT = b'j"' + b"r" * 112 + b'"'  # 115 bytes of JSON behind one of serializer
 
 ROUNDS, COUNT = 9, 2000
-"""Rounds and calls in each: the 99th percentile of a round is the twentieth slowest call."""
+"""Rounds and calls per round. A round's 99th percentile is its twentieth slowest call."""
 
 PAIR, LOOK = 1.25, 1.3
-"""The most that claim and settle should cost over two SETs, and a look over one GET."""
+"""Targets: claim and settle over two SETs, and a look-up over one GET."""
 
 
 def two_sets(client: redis.Redis, key: str) -> None:

@@ -1,9 +1,8 @@
-"""What a record costs in each store: ``python -m benchmarks.stores``.
+"""Measures a record's cost in each store: ``python -m benchmarks.stores``.
 
-Claim and settle through the ledger with a result of 115 bytes: pairs per second at one and
-at eight threads of one process, a duplicate's look per second, and bytes per finished
-record. Servers on this machine, so without a network between. Also: Valkey's own
-compare-and-set (``SET … IFEQ``) against the script.
+With a result of 115 bytes: claims and settles per second with one thread and with eight, a duplicate's look-ups per
+second, and bytes per finished record. The servers run on this machine, so there is no network. Also compares Valkey's
+own compare-and-set (``SET … IFEQ``) with the script.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ RECORDS = 10_000
 
 
 def per_second(work: Callable[[str], object], threads: int) -> float:
-    """Calls per second of ``work`` with keys of its own, in so many threads, in the best window."""
+    """Return calls of ``work`` per second with fresh keys, in several threads, in the best window."""
     return max(_window(work, threads) for _ in range(WINDOWS))
 
 
@@ -68,7 +67,7 @@ def memory(urls: list[str]) -> int:
 
 
 class Place(NamedTuple):
-    """A store, the bytes it uses, and the processes that are its server."""
+    """A store, the bytes that it uses, and the processes of its server."""
 
     name: str
     url: str
@@ -76,7 +75,7 @@ class Place(NamedTuple):
     pids: list[int]
 
     def seconds(self) -> float:
-        """CPU time of the server until now."""
+        """Return the server's CPU time."""
         processes = [psutil.Process(pid) for pid in self.pids]
         family = processes + [child for process in processes for child in process.children()]
         return sum(sum(process.cpu_times()[:2]) for process in family)
@@ -84,7 +83,7 @@ class Place(NamedTuple):
 
 @contextlib.contextmanager
 def places(folder: Path) -> Iterator[list[Place]]:
-    """Each store, empty."""
+    """Open each store, empty."""
     file = folder / "idem.db"
     with (
         RedisServer(folder / "redis") as one,
@@ -120,8 +119,10 @@ def places(folder: Path) -> Iterator[list[Place]]:
 
 
 def compare_and_set(url: str) -> tuple[float, float]:
-    """Replacements per second, the median of rounds in turn: the script, and ``SET … IFEQ``
-    (which compares the whole old value, and knows no time)."""
+    """Return replacements per second by the script and by ``SET … IFEQ``, as medians of alternating rounds.
+
+    ``SET … IFEQ`` compares the whole old value and does not read the clock.
+    """
     rates: tuple[list[float], list[float]] = ([], [])
     with redis.Redis.from_url(url) as client:
         sha = client.script_load(files("celery_idem.stores").joinpath("replace.lua").read_text())

@@ -1,4 +1,4 @@
-"""Timing calls side by side in one process."""
+"""Times calls side by side in one process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Call = Callable[[str], object]
 
 
 def timed(calls: Mapping[str, Call], threads: int, count: int, turn: int) -> dict[str, list[float]]:
-    """Microseconds of each call, ``count`` of each kind, every one with a key of its own.
+    """Return the microseconds of each call: ``count`` calls of each kind, each with its own key.
 
     The kinds alternate call by call, in every order: so none has the machine at a better time, and none
     always meets a server that the one before has just kept awake (a GET in a tight loop took
@@ -50,7 +50,7 @@ def rounds_of(
     count: int,
     clear: Callable[[], object] = lambda: None,
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Medians and 99th percentiles of each round; the first round warms up and does not count."""
+    """Return medians and 99th percentiles of each round but the first, which warms up."""
     p50: dict[str, list[float]] = {name: [] for name in calls}
     p99: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):

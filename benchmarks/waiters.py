@@ -1,8 +1,7 @@
-"""What it costs that a hundred wait for one long body: ``python -m benchmarks.waiters --seconds 10,50``.
+"""Measures a hundred callers that wait for one long body: ``python -m benchmarks.waiters --seconds 10,50``.
 
-Counted by the servers: commands to the store (``commandstats``) and messages published to the
-broker. Once as duplicates that reach a worker, once as callers of ``submit`` that wait on their
-receipts. Beside each number stands the most that the rules allow.
+The servers count commands to the store (``commandstats``) and messages to the broker, for duplicates that reach a
+worker and for callers of ``submit`` that wait on receipts. Each number is printed beside its allowed maximum.
 """
 
 from __future__ import annotations

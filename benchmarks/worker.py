@@ -1,12 +1,10 @@
-"""A worker's cost per no-op task over bare Celery: ``python -m benchmarks.worker --pool solo``.
+"""Measures a worker's cost per no-op task over bare Celery: ``python -m benchmarks.worker --pool solo``.
 
-One worker per variant, all of them started; rounds are interleaved, so that a machine that gets
-slower slows all of them. In a round a worker is stopped, its queue is filled, and it runs until
-the last result is there. All workers are started anew a few times, because one process of a program
-is faster than the next one by a hundredth or two for as long as it lives. CPU is the operating
-system's own count, of the worker and its children: other load hardly matters to it. The wall clock is
-told as well. Broker and results are in one Redis, and what a guard keeps is in one of its own, so what
-that one says is about this guard alone: bytes kept, round trips, commands.
+One worker per variant; the rounds of all variants are interleaved, so that a slower machine slows all of them. In a
+round a worker is stopped, its queue is filled, and it runs until the last result. Workers are restarted a few times,
+because the speed of processes of one program differs by one or two percent. CPU is the operating system's count for
+the worker and its children, which other load hardly changes. Broker and results are in one Redis; each guard has its
+own, whose statistics (bytes, round trips, commands) concern this guard alone.
 """
 
 from __future__ import annotations
@@ -39,21 +37,21 @@ GUARDS = ("bare", "floor", "idem")
 NAMES = {"bare": "bare Celery", "floor": "floor: SET NX GET, SET", "idem": "celery_idem"}
 
 READY_WITHIN, DONE_WITHIN = 120.0, 120.0
-"""Seconds; both take two or three on a machine that has nothing else to do."""
+"""Seconds: both take two or three on an idle machine."""
 
 IDLE = 4.0
-"""Seconds after which a Redis server has given back the buffers of clients that say nothing (two would do)."""
+"""Seconds after which a Redis server has freed the buffers of idle clients (two are enough)."""
 
 STARTS, ROUNDS, COUNT = 7, 3, 400
-"""Starts, rounds of each, tasks of a round. Single starts gave the guard 1.18 to 1.26 within minutes; the
-medians of seven and more gave 1.19 to 1.21."""
+"""Starts, rounds per start, tasks per round. Single starts varied from 1.18 to 1.26 for the guard, medians of seven or
+more from 1.19 to 1.21."""
 
 TARGET = 1.12
-"""What we aim at for a worker's CPU; what it must be is less than the floor in the same run."""
+"""Target for a worker's CPU. It must also be below the floor in the same run."""
 
 
 class Spent(NamedTuple):
-    """What a round took, per task: microseconds, and what the store's server counted."""
+    """The cost of a round per task: microseconds, and the counts of the store's server."""
 
     cpu: float
     wall: float
@@ -63,7 +61,7 @@ class Spent(NamedTuple):
 
 
 class Watch:
-    """The commands that clients send to a server: what scripts call in turn is not among them."""
+    """Return the commands that clients sent, without those that scripts call."""
 
     def __init__(self, url: str) -> None:
         self._client = redis.Redis.from_url(url, socket_timeout=None)
@@ -88,7 +86,7 @@ class Watch:
 
 
 class Side:
-    """One variant: its store, its worker, and a process that publishes for it."""
+    """A variant: its store, its worker, and the process that publishes its tasks."""
 
     def __init__(self, variant: str, python: str, pool: str, env: Mapping[str, str], folder: Path) -> None:
         self.variant = variant
@@ -138,7 +136,7 @@ class Side:
             assert line, f"{self.variant}: publishing failed"  # anything else is a peer's own greeting
 
     def cpu(self) -> float:
-        """Microseconds of CPU until now, of the worker and its living children."""
+        """Return the CPU microseconds of the worker and its living children."""
         root = psutil.Process(self.worker.pid)
         return sum(_cpu(process) for process in [root, *root.children(recursive=True)])
 
@@ -155,7 +153,7 @@ class Side:
 
 
 def _cpu(process: psutil.Process) -> float:
-    """Linux counts nanoseconds; elsewhere there are hundredths of a second."""
+    """Return a process' CPU time: nanoseconds on Linux, elsewhere hundredths of a second."""
     try:
         files = Path(f"/proc/{process.pid}/task").glob("*/schedstat")
         counts = [int(file.read_text().split()[0]) for file in files]
@@ -166,7 +164,7 @@ def _cpu(process: psutil.Process) -> float:
 
 @contextlib.contextmanager
 def sides(variants: Sequence[str], python: str, pool: str, main: RedisServer) -> Iterator[list[Side]]:
-    """The variants' processes, ended whatever happens."""
+    """Start the variants' processes, and always stop them."""
     env = {
         "BENCH_URL": main.url_for(0),
         "BENCH_RESULTS": main.url_for(1),
@@ -186,7 +184,7 @@ def sides(variants: Sequence[str], python: str, pool: str, main: RedisServer) ->
 
 
 def one_round(side: Side, first: int, count: int, main: RedisServer, watched: bool = False) -> Spent:
-    """So many tasks through one worker."""
+    """Run ``count`` tasks through one worker."""
     with (
         redis.Redis.from_url(main.url_for(1)) as results,
         redis.Redis.from_url(side.store.url) as kept,
@@ -213,12 +211,12 @@ def one_round(side: Side, first: int, count: int, main: RedisServer, watched: bo
 
 
 def reads(kept: redis.Redis) -> int:
-    """Requests that the server has read."""
+    """Return the number of reads by the server."""
     return int(kept.info("stats")["total_reads_processed"])
 
 
 def bytes_kept(made: Sequence[Side], first: int, count: int, main: RedisServer) -> dict[str, float]:
-    """Bytes that each guard keeps of a task, in one more round: all that its server uses more than before."""
+    """Return the bytes that each guard keeps per task: the growth of its server in one more round."""
 
     def used() -> dict[str, int]:
         threading.Event().wait(IDLE)
@@ -239,7 +237,7 @@ def bytes_kept(made: Sequence[Side], first: int, count: int, main: RedisServer) 
 
 
 def quiet(store: RedisServer) -> None:
-    """Wait until nobody but us has asked that server anything for half a second."""
+    """Wait until the server has had no other command for half a second."""
     with redis.Redis.from_url(store.url) as client:
         last = [0]
 
@@ -251,11 +249,11 @@ def quiet(store: RedisServer) -> None:
 
 
 Found = tuple[dict[str, list[Spent]], dict[str, Spent], dict[str, float]]
-"""What each variant's rounds took; what its server told in one round, of every command; bytes kept."""
+"""Costs of each variant's rounds; its server's counts of commands in one round; bytes kept."""
 
 
 def measure(variants: Sequence[str], python: str, pool: str, starts: int, rounds: int, count: int) -> Found:
-    """So many rounds with each of so many starts. What the servers tell is asked once, with the first start."""
+    """Run several starts with several rounds each. The servers' counts come from the first start."""
     found, told, kept = measure_once(variants, python, pool, random.Random(0), rounds, count, asked=True)
     for start in range(1, starts):
         spent, _, _ = measure_once(variants, python, pool, random.Random(start), rounds, count)
@@ -273,7 +271,7 @@ def measure_once(
     count: int,
     asked: bool = False,
 ) -> Found:
-    """With one start of the workers. A round that warms up comes first, and does not count otherwise."""
+    """Run the rounds of one start, after a round that warms up and is not counted."""
     found: dict[str, list[Spent]] = {variant: [] for variant in variants}
     told: dict[str, Spent] = {}
     kept: dict[str, float] = {}
@@ -298,7 +296,7 @@ def measure_once(
 
 
 def rows(pool: str, starts: int, rounds: int, count: int, peers: bool) -> list[Row]:
-    """The rows of one pool."""
+    """Return the rows of one pool."""
     python, why = environment() if peers else (sys.executable, dict.fromkeys(PACKAGES, ""))
     left_out = {name: reason for name, reason in why.items() if reason} if peers else {}
     variants = [*GUARDS, *(name for name in PACKAGES if peers and name not in left_out)]
@@ -318,7 +316,7 @@ def rows(pool: str, starts: int, rounds: int, count: int, peers: bool) -> list[R
 
 
 def _note(told: Spent, kept: float) -> str:
-    """What the store's server said."""
+    """Return the statistics of the store's server."""
     if told.sent + told.published == 0:
         return ""
     at_publish = f", and {told.published:.1f} when it is published" if told.published else ""

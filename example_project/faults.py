@@ -21,8 +21,8 @@ Meant = dict[tuple[str, str], int]
 AGENT_STALL = 2.5
 # Seconds; the redelivery comes 3 to 5 s after the first, and must find it still running.
 VISIBILITY_STALL = 6.5
-# Seconds that a worker child is held for its kill: an upper bound, below the client's time limit of 10, so that a missed
-# kill does not look like a timeout.
+# Seconds that a worker child is held for its kill: an upper bound, below the client's time limit of 10, so that a
+# missed kill does not look like a timeout.
 HELD = 9.0
 
 
