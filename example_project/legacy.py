@@ -1,7 +1,6 @@
 """A module whose task is guarded without changing its code.
 
-In `app.py`, `task_cls` gives every task of the application the guarded class, and `task_annotations` declares the intent
-of this one.
+In `app.py`, `task_cls` gives all tasks the guarded class, and `task_annotations` declares the intent of this one.
 """
 
 from __future__ import annotations

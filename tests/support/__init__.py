@@ -1,1 +1,1 @@
-"""What the tests stand on: real servers, real workers, and a count of effects at their destination."""
+"""Helpers of the tests: real servers, real workers, and counts of effects at their destination."""

@@ -1,4 +1,4 @@
-"""A task that need not exist, the keys of its calls, and arguments of several kinds."""
+"""A declaration without a Celery task, keys of its calls, and arguments of several types."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def key_of(declaration: Declaration, *args: Any, **kwargs: Any) -> str:
 
 
 def key_for(value: Any) -> str:
-    """The key of a task whose action is `value`."""
+    """Return the key of a call whose intent is `value`."""
     return key_of(a_task(("customer_id",)), value)
 
 

@@ -11,7 +11,7 @@ from celery.app.trace import build_tracer
 
 
 def application(**conf: Any) -> Celery:
-    """An application with a broker queue, a result backend and a store of its own, all in memory."""
+    """Return an application with its own broker queue, result backend and store, all in memory."""
     app = Celery("hand", broker="memory://", backend="cache+memory://", set_as_current=False)
     own = {"task_default_queue": f"hand-{uuid.uuid4().hex}", "idem_store": f"memory://{uuid.uuid4().hex}"}
     app.conf.update({**own, **conf})
@@ -19,13 +19,13 @@ def application(**conf: Any) -> Celery:
 
 
 def take(app: Celery) -> Any:
-    """The next message; None when there is none."""
+    """Return the next message, or None."""
     with app.connection_for_read() as connection:
         return connection.default_channel.basic_get(app.conf.task_default_queue)
 
 
 def deliver(app: Celery, message: Any, by: Celery | None = None) -> Any:
-    """What a worker of `by` does with a message: run the task, and publish what comes after it."""
+    """Handle a message as a worker of `by` does: run the task, and publish its follow-ups."""
     worker = by or app
     args, kwargs, embedded = message.payload
     task = worker.tasks[message.headers["task"]]
@@ -49,7 +49,7 @@ def deliver(app: Celery, message: Any, by: Celery | None = None) -> Any:
 
 
 def drain(app: Celery, by: Celery | None = None) -> list[dict[str, Any]]:
-    """Deliver until nothing is left; the headers of every message, in order."""
+    """Deliver all messages, and return their headers in order."""
     seen = []
     while (message := take(app)) is not None:
         seen.append(dict(message.headers))

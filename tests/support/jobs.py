@@ -1,4 +1,4 @@
-"""Jobs for the runner that need no Celery, and a bench to run them on."""
+"""Runner jobs without Celery, and a bench to run them on."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ DAY = 86_400 * MICROSECONDS
 
 
 class Left(Exception):
-    """What `come_back` raises to leave, as Celery's Retry does."""
+    """Raised by `come_back`, like Celery's Retry."""
 
 
 class Ended(BaseException):
-    """What a body raises, of the kind in its argument."""
+    """Raised by a body; its argument is the kind."""
 
     def __init__(self, kind: Raised) -> None:
         super().__init__(kind)
@@ -42,7 +42,7 @@ class Failed(Exception):
 
 
 class FakeJob(Job):
-    """`body` may be a value or a function; what it raises is of the kind in `Ended`, else an error."""
+    """A job. `body` is a value or a function; it may raise `Ended` with a kind."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class FakeJob(Job):
 
 
 class Bench:
-    """A runner, its store and clock, and every event."""
+    """A runner with its store, clock and events."""
 
     def __init__(self) -> None:
         self.clock = FakeClock()

@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-CHUNK = 1 << 16  # bytes per read: a message of ours is a few hundred
-WITHIN = 10.0  # seconds for the loop to do a small thing, on a busy machine
+CHUNK = 1 << 16  # bytes per read; our messages have a few hundred
+WITHIN = 10.0  # seconds for one step of the loop on a busy machine
 
 
 class Proxy:
-    """Forwards a port of 127.0.0.1 to another one, on a thread with an event loop of its own."""
+    """Forwards a port of 127.0.0.1 to another one, on a thread with its own event loop."""
 
     def __init__(self, target: int) -> None:
         self._target = target
@@ -27,11 +27,11 @@ class Proxy:
         self.port: int = self._server.sockets[0].getsockname()[1]
 
     def cut(self) -> int:
-        """Drop every connection at once, without a word, and return how many there were."""
+        """Abort all connections, and return their number."""
         return self._call(self._cut())
 
     def close(self) -> None:
-        """Stop listening and drop what is open."""
+        """Stop listening and abort all connections."""
         self._server.close()
         self.cut()
         self._loop.call_soon_threadsafe(self._loop.stop)

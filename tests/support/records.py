@@ -1,4 +1,4 @@
-"""Records and requests for the state machine to meet, with owners and times that can be told apart."""
+"""Records and requests for tests of the state machine, with distinct owners and times."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FAILURE_TTL = 2
 
 
 class Meeting(NamedTuple):
-    """What a claim meets."""
+    """The record that a claim finds, and the request."""
 
     state: State | None
     print: str

@@ -1,4 +1,4 @@
-"""Waiting for a condition, always with an end."""
+"""Bounded waiting for a condition."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# Seconds between two looks. Short beside every wait we have, long beside the cost of a look.
+# Seconds between two checks: short beside the waits, long beside a check.
 LOOK_EVERY = 0.02
 
 
