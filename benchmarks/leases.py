@@ -46,7 +46,7 @@ def main() -> None:
                 "threads": cost.threads,
                 "states": cost.states,
                 "oldest lease seen, s": round(cost.oldest, 2),
-                "told that they lost theirs": cost.lost,
+                "claims reported as lost": cost.lost,
                 "effects": cost.effects,
             }
         )

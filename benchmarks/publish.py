@@ -46,11 +46,11 @@ def rows(rounds: int = ROUNDS, count: int = COUNT) -> list[Row]:
         app.conf.update(idem_store=store.url, task_default_queue="bench")
         plain = app.task(name="bench.plain")(bare)
         guarded: Any = app.task(base=IdempotentTask, intent=("key",), name="bench.guarded")(bare)
-        told = redis.Redis.from_url(broker.url)
+        client = redis.Redis.from_url(broker.url)
         kept = redis.Redis.from_url(store.url)
 
         def clear() -> None:
-            told.flushdb()
+            client.flushdb()
             kept.flushdb()
 
         new = {
@@ -62,14 +62,14 @@ def rows(rounds: int = ROUNDS, count: int = COUNT) -> list[Row]:
 
         guarded.apply(("done",))
         kept.set("bare", b"null", ex=86_400)
-        before = commands(told)
+        before = commands(client)
         assert guarded.submit("done").status == "replayed"
         again = {
             "one GET": lambda _: kept.get("bare"),
             "celery_idem: submit": lambda _: guarded.submit("done"),
         }
         p50, p99 = rounds_of(again, 1, rounds, count)
-        sent = commands(told) - before
+        sent = commands(client) - before
         assert sent == 0, f"duplicates sent {sent} commands to the broker"
         app.close()
         note = {"celery_idem: submit": "0 commands to the broker"}

@@ -18,7 +18,7 @@ class Row(NamedTuple):
         name: which variant.
         ratio: to the base, the median of the rounds; None where it could not be measured.
         low, high: the smallest and the largest round.
-        target: the most it should be; None where nobody said.
+        target: the target ratio; None without a target.
         value: the measured amount, with its unit.
         note: what else there is to say.
     """

@@ -72,10 +72,12 @@ class Watch:
         self._thread.start()
 
     def _count(self) -> None:
-        for told in self._monitor.listen():
-            if told["command"] == "ECHO bench-over":
+        for counted in self._monitor.listen():
+            if counted["command"] == "ECHO bench-over":
                 return
-            if told["client_type"] != "lua" and not told["command"].startswith(("INFO", "CLIENT", "HELLO")):
+            if counted["client_type"] != "lua" and not counted["command"].startswith(
+                ("INFO", "CLIENT", "HELLO")
+            ):
                 self.sent += 1
 
     def close(self) -> int:
@@ -254,12 +256,12 @@ Found = tuple[dict[str, list[Spent]], dict[str, Spent], dict[str, float]]
 
 def measure(variants: Sequence[str], python: str, pool: str, starts: int, rounds: int, count: int) -> Found:
     """Run several starts with several rounds each. The servers' counts come from the first start."""
-    found, told, kept = measure_once(variants, python, pool, random.Random(0), rounds, count, asked=True)
+    found, counted, kept = measure_once(variants, python, pool, random.Random(0), rounds, count, asked=True)
     for start in range(1, starts):
         spent, _, _ = measure_once(variants, python, pool, random.Random(start), rounds, count)
         for variant in variants:
             found[variant] += spent[variant]
-    return found, told, kept
+    return found, counted, kept
 
 
 def measure_once(
@@ -273,7 +275,7 @@ def measure_once(
 ) -> Found:
     """Run the rounds of one start, after a round that warms up and is not counted."""
     found: dict[str, list[Spent]] = {variant: [] for variant in variants}
-    told: dict[str, Spent] = {}
+    counted: dict[str, Spent] = {}
     kept: dict[str, float] = {}
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -283,16 +285,18 @@ def measure_once(
         first = 10_000_000  # numbers as long as each other, so that no round has longer messages
         for side in made:
             for warming in (20, 200):  # the first brings connections and scripts
-                told[side.variant] = one_round(side, first, warming, main, watched=asked)
+                counted[side.variant] = one_round(side, first, warming, main, watched=asked)
                 first += warming
                 quiet(side.store)  # a worker also looks at its store when it starts
         for _ in range(rounds):
-            for side in order.sample(made, len(made)):  # nobody always comes after the same other one
+            for side in order.sample(
+                made, len(made)
+            ):  # a varying order, so that none always follows the same other one
                 found[side.variant].append(one_round(side, first, count, main))
                 first += count
         if asked:
             kept = bytes_kept(made, first, count, main)
-    return found, told, kept
+    return found, counted, kept
 
 
 def rows(pool: str, starts: int, rounds: int, count: int, peers: bool) -> list[Row]:
@@ -300,12 +304,12 @@ def rows(pool: str, starts: int, rounds: int, count: int, peers: bool) -> list[R
     python, why = environment() if peers else (sys.executable, dict.fromkeys(PACKAGES, ""))
     left_out = {name: reason for name, reason in why.items() if reason} if peers else {}
     variants = [*GUARDS, *(name for name in PACKAGES if peers and name not in left_out)]
-    found, told, kept = measure(variants, python, pool, starts, rounds, count)
-    ours = told["idem"]
+    found, counted, kept = measure(variants, python, pool, starts, rounds, count)
+    ours = counted["idem"]
     assert (ours.trips, ours.sent) == (2, 2), f"{ours.trips} round trips and {ours.sent} commands a task"
     cpu = {NAMES.get(name, name): [one.cpu for one in spent] for name, spent in found.items()}
     wall = {NAMES.get(name, name): [one.wall for one in spent] for name, spent in found.items()}
-    notes = {NAMES.get(name, name): _note(told[name], kept[name]) for name in variants}
+    notes = {NAMES.get(name, name): _note(counted[name], kept[name]) for name in variants}
     return [
         *compared(
             f"Worker, {pool}: CPU per no-op task", cpu, NAMES["bare"], "µs", {NAMES["idem"]: TARGET}, notes
@@ -315,12 +319,12 @@ def rows(pool: str, starts: int, rounds: int, count: int, peers: bool) -> list[R
     ]
 
 
-def _note(told: Spent, kept: float) -> str:
+def _note(counted: Spent, kept: float) -> str:
     """Return the statistics of the store's server."""
-    if told.sent + told.published == 0:
+    if counted.sent + counted.published == 0:
         return ""
-    at_publish = f", and {told.published:.1f} when it is published" if told.published else ""
-    return f"store: {told.sent:.1f} commands{at_publish}, {told.trips:.1f} round trips, {kept:.0f} bytes kept"
+    at_publish = f", and {counted.published:.1f} when it is published" if counted.published else ""
+    return f"store: {counted.sent:.1f} commands{at_publish}, {counted.trips:.1f} round trips, {kept:.0f} bytes kept"
 
 
 def main() -> None:

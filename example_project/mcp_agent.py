@@ -36,10 +36,10 @@ async def pursue(client: Client, number: int, goal: dict[str, Any], seed: str) -
         except MCPError as error:
             tell(goal=number, says=f"sees  {error}")
             continue
-        told = json.loads(answer.content[0].text)  # type: ignore[union-attr]
+        answer_data = json.loads(answer.content[0].text)  # type: ignore[union-attr]
         tell(goal=number, says=f"sees  {answer.content[0].text}")  # type: ignore[union-attr]
         # The guard's tool answers with a receipt, the plain one with the task's own value.
-        result = told["result"] if "status" in told and "next" in told else told
+        result = answer_data["result"] if "status" in answer_data and "next" in answer_data else answer_data
         outcome = "failed" if answer.is_error or result is None else "done"
         tell(goal=number, outcome=outcome, answer=result, calls=count)
         return

@@ -7,7 +7,7 @@ workers, two orchestrators and an agent, all of them processes of their own, and
 also on Ctrl-C.
 
 Exit status: 0 when with celery_idem every intent has exactly one effect in the billing ledger and every
-caller has the right answer (which is "in doubt" where nobody can know); 1 when not, or when a fault could
+caller has the right answer ("in doubt" where the outcome is unknown); 1 when not, or when a fault could
 not be brought about; 2 when there is no server to run on.
 """
 
@@ -95,7 +95,7 @@ def simulate(processes: Processes, folder: Path, progress: Progress) -> int:
         return 1
     progress.show(
         "[green]With celery_idem every intent took effect exactly once, and every caller has the right answer.\n"
-        "Where nobody can know, the answer is that it is in doubt, and nothing ran again.[/]"
+        "Where the outcome is unknown, the answer is 'in doubt', and nothing ran again.[/]"
     )
     return 0
 

@@ -279,7 +279,7 @@ def _composed(fun: FunctionType, own: inspect.Signature, wrapped: Any) -> Called
         if reachable:
             rest.append(parameter.replace(kind=kind))
         elif parameter.default is Parameter.empty and kind in (*POSITIONAL, Parameter.KEYWORD_ONLY):
-            raise Opaque(f"{_name(fun)} leaves {name} of the function that it wraps to nobody")
+            raise Opaque(f"{_name(fun)} leaves no way to give {name} of the function that it wraps")
     clash = {p.name for p in mine} & {p.name for p in rest}
     if clash:
         raise Opaque(f"{_name(fun)} and the function that it wraps both take {min(clash)}")

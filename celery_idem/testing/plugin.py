@@ -208,8 +208,8 @@ def _deliver(task: Any, request: Any, args: Any, kwargs: Any, clock: FakeClock) 
             try:
                 guard.runner.run(delivery())
             except Exception as error:
-                told = isinstance(error, IdempotencyError) or getattr(error, "idem_replayed", False)
-                if not told and type(error) is not type(raised):
+                expected = isinstance(error, IdempotencyError) or getattr(error, "idem_replayed", False)
+                if not expected and type(error) is not type(raised):
                     raise
             if again:
                 guard.ledger.settle(*first.held, 0.0)  # refused where the second delivery took over

@@ -61,9 +61,9 @@ class Expiry(Suite):
         first = self.store.create(self.key("a"), MINE)
         refused = self.store.replace(self.key("a"), Stored(YOURS, stamp_of(first)), YOURS, 0)
         assert (refused.done, refused.stored) == (False, first.stored)
-        gone = self.store.replace(self.key("a"), held_by(first), MINE + b"2", 0)
-        assert gone.done
-        assert stamp_of(gone) > stamp_of(first)
+        deleted = self.store.replace(self.key("a"), held_by(first), MINE + b"2", 0)
+        assert deleted.done
+        assert stamp_of(deleted) > stamp_of(first)
         assert self.store.read(self.key("a")).stored is None
         again = self.store.create(self.key("a"), YOURS)
         assert again.done
@@ -85,7 +85,7 @@ class Expiry(Suite):
         kept[long] = self.store.create(long, MINE, 3600 * MICROSECONDS).stored
         last = 0
         for n in range(5):
-            last = self.store.create(self.key(f"gone {n}"), MINE, 1).now
+            last = self.store.create(self.key(f"expired {n}"), MINE, 1).now
         self.wait_until(self.store, last + 4000)
         for limit in (1, 2, 1000):
             assert 0 <= self.store.purge(limit) <= limit

@@ -32,7 +32,7 @@ class ManyValues(Suite):
         before = {self.key(f"old {n}") for n in range(1200)}
         for key in before:
             self.store.create(key, MINE)
-        gone = self.key("old 0")
+        deleted = self.key("old 0")
         stop = threading.Event()
         failures: list[BaseException] = []
 
@@ -57,14 +57,14 @@ class ManyValues(Suite):
                 assert stored.value in (MINE, YOURS)
                 seen.add(key)
                 if n == 0:
-                    held = self.store.read(gone).stored
+                    held = self.store.read(deleted).stored
                     assert held is not None
-                    self.store.replace(gone, held, MINE, 0)
+                    self.store.replace(deleted, held, MINE, 0)
         finally:
             stop.set()
             writer.join(PATIENCE)
         assert not failures
-        assert before - {gone} <= seen
+        assert before - {deleted} <= seen
         assert all(key.startswith(self.key("")) for key in seen)
 
     def test_replace_many_answers_each_in_order(self) -> None:
