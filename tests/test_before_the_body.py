@@ -180,14 +180,15 @@ def test_a_listener_and_a_log_filter_that_fail_change_no_outcome(bench: Bench) -
         raise RuntimeError("the monitoring is down")
 
     stop = events.listen(fail, here=True)
-    level = events.logger.level
-    events.logger.addFilter(fail)
-    events.logger.setLevel(logging.DEBUG)
+    log = logging.getLogger("celery_idem")
+    level = log.level
+    log.addFilter(fail)
+    log.setLevel(logging.DEBUG)
     try:
         assert bench.run() == "done"
         assert bench.run() == "done"
     finally:
-        events.logger.removeFilter(fail)
-        events.logger.setLevel(level)
+        log.removeFilter(fail)
+        log.setLevel(level)
         stop()
     assert bench.state is State.SUCCEEDED
