@@ -427,7 +427,7 @@ def retries_a_step(task: Any, effect: Any, name: str, part: int) -> str:
     return "done"
 
 
-@case("raises a `Retry` of its own, and publishes nothing", answers=False)
+@case("raises a `Retry` that the body made, and publishes nothing", answers=False)
 def retry_by_hand(task: Any, effect: Any, name: str, part: int) -> None:
     effect()
     raise Retry("later", when=1)

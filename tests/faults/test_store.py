@@ -76,7 +76,7 @@ def test_store_dead_for_longer_than_patience(make: Callable[..., Stage]) -> None
         assert seen[policy] == "the result"
         sees = case.again().wait_answer()
         assert (sees, case.effects, case.state) == next_one[policy], policy
-        case.row("store gone for good at settle", "late", f"the result; the next caller: {sees}")
+        case.row("store lost for good at settle", "late", f"the result; the next caller: {sees}")
 
 
 def test_store_frozen_during_claim(make: Callable[..., Stage]) -> None:

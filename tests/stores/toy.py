@@ -48,13 +48,13 @@ class DirectoryStore(Store):
                 yield key, stored
 
     def purge(self, limit: int) -> int:
-        gone = 0
+        deleted = 0
         for key in self._keys():
             with self._locked() as now:
-                if gone < limit and self._path(key).exists() and self._held(key, now) is None:
+                if deleted < limit and self._path(key).exists() and self._held(key, now) is None:
                     self._path(key).unlink()
-                    gone += 1
-        return gone
+                    deleted += 1
+        return deleted
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
