@@ -17,18 +17,24 @@ START = ("index", "tutorial", "is-it-for-me")
 GUARANTEES = ("guarantees", "proof", "performance", "scale", "security", "compatibility")
 
 HOW_TO = {
-    "Your tasks": (
-        "choose-an-intent guard-existing-tasks migrate-from-a-lock retries tenants pydantic "
-        "exactly-once-in-sql test-your-tasks"
-    ).split(),
-    "Frameworks": "django flask fastapi agents mcp airflow beat".split(),
-    "Stores and brokers": "redis redis-that-may-lose-data rabbitmq-quorum-queues write-a-store".split(),
-    "In production": "watch resolve-in-doubt report-a-double-effect".split(),
+    "Your tasks": [
+        "choose-an-intent",
+        "guard-existing-tasks",
+        "migrate-from-a-lock",
+        "retries",
+        "tenants",
+        "pydantic",
+        "exactly-once-in-sql",
+        "test-your-tasks",
+    ],
+    "Frameworks": ["django", "flask", "fastapi", "agents", "mcp", "airflow", "beat"],
+    "Stores and brokers": ["redis", "redis-that-may-lose-data", "rabbitmq-quorum-queues", "write-a-store"],
+    "In production": ["watch", "resolve-in-doubt", "report-a-double-effect"],
 }
 
-EXPLANATION = "why-not-a-lock state-machine exactly-once fencing endings record".split()
+EXPLANATION = ["why-not-a-lock", "state-machine", "exactly-once", "fencing", "endings", "record"]
 
-REFERENCE = "task settings dispatch callers operators cli http errors events".split()
+REFERENCE = ["task", "settings", "dispatch", "callers", "operators", "cli", "http", "errors", "events"]
 
 TITLES = {
     "index": "Home",
@@ -49,7 +55,6 @@ TITLES = {
     "reference/cli": "Command line",
 }
 """Titles in the menu where the page's own is longer than a line of the menu."""
-
 
 
 def on_config(config: Any) -> Any:

@@ -108,7 +108,9 @@ def test_the_hooks_have_run(site: Path) -> None:
     commands = re.sub(r"<[^>]+>", "", (site / "reference/cli.html").read_text())
     assert "celery -A proj idem resolve" in commands
     decisions = {page.stem for page in (ROOT / "docs/adr").glob("0*.md")}
-    assert {name for name in decisions if f"{name}.html" not in (site / "adr/index.html").read_text()} == set()
+    assert {
+        name for name in decisions if f"{name}.html" not in (site / "adr/index.html").read_text()
+    } == set()
 
 
 @pytest.mark.timeout(300)
@@ -161,5 +163,7 @@ def test_the_contents_stay_in_sight(address: str, browser: Any) -> None:
     wide(browser, 1280)
     browser.get(f"{address}/guarantees.html")
     browser.execute_script("window.scrollTo(0, document.documentElement.scrollHeight / 2)")
-    top = browser.execute_script("return document.querySelector('.md-sidebar--secondary').getBoundingClientRect().top")
+    top = browser.execute_script(
+        "return document.querySelector('.md-sidebar--secondary').getBoundingClientRect().top"
+    )
     assert 0 <= top < HEIGHT / 2
