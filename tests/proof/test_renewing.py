@@ -5,14 +5,15 @@ Each test forces one order by calling one side from inside the other's store cal
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
 
 from celery_idem.core.errors import StoreError
-from celery_idem.core.model import Acquired, Fingerprint, Policy, Request, State, Stored
+from celery_idem.core.model import Acquired, Done, Fingerprint, Policy, Request, State, Stored
 from celery_idem.engine import clock as workers_clock
-from celery_idem.engine.claim import Claim
+from celery_idem.engine.claim import Hold
 from celery_idem.engine.ledger import Ledger
 from celery_idem.engine.steps import run_step
 from celery_idem.stores.base import Reply
@@ -60,7 +61,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return times
 
 
-def begin(clock: Clock) -> tuple[Hooked, Ledger, Claim]:
+def begin(clock: Clock) -> tuple[Hooked, Ledger, Hold]:
     store = Hooked(clock)
     ledger = Ledger(store)
     decision, claim = ledger.claim(KEY, Request(b"owner-12-byt", "t1", Fingerprint(), POLICY))
@@ -76,13 +77,13 @@ def deadline(ledger: Ledger) -> float:
     return entry.changed_at + entry.record.lease / 1e6
 
 
-def assert_renewed(clock: Clock, ledger: Ledger, claim: Claim) -> None:
+def assert_renewed(clock: Clock, ledger: Ledger, claim: Hold) -> None:
     """A renewal from here on moves the deadline, and trust ends before it."""
     clock.now += 1000
-    ledger.renew([claim])
+    claim.renew()
     assert deadline(ledger) == pytest.approx(clock.monotonic() + LEASE / 1e6)
     assert not claim.lost
-    assert claim._trusted_until < deadline(ledger)
+    assert claim.trusted_until < deadline(ledger)
 
 
 def test_a_step_that_overtakes_a_renewal_does_not_end_the_renewals(clock: Clock) -> None:
@@ -90,10 +91,10 @@ def test_a_step_that_overtakes_a_renewal_does_not_end_the_renewals(clock: Clock)
 
     def step() -> None:
         clock.now += 1000
-        assert run_step(ledger, claim, "charge", lambda: "ch_1", None, 0.0) == "ch_1"
+        assert run_step(claim, ledger.codec, "charge", lambda: "ch_1", None, 0.0) == "ch_1"
 
     store.after = step
-    ledger.renew([claim])  # its write is in, and before it is noted the body does a whole step
+    claim.renew()  # its write is in, and before it is noted the body does a whole step
 
     entry = ledger.get(KEY)
     assert entry is not None
@@ -106,23 +107,49 @@ def test_a_step_that_overtakes_a_renewal_does_not_end_the_renewals(clock: Clock)
 
 def test_a_renewal_that_overtakes_an_outcome_does_not_undo_it(clock: Clock) -> None:
     store, ledger, claim = begin(clock)
-    store.after = lambda: ledger.renew([claim])
-    ledger.settle(claim, ledger.outcome_of("done"), 0.0)
-    ledger.renew([claim])
+    store.after = claim.renew
+    claim.settle(ledger.outcome_of("done"), 0.0)
+    claim.renew()
     entry = ledger.get(KEY)
     assert entry is not None
     assert entry.record.state is State.SUCCEEDED
+
+
+def test_nothing_is_renewed_beside_an_outcome_but_between_two_tries_of_it(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered: list[bool] = []
+    down = iter([True, False])
+
+    class Away(Hooked):
+        def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
+            offered.append(claim.renewal() is not None)
+            if next(down):
+                raise StoreError("the store does not answer")
+            return super().replace(key, old, value, ttl)
+
+    class Pause:
+        def wait(self, seconds: float) -> None:
+            offered.append(claim.renewal() is not None)
+
+    ledger = Ledger(Away(clock))
+    _, claim = ledger.claim(KEY, Request(b"owner-12-byt", "t1", Fingerprint(), POLICY))
+    assert claim is not None
+    monkeypatch.setattr(threading, "Event", Pause)
+    assert isinstance(claim.settle(ledger.outcome_of("done"), 1.0), Done)
+    assert offered == [False, True, False]
+    assert claim.renewal() is None
 
 
 def test_a_renewal_whose_reply_got_lost_is_trusted_from_when_it_was_written(clock: Clock) -> None:
     store, ledger, claim = begin(clock)
     store.lose = True
     with pytest.raises(StoreError):
-        ledger.renew([claim])
+        claim.renew()
     written = deadline(ledger)
     clock.now += LEASE // 2
-    ledger.renew([claim])  # meets its own earlier write
-    assert claim._trusted_until < written
+    claim.renew()  # meets its own earlier write
+    assert claim.trusted_until < written
     assert_renewed(clock, ledger, claim)
 
 
@@ -130,9 +157,9 @@ def test_a_step_whose_reply_got_lost_does_not_end_the_renewals(clock: Clock) -> 
     store, ledger, claim = begin(clock)
     store.lose = True
     with pytest.raises(StoreError):
-        run_step(ledger, claim, "charge", lambda: "ch_1", None, 0.0)
+        run_step(claim, ledger.codec, "charge", lambda: "ch_1", None, 0.0)
     clock.now += 1000
-    ledger.renew([claim])
+    claim.renew()
     assert_renewed(clock, ledger, claim)
 
 
@@ -148,4 +175,4 @@ def test_a_claim_whose_reply_got_lost_is_trusted_from_when_it_was_written(clock:
     ledger = Ledger(Resending(clock))
     _, claim = ledger.claim(KEY, Request(b"owner-12-byt", "t1", Fingerprint(), POLICY))
     assert claim is not None
-    assert claim._trusted_until < deadline(ledger)
+    assert claim.trusted_until < deadline(ledger)
