@@ -15,6 +15,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 
 from celery_idem import IdempotentTask, Ledger
 from celery_idem.engine import events
+from celery_idem.engine.claim import Hold
 from celery_idem.engine.lease import RENEWER
 from celery_idem.engine.ledger import Ledger as Place
 from celery_idem.integration.deaths import IdempotentRequest
@@ -112,14 +113,14 @@ def test_a_function_that_computes_the_intent_and_fails(app: Celery, ran: Ran) ->
     assert ran == ["a"]
 
 
-@pytest.mark.parametrize("method", ["claim", "settle", "note_shadow"])
+@pytest.mark.parametrize(("owner", "method"), [(Place, "claim"), (Hold, "settle"), (Place, "note_shadow")])
 def test_an_error_of_the_shadows_own_work(
-    app: Celery, ran: Ran, method: str, monkeypatch: pytest.MonkeyPatch
+    app: Celery, ran: Ran, owner: type, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("a bug, or a driver's own error")
 
-    monkeypatch.setattr(Place, method, fail)
+    monkeypatch.setattr(owner, method, fail)
     charge = task(app, lambda self, what: ran.append(what) or "done")
     assert [charge.apply(("a",)).get() for _ in range(2)] == ["done"] * 2
     assert ran == ["a", "a"]

@@ -23,7 +23,18 @@ from celery import Celery
 from celery_idem import IdempotentTask, NotHappened
 from celery_idem.core.errors import IntentError, StoreError
 from celery_idem.core.keys import ALL_ARGUMENTS, declare
-from celery_idem.core.model import Fingerprint, Note, Outcome, Policy, Record, Request, State, Step, Stored
+from celery_idem.core.model import (
+    Fingerprint,
+    Note,
+    Outcome,
+    Policy,
+    Record,
+    Request,
+    State,
+    Step,
+    Stored,
+    Would,
+)
 from celery_idem.core.record import pack, unpack
 from celery_idem.engine.ledger import Ledger
 from celery_idem.integration import delivery
