@@ -64,8 +64,8 @@ def test_a_thousand_leases_are_one_round_trip_on_one_thread(redis_url: str) -> N
     assert {entry.record.state.name for entry in ledger.list()} == {"RUNNING"}
     for claim in claims:
         renewer.unwatch(claim)
-    # Whole batches, but for a few that were claimed while the thread looked: those stay one look apart from the others.
-    assert sum(replies > 0.9 * len(claims) for _, replies in renewals) >= 3
+    # What was claimed between two looks stays together: a few large batches, that take turns.
+    assert sum(replies for _, replies in renewals) > len(claims) / 4 * len(renewals)
     # However slow the machine is: no more exchanges than looks in that time, and one that was under way.
     assert len(renewals) <= watched * LOOKS_PER_LEASE / LEASE + 2
 
