@@ -78,7 +78,7 @@ def make_wasteful() -> Any:
     class Wasteful(IdempotentTask):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             value = super().__call__(*args, **kwargs)
-            unpack(self.request.idem_claim._seen[0].value, 1, "")
+            unpack(self.request.idem_claim.written.value, 1, "")
             return value
 
     return app.task(base=Wasteful, intent=("n",), name="bench.noop")(bare)

@@ -34,7 +34,7 @@ def check(payload: bytes) -> None:
     ledger = Ledger(store)
     _, claim = ledger.claim("k", Request(owners.mint(), str(uuid.uuid4()), Fingerprint(), POLICY))
     assert claim is not None
-    ledger.settle(claim, Outcome(True, payload), 0.0)
+    claim.settle(Outcome(True, payload), 0.0)
     real = store.read("idem:k").stored
     assert real is not None
     assert len(real.value) == len(pack(filling.same(payload)(0, 1)))

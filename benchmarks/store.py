@@ -40,7 +40,7 @@ def claim_and_settle(ledger: Ledger, key: str, payload: bytes = RESULT) -> None:
     request = Request(owners.mint(), str(uuid.uuid4()), Fingerprint(), POLICY)
     _, claim = ledger.claim(key, request)
     assert claim is not None
-    ledger.settle(claim, Outcome(True, payload), 1.0)
+    claim.settle(Outcome(True, payload), 1.0)
 
 
 def rows(rounds: int = ROUNDS, count: int = COUNT) -> list[Row]:

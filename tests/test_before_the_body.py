@@ -170,7 +170,7 @@ def test_a_bug_of_ours_after_the_body_leaves_it_done(
     def broken(self: Ledger, value: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(Ledger, "kept", broken)
+    monkeypatch.setattr(Ledger, "encode", broken)
     assert bench.run() == "done"
     assert bench.state is State.SUCCEEDED
 

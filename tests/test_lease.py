@@ -15,8 +15,9 @@ import pytest
 
 from celery_idem.core.model import MICROSECONDS, Acquired, Done, Fingerprint, Outcome, Policy, Request
 from celery_idem.engine import clock, events, lease, owners
+from celery_idem.engine.claim import Hold
 from celery_idem.engine.lease import Renewer
-from celery_idem.engine.ledger import Claim, Ledger
+from celery_idem.engine.ledger import Ledger
 from celery_idem.stores.base import Change, Reply
 from celery_idem.stores.memory import MemoryStore
 from celery_idem.testing import CrashingStore
@@ -48,7 +49,7 @@ def policy(lease: int = LEASE) -> Policy:
     return Policy(lease, 10**12, 10**12, "rerun")
 
 
-def claimed(ledger: Ledger, key: str, lease: int = LEASE) -> Claim:
+def claimed(ledger: Ledger, key: str, lease: int = LEASE) -> Hold:
     decision, claim = ledger.claim(key, Request(owners.mint(), "task", Fingerprint(), policy(lease)))
     assert isinstance(decision, Acquired)
     assert claim is not None
@@ -78,9 +79,9 @@ def test_no_thread_without_a_claim_and_one_for_all_of_a_store(ledger: Ledger) ->
     claims = [(claimed(place, f"k{n}"), place) for n in range(10) for place in (ledger, other)]
     start = threading.Barrier(len(claims))
 
-    def watch(claim: Claim, place: Ledger) -> None:
+    def watch(claim: Hold, place: Ledger) -> None:
         start.wait(SOON)
-        renewer.watch(claim, place, LEASE)
+        renewer.watch(claim)
 
     watchers = [threading.Thread(target=watch, args=pair) for pair in claims]
     for watcher in watchers:
@@ -88,8 +89,8 @@ def test_no_thread_without_a_claim_and_one_for_all_of_a_store(ledger: Ledger) ->
     for watcher in watchers:
         watcher.join(SOON)
     assert len(threads()) == len(before) + 1
-    for claim, place in claims:
-        renewer.unwatch(claim, place)
+    for claim, _ in claims:
+        renewer.unwatch(claim)
 
 
 def test_claims_are_renewed_together_and_live_on(ledger: Ledger) -> None:
@@ -97,7 +98,7 @@ def test_claims_are_renewed_together_and_live_on(ledger: Ledger) -> None:
     claims = [claimed(ledger, f"k{n}") for n in range(20)]
     began = [stamp_of(ledger, claim.key) for claim in claims]
     for claim in claims:
-        renewer.watch(claim, ledger, LEASE)
+        renewer.watch(claim)
     wait_for(
         lambda: all(
             stamp_of(ledger, c.key) > b + 2 * LEASE / MICROSECONDS for c, b in zip(claims, began, strict=True)
@@ -111,37 +112,42 @@ def test_claims_are_renewed_together_and_live_on(ledger: Ledger) -> None:
     assert "replace" not in store.calls
     assert not any(claim.lost for claim in claims)
     for claim in claims:
-        renewer.unwatch(claim, ledger)
+        renewer.unwatch(claim)
 
 
 def test_a_short_lease_after_a_long_one_is_not_missed(ledger: Ledger) -> None:
     """The thread sleeps for the long one when the short one comes."""
     renewer = Renewer()
     long, short = claimed(ledger, "long", 3600 * MICROSECONDS), claimed(ledger, "short")
-    renewer.watch(long, ledger, 3600 * MICROSECONDS)
+    renewer.watch(long)
     began = stamp_of(ledger, "short")
-    renewer.watch(short, ledger, LEASE)
+    renewer.watch(short)
     wait_for(lambda: stamp_of(ledger, "short") > began, SOON, "the short lease to be renewed")
     assert not short.lost
-    renewer.unwatch(long, ledger)
-    renewer.unwatch(short, ledger)
+    renewer.unwatch(long)
+    renewer.unwatch(short)
 
 
-def test_a_short_lease_that_comes_in_the_middle_of_a_look_is_not_missed(ledger: Ledger) -> None:
+def test_a_short_lease_that_comes_in_the_middle_of_a_look_is_not_missed(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The thread has looked at what is watched, and goes to sleep for longer than the short one lives."""
     renewer = Renewer()
     length = 3 * MICROSECONDS
-    long, short = claimed(ledger, "long", 60 * MICROSECONDS), claimed(ledger, "short", length)
-    long._written_at -= 3600.0  # due at once
+    elapsed = clock.elapsed
+    monkeypatch.setattr(clock, "elapsed", lambda: elapsed() - 3600.0)
+    long = claimed(ledger, "long", 60 * MICROSECONDS)  # due at once
+    monkeypatch.undo()
+    short = claimed(ledger, "short", length)
     store = ledger.store
     assert isinstance(store, Counting)
-    store.during = lambda: renewer.watch(short, ledger, length)
+    store.during = lambda: renewer.watch(short)
     began = stamp_of(ledger, "short")
-    renewer.watch(long, ledger, 60 * MICROSECONDS)
+    renewer.watch(long)
     wait_for(lambda: stamp_of(ledger, "short") > began, SOON, "the short lease to be renewed")
     assert stamp_of(ledger, "short") < began + length / MICROSECONDS
-    renewer.unwatch(long, ledger)
-    renewer.unwatch(short, ledger)
+    renewer.unwatch(long)
+    renewer.unwatch(short)
 
 
 def test_a_store_that_hangs_delays_no_other(ledger: Ledger) -> None:
@@ -152,9 +158,9 @@ def test_a_store_that_hangs_delays_no_other(ledger: Ledger) -> None:
     hanging.store.during = lambda: (began.set(), go_on.wait(3 * SOON))
     there, here = claimed(hanging, "k"), claimed(ledger, "k")
     try:
-        renewer.watch(there, hanging, LEASE)
+        renewer.watch(there)
         assert began.wait(SOON)
-        renewer.watch(here, ledger, LEASE)
+        renewer.watch(here)
         first = stamp_of(ledger, "k")
         wait_for(
             lambda: stamp_of(ledger, "k") > first + 2 * LEASE / MICROSECONDS, SOON, "renewals of the other"
@@ -162,8 +168,8 @@ def test_a_store_that_hangs_delays_no_other(ledger: Ledger) -> None:
         assert there.lost
     finally:
         go_on.set()
-        renewer.unwatch(there, hanging)
-        renewer.unwatch(here, ledger)
+        renewer.unwatch(there)
+        renewer.unwatch(here)
 
 
 def test_a_thread_without_claims_ends_and_the_next_claim_starts_another(
@@ -171,29 +177,30 @@ def test_a_thread_without_claims_ends_and_the_next_claim_starts_another(
 ) -> None:
     monkeypatch.setattr(lease, "LONGEST_SLEEP", 0.0001)
     renewer = Renewer()
-    claim = claimed(ledger, "k")
-    renewer.watch(claim, ledger, 1)
+    claim = claimed(ledger, "k", 1)
+    renewer.watch(claim)
     (keeper,) = renewer._keepers.values()
-    renewer.unwatch(claim, ledger)
+    renewer.unwatch(claim)
     for n in range(100):  # each meets the thread at another moment of its end
         wait_for(lambda: keeper._thread is None, SOON, "the thread to end", every=0.0)
-        claim = claimed(ledger, f"k{n}")
-        renewer.watch(claim, ledger, 1)
+        claim = claimed(ledger, f"k{n}", 1)
+        renewer.watch(claim)
         assert keeper._thread is not None
-        renewer.unwatch(claim, ledger)
-    renewer.watch(claim, ledger, LEASE)
+        renewer.unwatch(claim)
+    claim = claimed(ledger, "the last")
+    renewer.watch(claim)
     began = stamp_of(ledger, claim.key)
     wait_for(lambda: stamp_of(ledger, claim.key) > began, SOON, "a renewal")
-    renewer.unwatch(claim, ledger)
+    renewer.unwatch(claim)
 
 
 def test_nothing_is_kept_of_a_store_that_is_no_more() -> None:
     renewer = Renewer()
     place = Ledger(Counting())
     claim = claimed(place, "k")
-    renewer.watch(claim, place, LEASE)
-    renewer.unwatch(claim, place)
-    del place
+    renewer.watch(claim)
+    renewer.unwatch(claim)
+    del place, claim
     wait_for(lambda: (gc.collect(), not renewer._keepers)[1], SOON, "it to be forgotten")
 
 
@@ -214,26 +221,26 @@ def test_the_trust_in_a_lease_ends_while_the_machine_is_suspended(
 def test_what_has_ended_is_renewed_no_more(ledger: Ledger) -> None:
     renewer = Renewer()
     ended, running = claimed(ledger, "ended"), claimed(ledger, "running")
-    renewer.watch(ended, ledger, LEASE)
-    renewer.watch(running, ledger, LEASE)
-    assert isinstance(ledger.settle(ended, Outcome(True, b"j1"), 0.0), Done)
-    renewer.unwatch(ended, ledger)
+    renewer.watch(ended)
+    renewer.watch(running)
+    assert isinstance(ended.settle(Outcome(True, b"j1"), 0.0), Done)
+    renewer.unwatch(ended)
     settled, began = stamp_of(ledger, "ended"), stamp_of(ledger, "running")
     wait_for(
         lambda: stamp_of(ledger, "running") > began + LEASE / MICROSECONDS, SOON, "renewals of the other"
     )
     assert stamp_of(ledger, "ended") == settled
-    renewer.unwatch(running, ledger)
+    renewer.unwatch(running)
 
 
 def test_settling_while_it_is_renewed_keeps_the_outcome(ledger: Ledger) -> None:
     renewer = Renewer()
     for n in range(30):
         claim = claimed(ledger, f"k{n}", MICROSECONDS // 10)
-        renewer.watch(claim, ledger, MICROSECONDS // 100)
+        renewer.watch(claim)
         threading.Event().wait(0.01)  # into a renewal, with luck; the outcome must not depend on it
-        assert isinstance(ledger.settle(claim, Outcome(True, b"j1"), 5.0), Done)
-        renewer.unwatch(claim, ledger)
+        assert isinstance(claim.settle(Outcome(True, b"j1"), 5.0), Done)
+        renewer.unwatch(claim)
         entry = ledger.get(f"k{n}")
         assert entry is not None
         assert entry.state == "succeeded"
@@ -246,10 +253,10 @@ def test_a_store_that_fails_for_a_moment_costs_nothing(ledger: Ledger) -> None:
     claim = claimed(ledger, "k", 2 * MICROSECONDS)
     store.crash("before replace_many", times=2)
     began = stamp_of(ledger, "k")
-    renewer.watch(claim, ledger, 2 * MICROSECONDS)
+    renewer.watch(claim)
     wait_for(lambda: stamp_of(ledger, "k") > began, SOON, "a renewal after two that failed")
     assert not claim.lost
-    renewer.unwatch(claim, ledger)
+    renewer.unwatch(claim)
 
 
 def test_a_lost_reply_to_a_renewal_costs_nothing(ledger: Ledger) -> None:
@@ -258,11 +265,11 @@ def test_a_lost_reply_to_a_renewal_costs_nothing(ledger: Ledger) -> None:
     renewer = Renewer()
     claim = claimed(ledger, "k", 2 * MICROSECONDS)
     store.crash("after replace_many")
-    renewer.watch(claim, ledger, 2 * MICROSECONDS)
+    renewer.watch(claim)
     wait_for(lambda: len(store.batches) >= 3, SOON, "renewals after the one whose reply got lost")
     assert not claim.lost
-    renewer.unwatch(claim, ledger)
-    assert isinstance(ledger.settle(claim, Outcome(True, b"j1"), 0.0), Done)
+    renewer.unwatch(claim)
+    assert isinstance(claim.settle(Outcome(True, b"j1"), 0.0), Done)
 
 
 def test_a_body_learns_that_nobody_could_renew(ledger: Ledger) -> None:
@@ -271,7 +278,7 @@ def test_a_body_learns_that_nobody_could_renew(ledger: Ledger) -> None:
     renewer = Renewer()
     claim = claimed(ledger, "k")
     store.crash("before replace_many", times=10_000)
-    renewer.watch(claim, ledger, LEASE)
+    renewer.watch(claim)
     assert not claim.lost
     began = time.monotonic()
     wait_for(lambda: claim.lost, SOON, "the body to be told")
@@ -279,7 +286,7 @@ def test_a_body_learns_that_nobody_could_renew(ledger: Ledger) -> None:
     # Told before the lease is over for everybody else: in the store it still stands.
     store.heal()
     wait_for(lambda: not claim.lost, SOON, "the next renewal, because nobody took over")
-    renewer.unwatch(claim, ledger)
+    renewer.unwatch(claim)
 
 
 def test_a_body_learns_that_somebody_took_over(ledger: Ledger) -> None:
@@ -290,9 +297,9 @@ def test_a_body_learns_that_somebody_took_over(ledger: Ledger) -> None:
     wait_for(lambda: (entry := ledger.get("k")) and entry.state == "lapsed", SOON, "the lease to lapse")
     claimed(ledger, "k", 60 * MICROSECONDS)
     try:
-        renewer.watch(claim, ledger, LEASE)
+        renewer.watch(claim)
         wait_for(lambda: claim.lost and "lease_lost" in [event.kind for event in seen], SOON, "the loss")
-        renewer.unwatch(claim, ledger)
+        renewer.unwatch(claim)
     finally:
         stop()
     assert [event.kind for event in seen if event.kind == "lease_lost"] == ["lease_lost"]
@@ -301,7 +308,7 @@ def test_a_body_learns_that_somebody_took_over(ledger: Ledger) -> None:
 def test_a_forked_child_starts_a_thread_of_its_own(ledger: Ledger) -> None:
     renewer = Renewer()
     claim = claimed(ledger, "parent")
-    renewer.watch(claim, ledger, LEASE)
+    renewer.watch(claim)
     child = os.fork()
     if child == 0:  # pragma: no cover
         status = 1
@@ -309,7 +316,7 @@ def test_a_forked_child_starts_a_thread_of_its_own(ledger: Ledger) -> None:
             mine = claimed(ledger, "child")
             began = stamp_of(ledger, "child")
             parents = stamp_of(ledger, "parent")
-            renewer.watch(mine, ledger, LEASE)
+            renewer.watch(mine)
             wait_for(lambda: stamp_of(ledger, "child") > began, SOON, "a renewal in the child")
             assert stamp_of(ledger, "parent") == parents  # here the child's copy: not its to renew
             status = 0
@@ -320,7 +327,7 @@ def test_a_forked_child_starts_a_thread_of_its_own(ledger: Ledger) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        renewer.unwatch(claim, ledger)
+        renewer.unwatch(claim)
     assert os.waitstatus_to_exitcode(status) == 0
 
 

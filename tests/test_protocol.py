@@ -300,9 +300,9 @@ APPLY: dict[str, list[Callable[[Record], Result]]] = {
     "renew": [lambda r: protocol.renew(r, OWN)],
     "begin_step": [lambda r: protocol.begin_step(r, OWN, "charge", a_request().policy)],
     "end_step": [lambda r: protocol.end_step(r, OWN, "charge", b"j1")],
-    "exited": [
-        lambda r: protocol.exited(r, OWN, a_request().policy, "why"),
-        lambda r: protocol.exited(r, OWN, a_request(on_crash="rerun").policy, "why"),
+    "exit": [
+        lambda r: protocol.exit(r, OWN, a_request().policy, "why"),
+        lambda r: protocol.exit(r, OWN, a_request(on_crash="rerun").policy, "why"),
     ],
     "lapse": [lambda r: (None, protocol.lapse(r, OWN))],
     "died": [
@@ -342,7 +342,7 @@ def test_every_transition_of_the_table_is_known_here_and_none_is_left_over() -> 
 
 @pytest.mark.parametrize("name", sorted(APPLY.keys() - {"committed", "forget"}))
 def test_a_transition_goes_where_its_row_says_and_from_nowhere_else(name: str) -> None:
-    to = TO["exited"] if TO[name].startswith("the same") else TO[name]
+    to = TO["exit"] if TO[name].startswith("the same") else TO[name]
     expected = states_in(to)
     reached = set()
     for state in State:
@@ -350,7 +350,7 @@ def test_a_transition_goes_where_its_row_says_and_from_nowhere_else(name: str) -
         record = held(state, asking=asking)
         assert record is not None
         there = reached_by(name, record)
-        if name == "exited" and state is State.IN_DOUBT:
+        if name == "exit" and state is State.IN_DOUBT:
             there = set()  # said already: nothing to write
         if name == "conclude" and state is State.RELEASED:
             there = set()  # evidence counts against a person's "not happened", see below
@@ -434,7 +434,7 @@ def said_already(name: str, state: State) -> bool:
     return name == "doubt" and state is State.IN_DOUBT
 
 
-OWNERS_ONLY = ["settle", "schedule", "release", "doubt", "renew", "begin_step", "end_step", "exited"]
+OWNERS_ONLY = ["settle", "schedule", "release", "doubt", "renew", "begin_step", "end_step", "exit"]
 
 
 @pytest.mark.parametrize("name", OWNERS_ONLY)

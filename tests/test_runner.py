@@ -32,8 +32,8 @@ from celery_idem.core.model import (
     State,
 )
 from celery_idem.engine import events, owners
-from celery_idem.engine.ledger import Claim
-from celery_idem.engine.runner import MAX_HANGING
+from celery_idem.engine.claim import Hold
+from celery_idem.engine.runner import MAX_HANGING, Why
 from celery_idem.engine.steps import run_step
 from tests.support.jobs import KEY, LEASE, Bench, Ended, Failed, FakeJob, Left
 from tests.support.waiting import wait_for
@@ -65,7 +65,7 @@ def test_a_failure_is_stored_and_raised_again(bench: Bench) -> None:
 
 
 def test_other_values_are_a_mismatch_whatever_the_state(bench: Bench) -> None:
-    def meanwhile(claim: Claim) -> str:
+    def meanwhile(claim: Hold) -> str:
         with pytest.raises(FingerprintMismatch):
             bench.run(must_match=b"6")
         return "done"
@@ -85,11 +85,11 @@ def test_a_value_that_cannot_be_stored_is_done(bench: Bench) -> None:
 
 
 def test_a_duplicate_comes_back_and_may_wait_in_place(bench: Bench) -> None:
-    def meanwhile(claim: Claim) -> str:
+    def meanwhile(claim: Hold) -> str:
         duplicate = FakeJob("other", task_id="two")
         with pytest.raises(Left):
             bench.runner.run(duplicate)
-        assert duplicate.came_back == [(30.0, (), "in progress")]
+        assert duplicate.came_back == [(30.0, (), Why.BUSY)]
         return "done"
 
     assert bench.run(meanwhile) == "done"
@@ -283,7 +283,7 @@ def test_an_ambiguous_error_is_a_question_where_one_can_ask(bench: Bench) -> Non
 
 
 def test_an_execution_that_was_taken_over_is_refused_and_that_is_an_alarm(bench: Bench) -> None:
-    def body(claim: Claim) -> str:
+    def body(claim: Hold) -> str:
         bench.lapse()
         bench.run("the second", task_id="two", on_crash="rerun")
         return "the first"
@@ -297,7 +297,7 @@ def test_an_execution_that_was_taken_over_is_refused_and_that_is_an_alarm(bench:
 
 
 def test_a_late_outcome_is_heard_while_nobody_took_over(bench: Bench) -> None:
-    def body(claim: Claim) -> str:
+    def body(claim: Hold) -> str:
         bench.lapse()
         with pytest.raises(OutcomeUnknown):
             bench.run(task_id="two")
@@ -377,10 +377,10 @@ def test_a_step_whose_error_was_swallowed_is_not_run_again_unasked(bench: Bench)
         charges.append("one")
         raise TimeoutError
 
-    def body(claim: Claim) -> str:
+    def body(claim: Hold) -> str:
         with contextlib.suppress(TimeoutError):
-            run_step(bench.ledger, claim, "charge", charge, None, 0.0)
-        return str(run_step(bench.ledger, claim, "mail", lambda: "mailed", None, 0.0))
+            run_step(claim, bench.ledger.codec, "charge", charge, None, 0.0)
+        return str(run_step(claim, bench.ledger.codec, "mail", lambda: "mailed", None, 0.0))
 
     job = FakeJob(on_crash="resume")
     request = Request(owners.mint(), "one", job.fingerprint, job.options.policy)
@@ -406,9 +406,9 @@ def test_a_record_full_of_steps_is_an_error_before_the_next_one(
         done.append(1)
         return "x" * size
 
-    def body(claim: Claim) -> None:
+    def body(claim: Hold) -> None:
         for n in range(most + 1):
-            run_step(bench.ledger, claim, f"s{n}", step, None, 0.0)
+            run_step(claim, bench.ledger.codec, f"s{n}", step, None, 0.0)
 
     with pytest.raises(ConfigurationError, match=r"was not begun.*Give each part a task"):
         bench.run(body, on_crash="resume")
@@ -424,10 +424,10 @@ def test_what_fills_a_record_is_still_known_to_a_resumed_attempt(
     assert first is not None
     results = iter(range(20))
     for n in range(20):
-        run_step(bench.ledger, first, f"s{n}", lambda: next(results), None, 0.0)
+        run_step(first, bench.ledger.codec, f"s{n}", lambda: next(results), None, 0.0)
     bench.lapse()
 
-    def body(claim: Claim) -> list[int]:
-        return [run_step(bench.ledger, claim, f"s{n}", lambda: -1, None, 0.0) for n in range(20)]
+    def body(claim: Hold) -> list[int]:
+        return [run_step(claim, bench.ledger.codec, f"s{n}", lambda: -1, None, 0.0) for n in range(20)]
 
     assert bench.run(body, on_crash="resume") == list(range(20))

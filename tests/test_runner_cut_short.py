@@ -11,7 +11,7 @@ from celery_idem import (
 from celery_idem.core.model import (
     State,
 )
-from celery_idem.engine.ledger import Claim
+from celery_idem.engine.claim import Hold
 from tests.support.jobs import KEY, Bench, FakeJob, Left
 
 
@@ -104,7 +104,7 @@ def test_an_outcome_whose_reply_got_lost_is_settled_once(bench: Bench) -> None:
 
 
 def test_a_record_that_the_store_lost_is_written_again(bench: Bench) -> None:
-    def body(claim: Claim) -> str:
+    def body(claim: Hold) -> str:
         assert bench.ledger.forget(KEY)
         return "done"
 

@@ -96,7 +96,7 @@ def shadow(screen: Screen, operator: Operator, clear: bool, yes: bool) -> None:
                     "why": task.why,
                     "calls": task.calls,
                     "intents": task.intents,
-                    "would": dict(task.would),
+                    "would": {would.name.lower(): number for would, number in task.would.items()},
                     "differs": dict(task.differs),
                 }
                 for task in report
@@ -104,7 +104,10 @@ def shadow(screen: Screen, operator: Operator, clear: bool, yes: bool) -> None:
         )
         return
     for task in report:
-        would = ", ".join(f"{number} {what}" for what, number in sorted(task.would.items())) or "nothing"
+        would = (
+            ", ".join(f"{number} {what.name.lower()}" for what, number in sorted(task.would.items()))
+            or "nothing"
+        )
         screen.state(
             task.verdict, f"{task.task}: {task.calls} calls of {task.intents} intents; would: {would}"
         )

@@ -58,12 +58,14 @@ class Outcome(NamedTuple):
     Attributes:
         succeeded: False when the body raised.
         payload: the encoded value or error; None when it could not be stored.
-        missing: why there is no payload; empty when there is one.
+        missing: why there is no payload, for people; empty when there is one.
+        replaced_by: id of the task that has the result, where the body handed its action over to one.
     """
 
     succeeded: bool
     payload: bytes | None
     missing: str = ""
+    replaced_by: str = ""
 
 
 class Step(NamedTuple):
@@ -73,13 +75,33 @@ class Step(NamedTuple):
     payload: bytes
 
 
+class Would(IntEnum):
+    """What a guard would have done with a call in shadow mode, where every call runs.
+
+    The numbers are part of the stored format: never reuse one.
+    """
+
+    REPLAY = 1
+    BUSY = 2
+    MISMATCH = 3
+    IN_DOUBT = 4
+
+
 class Note(NamedTuple):
-    """One line of a record's audit trail: who decided what, when, and on what evidence."""
+    """One line of a record's audit trail: who decided what, when, and on what evidence.
+
+    Attributes:
+        what: for people, as ``evidence`` is.
+        would: of a shadow record: what a guard would have done with the call; None in any other note.
+        differs: with ``Would.MISMATCH``: the parameters that had another value.
+    """
 
     at: int
     by: str
     what: str
     evidence: str
+    would: Would | None = None
+    differs: tuple[str, ...] = ()
 
 
 FINGERPRINT_TAG = 4

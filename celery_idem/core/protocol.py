@@ -48,7 +48,7 @@ doubt         RUNNING, IN_DOUBT          IN_DOUBT                               
 renew         RUNNING, own IN_DOUBT      same, new lease (a question is its asker's)
 begin_step    RUNNING                    RUNNING with one more open step
 end_step      RUNNING, IN_DOUBT          same, the step and its result added
-exited        RUNNING                    IN_DOUBT; RUNNING, lease over, where a claim decides (5)
+exit          RUNNING                    IN_DOUBT; RUNNING, lease over, where a claim decides (5)
 lapse         RUNNING, IN_DOUBT          same, lease over: its process is dead            (3)
 died          RUNNING of a dead process  the same (says its parent)                      (3)
 conclude      IN_DOUBT, own question     SUCCEEDED, RUNNING or IN_DOUBT              (3)
@@ -140,7 +140,7 @@ ENDINGS: dict[Raised, State] = {
 
 def ending(kind: Raised, policy: Policy) -> State:
     """Rule 5, and rule 9: a body whose effects are all in one transaction, which has not
-    settled the intent, has had none. An exit is left to ``exited``."""
+    settled the intent, has had none. An exit is left to ``exit``."""
     state = ENDINGS[kind]
     in_transaction = policy.on_crash == "transaction" and kind is not Raised.EXIT
     if state is State.IN_DOUBT and in_transaction:
@@ -151,23 +151,6 @@ def ending(kind: Raised, policy: Policy) -> State:
 def replace(record: Record, **changes: Any) -> Record:
     """The record with some parts changed."""
     return record._replace(**changes)
-
-
-_REPLACED = "replaced by task "
-
-
-def replaced_by(task_id: str) -> Outcome:
-    """The outcome of a body that handed its action over to a task without a guard of its own.
-
-    That message must not be published twice, so the intent is done; what stands in for
-    its value is the result of that task.
-    """
-    return Outcome(True, None, _REPLACED + task_id)
-
-
-def replacement(outcome: Outcome) -> str:
-    """Id of the task that has the result; "" where the outcome has its own."""
-    return outcome.missing.removeprefix(_REPLACED) if outcome.missing.startswith(_REPLACED) else ""
 
 
 def ttl(record: Record, policy: Policy) -> int | None:
@@ -311,7 +294,7 @@ def claim(record: Record, stamp: int, now: int, request: Request) -> tuple[Decis
             return _take_up_again(record, now, request)
         if remaining > 0:
             return _busy(remaining, record, request, record.owner), noticed(record, stamp, now)
-        return _crashed(record, stamp, now, request)
+        return _claim_lapsed(record, stamp, now, request)
     if record.state is State.SCHEDULED:
         if record.task_id != request.task_id and remaining > 0:
             return Busy(remaining), noticed(record, stamp, now)
@@ -393,14 +376,14 @@ def _take_up_again(record: Record, now: int, request: Request) -> tuple[Decision
     return Acquired(new), new
 
 
-def _crashed(record: Record, stamp: int, now: int, request: Request) -> tuple[Decision, Record]:
+def _claim_lapsed(record: Record, stamp: int, now: int, request: Request) -> tuple[Decision, Record]:
     """Rule 3: the lease lapsed and nobody said how it ended."""
     record = _one_more_crash(_with_past(record, stamp))
     if request.policy.asks:
         return _ask(replace(record, reason=CRASHED), now, request)
     reason = _why_in_doubt(record, request.policy, CRASHED)
     if reason:
-        return _doubt(record, reason)
+        return _put_in_doubt(record, reason)
     note = Note(now, request.owner.hex(), "took over", f"task {request.task_id}")
     return _acquire(_noted(record, note), now, request)
 
@@ -423,7 +406,7 @@ CRASHED_UNSEEN = "the worker stopped, and the store did not say whether it had b
 TOO_MANY = "the worker stopped without reporting an outcome, {} times"
 
 
-def _doubt(record: Record, reason: str) -> tuple[Decision, Record]:
+def _put_in_doubt(record: Record, reason: str) -> tuple[Decision, Record]:
     new = replace(record, state=State.IN_DOUBT, lease=0, asking=b"", reason=reason)
     return InDoubt(reason), new
 
@@ -479,10 +462,10 @@ def conclude(
             return InDoubt(record.reason), None
         return _busy(0, record, request), None
     if reason:
-        return _doubt(_noted(record, Note(now, "reconcile", "cannot tell", reason)), reason)
+        return _put_in_doubt(_noted(record, Note(now, "reconcile", "cannot tell", reason)), reason)
     record = _noted(record, Note(now, "reconcile", "did not happen", ""))
     if record.crashes >= request.policy.max_attempts:
-        return _doubt(record, TOO_MANY.format(record.crashes))
+        return _put_in_doubt(record, TOO_MANY.format(record.crashes))
     return _acquire(replace(record, open_steps=()), now, request)
 
 
@@ -608,7 +591,7 @@ def doubt(record: Record, owner: bytes, reason: str) -> tuple[Done | Refused, Re
         return Refused(record), None
     if record.state is State.IN_DOUBT:
         return Done(record), None
-    _, new = _doubt(_one_more_crash(record), reason)
+    _, new = _put_in_doubt(_one_more_crash(record), reason)
     return Done(new), new
 
 
@@ -621,7 +604,9 @@ def renew(record: Record, owner: bytes) -> tuple[Done | Refused, Record | None]:
     return Refused(record), None
 
 
-def exited(record: Record, owner: bytes, policy: Policy, reason: str) -> tuple[Done | Refused, Record | None]:
+def exit(  # noqa: A001  # the transition's name
+    record: Record, owner: bytes, policy: Policy, reason: str
+) -> tuple[Done | Refused, Record | None]:
     """The process was told to exit while the body ran: a crash that could still say so.
 
     What the author chose for a crash counts here too: where a claim can decide (by
@@ -629,15 +614,15 @@ def exited(record: Record, owner: bytes, policy: Policy, reason: str) -> tuple[D
     """
     if record.state is not State.RUNNING or record.owner != owner:
         return doubt(record, owner, reason)
-    _, new = _given_up(record, policy, reason)
+    _, new = _crash(record, policy, reason)
     return Done(new), new
 
 
-def _given_up(record: Record, policy: Policy, reason: str) -> tuple[InDoubt | Again, Record]:
+def _crash(record: Record, policy: Policy, reason: str) -> tuple[InDoubt | Again, Record]:
     counted = _one_more_crash(record)
     why = _why_in_doubt(counted, policy, reason)
     if why:
-        _, new = _doubt(counted, why)
+        _, new = _put_in_doubt(counted, why)
         return InDoubt(why), new
     return Again(), replace(record, lease=0)  # the claim that decides counts the crash
 
@@ -676,7 +661,7 @@ def died(
         if record.state is State.SCHEDULED and record.task_id == task_id:
             return Coming(), None
         if record.state is State.RUNNING and mine:
-            verdict, new = _given_up(record, policy, CRASHED)
+            verdict, new = _crash(record, policy, CRASHED)
             if isinstance(verdict, InDoubt):
                 new = replace(new, notes=_with_past(record, stamp).notes)
         elif record.state is State.IN_DOUBT and not policy.asks:

@@ -16,7 +16,17 @@ import struct
 from functools import lru_cache
 
 from celery_idem.core.errors import StoreError
-from celery_idem.core.model import FINGERPRINT_ENTRY, SCOPE_SIZE, Note, Noticed, Outcome, Record, State, Step
+from celery_idem.core.model import (
+    FINGERPRINT_ENTRY,
+    SCOPE_SIZE,
+    Note,
+    Noticed,
+    Outcome,
+    Record,
+    State,
+    Step,
+    Would,
+)
 
 _VERSION = 1
 _HEAD = struct.Struct(">12sBBHHBQ")
@@ -41,7 +51,8 @@ _MISSING = 1 << 10
 _PAYLOAD = 1 << 11
 _NOTICED = 1 << 12  # this and what follows stand before the outcome, which comes last
 _SCOPE = 1 << 13
-_KNOWN = (1 << 14) - 1
+_REPLACED_BY = 1 << 14  # in the place of _MISSING
+_KNOWN = (1 << 15) - 1
 
 
 def pack(record: Record) -> bytes:
@@ -99,8 +110,9 @@ def pack(record: Record) -> bytes:
     if notes:
         parts |= _NOTES
         tail.append(_LENGTH.pack(len(notes)))
-        for at, by, what, evidence in notes:
+        for at, by, what, evidence, would, differs in notes:
             tail += (_TIME.pack(at), _text(by), _text(what), _text(evidence))
+            tail += (bytes((would or 0,)), _LENGTH.pack(len(differs)), *map(_text, differs))
     if digests:
         parts |= _DIGESTS
         tail.append(_blob(digests))
@@ -111,7 +123,10 @@ def pack(record: Record) -> bytes:
         parts |= _SCOPE
         tail.append(scope)
     if outcome is not None:
-        if outcome.payload is None:
+        if outcome.replaced_by:
+            parts |= _REPLACED_BY
+            tail.append(_text(outcome.replaced_by))
+        elif outcome.payload is None:
             parts |= _MISSING
             tail.append(_text(outcome.missing))
         else:
@@ -167,12 +182,14 @@ def _unpack(value: bytes, stamp: int) -> Record:
     reason = read.text() if parts & _REASON else ""
     notes: tuple[Note, ...] = ()
     if parts & _NOTES:
-        notes = tuple(Note(read.time(), read.text(), read.text(), read.text()) for _ in range(read.count()))
+        notes = tuple(read.note() for _ in range(read.count()))
     digests = read.blob() if parts & _DIGESTS else b""
     noticed = Noticed(read.time(), read.time()) if parts & _NOTICED else None
     scope = read.take(SCOPE_SIZE) if parts & _SCOPE else b""
     outcome = None
-    if parts & _MISSING:
+    if parts & _REPLACED_BY:
+        outcome = Outcome(state is State.SUCCEEDED, None, replaced_by=read.text())
+    elif parts & _MISSING:
         outcome = Outcome(state is State.SUCCEEDED, None, read.text())
     elif parts & _PAYLOAD:
         outcome = Outcome(state is State.SUCCEEDED, read.rest())
@@ -228,6 +245,12 @@ class _Reader:
 
     def text(self) -> str:
         return self.blob().decode("utf-8", "surrogatepass")
+
+    def note(self) -> Note:
+        at, by, what, evidence = self.time(), self.text(), self.text(), self.text()
+        would = self.take(1)[0]
+        differs = tuple(self.text() for _ in range(self.count()))
+        return Note(at, by, what, evidence, Would(would) if would else None, differs)
 
     def rest(self) -> bytes:
         return self.take(len(self._value) - self._at)

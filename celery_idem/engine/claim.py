@@ -1,21 +1,95 @@
-"""An execution's hold on one intent."""
+"""An execution's hold on one intent: the only object that writes the record it holds.
+
+``Hold`` is the engine's. ``Claim`` is what a body sees of it, as ``self.claim``.
+
+A hold is in one of three phases. While it is *held*, a thread renews its lease. It is *promised* while the outcome is
+in a transaction that the author will commit: renewals go on, because the author may roll back, but write only over
+what the hold wrote itself. Once it is *ending*, nothing renews it. The phase changes under the hold's lock, and a
+renewal writes a record that the store has lost under the same lock, so no renewal can bring back a hold that has ended.
+"""
 
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, NoReturn
 
 from celery_idem.core import keys, protocol
-from celery_idem.core.errors import LeaseLost
+from celery_idem.core.errors import IdempotencyError, LeaseLost, StoreError
 from celery_idem.core.model import (
     MICROSECONDS,
+    Acquired,
+    Decision,
+    Done,
+    Fingerprint,
     Outcome,
+    Policy,
     Record,
+    Refused,
     Request,
+    State,
+    StepDone,
+    StepOpen,
+    StepsFull,
     Stored,
 )
-from celery_idem.engine import clock
-from celery_idem.stores.base import Reply
+from celery_idem.core.record import pack
+from celery_idem.engine import clock, events
+from celery_idem.engine.compare_and_set import Decide, change
+from celery_idem.stores.base import Change, Reply, Store, elsewhere
+
+PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
+"""Seconds between tries to write to a store that does not answer; the last one repeats."""
+
+
+class Claim:
+    """What a body sees of its hold on the intent. It reads, and changes nothing."""
+
+    __slots__ = ("_hold",)
+
+    def __init__(self, hold: Hold) -> None:
+        self._hold = hold
+
+    @property
+    def key(self) -> str:
+        """The idempotency key."""
+        return self._hold.key
+
+    @property
+    def fence(self) -> int:
+        """Grows with every new owner of the intent: let the destination refuse a smaller one.
+
+        0 while no store stands behind the claim.
+        """
+        return self._hold.fence
+
+    @property
+    def attempt(self) -> int:
+        """Which execution of this intent this is; 1 for the first."""
+        return self._hold.attempt
+
+    @property
+    def task_id(self) -> str:
+        """Celery's id of this execution's task."""
+        return self._hold.task_id
+
+    @property
+    def lost(self) -> bool:
+        """True once this execution must not start another effect.
+
+        Another worker took over, the lease could not be renewed in time, or the body has ended (a thread
+        that it did not wait for sees that).
+        """
+        return self._hold.lost
+
+    def downstream_key(self, name: str) -> str:
+        """A key for one call this body makes, such as ``"charge"``: the same in every
+        attempt, ASCII, and short enough for an ``Idempotency-Key`` header."""
+        return keys.downstream_key(self._hold.key, name)
+
+    def __repr__(self) -> str:
+        return f"<Claim {self.key} fence={self.fence} attempt={self.attempt}>"
 
 
 class Retries:
@@ -37,114 +111,397 @@ class Retries:
         self.refused: tuple[BaseException, BaseException | None] | None = None
 
 
-class Claim:
-    """One execution's hold on one intent: what a body sees as ``self.claim``.
+class Phase(Enum):
+    """How far a hold has come (see the module)."""
+
+    HELD = "held"
+    PROMISED = "promised"
+    ENDING = "ending"
+
+
+class Hold:
+    """The owner token, what this execution last wrote, the write under way, and until when it trusts its lease.
 
     Attributes:
-        key: the idempotency key.
-        lost: True once this execution must not start another effect: somebody took
-            over, the lease could not be renewed in time, or the body has ended (a thread
-            that it did not wait for sees that).
+        key: of the intent.
+        store: where the record is.
+        ended: the body has ended. A thread that it left behind may still have the claim.
+        retries: what the body has published to be run later; None: nothing.
+        promised: the outcome that a transaction of the author's is to commit, and its value as callers get it.
+        steps_begun: names of the steps that this execution began.
+        step_running: name of the step whose function runs now.
+        step_unrecorded: the store did not answer when a step was to begin or to end.
     """
 
     # What few executions change.
+    ended = False
+    retries: Retries | None = None
+    promised: tuple[Outcome, Any] | None = None
+    steps_begun: frozenset[str] = frozenset()
+    step_running = ""
+    step_unrecorded = False
+    _phase = Phase.HELD
     _taken_over = False
-    _ending = False
-    _ended = False
-    """Its body has ended. A thread that the body left behind may still have this claim."""
-    _step_running = ""
-    _step_unrecorded = False
-    _retries: Retries | None = None
-    _promised: tuple[Outcome, Any] | None = None
-    """What a transaction of the author's is to commit: the outcome, and its value as every caller gets it."""
+    _offered: tuple[Record, float]
 
     def __init__(
         self,
+        store: Store,
+        name: str,
         key: str,
         request: Request,
         stored: Stored | None,
         record: Record,
-        before: float,
+        written_at: float,
     ) -> None:
+        self.store = store
         self.key = key
+        self._name = name  # of the record in the store
         self._request = request
-        # What stood in the store when this claim last wrote: both parts change together, because
+        # What stood in the store when this hold last wrote. Both parts change together, because
         # the renewing thread reads them while the body's thread writes them.
         self._seen = (stored, record)
         # Not later than that write, by this process' clock: the lease counts from there.
-        self._written_at = before
+        self._written_at = written_at
         self._lock = threading.Lock()
-        self._steps_seen: set[str] = set()
 
-    @classmethod
-    def unguarded(cls, key: str, request: Request) -> Claim:
-        """For a body that runs without a store (``on_store_error="run"``)."""
-        claim = cls(key, request, None, protocol.fresh(request), 0.0)
-        claim._written_at = float("inf")
-        return claim
+    # --- what is known ----------------------------------------------------------------
 
     @property
-    def fence(self) -> int:
-        """Grows with every new owner of the intent: let the destination refuse a smaller one.
-
-        0 while no store stands behind the claim.
-        """
-        return self._seen[1].fence
+    def owner(self) -> bytes:
+        return self._request.owner
 
     @property
-    def attempt(self) -> int:
-        """Which execution of this intent this is; 1 for the first."""
-        return self._seen[1].attempts
+    def policy(self) -> Policy:
+        return self._request.policy
 
     @property
-    def task_id(self) -> str:
-        """Celery's id of this execution's task."""
-        return self._seen[1].task_id
-
-    @property
-    def lost(self) -> bool:
-        return self._taken_over or self._ended or clock.elapsed() > self._trusted_until
-
-    @property
-    def _trusted_until(self) -> float:
-        return self._written_at + protocol.trusted_for(self._request.policy.lease) / MICROSECONDS
+    def fingerprint(self) -> Fingerprint:
+        return self._request.fingerprint
 
     @property
     def guarded(self) -> bool:
         """False when the body runs without a store."""
         return self._seen[0] is not None
 
-    def _end(self) -> None:
-        """Before the first write that ends this hold. No renewal creates the record anew from here on;
-        one that is doing so is waited for, and what it created is then there to be ended."""
-        with self._lock:
-            self._ending = True
+    @property
+    def record(self) -> Record:
+        """As this hold last wrote it."""
+        return self._seen[1]
 
-    def downstream_key(self, name: str) -> str:
-        """A key for one call this body makes, such as ``"charge"``: the same in every
-        attempt, ASCII, and short enough for an ``Idempotency-Key`` header."""
-        return keys.downstream_key(self.key, name)
+    @property
+    def written(self) -> Stored | None:
+        """What this hold last wrote, as the store has it."""
+        return self._seen[0]
+
+    @property
+    def written_at(self) -> float:
+        """When, by this process' clock; never later than it was."""
+        return self._written_at
+
+    @property
+    def trusted_until(self) -> float:
+        """Until when, by this process' clock, no other worker takes over."""
+        return self._written_at + protocol.trusted_for(self._request.policy.lease) / MICROSECONDS
+
+    @property
+    def taken_over(self) -> bool:
+        """Another execution has the intent now."""
+        return self._taken_over
+
+    @property
+    def fence(self) -> int:
+        return self._seen[1].fence
+
+    @property
+    def attempt(self) -> int:
+        return self._seen[1].attempts
+
+    @property
+    def task_id(self) -> str:
+        return self._seen[1].task_id
+
+    @property
+    def lost(self) -> bool:
+        """See ``Claim.lost``."""
+        return self._taken_over or self.ended or clock.elapsed() > self.trusted_until
 
     def __repr__(self) -> str:
-        return f"<Claim {self.key} fence={self.fence} attempt={self.attempt}>"
+        return f"<Hold {self.key} {self._phase.value} fence={self.fence}>"
 
+    # --- the ends of a hold -----------------------------------------------------------
 
-def renewed(claim: Claim, record: Record, reply: Reply, before: float) -> None:
-    """Remember what stands in the store, and trust the lease as long as that write allows.
+    def settle(self, outcome: Outcome, patience: float) -> Done | Refused:
+        """Write how the body ended; ``Refused`` when another execution took over.
 
-    The renewing thread may be slow to note its write while the body's thread has made the
-    next one. Going back to the older would make every later renewal fail.
+        Args:
+            patience: seconds to keep trying while the store does not answer.
 
-    Args:
-        before: the worker's time before the call that ``reply`` answers.
-    """
-    if reply.stored is None or not reply.now:  # nothing was asked: no news
-        return
-    with claim._lock:
-        seen = claim._seen[0]
+        Raises:
+            StoreError: it did not answer for that long. The record stays as it is.
+        """
+        held = self._seen[1]
+        return self._end(lambda record: protocol.settle(record, held, outcome), patience)
+
+    def schedule(self, delay: float, patience: float, task_id: str = "") -> Done | Refused:
+        """Keep the intent for the retry's task id ("": this one) for ``delay`` seconds, until it comes."""
+        wait = int(delay * MICROSECONDS)
+        return self._end(lambda record: protocol.schedule(record, self.owner, wait, task_id), patience)
+
+    def doubt(self, reason: str, patience: float) -> Done | Refused:
+        """The body ended in a way that leaves the effect unknown."""
+        return self._end(lambda record: protocol.doubt(record, self.owner, reason), patience)
+
+    def exit(self, reason: str, patience: float) -> Done | Refused:
+        """The process was told to exit while the body ran."""
+        return self._end(lambda record: protocol.exit(record, self.owner, self.policy, reason), patience)
+
+    def release(self, patience: float) -> Done | Refused:
+        """Nothing happened: any caller may claim the intent again. A record that is not there stays so."""
+
+        def decide(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
+            if record is None:
+                return Refused(None), None
+            return protocol.release(self._known(record, stamp), self.owner)
+
+        self._enter(Phase.ENDING)
+        released: Done | Refused = self._write(decide, patience)
+        return released
+
+    def settle_within(self, inside: Store, outcome: Outcome, value: Any) -> None:
+        """Write the outcome in a transaction of the author's own (``Store.inside``), to be committed by the author.
+
+        Args:
+            value: what every caller will get.
+
+        Raises:
+            LeaseLost: another execution took over: the transaction must roll back.
+            ConfigurationError: the record is not in that database.
+        """
+        held = self._seen[1]
+
+        def settle(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
+            return (Refused(None), None) if record is None else protocol.settle(record, held, outcome)
+
+        self._enter(Phase.PROMISED)
+        done, _, _ = change(inside, self._name, self.key, settle, self.policy, *self._last_seen())
+        if isinstance(done, Done):
+            self.promised = (outcome, value)
+        elif done.record is None:
+            raise elsewhere(self.store.url)
+        elif done.record.owner == held.owner:
+            raise IdempotencyError(
+                f"{self.key} has its outcome already: an execution settles once. Use one settle_in.", self.key
+            )
+        else:
+            self._lose()
+
+    def committed(self, patience: float) -> Done | Refused:
+        """After ``settle_within``: what became of it. See ``protocol.committed``.
+
+        Raises:
+            StoreError: the store did not answer for ``patience`` seconds.
+        """
+        assert self.promised is not None
+        held, outcome = self._seen[1], self.promised[0]
+        self._enter(Phase.ENDING)
+        done: Done | Refused = self._write(
+            lambda record, stamp, now: protocol.committed(record, held, outcome, self.policy),
+            patience,
+            look=True,
+        )
+        return done
+
+    # --- on the way -------------------------------------------------------------------
+
+    def conclude(self, answer: Outcome | None, reason: str) -> tuple[Decision, Hold | None]:
+        """Write what the destination answered to the question that this hold asks.
+
+        Args:
+            answer: the outcome, where the effect happened; None where it did not, or where that is unknown.
+            reason: why it is unknown.
+
+        Returns:
+            The decision, and with ``Acquired`` the hold under which the body may run.
+        """
+        held = self._seen[1]
+
+        def decide(record: Record | None, stamp: int, now: int) -> tuple[Decision, Record | None]:
+            # The first guess is what this hold wrote itself: then the store has not told the time.
+            return protocol.conclude(record or held, now or stamp, self._request, answer, reason)
+
+        decision: Decision = self._write(decide)
+        if not isinstance(decision, Acquired):
+            return decision, None
+        return decision, Hold(self.store, self._name, self.key, self._request, *self._seen, self._written_at)
+
+    def begin_step(self, name: str) -> Done | StepDone | StepOpen | StepsFull:
+        """May this step run? ``Done``: yes, and the record says that it began.
+
+        Raises:
+            LeaseLost: another execution took over.
+            StoreError: the store did not answer.
+        """
+        begun, self.steps_begun = self.steps_begun, self.steps_begun | {name}
+        decision: Done | StepDone | StepOpen | StepsFull = self._step(
+            lambda record: protocol.begin_step(record, self.owner, name, self.policy, begun)
+        )
+        return decision
+
+    def end_step(self, name: str, payload: bytes | None, patience: float) -> None:
+        """Close a step: with its encoded result, or with None when it had no effect.
+
+        Raises:
+            LeaseLost: another execution took over.
+            StoreError: the store did not answer for ``patience`` seconds.
+        """
+        self._step(lambda record: protocol.end_step(record, self.owner, name, payload), patience)
+
+    def renew(self) -> None:
+        """Renew the lease of this hold alone."""
+        change = self.renewal()
+        if change is not None:
+            self.renewed(self.store.replace_many([change])[0])
+
+    def renewal(self) -> Change | None:
+        """The write that renews the lease: the record as it was last written. None: there is nothing to renew.
+
+        Renewals of many holds go to the store together; each hold takes its own reply, with ``renewed``.
+        """
+        stored, record = self._seen
+        if stored is None or self._taken_over or self._phase is Phase.ENDING:
+            return None
+        self._offered = record, clock.elapsed()
+        return Change(self._name, stored, pack(record), protocol.ttl(record, self.policy))
+
+    def renewed(self, reply: Reply) -> None:
+        """Take the store's reply to ``renewal``.
+
+        Raises:
+            StoreError: the store holds no record there, or did not answer when it was looked at again.
+        """
+        record, before = self._offered
+        if reply.done:
+            self._note(record, reply, before)
+            return
+        with self._lock:  # an ending that begins meanwhile waits: it must not be undone
+            if self._phase is Phase.ENDING:
+                return
+            decision, reply, before = change(
+                self.store, self._name, self.key, self._renew, self.policy, reply, None, before
+            )
+            if isinstance(decision, Done):
+                self._take(decision.record, reply, before)
+            elif isinstance(decision, Refused) and not self._holds(decision.record) and not self._taken_over:
+                self._taken_over = True
+                events.emit("lease_lost", self.key, task_id=self.task_id, fence=self.fence)
+
+    def _renew(
+        self, record: Record | None, stamp: int, now: int
+    ) -> tuple[Done | Refused | None, Record | None]:
+        """Of a hold whose renewal met another record: the body itself wrote meanwhile (a step), another
+        execution took over, or the store has lost what was written to it lately."""
+        known = self._known(record, stamp)
+        is_lost = known is not record
+        if is_lost and (self._phase is not Phase.HELD or known.state is not State.RUNNING):
+            return None, None
+        decision, new = protocol.renew(known, self.owner)
+        if is_lost or known.noticed is not None:  # another's mark: answer with a sign of life, now
+            return decision, new
+        # Its own newer write moved the deadline already, also where the reply to it got lost and the
+        # body's thread does not know it. The next look renews that one.
+        return decision, None
+
+    # --- inside -----------------------------------------------------------------------
+
+    def _holds(self, record: Record | None) -> bool:
+        return record is not None and record.owner == self.owner
+
+    def _known(self, record: Record | None, stamp: int) -> Record:
+        """What stands in the store; what this hold wrote there last, where the store has lost that."""
+        stored, held = self._seen
+        return protocol.restored(record, held, stored is not None and stamp < stored.stamp)
+
+    def _last_seen(self) -> tuple[Reply | None, Record | None]:
+        """What this hold wrote last: the best guess at what stands there, and it saves the read."""
+        stored, record = self._seen
+        return (None, None) if stored is None else (Reply(False, stored, 0), record)
+
+    def _enter(self, phase: Phase) -> None:
+        """Before the first write that ends this hold, or promises to. A renewal that writes the record
+        anew is waited for, and what it wrote is then there to be ended."""
+        with self._lock:
+            self._phase = phase
+
+    def _end(
+        self, decide: Callable[[Record], tuple[Done | Refused, Record | None]], patience: float
+    ) -> Done | Refused:
+        self._enter(Phase.ENDING)
+        ended: Done | Refused = self._write(
+            lambda record, stamp, now: decide(self._known(record, stamp)), patience
+        )
+        return ended
+
+    def _step(self, decide: Callable[[Record], tuple[Any, Record | None]], patience: float = 0.0) -> Any:
+        try:
+            decision = self._write(lambda record, stamp, now: decide(self._known(record, stamp)), patience)
+        except StoreError:
+            self.step_unrecorded = True
+            raise
+        if isinstance(decision, Refused):
+            self._lose()
+        return decision
+
+    def _lose(self) -> NoReturn:
+        self._taken_over = True
+        raise lease_lost(self.key)
+
+    def _write(self, decide: Decide, patience: float = 0.0, look: bool = False) -> Any:
+        """Write the record that this hold has, and try again while the store does not answer.
+
+        Args:
+            look: begin by reading: what this hold wrote last is not what stands there.
+        """
+        began = clock.elapsed()
+        tries = 0
+        while True:
+            guess: tuple[Reply | None, Record | None] = (None, None) if look else self._last_seen()
+            try:
+                decision, reply, before = change(
+                    self.store, self._name, self.key, decide, self.policy, *guess
+                )
+            except StoreError as error:
+                pause = PAUSES[min(tries, len(PAUSES) - 1)]
+                tries += 1
+                if clock.elapsed() + pause > began + patience:
+                    raise
+                if tries == 1:
+                    events.emit("store_error", self.key, error=str(error), while_="settling")
+                threading.Event().wait(pause)
+                continue
+            if isinstance(decision, (Done, Acquired)):
+                self._note(decision.record, reply, before)
+            return decision
+
+    def _note(self, record: Record, reply: Reply, before: float) -> None:
+        with self._lock:
+            self._take(record, reply, before)
+
+    def _take(self, record: Record, reply: Reply, before: float) -> None:
+        """Remember what stands in the store, and trust the lease as long as that write allows.
+
+        The renewing thread may be slow to note its write while the body's thread has made the
+        next one. Going back to the older would make every later renewal fail.
+
+        Args:
+            before: the worker's time before the call that ``reply`` answers.
+        """
+        if reply.stored is None or not reply.now:  # nothing was asked: no news
+            return
+        seen = self._seen[0]
         if seen is None or reply.stored.stamp >= seen.stamp:
-            claim._seen = (reply.stored, record)
-            claim._written_at = before - age(reply)
+            self._seen = (reply.stored, record)
+            self._written_at = before - age(reply)
 
 
 def age(reply: Reply) -> float:
@@ -153,17 +510,17 @@ def age(reply: Reply) -> float:
     return max(0, reply.now - reply.stored.stamp) / MICROSECONDS
 
 
-def lease_lost(claim: Claim) -> LeaseLost:
-    """What a body is told that must stop."""
+def lease_lost(key: str) -> LeaseLost:
+    """The error of a body that must stop."""
     return LeaseLost(
-        f"Another execution took {claim.key} over, so this one stopped. What it did before that stays done: if "
+        f"Another execution took {key} over, so this one stopped. What it did before that stays done: if "
         "that was an effect, look for a second one.",
-        claim.key,
+        key,
     )
 
 
 def doubt_message(key: str, reason: str) -> str:
-    """What a caller is told of an intent in doubt."""
+    """The message to a caller of an intent in doubt."""
     return (
         f"{key} is in doubt: {reason}. The effect may or may not have happened; nothing was run now. Look at the "
         f"destination, then say what you found: "

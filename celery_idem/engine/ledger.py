@@ -1,15 +1,13 @@
-"""The protocol over a store: claim, renew, settle, release, resolve, list, purge.
+"""All intents of a namespace: claiming one, and what operators do with them.
 
-Each operation reads what stands there, asks ``protocol`` what it means, writes the
-record it gives with a compare-and-set, and starts over when somebody was faster. The
-first guess saves the read: a claim begins with *create if absent*, everything else
-with the record as this execution last wrote it.
+An execution that has claimed an intent writes its record through its ``Hold``.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from celery_idem.core import keys, protocol
@@ -17,7 +15,6 @@ from celery_idem.core.errors import IdempotencyError, StoreError
 from celery_idem.core.model import (
     MICROSECONDS,
     Acquired,
-    Answer,
     Ask,
     Busy,
     Decision,
@@ -32,16 +29,16 @@ from celery_idem.core.model import (
     Request,
     State,
     Stored,
-    Unknown,
     Verdict,
+    Would,
 )
-from celery_idem.core.record import pack
+from celery_idem.core.record import unpack
 from celery_idem.core.results import Codec, NotStorable
-from celery_idem.engine import clock, events
-from celery_idem.engine.claim import Claim, age, lease_lost, renewed
+from celery_idem.engine import events
+from celery_idem.engine.claim import Hold, age
+from celery_idem.engine.compare_and_set import ABSENT, DELETED, Decide, change
 from celery_idem.engine.entries import STATES, Entry, Tally, tallied
-from celery_idem.engine.transitions import ROUNDS, Transitions, kept, known, present
-from celery_idem.stores.base import Change, PartlyError, Reply, Store, elsewhere
+from celery_idem.stores.base import Reply, Store
 
 SHADOW = "~shadow"
 """What the namespace of shadow records has behind it; a namespace itself ends before the colon."""
@@ -66,7 +63,7 @@ def _each_once(found: Iterator[tuple[str, Stored]]) -> Iterator[tuple[str, Store
             yield key, stored
 
 
-class Ledger(Transitions):
+class Ledger:
     """All intents of one namespace in one store.
 
     Args:
@@ -83,10 +80,10 @@ class Ledger(Transitions):
         codec: Codec | None = None,
         result_ttl: Callable[[str], float] = lambda task: DAY,
     ) -> None:
-        super().__init__(store, f"{namespace}:")
-        self.result_ttl = result_ttl
-        self._stepped = 0.0
+        self.store = store
         self.namespace = namespace
+        self._prefix = f"{namespace}:"
+        self.result_ttl = result_ttl
         self.codec = codec or Codec()
 
     def shadow(self) -> Ledger:
@@ -97,220 +94,40 @@ class Ledger(Transitions):
 
     # --- for an execution -----------------------------------------------------------
 
-    def claim(self, key: str, request: Request) -> tuple[Decision, Claim | None]:
+    def claim(self, key: str, request: Request) -> tuple[Decision, Hold | None]:
         """Claim an intent; the second part is there for ``Acquired`` and ``Ask``.
 
         Raises:
-            StoreError: nobody knows whether the claim was written. The owner in
-                ``request`` does: carry it along.
+            StoreError: whether the claim was written is unknown. The owner in
+                ``request`` tells: carry it along.
         """
-        before = clock.elapsed()
-        new = protocol.fresh(request)
-        reply = self.store.create(self._prefix + key, pack(new))
-        if reply.done:
-            assert reply.stored is not None
-            record = new._replace(fence=reply.stored.stamp)  # a first claim's fence is its creation
-            return Acquired(record), Claim(key, request, reply.stored, record, before)
+        new, name = protocol.fresh(request), self._prefix + key
 
-        def decide(record: Record, stamp: int, now: int) -> tuple[Decision, Record | None]:
-            return protocol.claim(record, stamp, now, request)
+        def decide(record: Record | None, stamp: int, now: int) -> tuple[Decision, Record | None]:
+            return (Acquired(new), new) if record is None else protocol.claim(record, stamp, now, request)
 
-        return self._decide(key, request, reply, decide, before)
+        decision: Decision
+        decision, reply, before = change(self.store, name, key, decide, request.policy, ABSENT)
+        stored = reply.stored
+        if isinstance(decision, (Acquired, Ask)):
+            assert stored is not None
+            record = decision.record
+            if not record.fence:  # a first claim's fence is its creation
+                record = record._replace(fence=stored.stamp)
+                decision = Acquired(record)
+            if not reply.done:
+                before -= age(reply)
+            return decision, Hold(self.store, name, key, request, stored, record, before)
+        if isinstance(decision, Busy) and reply.done:
+            assert stored is not None
+            _clock_went_back(key, _read(key, stored), self.store.url)
+        return decision, None
 
-    def conclude(self, claim: Claim, answer: Answer) -> tuple[Decision, Claim | None]:
-        """Write what the destination answered to a question this claim (``Ask``) put."""
-        outcome, reason = None, ""
-        if isinstance(answer, Happened):
-            outcome = self.outcome_of(answer.result)
-        elif isinstance(answer, Unknown):
-            reason = answer.reason or "the destination could not tell"
-
-        def decide(record: Record, stamp: int, now: int) -> tuple[Decision, Record | None]:
-            # The first guess is what this claim wrote itself: then nobody has asked the store for the time.
-            return protocol.conclude(record, now or stamp, claim._request, outcome, reason)
-
-        reply, held = self._last_seen(claim)
-        return self._decide(claim.key, claim._request, reply, decide, clock.elapsed(), held)
-
-    def settle(self, claim: Claim, outcome: Outcome, patience: float) -> Done | Refused:
-        """Write how the body ended; ``Refused`` when somebody took over.
-
-        Args:
-            patience: seconds to keep trying while the store does not answer.
-
-        Raises:
-            StoreError: it did not answer for that long. The record stays as it is.
-        """
-        held = claim._seen[1]
-
-        def decide(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
-            return protocol.settle(known(claim, record, stamp) if record is not None else None, held, outcome)
-
-        return self.patient_transition(claim, decide, patience)
-
-    def settle_within(self, claim: Claim, inside: Store, value: Any) -> None:
-        """Write the outcome in a transaction of the author's own (``Store.inside``), to be committed by the author.
-
-        Raises:
-            LeaseLost: somebody took over: the transaction must roll back.
-            ConfigurationError: the record is not in that database.
-        """
-        outcome, shown = self.kept(value)
-        held = claim._seen[1]
-        settle = present(lambda record: protocol.settle(record, held, outcome))
-        there = Ledger(inside, self.namespace, self.codec)
-        claim._end()
-        reply, _ = self._last_seen(claim)
-        done, _ = there._compare_and_set(claim.key, reply, settle, claim._request.policy)
-        if isinstance(done, Done):
-            claim._promised = (outcome, shown)
-        elif done.record is None:
-            raise elsewhere(self.store.url)
-        elif done.record.owner == held.owner:
-            raise IdempotencyError(
-                f"{claim.key} has its outcome already: an execution settles once. Use one settle_in.",
-                claim.key,
-            )
-        else:
-            claim._taken_over = True
-            raise lease_lost(claim)
-
-    def committed(self, claim: Claim, patience: float) -> Done | Refused:
-        """After ``settle_within``: what became of it. See ``protocol.committed``.
-
-        Raises:
-            StoreError: the store did not answer for ``patience`` seconds.
-        """
-        assert claim._promised is not None
-        held, outcome, policy = claim._seen[1], claim._promised[0], claim._request.policy
-        return self.patient_transition(
-            claim,
-            lambda record, stamp, now: protocol.committed(record, held, outcome, policy),
-            patience,
-            fresh=True,
-        )
-
-    def release(self, claim: Claim, patience: float) -> Done | Refused:
-        """Nothing happened: anybody may claim the intent again."""
-
-        def decide(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
-            if record is None:
-                return Refused(None), None
-            return protocol.release(known(claim, record, stamp), claim._request.owner)
-
-        return self.patient_transition(claim, decide, patience)
-
-    def let_go(self, key: str, request: Request) -> None:
-        """Release a claim that may or may not have been written, and whose body did not run."""
-        self.release(Claim.unguarded(key, request), 0.0)
-
-    def schedule(self, claim: Claim, delay: float, patience: float, task_id: str = "") -> Done | Refused:
-        """Keep the intent for the retry's task id ("": this one) for ``delay`` seconds, until it comes."""
-        wait = int(delay * MICROSECONDS)
-        return self.patient_transition(
-            claim,
-            kept(claim, lambda record: protocol.schedule(record, claim._request.owner, wait, task_id)),
-            patience,
-        )
-
-    def doubt(self, claim: Claim, reason: str, patience: float) -> Done | Refused:
-        """The body ended in a way that leaves the effect unknown."""
-        return self.patient_transition(
-            claim, kept(claim, lambda record: protocol.doubt(record, claim._request.owner, reason)), patience
-        )
-
-    def exited(self, claim: Claim, reason: str, patience: float) -> Done | Refused:
-        """The process was told to exit while the body ran."""
-        owner, policy = claim._request.owner, claim._request.policy
-        return self.patient_transition(
-            claim, kept(claim, lambda record: protocol.exited(record, owner, policy, reason)), patience
-        )
-
-    def renew(self, claims: Sequence[Claim]) -> None:
-        """Renew the leases of running claims, in one round trip where the store can."""
-        before = clock.elapsed()
-        changes = []
-        seen = []
-        for claim in claims:
-            stored, record = claim._seen
-            assert stored is not None  # only claims that were written are watched
-            seen.append(record)
-            ttl = protocol.ttl(record, claim._request.policy)
-            changes.append(Change(self._prefix + claim.key, stored, pack(record), ttl))
-        failed: StoreError | None = None
-        replies: Sequence[Reply | None]
-        try:
-            replies = self.store.replace_many(changes)
-        except PartlyError as error:
-            failed, replies = error, error.replies
-        if replies[0] is not None and replies[0].done:
-            self._compare_clocks(claims[0], replies[0], before)
-        for claim, record, reply in zip(claims, seen, replies, strict=True):
-            if reply is None:
-                continue
-            if reply.done:
-                renewed(claim, record, reply, before)
-                continue
-            try:
-                self._renew_again(claim, reply, before)
-            except StoreError as error:
-                if not error.key:
-                    raise
-                failed = (
-                    error  # the store answered: with something that is no record. Others need not suffer.
-                )
-        if failed is not None:
-            raise failed
-
-    def _compare_clocks(self, claim: Claim, reply: Reply, before: float) -> None:
-        """Between two writes of a claim as much time should have passed in the store as here."""
-        old = claim._seen[0]
-        assert old is not None
-        assert reply.stored is not None
-        there = reply.stored.stamp - old.stamp
-        ahead = there - (clock.elapsed() - claim._written_at) * MICROSECONDS
-        back = (before - claim._written_at) * MICROSECONDS if there == 1 else 0.0  # or more: 1 hides how much
-        by = ahead if ahead > protocol.STEP else -back if back > protocol.STEP else 0.0
-        if by and by * self._stepped <= 0:  # once, and not at every renewal until it is over
-            events.emit("clock_stepped", claim.key, by=round(by / MICROSECONDS, 1), store=self.store.url)
-        self._stepped = by
-
-    def _renew_again(self, claim: Claim, reply: Reply, before: float) -> None:
-        """The body itself wrote meanwhile (a step, the outcome), or somebody took over."""
-        lost = reply.stored
-        record = self._read(claim.key, lost) if lost is not None else None
-        # The store has lost the record, or what was written to it lately.
-        if lost is None or known(claim, record, lost.stamp) is not record:
-            with claim._lock:  # an ending that begins meanwhile waits: it must not be undone
-                held = claim._seen[1]
-                if claim._ending or held.state is not State.RUNNING:
-                    return
-                name, value = self._prefix + claim.key, pack(held)
-                reply = (
-                    self.store.create(name, value) if lost is None else self.store.replace(name, lost, value)
-                )
-            if reply.done:
-                renewed(claim, held, reply, before)
-                return
-            if reply.stored is None:
-                return  # the next look creates it anew
-            record = self._read(claim.key, reply.stored)
-        assert record is not None
-        assert reply.stored is not None
-        decision, new = protocol.renew(record, claim._request.owner)
-        if new is not None and record.noticed is not None:  # another's mark: answer with a sign of life, now
-            reply = self.store.replace(self._prefix + claim.key, reply.stored, pack(new))
-            if reply.done:
-                renewed(claim, new, reply, before)
-            return
-        if isinstance(decision, Done):
-            # Its own newer write moved the deadline already. The next look renews that one,
-            # also where the reply to it got lost and the body's thread does not know it.
-            renewed(claim, record, reply, before)
-            return
-        if record.owner != claim._request.owner and not claim._taken_over:
-            claim._taken_over = True
-            events.emit("lease_lost", claim.key, task_id=claim.task_id, fence=claim.fence)
+    def unwritten(self, key: str, request: Request) -> Hold:
+        """A hold that was not written, or may not have been: for a body that runs without a store,
+        and to release a claim whose reply got lost."""
+        name, fresh = self._prefix + key, protocol.fresh(request)
+        return Hold(self.store, name, key, request, None, fresh, math.inf)
 
     # --- for operators --------------------------------------------------------------
 
@@ -319,14 +136,14 @@ class Ledger(Transitions):
         reply = self.store.read(self._prefix + key)
         if reply.stored is None:
             return None
-        return Entry(key, self._read(key, reply.stored), reply.stored.stamp, reply.now)
+        return Entry(key, _read(key, reply.stored), reply.stored.stamp, reply.now)
 
     def look(self, key: str) -> Entry | None:
         """As ``get``, and cheaper where there is nothing, or an outcome: then the time does not matter."""
         stored = self.store.peek(self._prefix + key)
         if stored is None:
             return None
-        record = self._read(key, stored)
+        record = _read(key, stored)
         return Entry(key, record, stored.stamp, stored.stamp) if protocol.final(record) else self.get(key)
 
     def list(
@@ -365,7 +182,7 @@ class Ledger(Transitions):
                 tick()
             key = stored_key.removeprefix(self._prefix)
             try:
-                entry = Entry(key, self._read(key, stored), stored.stamp, now)
+                entry = Entry(key, _read(key, stored), stored.stamp, now)
             except StoreError:
                 continue  # not a record of ours; `get` says so to whoever asks for it
             if (task is None or entry.task == task) and (wanted is None or entry.state == wanted):
@@ -405,16 +222,14 @@ class Ledger(Transitions):
         what = "happened" if outcome is not None else "not happened"
 
         def decide(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
+            nonlocal fence
             if record is None:
                 return Refused(None), None
+            if fence is None:
+                fence = record.fence  # not that of an attempt that begins while this decision is written
             return protocol.resolve(record, stamp, now, outcome, Note(now, by, what, evidence), fence)
 
-        reply = self.store.read(self._prefix + key)
-        if fence is None and reply.stored is not None:
-            fence = self._read(
-                key, reply.stored
-            ).fence  # not of an attempt that begins while this decision is written
-        done, reply = self._compare_and_set(key, reply, decide, policy)
+        done, reply = self._change(key, decide, policy)
         if isinstance(done, Refused):
             if done.record is None:
                 raise IdempotencyError(f"There is no intent {key} in {self.store.url}.", key)
@@ -456,33 +271,33 @@ class Ledger(Transitions):
             False when there was none.
         """
         keep = int(self.result_ttl(keys.task_of(key) or key) * MICROSECONDS)
-        reply = self.store.read(self._prefix + key)
-        for _ in range(ROUNDS):
-            stored = reply.stored
-            if stored is None:
-                return False
-            left = None
-            try:
-                left = protocol.forget(self._read(key, stored), stored.stamp, reply.now, steps)
-            except StoreError:  # no record: forgetting is what helps
-                events.diagnose(logging.WARNING, "what was forgotten at %s was no record", key)
-            value = stored.value if left is None else pack(left)
-            ttl = 0 if left is None else protocol.ttl(left, Policy(0, result_ttl=keep, failure_ttl=keep))
-            reply = self.store.replace(self._prefix + key, stored, value, ttl)
-            if reply.done:
-                events.emit("forgotten", key)
-                return True
-        raise StoreError(f"{key} changes all the time; nothing was removed. Try again.", key)
 
-    def note_shadow(self, key: str, would: str, evidence: str, request: Request) -> None:
-        """Note in a shadow record what a guard would have done to a call."""
+        def decide(record: Record | None, stamp: int, now: int) -> tuple[bool, Record | None]:
+            if record is not None:
+                return True, protocol.forget(record, stamp, now, steps) or DELETED
+            if stamp:  # no record: forgetting is what helps
+                events.diagnose(logging.WARNING, "what was forgotten at %s was no record", key)
+                return True, DELETED
+            return False, None
+
+        there: bool = self._change(key, decide, Policy(0, result_ttl=keep, failure_ttl=keep), lenient=True)[0]
+        if there:
+            events.emit("forgotten", key)
+        return there
+
+    def note_shadow(
+        self, key: str, would: Would, reason: str, differs: tuple[str, ...], request: Request
+    ) -> None:
+        """Note in a shadow record what a guard would have done with a call."""
 
         def decide(record: Record | None, stamp: int, now: int) -> tuple[None, Record | None]:
             if record is None:
                 return None, None
-            return None, protocol.shadowed(record, Note(now, request.task_id, would, evidence), request)
+            what = would.name.lower()
+            note = Note(now, request.task_id, what, reason or ", ".join(differs), would, differs)
+            return None, protocol.shadowed(record, note, request)
 
-        self._compare_and_set(key, self.store.read(self._prefix + key), decide, request.policy)
+        self._change(key, decide, request.policy)
 
     def purge(self, batch: int = 1000) -> int:
         """Delete what has expired, in batches; how many. Redis expires by itself: 0."""
@@ -499,7 +314,7 @@ class Ledger(Transitions):
         def decide(record: Record | None, stamp: int, now: int) -> tuple[None, Record | None]:
             return None, protocol.lapse(record, holder) if record is not None else None
 
-        self._compare_and_set(key, self.store.read(self._prefix + key), decide, None)
+        self._change(key, decide, None)
 
     def died(
         self, key: str, owner_prefix: bytes, task_id: str, policy: Policy, again: int
@@ -514,17 +329,22 @@ class Ledger(Transitions):
             verdict, new = protocol.died(record, stamp, owner_prefix, task_id, policy, again)
             return (verdict, new or record), new
 
-        reply = self.store.read(self._prefix + key)
-        decided: tuple[Verdict | None, Record | None] = self._compare_and_set(key, reply, decide, policy)[0]
+        decided: tuple[Verdict | None, Record | None] = self._change(key, decide, policy)[0]
         return decided
 
-    # --- inside ---------------------------------------------------------------------
+    def _change(
+        self, key: str, decide: Decide, policy: Policy | None, lenient: bool = False
+    ) -> tuple[Any, Reply]:
+        decision, reply, _ = change(self.store, self._prefix + key, key, decide, policy, lenient=lenient)
+        return decision, reply
+
+    # --- values -----------------------------------------------------------------------
 
     def outcome_of(self, value: Any) -> Outcome:
         """A value as an outcome; one without payload, and the reason, when it cannot be stored."""
-        return self.kept(value)[0]
+        return self.encode(value)[0]
 
-    def kept(self, value: Any) -> tuple[Outcome, Any]:
+    def encode(self, value: Any) -> tuple[Outcome, Any]:
         """The same, and what every caller gets: what is stored, as it will be read."""
         try:
             payload, shown = self.codec.kept(value)
@@ -532,49 +352,9 @@ class Ledger(Transitions):
             return Outcome(True, None, str(why)), value
         return Outcome(True, payload), shown
 
-    def _decide(
-        self,
-        key: str,
-        request: Request,
-        reply: Reply,
-        decide: Callable[[Record, int, int], tuple[Decision, Record | None]],
-        before: float,
-        held: Record | None = None,
-    ) -> tuple[Decision, Claim | None]:
-        """A decision on a record that is there; absent in between: claim it from the start.
 
-        Args:
-            held: the record as this execution last wrote it, where it knows something that must
-                not get lost with the record (what a destination answered).
-            before: the worker's time before the first call: a write whose reply got lost counts from there.
-        """
-        for _ in range(ROUNDS):
-            stored = reply.stored
-            if stored is not None:
-                decision, new = decide(self._read(key, stored), stored.stamp, reply.now)
-            elif held is not None:
-                decision, new = decide(protocol.restored(None, held), 0, reply.now)
-            else:
-                return self.claim(key, request)
-            if new is not None:
-                before = clock.elapsed()
-                value = pack(new)
-                keep = protocol.ttl(new, request.policy)
-                if stored is None:
-                    reply = self.store.create(self._prefix + key, value, keep)
-                else:
-                    reply = self.store.replace(self._prefix + key, stored, value, keep)
-                if not reply.done and (reply.stored is None or reply.stored.value != value):
-                    continue
-                assert reply.stored is not None
-                if isinstance(decision, Busy):
-                    _clock_went_back(key, new, self.store.url)
-            if isinstance(decision, (Acquired, Ask)):
-                assert reply.stored is not None
-                since = before - age(reply)
-                return decision, Claim(key, request, reply.stored, decision.record, since)
-            return decision, None
-        raise StoreError(f"{key} changes all the time; nothing was run. It will be tried again.", key)
+def _read(key: str, stored: Stored) -> Record:
+    return unpack(stored.value, stored.stamp, key)
 
 
 def _clock_went_back(key: str, record: Record, store: str) -> None:

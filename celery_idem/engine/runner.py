@@ -12,6 +12,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from celery_idem.core import protocol
@@ -45,7 +46,7 @@ from celery_idem.core.model import (
 )
 from celery_idem.engine import events, owners
 from celery_idem.engine.bounded import Bounded, TooLateError
-from celery_idem.engine.claim import Claim, doubt_message, lease_lost
+from celery_idem.engine.claim import Hold, doubt_message, lease_lost
 from celery_idem.engine.lease import RENEWER
 from celery_idem.engine.ledger import Ledger
 
@@ -64,6 +65,9 @@ MAX_HANGING = 4
 """Questions of one task that may hang past ``ask_timeout`` in a process. Each is a thread for as long as the
 destination hangs; when four of them get no answer, another would not either, and is not asked."""
 
+BUSY = "in progress"
+"""What a waiting duplicate says, for people."""
+
 SIGNALS = (
     Raised.RETRY,
     Raised.DOUBTFUL_RETRY,
@@ -74,6 +78,15 @@ SIGNALS = (
     Raised.REJECT,
 )
 """What a body raises to tell Celery something, and not because something went wrong."""
+
+
+class Why(Enum):
+    """Why a delivery comes back later."""
+
+    BUSY = "another execution holds the intent"
+    STORE = "the store did not answer before the body"
+    GUARD = "the guard itself failed before the body"
+    STEP = "the store did not answer when a step was recorded"
 
 
 class Options(NamedTuple):
@@ -110,7 +123,7 @@ class Job(ABC):
     """Set by ``body`` just before the author's code: until then, nothing ran."""
 
     @abstractmethod
-    def body(self, claim: Claim) -> Any:
+    def body(self, hold: Hold) -> Any:
         """Run the author's code."""
 
     @abstractmethod
@@ -141,7 +154,7 @@ class Job(ABC):
         """Seconds until the retry that the body asked for, and a grace."""
 
     @abstractmethod
-    def ask(self, claim: Claim) -> Answer:
+    def ask(self, hold: Hold) -> Answer:
         """Ask the destination. May raise: that is no answer."""
 
     @abstractmethod
@@ -165,12 +178,15 @@ class Job(ABC):
 
     @abstractmethod
     def come_back(
-        self, seconds: float, carried: tuple[bytes, ...], why: str, busy: Busy | None = None
+        self, seconds: float, carried: tuple[bytes, ...], why: Why, says: str, busy: Busy | None = None
     ) -> None:
         """Wait: return when it is time to try again here, or raise to leave.
 
         Args:
-            busy: what another execution does meanwhile; None where the store is what does not answer.
+            seconds: after which it certainly is time; 0: unknown.
+            carried: owners to take along.
+            says: more about it, for people.
+            busy: what the other execution does, with ``Why.BUSY``.
         """
 
 
@@ -207,10 +223,10 @@ class Runner:
                 job.scope,
             )
             try:
-                decision, claim = self.ledger.claim(job.key, request)
-                while isinstance(decision, Ask):
-                    assert claim is not None
-                    decision, claim = self._ask(job, claim)
+                decision, hold = self.ledger.claim(job.key, request)
+                if isinstance(decision, Ask):
+                    assert hold is not None
+                    decision, hold = self._ask(job, hold)
             except StoreError as error:
                 carried = (*carried, request.owner)[-MAX_CARRIED:]
                 self._store_is_down(job, error, carried)
@@ -221,9 +237,9 @@ class Runner:
                 carried = self._not_begun(job, request, error)
                 continue
             if isinstance(decision, Acquired):
-                assert claim is not None
+                assert hold is not None
                 try:
-                    done, value = self._execute(job, claim)
+                    done, value = self._execute(job, hold)
                 except _NotBegunError as failed:
                     carried = self._not_begun(job, request, failed.error)
                     continue
@@ -232,16 +248,16 @@ class Runner:
                 ran = True
                 job.entered = False
             elif isinstance(decision, Busy):
-                if self._lapsed(job, decision):
+                if self._lapse(job, decision):
                     continue
                 events.emit("waiting", job.key, task_id=job.task_id)
-                job.come_back(decision.retry_after / MICROSECONDS, carried, "in progress", decision)
-            elif isinstance(decision, Replay) and protocol.replacement(decision.outcome):
-                known, value = job.follow(protocol.replacement(decision.outcome))
+                job.come_back(decision.retry_after / MICROSECONDS, carried, Why.BUSY, BUSY, decision)
+            elif isinstance(decision, Replay) and decision.outcome.replaced_by:
+                known, value = job.follow(decision.outcome.replaced_by)
                 if known:
                     events.emit("replayed", job.key, task_id=job.task_id, succeeded=True)
                     return value
-                job.come_back(0.0, carried, "in progress", Busy(0, own=ran))
+                job.come_back(0.0, carried, Why.BUSY, BUSY, Busy(0, own=ran))
             else:
                 return self._answer(job, decision)
 
@@ -258,13 +274,13 @@ class Runner:
         """
         policy = job.options.policy
         # Not under the job's own task id: whoever has that may take a retry that is still to come.
-        decision, claim = self.ledger.claim(job.key, Request(owners.mint(), "", job.fingerprint, policy))
-        while isinstance(decision, Ask):
-            assert claim is not None
-            decision, claim = self._ask(job, claim)
+        decision, hold = self.ledger.claim(job.key, Request(owners.mint(), "", job.fingerprint, policy))
+        if isinstance(decision, Ask):
+            assert hold is not None
+            decision, hold = self._ask(job, hold)
         if isinstance(decision, Acquired):
-            assert claim is not None
-            self.ledger.release(claim, job.options.patience)
+            assert hold is not None
+            hold.release(job.options.patience)
             events.emit(
                 "released", job.key, task_id=job.task_id, why="the destination says it did not happen"
             )
@@ -312,7 +328,7 @@ class Runner:
                 own["__notes__"] = [*own.get("__notes__", ()), note]
         raise error
 
-    def _lapsed(self, job: Job, busy: Busy) -> bool:
+    def _lapse(self, job: Job, busy: Busy) -> bool:
         """The holder was a process of this very worker and is dead: no need to wait for its lease.
 
         Its parent says so too, but Celery may have this message run again first.
@@ -337,26 +353,26 @@ class Runner:
         if policy == "raise":
             raise StoreError(f"{error} Nothing was run for {job.key}.", job.key) from error
         if policy == "retry":
-            job.come_back(0.0, carried, str(error))
+            job.come_back(0.0, carried, Why.STORE, str(error))
 
     def _unguarded(self, job: Job, request: Request) -> Any:
         """The author's explicit way to fail open: run without a claim, record it if that works."""
         events.emit("unguarded", job.key, task_id=job.task_id)
-        claim = Claim.unguarded(job.key, request)
-        value = job.body(claim)
-        if claim._retries is not None:
+        hold = self.ledger.unwritten(job.key, request)
+        value = job.body(hold)
+        if hold.retries is not None:
             job.returned(value)
         try:
-            self.ledger.settle(claim, self.ledger.outcome_of(value), EXIT_PATIENCE)
+            hold.settle(self.ledger.outcome_of(value), EXIT_PATIENCE)
         except Exception as error:
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(error))
         return value
 
-    def _let_go(self, job: Job, request: Request) -> None:
+    def _release(self, job: Job, request: Request) -> None:
         """The body did not run, neither under this owner nor under those of earlier lost replies."""
         try:
             for owner in (request.owner, *request.carried):
-                self.ledger.let_go(job.key, request._replace(owner=owner))
+                self.ledger.unwritten(job.key, request._replace(owner=owner)).release(EXIT_PATIENCE)
         except StoreError as error:
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(error))
 
@@ -365,7 +381,7 @@ class Runner:
 
         Returns the owners to carry along, when it is time to try again here.
         """
-        self._let_go(job, request)
+        self._release(job, request)
         if not isinstance(error, Exception) or job.kind_of(error) is Raised.TIME_LIMIT:
             raise error
         why = f"The guard failed before the body ({type(error).__name__}: {error})."
@@ -375,18 +391,20 @@ class Runner:
                 f"{why} Nothing was run for {job.key}. Call again unchanged.", job.key
             ) from error
         carried = (*request.carried, request.owner)[-MAX_CARRIED:]  # should it not have been released
-        job.come_back(0.0, carried, why)
+        job.come_back(0.0, carried, Why.GUARD, why)
         return carried
 
-    def _ask(self, job: Job, claim: Claim) -> tuple[Decision, Claim | None]:
+    def _ask(self, job: Job, hold: Hold) -> tuple[Decision, Hold | None]:
         """Rule 3: the destination is asked under a lease, and gets a bounded time to answer."""
         try:
-            RENEWER.watch(claim, self.ledger, job.options.policy.lease)
-            answer = self.bounded(lambda: job.ask(claim), job.options.ask_timeout)
+            RENEWER.watch(hold)
+            answer = self.bounded(lambda: job.ask(hold), job.options.ask_timeout)
         finally:
-            RENEWER.unwatch(claim, self.ledger)
+            RENEWER.unwatch(hold)
         events.emit("asked", job.key, task_id=job.task_id, answer=type(answer).__name__)
-        return self.ledger.conclude(claim, answer)
+        outcome = self.ledger.outcome_of(answer.result) if isinstance(answer, Happened) else None
+        unknown = answer.reason or "the destination could not tell" if isinstance(answer, Unknown) else ""
+        return hold.conclude(outcome, unknown)
 
     def bounded(self, ask: Callable[[], Answer], timeout: float) -> Answer:
         """Ask on a side thread, so that a destination that hangs cannot hold this one for ever."""
@@ -410,52 +428,52 @@ class Runner:
 
     # --- running ----------------------------------------------------------------------
 
-    def _execute(self, job: Job, claim: Claim) -> tuple[bool, Any]:
+    def _execute(self, job: Job, hold: Hold) -> tuple[bool, Any]:
         """(True, value) when there is one; (False, None): claim again."""
         try:
             try:
-                RENEWER.watch(claim, self.ledger, job.options.policy.lease)
-                value = job.body(claim)
-                if claim._retries is not None:
+                RENEWER.watch(hold)
+                value = job.body(hold)
+                if hold.retries is not None:
                     job.returned(value)
             except BaseException as error:
                 if not job.entered:
                     raise _NotBegunError(error) from error
-                if claim._retries is not None:
+                if hold.retries is not None:
                     error = job.raised(error)
-                if self._committed(job, claim, error):
-                    return True, self._promised(job, claim)
-                self._ended_by(job, claim, error)
+                if self._committed(job, hold, error):
+                    return True, self._promised(job, hold)
+                self._ended_by(job, hold, error)
                 return False, None
-            if claim._promised is not None:
-                return self._transacted(job, claim)
+            if hold.promised is not None:
+                return self._transacted(job, hold)
             patience = job.options.patience
             return True, _whatever_comes(
-                lambda p, last: self._settle_value(job, claim, value, p, last), patience
+                lambda p, last: self._settle_value(job, hold, value, p, last), patience
             )
         finally:
-            RENEWER.unwatch(claim, self.ledger)
+            RENEWER.unwatch(hold)
 
-    def _settle_value(self, job: Job, claim: Claim, value: Any, patience: float, last: bool) -> Any:
+    def _settle_value(self, job: Job, hold: Hold, value: Any, patience: float, last: bool) -> Any:
         try:
-            outcome, shown = self.ledger.kept(value)
+            outcome, shown = self.ledger.encode(value)
         except BaseException as error:
             if not last:
                 raise
             # Not an order to exit, which comes once: code of the value's own.
             outcome, shown = Outcome(True, None, f"encoding it raised {type(error).__name__}"), value
-        self._settle(job, claim, outcome, patience)
+        self._settle(job, hold, outcome, patience)
         return shown
 
     # --- in a transaction of the author's own (rule 9) ------------------------------------
 
-    def _transacted(self, job: Job, claim: Claim) -> tuple[bool, Any]:
+    def _transacted(self, job: Job, hold: Hold) -> tuple[bool, Any]:
         """The body returned after ``settle_in``: the outcome is in, if its transaction committed.
 
         Where the store does not say, nobody here knows: the transaction may even be open still, and
         be what the store waits for. The next claim is told: by a replay, or by its turn to run.
         """
-        committed = self._committed(job, claim, None)
+        committed = self._committed(job, hold, None)
         if committed is None:
             return False, None
         if not committed:
@@ -464,29 +482,29 @@ class Runner:
                 "committed yet: commit it before the body returns. Nothing was recorded.",
                 job.key,
             )
-            self._ended_by(job, claim, error)
+            self._ended_by(job, hold, error)
             return False, None
-        return True, self._promised(job, claim)
+        return True, self._promised(job, hold)
 
-    def _committed(self, job: Job, claim: Claim, error: BaseException | None) -> bool | None:
+    def _committed(self, job: Job, hold: Hold, error: BaseException | None) -> bool | None:
         """Whether a transaction has settled the intent, None where the store does not say;
         raises where the error counts all the same.
 
         What a body raises after its outcome is committed cannot change that outcome. It is
         logged, and every caller gets the value; only Celery's own signals go on.
         """
-        if claim._promised is None or (isinstance(error, LeaseLost) and error.key == job.key):
+        if hold.promised is None or (isinstance(error, LeaseLost) and error.key == job.key):
             return False
         exits = error is not None and job.kind_of(error) is Raised.EXIT
         try:
-            done = self.ledger.committed(claim, EXIT_PATIENCE if exits else job.options.patience)
+            done = hold.committed(EXIT_PATIENCE if exits else job.options.patience)
         except StoreError as silence:
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(silence))
             if error is not None:
                 raise error from None  # settled or not, the record knows: a redelivery replays or runs
             return None
         if isinstance(done, Refused):
-            raise lease_lost(claim)
+            raise lease_lost(job.key)
         if done.record.outcome is None:
             return False
         events.emit("settled", job.key, task_id=job.task_id, succeeded=True)
@@ -496,33 +514,33 @@ class Runner:
             events.emit("late_error", job.key, cause=error, task_id=job.task_id, error=type(error).__name__)
         return True
 
-    def _promised(self, job: Job, claim: Claim) -> Any:
-        assert claim._promised is not None
-        return claim._promised[1]
+    def _promised(self, job: Job, hold: Hold) -> Any:
+        assert hold.promised is not None
+        return hold.promised[1]
 
-    def _settle_error(self, job: Job, claim: Claim, error: BaseException, patience: float) -> None:
-        self._settle(job, claim, Outcome(False, self.ledger.codec.encode_error(error)), patience)
+    def _settle_error(self, job: Job, hold: Hold, error: BaseException, patience: float) -> None:
+        self._settle(job, hold, Outcome(False, self.ledger.codec.encode_error(error)), patience)
 
-    def _settle(self, job: Job, claim: Claim, outcome: Outcome, patience: float) -> None:
+    def _settle(self, job: Job, hold: Hold, outcome: Outcome, patience: float) -> None:
         try:
-            done = self.ledger.settle(claim, outcome, patience)
+            done = hold.settle(outcome, patience)
         except StoreError as error:
             # Rule 7, after the body: this caller gets the truth, which is known here. The
             # record stays RUNNING, lapses, and is in doubt for everybody else.
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(error))
             return
         if isinstance(done, Refused):
-            self._stale(job, claim, done)
+            self._stale(job, hold, done)
         events.emit("settled", job.key, task_id=job.task_id, succeeded=outcome.succeeded)
 
-    def _stale(self, job: Job, claim: Claim, refused: Refused) -> None:
+    def _stale(self, job: Job, hold: Hold, refused: Refused) -> None:
         """Rule 4: somebody took over while this body ran to its end. Its effect may be a second one."""
         record = refused.record
         events.emit(
             "stale_settle",
             job.key,
             task_id=job.task_id,
-            fence=claim.fence,
+            fence=hold.fence,
             current_fence=record.fence if record else 0,
         )
         raise LeaseLost(
@@ -533,14 +551,14 @@ class Runner:
             job.key,
         )
 
-    def _ended_by(self, job: Job, claim: Claim, error: BaseException) -> None:
+    def _ended_by(self, job: Job, hold: Hold, error: BaseException) -> None:
         """Rule 5: what an exception of the body means. Raises, unless the intent may be claimed again now."""
         causes = job.causes_of(error)
         own = tuple(cause for cause in causes if getattr(cause, "key", None) == job.key)
         if any(isinstance(cause, LeaseLost) for cause in own):
             raise error
         kind = job.kind_of(error)
-        if claim._step_unrecorded and any(isinstance(cause, StoreError) for cause in causes):
+        if hold.step_unrecorded and any(isinstance(cause, StoreError) for cause in causes):
             self._step_is_unrecorded(job, kind, error)
         ending = protocol.ending(kind, job.options.policy)
         if any(isinstance(cause, OutcomeUnknown) for cause in own):
@@ -548,33 +566,33 @@ class Runner:
         patience = EXIT_PATIENCE if kind is Raised.EXIT else job.options.patience
         if kind is Raised.REPLACED:
             successor = job.successor(error)
-            self._settle(job, claim, protocol.replaced_by(successor), patience)
+            self._settle(job, hold, Outcome(True, None, replaced_by=successor), patience)
             if successor == job.task_id:
                 raise error
             return
         if kind is Raised.SAID_DONE:
-            _whatever_comes(lambda p, last: self._settle_value(job, claim, job.said(), p, last), patience)
+            _whatever_comes(lambda p, last: self._settle_value(job, hold, job.said(), p, last), patience)
             raise error
         if kind is Raised.SAID_FAILED:
             failure = job.said()
-            _whatever_comes(lambda p, last: self._settle_error(job, claim, failure, p), patience)
+            _whatever_comes(lambda p, last: self._settle_error(job, hold, failure, p), patience)
             raise error
         if ending is State.FAILED:
-            _whatever_comes(lambda p, last: self._settle_error(job, claim, error, p), patience)
+            _whatever_comes(lambda p, last: self._settle_error(job, hold, error, p), patience)
             raise error
         reason = f"the body was interrupted by {', '.join(type(cause).__name__ for cause in causes)}"
         try:
             if ending is State.SCHEDULED:
-                self.ledger.schedule(claim, job.retry_delay(error), patience, job.retry_task_id())
+                hold.schedule(job.retry_delay(error), patience, job.retry_task_id())
                 events.emit("scheduled", job.key, task_id=job.task_id)
             elif ending is State.RELEASED:
-                self.ledger.release(claim, patience)
+                hold.release(patience)
                 events.emit("released", job.key, task_id=job.task_id, why=type(error).__name__)
             elif kind is Raised.EXIT:
-                self.ledger.exited(claim, reason, patience)
+                hold.exit(reason, patience)
                 events.emit("exited", job.key, task_id=job.task_id, reason=reason)
             else:
-                self.ledger.doubt(claim, reason, patience)
+                hold.doubt(reason, patience)
                 events.emit("in_doubt", job.key, task_id=job.task_id, reason=reason)
         except StoreError as silence:
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(silence))
@@ -591,7 +609,7 @@ class Runner:
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(error))
             if kind is Raised.DOUBTFUL_RETRY:
                 raise error  # its own message comes back
-            job.come_back(job.options.policy.lease / MICROSECONDS, (), str(error))
+            job.come_back(job.options.policy.lease / MICROSECONDS, (), Why.STEP, str(error))
 
 
 class _NotBegunError(Exception):
@@ -610,9 +628,9 @@ def _whatever_comes(settle: Callable[[float, bool], T], patience: float) -> T:
     except LeaseLost:
         raise
     except BaseException as interrupt:
-        kept = settle(EXIT_PATIENCE, True)
+        shown = settle(EXIT_PATIENCE, True)
         if isinstance(interrupt, Exception):
-            return kept
+            return shown
         raise
 
 

@@ -15,7 +15,6 @@ from celery_idem.core.model import (
     Acquired,
     Ask,
     Busy,
-    Decision,
     InDoubt,
     Mismatch,
     Outcome,
@@ -23,19 +22,20 @@ from celery_idem.core.model import (
     Replay,
     Request,
     State,
+    Would,
 )
 from celery_idem.engine import events, owners
-from celery_idem.engine.claim import Claim
+from celery_idem.engine.claim import Hold
 from celery_idem.engine.lease import RENEWER
 from celery_idem.engine.ledger import Ledger
 from celery_idem.engine.runner import Job, Runner
 
-WOULD: dict[type[Any], str] = {
-    Replay: "replay",
-    Busy: "busy",
-    Mismatch: "mismatch",
-    InDoubt: "in_doubt",
-    Ask: "in_doubt",
+_WOULD: dict[type[Any], Would] = {
+    Replay: Would.REPLAY,
+    Busy: Would.BUSY,
+    Mismatch: Would.MISMATCH,
+    InDoubt: Would.IN_DOUBT,
+    Ask: Would.IN_DOUBT,
 }
 
 QUIET = 30.0
@@ -57,67 +57,68 @@ class ShadowRunner(Runner):
         """The value of the body, run now."""
         policy = job.options.policy._replace(asks=False)  # a question to the destination is not free
         request = Request(owners.mint(), job.task_id, job.fingerprint, policy, (), job.digests, job.scope)
-        claim = self._claim(job, request)
-        own = Claim.unguarded(job.key, request)
+        shadow = self._claim(job, request)
+        hold = self._shadow.unwritten(job.key, request)
         try:
-            value = job.body(own)
+            value = job.body(hold)
         except BaseException as error:
-            self._end(job, claim, protocol.ENDINGS[job.kind_of(error)], error)
+            self._end(job, shadow, protocol.ENDINGS[job.kind_of(error)], error)
             raise
         else:
-            again = own._retries.signal if own._retries is not None else None
-            self._end(job, claim, State.SCHEDULED if again else State.SUCCEEDED, again)
+            again = hold.retries.signal if hold.retries is not None else None
+            self._end(job, shadow, State.SCHEDULED if again else State.SUCCEEDED, again)
             return value
         finally:
-            if claim is not None:
-                RENEWER.unwatch(claim, self._shadow)
+            if shadow is not None:
+                RENEWER.unwatch(shadow)
 
-    def _claim(self, job: Job, request: Request) -> Claim | None:
-        """The shadow's claim; None when it did not get one, and then that is noted."""
+    def _claim(self, job: Job, request: Request) -> Hold | None:
+        """The shadow's hold; None when it did not get one, and then that is noted."""
         if time.monotonic() < self._quiet_until:
             return None
-        claim = None
+        hold = None
         try:
-            decision, claim = self._shadow.claim(job.key, request)
+            decision, hold = self._shadow.claim(job.key, request)
             if isinstance(decision, Acquired):
-                assert claim is not None
-                RENEWER.watch(claim, self._shadow, request.policy.lease)
-                return claim
-            would, evidence = _would(decision)
-            events.emit("shadow", job.key, task_id=job.task_id, would=would, why=evidence)
-            self._shadow.note_shadow(job.key, would, evidence, request)
+                assert hold is not None
+                RENEWER.watch(hold)
+                return hold
+            would = _WOULD[type(decision)]
+            reason = decision.reason if isinstance(decision, InDoubt) else ""
+            differs = decision.differs if isinstance(decision, Mismatch) else ()
+            events.emit(
+                "shadow",
+                job.key,
+                task_id=job.task_id,
+                would=would.name.lower(),
+                why=reason or ", ".join(differs),
+            )
+            self._shadow.note_shadow(job.key, would, reason, differs, request)
         except Exception as error:  # that of a store, or no thread for the lease
-            if claim is not None:
-                RENEWER.unwatch(claim, self._shadow)
+            if hold is not None:
+                RENEWER.unwatch(hold)
             self._be_quiet(job, error)
         return None
 
-    def _end(self, job: Job, claim: Claim | None, ending: State, error: BaseException | None) -> None:
-        if claim is None:
+    def _end(self, job: Job, shadow: Hold | None, ending: State, error: BaseException | None) -> None:
+        if shadow is None:
             return
         try:
             if ending is State.SCHEDULED:
                 assert error is not None
-                self._shadow.schedule(claim, job.retry_delay(error), 0.0)
+                shadow.schedule(job.retry_delay(error), 0.0)
             elif ending is State.RELEASED:
-                self._shadow.release(claim, 0.0)
+                shadow.release(0.0)
             elif ending is State.IN_DOUBT:
-                self._shadow.doubt(claim, type(error).__name__, 0.0)
+                shadow.doubt(type(error).__name__, 0.0)
             else:
-                self._shadow.settle(claim, Outcome(ending is State.SUCCEEDED, None, NO_RESULT), 0.0)
+                shadow.settle(Outcome(ending is State.SUCCEEDED, None, NO_RESULT), 0.0)
         except Exception as silence:
             self._be_quiet(job, silence)
 
     def _be_quiet(self, job: Job, error: Exception) -> None:
         """Whatever goes wrong with the shadow's own work is no concern of the body."""
-        if job.kind_of(error) is Raised.TIME_LIMIT:  # that is not the shadow's error: it fires anywhere
+        if job.kind_of(error) is Raised.TIME_LIMIT:  # not the shadow's own error: it may come at any point
             raise error
         self._quiet_until = time.monotonic() + QUIET
         events.emit("store_error", job.key, error=str(error), while_="shadowing", then="run")
-
-
-def _would(decision: Decision) -> tuple[str, str]:
-    """What a guard would have done, and more about it."""
-    if isinstance(decision, Mismatch):
-        return "mismatch", ", ".join(decision.differs)
-    return WOULD[type(decision)], decision.reason if isinstance(decision, InDoubt) else ""

@@ -6,30 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 from celery_idem.core import protocol
-from celery_idem.core.errors import ConfigurationError, OutcomeUnknown, ResultUnavailable, StoreError
-from celery_idem.core.model import (
-    Answer,
-    Done,
-    Happened,
-    Record,
-    Refused,
-    StepDone,
-    StepOpen,
-    StepsFull,
-    Unknown,
-)
-from celery_idem.core.results import NotStorable
-from celery_idem.engine.claim import Claim, doubt_message, lease_lost
-from celery_idem.engine.ledger import Ledger
-from celery_idem.engine.transitions import kept
+from celery_idem.core.errors import ConfigurationError, OutcomeUnknown, ResultUnavailable
+from celery_idem.core.model import Answer, Happened, StepDone, StepOpen, StepsFull, Unknown
+from celery_idem.core.results import Codec, NotStorable
+from celery_idem.engine.claim import Hold, doubt_message, lease_lost
 
 _NO_RESULT = b""
 """In the place of a step's result that could not be stored: no payload is empty."""
 
 
 def run_step(
-    ledger: Ledger,
-    claim: Claim,
+    hold: Hold,
+    codec: Codec,
     name: str,
     run: Callable[[], Any],
     ask: Callable[[], Answer] | None,
@@ -39,44 +27,37 @@ def run_step(
     """Run a part of the body once per intent.
 
     Args:
+        codec: how its result is written.
         run: the part.
-        ask: asks the destination whether the part happened; None: nobody can.
+        ask: asks the destination whether the part happened; None: nothing can be asked.
         patience: seconds to keep trying to record its result.
         no_effect: whether an exception proves that the part did not happen.
 
     Raises:
-        LeaseLost: somebody took the intent over.
-        OutcomeUnknown: the part began in an earlier attempt, and nobody knows how it ended.
+        LeaseLost: another execution took the intent over.
+        OutcomeUnknown: the part began in an earlier attempt, and how it ended is unknown.
         ResultUnavailable: it ended in an earlier attempt, and its result could not be stored.
+        StoreError: the store did not answer.
     """
-    begun = frozenset(claim._steps_seen)
-    _check_step(claim, name)
-
-    def begin(record: Record, stamp: int, now: int) -> tuple[Any, Record | None]:
-        return protocol.begin_step(record, claim._request.owner, name, claim._request.policy, begun)
-
-    try:
-        decision = ledger.transition(claim, begin)
-    except StoreError:
-        claim._step_unrecorded = True
-        raise
+    _check(hold, name)
+    decision = hold.begin_step(name)
     if isinstance(decision, StepDone):
         if decision.payload == _NO_RESULT:
             raise ResultUnavailable(
-                f"{claim.key}: step {name!r} has run in an earlier attempt and does not run again, but its result "
+                f"{hold.key}: step {name!r} has run in an earlier attempt and does not run again, but its result "
                 "could not be stored. Look it up at the destination, and give the body another step for that; or let "
-                f"the step run AGAIN: `celery -A proj idem forget {claim.key!r} --steps`.",
-                claim.key,
+                f"the step run AGAIN: `celery -A proj idem forget {hold.key!r} --steps`.",
+                hold.key,
                 f"the result of step {name!r} could not be stored",
             )
-        return ledger.codec.decode(decision.payload, claim.key)
+        return codec.decode(decision.payload, hold.key)
     if isinstance(decision, StepsFull):
         raise ConfigurationError(
-            f"{claim.key}: step {name!r} was not begun. The record holds {decision.steps} finished steps, with results "
+            f"{hold.key}: step {name!r} was not begun. The record holds {decision.steps} finished steps, with results "
             f"of {decision.size} bytes, and it is written anew at each step: {protocol.MAX_STEPS} steps and "
-            f"idem_max_result_bytes = {claim._request.policy.max_step_bytes} are the most. Give each part a task of "
+            f"idem_max_result_bytes = {hold.policy.max_step_bytes} are the most. Give each part a task of "
             "its own (a group), or do many parts in one step whose destination knows which it has done.",
-            claim.key,
+            hold.key,
         )
     if isinstance(decision, StepOpen):
         open_steps = decision.record.open_steps
@@ -87,71 +68,51 @@ def run_step(
         elif ask is not None:
             answer = ask()
         if isinstance(answer, Happened):
-            return _end_step(ledger, claim, name, answer.result, patience)
+            return _end(hold, codec, name, answer.result, patience)
         if isinstance(answer, Unknown):
             reason = f"step {left!r}: {answer.reason or 'the destination could not tell'}"
-            ledger.doubt(claim, reason, patience)
-            raise OutcomeUnknown(doubt_message(claim.key, reason), claim.key, reason)
-        if claim.lost:  # while the destination was asked
-            raise lease_lost(claim)
-    elif isinstance(decision, Refused):
-        claim._taken_over = True
-        raise lease_lost(claim)
-    claim._step_running = name
+            hold.doubt(reason, patience)
+            raise OutcomeUnknown(doubt_message(hold.key, reason), hold.key, reason)
+        if hold.lost:  # while the destination was asked
+            raise lease_lost(hold.key)
+    hold.step_running = name
     try:
         value = run()
     except BaseException as error:
         if no_effect(error):
-            _close_step(ledger, claim, name, None, patience)
+            hold.end_step(name, None, patience)
         raise
     finally:
-        claim._step_running = ""
-    return _end_step(ledger, claim, name, value, patience)
+        hold.step_running = ""
+    return _end(hold, codec, name, value, patience)
 
 
-def _check_step(claim: Claim, name: str) -> None:
-    if claim._step_running:
+def _check(hold: Hold, name: str) -> None:
+    if hold.step_running:
         raise ConfigurationError(
-            f"{claim.key}: step {name!r} was begun inside step {claim._step_running!r}. Steps cannot be nested: "
+            f"{hold.key}: step {name!r} was begun inside step {hold.step_running!r}. Steps cannot be nested: "
             "begin it after the other has ended.",
-            claim.key,
+            hold.key,
         )
-    if name in claim._steps_seen:
+    if name in hold.steps_begun:
         raise ConfigurationError(
-            f"{claim.key}: two steps are called {name!r}. A step's name is what its result is kept under: give "
+            f"{hold.key}: two steps are called {name!r}. A step's name is what its result is kept under: give "
             'each its own, such as f"mail-{address}".',
-            claim.key,
+            hold.key,
         )
     if not name or not isinstance(name, str):
-        raise ConfigurationError(f"{claim.key}: a step needs a name.", claim.key)
-    claim._steps_seen.add(name)
+        raise ConfigurationError(f"{hold.key}: a step needs a name.", hold.key)
 
 
-def _end_step(ledger: Ledger, claim: Claim, name: str, value: Any, patience: float) -> Any:
+def _end(hold: Hold, codec: Codec, name: str, value: Any, patience: float) -> Any:
     try:
-        payload, shown = ledger.codec.kept(value)
+        payload, shown = codec.kept(value)
     except NotStorable as why:
-        _close_step(
-            ledger, claim, name, _NO_RESULT, patience
-        )  # it has run: no later attempt may run it again
+        hold.end_step(name, _NO_RESULT, patience)  # it has run: no later attempt may run it again
         raise ConfigurationError(
-            f"{claim.key}: the result of step {name!r} cannot be stored ({why}). The step has run; return "
+            f"{hold.key}: the result of step {name!r} cannot be stored ({why}). The step has run; return "
             "something small and serializable from it, such as an id.",
-            claim.key,
+            hold.key,
         ) from None
-    _close_step(ledger, claim, name, payload, patience)
+    hold.end_step(name, payload, patience)
     return shown
-
-
-def _close_step(ledger: Ledger, claim: Claim, name: str, payload: bytes | None, patience: float) -> None:
-    def end(record: Record) -> tuple[Done | Refused, Record | None]:
-        return protocol.end_step(record, claim._request.owner, name, payload)
-
-    try:
-        done = ledger.patient_transition(claim, kept(claim, end), patience, ends=False)
-    except StoreError:
-        claim._step_unrecorded = True
-        raise
-    if isinstance(done, Refused):
-        claim._taken_over = True
-        raise lease_lost(claim)

@@ -49,9 +49,9 @@ from celery_idem.core.model import (
     Raised,
 )
 from celery_idem.engine import events
-from celery_idem.engine.claim import Claim, Retries
+from celery_idem.engine.claim import Hold, Retries
 from celery_idem.engine.ledger import Ledger
-from celery_idem.engine.runner import Job, Options, Runner
+from celery_idem.engine.runner import Job, Options, Runner, Why
 from celery_idem.engine.shadow import ShadowRunner
 from celery_idem.engine.steps import run_step
 from celery_idem.integration import declaring, placing, republishing
@@ -214,7 +214,7 @@ class Guard(NamedTuple):
             return next(iter(kinds & DOUBTFUL or (kinds if kinds == {Raised.NO_EFFECT} else {Raised.ERROR})))
         return Raised.ERROR
 
-    def step(self, claim: Claim, name: str, run: Callable[[], Any], ask: Callable[[], Answer] | None) -> Any:
+    def step(self, claim: Hold, name: str, run: Callable[[], Any], ask: Callable[[], Answer] | None) -> Any:
         if not claim.guarded:
             return run()
         options = self.options
@@ -223,10 +223,10 @@ class Guard(NamedTuple):
         def no_effect(error: BaseException) -> bool:
             causes = [error]
             if isinstance(error, Retry):
-                causes = [error.exc] if error.exc else claim._retries.causes if claim._retries else []
+                causes = [error.exc] if error.exc else claim.retries.causes if claim.retries else []
             return bool(causes) and all(self.kind_of(cause) is Raised.NO_EFFECT for cause in causes)
 
-        return run_step(self.ledger, claim, name, run, bounded, options.patience, no_effect)
+        return run_step(claim, self.ledger.codec, name, run, bounded, options.patience, no_effect)
 
 
 def _ask_of(task: GuardedTask) -> Callable[..., Answer] | None:
@@ -277,7 +277,7 @@ class Replaced(Ignore):  # type: ignore[misc]
 class Delivery(Job):
     """One request of Celery's as a job for the runner."""
 
-    claim: Claim
+    claim: Hold
     outer: Delivery | None
     """The guarded body from which this one was called."""
 
@@ -357,8 +357,8 @@ class Delivery(Job):
         self.args, self.kwargs = self.request.args, self.request.kwargs = deepcopy(self.received)
         vars(self.request).pop("idem_said", None)
 
-    def body(self, claim: Claim) -> Any:
-        self.request.idem_claim = self.claim = claim
+    def body(self, hold: Hold) -> Any:
+        self.request.idem_claim = self.claim = hold
         self.outer = HELD.get()
         HELD.set(self)
         guard = self.guard
@@ -377,11 +377,11 @@ class Delivery(Job):
             if guard.around is not None:
                 self.request.idem_opened = False
             HELD.set(self.outer)  # not reset(), which raises in another context: the outcome is known
-            claim._ended = True
+            hold.ended = True
 
-    def ask(self, claim: Claim) -> Answer:
+    def ask(self, hold: Hold) -> Answer:
         """On the runner's side thread: it gets this request, so that ``task.request`` and ``task.claim`` work."""
-        self.request.idem_claim = self.claim = claim
+        self.request.idem_claim = self.claim = hold
         ask = self.guard.ask
         assert ask is not None
         self._as_received()
@@ -420,8 +420,8 @@ class Delivery(Job):
 
     @property
     def _retries(self) -> Retries:
-        claim: Claim | None = getattr(self.request, "idem_claim", None)
-        return (claim and claim._retries) or Retries()
+        claim: Hold | None = getattr(self.request, "idem_claim", None)
+        return (claim and claim.retries) or Retries()
 
     @property
     def _propagates(self) -> bool:
@@ -506,7 +506,7 @@ class Delivery(Job):
     # --- waiting --------------------------------------------------------------------------
 
     def come_back(
-        self, seconds: float, carried: tuple[bytes, ...], why: str, busy: Busy | None = None
+        self, seconds: float, carried: tuple[bytes, ...], why: Why, says: str, busy: Busy | None = None
     ) -> None:
         """Try again later: in place for a moment, then by a message that is published again.
 
@@ -516,7 +516,7 @@ class Delivery(Job):
         if busy is not None and self.guard.settings.on_duplicate == "raise" and not self._continues(busy):
             raise self._in_progress(seconds)
         if self.in_place:
-            self._wait_in_place(seconds, why, busy)
+            self._wait_in_place(seconds, says, busy)
             return
         waits = self._waits
         if busy is not None and waits == 0 and self.waited < SLOT_WAITS:
@@ -525,7 +525,7 @@ class Delivery(Job):
             return
         route = republishing.to_its_queue(self.task.app, self.request)
         if route is None:  # a fanout: what is published to it again reaches every worker
-            self._wait_in_place(seconds, why, busy)
+            self._wait_in_place(seconds, says, busy)
             return
         delay = max(backoff(waits, seconds), self._shortest_delay())
         if self.received is not None:
@@ -543,9 +543,9 @@ class Delivery(Job):
         try:
             signature.apply_async()
         except Exception as error:  # of any driver, or of a serializer: what is known here stays known
-            self._stay(seconds, why, busy, error)
+            self._stay(seconds, says, busy, error)
             return
-        raise Waiting(f"{self.key}: {why}")
+        raise Waiting(f"{self.key}: {says}")
 
     def _continues(self, busy: Busy) -> bool:
         """Not a duplicate: a redelivery, or the intent's own retry."""
@@ -562,15 +562,15 @@ class Delivery(Job):
         waits = (self.request.headers or {}).get(WAITS, 0)
         return waits if isinstance(waits, int) and waits >= 0 else 0
 
-    def _wait_in_place(self, seconds: float, why: str, busy: Busy | None) -> None:
+    def _wait_in_place(self, seconds: float, says: str, busy: Busy | None) -> None:
         """Wait for ``INLINE_LIMIT``: there is no message to send back, or no way back for it."""
         if self._waited_for() > INLINE_LIMIT:
             if not self.in_place and self._is_a_copy():
                 raise Waiting(f"{self.key}: its other delivery answers")
-            raise self._not_run(seconds, why, busy)
+            raise self._not_run(seconds, says, busy)
         self._pause(seconds)
 
-    def _stay(self, seconds: float, why: str, busy: Busy | None, error: Exception) -> None:
+    def _stay(self, seconds: float, says: str, busy: Busy | None, error: Exception) -> None:
         """The broker did not take the message: wait here for ``BROKER_PATIENCE``, and look again meanwhile.
 
         The answer may be there before the broker is. A worker without a broker receives nothing, so
@@ -586,8 +586,8 @@ class Delivery(Job):
         except SoftTimeLimitExceeded:
             events.diagnose(logging.WARNING, "%s: a soft time limit ended the waiting", self.key)
         if self.task.acks_late:  # the message is the broker's still
-            raise Reject(f"{self.key}: {why}", requeue=True) from error
-        raise self._not_run(seconds, why, busy) from error
+            raise Reject(f"{self.key}: {says}", requeue=True) from error
+        raise self._not_run(seconds, says, busy) from error
 
     def _waited_for(self) -> float:
         now = time.monotonic()
@@ -608,10 +608,10 @@ class Delivery(Job):
             return False
         return entry is not None and entry.record.task_id == self.task_id
 
-    def _not_run(self, seconds: float, why: str, busy: Busy | None) -> Exception:
+    def _not_run(self, seconds: float, says: str, busy: Busy | None) -> Exception:
         if busy is not None:
             return self._in_progress(seconds)
-        return StoreError(f"{why} Nothing was run for {self.key}.", self.key)
+        return StoreError(f"{says} Nothing was run for {self.key}.", self.key)
 
     def _in_progress(self, seconds: float) -> InProgress:
         return InProgress(

@@ -121,7 +121,7 @@ def from_record(entry: Entry, key: str, task_id: str, source: Look) -> Receipt |
     status: Status
     if isinstance(decision, Replay):
         outcome = decision.outcome
-        elsewhere = protocol.replacement(outcome)
+        elsewhere = outcome.replaced_by
         if elsewhere:
             return _replaced(Receipt("in_progress", key, task_id, _source=source), elsewhere, source)
         assert source.ledger is not None

@@ -16,7 +16,7 @@ from celery.utils import uuid
 from celery_idem.core import keys
 from celery_idem.core.errors import ConfigurationError
 from celery_idem.core.model import CALLER_KEY, FINGERPRINT, KEY, MESSAGE, Fingerprint
-from celery_idem.engine.claim import Claim, Retries
+from celery_idem.engine.claim import Hold, Retries
 from celery_idem.integration.delivery import DOUBTFUL
 from celery_idem.integration.guarded import GuardedTask
 
@@ -37,18 +37,18 @@ class AlreadyComing(Exception):
     """The retry that is asked for is published already."""
 
 
-def retries_of(claim: Claim) -> Retries:
+def retries_of(claim: Hold) -> Retries:
     """Everything this execution has published to be run later."""
-    if claim._retries is None:
-        claim._retries = Retries()
-    return claim._retries
+    if claim.retries is None:
+        claim.retries = Retries()
+    return claim.retries
 
 
 def identity_of(task: GuardedTask, request: Context) -> tuple[str, Fingerprint]:
     """Key and fingerprint of the intent that a request works on."""
-    claim: Claim | None = getattr(request, "idem_claim", None)
+    claim: Hold | None = getattr(request, "idem_claim", None)
     if claim is not None:
-        return claim.key, claim._request.fingerprint
+        return claim.key, claim.fingerprint
     return task.guard.identify(request, request.args, request.kwargs)
 
 
@@ -80,7 +80,7 @@ def shape_retry(
         BaseException: the cause, where it is unknown whether the part of this body that would become another
             intent had its effect. This body is in doubt then.
     """
-    claim: Claim = request.idem_claim
+    claim: Hold = request.idem_claim
     first = retries_of(claim).signal
     if given and _make_apart(task, request, claim, signature):
         if cause is not None and task.guard.kind_of(cause) in DOUBTFUL:
@@ -99,7 +99,7 @@ def shape_retry(
     raise AlreadyComing
 
 
-def _make_apart(task: GuardedTask, request: Context, claim: Claim, signature: Signature) -> bool:
+def _make_apart(task: GuardedTask, request: Context, claim: Hold, signature: Signature) -> bool:
     """Make a retry whose arguments make another intent a separate call; return False where they do not."""
     declaration, namespace = task.guard.declaration, task.guard.ledger.namespace
     labels = _labels(request)
@@ -114,7 +114,7 @@ def _make_apart(task: GuardedTask, request: Context, claim: Claim, signature: Si
         asked = identity(signature.args, signature.kwargs)
     except TypeError:
         return False  # Celery says what is wrong with such a call
-    mine = claim.key, b"" if caller_key is None else claim._request.fingerprint.packed
+    mine = claim.key, b"" if caller_key is None else claim.fingerprint.packed
     if asked in (mine, identity(request.args, request.kwargs)):
         return False
     options = signature.options
@@ -139,7 +139,7 @@ def _alike(one: Signature, other: Signature) -> bool:
 
 def note_published(request: Context | None, options: dict[str, Any]) -> None:
     """A message that continues the intent of the body that runs here was published."""
-    claim: Claim | None = getattr(request, "idem_claim", None)
+    claim: Hold | None = getattr(request, "idem_claim", None)
     if claim is None or request is None or request.is_eager:  # eager: it has run in its place
         return
     if options.get("task_id") == request.id:
@@ -148,7 +148,7 @@ def note_published(request: Context | None, options: dict[str, Any]) -> None:
             retries.signal = Retry(when=options.get("eta") or options.get("countdown"))
 
 
-def note_retry(claim: Claim, signal: Retry, cause: BaseException | None) -> None:
+def note_retry(claim: Hold, signal: Retry, cause: BaseException | None) -> None:
     """Note what ``Task.retry`` published: a retry of this intent, or another intent."""
     retries = retries_of(claim)
     if signal.sig is None or signal.sig.options.get(SAME_INTENT):

@@ -35,7 +35,7 @@ from celery_idem.core.model import (
     Request,
 )
 from celery_idem.engine import events, owners
-from celery_idem.engine.claim import Claim
+from celery_idem.engine.claim import Claim, Hold
 from celery_idem.integration import declaring, placing, publishing, republishing, retrying, submitting
 from celery_idem.integration.delivery import EAGER, HELD, PROPAGATES, Delivery, Guard, Replaced, as_headers
 from celery_idem.integration.options import declares
@@ -375,7 +375,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         claim = getattr(self.request, "idem_claim", None)
         if claim is None:
             return super().retry(args, kwargs, exc, throw, *more, **options)
-        if claim._ended and self.guard.has_outcome(claim.key):
+        if claim.ended and self.guard.has_outcome(claim.key):
             events.diagnose(
                 logging.ERROR,
                 "%s: a retry was asked for after the body had ended; none was published",
@@ -590,11 +590,11 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         events.emit("shadow", key, task_id=request.id, would="refuse", why=type(error).__name__)
         asked = Request(owners.mint(), request.id or "", NO_FINGERPRINT, guard.options.policy)
         delivery = Delivery(guard, self, request, args, kwargs, key, NO_FINGERPRINT)
-        return delivery.body(Claim.unguarded(key, asked))
+        return delivery.body(guard.ledger.unwritten(key, asked))
 
     def _holds(self, key: str) -> bool:
         """A body that this code belongs to has the claim already."""
-        return any(held.claim.key == key and not held.claim._ended for held in self._held())
+        return any(held.claim.key == key and not held.claim.ended for held in self._held())
 
     # --- what a body has --------------------------------------------------------------
 
@@ -605,6 +605,10 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         Raises:
             IdempotencyError: no guarded execution is under way.
         """
+        return Claim(self._hold)
+
+    @property
+    def _hold(self) -> Hold:
         held = next(self._held(), None)
         if held is not None:
             return held.claim
@@ -615,10 +619,10 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         )
 
     @property
-    def _open_claim(self) -> Claim:
-        """The claim, of a body that has not ended."""
-        claim = self.claim
-        if claim._ended:
+    def _open_hold(self) -> Hold:
+        """The hold of a body that has not ended."""
+        claim = self._hold
+        if claim.ended:
             raise IdempotencyError(
                 f"The body of {claim.key} has ended, so nothing more can begin in its name. Wait for your threads and "
                 "coroutines (join, await) before the body returns.",
@@ -651,7 +655,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
                 ``fn`` cannot be stored.
         """
         return self.guard.step(
-            self._open_claim,
+            self._open_hold,
             name,
             lambda: fn(*args, **kwargs),
             reconcile and self._later(reconcile, args, kwargs),
@@ -697,7 +701,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
                 does when this error leaves it.
             ConfigurationError: another database, or no transaction.
         """
-        ledger, claim = self.guard.ledger, self._open_claim
+        ledger, claim = self.guard.ledger, self._open_hold
         if self.guard.settings.shadow:  # the transaction is the author's alone
             yield Settlement()
             return
@@ -708,7 +712,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         inside = ledger.store.inside(connection)
         settlement = Settlement()
         yield settlement
-        ledger.settle_within(claim, inside, settlement.result)
+        claim.settle_within(inside, *ledger.encode(settlement.result))
 
 
 def _asked(cls: type[Any], app: Celery) -> bool:

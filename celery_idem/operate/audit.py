@@ -19,9 +19,8 @@ from typing import Literal, NamedTuple
 
 from celery_idem.core import digests
 from celery_idem.core.keys import LABELS, Declaration
-from celery_idem.core.model import MICROSECONDS
+from celery_idem.core.model import MICROSECONDS, Would
 from celery_idem.engine.entries import Entry
-from celery_idem.engine.shadow import WOULD
 from celery_idem.integration.task import IdempotentTask
 from celery_idem.operate.doctor.configuration import FREE_TEXT, minted_anew
 from celery_idem.operate.doctor.snapshot import annotated
@@ -213,8 +212,8 @@ class Readiness:
     Attributes:
         calls: number of deliveries.
         intents: number of different intents.
-        would: number of calls that a guard would have answered with ``replay``, ``busy``, ``mismatch`` or
-            ``in_doubt`` instead of running them. A lower bound: a record keeps its latest 32.
+        would: number of calls that a guard would have answered instead of running them, and how.
+            A lower bound: a record keeps its latest 32.
         differs: parameters that did not match, and how often.
         suspicions: the audit of the shadow records.
     """
@@ -222,32 +221,32 @@ class Readiness:
     task: str
     calls: int = 0
     intents: int = 0
-    would: Counter[str] = field(default_factory=Counter)
+    would: Counter[Would] = field(default_factory=Counter)
     differs: Counter[str] = field(default_factory=Counter)
     suspicions: list[Suspicion] = field(default_factory=list)
 
     @property
     def verdict(self) -> Literal["ready", "look", "wait"]:
         """``ready``: turn shadow mode off. ``look``: the intent may be wrong. ``wait``: too few calls."""
-        if self.would["mismatch"] or any(s.likely for s in self.suspicions):
+        if self.would[Would.MISMATCH] or any(s.likely for s in self.suspicions):
             return "look"
         return "ready" if self.calls >= ENOUGH else "wait"
 
     @property
     def why(self) -> str:
         """The reason for the verdict, in one sentence."""
-        if self.would["mismatch"]:
+        if self.would[Would.MISMATCH]:
             names = ", ".join(name for name, _ in self.differs.most_common())
             return (
-                f"{self.would['mismatch']} calls would have been refused, because {names} had another value: add it to "
-                "intent= if that makes it another action, or remove it from must_match=."
+                f"{self.would[Would.MISMATCH]} calls would have been refused, because {names} had another value: add "
+                "it to intent= if that makes it another action, or remove it from must_match=."
             )
         for suspicion in self.suspicions:
             if suspicion.likely:
                 return suspicion.says
         if self.calls < ENOUGH:
             return f"only {self.calls} calls so far; a verdict needs {ENOUGH}."
-        collapsed = self.would["replay"] + self.would["busy"]
+        collapsed = self.would[Would.REPLAY] + self.would[Would.BUSY]
         return f"{collapsed} of {self.calls} calls were duplicates and ran; none would have been refused."
 
 
@@ -260,11 +259,10 @@ def readiness(entries: Iterable[Entry], tasks: Mapping[str, IdempotentTask]) -> 
         task.intents += 1
         task.calls += entry.record.attempts
         for note in entry.record.notes:
-            if note.what in WOULD.values():
+            if note.would is not None:
                 task.calls += 1
-                task.would[note.what] += 1
-                if note.what == "mismatch":
-                    task.differs.update(note.evidence.split(", "))
+                task.would[note.would] += 1
+                task.differs.update(note.differs)
         by_task.setdefault(entry.task, []).append(entry)
     for name, task in known.items():
         task.suspicions = audit(by_task[name], tasks)

@@ -29,7 +29,6 @@ from celery_idem.core.model import (
     Request,
     Unknown,
 )
-from celery_idem.engine.claim import Claim
 from celery_idem.engine.entries import Entry, Tally, tallied
 from celery_idem.engine.ledger import Ledger
 from celery_idem.integration.delivery import Delivery, Guard
@@ -288,6 +287,8 @@ class Operator:
         if outcome is None:
             return None
         if outcome.payload is None:
+            if outcome.replaced_by:
+                return f"that of task {outcome.replaced_by}, which replaced this one"
             return f"not stored: {outcome.missing}"
         task = self.task_of(entry.key)
         if task is None or (task.idem_declaration is not None and task.idem_declaration.secret):
@@ -401,7 +402,7 @@ def _of_another_call(guard: Guard, entry: Entry, arguments: Arguments) -> bool:
 
 def _would(guard: Guard, delivery: Delivery) -> Asked:
     request = Request(NO_OWNER, delivery.task_id, delivery.fingerprint, guard.options.policy)
-    claim = Claim.unguarded(delivery.key, request)
+    claim = guard.ledger.unwritten(delivery.key, request)
     answer: Answer = guard.runner.bounded(lambda: delivery.ask(claim), guard.options.ask_timeout)
     if isinstance(answer, Unknown):
         return Asked("unknown", answer.reason or "the destination could not tell")

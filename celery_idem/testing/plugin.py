@@ -184,8 +184,8 @@ def _deliver(task: Any, request: Any, args: Any, kwargs: Any, clock: FakeClock) 
     class DiesBeforeTheRecord(Runner):
         held: Any = None
 
-        def _settle(self, job: Any, claim: Any, outcome: Any, patience: float) -> None:
-            self.held = (claim, outcome)
+        def _settle(self, job: Any, hold: Any, outcome: Any, patience: float) -> None:
+            self.held = (hold, outcome)
 
     guard = task.guard
     key, fingerprint = guard.identify(request, args, kwargs)
@@ -212,7 +212,8 @@ def _deliver(task: Any, request: Any, args: Any, kwargs: Any, clock: FakeClock) 
                 if not expected and type(error) is not type(raised):
                     raise
             if again:
-                guard.ledger.settle(*first.held, 0.0)  # refused where the second delivery took over
+                hold, outcome = first.held
+                hold.settle(outcome, 0.0)  # refused where the second delivery took over
     if raised is not None:
         raise raised
     return value

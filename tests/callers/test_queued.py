@@ -84,7 +84,7 @@ def test_what_was_claimed_since_may_be_published_again(app: Celery) -> None:
 
     key = task.intent_key("2")
     tool.submit({"invoice": "2"})
-    ledger.release(claimed(ledger, key), 0.0)
+    claimed(ledger, key).release(0.0)
     assert tool.submit({"invoice": "2"}).status == "accepted"
     assert tool.submit({"invoice": "2"}).status == "in_progress"
     assert messages(app) == 3

@@ -263,7 +263,7 @@ def test_a_fanout_of_redis_waits_in_place(monkeypatch: pytest.MonkeyPatch) -> No
     fanout = {"delivery_info": {"exchange": "all", "routing_key": ""}}
     job = delivered(app, **fanout)
     claim = claimed(Ledger.from_app(app), job.key)
-    threading.Timer(0.5, lambda: Ledger.from_app(app).release(claim, 0.0)).start()
+    threading.Timer(0.5, lambda: claim.release(0.0)).start()
     assert run(job) == "paid a"
     assert job.pauses
     monkeypatch.setattr(delivery, "INLINE_LIMIT", 0.1)
@@ -281,7 +281,7 @@ def test_the_broker_is_away_and_the_answer_comes_first(late: bool) -> None:
     app = make(NOWHERE, task_acks_late=late)
     job = delivered(app)
     claim = claimed(Ledger.from_app(app), job.key)
-    threading.Timer(0.5, lambda: Ledger.from_app(app).release(claim, 0.0)).start()
+    threading.Timer(0.5, lambda: claim.release(0.0)).start()
     assert run(job) == "paid a"
 
 

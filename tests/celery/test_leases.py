@@ -44,7 +44,7 @@ def test_a_thousand_leases_are_one_round_trip_on_one_thread(redis_url: str) -> N
         assert isinstance(decision, Acquired)
         assert claim is not None
         claims.append(claim)
-        renewer.watch(claim, ledger, policy.lease)
+        renewer.watch(claim)
     began = max(entry.now for entry in ledger.list())
     store.exchanges.clear()
     watched = time.monotonic()
@@ -59,7 +59,7 @@ def test_a_thousand_leases_are_one_round_trip_on_one_thread(redis_url: str) -> N
     wait_for(lambda: not any(claim.lost for claim in claims), 80.0, "every claim to be trusted")
     assert {entry.record.state.name for entry in ledger.list()} == {"RUNNING"}
     for claim in claims:
-        renewer.unwatch(claim, ledger)
+        renewer.unwatch(claim)
     # Whole batches, but for a few that were claimed while the thread looked: those stay one look apart from the others.
     assert sum(replies > 0.9 * len(claims) for _, replies in renewals) >= 3
     # However slow the machine is: no more exchanges than looks in that time, and one that was under way.

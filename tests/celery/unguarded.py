@@ -6,15 +6,13 @@ from typing import Any
 
 from celery_idem.core.model import Request
 from celery_idem.engine import owners
-from celery_idem.engine.claim import Claim
 from celery_idem.engine.runner import Job, Runner
 from tests.celery import apps
 
 
 def run(self: Runner, job: Job) -> Any:
-    return job.body(
-        Claim.unguarded(job.key, Request(owners.mint(), job.task_id, job.fingerprint, job.options.policy))
-    )
+    request = Request(owners.mint(), job.task_id, job.fingerprint, job.options.policy)
+    return job.body(self.ledger.unwritten(job.key, request))
 
 
 Runner.run = run  # type: ignore[method-assign]

@@ -23,10 +23,10 @@ def claimed(ledger: Ledger, key: str, lease: float = 30.0, digests: bytes = b"",
 
 
 def succeeded(ledger: Ledger, key: str, value: object = "ok") -> None:
-    ledger.settle(claimed(ledger, key), Outcome(True, b"j" + json.dumps(value).encode()), 0.0)
+    claimed(ledger, key).settle(Outcome(True, b"j" + json.dumps(value).encode()), 0.0)
 
 
 def in_doubt(
     ledger: Ledger, key: str, reason: str = "the worker stopped without reporting an outcome"
 ) -> None:
-    ledger.doubt(claimed(ledger, key), reason, 0.0)
+    claimed(ledger, key).doubt(reason, 0.0)

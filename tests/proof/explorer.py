@@ -57,10 +57,10 @@ from celery_idem.core.model import (
 from celery_idem.core.record import pack, unpack
 from celery_idem.engine import clock, events, owners
 from celery_idem.engine import runner as runner_module
-from celery_idem.engine.claim import Claim
+from celery_idem.engine.claim import Hold
 from celery_idem.engine.entries import Entry
 from celery_idem.engine.ledger import Ledger
-from celery_idem.engine.runner import Job, Options, Runner
+from celery_idem.engine.runner import Job, Options, Runner, Why
 from celery_idem.engine.steps import run_step
 from celery_idem.stores.base import Reply
 from celery_idem.stores.memory import MemoryStore
@@ -212,8 +212,8 @@ class Actor:
     told: int = 0
     pauses: int = 0
     minted: list[bytes] = field(default_factory=list)
-    claim: Claim | None = None
-    watched: Claim | None = None
+    claim: Hold | None = None
+    watched: Hold | None = None
     answer: Any = None
     atomic: bool = False
     dead: bool = False
@@ -229,7 +229,9 @@ class Actor:
     def hold(self) -> tuple[Any, ...]:
         """What a renewing thread, which is another greenlet, has told this one through its claim."""
         claim = self.watched
-        return (claim._trusted_until, claim._taken_over, claim._seen) if claim is not None else ()
+        return (
+            (claim.trusted_until, claim.taken_over, claim.written, claim.record) if claim is not None else ()
+        )
 
     @property
     def carried(self) -> tuple[bytes, ...]:
@@ -311,9 +313,9 @@ class ModelJob(Job):
         self.world = world
         self.actor = actor
 
-    def body(self, claim: Claim) -> Any:
+    def body(self, hold: Hold) -> Any:
         self.entered = True
-        return self.world.body(self.actor, claim)
+        return self.world.body(self.actor, hold)
 
     def kind_of(self, error: BaseException) -> Raised:
         kinds: dict[type[BaseException], Raised] = {
@@ -332,7 +334,7 @@ class ModelJob(Job):
     def retry_delay(self, error: BaseException) -> float:
         return LEASE / 1e6
 
-    def ask(self, claim: Claim) -> Answer:
+    def ask(self, hold: Hold) -> Answer:
         self.world.pause(Point("ask"))
         answer = self.world.truth() if self.world.scenario.reconcile == "truth" else Unknown("no idea")
         self.world.tell(self.actor, repr(answer))
@@ -343,9 +345,9 @@ class ModelJob(Job):
         raise AssertionError("nothing is handed over here")
 
     def come_back(
-        self, seconds: float, carried: tuple[bytes, ...], why: str, busy: Busy | None = None
+        self, seconds: float, carried: tuple[bytes, ...], why: Why, says: str, busy: Busy | None = None
     ) -> None:
-        self.world.publish_again(self.actor, carried, why == "in progress")
+        self.world.publish_again(self.actor, carried, why is Why.BUSY)
         raise Left
 
 
@@ -615,7 +617,7 @@ class World:
         """A soft time limit comes. A body that has ended is to be remembered all the same, and one that has not begun
         is to leave nothing behind; only of one that it interrupts, nobody knows how it ended."""
         actor.limited = True
-        over = actor.claim is not None and self.bodies[actor.claim._request.owner] == "over"
+        over = actor.claim is not None and self.bodies[actor.claim.owner] == "over"
         known = over and actor.ending in (State.SUCCEEDED, State.FAILED)
         if what == "soft late" or (actor.claim is not None and not known):
             self.excused = True
@@ -702,14 +704,14 @@ class World:
     def check_refusal(self, actor: Actor) -> None:
         """Rule 4: an owner that nobody succeeded must be heard."""
         record = self.record()
-        if record is None or actor.claim is None or record.owner != actor.claim._request.owner:
+        if record is None or actor.claim is None or record.owner != actor.claim.owner:
             return
         if record.state.settled and self.scenario.on_crash == "transaction":
             self.broken("an execution whose transaction settled the intent was told that it had lost it")
         if actor.refused and not record.state.settled:
             self.broken("the rightful owner was refused")
 
-    def body(self, actor: Actor, claim: Claim) -> Any:
+    def body(self, actor: Actor, claim: Hold) -> Any:
         """The author's code, which ends as the scheduler says."""
         self.began(actor, claim)
         try:
@@ -732,7 +734,7 @@ class World:
         in_transaction = self.scenario.on_crash == "transaction"
         return State.RELEASED if in_transaction and state is State.IN_DOUBT else state
 
-    def act(self, actor: Actor, claim: Claim, how: str) -> Any:
+    def act(self, actor: Actor, claim: Hold, how: str) -> Any:
         number = len(self.bodies)
         if how == "no_effect":
             raise NoEffect
@@ -757,7 +759,7 @@ class World:
             raise Exit
         return value
 
-    def in_transaction(self, actor: Actor, claim: Claim, how: str) -> str:
+    def in_transaction(self, actor: Actor, claim: Hold, how: str) -> str:
         """As `with engine.begin() as connection, self.settle_in(connection): …`. No look at ``claim.lost``."""
         receipt = f"charge {len(self.effects) + 1}"
 
@@ -768,7 +770,7 @@ class World:
 
         inside = Inside(self, actor, insert)
         try:
-            self.ledger.settle_within(claim, inside, receipt)
+            claim.settle_within(inside, *self.ledger.encode(receipt))
             inside.commit()
         except BaseException:
             inside.rollback()
@@ -781,7 +783,7 @@ class World:
             raise Exit
         return "ignored"
 
-    def in_steps(self, actor: Actor, claim: Claim, how: str) -> list[str]:
+    def in_steps(self, actor: Actor, claim: Hold, how: str) -> list[str]:
         names = ["charge", "mail"]
         if self.scenario.order and claim.attempt > 1:
             names.reverse()
@@ -797,10 +799,12 @@ class World:
                     raise Exit
                 return value
 
-            values[name] = run_step(self.ledger, claim, name, run, None, self.options.patience, _is_no_effect)
+            values[name] = run_step(
+                claim, self.ledger.codec, name, run, None, self.options.patience, _is_no_effect
+            )
         return [values["charge"], values["mail"]]
 
-    def effect(self, actor: Actor, claim: Claim, part: str) -> str:
+    def effect(self, actor: Actor, claim: Hold, part: str) -> str:
         """The destination takes the effect, unless this execution knows that it is late."""
         if claim.lost:
             raise LeaseLost("too late to begin", KEY)
@@ -861,7 +865,7 @@ class World:
         with contextlib.suppress(StoreError):
             self.ledger.died(KEY, actor.knows_dead, actor.parent.message.task_id, self.options.policy, 0)
 
-    def watch(self, claim: Claim, ledger: Ledger, lease: int) -> None:
+    def watch(self, claim: Hold) -> None:
         actor = self.current()
         if self.scenario.renewals and not self.closing:
             actor.watched = claim
@@ -870,11 +874,11 @@ class World:
                 for _ in range(self.scenario.renewals):
                     self.pause(Point("renewal"))  # the worker's clock is read when it begins
                     with contextlib.suppress(StoreError):
-                        self.ledger.renew([claim])
+                        claim.renew()
 
             self.begin(Actor(("renewer", actor.name), renew, parent=actor, minted=actor.minted))
 
-    def unwatch(self, claim: Claim) -> None:
+    def unwatch(self, claim: Hold) -> None:
         actor = self.current()
         for child in [a for a in self.actors if a.parent is actor and a.name[0] == "renewer"]:
             self.kill(child)
@@ -894,7 +898,7 @@ class World:
         stored = self.store.held()
         return None if stored is None else unpack(stored.value, stored.stamp, KEY)
 
-    def began(self, actor: Actor, claim: Claim) -> None:
+    def began(self, actor: Actor, claim: Hold) -> None:
         """A body begins: nobody else may believe that it holds the intent, and the fence has grown."""
         silent = sum(state == "running" for state in self.bodies.values())
         if silent >= self.scenario.max_attempts:
@@ -904,15 +908,15 @@ class World:
         if claim.fence <= self.highest_fence:
             self.broken(f"fence {claim.fence} after {self.highest_fence}")
         self.highest_fence = claim.fence
-        self.bodies[claim._request.owner] = "running"
+        self.bodies[claim.owner] = "running"
         for other in self.actors:
             if other is not actor and other.claim is not None and other.message is not None:
-                running = self.bodies.get(other.claim._request.owner) == "running"
+                running = self.bodies.get(other.claim.owner) == "running"
                 if running and not other.claim.lost and not claim.lost:
                     self.broken("two bodies run, and both trust their lease")
 
-    def over(self, claim: Claim) -> None:
-        self.bodies[claim._request.owner] = "over"
+    def over(self, claim: Hold) -> None:
+        self.bodies[claim.owner] = "over"
 
     def written(self, who: Actor, before: Stored | None, after: Stored | None) -> None:
         """The rules that can be seen from a single write, said again in other words than the protocol's."""
@@ -934,7 +938,7 @@ class World:
         person = who.name[0] == "operator"
         parent = who.name[0] == "parent" and old.owner.startswith(who.knows_dead)
         ends_the_dead = old.owner in self.dead_owners and new == old._replace(lease=0)
-        ended = who.ending if who.claim is not None and old.owner == who.claim._request.owner else None
+        ended = who.ending if who.claim is not None and old.owner == who.claim.owner else None
         first = old.state is State.RUNNING
         late_commit = self.scenario.on_crash == "transaction" and new.state is State.SUCCEEDED
         if late_commit:
@@ -1046,11 +1050,11 @@ class Watcher:
 
     world: World
 
-    def watch(self, claim: Claim, ledger: Ledger, lease: int) -> None:
-        self.world.watch(claim, ledger, lease)
+    def watch(self, hold: Hold) -> None:
+        self.world.watch(hold)
 
-    def unwatch(self, claim: Claim, ledger: Ledger) -> None:
-        self.world.unwatch(claim)
+    def unwatch(self, hold: Hold) -> None:
+        self.world.unwatch(hold)
 
 
 @contextlib.contextmanager

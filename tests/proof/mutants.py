@@ -33,7 +33,7 @@ from celery_idem.engine.ledger import Ledger
 
 _claim = protocol.claim
 _claim_in_doubt = protocol._claim_in_doubt
-_crashed = protocol._crashed
+_claim_lapsed = protocol._claim_lapsed
 _acquire = protocol._acquire
 _conclude = protocol.conclude
 _resolve = protocol.resolve
@@ -44,7 +44,7 @@ _ttl = protocol.ttl
 _settle = protocol.settle
 _holds = protocol._holds
 _committed = protocol.committed
-_exited = protocol.exited
+_exit = protocol.exit
 _why_in_doubt = protocol._why_in_doubt
 
 
@@ -244,7 +244,7 @@ def anybody_schedules(record: Record, owner: bytes, delay: int, task_id: str = "
 def anybody_doubts(record: Record, owner: bytes, reason: str) -> Any:
     if record.outcome is not None:
         return Refused(record), None
-    _, new = protocol._doubt(record, reason)
+    _, new = protocol._put_in_doubt(record, reason)
     return Done(new), new
 
 
@@ -334,12 +334,12 @@ def every_owner_is_carried(self: Ledger, key: str, request: Request) -> Any:
     return _ledger_claim(self, key, request._replace(carried=(*request.carried, *owners)))
 
 
-def claim_is_not_let_go(self: Any, job: Any, request: Any) -> None:
+def claim_is_not_released(self: Any, job: Any, request: Any) -> None:
     """An interrupted claim is left as it is."""
 
 
-def only_the_last_claim_is_let_go(self: Any, job: Any, request: Any) -> None:
-    _let_go(self, job, _without(request))
+def only_the_last_claim_is_released(self: Any, job: Any, request: Any) -> None:
+    _release(self, job, _without(request))
 
 
 def interrupted_in_the_middle(settle: Any, patience: float) -> Any:
@@ -373,7 +373,7 @@ def a_transaction_that_crashed_is_in_doubt(record: Record, policy: Any, reason: 
 def anybody_exits(record: Record, owner: bytes, policy: Any, reason: str) -> Any:
     if record.outcome is not None:
         return Refused(record), None
-    return _exited(record, record.owner, policy, reason)
+    return _exit(record, record.owner, policy, reason)
 
 
 def any_holder_lapses(record: Record, holder: bytes) -> Record | None:
@@ -414,7 +414,7 @@ def evidence_on_another_attempt_counts(
 
 _store_is_down = runner_module.Runner._store_is_down
 _ledger_claim = Ledger.claim
-_let_go = runner_module.Runner._let_go
+_release = runner_module.Runner._release
 _inquire = runner_module.Runner.inquire
 _runner_committed = runner_module.Runner._committed
 
@@ -432,7 +432,7 @@ MUTANTS = (
     Mutant(
         "2: a released intent takes another value", "another value", {"claim": released_takes_another_value}
     ),
-    Mutant("3: a crash runs again under in_doubt", "in doubt: crash", {"_crashed": crash_reruns}),
+    Mutant("3: a crash runs again under in_doubt", "in doubt: crash", {"_claim_lapsed": crash_reruns}),
     Mutant("3: an intent in doubt runs again", "in doubt: crash", {"_claim_in_doubt": doubt_reruns}),
     Mutant("3: many ask at once", "reconcile: crash", {"_claim_in_doubt": asked_by_many}),
     Mutant("3: the asking token does not count", "reconcile: crash", {"conclude": any_answer_concludes}),
@@ -505,7 +505,7 @@ MUTANTS = (
     ),
     Mutant("one worker: whoever holds it is dead", "deaths seen", {"lapse": any_holder_lapses}),
     Mutant("5: an exit releases", "exits: in doubt", _ends(Raised.EXIT, State.RELEASED)),
-    Mutant("5: an exit that is no owner's counts", "exits: rerun", {"exited": anybody_exits}),
+    Mutant("5: an exit that is no owner's counts", "exits: rerun", {"exit": anybody_exits}),
     Mutant("5: a soft time limit releases", "limits: in doubt", _ends(Raised.TIME_LIMIT, State.RELEASED)),
     Mutant(
         "5: an outcome is not written again",
@@ -516,13 +516,13 @@ MUTANTS = (
     Mutant(
         "7: an interrupted claim stays",
         "limits: in doubt",
-        {"_let_go": claim_is_not_let_go},
+        {"_release": claim_is_not_released},
         runner_module.Runner,
     ),
     Mutant(
         "7: a carried claim stays when interrupted",
         "limits: silent store",
-        {"_let_go": only_the_last_claim_is_let_go},
+        {"_release": only_the_last_claim_is_released},
         runner_module.Runner,
     ),
     Mutant("9: anybody commits", "transaction: crash", {"settle": anybody_settles}),

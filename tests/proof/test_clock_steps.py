@@ -19,12 +19,11 @@ from celery_idem.core.model import (
     NotHappened,
     Policy,
     Request,
-    Unknown,
 )
 from celery_idem.engine import clock as workers_clock
 from celery_idem.engine import events
-from celery_idem.engine.claim import Claim
-from celery_idem.engine.lease import LOOKS_PER_LEASE
+from celery_idem.engine.claim import Hold
+from celery_idem.engine.lease import LOOKS_PER_LEASE, Renewals
 from celery_idem.engine.ledger import Ledger
 from celery_idem.engine.steps import run_step
 from celery_idem.stores.memory import MemoryStore
@@ -75,11 +74,11 @@ def stepped() -> Iterator[list[float]]:
     stop()
 
 
-def ask(ledger: Ledger, name: bytes = b"b", policy: Policy = POLICY) -> tuple[Decision, Claim | None]:
+def ask(ledger: Ledger, name: bytes = b"b", policy: Policy = POLICY) -> tuple[Decision, Hold | None]:
     return ledger.claim(KEY, Request(name * 12, f"task-{name.decode()}", Fingerprint(), policy))
 
 
-def held(ledger: Ledger) -> Claim:
+def held(ledger: Ledger) -> Hold:
     decision, claim = ask(ledger, b"a")
     assert isinstance(decision, Acquired)
     assert claim is not None
@@ -117,14 +116,14 @@ def test_a_worker_that_lives_is_not_taken_for_dead(times: Times, ledger: Ledger,
         assert ask(ledger)[0] == Busy(LEASE, b"a" * 12)
         times.real += LEASE // 3
         if how == "renewal":
-            ledger.renew([claim])
+            claim.renew()
         else:
-            run_step(ledger, claim, f"step {n}", lambda: 1, None, 0.0)
+            run_step(claim, ledger.codec, f"step {n}", lambda: 1, None, 0.0)
         times.real += LEASE * 7 // 12
         assert isinstance(ask(ledger)[0], Busy)
         assert not claim.lost or how == "step"
         times.real += LEASE // 12
-        ledger.renew([claim])
+        claim.renew()
         assert not claim.lost
 
 
@@ -134,12 +133,12 @@ def test_a_mark_is_answered_at_once_and_trusted_only_from_then(times: Times, led
     times.off -= HOUR
     ask(ledger)
     times.real += LEASE // 2
-    ledger.renew([claim])
+    claim.renew()
     entry = ledger.get(KEY)
     assert entry is not None
     assert entry.record.noticed is None
-    assert claim._seen[0] is not None
-    assert entry.changed_at == claim._seen[0].stamp / MICROSECONDS
+    assert claim.written is not None
+    assert entry.changed_at == claim.written.stamp / MICROSECONDS
 
 
 def test_a_person_is_refused_for_a_lease_and_not_for_an_hour(
@@ -156,14 +155,14 @@ def test_a_person_is_refused_for_a_lease_and_not_for_an_hour(
 
 
 def test_a_retry_that_never_comes_and_a_question_that_was_dropped(times: Times, ledger: Ledger) -> None:
-    ledger.schedule(held(ledger), 60.0, 0.0)
+    held(ledger).schedule(60.0, 0.0)
     times.off -= HOUR
     assert ask(ledger)[0] == Busy(2 * LEASE)
     times.real += 2 * LEASE
     decision, claim = ask(ledger)
     assert isinstance(decision, Acquired)
     assert claim is not None
-    ledger.doubt(claim, "why", 0.0)
+    claim.doubt("why", 0.0)
     asks = POLICY._replace(asks=True)
     assert isinstance(ask(ledger, b"c", asks)[0], Ask)
     times.off -= HOUR
@@ -172,20 +171,20 @@ def test_a_retry_that_never_comes_and_a_question_that_was_dropped(times: Times, 
     decision, claim = ask(ledger, b"d", asks)
     assert isinstance(decision, Ask)
     assert claim is not None
-    assert isinstance(ledger.conclude(claim, Unknown("no"))[0], InDoubt)
+    assert isinstance(claim.conclude(None, "no")[0], InDoubt)
 
 
 def test_an_asker_whose_renewal_lost_its_reply_goes_on_asking(times: Times, ledger: Ledger) -> None:
-    ledger.doubt(held(ledger), "why", 0.0)
+    held(ledger).doubt("why", 0.0)
     _, claim = ask(ledger, b"c", POLICY._replace(asks=True))
     assert claim is not None
-    seen, written_at = claim._seen, claim._written_at
     times.real += LEASE // 3
-    ledger.renew([claim])
-    claim._seen, claim._written_at = seen, written_at  # as if it had not been heard of
+    offered = claim.renewal()
+    assert offered is not None
+    ledger.store.replace(*offered)  # and its reply is not heard of
     times.real += LEASE // 3
-    ledger.renew([claim])
-    ledger.renew([claim])
+    claim.renew()
+    claim.renew()
     assert not claim.lost
     entry = ledger.get(KEY)
     assert entry is not None
@@ -211,11 +210,11 @@ def test_a_second_step_back_begins_the_count_anew(times: Times, ledger: Ledger) 
 
 
 def test_a_renewal_tells_of_a_clock_that_stepped(times: Times, ledger: Ledger, stepped: list[float]) -> None:
-    claim = held(ledger)
+    claim, renewals = held(ledger), Renewals()
     for off in (0, 10, 0, 10, -3600, 0, 0, 0):
         times.real += LEASE // 3
         times.off += off * MICROSECONDS
-        ledger.renew([claim])
+        renewals.renew(ledger.store, [claim])
     assert stepped == [10.0, 10.0, -10.0]
 
 
@@ -239,8 +238,8 @@ def test_nobody_takes_over_from_a_holder_that_renews(
             assert not lives
             claim, lives = other, True
             took_over += 1
-        if lives and times.elapsed() - claim._written_at >= LEASE / MICROSECONDS / LOOKS_PER_LEASE:
-            ledger.renew([claim])
+        if lives and times.elapsed() - claim.written_at >= LEASE / MICROSECONDS / LOOKS_PER_LEASE:
+            claim.renew()
             assert not claim.lost
             lives = chance.random() < 0.98
     assert took_over > 5

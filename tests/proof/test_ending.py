@@ -15,8 +15,9 @@ from greenlet import getcurrent, greenlet
 from celery_idem.core.errors import StoreError
 from celery_idem.core.model import Acquired, Done, Fingerprint, Outcome, Policy, Request, State, Stored
 from celery_idem.core.record import STATE_AT
-from celery_idem.engine import events, owners, transitions
-from celery_idem.engine.claim import Claim
+from celery_idem.engine import claim as claim_module
+from celery_idem.engine import events, owners
+from celery_idem.engine.claim import Hold
 from celery_idem.engine.ledger import Ledger
 from celery_idem.stores import open_store
 from celery_idem.stores.base import Reply
@@ -26,13 +27,13 @@ KEY = "shop.charge:0123456789abcdef0123456789abcdef"
 STORED = f"idem:{KEY}"
 FORGETFUL = Policy(lease=60_000_000, result_ttl=0, failure_ttl=0, on_crash="rerun")
 
-ENDINGS: dict[str, tuple[Callable[[Ledger, Claim], object], State | None]] = {
-    "settled": (lambda ledger, claim: ledger.settle(claim, Outcome(True, b"j1"), 1.0), None),
-    "failed": (lambda ledger, claim: ledger.settle(claim, Outcome(False, b"j1"), 1.0), None),
-    "released": (lambda ledger, claim: ledger.release(claim, 1.0), None),
-    "scheduled": (lambda ledger, claim: ledger.schedule(claim, 60.0, 1.0), State.SCHEDULED),
-    "in doubt": (lambda ledger, claim: ledger.doubt(claim, "why", 1.0), State.IN_DOUBT),
-    "exited": (lambda ledger, claim: ledger.exited(claim, "why", 1.0), State.RUNNING),
+ENDINGS: dict[str, tuple[Callable[[Hold], object], State | None]] = {
+    "settled": (lambda hold: hold.settle(Outcome(True, b"j1"), 1.0), None),
+    "failed": (lambda hold: hold.settle(Outcome(False, b"j1"), 1.0), None),
+    "released": (lambda hold: hold.release(1.0), None),
+    "scheduled": (lambda hold: hold.schedule(60.0, 1.0), State.SCHEDULED),
+    "in doubt": (lambda hold: hold.doubt("why", 1.0), State.IN_DOUBT),
+    "exited": (lambda hold: hold.exit("why", 1.0), State.RUNNING),
 }
 """How a hold may end, and what is then left of a record whose outcome is kept for no time."""
 
@@ -85,16 +86,17 @@ class World:
         self.sizes: list[int] = []
         self.trace: list[str] = []
         self.store = Stopping()
-        ledger = Ledger(self.store)
-        decision, claim = ledger.claim(KEY, Request(b"owner-12-byt", "t1", Fingerprint(), FORGETFUL))
-        assert isinstance(decision, Acquired)
-        assert claim is not None
         self.lock = ModelLock(self)
-        claim._lock = self.lock  # type: ignore[assignment]
+        ledger = Ledger(self.store)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(threading, "Lock", lambda: self.lock)
+            decision, hold = ledger.claim(KEY, Request(b"owner-12-byt", "t1", Fingerprint(), FORGETFUL))
+        assert isinstance(decision, Acquired)
+        assert hold is not None
         self.hub = getcurrent()
         self.lets = {
-            "body": greenlet(lambda _: ENDINGS[ending][0](ledger, claim)),
-            "renewer": greenlet(lambda _: ledger.renew([claim])),
+            "body": greenlet(lambda _: ENDINGS[ending][0](hold)),
+            "renewer": greenlet(lambda _: hold.renew()),
         }
         self.at = dict.fromkeys(self.lets, "start")
         self.faults = 1
@@ -139,7 +141,7 @@ class World:
 def test_no_order_of_an_ending_and_a_renewal_brings_the_hold_back(
     ending: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transitions, "PAUSES", (0.0,))
+    monkeypatch.setattr(claim_module, "PAUSES", (0.0,))
     monkeypatch.setattr(events, "emit", lambda kind, key, **details: None)
     path: list[int] = []
     runs = 0
@@ -163,15 +165,15 @@ def test_renewals_beside_thousands_of_outcomes_leave_nothing(redis_url: str) -> 
     store = open_store(redis_url)
     ledger = Ledger(store)
     met_nothing = 0
-    current: list[Claim] = []
+    current: list[Hold] = []
     done = threading.Event()
 
     def renew() -> None:
         nonlocal met_nothing
         while not done.is_set():
             for claim in current[-1:]:
-                ledger.renew([claim])
-                met_nothing += claim._ending
+                met_nothing += claim.renewal() is None
+                claim.renew()
 
     renewer = threading.Thread(target=renew)
     renewer.start()
@@ -182,7 +184,7 @@ def test_renewals_beside_thousands_of_outcomes_leave_nothing(redis_url: str) -> 
             assert isinstance(decision, Acquired)
             assert claim is not None
             current[:] = [claim]
-            assert isinstance(ledger.settle(claim, Outcome(n % 2 == 0, b"j1"), 0.0), Done)
+            assert isinstance(claim.settle(Outcome(n % 2 == 0, b"j1"), 0.0), Done)
     finally:
         done.set()
         renewer.join(20.0)

@@ -12,7 +12,7 @@ import pytest
 from celery_idem.core.errors import StoreError
 from celery_idem.core.model import Acquired, Fingerprint, Policy, Request, State, Stored
 from celery_idem.engine import clock as workers_clock
-from celery_idem.engine.claim import Claim
+from celery_idem.engine.claim import Hold
 from celery_idem.engine.ledger import Ledger
 from celery_idem.engine.steps import run_step
 from celery_idem.stores.base import Reply
@@ -60,7 +60,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return times
 
 
-def begin(clock: Clock) -> tuple[Hooked, Ledger, Claim]:
+def begin(clock: Clock) -> tuple[Hooked, Ledger, Hold]:
     store = Hooked(clock)
     ledger = Ledger(store)
     decision, claim = ledger.claim(KEY, Request(b"owner-12-byt", "t1", Fingerprint(), POLICY))
@@ -76,13 +76,13 @@ def deadline(ledger: Ledger) -> float:
     return entry.changed_at + entry.record.lease / 1e6
 
 
-def assert_renewed(clock: Clock, ledger: Ledger, claim: Claim) -> None:
+def assert_renewed(clock: Clock, ledger: Ledger, claim: Hold) -> None:
     """A renewal from here on moves the deadline, and trust ends before it."""
     clock.now += 1000
-    ledger.renew([claim])
+    claim.renew()
     assert deadline(ledger) == pytest.approx(clock.monotonic() + LEASE / 1e6)
     assert not claim.lost
-    assert claim._trusted_until < deadline(ledger)
+    assert claim.trusted_until < deadline(ledger)
 
 
 def test_a_step_that_overtakes_a_renewal_does_not_end_the_renewals(clock: Clock) -> None:
@@ -90,10 +90,10 @@ def test_a_step_that_overtakes_a_renewal_does_not_end_the_renewals(clock: Clock)
 
     def step() -> None:
         clock.now += 1000
-        assert run_step(ledger, claim, "charge", lambda: "ch_1", None, 0.0) == "ch_1"
+        assert run_step(claim, ledger.codec, "charge", lambda: "ch_1", None, 0.0) == "ch_1"
 
     store.after = step
-    ledger.renew([claim])  # its write is in, and before it is noted the body does a whole step
+    claim.renew()  # its write is in, and before it is noted the body does a whole step
 
     entry = ledger.get(KEY)
     assert entry is not None
@@ -106,9 +106,9 @@ def test_a_step_that_overtakes_a_renewal_does_not_end_the_renewals(clock: Clock)
 
 def test_a_renewal_that_overtakes_an_outcome_does_not_undo_it(clock: Clock) -> None:
     store, ledger, claim = begin(clock)
-    store.after = lambda: ledger.renew([claim])
-    ledger.settle(claim, ledger.outcome_of("done"), 0.0)
-    ledger.renew([claim])
+    store.after = claim.renew
+    claim.settle(ledger.outcome_of("done"), 0.0)
+    claim.renew()
     entry = ledger.get(KEY)
     assert entry is not None
     assert entry.record.state is State.SUCCEEDED
@@ -118,11 +118,11 @@ def test_a_renewal_whose_reply_got_lost_is_trusted_from_when_it_was_written(cloc
     store, ledger, claim = begin(clock)
     store.lose = True
     with pytest.raises(StoreError):
-        ledger.renew([claim])
+        claim.renew()
     written = deadline(ledger)
     clock.now += LEASE // 2
-    ledger.renew([claim])  # meets its own earlier write
-    assert claim._trusted_until < written
+    claim.renew()  # meets its own earlier write
+    assert claim.trusted_until < written
     assert_renewed(clock, ledger, claim)
 
 
@@ -130,9 +130,9 @@ def test_a_step_whose_reply_got_lost_does_not_end_the_renewals(clock: Clock) -> 
     store, ledger, claim = begin(clock)
     store.lose = True
     with pytest.raises(StoreError):
-        run_step(ledger, claim, "charge", lambda: "ch_1", None, 0.0)
+        run_step(claim, ledger.codec, "charge", lambda: "ch_1", None, 0.0)
     clock.now += 1000
-    ledger.renew([claim])
+    claim.renew()
     assert_renewed(clock, ledger, claim)
 
 
@@ -148,4 +148,4 @@ def test_a_claim_whose_reply_got_lost_is_trusted_from_when_it_was_written(clock:
     ledger = Ledger(Resending(clock))
     _, claim = ledger.claim(KEY, Request(b"owner-12-byt", "t1", Fingerprint(), POLICY))
     assert claim is not None
-    assert claim._trusted_until < deadline(ledger)
+    assert claim.trusted_until < deadline(ledger)

@@ -137,7 +137,7 @@ def test_a_guessed_owner_takes_over_nothing(memory_app: Callable[..., Celery]) -
     app = memory_app(idem_on_duplicate="raise")
     task = app.tasks["shop.pay"]
     claim = claimed(Ledger.from_app(app), task.intent_key("c1"))
-    real = claim._request.owner
+    real = claim.owner
     for guess in (
         b"",
         b"\0" * 12,
@@ -171,11 +171,11 @@ def crafted(app: Celery) -> str:
     in_doubt(ledger, key, BAD)
     for name in ("k<b>\x1b[31m", key[:-1]):
         claim = claimed(ledger, f"shop.<script>alert(3)</script>\x1b[2J{name}:{'0' * 32}")
-        ledger.doubt(claim, BAD, 0.0)
+        claim.doubt(BAD, 0.0)
     ledger.resolve(key, NotHappened(), by=BAD, evidence=BAD)
-    ledger.doubt(claimed(ledger, key), BAD, 0.0)
+    claimed(ledger, key).doubt(BAD, 0.0)
     failed = claimed(ledger, app.tasks["shop.pay"].intent_key("c2"))
-    ledger.settle(failed, Outcome(False, ledger.codec.encode_error(ValueError(BAD))), 0.0)
+    failed.settle(Outcome(False, ledger.codec.encode_error(ValueError(BAD))), 0.0)
     return key
 
 

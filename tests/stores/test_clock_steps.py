@@ -22,7 +22,8 @@ from celery_idem.core.model import (
     Request,
 )
 from celery_idem.engine import owners
-from celery_idem.engine.ledger import Claim, Ledger
+from celery_idem.engine.claim import Hold
+from celery_idem.engine.ledger import Ledger
 from celery_idem.stores import open_store, sql_statements
 from celery_idem.stores import redis as redis_module
 from celery_idem.stores.base import Store
@@ -87,7 +88,7 @@ def clocked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp
     return sql_clocked(request.getfixturevalue("postgres_url"), "postgresql", monkeypatch)
 
 
-def claim(ledger: Ledger, key: str) -> tuple[Decision, Claim | None]:
+def claim(ledger: Ledger, key: str) -> tuple[Decision, Hold | None]:
     policy = Policy(LEASE, 10**12, 10**12, "rerun")
     return ledger.claim(key, Request(owners.mint(), "task", Fingerprint(), policy))
 
@@ -104,7 +105,7 @@ def test_a_clock_that_is_set_back(clocked: Clocked) -> None:
     set_clock(-HOUR)
     assert ledger.store.read("x").now < lives.fence
 
-    ledger.lapse("shop.ended:1", ended._request.owner)
+    ledger.lapse("shop.ended:1", ended.owner)
     assert isinstance(claim(ledger, "shop.ended:1")[0], Acquired)  # needs no clock
     for key in ("shop.dead:1", "shop.lives:1"):
         decision, _ = claim(ledger, key)
@@ -114,7 +115,7 @@ def test_a_clock_that_is_set_back(clocked: Clocked) -> None:
         ledger.resolve("shop.resolved:1", NotHappened(), by="anna")
 
     def decided() -> bool:
-        ledger.renew([lives])
+        lives.renew()
         assert isinstance(claim(ledger, "shop.lives:1")[0], Busy)
         return isinstance(claim(ledger, "shop.dead:1")[0], Acquired)
 
@@ -136,5 +137,5 @@ def test_a_clock_that_is_set_ahead_by_less_than_half_a_lease(clocked: Clocked) -
     for off in (29, 58, 87):
         set_clock(off * MICROSECONDS)
         assert isinstance(claim(ledger, "shop.lives:1")[0], Busy)
-        ledger.renew([lives])
+        lives.renew()
     assert not lives.lost

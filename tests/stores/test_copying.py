@@ -22,7 +22,7 @@ from celery_idem.core.model import (
     Request,
 )
 from celery_idem.engine import owners
-from celery_idem.engine.claim import Claim
+from celery_idem.engine.claim import Hold
 from celery_idem.engine.ledger import Ledger
 from celery_idem.operate.copying import Copied, copy
 from celery_idem.stores import open_store
@@ -35,7 +35,7 @@ def request(lease: int = DAY) -> Request:
     return Request(owners.mint(), str(uuid.uuid4()), Fingerprint(), Policy(lease, DAY, DAY))
 
 
-def claim(ledger: Ledger, key: str, lease: int = DAY) -> Claim:
+def claim(ledger: Ledger, key: str, lease: int = DAY) -> Hold:
     decision, claimed = ledger.claim(key, request(lease))
     assert isinstance(decision, Acquired)
     assert claimed is not None
@@ -57,10 +57,10 @@ def target(tmp_path: Path) -> Ledger:
 
 
 def test_every_state_arrives(source: Ledger, target: Ledger) -> None:
-    source.settle(claim(source, "a:done"), DONE, 0.0)
+    claim(source, "a:done").settle(DONE, 0.0)
     running = claim(source, "a:running")
-    source.doubt(claim(source, "a:doubt"), "who knows", 0.0)
-    source.release(claim(source, "a:free"), 0.0)
+    claim(source, "a:doubt").doubt("who knows", 0.0)
+    claim(source, "a:free").release(0.0)
     source.store.create("other:a", b"another application's".ljust(40))
     source.store.create("shop:not ours", b"x" * 50)
     reports: list[Copied] = []
@@ -82,10 +82,10 @@ def test_every_state_arrives(source: Ledger, target: Ledger) -> None:
 
 def test_run_again_it_goes_on_and_brings_up_to_date(source: Ledger, target: Ledger) -> None:
     running = claim(source, "a:running")
-    source.settle(claim(source, "a:done"), DONE, 0.0)
+    claim(source, "a:done").settle(DONE, 0.0)
     copy(source, target)
     assert copy(source, target) == Copied(seen=2, there=2)
-    source.settle(running, DONE, 0.0)
+    running.settle(DONE, 0.0)
     claim(source, "a:new")
     assert copy(source, target) == Copied(seen=3, written=2, there=1)
     assert target.claim("a:running", request())[0] == Replay(DONE)
@@ -93,7 +93,7 @@ def test_run_again_it_goes_on_and_brings_up_to_date(source: Ledger, target: Ledg
 
 def test_stopped_half_way_it_can_be_run_again(source: Ledger, target: Ledger) -> None:
     for n in range(450):
-        source.settle(claim(source, f"a:{n}"), DONE, 0.0)
+        claim(source, f"a:{n}").settle(DONE, 0.0)
 
     def stop(counts: Copied) -> None:
         raise KeyboardInterrupt
@@ -113,12 +113,12 @@ def test_what_moved_on_in_the_target_stays(source: Ledger, target: Ledger) -> No
 
     target.resolve("a:taken over", NotHappened(), by="me")
     again = claim(target, "a:taken over")
-    source.settle(held, DONE, 0.0)
+    held.settle(DONE, 0.0)
     assert copy(source, target) == Copied(seen=1, there=1)
     there = target.get("a:taken over")
     assert there is not None
     assert there.record.fence == again.fence
-    target.settle(again, Outcome(True, b"j2"), 0.0)
+    again.settle(Outcome(True, b"j2"), 0.0)
     assert copy(source, target) == Copied(seen=1, there=1)
     assert target.claim("a:taken over", request())[0] == Replay(Outcome(True, b"j2"))
 
@@ -127,7 +127,7 @@ def test_outcomes_keep_what_is_left_of_their_time(tmp_path: Path) -> None:
     store = open_store(f"memory://{uuid.uuid4()}")
     brief = Ledger(store, "shop", None, lambda task: 0.0 if task.startswith("brief") else 3600.0)
     for key in ("brief:1", "long:1"):
-        brief.settle(claim(brief, key), DONE, 0.0)
+        claim(brief, key).settle(DONE, 0.0)
     target = opened(f"sqlite:///{tmp_path}/idem.db")
     assert copy(brief, target) == Copied(seen=2, written=1, expired=1)
     [(expires, stamp)] = target.store._rows("SELECT expires, stamp FROM celery_idem", {})  # type: ignore[attr-defined]

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from celery_idem.core import protocol
 from celery_idem.core.errors import StoreError
 from celery_idem.core.model import (
     MICROSECONDS,
@@ -20,7 +19,9 @@ from celery_idem.core.model import (
     State,
 )
 from celery_idem.engine import owners
-from celery_idem.engine.ledger import Claim, Ledger
+from celery_idem.engine.claim import Hold
+from celery_idem.engine.lease import Renewals
+from celery_idem.engine.ledger import Ledger
 from celery_idem.stores import open_store
 from celery_idem.stores.redis import RedisStore
 
@@ -39,23 +40,16 @@ def store(redis_url: str) -> Iterator[RedisStore]:
     opened.close()
 
 
-def claimed(ledger: Ledger, task: str = "first") -> Claim:
+def claimed(ledger: Ledger, task: str = "first") -> Hold:
     decision, claim = ledger.claim(KEY, Request(owners.mint(), task, NO_FINGERPRINT, POLICY))
     assert isinstance(decision, Acquired)
     assert claim is not None
     return claim
 
 
-def with_step(ledger: Ledger, claim: Claim, name: str) -> None:
-    owner = claim._request.owner
-    begun = ledger.transition(
-        claim, lambda record, stamp, now: protocol.begin_step(record, owner, name, POLICY)
-    )
-    ended = ledger.transition(
-        claim, lambda record, stamp, now: protocol.end_step(record, owner, name, b"done")
-    )
-    assert isinstance(begun, Done)
-    assert isinstance(ended, Done)
+def with_step(claim: Hold, name: str) -> None:
+    assert isinstance(claim.begin_step(name), Done)
+    claim.end_step(name, b"done", 0.0)
 
 
 def stored(ledger: Ledger) -> Record:
@@ -68,25 +62,25 @@ def test_a_holder_goes_on_renewing(store: RedisStore) -> None:
     ledger = Ledger(store)
     claim = claimed(ledger)
     before = store.execute("GET", f"idem:{KEY}")
-    ledger.renew([claim])
+    claim.renew()
     store.execute("SET", f"idem:{KEY}", before)
 
-    ledger.renew([claim])
+    claim.renew()
 
     now = store.read(f"idem:{KEY}").stored
     assert now is not None
-    assert now == claim._seen[0]
+    assert now == claim.written
 
 
 def test_its_finished_steps_stay_finished(store: RedisStore) -> None:
     ledger = Ledger(store)
     claim = claimed(ledger)
-    with_step(ledger, claim, "one")
+    with_step(claim, "one")
     before = store.execute("GET", f"idem:{KEY}")
-    with_step(ledger, claim, "two")
+    with_step(claim, "two")
     store.execute("SET", f"idem:{KEY}", before)
 
-    with_step(ledger, claim, "three")
+    with_step(claim, "three")
 
     assert [step.name for step in stored(ledger).steps] == ["one", "two", "three"]
 
@@ -95,10 +89,10 @@ def test_a_released_claim_keeps_its_steps(store: RedisStore) -> None:
     ledger = Ledger(store)
     claim = claimed(ledger)
     before = store.execute("GET", f"idem:{KEY}")
-    with_step(ledger, claim, "one")
+    with_step(claim, "one")
     store.execute("SET", f"idem:{KEY}", before)
 
-    ledger.release(claim, 0.0)
+    claim.release(0.0)
 
     assert stored(ledger).state is State.RELEASED
     assert [step.name for step in stored(ledger).steps] == ["one"]
@@ -107,33 +101,33 @@ def test_a_released_claim_keeps_its_steps(store: RedisStore) -> None:
 @pytest.mark.parametrize("next_write", ["renew", "settle"])
 def test_a_retry_that_runs_keeps_its_hold(store: RedisStore, next_write: str) -> None:
     ledger = Ledger(store)
-    ledger.schedule(claimed(ledger), 60.0, 0.0)
+    claimed(ledger).schedule(60.0, 0.0)
     before = store.execute("GET", f"idem:{KEY}")
     claim = claimed(ledger)
     store.execute("SET", f"idem:{KEY}", before)
 
     if next_write == "renew":
-        ledger.renew([claim])
-        assert stored(ledger).owner == claim._request.owner
+        claim.renew()
+        assert stored(ledger).owner == claim.owner
         assert not claim.lost
     else:
-        assert isinstance(ledger.settle(claim, ledger.outcome_of(1), 0.0), Done)
+        assert isinstance(claim.settle(ledger.outcome_of(1), 0.0), Done)
         assert stored(ledger).state is State.SUCCEEDED
 
 
 def test_who_claimed_since_then_has_it(store: RedisStore) -> None:
     ledger = Ledger(store)
-    ledger.release(claimed(ledger), 0.0)
+    claimed(ledger).release(0.0)
     before = store.execute("GET", f"idem:{KEY}")
     claim = claimed(ledger)
     store.execute("SET", f"idem:{KEY}", before)
     other = claimed(ledger, "second")
 
-    ledger.renew([claim])
+    claim.renew()
 
     assert claim.lost
-    assert stored(ledger).owner == other._request.owner
-    assert isinstance(ledger.settle(claim, ledger.outcome_of(1), 0.0), Refused)
+    assert stored(ledger).owner == other.owner
+    assert isinstance(claim.settle(ledger.outcome_of(1), 0.0), Refused)
 
 
 @pytest.mark.parametrize("strange", [("SET", "x"), ("RPUSH", "x")], ids=["text", "list"])
@@ -151,9 +145,9 @@ def test_one_key_that_holds_no_record_ends_nobody_elses_lease(
     store.execute(command, "idem:shop.pay:2", value)
 
     for _ in range(2):
-        before = [claim._seen[0] for claim in claims]
+        before = [claim.written for claim in claims]
         with pytest.raises(StoreError, match="not a record"):
-            ledger.renew(claims)
+            Renewals().renew(store, claims)
         after = [store.peek(f"idem:shop.pay:{n}") for n in (1, 3)]
-        assert after == [claims[0]._seen[0], claims[2]._seen[0]]
+        assert after == [claims[0].written, claims[2].written]
         assert after != [before[0], before[2]]

@@ -15,8 +15,9 @@ from celery_idem.core.model import (
     State,
 )
 from celery_idem.engine import events
-from celery_idem.engine.ledger import Claim, Ledger
-from celery_idem.engine.runner import Job, Options, Runner
+from celery_idem.engine.claim import Hold
+from celery_idem.engine.ledger import Ledger
+from celery_idem.engine.runner import Job, Options, Runner, Why
 from celery_idem.stores.memory import MemoryStore
 from celery_idem.testing import CrashingStore, FakeClock
 
@@ -64,16 +65,16 @@ class FakeJob(Job):
         self._wait = wait
         self._delay = delay
         self.ran = 0
-        self.claims: list[Claim] = []
-        self.came_back: list[tuple[float, tuple[bytes, ...], str]] = []
+        self.claims: list[Hold] = []
+        self.came_back: list[tuple[float, tuple[bytes, ...], Why]] = []
 
-    def body(self, claim: Claim) -> Any:
+    def body(self, hold: Hold) -> Any:
         self.entered = True
         self.ran += 1
-        self.claims.append(claim)
+        self.claims.append(hold)
         if isinstance(self._body, BaseException):
             raise self._body
-        return self._body(claim) if callable(self._body) else self._body
+        return self._body(hold) if callable(self._body) else self._body
 
     def kind_of(self, error: BaseException) -> Raised:
         return error.kind if isinstance(error, Ended) else Raised.ERROR
@@ -81,7 +82,7 @@ class FakeJob(Job):
     def retry_delay(self, error: BaseException) -> float:
         return self._delay
 
-    def ask(self, claim: Claim) -> Answer:
+    def ask(self, hold: Hold) -> Answer:
         answer: Answer = self._answer() if callable(self._answer) else self._answer
         return answer
 
@@ -92,11 +93,11 @@ class FakeJob(Job):
         return True, f"of {task_id}"
 
     def come_back(
-        self, seconds: float, carried: tuple[bytes, ...], why: str, busy: Busy | None = None
+        self, seconds: float, carried: tuple[bytes, ...], why: Why, says: str, busy: Busy | None = None
     ) -> None:
         self.came_back.append((seconds, carried, why))
         if self._wait is None:
-            raise Left(why)
+            raise Left(says)
         self._wait()
 
 

@@ -26,13 +26,13 @@ class LostReplies(Suite):
         assert isinstance(decision, Acquired)
         assert claim is not None
         assert claim.attempt == 1
-        assert isinstance(ledger.settle(claim, Outcome(True, b"j1"), 0.0), Done)
+        assert isinstance(claim.settle(Outcome(True, b"j1"), 0.0), Done)
 
     def test_a_takeover_that_meets_its_own_lost_write_has_won(self) -> None:
         store, ledger, request = self._ledger()
         _, claim = ledger.claim("shop.pay:1", request)
         assert claim is not None
-        assert isinstance(ledger.release(claim, 0.0), Done)
+        assert isinstance(claim.release(0.0), Done)
         second = _request()
         store.crash("after replace")
         with _raises_store_error():
@@ -61,7 +61,7 @@ class LostReplies(Suite):
         _, claim = ledger.claim("shop.pay:1", request)
         assert claim is not None
         store.crash("after replace")
-        assert isinstance(ledger.settle(claim, Outcome(True, b"j1"), PATIENCE), Done)
+        assert isinstance(claim.settle(Outcome(True, b"j1"), PATIENCE), Done)
         decision, _ = ledger.claim("shop.pay:1", _request())
         assert decision == Replay(Outcome(True, b"j1"))
 
