@@ -218,12 +218,13 @@ def _command(words: tuple[str, ...]) -> Callable[[], Any]:
 
 def _overview() -> Callable[[], Any]:
     from benchmarks.apps import app
-    from celery_idem.adapters import inbox_overview, inbox_pages
+    from celery_idem.adapters import inbox_pages
     from celery_idem.operate.operators import Operator
 
     def read() -> None:
-        *_, whole = inbox_overview.look(Operator(app))
-        print(inbox_pages.overview(whole, "", ""))
+        *_, whole = inbox_pages.look(Operator(app))
+        page = {"title": "", "problem": "", "base": "", "user": "", "settled": None}
+        print(inbox_pages.render("overview.html", seen=whole, **page))
 
     return read
 

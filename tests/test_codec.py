@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_idem import FingerprintMismatch, StoreError
-from celery_idem.core.model import Note, Outcome, Record, State, Step
+from celery_idem.core.model import Note, Outcome, Record, State, Step, Would
 from celery_idem.core.record import STATE_AT, pack, unpack
 from celery_idem.core.results import Codec, NotStorable
 
@@ -28,6 +28,9 @@ text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 data = st.binary(max_size=60)
 token = st.binary(min_size=12, max_size=12)
 moment = st.integers(0, 2**64 - 1)
+NOTES = st.builds(
+    Note, moment, text, text, text, st.none() | st.sampled_from(Would), st.lists(text, max_size=2).map(tuple)
+)
 
 
 @st.composite
@@ -37,7 +40,10 @@ def records(draw: st.DrawFn) -> Record:
     if state.settled:
         stored = data.map(lambda payload: Outcome(state is State.SUCCEEDED, payload))
         missing = text.map(lambda why: Outcome(state is State.SUCCEEDED, None, why))
-        outcome = draw(stored | missing)
+        replaced = text.filter(bool).map(
+            lambda task: Outcome(state is State.SUCCEEDED, None, replaced_by=task)
+        )
+        outcome = draw(stored | missing | replaced)
     return Record(
         state=state,
         owner=draw(token),
@@ -51,7 +57,7 @@ def records(draw: st.DrawFn) -> Record:
         open_steps=tuple(draw(st.lists(text, max_size=3))),
         asking=draw(st.just(b"") | token),
         reason=draw(text),
-        notes=tuple(draw(st.lists(st.builds(Note, moment, text, text, text), max_size=3))),
+        notes=tuple(draw(st.lists(NOTES, max_size=3))),
         digests=draw(data),
         outcome=outcome,
     )

@@ -69,3 +69,67 @@ def test_no_branch_reads_the_advice_of_a_receipt() -> None:
             if isinstance(node, (ast.If, ast.IfExp, ast.While, ast.Match)):
                 condition = node.subject if isinstance(node, ast.Match) else node.test
                 assert not reads(condition), f"{file}:{node.lineno}"
+
+
+def test_only_a_hold_touches_what_is_private_of_it() -> None:
+    """Of a hold and of what a body sees of it: in the package, the tests and the benchmarks."""
+    claim = ROOT / "engine" / "claim.py"
+    private = {
+        node.attr
+        for node in ast.walk(ast.parse(claim.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and ast.unparse(node.value) == "self"
+    }
+    assert {"_seen", "_phase", "_write"} <= private
+    for file in (
+        file for place in ("celery_idem", "tests", "benchmarks") for file in TOP.glob(f"{place}/**/*.py")
+    ):
+        if file == claim:
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in private:
+                owner = ast.unparse(node.value).split(".")[-1].rstrip("()")
+                assert owner not in HOLDS, f"{file}:{node.lineno}: {ast.unparse(node)}"
+
+
+HOLDS = {
+    "claim",
+    "hold",
+    "held",
+    "own",
+    "claimed",
+    "shadow",
+    "first",
+    "lives",
+    "ended",
+    "long",
+    "short",
+    "idem_claim",
+}
+"""What a hold is called."""
+
+TOP = ROOT.parent
+
+
+def test_no_branch_reads_text_for_people() -> None:
+    """Why an outcome has no payload, why an intent is in doubt, what a note says: a field beside it tells programs."""
+    texts = {"missing", "reason", "what", "evidence", "says"}
+    parsing = {
+        "startswith",
+        "endswith",
+        "removeprefix",
+        "removesuffix",
+        "split",
+        "partition",
+        "find",
+        "index",
+    }
+
+    def read(node: ast.AST) -> bool:
+        return isinstance(node, ast.Attribute) and node.attr in texts
+
+    for file in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            compared = isinstance(node, ast.Compare) and any(map(read, (node.left, *node.comparators)))
+            parsed = isinstance(node, ast.Attribute) and node.attr in parsing and read(node.value)
+            assert not compared, f"{file}:{node.lineno}"
+            assert not parsed, f"{file}:{node.lineno}"

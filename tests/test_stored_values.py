@@ -202,7 +202,7 @@ def test_steps_of_undecodable_names_do_not_meet(bench: Bench) -> None:
 
     def body(claim: Any) -> None:
         for name in (one, other):
-            run_step(bench.ledger, claim, name, lambda name=name: sent.append(name), None, 0.0)
+            run_step(claim, bench.ledger.codec, name, lambda name=name: sent.append(name), None, 0.0)
         if len(sent) == 2:
             sent.append("failed")
             raise ValueError

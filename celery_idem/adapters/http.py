@@ -16,7 +16,7 @@ status  meaning
         was not kept is null, and ``not_kept`` says why
 202     published by this request, and still running: look at ``Location``
 400     the request is malformed, or lacks ``Idempotency-Key`` where one is required
-401     who are you?
+401     unauthorized
 404     no such task here, or nothing known of that intent
 409     somebody else's request for it is running (``Retry-After``), or it is in doubt
 413     the body is too large
@@ -38,18 +38,17 @@ import json
 import math
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from celery_idem.adapters.tools import OCCURRENCE_MAX, RECEIPT, BadArguments, Tool, answer, tool_of
+from celery_idem.adapters.tools import OCCURRENCE_MAX, RECEIPT, BadArguments, Offer, Tool, tool_of
 from celery_idem.core.errors import ConfigurationError, StoreError
-from celery_idem.core.keys import label, task_of
-from celery_idem.integration.looking import look_up
+from celery_idem.core.keys import label
 from celery_idem.integration.receipts import Receipt, plain
 
 try:
     from starlette.applications import Starlette
-    from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response
@@ -85,7 +84,7 @@ _TITLES = {
     "partly_done": "Only a part was done",
     "invalid": "The request cannot be understood",
     "key_required": "Idempotency-Key is required",
-    "unauthorized": "Who are you?",
+    "unauthorized": "Unauthorized",
     "not_found": "Not found",
     "too_large": "The body is too large",
     "not_json": "The body is not JSON",
@@ -132,13 +131,13 @@ def door(
             "A token cannot be empty."
         )
     check = authenticate if authenticate is not None else _bearer(token or "")
-    tools = {name: tool_of(app, name) for name in tasks}
-    rooms = _Rooms(app, tools, check, require_key, wait, max_body)
+    offer = Offer(app, {name: tool_of(app, name) for name in tasks}, wait)
+    endpoints = _Endpoints(offer, check, require_key, max_body, _openapi(offer.tools, require_key))
     return Starlette(
         routes=[
-            Route("/tasks/{name}", rooms.call, methods=["POST"]),
-            Route("/intents/{key}", rooms.look, methods=["GET"]),
-            Route("/openapi.json", rooms.document, methods=["GET"]),
+            Route("/tasks/{name}", endpoints.call, methods=["POST"]),
+            Route("/intents/{key}", endpoints.look, methods=["GET"]),
+            Route("/openapi.json", endpoints.document, methods=["GET"]),
         ],
         exception_handlers={
             _Problem: lambda request, problem: problem.response(),
@@ -181,62 +180,44 @@ async def _internal_problem(request: Request, error: Exception) -> Response:
     return _Problem(500, "error", "Something went wrong here. It is safe to call again unchanged.").response()
 
 
-class _Rooms:
-    """The three endpoints."""
-
-    def __init__(
-        self,
-        app: Celery,
-        tools: Mapping[str, Tool],
-        authenticate: Authenticate,
-        require_key: bool,
-        wait: float,
-        max_body: int,
-    ) -> None:
-        self._app = app
-        self._tools = tools
-        self._authenticate = authenticate
-        self._require_key = require_key
-        self._wait = wait
-        self._max_body = max_body
-        self._openapi = _openapi(tools, require_key)
+@dataclass(frozen=True)
+class _Endpoints:
+    offer: Offer
+    authenticate: Authenticate
+    require_key: bool
+    max_body: int
+    openapi: dict[str, Any]
 
     async def call(self, request: Request) -> Response:
         """POST /tasks/{name}"""
         scope = await self._scope(request)
-        tool = self._tools.get(request.path_params["name"])
+        tool = self.offer.tools.get(request.path_params["name"])
         if tool is None:
             raise _Problem(404, "not_found", "There is no such task here.")
         key = _text_header(request, "idempotency-key")
-        if key is None and self._require_key:
+        if key is None and self.require_key:
             raise _Problem(
                 400, "key_required", "Send Idempotency-Key: a new one per action, the same one per retry."
             )
         occurrence = _text_header(request, "idem-occurrence")
         body = await self._body(request)
         try:
-            # Parsing is bounded by the body's limit, so it does not need a thread; the store does.
-            arguments = tool.parse(body)
-            receipt = await run_in_threadpool(tool.submit, arguments, scope, occurrence, key)
+            receipt = await self.offer.call(tool, body, scope, occurrence, key, _preferred_wait(request))
         except BadArguments as error:
             raise _Problem(
                 400, "invalid", "The arguments do not fit the task.", errors=list(error.problems)
             ) from None
-        receipt = await answer(receipt, min(self._wait, _preferred_wait(request)))
         return _response(receipt, request)
 
     async def look(self, request: Request) -> Response:
         """GET /intents/{key}"""
         scope = await self._scope(request)
-        key = request.path_params["key"]
-        receipt = None
-        if task_of(key) in self._tools:
-            try:
-                receipt = await run_in_threadpool(look_up, self._app, key, scope)
-            except StoreError:  # its text names our store's address, which is none of the caller's business
-                raise _Problem(
-                    503, "error", "It cannot be looked up right now. Ask again.", {"Retry-After": "1"}
-                ) from None
+        try:
+            receipt = await self.offer.look(request.path_params["key"], scope)
+        except StoreError:
+            raise _Problem(
+                503, "error", "It cannot be looked up right now. Ask again.", {"Retry-After": "1"}
+            ) from None
         if receipt is None:
             raise _Problem(404, "not_found", "Nothing is known of that intent.")
         return JSONResponse(receipt.to_dict(), headers={"Cache-Control": "no-store"})
@@ -245,10 +226,10 @@ class _Rooms:
         """GET /openapi.json"""
         await self._scope(request)
         base = str(request.scope.get("root_path", "")) or "/"
-        return JSONResponse({**self._openapi, "servers": [{"url": base}]})
+        return JSONResponse({**self.openapi, "servers": [{"url": base}]})
 
     async def _scope(self, request: Request) -> str | None:
-        scope = self._authenticate(request)
+        scope = self.authenticate(request)
         if inspect.isawaitable(scope):
             scope = await scope
         if scope is None:
@@ -266,9 +247,9 @@ class _Rooms:
         try:
             async for part in request.stream():
                 size += len(part)
-                if size > self._max_body:
+                if size > self.max_body:
                     raise _Problem(
-                        413, "too_large", f"At most {self._max_body} bytes.", {"Connection": "close"}
+                        413, "too_large", f"At most {self.max_body} bytes.", {"Connection": "close"}
                     )
                 parts.append(part)
         except ClientDisconnect:

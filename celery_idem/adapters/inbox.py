@@ -1,4 +1,4 @@
-"""The in-doubt inbox: a web page for whoever must find out what happened.
+"""The in-doubt inbox: a web page for operators who must find out what happened.
 
 ::
 
@@ -8,7 +8,7 @@
 
 An ASGI application (Starlette), by itself or mounted into another one. It does not open without
 ``token`` (people sign in with it, and give their name for the audit trail) or ``authenticate``
-(the host's own: it is given the request, and returns the user's name or None).
+(the host's own: it receives the request, and returns the user's name or None).
 
 Pages are plain HTML without a script. Every answer forbids scripts, frames and foreign content;
 a decision needs a token that only our own form has, and comes from our own origin. Argument
@@ -18,37 +18,44 @@ values are nowhere: a record holds none. Results of tasks with ``secret`` parame
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
 import hmac
 import inspect
 import json
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
+from http import HTTPStatus
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import parse_qs, quote
 
-from celery_idem.adapters import inbox_pages as pages
-from celery_idem.adapters.inbox_overview import Overview, look
 from celery_idem.core.errors import ConfigurationError, IdempotencyError, StoreError
 from celery_idem.core.model import Happened, NotHappened
+from celery_idem.engine.entries import Entry
 from celery_idem.operate.background import Background
 from celery_idem.operate.operators import Operator
 
 try:
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
-    from starlette.requests import Request
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.sessions import SessionMiddleware
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import HTMLResponse, RedirectResponse, Response
     from starlette.routing import Route
+
+    from celery_idem.adapters.inbox_pages import Overview, look, render, timeline
 except ImportError as error:
-    raise ConfigurationError("The inbox needs Starlette: pip install 'celery_idem[http]'.") from error
+    raise ConfigurationError(
+        "The inbox needs Starlette, Jinja2 and itsdangerous: pip install 'celery_idem[inbox]'."
+    ) from error
 
 if TYPE_CHECKING:
     from celery import Celery
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 Authenticate = Callable[[Request], "str | Awaitable[str | None] | None"]
 
@@ -56,7 +63,7 @@ FRESH = 10.0
 """Seconds an overview is shown before the store is read again: a reading looks at every record."""
 
 PATIENCE = 1.0
-"""Seconds a visitor waits for a reading: 40,000 records or so. Of more, they see what is there by then."""
+"""Seconds a visitor waits for a reading: about 40,000 records. Of more, they see what is there by then."""
 
 SESSION = 12 * 3600
 """Seconds a sign-in lasts: a shift."""
@@ -64,11 +71,14 @@ SESSION = 12 * 3600
 MAX_BODY = 64 * 1024
 """Bytes of a form: a result and its evidence, typed by hand."""
 
+MAX_NAME = 100
+"""Characters of an operator's name. It travels in the session cookie, and browsers drop cookies above 4 KiB."""
+
 WRONG_TOKEN_WAIT = 0.5
 """Seconds until a wrong token is refused: enough against guessing, not noticed by a person."""
 
 MIN_TOKEN = 16
-"""Characters of a token at least. Shorter ones are passwords, and get guessed."""
+"""Characters of a token or a secret at least. Shorter ones are passwords, and get guessed."""
 
 HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'self'; form-action 'self'; base-uri 'none'; "
@@ -82,42 +92,79 @@ HEADERS = {
 FENCE_DIGITS = 20
 """Digits of the largest fence: 64 bits. Python refuses to read a number of thousands of them."""
 
-SESSION_COOKIE = "idem_session"
-CSRF_COOKIE = "idem_csrf"
+COOKIE = "idem_session"
+
+HOST_SCOPE = "celery_idem.inbox.host"
+"""Where the host's ASGI scope is, with the host's own session, behind our sessions."""
 
 
-def inbox(app: Celery, *, token: str | None = None, authenticate: Authenticate | None = None) -> Starlette:
+def inbox(
+    app: Celery,
+    *,
+    token: str | None = None,
+    authenticate: Authenticate | None = None,
+    secret: str | None = None,
+) -> Starlette:
     """The inbox of an application's intents.
 
     Args:
         token: people sign in with it. 16 characters or more.
         authenticate: from a request to the name of its user, None for nobody; may be async.
+        secret: signs the session cookie, with the token where there is one. 16 characters or more. Not needed
+            with ``token``. With ``authenticate`` each process makes its own secret, so an inbox that is
+            served by several processes needs one that they share.
 
     Raises:
-        ConfigurationError: neither or both are given, or the token is too short.
+        ConfigurationError: neither or both of the first two are given, or one of them is too short.
     """
     if (token is None) == (authenticate is None):
         raise ConfigurationError(
             "The inbox is closed: give it token=… (people sign in with it), or authenticate=…, a function from the "
             "request to the user's name, and not both."
         )
-    if token is not None and len(token) < MIN_TOKEN:
-        raise ConfigurationError(
-            f"The inbox' token has {len(token)} characters. Use {MIN_TOKEN} or more: "
-            "python -c 'import secrets; print(secrets.token_urlsafe())'"
+    for name, value in (("token", token), ("secret", secret)):
+        if value is not None and len(value) < MIN_TOKEN:
+            raise ConfigurationError(
+                f"The inbox' {name} has {len(value)} characters. Use {MIN_TOKEN} or more: "
+                "python -c 'import secrets; print(secrets.token_urlsafe())'"
+            )
+    return _Inbox(Operator(app), token, authenticate, secret).site()
+
+
+class _Sessions:
+    """Starlette's sessions in a cookie that is bound to where this request found the inbox: its path, and HTTPS."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app = app
+        self._key = key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sessions = SessionMiddleware(
+            self._app,
+            self._key,
+            COOKIE,
+            SESSION,
+            path=_base(scope) or "/",
+            # Not strict: who follows a link to an intent from a chat is signed in. Nothing is changed by a GET.
+            same_site="lax",
+            https_only=scope.get("scheme") == "https",
         )
-    return _Inbox(Operator(app), token, authenticate).site()
+        # A copy: a session of the host stands in the same place, and would be overwritten with ours.
+        await sessions({**scope, HOST_SCOPE: scope}, receive, send)
 
 
 class _Inbox:
-    def __init__(self, operator: Operator, token: str | None, authenticate: Authenticate | None) -> None:
+    def __init__(
+        self, operator: Operator, token: str | None, authenticate: Authenticate | None, secret: str | None
+    ) -> None:
         self._operator = operator
         self._token = token
         self._authenticate = authenticate
-        self._session_key = hashlib.sha256(f"celery_idem inbox session\0{token}".encode()).digest()
+        self._shared = bool(token or secret)
+        self._key = _signing_key(token, secret)
         self._overviews = Background(lambda: look(operator), FRESH, PATIENCE)
         self._decided: dict[str, float] = {}  # intents that were settled here, and when
-        self._css = files("celery_idem.adapters").joinpath("inbox.css").read_text()
+        self._css = files("celery_idem.adapters").joinpath("templates").joinpath("inbox.css").read_text()
 
     def site(self) -> Starlette:
         return Starlette(
@@ -128,21 +175,24 @@ class _Inbox:
                 Route("/sign-in", self._sign_in, methods=["GET", "POST"]),
                 Route("/sign-out", self._guarded(self._sign_out), methods=["POST"]),
                 Route("/inbox.css", self._style),
-            ]
+            ],
+            middleware=[Middleware(_Sessions, key=self._key)],
+            exception_handlers={HTTPException: self._refusal, StoreError: self._store_away},
         )
 
     # --- pages --------------------------------------------------------------------------
 
-    async def _show_overview(self, request: Request, user: str) -> Response:
-        overview = await run_in_threadpool(self._look)
-        settled = request.query_params.get("settled", "")
-        if settled:
+    async def _show_overview(self, request: Request) -> Response:
+        seen = await run_in_threadpool(self._look)
+        settled = None
+        if request.query_params.get("settled"):
             try:
-                entry = await run_in_threadpool(self._operator.find, settled)
-                settled = f"{entry.key} is {entry.state} now."
+                settled = await run_in_threadpool(self._operator.find, request.query_params["settled"])
+            except StoreError:
+                raise
             except IdempotencyError:
-                settled = ""
-        return self._page(request, "In doubt", pages.overview(overview, settled, _base(request)), user)
+                pass  # deleted since, or never there: then there is nothing to report
+        return self._page(request, "overview.html", "In doubt", seen=seen, settled=settled)
 
     def _look(self) -> Overview:
         """What is known; less what was decided since the reading began."""
@@ -157,176 +207,224 @@ class _Inbox:
                 self._decided.pop(key, None)
         return shown.without(self._decided)
 
-    async def _show_intent(self, request: Request, user: str) -> Response:
-        key = request.query_params.get("key", "").strip()
-        return await self._intent_page(request, user, key)
+    async def _show_intent(self, request: Request) -> Response:
+        return await self._intent_page(request, request.query_params.get("key", "").strip())
 
     async def _intent_page(
-        self, request: Request, user: str, key: str, problem: str = "", typed: dict[str, str] | None = None
+        self, request: Request, key: str, problem: str = "", typed: Mapping[str, str] | None = None
     ) -> Response:
-        try:
-            entry = await run_in_threadpool(self._operator.find, key)
-        except IdempotencyError as error:
-            return self._page(request, "Not found", pages.problem(str(error)), user, 404)
-        body = pages.intent(self._operator, entry, _csrf(request), problem, typed or {}, _base(request))
-        return self._page(request, entry.key, body, user, 400 if problem else 200)
+        def read() -> tuple[Entry, dict[str, Any]]:
+            entry = self._operator.find(key)
+            return entry, self._operator.describe(entry)
 
-    async def _resolve(self, request: Request, user: str) -> Response:
-        form = await _form(request)
-        refused = _foreign(request, form)
-        if refused:
-            return self._page(request, "Refused", pages.problem(refused), user, 403)
-        key, evidence, result = form.get("key", ""), form.get("evidence", "").strip(), form.get("result", "")
-        answer: Happened | NotHappened
-        problem = "" if evidence else "Say what you saw, and where: the evidence is kept with the decision."
-        if form.get("decision") == "not_happened":
-            answer = NotHappened()
-        else:
-            answer = Happened()
-            try:
-                answer = Happened(json.loads(result or "null"))
-            except (ValueError, RecursionError):  # the second: nested without end
-                problem = 'The result is not JSON. Text needs quotes: "inv_7". No value is null.'
-        fence = form.get("fence", "")
-        if not problem and not (fence.isdecimal() and len(fence) <= FENCE_DIGITS):
-            problem = "This page is not complete any more. Look at it again, then decide."
-        if problem:
-            return await self._intent_page(request, user, key, problem, form)
         try:
-            await run_in_threadpool(self._operator.resolve, key, answer, user, evidence, int(fence))
+            entry, form = await run_in_threadpool(read)
+        except StoreError:
+            raise
         except IdempotencyError as error:
-            form.pop("fence")  # the page shows what stands there now, and a decision is about that
-            return await self._intent_page(request, user, key, str(error), form)
-        self._decided[key] = time.monotonic()  # the list must not show it any more
-        self._overviews.outdate()
-        return RedirectResponse(f"{_base(request)}/?settled={quote(key)}", 303, headers=HEADERS)
-
-    async def _style(self, request: Request) -> Response:
-        return Response(
-            self._css, media_type="text/css", headers={**HEADERS, "cache-control": "max-age=3600"}
+            raise HTTPException(404, str(error)) from None
+        return self._page(
+            request,
+            "intent.html",
+            entry.key,
+            problem,
+            400 if problem else 200,
+            entry=entry,
+            form=form,
+            timeline=timeline(entry),
+            typed=typed or {},
         )
 
-    def _page(self, request: Request, title: str, body: str, user: str, status: int = 200) -> Response:
-        csrf = _csrf(request)
-        text = pages.frame(title, body, _base(request), user, csrf if self._token else "")
-        response = HTMLResponse(text, status, headers=HEADERS)
-        self._set_cookie(request, response, CSRF_COOKIE, csrf)
+    async def _resolve(self, request: Request) -> Response:
+        form = await self._form(request)
+        key, evidence, fence = form.get("key", ""), form.get("evidence", "").strip(), form.get("fence", "")
+        answer: Happened | NotHappened = NotHappened()
+        problem = "" if evidence else "Say what you saw, and where: the evidence is kept with the decision."
+        decision = form.get("decision")
+        if decision == "happened":
+            try:
+                answer = Happened(json.loads(form.get("result") or "null", parse_constant=_no_number))
+            except (ValueError, RecursionError):  # the second: nested without end
+                problem = 'The result is not JSON. Text needs quotes: "inv_7". No value is null.'
+        complete = (
+            decision in ("happened", "not_happened") and fence.isdecimal() and len(fence) <= FENCE_DIGITS
+        )
+        if not problem and not complete:
+            problem = "This page is not complete any more. Look at it again, then decide."
+        if problem:
+            return await self._intent_page(request, key, problem, form)
+        try:
+            await run_in_threadpool(self._operator.resolve, key, answer, _user(request), evidence, int(fence))
+        except StoreError as error:
+            again = "Go back and send it again: if it was written already, the second one is refused."
+            raise HTTPException(503, f"{error} {again}") from None
+        except IdempotencyError as error:
+            del form["fence"]  # the page shows what stands there now, and a decision is about that
+            return await self._intent_page(request, key, str(error), form)
+        self._decided[key] = time.monotonic()  # the list must not show it any more
+        self._overviews.outdate()
+        return _redirect(request, f"/?settled={quote(key)}")
+
+    async def _style(self, request: Request) -> Response:
+        headers = {**HEADERS, "cache-control": "max-age=3600"}
+        return Response(self._css, media_type="text/css", headers=headers)
+
+    async def _refusal(self, request: Request, error: Exception) -> Response:
+        """Every answer that is no page, Starlette's own 404 and 405 too."""
+        assert isinstance(error, HTTPException)
+        title = HTTPStatus(error.status_code).phrase
+        response = self._page(request, "layout.html", title, error.detail, error.status_code)
+        response.headers.update(error.headers or {})
         return response
+
+    async def _store_away(self, request: Request, error: Exception) -> Response:
+        return await self._refusal(request, HTTPException(503, str(error)))
+
+    def _page(
+        self, request: Request, template: str, title: str, problem: str = "", status: int = 200, **values: Any
+    ) -> Response:
+        user = _user(request)
+        text = render(
+            template,
+            title=title,
+            problem=problem,
+            base=_base(request.scope),
+            user=user,
+            sign_out=self._token is not None,
+            csrf=lambda: _csrf(request),
+            **values,
+        )
+        # A record may hold half of a surrogate pair: an error's text, a result. It must not cost the whole page.
+        return HTMLResponse(text.encode("utf-8", "replace"), status, HEADERS)
 
     # --- who is it ------------------------------------------------------------------------
 
     def _guarded(
-        self, handler: Callable[[Request, str], Awaitable[Response]]
+        self, handler: Callable[[Request], Awaitable[Response]]
     ) -> Callable[[Request], Awaitable[Response]]:
         async def guarded(request: Request) -> Response:
-            user = await self._user(request)
-            if not user:
-                if self._token is not None and request.method == "GET":
-                    return RedirectResponse(f"{_base(request)}/sign-in", 303, headers=HEADERS)
-                return HTMLResponse(
-                    pages.frame("Closed", pages.problem("Sign in first."), _base(request)),
-                    401,
-                    headers=HEADERS,
-                )
-            try:
-                return await handler(request, user)
-            except StoreError as error:
-                return self._page(request, "The store is away", pages.problem(str(error)), user, 503)
+            user = await self._signed_in(request)
+            if user:
+                request.scope[COOKIE] = user
+                return await handler(request)
+            if self._token is not None and request.method == "GET":
+                return _redirect(request, "/sign-in")
+            raise HTTPException(401, "Sign in first.")
 
         return guarded
 
-    async def _user(self, request: Request) -> str | None:
+    async def _signed_in(self, request: Request) -> str | None:
         if self._authenticate is None:
-            return self._session_user(request.cookies.get(SESSION_COOKIE, ""))
-        user = self._authenticate(request)
+            session = request.session
+            return session.get("user") if session.get("until", 0) > time.time() else None
+        user = self._authenticate(Request(request.scope[HOST_SCOPE], request.receive))
         return await user if inspect.isawaitable(user) else user
-
-    def _session_user(self, cookie: str) -> str | None:
-        payload, _, signature = cookie.rpartition(".")
-        if not hmac.compare_digest(self._sign(payload).encode(), signature.encode()):
-            return None
-        expires, _, name = payload.partition(".")
-        if float(expires) < time.time():
-            return None
-        return base64.urlsafe_b64decode(name).decode()
-
-    def _sign(self, payload: str) -> str:
-        return hmac.new(self._session_key, payload.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
 
     async def _sign_in(self, request: Request) -> Response:
         if self._token is None:
-            return HTMLResponse(pages.frame("Closed", pages.problem("There is no sign-in here."), ""), 404)
+            raise HTTPException(404, "There is no sign-in here.")
         problem = ""
         if request.method == "POST":
-            form = await _form(request)
+            form = await self._form(request)
             name = form.get("name", "").strip()
-            problem = _foreign(request, form)
-            if not problem and not name:
-                problem = "Give your name: it is kept with every decision you make."
-            if not problem and not hmac.compare_digest(form.get("token", "").encode(), self._token.encode()):
+            if not 1 <= len(name) <= MAX_NAME:
+                problem = (
+                    f"Give your name, at most {MAX_NAME} characters: it is kept with every decision you make."
+                )
+            elif not hmac.compare_digest(form.get("token", "").encode(), self._token.encode()):
                 await asyncio.sleep(WRONG_TOKEN_WAIT)
                 problem = "That is not the token."
-            if not problem:
-                payload = f"{int(time.time()) + SESSION}.{base64.urlsafe_b64encode(name.encode()).decode()}"
-                response = RedirectResponse(f"{_base(request)}/", 303, headers=HEADERS)
-                self._set_cookie(request, response, SESSION_COOKIE, f"{payload}.{self._sign(payload)}")
-                return response
+            else:
+                request.session.clear()  # with the token of forms that were shown before the sign-in
+                request.session.update(user=name, until=time.time() + SESSION)
+                return _redirect(request, "/")
         return self._page(
-            request,
-            "Sign in",
-            pages.sign_in(_csrf(request), problem, _base(request)),
-            "",
-            401 if problem else 200,
+            request, "sign_in.html", "Sign in", problem, 401 if problem else 200, name_max=MAX_NAME
         )
 
-    async def _sign_out(self, request: Request, user: str) -> Response:
-        if _foreign(request, await _form(request)):
-            return self._page(request, "Refused", pages.problem("That form was not ours."), user, 403)
-        response = RedirectResponse(f"{_base(request)}/sign-in", 303, headers=HEADERS)
-        response.delete_cookie(SESSION_COOKIE, path=_base(request) or "/")
-        return response
+    async def _sign_out(self, request: Request) -> Response:
+        await self._form(request)
+        request.session.clear()
+        return _redirect(request, "/sign-in")
 
-    @staticmethod
-    def _set_cookie(request: Request, response: Response, name: str, value: str) -> None:
-        response.set_cookie(
-            name,
-            value,
-            max_age=SESSION,
-            path=_base(request) or "/",
-            secure=request.url.scheme == "https",
-            httponly=True,
-            samesite="strict",
+    async def _form(self, request: Request) -> dict[str, str]:
+        """The fields of a form that one of our pages sent.
+
+        Raises:
+            HTTPException: it is too large, incomplete, or not ours.
+        """
+        body = b""
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY:
+                    raise HTTPException(413, f"The form has more than {MAX_BODY} bytes. Nothing was changed.")
+        except ClientDisconnect:
+            raise HTTPException(400, "The request ended early.") from None
+        fields = parse_qs(body.decode("utf-8", "replace"), keep_blank_values=True)
+        form = {name: values[0] for name, values in fields.items()}
+        session = request.session
+        ours = session.get("csrf_of") == _user(request) and hmac.compare_digest(
+            session.get("csrf", "").encode(), form.get("csrf", "").encode()
+        )
+        if ours and not _from_another_site(request):
+            return form
+        hint = (
+            ""
+            if self._shared
+            else " If that does not help, several processes serve this: give them one secret=…."
+        )
+        raise HTTPException(
+            403,
+            "That form is not ours, or it is too old. Nothing was changed. Go back, reload the page and try again."
+            + hint,
         )
 
 
-def _base(request: Request) -> str:
-    """Where the inbox is mounted."""
-    return str(request.scope.get("root_path", "")).rstrip("/")
+def _signing_key(token: str | None, secret: str | None) -> str:
+    """What signs sessions. A new token, or another one, ends all of them."""
+    if token is None and secret is None:
+        return secrets.token_hex()
+    # Whoever sees the sign-in form has a signature by this key, and can try tokens on it without asking us.
+    # So trying one takes scrypt's usual 16 MiB and a twentieth of a second.
+    given = json.dumps([token, secret]).encode()
+    return hashlib.scrypt(given, salt=b"celery_idem inbox session", n=2**14, r=8, p=1).hex()
+
+
+def _user(request: Request) -> str:
+    """Who was found to be signed in; "" for nobody."""
+    return str(request.scope.get(COOKIE, ""))
+
+
+def _base(scope: Scope) -> str:
+    """Where the inbox is mounted. Never two slashes at the beginning: that would be another host."""
+    path = quote(str(scope.get("root_path", "")).strip("/"))
+    return f"/{path}" if path else ""
+
+
+def _redirect(request: Request, path: str) -> Response:
+    return RedirectResponse(_base(request.scope) + path, 303, HEADERS)
 
 
 def _csrf(request: Request) -> str:
-    """The browser's own token, in a cookie that other sites cannot read or send, and in our forms."""
-    known: Any = getattr(request.state, "csrf", "") or request.cookies.get(CSRF_COOKIE, "")
-    request.state.csrf = known if len(known) >= MIN_TOKEN else secrets.token_urlsafe()
-    return str(request.state.csrf)
+    """The token in our forms, which the signed session knows too. By hand, because Starlette has none.
+
+    It belongs to one user: a session of somebody else, planted into a browser, opens no form of this one.
+    """
+    session, user = request.session, _user(request)
+    if session.get("csrf_of") != user:
+        session.update(csrf=secrets.token_urlsafe(), csrf_of=user)
+    return str(session["csrf"])
 
 
-def _foreign(request: Request, form: dict[str, str]) -> str:
-    """Why a form was not ours; "" when it was."""
-    cookie, sent = request.cookies.get(CSRF_COOKIE, ""), form.get("csrf", "")
+def _from_another_site(request: Request) -> bool:
+    """What the browser says of where a form comes from. Where it says nothing, the token decides alone."""
+    site = request.headers.get("sec-fetch-site")
+    if site is not None:  # the better one: a proxy may change Host, and then no origin fits it
+        return site not in ("same-origin", "none")
     origin = request.headers.get("origin")
-    same = origin is None or urlsplit(origin).netloc == request.headers.get("host", "")
-    if len(cookie) >= MIN_TOKEN and hmac.compare_digest(cookie.encode(), sent.encode()) and same:
-        return ""
-    return "That form was not ours, or it was too old. Nothing was changed. Go back, reload the page and try again."
+    return origin is not None and origin.partition("://")[2] != request.headers.get("host", "")
 
 
-async def _form(request: Request) -> dict[str, str]:
-    """A form's fields; nothing when it is too large."""
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
-            return {}
-    fields = parse_qs(body.decode("utf-8", "replace"), keep_blank_values=True)
-    return {name: values[0] for name, values in fields.items()}
+def _no_number(name: str) -> Any:
+    raise ValueError(f"JSON has no {name}")

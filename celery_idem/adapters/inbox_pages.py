@@ -1,190 +1,135 @@
-"""What the inbox shows, as HTML. Everything that comes from a record or a person is escaped here."""
+"""What the inbox shows: the figures of its pages, and the templates (``templates/``) that render them."""
 
 from __future__ import annotations
 
-from html import escape
-from typing import NamedTuple
-from urllib.parse import quote
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
-from celery_idem.adapters.inbox_overview import HOURS, Overview
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from celery_idem.core.model import NO_OWNER
-from celery_idem.engine.entries import Entry
-from celery_idem.operate.operators import DOUBTFUL, Operator, duration, iso
+from celery_idem.engine.entries import Entry, Tally, count
+from celery_idem.operate.operators import DOUBTFUL, Oldest, Operator, duration, iso
+
+LISTED = 200
+"""Intents in the list, the oldest first: more than an operator settles before the page is read again."""
+
+HOURS = 24
+"""Hours in the chart: a day shows what happened during the night."""
+
+STRIDE = 5_000
+"""Records between two looks at an unfinished reading: about a tenth of a second."""
 
 SHOWN = 4000
 """Characters of a result that are shown: a screen or two."""
 
-
-def frame(title: str, body: str, base: str, user: str = "", csrf: str = "") -> str:
-    """A whole page."""
-    out = ""
-    if user:
-        leave = (
-            f'<form method="post" action="{escape(base)}/sign-out">'
-            f'<input type="hidden" name="csrf" value="{escape(csrf)}">'
-            '<button class="quiet">Sign out</button></form>'
-            if csrf
-            else ""
-        )
-        out = f'<div class="who"><span>{escape(user)}</span>{leave}</div>'
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(title)} · intents</title>
-<link rel="stylesheet" href="{escape(base)}/inbox.css">
-</head>
-<body>
-<a class="skip" href="#main">Skip to the content</a>
-<header><a class="home" href="{escape(base)}/">Intents</a>{out}</header>
-<main id="main">
-{body}
-</main>
-</body>
-</html>
-"""
+_templates = Environment(
+    loader=PackageLoader("celery_idem.adapters"),
+    autoescape=True,  # what comes from a record, a person or a request is text, never markup
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_templates.filters.update(iso=iso, duration=duration, words=lambda state: state.replace("_", " "))
+_templates.globals.update(doubtful=DOUBTFUL, shown=SHOWN)
 
 
-def problem(text: str) -> str:
-    """Something went wrong, or is not here."""
-    return f'<p class="problem" role="alert">{escape(text)}</p>'
-
-
-def sign_in(csrf: str, wrong: str, base: str) -> str:
-    return f"""<h1>Sign in</h1>
-{problem(wrong) if wrong else ""}
-<form method="post" action="{escape(base)}/sign-in" class="card">
-<input type="hidden" name="csrf" value="{escape(csrf)}">
-<label for="name">Your name <small>kept with every decision you make</small></label>
-<input id="name" name="name" autocomplete="username" required autofocus>
-<label for="token">Token</label>
-<input id="token" name="token" type="password" autocomplete="current-password" required>
-<button>Sign in</button>
-</form>"""
+def render(template: str, **values: Any) -> str:
+    """A page as HTML."""
+    return _templates.get_template(template).render(values)
 
 
 # --- the overview ----------------------------------------------------------------------
 
 
-def overview(seen: Overview, settled: str, base: str) -> str:
-    done = f'<p class="done" role="status">{escape(settled)}</p>' if settled else ""
-    verb = "intent waits" if seen.waiting == 1 else "intents wait"
-    count = f"{seen.waiting} {verb}" if seen.whole else f"At least {seen.waiting} {verb}"
-    return f"""<h1>{count} for somebody</h1>
-{done}
-<form class="find" action="{escape(base)}/intent"><label for="key">Key, or its beginning</label>
-<input id="key" name="key" required><button class="quiet">Show</button></form>
-{_reading(seen, base)}
-{_doubtful(seen, base)}
-<h2>By task and state</h2>
-{_tallies(seen)}
-<h2>Last 24 hours, by last change</h2>
-{_chart(seen)}"""
+class Bar(NamedTuple):
+    """The intents in one state that last changed in one hour, as a rectangle of the chart; 100 units are its height."""
+
+    state: str
+    intents: int
+    ago: int
+    x: int
+    y: float
+    height: float
 
 
-def _reading(seen: Overview, base: str) -> str:
-    """What the figures below are of. A link, and not a page that reloads itself under somebody who types."""
-    again = f'<a href="{escape(base)}/">Look again</a>'
-    if not seen.whole:
-        text = f"Still reading: this is what {seen.records:,} records say, and there are more. {again}."
-    elif not seen.read_at:
-        text = "There are no intents."
-    else:
-        text = f"Read at {iso(seen.read_at)}."
-        if seen.newer is not None:
-            text += (
-                f" It is being read again, {seen.newer:,} of about {seen.records:,} records so far. {again}."
-            )
-    return f'<p class="note">{text}</p>'
+@dataclass
+class Overview:
+    """All records, read once; or as many as were read until now.
+
+    Attributes:
+        tallies: by (task, state).
+        hours: for each of the last 24 hours, the oldest first: how many intents last changed in it, by state.
+        doubtful: those that wait for a decision, the oldest first.
+        waiting: how many there are of them in all.
+        records: how many were read.
+        whole: these are all.
+        newer: how many the next reading, which is under way, has read; None when there is none.
+        read_at: when, in seconds since the epoch of the store's clock; 0 for an empty store.
+    """
+
+    tallies: dict[tuple[str, str], Tally] = field(default_factory=dict)
+    hours: list[Counter[str]] = field(default_factory=lambda: [Counter() for _ in range(HOURS)])
+    doubtful: list[Entry] = field(default_factory=list)
+    waiting: int = 0
+    records: int = 0
+    whole: bool = False
+    newer: int | None = None
+    read_at: float = 0.0
+
+    def without(self, keys: Collection[str]) -> Overview:
+        """The same, less intents that were decided since."""
+        left = [entry for entry in self.doubtful if entry.key not in keys]
+        return replace(self, doubtful=left, waiting=self.waiting - len(self.doubtful) + len(left))
+
+    def bars(self) -> Iterator[Bar]:
+        """The chart: a bar for each hour, stacked by state."""
+        most = max((sum(hour.values()) for hour in self.hours), default=0) or 1
+        for n, hour in enumerate(self.hours):
+            bottom = 100.0
+            for state, intents in sorted(hour.items()):
+                height = 96.0 * intents / most
+                bottom -= height
+                yield Bar(state, intents, HOURS - 1 - n, n * 10 + 1, bottom, height)
 
 
-def _doubtful(seen: Overview, base: str) -> str:
-    if not seen.doubtful:
-        return f'<p class="fine">Nothing is in doubt{"" if seen.whole else " so far"}.</p>'
-    rows = "".join(
-        f'<li><a href="{escape(base)}/intent?key={quote(entry.key)}"><span class="key">{escape(entry.key)}</span>'
-        f'<span class="state {escape(entry.state)}">{_state(entry.state)}</span>'
-        f'<span class="age">for {duration(entry.age)}</span>'
-        f'<span class="why">{escape(entry.record.reason)}</span></a></li>'
-        for entry in seen.doubtful
-    )
-    more = seen.waiting - len(seen.doubtful)
-    rest = f'<p class="note">and {more} younger ones.</p>' if more > 0 else ""
-    return f'<ol class="doubtful">{rows}</ol>{rest}'
+def look(operator: Operator) -> Iterator[Overview]:
+    """Read every record once, in bounded memory: what is known after each ``STRIDE`` of them, and at the end."""
+    seen = Overview()
+    oldest = Oldest(LISTED)
 
+    def so_far() -> Overview:
+        return replace(
+            seen,
+            tallies=dict(seen.tallies),
+            hours=list(map(Counter, seen.hours)),
+            doubtful=oldest.entries(),
+            waiting=oldest.total,
+        )
 
-def _tallies(seen: Overview) -> str:
-    if not seen.tallies:
-        return '<p class="note">No records.</p>'
-    rows = "".join(
-        f'<tr><th scope="row">{escape(task)}</th><td><span class="state {escape(state)}">{_state(state)}</span></td>'
-        f'<td class="number">{tally.intents}</td><td class="number">{duration(tally.oldest)}</td></tr>'
-        for (task, state), tally in sorted(seen.tallies.items())
-    )
-    return (
-        '<table><thead><tr><th scope="col">Task</th><th scope="col">State</th><th scope="col" class="number">Intents'
-        f'</th><th scope="col" class="number">Oldest</th></tr></thead><tbody>{rows}</tbody></table>'
-    )
-
-
-def _chart(seen: Overview) -> str:
-    """Stacked bars; the numbers are in their titles and, for who cannot see them, in the table above."""
-    most = max((sum(hour.values()) for hour in seen.hours), default=0) or 1
-    bars = []
-    for n, hour in enumerate(seen.hours):
-        bottom = 100.0
-        for state, number in sorted(hour.items()):
-            height = 96.0 * number / most
-            bottom -= height
-            ago = HOURS - 1 - n
-            bars.append(
-                f'<rect class="{escape(state)}" x="{n * 10 + 1}" y="{bottom:.2f}" width="8" height="{height:.2f}">'
-                f"<title>{number} {_state(state)}, {ago} to {ago + 1} hours ago</title></rect>"
-            )
-    return (
-        f'<svg class="chart" viewBox="0 0 {HOURS * 10} 100" preserveAspectRatio="none" role="img" '
-        f'aria-label="Intents by hour of their last change">{"".join(bars)}</svg>'
-        '<p class="axis"><span>a day ago</span><span>now</span></p>'
-    )
+    for entry in operator.list():
+        state = entry.state
+        count(seen.tallies, entry)
+        seen.records += 1
+        seen.read_at = max(seen.read_at, entry.now)
+        hour = int(entry.age // 3600)
+        if hour < HOURS:
+            seen.hours[HOURS - 1 - hour][state] += 1
+        if state in DOUBTFUL:
+            oldest.add(entry)
+        if seen.records % STRIDE == 0:
+            yield so_far()
+    seen.whole = True
+    yield so_far()
 
 
 # --- one intent ------------------------------------------------------------------------
 
 
-def intent(operator: Operator, entry: Entry, csrf: str, wrong: str, typed: dict[str, str], base: str) -> str:
-    form = operator.describe(entry)
-    facts = "".join(
-        f"<dt>{escape(label)}</dt><dd>{escape(str(value))}</dd>"
-        for label, value in (
-            ("Task", entry.task),
-            ("Why", form["reason"]),
-            ("Task id", form["task_id"]),
-            ("Attempts", form["attempts"]),
-            ("Crashes", form["crashes"] or ""),
-            ("Fence", form["fence"]),
-            ("Steps done", ", ".join(form["steps"])),
-            ("Steps that were open", ", ".join(form["open_steps"])),
-            ("Lease left", f"{form['lease_left']} s" if form["lease_left"] else ""),
-        )
-        if value != ""
-    )
-    result = form["result"]
-    shown = "" if result is None else f"<h2>Result</h2><pre>{escape(result[:SHOWN])}</pre>"
-    decide = _decide(entry, csrf, typed, base) if entry.state in DOUBTFUL else _settled_note(entry)
-    return f"""<h1 class="key">{escape(entry.key)}</h1>
-<p><span class="state {escape(entry.state)}">{_state(entry.state)}</span> for {duration(entry.age)}</p>
-{problem(wrong) if wrong else ""}
-<dl>{facts}</dl>
-{shown}
-{decide}
-<h2>What happened</h2>
-<ol class="timeline">{"".join(_moment(moment) for moment in timeline(entry))}</ol>"""
-
-
 class Moment(NamedTuple):
-    """One line of an intent's timeline; ``at`` in seconds since the epoch, 0 where nobody noted it."""
+    """One line of an intent's timeline; ``at`` in seconds since the epoch, 0 where it is not known."""
 
     at: float
     who: str
@@ -196,67 +141,12 @@ def timeline(entry: Entry) -> list[Moment]:
     """What is known of an intent, in order. A record that was never contested says little: when it
     was claimed, and when it got where it is."""
     record = entry.record
+    owner = "" if record.owner == NO_OWNER else record.owner.hex()
     moments = [Moment(note.at / 1e6, note.by, note.what, note.evidence) for note in record.notes]
     # A fence is the store's time of the claim that it was made for.
-    moments.append(Moment(record.fence / 1e6, _owner(record.owner), "claimed", f"attempt {record.attempts}"))
-    moments += [Moment(0.0, "", "step done", step.name) for step in record.steps]
-    for name in record.open_steps:
-        moments.append(Moment(0.0, "", "step begun, never ended", name))
-    moments.append(Moment(entry.changed_at, "", _state(entry.state), record.reason))
-    known = sorted((m for m in moments if m.at), key=lambda m: m.at)
-    undated = [m for m in moments if not m.at]
-    return [*known[:-1], *undated, *known[-1:]]
-
-
-def _owner(owner: bytes) -> str:
-    return "" if owner == NO_OWNER else owner.hex()
-
-
-def _moment(moment: Moment) -> str:
-    when = f"<time>{iso(moment.at)}</time>" if moment.at else "<time></time>"
-    who = f' <span class="by">{escape(moment.who)}</span>' if moment.who else ""
-    more = f' <span class="more">{escape(moment.more)}</span>' if moment.more else ""
-    return f"<li>{when}<span>{escape(moment.what)}{who}{more}</span></li>"
-
-
-def _decide(entry: Entry, csrf: str, typed: dict[str, str], base: str) -> str:
-    evidence = escape(typed.get("evidence", ""))
-    hidden = (
-        f'<input type="hidden" name="csrf" value="{escape(csrf)}">'
-        f'<input type="hidden" name="key" value="{escape(entry.key)}">'
-        f'<input type="hidden" name="fence" value="{escape(typed.get("fence", str(entry.record.fence)))}">'
-    )
-    return f"""<h2>What did you find out?</h2>
-<p>Nobody here knows whether it took effect. Look at the destination first. A decision cannot be taken back.</p>
-<div class="decide">
-<form method="post" action="{escape(base)}/resolve" class="card">{hidden}
-<h3>It happened</h3>
-<p>Every caller gets this result, and it will not run again.</p>
-<label for="result">Result <small>JSON, such as "inv_7" or null</small></label>
-<textarea id="result" name="result" rows="3" spellcheck="false">{escape(typed.get("result", "null"))}</textarea>
-<label for="evidence-yes">Evidence <small>what you saw, and where</small></label>
-<input id="evidence-yes" name="evidence" required value="{evidence}">
-<button name="decision" value="happened" class="yes">It happened</button>
-</form>
-<form method="post" action="{escape(base)}/resolve" class="card">{hidden}
-<h3>It did not happen</h3>
-<p>The next delivery <strong>runs it</strong>. If it did happen after all, that is a second time.</p>
-<label for="evidence-no">Evidence <small>what you looked at, and that no request is under way</small></label>
-<input id="evidence-no" name="evidence" required value="{evidence}">
-<button name="decision" value="not_happened" class="no">It did not happen</button>
-</form>
-</div>"""
-
-
-def _settled_note(entry: Entry) -> str:
-    if entry.record.outcome is not None:
-        return '<p class="note">Its outcome is known and replayed to every caller.</p>'
-    if entry.state == "released":
-        return '<p class="note">Nothing happened. The next delivery runs it.</p>'
-    return (
-        '<p class="note">Somebody works on it, or it waits for its own retry. There is nothing to decide.</p>'
-    )
-
-
-def _state(state: str) -> str:
-    return state.replace("_", " ")
+    moments.append(Moment(record.fence / 1e6, owner, "claimed", f"attempt {record.attempts}"))
+    moments.append(Moment(entry.changed_at, "", entry.state.replace("_", " "), record.reason))
+    moments.sort(key=lambda moment: moment.at)
+    steps = [Moment(0.0, "", "step done", step.name) for step in record.steps]
+    steps += [Moment(0.0, "", "step begun, never ended", name) for name in record.open_steps]
+    return [*moments[:-1], *steps, moments[-1]]

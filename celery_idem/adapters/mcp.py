@@ -22,12 +22,11 @@ import asyncio
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from celery_idem.adapters.tools import OCCURRENCE_MAX, RECEIPT, BadArguments, Tool, answer, tool_of
+from celery_idem.adapters.tools import OCCURRENCE_MAX, RECEIPT, BadArguments, Offer, Tool, tool_of
 from celery_idem.core.errors import ConfigurationError, StoreError
-from celery_idem.core.keys import task_of
-from celery_idem.integration.looking import look_up
 from celery_idem.integration.receipts import PENDING, Receipt
 
 try:
@@ -109,8 +108,13 @@ def server(
     unknown = set(additive) - {tool.name for tool in tools.values()}
     if unknown:
         raise ConfigurationError(f"additive= names {unknown.pop()!r}, which is not among the tasks.")
-    door = _Door(app, tools, scope, frozenset(additive), wait)
-    return Server(name, instructions=INSTRUCTIONS, on_list_tools=door.list_tools, on_call_tool=door.call_tool)
+    handlers = _Handlers(Offer(app, tools, wait), scope, frozenset(additive))
+    return Server(
+        name,
+        instructions=INSTRUCTIONS,
+        on_list_tools=handlers.list_tools,
+        on_call_tool=handlers.call_tool,
+    )
 
 
 INSTRUCTIONS = (
@@ -129,26 +133,14 @@ def serve_stdio(actions: Server[Any]) -> None:
     asyncio.run(serve())
 
 
-class _Door:
-    """The two handlers."""
-
-    def __init__(
-        self,
-        app: Celery,
-        tools: Mapping[str, Tool],
-        scope: str | Scope | None,
-        additive: frozenset[str],
-        wait: float,
-    ) -> None:
-        self._app = app
-        self._tools = tools
-        self._scope = scope
-        self._additive = additive
-        self._wait = wait
-        self._offered = frozenset(tool.name for tool in tools.values())
+@dataclass(frozen=True)
+class _Handlers:
+    offer: Offer
+    scope: str | Scope | None
+    additive: frozenset[str]
 
     async def list_tools(self, context: Any, params: Any) -> ListToolsResult:
-        entries = [self._entry(called, tool) for called, tool in self._tools.items()]
+        entries = [self._entry(called, tool) for called, tool in self.offer.tools.items()]
         return ListToolsResult(tools=[*entries, _STATUS_ENTRY])
 
     def _entry(self, called: str, tool: Tool) -> ToolEntry:
@@ -159,7 +151,7 @@ class _Door:
             output_schema=RECEIPT,
             annotations=ToolAnnotations(
                 read_only_hint=False,
-                destructive_hint=tool.name not in self._additive,
+                destructive_hint=tool.name not in self.additive,
                 idempotent_hint=tool.idempotent,
             ),
         )
@@ -168,33 +160,28 @@ class _Door:
         arguments = params.arguments or {}
         if params.name == STATUS_TOOL:
             return await self._status(arguments, self._scope_of(context))
-        tool = self._tools.get(params.name)
+        tool = self.offer.tools.get(params.name)
         if tool is None:
             raise MCPError(INVALID_PARAMS, f"There is no tool called {params.name}.")
         meta = context.meta or {}
         scope = self._scope_of(context)
+        occurrence, key = _from_host(meta, OCCURRENCE_META), _from_host(meta, KEY_META)
         try:
-            given = tool.parse(json.dumps(arguments))
-            receipt = await asyncio.to_thread(
-                tool.submit, given, scope, _from_host(meta, OCCURRENCE_META), _from_host(meta, KEY_META)
-            )
+            return _result(await self.offer.call(tool, json.dumps(arguments), scope, occurrence, key))
         except BadArguments as error:
             return _refusal(f"Nothing was done. Correct the arguments: {error}")
-        return _result(await answer(receipt, self._wait))
 
     def _scope_of(self, context: Any) -> str | None:
-        return self._scope(context) if callable(self._scope) else self._scope
+        return self.scope(context) if callable(self.scope) else self.scope
 
     async def _status(self, arguments: Mapping[str, Any], scope: str | None) -> CallToolResult:
         key = arguments.get("key")
         if not isinstance(key, str) or set(arguments) != {"key"}:
             return _refusal('Give one argument, "key", as an earlier answer named it.')
-        receipt = None
-        if task_of(key) in self._offered:
-            try:
-                receipt = await asyncio.to_thread(look_up, self._app, key, scope)
-            except StoreError:
-                return _refusal("It cannot be looked up right now. Ask again in a few seconds.")
+        try:
+            receipt = await self.offer.look(key, scope)
+        except StoreError:
+            return _refusal("It cannot be looked up right now. Ask again in a few seconds.")
         if receipt is None:
             return _refusal("Nothing is known of that key: either it is wrong, or nothing was done.")
         return _result(receipt)

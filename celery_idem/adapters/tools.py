@@ -1,6 +1,6 @@
 """A task as a tool: a schema for its arguments, words for a model, and a call that answers with values.
 
-What the HTTP, MCP and agent doors have in common. Needs pydantic, which each of their extras brings.
+What the HTTP, MCP and agent adapters have in common. Needs pydantic, which each of their extras brings.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import asyncio
 import inspect
 import json
 import logging
+import math
 import time
 import typing
 from collections.abc import Iterable, Mapping
@@ -17,10 +18,11 @@ from dataclasses import field as new
 from typing import TYPE_CHECKING, Any
 
 from celery_idem.core.errors import ConfigurationError, IntentError
-from celery_idem.core.keys import Declaration
+from celery_idem.core.keys import Declaration, task_of
 from celery_idem.core.pydantic_models import is_model
 from celery_idem.engine import events
 from celery_idem.integration.declaring import called_of
+from celery_idem.integration.looking import look_up
 from celery_idem.integration.receipts import (
     FIRST_LOOK,
     LONGEST_LOOK,
@@ -301,7 +303,54 @@ def annotations_of(task: IdempotentTask) -> dict[str, Any]:
     return hints
 
 
-async def answer(receipt: Receipt, timeout: float) -> Receipt:
+@dataclass(frozen=True)
+class Offer:
+    """The tasks that an asynchronous adapter offers. Needs anyio, which Starlette and the MCP SDK bring.
+
+    Args:
+        tools: by the name that callers use.
+        wait: seconds a call waits for its answer.
+    """
+
+    app: Celery
+    tools: Mapping[str, Tool]
+    wait: float
+
+    async def call(
+        self,
+        tool: Tool,
+        arguments: str | bytes,
+        scope: str | None,
+        occurrence: str | None,
+        idempotency_key: str | None,
+        wait: float = math.inf,
+    ) -> Receipt:
+        """Submit JSON arguments, and wait for the answer: no longer than the caller wants.
+
+        Raises:
+            BadArguments: see ``Tool.parse`` and ``Tool.submit``.
+        """
+        from anyio.to_thread import run_sync
+
+        # Parsing is bounded by the size of the request, so it does not need a thread; the store does.
+        given = tool.parse(arguments)
+        receipt = await run_sync(tool.submit, given, scope, occurrence, idempotency_key)
+        return await _answer(receipt, min(self.wait, wait))
+
+    async def look(self, key: str, scope: str | None) -> Receipt | None:
+        """Where an intent stands; None where nothing is known of it, or its task is not offered.
+
+        Raises:
+            StoreError: its text names the store's address, which a caller must not see.
+        """
+        from anyio.to_thread import run_sync
+
+        if task_of(key) not in {tool.name for tool in self.tools.values()}:
+            return None
+        return await run_sync(look_up, self.app, key, scope)
+
+
+async def _answer(receipt: Receipt, timeout: float) -> Receipt:
     """``Receipt.wait`` that blocks neither the event loop nor a thread while it waits."""
     deadline = time.monotonic() + timeout
     pause = FIRST_LOOK

@@ -2,10 +2,12 @@
 
 ``Hold`` is the engine's. ``Claim`` is what a body sees of it, as ``self.claim``.
 
-A hold is in one of three phases. While it is *held*, a thread renews its lease. It is *promised* while the outcome is
-in a transaction that the author will commit: renewals go on, because the author may roll back, but write only over
-what the hold wrote itself. Once it is *ending*, nothing renews it. The phase changes under the hold's lock, and a
-renewal writes a record that the store has lost under the same lock, so no renewal can bring back a hold that has ended.
+A hold is in one of three phases. While it is *held*, a thread renews its lease, and writes the record anew where the
+store has lost it. While it is *ending*, the write of its end is under way or done, and nothing renews it. In between it
+is *pending*: its end may or may not be written, because a transaction of the author's is to commit it, or because the
+store did not answer and is tried again. Renewals go on then, but only replace what the hold wrote itself. The phase
+changes under the hold's lock, and a lost record is written anew under the same lock: no renewal brings back a hold that
+has ended.
 """
 
 from __future__ import annotations
@@ -116,7 +118,7 @@ class Phase(Enum):
     """How far a hold has come (see the module)."""
 
     HELD = "held"
-    PROMISED = "promised"
+    PENDING = "pending"
     ENDING = "ending"
 
 
@@ -287,7 +289,7 @@ class Hold:
         def settle(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
             return (Refused(None), None) if record is None else protocol.settle(record, held, outcome)
 
-        self._enter(Phase.PROMISED)
+        self._enter(Phase.PENDING)
         done, _, _ = change(inside, self._name, self.key, settle, self.policy, *self._last_seen())
         if isinstance(done, Done):
             self.promised = (outcome, value)
@@ -432,8 +434,8 @@ class Hold:
         return (None, None) if stored is None else (Reply(False, stored, 0), record)
 
     def _enter(self, phase: Phase) -> None:
-        """Before the first write that ends this hold, or promises to. A renewal that writes the record
-        anew is waited for, and what it wrote is then there to be ended."""
+        """Change the phase. A renewal that writes the record anew meanwhile is waited for: what it wrote
+        is then there to be ended."""
         with self._lock:
             self._phase = phase
 
@@ -487,6 +489,9 @@ class Hold:
                     self.store, self._name, self.key, decide, self.policy, *guess, replace=replace
                 )
             except StoreError as error:
+                ending = self._phase is Phase.ENDING
+                if ending:
+                    self._enter(Phase.PENDING)
                 pause = PAUSES[min(tries, len(PAUSES) - 1)]
                 tries += 1
                 if clock.elapsed() + pause > began + patience:
@@ -494,6 +499,8 @@ class Hold:
                 if tries == 1:
                     events.emit("store_error", self.key, error=str(error), while_="settling")
                 threading.Event().wait(pause)
+                if ending:
+                    self._enter(Phase.ENDING)
                 continue
             if isinstance(decision, (Done, Acquired)):
                 self._note(decision.record, reply, before)

@@ -133,12 +133,8 @@ class Operator:
         """
         if not key:
             raise IdempotencyError("The key is empty. Give a key, or the beginning of one.")
-        try:
-            key.encode()
-        except UnicodeEncodeError:
-            raise IdempotencyError(
-                f"{key!a} is not valid text, so no intent has that key. Copy it again."
-            ) from None
+        if "\0" in key or key != key.encode("utf-8", "replace").decode():
+            raise IdempotencyError(f"{key!a} is not valid text, so no intent has that key. Copy it again.")
         entry = self.ledger_of(key).get(key)
         if entry is not None:
             return entry

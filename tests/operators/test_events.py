@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import uuid
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from celery_idem.core.errors import FingerprintMismatch
 from celery_idem.core.model import Raised
 from celery_idem.engine import events, owners
 from celery_idem.engine import lease as leases
-from celery_idem.engine.claim import Claim
+from celery_idem.engine.claim import Hold
 from celery_idem.integration import delivery
 from celery_idem.integration.deaths import IdempotentRequest
 from tests.celery.test_going_back import NOWHERE, delivered, make, taken
@@ -91,7 +92,7 @@ def guarded(**options: Any) -> Any:
 
 
 def waiting(stage: Stage) -> None:
-    def meanwhile(claim: Claim) -> str:
+    def meanwhile(hold: Hold) -> str:
         with pytest.raises(Left):
             stage.run(task_id="two")
         return "done"
@@ -117,10 +118,10 @@ def released_after_a_question(stage: Stage) -> None:
 def taken_over(stage: Stage) -> None:
     """By another execution, which the renewal notices and so does the end."""
 
-    def body(claim: Claim) -> str:
+    def body(hold: Hold) -> str:
         stage.bench.lapse()
         stage.run("the second", task_id="two", on_crash="rerun")
-        stage.ledger.renew([claim])
+        hold.renew()
         return "the first"
 
     with pytest.raises(LeaseLost):
@@ -128,16 +129,16 @@ def taken_over(stage: Stage) -> None:
 
 
 def clock_ahead(stage: Stage) -> None:
-    def body(claim: Claim) -> str:
+    def body(hold: Hold) -> str:
         stage.bench.clock.advance(3600)
-        stage.ledger.renew([claim])
+        leases.Renewals().renew(stage.store, [hold])
         return "done"
 
     stage.run(body)
 
 
 def clock_back(stage: Stage) -> None:
-    def body(claim: Claim) -> str:
+    def body(hold: Hold) -> str:
         stage.bench.clock.advance(-3600)
         with pytest.raises(Left):
             stage.run(task_id="two")
@@ -160,9 +161,9 @@ def store_away_before(stage: Stage) -> None:
 
 
 def store_away_meanwhile(stage: Stage) -> None:
-    def body(claim: Claim) -> str:
+    def body(hold: Hold) -> str:
         stage.store.crash("before replace_many")
-        leases._renew([leases._Watched(claim, stage.ledger, 1.0)])
+        leases._Keeper(weakref.ref(stage.store))._renew([hold])
         return "done"
 
     stage.run(body)

@@ -22,6 +22,7 @@ PROMISES = {
     "sql": ("celery_idem.stores.sql", "sqlalchemy", "psycopg"),
     "cli": ("celery_idem.cli", "rich"),
     "http": ("celery_idem.adapters.http",),
+    "inbox": ("celery_idem.adapters.inbox",),
     "mcp": ("celery_idem.adapters.mcp",),
     "prometheus": ("celery_idem.telemetry.prometheus", "prometheus_client"),
     "otel": ("celery_idem.telemetry.otel", "opentelemetry"),

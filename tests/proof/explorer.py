@@ -1095,7 +1095,8 @@ def modelled() -> Iterator[Callable[[World], None]]:
     ]
     saved += [(runner_module, "RENEWER", runner_module.RENEWER), (owners, "mint", owners.mint)]
     saved += [(owners, "gone", owners.gone), (clock, "elapsed", clock.elapsed)]
-    level = events.logger.level
+    log = logging.getLogger("celery_idem")
+    level = log.level
     deaf = events.listen(heard, here=True)
     for module, name, _ in saved:
         setattr(module, name, {"time": Time, "threading": _Threading}.get(name))
@@ -1119,14 +1120,14 @@ def modelled() -> Iterator[Callable[[World], None]]:
         return owner in now[0].dead_owners
 
     owners.mint, owners.gone = mint, gone
-    events.logger.setLevel(logging.CRITICAL + 1)
+    log.setLevel(logging.CRITICAL + 1)
     PASTS.clear()
     try:
         yield enter
     finally:
         for module, name, standard in saved:
             setattr(module, name, standard)
-        events.logger.setLevel(level)
+        log.setLevel(level)
         deaf()
 
 

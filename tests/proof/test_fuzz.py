@@ -99,7 +99,10 @@ def random_record(rng: random.Random) -> Record:
         open_steps=tuple(text() for _ in range(rng.randrange(3))),
         asking=rng.choice((b"", rng.randbytes(12))),
         reason=text(),
-        notes=tuple(Note(rng.randrange(2**60), text(), text(), text()) for _ in range(rng.randrange(3))),
+        notes=tuple(
+            Note(rng.randrange(2**60), text(), text(), text(), rng.choice((None, *Would)), (text(),))
+            for _ in range(rng.randrange(3))
+        ),
         digests=some(20),
         outcome=outcome,
     )

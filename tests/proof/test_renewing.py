@@ -5,12 +5,13 @@ Each test forces one order by calling one side from inside the other's store cal
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
 
 from celery_idem.core.errors import StoreError
-from celery_idem.core.model import Acquired, Fingerprint, Policy, Request, State, Stored
+from celery_idem.core.model import Acquired, Done, Fingerprint, Policy, Request, State, Stored
 from celery_idem.engine import clock as workers_clock
 from celery_idem.engine.claim import Hold
 from celery_idem.engine.ledger import Ledger
@@ -112,6 +113,32 @@ def test_a_renewal_that_overtakes_an_outcome_does_not_undo_it(clock: Clock) -> N
     entry = ledger.get(KEY)
     assert entry is not None
     assert entry.record.state is State.SUCCEEDED
+
+
+def test_nothing_is_renewed_beside_an_outcome_but_between_two_tries_of_it(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered: list[bool] = []
+    down = iter([True, False])
+
+    class Away(Hooked):
+        def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
+            offered.append(claim.renewal() is not None)
+            if next(down):
+                raise StoreError("the store does not answer")
+            return super().replace(key, old, value, ttl)
+
+    class Pause:
+        def wait(self, seconds: float) -> None:
+            offered.append(claim.renewal() is not None)
+
+    ledger = Ledger(Away(clock))
+    _, claim = ledger.claim(KEY, Request(b"owner-12-byt", "t1", Fingerprint(), POLICY))
+    assert claim is not None
+    monkeypatch.setattr(threading, "Event", Pause)
+    assert isinstance(claim.settle(ledger.outcome_of("done"), 1.0), Done)
+    assert offered == [False, True, False]
+    assert claim.renewal() is None
 
 
 def test_a_renewal_whose_reply_got_lost_is_trusted_from_when_it_was_written(clock: Clock) -> None:

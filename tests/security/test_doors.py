@@ -19,6 +19,7 @@ from celery_idem.adapters.tools import BadArguments, tool_of
 from celery_idem.core.model import Outcome
 from celery_idem.engine import owners
 from celery_idem.integration.delivery import CARRIED
+from tests.operators.forms import form_for, hidden
 from tests.operators.intents import claimed, in_doubt
 from tests.security.conftest import command_line
 
@@ -195,16 +196,10 @@ def test_no_page_runs_what_a_record_says(memory_app: Callable[..., Celery]) -> N
         pages.get("/intent", params={"key": BAD}),
         *(pages.get("/intent", params={"key": key}) for key in keys),
     ]
-    csrf = pages.cookies["idem_csrf"]
-    form = {
-        "csrf": csrf,
-        "key": keys[0],
-        "decision": "happened",
-        "evidence": BAD,
-        "result": BAD,
-        "fence": BAD,
-    }
+    ours = next(filter(None, map(hidden, answers)))
+    form = {**ours, "decision": "happened", "evidence": BAD, "result": BAD, "fence": BAD}
     answers.append(pages.post("/resolve", data=form))
+    assert answers[-1].status_code == 400
     for answer in answers:
         text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", answer.text)  # means nothing to a browser
         assert inert(text), text
@@ -238,9 +233,7 @@ def test_another_sites_page_decides_nothing(
     key = app.tasks["shop.pay"].intent_key("c1")
     in_doubt(Ledger.from_app(app), key)
     pages = TestClient(inbox(app, authenticate=lambda request: "ann"))
-    fence = Ledger.from_app(app).get(key).record.fence  # type: ignore[union-attr]
-    pages.get("/")
-    form = {**FORM, "csrf": pages.cookies["idem_csrf"], "key": key, "fence": str(fence), **change}
+    form = {**form_for(pages, key), **FORM, **change}
     if "cookie" in headers:
         pages.cookies.clear()
     answer = pages.post("/resolve", data=form, headers={n: v for n, v in headers.items() if n != "cookie"})
@@ -254,9 +247,7 @@ def test_our_own_page_decides(memory_app: Callable[..., Celery]) -> None:
     key = app.tasks["shop.pay"].intent_key("c1")
     in_doubt(Ledger.from_app(app), key)
     pages = TestClient(inbox(app, authenticate=lambda request: "ann"))
-    fence = Ledger.from_app(app).get(key).record.fence  # type: ignore[union-attr]
-    pages.get("/")
-    form = {**FORM, "csrf": pages.cookies["idem_csrf"], "key": key, "fence": str(fence)}
+    form = {**form_for(pages, key), **FORM}
     answer = pages.post(
         "/resolve", data=form, headers={"origin": "http://testserver"}, follow_redirects=False
     )
@@ -270,8 +261,7 @@ def test_a_crafted_fence_decides_nothing(memory_app: Callable[..., Celery], fenc
     key = app.tasks["shop.pay"].intent_key("c1")
     in_doubt(Ledger.from_app(app), key)
     pages = TestClient(inbox(app, authenticate=lambda request: "ann"))
-    pages.get("/")
-    form = {**FORM, "csrf": pages.cookies["idem_csrf"], "key": key, "fence": fence}
+    form = {**form_for(pages, key), **FORM, "fence": fence}
     assert pages.post("/resolve", data=form).status_code == 400
     assert Ledger.from_app(app).get(key).state == "in_doubt"  # type: ignore[union-attr]
 
@@ -282,15 +272,7 @@ def test_a_crafted_result_is_told_to_be_none(memory_app: Callable[..., Celery], 
     key = app.tasks["shop.pay"].intent_key("c1")
     in_doubt(Ledger.from_app(app), key)
     pages = TestClient(inbox(app, authenticate=lambda request: "ann"))
-    pages.get("/")
-    fence = Ledger.from_app(app).get(key).record.fence  # type: ignore[union-attr]
-    form = {
-        "csrf": pages.cookies["idem_csrf"],
-        "key": key,
-        "fence": str(fence),
-        "evidence": "x",
-        "result": result,
-    }
+    form = {**form_for(pages, key), "decision": "happened", "evidence": "x", "result": result}
     assert pages.post("/resolve", data=form).status_code == 400
     assert Ledger.from_app(app).get(key).state == "in_doubt"  # type: ignore[union-attr]
 
@@ -299,8 +281,7 @@ def test_a_sign_in_ends(memory_app: Callable[..., Celery], monkeypatch: pytest.M
     """After a shift, and with a new token."""
     app = memory_app()
     pages = TestClient(inbox(app, token=TOKEN))
-    pages.get("/sign-in")
-    form = {"csrf": pages.cookies["idem_csrf"], "name": "ann", "token": TOKEN}
+    form = {**hidden(pages.get("/sign-in")), "name": "ann", "token": TOKEN}
     assert pages.post("/sign-in", data=form).url.path == "/"
     session = {"idem_session": pages.cookies["idem_session"]}
     renewed = TestClient(inbox(app, token=TOKEN.upper()), cookies=session)
