@@ -190,6 +190,20 @@ def test_where_celery_has_more_to_do_it_writes_itself(shop: Callable[..., Shop])
         there.client.flushdb()
 
 
+def test_a_call_in_the_body_is_not_the_answer(shop: Callable[..., Shop]) -> None:
+    there = shop()
+
+    @there.app.task(base=IdempotentTask, name="shop.count", shared=False, bind=True, intent=("deep",))
+    def count(self: Any, deep: int) -> list[Any]:
+        return [deep, self(deep - 1)] if deep else []
+
+    request = {"id": "c1", "task": "shop.count", "headers": {}, "delivery_info": {}, "called_directly": False}
+    with commands(there.client) as executed:
+        build_tracer("shop.count", count, app=there.app)("c1", (1,), {}, request)
+        assert [name for name in executed() if name != "EVAL"] == ["EVALSHA"] * 4, "no second write of the result"
+    assert there.app.backend.get_task_meta("c1")["result"] == [1, []]
+
+
 def test_an_ignored_result_is_not_written(shop: Callable[..., Shop]) -> None:
     assert shop({"ignore_result": True}).stored(shop({"ignore_result": True}).run("o1", 1)) == (None, -2)
     there = shop()
