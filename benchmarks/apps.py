@@ -145,6 +145,7 @@ MAKE: dict[str, Callable[[], Any]] = {
     "bare": make_bare,
     "floor": make_floor,
     "idem": make_idem,
+    "apart": make_idem,
     "wasteful": make_wasteful,
     "celery-once": make_celery_once,
     "celery-singleton": make_celery_singleton,

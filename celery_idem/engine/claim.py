@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from typing import Any, NoReturn
 
 from celery_idem.core import keys, protocol
@@ -38,8 +39,8 @@ from celery_idem.core.model import (
 )
 from celery_idem.core.record import pack
 from celery_idem.engine import clock, events
-from celery_idem.engine.compare_and_set import Decide, change
-from celery_idem.stores.base import Change, Reply, Store, elsewhere
+from celery_idem.engine.compare_and_set import Decide, Replace, change
+from celery_idem.stores.base import Announcement, Change, Reply, Store, elsewhere
 
 PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
 """Seconds between tries to write to a store that does not answer; the last one repeats."""
@@ -133,6 +134,7 @@ class Hold:
         steps_begun: names of the steps that this execution began.
         step_running: name of the step whose function runs now.
         step_unrecorded: the store did not answer when a step was to begin or to end.
+        announced: the last write of the record wrote and published a second value as well.
     """
 
     # What few executions change.
@@ -142,6 +144,7 @@ class Hold:
     steps_begun: frozenset[str] = frozenset()
     step_running = ""
     step_unrecorded = False
+    announced = False
     _phase = Phase.HELD
     _taken_over = False
     _offered: tuple[Record, float]
@@ -233,17 +236,18 @@ class Hold:
 
     # --- the ends of a hold -----------------------------------------------------------
 
-    def settle(self, outcome: Outcome, patience: float) -> Done | Refused:
+    def settle(self, outcome: Outcome, patience: float, also: Announcement | None = None) -> Done | Refused:
         """Write how the body ended; ``Refused`` when another execution took over.
 
         Args:
             patience: seconds to keep trying while the store does not answer.
+            also: what to write and publish in the same step. ``announced`` says whether that was done.
 
         Raises:
             StoreError: it did not answer for that long. The record stays as it is.
         """
         held = self._seen[1]
-        return self._end(lambda record: protocol.settle(record, held, outcome), patience)
+        return self._end(lambda record: protocol.settle(record, held, outcome), patience, also)
 
     def schedule(self, delay: float, patience: float, task_id: str = "") -> Done | Refused:
         """Keep the intent for the retry's task id ("": this one) for ``delay`` seconds, until it comes."""
@@ -436,13 +440,23 @@ class Hold:
             self._phase = phase
 
     def _end(
-        self, decide: Callable[[Record], tuple[Done | Refused, Record | None]], patience: float
+        self,
+        decide: Callable[[Record], tuple[Done | Refused, Record | None]],
+        patience: float,
+        also: Announcement | None = None,
     ) -> Done | Refused:
         self._enter(Phase.ENDING)
+        replace = None if also is None else partial(self._replace_and_announce, also)
         ended: Done | Refused = self._write(
-            lambda record, stamp, now: decide(self._known(record, stamp)), patience
+            lambda record, stamp, now: decide(self._known(record, stamp)), patience, replace=replace
         )
         return ended
+
+    def _replace_and_announce(
+        self, also: Announcement, name: str, old: Stored, value: bytes, ttl: int | None
+    ) -> Reply:
+        reply, self.announced = self.store.announce(Change(name, old, value, ttl), also)
+        return reply
 
     def _step(self, decide: Callable[[Record], tuple[Any, Record | None]], patience: float = 0.0) -> Any:
         try:
@@ -458,7 +472,9 @@ class Hold:
         self._taken_over = True
         raise lease_lost(self.key)
 
-    def _write(self, decide: Decide, patience: float = 0.0, look: bool = False) -> Any:
+    def _write(
+        self, decide: Decide, patience: float = 0.0, look: bool = False, replace: Replace | None = None
+    ) -> Any:
         """Write the record that this hold has, and try again while the store does not answer.
 
         Args:
@@ -470,7 +486,7 @@ class Hold:
             guess: tuple[Reply | None, Record | None] = (None, None) if look else self._last_seen()
             try:
                 decision, reply, before = change(
-                    self.store, self._name, self.key, decide, self.policy, *guess
+                    self.store, self._name, self.key, decide, self.policy, *guess, replace=replace
                 )
             except StoreError as error:
                 ending = self._phase is Phase.ENDING

@@ -12,7 +12,7 @@ from typing import Any
 
 from celery_idem.core import protocol
 from celery_idem.core.errors import StoreError
-from celery_idem.core.model import Policy, Record, State
+from celery_idem.core.model import Policy, Record, State, Stored
 from celery_idem.core.record import pack, unpack
 from celery_idem.engine import clock
 from celery_idem.stores.base import Reply, Store
@@ -31,6 +31,10 @@ Decide = Callable[[Record | None, int, int], tuple[Any, Record | None]]
 """From the record (None: absent), its stamp and the store's time to a decision and the record to write, if any."""
 
 
+Replace = Callable[[str, Stored, bytes, "int | None"], Reply]
+"""As ``Store.replace``."""
+
+
 def change(
     store: Store,
     name: str,
@@ -41,6 +45,7 @@ def change(
     record: Record | None = None,
     before: float = 0.0,
     lenient: bool = False,
+    replace: Replace | None = None,
 ) -> tuple[Any, Reply, float]:
     """Decide on one record, and write what was decided.
 
@@ -52,6 +57,7 @@ def change(
             None: read it first.
         record: the same, unpacked; None to unpack it here.
         before: the worker's time before the call that ``reply`` answers.
+        replace: replaces the record, in place of the store's own ``replace``.
         lenient: give ``decide`` None and a stamp for a value that is no record, and do not raise.
 
     Returns:
@@ -83,7 +89,10 @@ def change(
         value = pack(new)
         ttl = 0 if new is DELETED else protocol.ttl(new, policy) if policy is not None else None
         before = clock.elapsed()
-        reply = store.create(name, value, ttl) if stored is None else store.replace(name, stored, value, ttl)
+        if stored is None:
+            reply = store.create(name, value, ttl)
+        else:
+            reply = (replace or store.replace)(name, stored, value, ttl)
         if reply.done or (reply.stored is not None and reply.stored.value == value):
             return decision, reply, before
         record = None

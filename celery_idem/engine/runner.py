@@ -49,6 +49,7 @@ from celery_idem.engine.bounded import Bounded, TooLateError
 from celery_idem.engine.claim import Hold, doubt_message, lease_lost
 from celery_idem.engine.lease import RENEWER
 from celery_idem.engine.ledger import Ledger
+from celery_idem.stores.base import Announcement
 
 T = TypeVar("T")
 
@@ -172,6 +173,13 @@ class Job(ABC):
     def ignores_result(self) -> bool:
         """Nobody looks at the value."""
         return False
+
+    def announcement(self, value: Any) -> Announcement | None:
+        """What to write and publish together with the outcome, whose value the body returned."""
+        return None
+
+    def announced(self) -> None:
+        """It was written and published."""
 
     def replaying(self) -> None:
         """What follows is the answer of an earlier execution."""
@@ -454,7 +462,9 @@ class Runner:
         finally:
             RENEWER.unwatch(hold)
 
-    def _settle_value(self, job: Job, hold: Hold, value: Any, patience: float, last: bool) -> Any:
+    def _settle_value(
+        self, job: Job, hold: Hold, value: Any, patience: float, last: bool, returned: bool = True
+    ) -> Any:
         try:
             outcome, shown = self.ledger.encode(value)
         except BaseException as error:
@@ -462,7 +472,7 @@ class Runner:
                 raise
             # Not an order to exit, which comes once: code of the value's own.
             outcome, shown = Outcome(True, None, f"encoding it raised {type(error).__name__}"), value
-        self._settle(job, hold, outcome, patience)
+        self._settle(job, hold, outcome, patience, job.announcement(shown) if returned else None)
         return shown
 
     # --- in a transaction of the author's own (rule 9) ------------------------------------
@@ -521,9 +531,11 @@ class Runner:
     def _settle_error(self, job: Job, hold: Hold, error: BaseException, patience: float) -> None:
         self._settle(job, hold, Outcome(False, self.ledger.codec.encode_error(error)), patience)
 
-    def _settle(self, job: Job, hold: Hold, outcome: Outcome, patience: float) -> None:
+    def _settle(
+        self, job: Job, hold: Hold, outcome: Outcome, patience: float, also: Announcement | None = None
+    ) -> None:
         try:
-            done = hold.settle(outcome, patience)
+            done = hold.settle(outcome, patience, also)
         except StoreError as error:
             # Rule 7, after the body: this caller gets the truth, which is known here. The
             # record stays RUNNING, lapses, and is in doubt for everybody else.
@@ -531,6 +543,8 @@ class Runner:
             return
         if isinstance(done, Refused):
             self._stale(job, hold, done)
+        if hold.announced:
+            job.announced()
         events.emit("settled", job.key, task_id=job.task_id, succeeded=outcome.succeeded)
 
     def _stale(self, job: Job, hold: Hold, refused: Refused) -> None:
@@ -571,7 +585,9 @@ class Runner:
                 raise error
             return
         if kind is Raised.SAID_DONE:
-            _whatever_comes(lambda p, last: self._settle_value(job, hold, job.said(), p, last), patience)
+            _whatever_comes(
+                lambda p, last: self._settle_value(job, hold, job.said(), p, last, False), patience
+            )
             raise error
         if kind is Raised.SAID_FAILED:
             failure = job.said()

@@ -54,10 +54,11 @@ from celery_idem.engine.ledger import Ledger
 from celery_idem.engine.runner import Job, Options, Runner, Why
 from celery_idem.engine.shadow import ShadowRunner
 from celery_idem.engine.steps import run_step
-from celery_idem.integration import declaring, placing, republishing
+from celery_idem.integration import answers, declaring, placing, republishing
 from celery_idem.integration.guarded import GuardedTask
 from celery_idem.integration.settings import Settings
-from celery_idem.integration.wiring import ledger_of
+from celery_idem.integration.wiring import is_backends, ledger_of
+from celery_idem.stores.base import Announcement
 
 # Message headers between one delivery of a message and the next.
 CARRIED = "idem-carried"
@@ -115,6 +116,9 @@ class Guard(NamedTuple):
     around: Callable[..., Any] | None
     net: Any
     body: Callable[..., Any]
+    answers: bool = False
+    """The store is the result backend's own database, so the outcome's write can carry the result."""
+
     unusable: str = ""
     """Why results could not be read again, as it was when this was made."""
 
@@ -142,6 +146,7 @@ class Guard(NamedTuple):
             around=placing.around(task),
             net=net,
             body=body,
+            answers=ledger.store.announces and is_backends(ledger.store, task.app),
             unusable=ledger.codec.unusable(),
         )
 
@@ -339,6 +344,16 @@ class Delivery(Job):
         # As Celery's get_actual_ignore_result, which 5.4 lacks: the class' False says nothing.
         given = vars(request).get("ignore_result")
         return bool(self.task.ignore_result if given is None else given)
+
+    def announcement(self, value: Any) -> Announcement | None:
+        if not self.guard.answers or self.in_place or self.task.ignore_result:
+            return None
+        if self.outer is not None:  # a call in a body inherits the request of the message, and is not its answer
+            return None
+        return answers.announcement(self.task.backend, self.request, value)
+
+    def announced(self) -> None:
+        vars(self.request)[answers.ANSWERED] = True
 
     def replaying(self) -> None:
         self.request.idem_replayed = True

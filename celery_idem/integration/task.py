@@ -36,7 +36,15 @@ from celery_idem.core.model import (
 )
 from celery_idem.engine import events, owners
 from celery_idem.engine.claim import Claim, Hold
-from celery_idem.integration import declaring, placing, publishing, republishing, retrying, submitting
+from celery_idem.integration import (
+    answers,
+    declaring,
+    placing,
+    publishing,
+    republishing,
+    retrying,
+    submitting,
+)
 from celery_idem.integration.delivery import EAGER, HELD, PROPAGATES, Delivery, Guard, Replaced, as_headers
 from celery_idem.integration.options import declares
 from celery_idem.integration.publishing import LOOPS
@@ -146,6 +154,16 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         if self.idem_declaration is not None:
             self.Request = symbol_by_name("celery_idem.integration.deaths:request_class")(self)
         return super().start_strategy(app, consumer, **kwargs)
+
+    @property
+    def backend(self) -> Any:
+        """As Celery's. The one of a guarded task knows which results are written already."""
+        backend = Task.backend.fget(self)
+        return backend if self.idem_declaration is None else answers.aware(backend)
+
+    @backend.setter
+    def backend(self, backend: Any) -> None:
+        self._backend = backend
 
     @property
     def guard(self) -> Guard:

@@ -42,6 +42,17 @@ def store_of(settings: Settings, app: Celery) -> Store:
     return opened[settings.durability]
 
 
+def is_backends(store: Store, app: Celery) -> bool:
+    """Whether the store is the database of the application's result backend: opened from its settings, or named
+    by a URL with the same address."""
+    if any(opened is store for opened in _backends.get(app, {}).values()):
+        return True
+    try:
+        return store.is_at(app.backend.connparams)
+    except Exception:  # no result backend, or one without such parameters
+        return False
+
+
 def _backend_as_store(app: Celery, durability: str) -> Store:
     """The server of the result backend, with all that Celery knows of how to connect to it.
 

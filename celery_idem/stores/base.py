@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from celery_idem.core.errors import ConfigurationError, StoreError
@@ -40,6 +40,19 @@ class Change(NamedTuple):
     old: Stored
     value: bytes
     ttl: int | None = None
+
+
+class Announcement(NamedTuple):
+    """A second value, written and published together with a replacement.
+
+    Attributes:
+        key: where it is written, and the channel that it is published on; nothing is put in front of it.
+        seconds: how long to keep it; None: for ever.
+    """
+
+    key: bytes
+    value: bytes
+    seconds: int | None
 
 
 class PartlyError(StoreError):
@@ -77,6 +90,9 @@ class Store(ABC):
 
     durabilities: ClassVar[tuple[str, ...]] = ()
     """Values of ``idem_durability`` that this store supports besides "none"."""
+
+    announces: ClassVar[bool] = False
+    """``announce`` works here."""
 
     @abstractmethod
     def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
@@ -119,6 +135,19 @@ class Store(ABC):
     @abstractmethod
     def purge(self, limit: int) -> int:
         """Delete at most ``limit`` expired values and return their number (0 if the server expires them itself)."""
+
+    def is_at(self, options: Mapping[str, Any]) -> bool:
+        """Whether redis-py's connection pool with these arguments leads to the same database, by its address."""
+        return False
+
+    def announce(self, change: Change, also: Announcement) -> tuple[Reply, bool]:
+        """As ``replace``, and write and publish a second value in the same step.
+
+        Returns:
+            The reply of ``replace``, and whether this call wrote the second value: never without the first.
+            A server that does not allow the second value gets the first alone.
+        """
+        return self.replace(*change), False
 
     def replace_many(self, changes: Sequence[Change]) -> list[Reply]:
         """Make several independent replacements, in one round trip where the store can.

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.model import Stored
-from celery_idem.stores.base import OWNER, Change, PartlyError, Reply, Store, call_after_fork
+from celery_idem.stores.base import OWNER, Announcement, Change, PartlyError, Reply, Store, call_after_fork
 
 SCHEMES = ("redis", "rediss", "redis+socket", "unix")
 
@@ -62,14 +62,14 @@ class _Script:
         by_source: the same with the source, for a server that does not know the script yet.
     """
 
-    def __init__(self, name: str, words: int, writes: bool = True) -> None:
+    def __init__(self, name: str, words: int, writes: bool = True, keys: bytes = b"1") -> None:
         self.writes = writes
         self.source = source = files("celery_idem.stores").joinpath(name).read_bytes()
         self.sha = sha = hashlib.sha1(source, usedforsecurity=False).hexdigest().encode()
         start = b"*%d\r\n" % (3 + words)
         missing = b"$%d\r\n%b\r\n" * words
-        self.by_hash = start + _pack((b"EVALSHA", sha, b"1")) + missing
-        self.by_source = start + _pack((b"EVAL", source, b"1")).replace(b"%", b"%%") + missing
+        self.by_hash = start + _pack((b"EVALSHA", sha, keys)) + missing
+        self.by_source = start + _pack((b"EVAL", source, keys)).replace(b"%", b"%%") + missing
 
 
 def _pack(words: Sequence[bytes]) -> bytes:
@@ -78,8 +78,16 @@ def _pack(words: Sequence[bytes]) -> bytes:
 
 CREATE = _Script("create.lua", 3)
 REPLACE = _Script("replace.lua", 4)
+ANNOUNCE = _Script("announce.lua", 7, keys=b"2")
 READ = _Script("read.lua", 1, writes=False)
+ADDRESS = (("host", "localhost"), ("port", 6379), ("path", None), ("db", 0), ("username", None))
+"""Arguments of redis-py's connection pool that say which database it is, and to which user, with their defaults."""
+
 GET = b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n"
+
+
+class RefusedError(StoreError):
+    """The server answered with an error, and wrote nothing."""
 
 
 class RedisStore(Store):
@@ -96,6 +104,7 @@ class RedisStore(Store):
 
     expires = True
     durabilities = ("fsync", "replicas")
+    announces = True
 
     def __init__(self, url: str, durability: str = "none", given: Mapping[str, Any] | None = None) -> None:
         import redis
@@ -178,6 +187,25 @@ class RedisStore(Store):
         if type(reply) is int:
             return Reply(True, Stored(value, reply), reply)
         return self._again(_held(reply, key), key, value, ttl)
+
+    def is_at(self, options: Mapping[str, Any]) -> bool:
+        own = self._pool.connection_kwargs
+        return [own.get(name, default) for name, default in ADDRESS] == [
+            options.get(name, default) for name, default in ADDRESS
+        ]
+
+    def announce(self, change: Change, also: Announcement) -> tuple[Reply, bool]:
+        name, *rest = self._replacement(*change)[1::2]
+        keep = b"" if also.seconds is None else b"%d" % also.seconds
+        words = (name, also.key, *rest, also.value, keep)
+        sized = tuple(part for word in words for part in (len(word), word))  # type: ignore[arg-type]
+        try:
+            reply = self._run(ANNOUNCE, change.key, sized)
+        except RefusedError:  # a user who may not write there; the first value comes first
+            return self.replace(*change), False
+        if type(reply) is int:
+            return Reply(True, Stored(change.value, reply), reply), True
+        return self._again(_held(reply, change.key), change.key, change.value, change.ttl), False
 
     def _replacement(
         self, key: str, old: Stored, value: bytes, ttl: int | None = None
@@ -357,7 +385,7 @@ class RedisStore(Store):
             text += (
                 ". Choose another database in idem_store, or raise `databases` in the server's configuration"
             )
-        return StoreError(f"The store {self.url} refused: {text}.")
+        return RefusedError(f"The store {self.url} refused: {text}.")
 
 
 def open_url(url: str, durability: str = "none") -> RedisStore:

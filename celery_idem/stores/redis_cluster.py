@@ -43,6 +43,8 @@ class ClusterStore(RedisStore):
         durability: as for one server.
     """
 
+    announces = False  # the two keys are on different nodes
+
     def __init__(self, url: str, durability: str = "none") -> None:
         self._cluster: Any = None
         self._making = threading.Lock()

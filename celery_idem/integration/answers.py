@@ -1,0 +1,90 @@
+"""The answer that Celery's result backend gives a caller, written in the same step as the record's outcome.
+
+Celery reads the old result of a task and then writes and publishes the new one: two exchanges after the outcome is
+settled. Where the store is the result backend's own database, the outcome's write carries those bytes. The fence has
+decided by then that this outcome counts, which is what Celery's read is for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from celery.states import SUCCESS
+
+from celery_idem.stores.base import Announcement
+
+if TYPE_CHECKING:
+    from celery.app.task import Context
+
+ANSWERED = "idem_answered"
+"""Attribute of a request whose result is written already."""
+
+_TWIN = "_idem_twin"
+
+
+def may_answer(backend: Any) -> bool:
+    """Whether ``aware`` made this backend of Celery's own for Redis, which nobody has changed by a subclass."""
+    return type(backend) in _classes.values()
+
+
+def announcement(backend: Any, request: Context, value: Any) -> Announcement | None:
+    """What the result backend would write for a task that succeeded; None where Celery has to do it.
+
+    The bytes come from the backend's own methods. Links and chains publish their messages before the result is
+    stored, because they are its children: there Celery's order is kept.
+    """
+    if request.callbacks or request.chain or vars(request).get("ignore_result") or not may_answer(backend):
+        return None
+    try:
+        meta = backend._get_result_meta(
+            result=backend.encode_result(value, SUCCESS), state=SUCCESS, traceback=None, request=request
+        )
+        meta["task_id"] = request.id
+        encoded = backend.encode(meta)
+        key = backend.get_key_for_task(request.id)
+    except Exception:  # Celery meets it again, and says so where its users look for it
+        return None
+    payload = encoded.encode() if isinstance(encoded, str) else encoded
+    if len(payload) > backend._MAX_STR_VALUE_SIZE:
+        return None
+    return Announcement(key.encode() if isinstance(key, str) else key, payload, backend.expires or None)
+
+
+def aware(backend: Any) -> Any:
+    """The same backend, which does not write again what the settlement has written.
+
+    Shares all state with it, and is an instance of its class. Any backend but Celery's own for Redis is
+    returned as it is.
+    """
+    twin = vars(backend).get(_TWIN)
+    if twin is None:
+        cls = type(backend)
+        if cls.__module__ == "celery.backends.redis" and cls.__name__ in ("RedisBackend", "SentinelBackend"):
+            twin = object.__new__(_aware_class(cls))
+            twin.__dict__ = vars(backend)
+        else:
+            twin = backend
+        vars(backend)[_TWIN] = twin
+    return twin
+
+
+_classes: dict[type[Any], type[Any]] = {}
+
+
+def _aware_class(cls: Any) -> type[Any]:
+    if cls not in _classes:
+
+        def mark_as_done(
+            self: Any,
+            task_id: str,
+            result: Any,
+            request: Any = None,
+            store_result: bool = True,
+            state: str = SUCCESS,
+        ) -> None:
+            if request is not None and vars(request).pop(ANSWERED, False):
+                store_result = False  # what is left: this task's part of a chord
+            cls.mark_as_done(self, task_id, result, request, store_result, state)
+
+        _classes[cls] = type(cls.__name__, (cls,), {"mark_as_done": mark_as_done, "__module__": __name__})
+    return _classes[cls]

@@ -1,0 +1,222 @@
+"""The answer that is written together with the outcome is what Celery itself writes, to the byte."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from typing import Any
+
+import pytest
+import redis as redis_py
+from celery import Celery, group
+from celery.app.trace import build_tracer
+
+from celery_idem import IdempotentTask
+from celery_idem.integration import answers
+
+pytestmark = pytest.mark.redis
+
+NOON = datetime(2026, 11, 28, 12, tzinfo=timezone.utc)
+
+
+class Shop:
+    """An application whose worker is this test: each task is traced as a worker does it."""
+
+    def __init__(self, url: str, options: dict[str, Any], **conf: Any) -> None:
+        self.app = Celery("answers", broker="memory://", backend=url, set_as_current=False)
+        self.app.conf.update(conf)
+        self.app.now = lambda: NOON  # type: ignore[method-assign]
+        self.client = redis_py.Redis.from_url(url)
+
+        @self.app.task(
+            base=IdempotentTask, name="shop.pay", shared=False, bind=True, **{"intent": ("order",), **options}
+        )
+        def pay(self: Any, order: Any, result: Any = None) -> Any:
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        @self.app.task(name="shop.mail", shared=False)
+        def mail(*args: Any) -> None: ...
+
+        self.task = pay
+
+    def run(self, order: Any, result: Any = None, task_id: str = "", **request: Any) -> str:
+        task_id = task_id or str(uuid.uuid4())
+        given = {
+            "id": task_id,
+            "task": "shop.pay",
+            "args": (order, result),
+            "kwargs": {},
+            "hostname": "w1@here",
+            "delivery_info": {"exchange": "", "routing_key": "celery"},
+            "called_directly": False,
+            "headers": {},
+            **request,
+        }
+        build_tracer("shop.pay", self.task, app=self.app)(task_id, (order, result), {}, given)
+        return task_id
+
+    def stored(self, task_id: str) -> tuple[bytes | None, int]:
+        key = self.app.backend.get_key_for_task(task_id)
+        return self.client.get(key), self.client.ttl(key)  # type: ignore[return-value]
+
+
+@contextmanager
+def commands(client: Any) -> Iterator[Callable[[], list[str]]]:
+    """What the server executes meanwhile: names of commands, those within a script left out."""
+    seen: list[str] = []
+    with client.monitor() as monitor:
+
+        def names() -> list[str]:
+            mark = uuid.uuid4().hex
+            client.echo(mark)
+            for command in monitor.listen():
+                if command["command"] == f"ECHO {mark}":
+                    return seen
+                name = command["command"].split()[0].upper()
+                if command["client_type"] != "lua" and name not in ("HELLO", "CLIENT", "SELECT"):
+                    seen.append(name)
+            return seen
+
+        yield names
+
+
+@pytest.fixture
+def shop(redis_url: str) -> Callable[..., Shop]:
+    return lambda options=(), **conf: Shop(redis_url, dict(options), **conf)
+
+
+CONFS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "extended": {"result_extended": True},
+    "for ever": {"result_expires": None},
+    "no expiry": {"result_expires": 0},
+    "an hour": {"result_expires": 3600},
+    "pickle": {
+        "result_serializer": "pickle",
+        "result_accept_content": ["pickle", "json"],
+        "accept_content": ["json"],
+    },
+    "yaml": {"result_serializer": "yaml", "result_accept_content": ["yaml"]},
+    "compressed": {"result_compression": "gzip"},
+    "prefix": {"result_backend_transport_options": {"global_keyprefix": "prod_"}},
+    "local time": {"enable_utc": False, "timezone": "Europe/Rome"},
+    "chord retries": {"result_chord_retry_interval": 2.0},
+}
+VALUES: dict[str, Any] = {
+    "none": None,
+    "text": "für Zoë",
+    "list": [1, 2.5, True],
+    "tuple": (1, 2),
+    "nested": {"a": {"b": [None]}},
+    "time": NOON,
+    "uuid": uuid.UUID(int=7),
+}
+REQUESTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "in a group": {"group": "g1"},
+    "of a parent": {"parent_id": "p1", "root_id": "r1"},
+    "stamped": {"stamped_headers": ["tenant"], "stamps": {"tenant": ["acme"]}},
+    "retried": {"retries": 2},
+}
+
+
+def both(
+    shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch, conf: dict[str, Any], run: Any
+) -> list[Any]:
+    """What stands in the database after Celery's own write, and after the combined one."""
+    found = []
+    task_id = str(uuid.uuid4())
+    for ours in (False, True):
+        with monkeypatch.context() as patch:
+            there = shop(**conf)
+            there.client.flushdb()
+            if not ours:
+                patch.setattr(answers, "announcement", lambda *_: None)
+            with commands(there.client) as executed:
+                run(there, task_id)
+                names = executed()
+            assert ("SETEX" in names or "SET" in names) is not ours, names
+            found.append(there.stored(task_id))
+    return found
+
+
+@pytest.mark.parametrize("conf", CONFS.values(), ids=CONFS)
+@pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
+def test_the_bytes_are_celerys(
+    shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch, conf: dict[str, Any], request_: dict[str, Any]
+) -> None:
+    celerys, ours = both(shop, monkeypatch, conf, lambda s, task_id: s.run("o1", [1], task_id, **request_))
+    assert celerys == ours
+    assert ours[0] is not None
+
+
+@pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
+def test_the_bytes_of_any_value_are_celerys(
+    shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch, value: Any
+) -> None:
+    celerys, ours = both(shop, monkeypatch, {}, lambda s, task_id: s.run("o1", value, task_id))
+    assert celerys == ours
+
+
+def test_a_task_that_succeeds_is_two_exchanges(shop: Callable[..., Shop]) -> None:
+    there = shop()
+    there.run("warm")
+    with commands(there.client) as executed:
+        there.run("o1")
+        assert executed() == ["EVALSHA", "EVALSHA"]
+
+
+def test_a_caller_who_listens_is_told(shop: Callable[..., Shop]) -> None:
+    there = shop()
+    task_id = str(uuid.uuid4())
+    result = there.app.AsyncResult(task_id)
+    there.app.backend.result_consumer.consume_from(task_id)
+    there.run("o1", "paid", task_id)
+    assert result.get(timeout=10) == "paid"
+
+
+def test_where_celery_has_more_to_do_it_writes_itself(shop: Callable[..., Shop]) -> None:
+    there = shop()
+    mail = there.app.tasks["shop.mail"]
+    for request in ({"callbacks": [mail.s()]}, {"chain": [mail.s()]}):
+        task_id = there.run("o1", "paid", **request)
+        meta = there.app.backend.get_task_meta(task_id)
+        assert meta["status"] == "SUCCESS"
+        assert len(meta["children"]) == 1, "links are children"
+        there.client.flushdb()
+
+
+def test_a_call_in_the_body_is_not_the_answer(shop: Callable[..., Shop]) -> None:
+    there = shop()
+
+    @there.app.task(base=IdempotentTask, name="shop.count", shared=False, bind=True, intent=("deep",))
+    def count(self: Any, deep: int) -> list[Any]:
+        return [deep, self(deep - 1)] if deep else []
+
+    request = {"id": "c1", "task": "shop.count", "headers": {}, "delivery_info": {}, "called_directly": False}
+    with commands(there.client) as executed:
+        build_tracer("shop.count", count, app=there.app)("c1", (1,), {}, request)
+        assert [name for name in executed() if name != "EVAL"] == ["EVALSHA"] * 4, "no second write of the result"
+    assert there.app.backend.get_task_meta("c1")["result"] == [1, []]
+
+
+def test_an_ignored_result_is_not_written(shop: Callable[..., Shop]) -> None:
+    assert shop({"ignore_result": True}).stored(shop({"ignore_result": True}).run("o1", 1)) == (None, -2)
+    there = shop()
+    assert there.stored(there.run("o1", 1, ignore_result=True)) == (None, -2)
+
+
+def test_the_parts_of_a_chord_are_counted(shop: Callable[..., Shop]) -> None:
+    there = shop()
+    mail = there.app.tasks["shop.mail"]
+    header = group(there.task.s(n, n) for n in range(3)).freeze()
+    there.app.backend.set_chord_size(header.id, 3)
+    header.save(backend=there.app.backend)
+    for part in header.results:
+        there.run(part.id, 1, part.id, group=header.id, chord=mail.s().set(task_id="b"), group_index=0)
+    with there.app.connection_for_read() as connection:
+        assert connection.default_channel.basic_get("celery") is not None, "the chord's body was published"
