@@ -96,16 +96,21 @@ def reworded(values: dict[str, Any], random_: random.Random) -> dict[str, Any]:
     return {"args": [values[n] for n in NAMES[:positional]], "kwargs": {n: values[n] for n in names}}
 
 
+def knock(knockers: list[Knocker], folder: Path, name: str, door: str) -> list[Any]:
+    """Ten calls of one action at once, and their answers."""
+    random_ = random.Random(door)
+    calls = [reworded({"customer": name, "invoice": "7", "cents": 4200}, random_) for _ in range(RETRIES)]
+    gate = Gate(folder / "go")
+    for number, knocker in enumerate(knockers):
+        knocker.tell({"door": door, "calls": calls[number::PROCESSES], "gate": str(gate.path)})
+    gate.open()
+    return [answer for knocker in knockers for answer in knocker.hear()]
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_ten_retries_from_four_processes(
     knockers: list[Knocker], done: Effects, tmp_path: Path, name: str, door: str
 ) -> None:
-    random_ = random.Random(door)
-    calls = [reworded({"customer": name, "invoice": "7", "cents": 4200}, random_) for _ in range(RETRIES)]
-    gate = Gate(tmp_path / "go")
-    for number, knocker in enumerate(knockers):
-        knocker.tell({"door": door, "calls": calls[number::PROCESSES], "gate": str(gate.path)})
-    gate.open()
-    answers = [answer for knocker in knockers for answer in knocker.hear()]
+    answers = knock(knockers, tmp_path, name, door)
     assert answers == [{"paid": 4200, "invoice": "7"}] * RETRIES
     assert done.count(f"pay-{name}-7") == 1
