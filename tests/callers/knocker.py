@@ -142,6 +142,7 @@ DOORS = {
         pydantic_ai,
     )
 }
+FRAMEWORKS = ("langgraph", "openai_agents", "pydantic_ai")
 
 
 def main() -> None:
