@@ -4,6 +4,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# The tests mostly wait for servers and workers: more processes than cores.
+PROCESSES ?= 4
 VENV := .venv
 PY := $(VENV)/bin/python
 
@@ -13,8 +15,8 @@ PY := $(VENV)/bin/python
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-test: $(VENV)/.ready-test ## run the tests; ARGS="-k x" goes to pytest
-	@$(PY) -m pytest $(ARGS)
+test: $(VENV)/.ready-test ## run the tests; ARGS="-k x" goes to pytest, PROCESSES=0 runs them in one process
+	@$(PY) -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 demo: $(VENV)/.ready-demo ## run the example under faults and count invoices; ARGS="…" goes to it
 	@$(PY) -m example_project.simulate $(ARGS)
@@ -42,8 +44,8 @@ bench: $(VENV)/.ready-test ## what the guard costs, beside other guards, as rati
 bench-full: $(VENV)/.ready-test ## the same, then with up to a million records (an hour)
 	@$(PY) -m benchmarks --full $(ARGS)
 
-fuzz: $(VENV)/.ready-test ## a million random calls: one key for each action; ARGS="--seed 7 --count 100"
-	@$(PY) -m tests.proof.fuzz $(ARGS)
+fuzz: $(VENV)/.ready-test ## 50,000 random pairs of calls: one key for each action (minutes); ARGS="--hypothesis-seed 7"
+	@$(PY) -m pytest --hypothesis-profile fuzz --hypothesis-show-statistics --timeout 0 tests/proof/test_keys.py $(ARGS)
 
 chaos: $(VENV)/.ready-test ## minutes of traffic while workers, store and brokers are broken; ARGS="--minutes 60 --seed 7"
 	@$(PY) -m tests.chaos $(ARGS)

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import uuid
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -20,11 +21,13 @@ import celery.app.builtins  # noqa: F401  # before SHARED is taken: every applic
 import pytest
 import redis
 from celery._state import _on_app_finalizers
+from hypothesis import HealthCheck, settings
 
 import example_project.legacy  # noqa: F401  # a shared task by intention
 from celery_idem.engine import events
 from tests.support.effects import Effects, Gate
 from tests.support.jobs import Bench
+from tests.support.processes import end_all
 from tests.support.servers import (
     PostgresServer,
     RabbitMQServer,
@@ -36,6 +39,11 @@ from tests.support.servers import (
 from tests.support.workers import CeleryWorker
 
 S = TypeVar("S", bound=Server)
+
+# How long an example takes is the machine's business. `make fuzz` asks for many more of them.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("fuzz", settings.get_profile("tests"), max_examples=50_000)
+settings.load_profile("tests")
 
 # What was started for a test and writes a log: shown when the test fails.
 LOGS = pytest.StashKey[list[Callable[[], str]]]()
@@ -50,6 +58,19 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # A shell that starts the run in the background has it ignore SIGINT, and so would every child.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_keyboard_interrupt() -> None:
+    """Of several processes xdist interrupts each once more, and ten seconds later kills those that have not ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_all()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of several processes each takes the next file: those with many slow tests come first, so that none ends late."""
+    if hasattr(config, "workerinput"):
+        long = Counter(item.path for item in items if any(map(item.get_closest_marker, ("slow", "timeout"))))
+        items.sort(key=lambda item: -long[item.path])
 
 
 def pytest_collection_finish() -> None:

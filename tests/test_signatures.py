@@ -16,6 +16,7 @@ from celery.exceptions import Retry
 from celery_idem import ALL_ARGUMENTS, ConfigurationError, IdempotentTask
 from celery_idem.adapters.tools import tool_of
 from celery_idem.core.signatures import Opaque, called
+from tests.support.decorators import for_tenant, passing, traced, with_named_session, with_session
 
 GOT: list[Any] = []
 """The orders that bodies got."""
@@ -45,55 +46,10 @@ def as_it_is(fn: Any) -> Any:
     return fn
 
 
-def passing(fn: Any) -> Any:
-    @functools.wraps(fn)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return fn(*args, **kwargs)
-        finally:
-            str(f"{fn.__name__} {args} {kwargs}")
-
-    return wrapper
-
-
-def with_session(fn: Any) -> Any:
-    @functools.wraps(fn)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return fn("session", *args, **kwargs)
-
-    return wrapper
-
-
-def with_named_session(fn: Any) -> Any:
-    @functools.wraps(fn)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return fn(*args, session="session", **kwargs)
-
-    return wrapper
-
-
 def with_session_in_kwargs(fn: Any) -> Any:
     @functools.wraps(fn)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         kwargs["session"] = "session"
-        return fn(*args, **kwargs)
-
-    return wrapper
-
-
-def traced(fn: Any) -> Any:
-    @functools.wraps(fn)
-    def wrapper(*args: Any, trace: Any = None, **kwargs: Any) -> Any:
-        return fn(*args, **kwargs)
-
-    return wrapper
-
-
-def for_tenant(fn: Any) -> Any:
-    """Takes one position away from the body."""
-
-    @functools.wraps(fn)
-    def wrapper(tenant: str, *args: Any, **kwargs: Any) -> Any:
         return fn(*args, **kwargs)
 
     return wrapper

@@ -20,7 +20,7 @@ from tests.support.effects import Effects, Gate
 from tests.support.servers import RabbitMQServer, RedisServer
 from tests.support.workers import CeleryWorker
 
-SOON = 30.0
+SOON = 60.0
 """Seconds until an answer that has not come is a failure. Most come within one."""
 
 

@@ -168,8 +168,10 @@ def test_a_retry_with_a_task_id_of_its_own_is_the_one_that_is_waited_for(here: I
     assert here.app.AsyncResult("another").get(timeout=1) == "done"
 
 
-def test_each_part_of_a_batch_is_an_intent_of_its_own(here: InProcess) -> None:
-    @here.task("mail", intent=("messages",), max_retries=2)
+def mailing(here: InProcess, **options: Any) -> Any:
+    """Sends a batch of messages; hands each that fails over to a retry of its own."""
+
+    @here.task("mail", **options)
     def mail(self: Any, messages: list[str]) -> int:
         for message in messages:
             if message.startswith("bad") and not self.request.retries:
@@ -177,6 +179,12 @@ def test_each_part_of_a_batch_is_an_intent_of_its_own(here: InProcess) -> None:
             else:
                 here.effects.append(message)
         return len(messages)
+
+    return mail
+
+
+def test_each_part_of_a_batch_is_an_intent_of_its_own(here: InProcess) -> None:
+    mail = mailing(here, intent=("messages",), max_retries=2)
 
     @here.app.task(name="told", shared=False)
     def told(value: int) -> None:
@@ -386,14 +394,7 @@ def test_an_eager_retry_that_is_raised_to_its_caller_keeps_nobody_waiting(conf: 
 
 
 def test_eager_parts_run_in_place_too(here: InProcess) -> None:
-    @here.task("mail", intent=ALL_ARGUMENTS)
-    def mail(self: Any, messages: list[str]) -> int:
-        for message in messages:
-            if message.startswith("bad") and not self.request.retries:
-                self.retry(args=[[message]], throw=False)
-            else:
-                here.effects.append(message)
-        return len(messages)
+    mail = mailing(here, intent=ALL_ARGUMENTS)
 
     assert mail.apply((["bad1", "a", "bad2"],)).get() == 3
     assert sorted(here.effects) == ["a", "bad1", "bad2"]

@@ -523,7 +523,7 @@ def test_binding_the_applications_own_class_takes_no_guard_away() -> None:
         {"store": object()},
         {"intents": ["hello"]},
     ],
-    ids=str,
+    ids=lambda attributes: next(iter(attributes)),
 )
 def test_attributes_of_an_ordinary_task_are_its_own(attributes: dict[str, Any]) -> None:
     app = ordinary_app()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -214,7 +215,7 @@ def test_without_the_guard(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     status = soak.main([*words, "--app", "tests.chaos.unguarded:app", "--report", str(tmp_path)])
     told = capsys.readouterr().out
     assert status == 1, told
-    assert "charge 2 times" in told or "charge 3 times" in told, told
+    assert re.search(r"charge \d+ times", told), told
     assert "The story of i0" in told
     assert "--only 'kill child' --app tests.chaos.unguarded:app" in told
     assert "NOT kept" in (tmp_path / "chaos.html").read_text()

@@ -48,6 +48,17 @@ def published_ports() -> Any:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def django_settings() -> Any:
+    """When pytest-celery ends a backend it looks at every object of the process. Django's settings, which other tests
+    import, cannot be looked at before they are configured."""
+    from django.conf import UserSettingsHolder, global_settings, settings
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settings, "_wrapped", UserSettingsHolder(global_settings))
+        yield
+
+
 # -- brokers and the result backend ---------------------------------------------------------------------
 # The images' VOLUME would leave an anonymous volume behind each time: memory takes its place. Ports of our
 # own choice, because those that the engine picks change when a container starts again.

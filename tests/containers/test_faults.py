@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from celery.result import AsyncResult
 from kombu.exceptions import OperationalError
-from pytest_celery import CeleryTestSetup
+from pytest_celery import CELERY_REDIS_BROKER, CeleryTestSetup
 
 from celery_idem import OutcomeUnknown
 from tests.containers.shop import VISIBILITY, Shop
@@ -38,6 +38,8 @@ def insist(setup: CeleryTestSetup, task: str, invoice: str) -> AsyncResult:
                 raise
 
 
+# On RabbitMQ too a killed worker's messages come back: tests/faults/test_worker_ended.py, without containers.
+@pytest.mark.parametrize("celery_broker", [CELERY_REDIS_BROKER], indirect=True)
 def test_a_worker_container_killed_half_way(celery_setup: CeleryTestSetup, destination: Shop) -> None:
     half_way = [
         ("shop.charge", "charged", "after"),

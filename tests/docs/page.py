@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 
 # Seconds that one line of a console block may take: a start of Python and Celery, a lapsed lease, a slow machine.
-PATIENCE = 60.0
+PATIENCE = 120.0
 
 _BLOCK = re.compile(
     r"^<!-- setup\n(?P<setup>.*?)^-->$"
@@ -154,7 +154,12 @@ class Page:
             )
             self.ending.callback(worker.kill)
             return
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(self.folder)]), "NO_COLOR": "1"}
+        env = {
+            **os.environ,
+            "PYTEST_ADDOPTS": "-p no:langsmith_plugin",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(self.folder)]),
+            "NO_COLOR": "1",
+        }
         words = [sys.executable, *(["-m", "celery", *words[1:]] if words[0] == "celery" else words[1:])]
         done = subprocess.run(
             words, cwd=self.folder, env=env, capture_output=True, text=True, timeout=PATIENCE

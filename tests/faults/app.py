@@ -29,6 +29,8 @@ EFFECTS = Effects(FOLDER / "effects.jsonl")
 STORE = CrashingStore(open_store(STORE_URL))
 use_store(STORE_URL, STORE)
 
+LEASE = 60.0  # seconds
+
 POLICIES = ("in_doubt", "resume", "rerun", "reconcile")
 
 # What happens to a pool process' message, as Celery lets its users choose.
@@ -51,7 +53,7 @@ STEP_WRITES = 2
 app = Celery("faults", broker=BROKER, backend=os.environ.get("FAULTS_BACKEND"), set_as_current=False)
 app.conf.update(
     idem_store=STORE_URL,
-    idem_lease=float(os.environ.get("FAULTS_LEASE", "30")),
+    idem_lease=float(os.environ.get("FAULTS_LEASE", LEASE)),
     idem_settle_patience=float(os.environ.get("FAULTS_PATIENCE", "30")),
     task_default_queue=os.environ.get("FAULTS_QUEUE", "faults"),
     task_track_started=True,

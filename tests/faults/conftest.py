@@ -18,7 +18,7 @@ from celery_idem.engine.entries import Entry
 from celery_idem.stores import open_store
 from tests.conftest import running
 from tests.faults import app as faulty
-from tests.faults.rows import OBSERVED, Row, observe
+from tests.faults.rows import ADVICE, COMMITTED, Row, observe, read
 from tests.support.effects import Effects, Gate
 from tests.support.servers import RabbitMQServer, RedisServer
 from tests.support.waiting import wait_for
@@ -29,9 +29,9 @@ BROKERS = ("rabbitmq", "redis")
 # What the workers run. With "tests.faults.unguarded" these tests have to fail.
 APP = os.environ.get("FAULTS_APP", "tests.faults.app")
 
-# Seconds. Far below the lease of 30 s, so that what is decided in time was not decided by the lease;
+# Seconds. Below the lease, so that what is decided in time was not decided by the lease;
 # far above what a decision takes, so that a busy machine fails no test.
-SOON = 25.0
+SOON = faulty.LEASE - 10.0
 
 
 class Case:
@@ -91,18 +91,18 @@ class Case:
         return self.stage.call(self.task, self.intent, **options)
 
     def row(self, fault: str, acks: str, sees: str) -> None:
-        """Write down what was observed."""
-        observe(
-            Row(
-                fault=fault,
-                policy=self.task.partition(".")[0],
-                acks=acks,
-                broker=self.stage.broker_name,
-                effects=self.effects,
-                sees=sees,
-                ends=self.state,
-            )
+        """Write down what was observed, and compare it with what the documentation says."""
+        row = Row(
+            fault=fault,
+            policy=self.task.partition(".")[0],
+            acks=acks,
+            broker=self.stage.broker_name,
+            effects=self.effects,
+            sees=sees,
+            ends=self.state,
         )
+        observe(row)
+        assert read(COMMITTED).get(row.case) == row, ADVICE
 
 
 class Stage:
@@ -193,14 +193,3 @@ def stage(request: pytest.FixtureRequest, make_stage: Callable[..., Stage], own_
         return make_stage("redis", own_redis.url_for(0), own_redis)
     rabbitmq: RabbitMQServer = request.getfixturevalue("rabbitmq")
     return make_stage("rabbitmq", rabbitmq.url, own_redis)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _fresh_rows() -> None:
-    """What a run observed is of that run only."""
-    OBSERVED.unlink(missing_ok=True)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The table is compared when everything has been observed."""
-    items.sort(key=lambda item: item.path.name == "test_table.py")

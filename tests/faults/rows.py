@@ -9,10 +9,12 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 
 OBSERVED = ROOT / "build" / "faults.jsonl"
-"""Of the latest run of the suite: a line for each case."""
+"""A line for each case that a test observed since the table was last written."""
 
 COMMITTED = Path(__file__).with_name("observed.jsonl")
 """What the table in docs/guarantees.md shows, sorted."""
+
+ADVICE = "if this is as it should be, run python -m tests.faults.table"
 
 
 class Row(NamedTuple):
@@ -42,7 +44,7 @@ class Row(NamedTuple):
 
 
 def observe(row: Row) -> None:
-    """Write a row down."""
+    """Write a row down. Several test processes may do so at once: each line is one write."""
     OBSERVED.parent.mkdir(exist_ok=True)
     with OBSERVED.open("a") as file:
         file.write(json.dumps(row._asdict()) + "\n")

@@ -1,6 +1,6 @@
 """The table in docs/guarantees.md, made of what the suite observed.
 
-`python -m tests.faults.table` takes the rows of the latest run (build/faults.jsonl) over into
+`python -m tests.faults.table` moves the rows that tests observed since its last run (build/faults.jsonl) to
 tests/faults/observed.jsonl and writes the table anew.
 """
 
@@ -45,9 +45,10 @@ def page_with(text: str, rows: list[Row]) -> str:
 
 
 def main() -> None:
-    """Take the latest run over."""
+    """Move the rows and write the table."""
     rows = list((read(COMMITTED) | read(OBSERVED)).values())
     write(COMMITTED, rows)
+    OBSERVED.unlink(missing_ok=True)
     PAGE.write_text(page_with(PAGE.read_text(), rows))
     print(f"{len(rows)} cases in {COMMITTED.relative_to(ROOT)}; wrote the table in {PAGE.relative_to(ROOT)}")
 

@@ -21,7 +21,7 @@ AFTER_EFFECT = {
     "reconcile": ("the result", 1),
 }
 
-LIMIT = 1.0  # seconds: time enough to get to the effect, whatever else the machine does
+LIMIT = 2.0  # seconds: time enough to get to the effect, whatever else the machine does
 
 
 @pytest.fixture(scope="module")

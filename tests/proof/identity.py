@@ -23,6 +23,7 @@ from celery import Celery
 from pydantic import BaseModel, Field, SecretStr
 
 from celery_idem import ALL_ARGUMENTS, IdempotentTask
+from tests.support.decorators import passing, traced, with_named_session, with_session
 
 UTC = dt.timezone.utc
 BERLIN = dt.timezone(dt.timedelta(hours=2))
@@ -49,42 +50,6 @@ def declared(app: Celery, fun: Any, **options: Any) -> Any:
 
 
 # --- signatures -----------------------------------------------------------------------------
-
-
-def passing(fn: Any) -> Any:
-    @functools.wraps(fn)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return fn(*args, **kwargs)
-
-    return wrapper
-
-
-def first(fn: Any) -> Any:
-    """Fills in the first argument."""
-
-    @functools.wraps(fn)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return fn("session", *args, **kwargs)
-
-    return wrapper
-
-
-def named(fn: Any) -> Any:
-    """Fills in the parameter that every body of ours has under this name."""
-
-    @functools.wraps(fn)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return fn(*args, session="session", **kwargs)
-
-    return wrapper
-
-
-def traced(fn: Any) -> Any:
-    @functools.wraps(fn)
-    def wrapper(*args: Any, trace: Any = None, **kwargs: Any) -> Any:
-        return fn(*args, **kwargs)
-
-    return wrapper
 
 
 def taking_one(fn: Any) -> Any:
@@ -124,14 +89,14 @@ def a_signature(rng: random.Random, app: Celery) -> tuple[str, Sorted, str]:
         for _ in range(count)
     )
     decorators = [rng.choice((passing, traced)) for _ in range(rng.randint(0, 3))]
-    session = rng.choice((None, None, first, named))
+    session = rng.choice((None, None, with_session, with_named_session))
     tenant = rng.random() < 0.2
     if tenant:  # else its default stands before parameters without one
         kinds = [
             k if k is inspect.Parameter.KEYWORD_ONLY else inspect.Parameter.POSITIONAL_ONLY for k in kinds
         ]
     defaults: dict[str, int] = {}
-    pieces: list[str] = ["session"] if session is first else []
+    pieces: list[str] = ["session"] if session is with_session else []
     names = [f"p{n}" for n in range(count)]
     optional = tenant
     for n, (name, kind) in enumerate(zip(names, kinds, strict=True)):
@@ -148,7 +113,7 @@ def a_signature(rng: random.Random, app: Celery) -> tuple[str, Sorted, str]:
         pieces.append(f"{name}=VALUES[{defaults[name]}][0]()" if has_default else name)
     if kinds and kinds[-1] is inspect.Parameter.POSITIONAL_ONLY:
         pieces.append("/")
-    if session is named:
+    if session is with_named_session:
         pieces += [*(["*"] if "*" not in pieces else []), "session"]
     space: dict[str, Any] = {"VALUES": VALUES}
     got = ", ".join(f"'{name}': {name}" for name in names)

@@ -6,6 +6,7 @@ One more thing may happen at any time, once: the store loses the record, or the 
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 
@@ -161,7 +162,7 @@ def test_no_order_of_an_ending_and_a_renewal_brings_the_hold_back(
 
 
 @pytest.mark.redis
-def test_renewals_beside_thousands_of_outcomes_leave_nothing(redis_url: str) -> None:
+def test_renewals_beside_a_thousand_outcomes_leave_nothing(redis_url: str) -> None:
     store = open_store(redis_url)
     ledger = Ledger(store)
     met_nothing = 0
@@ -178,7 +179,9 @@ def test_renewals_beside_thousands_of_outcomes_leave_nothing(redis_url: str) -> 
     renewer = threading.Thread(target=renew)
     renewer.start()
     try:
-        for n in range(3000):
+        for n in itertools.count():
+            if n >= 1000 and met_nothing > 100:  # how often they meet is up to the machine
+                break
             request = Request(owners.mint(), "task", Fingerprint(), FORGETFUL)
             decision, claim = ledger.claim(f"{KEY}{n}", request)
             assert isinstance(decision, Acquired)
@@ -189,4 +192,3 @@ def test_renewals_beside_thousands_of_outcomes_leave_nothing(redis_url: str) -> 
         done.set()
         renewer.join(20.0)
     assert list(ledger.list()) == []
-    assert met_nothing > 100

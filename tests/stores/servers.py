@@ -257,3 +257,28 @@ class ClusterServer(RedisServer):
 
 def client(server: RedisServer) -> redis.Redis:
     return redis.Redis(port=server.port, socket_timeout=5)
+
+
+def tls(folder: Path, host: str, *more: str) -> tuple[int, Path, tuple[str, ...]]:
+    """A port, a new certificate for `host`, and what a Redis is started with to serve it there."""
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    words = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        f"/CN={host}",
+        *more,
+    ]
+    made = subprocess.run(
+        [*words, "-keyout", key, "-out", certificate], capture_output=True, text=True, timeout=60
+    )
+    assert made.returncode == 0, made.stderr
+    port = free_port()
+    options = ("--tls-port", str(port), "--tls-cert-file", str(certificate), "--tls-key-file", str(key))
+    return port, certificate, (*options, "--tls-auth-clients", "no")

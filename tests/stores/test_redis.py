@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socketserver
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +16,8 @@ from celery_idem.stores import open_store
 from celery_idem.stores.base import Change, Reply, Store
 from celery_idem.stores.redis import redact
 from celery_idem.testing import StoreConformance
-from tests.support.servers import RedisServer, free_port
+from tests.stores.servers import tls
+from tests.support.servers import RedisServer
 
 MINE = b"owner-mine--"
 
@@ -209,24 +209,8 @@ def test_unix_socket_in_kombus_spelling(start_redis: Callable[..., RedisServer],
 
 
 def test_tls(start_redis: Callable[..., RedisServer], tmp_path: Path) -> None:
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    words = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-days",
-        "1",
-        "-subj",
-        "/CN=localhost",
-    ]
-    words += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run(words, check=True, capture_output=True, timeout=60)
-    port = free_port()
-    options = ("--tls-port", str(port), "--tls-cert-file", str(certificate), "--tls-key-file", str(key))
-    start_redis(options=(*options, "--tls-auth-clients", "no"))
+    port, certificate, options = tls(tmp_path, "localhost", "-addext", "subjectAltName=IP:127.0.0.1")
+    start_redis(options=options)
     store = open_store(f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate}")
     assert store.create("a", MINE).done
     assert store.read("a").done

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ssl
-import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,8 +21,8 @@ from celery_idem.stores import open_store
 from celery_idem.stores.redis import TIMEOUT, RedisStore
 from celery_idem.stores.redis_sentinel import SentinelStore
 from tests.conftest import running
-from tests.stores.servers import client
-from tests.support.servers import RedisServer, free_port
+from tests.stores.servers import client, tls
+from tests.support.servers import RedisServer
 
 MINE = b"owner-mine--"
 
@@ -240,26 +239,8 @@ def test_applications_with_other_prefixes_do_not_see_each_other(redis_url: str) 
 def encrypted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server with a certificate that nobody signed and that is of another host: its address, and its database 0."""
     folder = tmp_path_factory.mktemp("tls")
-    key, certificate = folder / "key.pem", folder / "certificate.pem"
-    words = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-days",
-        "2",
-        "-subj",
-        "/CN=elsewhere",
-    ]
-    made = subprocess.run(
-        [*words, "-keyout", key, "-out", certificate], capture_output=True, text=True, timeout=60
-    )
-    assert made.returncode == 0, made.stderr
-    port = free_port()
-    options = ("--tls-port", str(port), "--tls-cert-file", str(certificate), "--tls-key-file", str(key))
-    options += ("--tls-ca-cert-file", str(certificate), "--tls-auth-clients", "no")
+    port, certificate, options = tls(folder, "elsewhere")
+    options += ("--tls-ca-cert-file", str(certificate))
     with running(lambda: RedisServer(folder / "server", options=options)):
         yield f"rediss://127.0.0.1:{port}"
 

@@ -48,7 +48,7 @@ class Effects:
         """Effects by intent: all ones is what we are here for."""
         return Counter(str(effect["intent"]) for effect in self.all())
 
-    def wait(self, intent: str, count: int = 1, timeout: float = 30.0) -> list[dict[str, object]]:
+    def wait(self, intent: str, count: int = 1, timeout: float = 60.0) -> list[dict[str, object]]:
         """Wait until `intent` took effect `count` times or more, and return these effects."""
         wait_for(
             lambda: self.count(intent) >= count, timeout, lambda: f"{count} × {intent!r} in {self.counts()}"
@@ -69,6 +69,6 @@ class Gate:
     def open(self) -> None:
         self.path.touch()
 
-    def wait(self, timeout: float = 30.0) -> None:
+    def wait(self, timeout: float = 60.0) -> None:
         """Return when the gate is open. Raises AssertionError after `timeout` seconds."""
         wait_for(lambda: self.is_open, timeout, f"the gate {self.path}")

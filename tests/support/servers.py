@@ -14,6 +14,7 @@ A server that cannot be had here raises `ServerMissingError` with the reason.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pwd
 import random
@@ -38,23 +39,38 @@ READY_WITHIN = 60.0
 # restart; worse, a client that keeps knocking can then connect to itself.
 PORTS = range(15000, 32000)
 
-# How often a start is tried when another process took the free port before our server did.
+# How often a start is tried when another program took the free port before our server did.
 PORT_TRIES = 5
+
+# A byte for each port, which the process that took the port keeps locked until its end: several test processes,
+# also of several runs, never pick the same one.
+LOCKS = Path(tempfile.gettempdir()) / f"celery-idem-ports-{os.getuid()}"
 
 
 class ServerMissingError(Exception):
     """The program is not installed, or cannot run here; the text says what to install."""
 
 
+# Left open: closing any descriptor of a file gives up all locks that a process has on it.
+_locks = LOCKS.open("a+b")
+_taken: set[int] = set()
+
+
 def free_port() -> int:
-    """A port of 127.0.0.1 on which nothing listens. Another process may still take it first."""
+    """A port of 127.0.0.1 on which nothing listens, and that no other call returns, in any test process.
+
+    A program that is not of the tests may still take it first.
+    """
     for _ in range(200):
         port = random.choice(PORTS)
-        with socket.socket() as probe:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            if port in _taken:  # a process' own locks do not exclude it
+                continue
+            fcntl.lockf(_locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
+            _taken.add(port)
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                return port
+            probe.bind(("127.0.0.1", port))
+            return port
     raise ServerMissingError("no free port found on 127.0.0.1")
 
 

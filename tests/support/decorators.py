@@ -1,0 +1,54 @@
+"""Decorators as users write them: what they add to, or take from, the parameters of a body."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+
+def passing(fn: Any) -> Any:
+    @functools.wraps(fn)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+    return wrapper
+
+
+def with_session(fn: Any) -> Any:
+    """Fills in the first argument."""
+
+    @functools.wraps(fn)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return fn("session", *args, **kwargs)
+
+    return wrapper
+
+
+def with_named_session(fn: Any) -> Any:
+    """Fills in the parameter of this name."""
+
+    @functools.wraps(fn)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args, session="session", **kwargs)
+
+    return wrapper
+
+
+def traced(fn: Any) -> Any:
+    """Takes one more parameter, by name."""
+
+    @functools.wraps(fn)
+    def wrapper(*args: Any, trace: Any = None, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+    return wrapper
+
+
+def for_tenant(fn: Any) -> Any:
+    """Takes one more parameter, by position."""
+
+    @functools.wraps(fn)
+    def wrapper(tenant: Any, *args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+    return wrapper
