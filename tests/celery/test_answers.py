@@ -200,7 +200,9 @@ def test_a_call_in_the_body_is_not_the_answer(shop: Callable[..., Shop]) -> None
     request = {"id": "c1", "task": "shop.count", "headers": {}, "delivery_info": {}, "called_directly": False}
     with commands(there.client) as executed:
         build_tracer("shop.count", count, app=there.app)("c1", (1,), {}, request)
-        assert [name for name in executed() if name != "EVAL"] == ["EVALSHA"] * 4, "no second write of the result"
+        assert [name for name in executed() if name != "EVAL"] == ["EVALSHA"] * 4, (
+            "no second write of the result"
+        )
     assert there.app.backend.get_task_meta("c1")["result"] == [1, []]
 
 

@@ -162,7 +162,10 @@ def test_a_stored_error_is_only_ever_rebuilt_as_an_exception(
     assert isinstance(made, Exception)
     assert type(made).__name__ == name.rpartition(".")[2]
     # A new class of that name, and not the thing itself: nothing but our stand-in and the interpreter's own is below.
-    assert {base.__module__ for base in type(made).__mro__[1:]} == {"celery_idem.core.stored_errors", "builtins"}
+    assert {base.__module__ for base in type(made).__mro__[1:]} == {
+        "celery_idem.core.stored_errors",
+        "builtins",
+    }
     assert issubclass(type(made).__mro__[1], Exception)
     assert not target.exists()
 
