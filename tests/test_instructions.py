@@ -23,22 +23,27 @@ MOST = 0.73 if importlib.util.find_spec("hiredis") else 0.63
 # The same over all that a pool's process does for a task: 1.23 to 1.24 in those runs.
 MOST_OVER_BARE = 1.27
 
+# With its results in its store, which is the default, a guarded task executes less than an unguarded one: the write of
+# the outcome carries the result. 0.74 was measured.
+MOST_IN_ONE_WRITE = 0.80
+
 MEASURED_WITH = (3, 11)
 
 
 @pytest.mark.slow
 @pytest.mark.redis
 @pytest.mark.timeout(700)  # 35 s of CPU, at the mercy of whatever else runs
-def test_a_guarded_task_costs_less_than_two_ordinary_calls_around_it() -> None:
+def test_a_guarded_task_executes_less_than_an_unguarded_one() -> None:
     if sys.version_info[:2] != MEASURED_WITH:
         pytest.skip("another Python weighs calls differently: the bounds were measured with 3.11")
     try:
-        cost = per_task(("bare", "floor", "idem", "wasteful"))
+        cost = per_task(("bare", "floor", "idem", "apart", "wasteful"))
     except (ValgrindMissingError, ServerMissingError) as error:
         missing(str(error))
     print({name: f"{number:,.0f}" for name, number in cost.items()})
-    assert over_floor(cost, "idem") < MOST
-    assert cost["idem"] / cost["bare"] < MOST_OVER_BARE
+    assert cost["idem"] / cost["bare"] < MOST_IN_ONE_WRITE
+    assert over_floor(cost, "apart") < MOST
+    assert cost["apart"] / cost["bare"] < MOST_OVER_BARE
     # The measure sees a little needless work: a record is read back once more.
     assert over_floor(cost, "wasteful") > MOST
 
