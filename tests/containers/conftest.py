@@ -54,9 +54,10 @@ def django_settings() -> Any:
     import, cannot be looked at before they are configured."""
     from django.conf import UserSettingsHolder, global_settings, settings
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(settings, "_wrapped", UserSettingsHolder(global_settings))
-        yield
+    before = vars(settings)["_wrapped"]
+    settings._wrapped = UserSettingsHolder(global_settings)  # MonkeyPatch would look at them too
+    yield
+    settings._wrapped = before
 
 
 # -- brokers and the result backend ---------------------------------------------------------------------

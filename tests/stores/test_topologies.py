@@ -239,6 +239,7 @@ def test_the_urls_first_node_leaves_the_cluster(tmp_path: Path) -> None:
         assert all(used.read(f"after:{n}").done for n in range(200))
 
 
+@pytest.mark.slow
 def test_a_master_fails_under_load_and_its_replica_takes_over(tmp_path: Path) -> None:
     with running(lambda: Cluster(tmp_path / "cluster", size=6, replicas=1)) as cluster:
         masters = [node for node in cluster.nodes if role(node) == "master"]
@@ -296,6 +297,7 @@ def answers_all(store: Store) -> bool:
 # --- a master that fails --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_failover_under_load_loses_nothing_that_was_to_be_durable(tmp_path: Path) -> None:
     with running(lambda: Watched(tmp_path / "watched")) as servers:
         with Load(servers.url, lambda n: f"load:{n}", durability="replicas:1") as load:
@@ -390,6 +392,7 @@ def role(server: RedisServer) -> str:
         return str(one.info("replication")["role"])
 
 
+@pytest.mark.slow
 def test_a_master_that_only_slept_is_left_alone(tmp_path: Path) -> None:
     """Its connections are still there when it wakes up, demoted: nobody may go on writing to it."""
     with running(lambda: Watched(tmp_path / "watched")) as servers:
