@@ -13,7 +13,6 @@ has ended.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from typing import Any, NoReturn
@@ -122,12 +121,17 @@ class Phase(Enum):
     ENDING = "ending"
 
 
+HELD, PENDING, ENDING = Phase  # looked up once: before Python 3.12 an enum finds its members slowly
+
+
 class Hold:
     """The owner token, what this execution last wrote, the write under way, and until when it trusts its lease.
 
     Attributes:
         key: of the intent.
         store: where the record is.
+        owner: the token that this execution writes under.
+        policy: the author's choices.
         ended: the body has ended. A thread that it left behind may still have the claim.
         retries: what the body has published to be run later; None: nothing.
         promised: the outcome that a transaction of the author's is to commit, and its value as callers get it.
@@ -145,7 +149,7 @@ class Hold:
     step_running = ""
     step_unrecorded = False
     announced = False
-    _phase = Phase.HELD
+    _phase = HELD
     _taken_over = False
     _offered: tuple[Record, float]
 
@@ -163,6 +167,8 @@ class Hold:
         self.key = key
         self._name = name  # of the record in the store
         self._request = request
+        self.owner = request.owner
+        self.policy: Policy = request.policy
         # What stood in the store when this hold last wrote. Both parts change together, because
         # the renewing thread reads them while the body's thread writes them.
         self._seen = (stored, record)
@@ -171,14 +177,6 @@ class Hold:
         self._lock = threading.Lock()
 
     # --- what is known ----------------------------------------------------------------
-
-    @property
-    def owner(self) -> bytes:
-        return self._request.owner
-
-    @property
-    def policy(self) -> Policy:
-        return self._request.policy
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -207,7 +205,7 @@ class Hold:
     @property
     def trusted_until(self) -> float:
         """Until when, by this process' clock, no other worker takes over."""
-        return self._written_at + protocol.trusted_for(self._request.policy.lease) / MICROSECONDS
+        return self._written_at + protocol.trusted_for(self.policy.lease) / MICROSECONDS
 
     @property
     def taken_over(self) -> bool:
@@ -247,20 +245,37 @@ class Hold:
             StoreError: it did not answer for that long. The record stays as it is.
         """
         held = self._seen[1]
-        return self._end(lambda record: protocol.settle(record, held, outcome), patience, also)
+        return self._end(
+            lambda record, stamp, now: protocol.settle(self._known(record, stamp), held, outcome),
+            patience,
+            also,
+        )
 
     def schedule(self, delay: float, patience: float, task_id: str = "") -> Done | Refused:
         """Keep the intent for the retry's task id ("": this one) for ``delay`` seconds, until it comes."""
         wait = int(delay * MICROSECONDS)
-        return self._end(lambda record: protocol.schedule(record, self.owner, wait, task_id), patience)
+        return self._end(
+            lambda record, stamp, now: protocol.schedule(
+                self._known(record, stamp), self.owner, wait, task_id
+            ),
+            patience,
+        )
 
     def doubt(self, reason: str, patience: float) -> Done | Refused:
         """The body ended in a way that leaves the effect unknown."""
-        return self._end(lambda record: protocol.doubt(record, self.owner, reason), patience)
+        return self._end(
+            lambda record, stamp, now: protocol.doubt(self._known(record, stamp), self.owner, reason),
+            patience,
+        )
 
     def exit(self, reason: str, patience: float) -> Done | Refused:
         """The process was told to exit while the body ran."""
-        return self._end(lambda record: protocol.exit(record, self.owner, self.policy, reason), patience)
+        return self._end(
+            lambda record, stamp, now: protocol.exit(
+                self._known(record, stamp), self.owner, self.policy, reason
+            ),
+            patience,
+        )
 
     def release(self, patience: float) -> Done | Refused:
         """Nothing happened: any caller may claim the intent again. A record that is not there stays so."""
@@ -270,9 +285,7 @@ class Hold:
                 return Refused(None), None
             return protocol.release(self._known(record, stamp), self.owner)
 
-        self._enter(Phase.ENDING)
-        released: Done | Refused = self._write(decide, patience)
-        return released
+        return self._end(decide, patience)
 
     def settle_within(self, inside: Store, outcome: Outcome, value: Any) -> None:
         """Write the outcome in a transaction of the author's own (``Store.inside``), to be committed by the author.
@@ -289,8 +302,12 @@ class Hold:
         def settle(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
             return (Refused(None), None) if record is None else protocol.settle(record, held, outcome)
 
-        self._enter(Phase.PENDING)
-        done, _, _ = change(inside, self._name, self.key, settle, self.policy, *self._last_seen())
+        self._enter(PENDING)
+        stored, record = self._seen
+        assert stored is not None
+        done, _, _ = change(
+            inside, self._name, self.key, settle, self.policy, Reply(False, stored, 0), record
+        )
         if isinstance(done, Done):
             self.promised = (outcome, value)
         elif done.record is None:
@@ -310,7 +327,7 @@ class Hold:
         """
         assert self.promised is not None
         held, outcome = self._seen[1], self.promised[0]
-        self._enter(Phase.ENDING)
+        self._enter(ENDING)
         done: Done | Refused = self._write(
             lambda record, stamp, now: protocol.committed(record, held, outcome, self.policy),
             patience,
@@ -350,7 +367,9 @@ class Hold:
         """
         begun, self.steps_begun = self.steps_begun, self.steps_begun | {name}
         decision: Done | StepDone | StepOpen | StepsFull = self._step(
-            lambda record: protocol.begin_step(record, self.owner, name, self.policy, begun)
+            lambda record, stamp, now: protocol.begin_step(
+                self._known(record, stamp), self.owner, name, self.policy, begun
+            )
         )
         return decision
 
@@ -361,7 +380,12 @@ class Hold:
             LeaseLost: another execution took over.
             StoreError: the store did not answer for ``patience`` seconds.
         """
-        self._step(lambda record: protocol.end_step(record, self.owner, name, payload), patience)
+        self._step(
+            lambda record, stamp, now: protocol.end_step(
+                self._known(record, stamp), self.owner, name, payload
+            ),
+            patience,
+        )
 
     def renew(self) -> None:
         """Renew the lease of this hold alone."""
@@ -375,7 +399,7 @@ class Hold:
         Renewals of many holds go to the store together; each hold takes its own reply, with ``renewed``.
         """
         stored, record = self._seen
-        if stored is None or self._taken_over or self._phase is Phase.ENDING:
+        if stored is None or self._taken_over or self._phase is ENDING:
             return None
         self._offered = record, clock.elapsed()
         return Change(self._name, stored, pack(record), protocol.ttl(record, self.policy))
@@ -388,10 +412,11 @@ class Hold:
         """
         record, before = self._offered
         if reply.done:
-            self._note(record, reply, before)
+            with self._lock:
+                self._take(record, reply, before)
             return
         with self._lock:  # an ending that begins meanwhile waits: it must not be undone
-            if self._phase is Phase.ENDING:
+            if self._phase is ENDING:
                 return
             decision, reply, before = change(
                 self.store, self._name, self.key, self._renew, self.policy, reply, None, before
@@ -409,7 +434,7 @@ class Hold:
         execution took over, or the store has lost what was written to it lately."""
         known = self._known(record, stamp)
         is_lost = known is not record
-        if is_lost and (self._phase is not Phase.HELD or known.state is not State.RUNNING):
+        if is_lost and (self._phase is not HELD or known.state is not State.RUNNING):
             return None, None
         decision, new = protocol.renew(known, self.owner)
         if is_lost or known.noticed is not None:  # another's mark: answer with a sign of life, now
@@ -428,28 +453,17 @@ class Hold:
         stored, held = self._seen
         return protocol.restored(record, held, stored is not None and stamp < stored.stamp)
 
-    def _last_seen(self) -> tuple[Reply | None, Record | None]:
-        """What this hold wrote last: the best guess at what stands there, and it saves the read."""
-        stored, record = self._seen
-        return (None, None) if stored is None else (Reply(False, stored, 0), record)
-
     def _enter(self, phase: Phase) -> None:
         """Change the phase. A renewal that writes the record anew meanwhile is waited for: what it wrote
         is then there to be ended."""
         with self._lock:
             self._phase = phase
 
-    def _end(
-        self,
-        decide: Callable[[Record], tuple[Done | Refused, Record | None]],
-        patience: float,
-        also: Announcement | None = None,
-    ) -> Done | Refused:
-        self._enter(Phase.ENDING)
+    def _end(self, decide: Decide, patience: float, also: Announcement | None = None) -> Done | Refused:
+        with self._lock:
+            self._phase = ENDING
         replace = None if also is None else partial(self._replace_and_announce, also)
-        ended: Done | Refused = self._write(
-            lambda record, stamp, now: decide(self._known(record, stamp)), patience, replace=replace
-        )
+        ended: Done | Refused = self._write(decide, patience, replace=replace)
         return ended
 
     def _replace_and_announce(
@@ -458,9 +472,9 @@ class Hold:
         reply, self.announced = self.store.announce(Change(name, old, value, ttl), also)
         return reply
 
-    def _step(self, decide: Callable[[Record], tuple[Any, Record | None]], patience: float = 0.0) -> Any:
+    def _step(self, decide: Decide, patience: float = 0.0) -> Any:
         try:
-            decision = self._write(lambda record, stamp, now: decide(self._known(record, stamp)), patience)
+            decision = self._write(decide, patience)
         except StoreError:
             self.step_unrecorded = True
             raise
@@ -483,15 +497,17 @@ class Hold:
         began = clock.elapsed()
         tries = 0
         while True:
-            guess: tuple[Reply | None, Record | None] = (None, None) if look else self._last_seen()
+            stored, record = self._seen
+            # What this hold wrote last is the best guess at what stands there, and it saves the read.
+            guess = None if look or stored is None else Reply(False, stored, 0)
             try:
                 decision, reply, before = change(
-                    self.store, self._name, self.key, decide, self.policy, *guess, replace=replace
+                    self.store, self._name, self.key, decide, self.policy, guess, record, replace=replace
                 )
             except StoreError as error:
-                ending = self._phase is Phase.ENDING
+                ending = self._phase is ENDING
                 if ending:
-                    self._enter(Phase.PENDING)
+                    self._enter(PENDING)
                 pause = PAUSES[min(tries, len(PAUSES) - 1)]
                 tries += 1
                 if clock.elapsed() + pause > began + patience:
@@ -500,15 +516,12 @@ class Hold:
                     events.emit("store_error", self.key, error=str(error), while_="settling")
                 threading.Event().wait(pause)
                 if ending:
-                    self._enter(Phase.ENDING)
+                    self._enter(ENDING)
                 continue
             if isinstance(decision, (Done, Acquired)):
-                self._note(decision.record, reply, before)
+                with self._lock:
+                    self._take(decision.record, reply, before)
             return decision
-
-    def _note(self, record: Record, reply: Reply, before: float) -> None:
-        with self._lock:
-            self._take(record, reply, before)
 
     def _take(self, record: Record, reply: Reply, before: float) -> None:
         """Remember what stands in the store, and trust the lease as long as that write allows.

@@ -67,7 +67,7 @@ def change(
         StoreError: the store did not answer, holds no record under that name, or other writers were always faster.
     """
     if reply is None:
-        before, reply = clock.elapsed(), store.read(name)
+        before, reply, record = clock.elapsed(), store.read(name), None
     for _ in range(ROUNDS):
         stored = reply.stored
         if stored is None:
