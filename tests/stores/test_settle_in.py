@@ -379,5 +379,5 @@ def test_what_is_no_connection_is_refused(shop: Shop) -> None:
             pass
 
     shop.transact = transact
-    with pytest.raises(ConfigurationError, match="a object is no connection"):
+    with pytest.raises(ConfigurationError, match="a object is not a supported connection"):
         shop.call()
