@@ -537,7 +537,7 @@ class Hold:
         seen = self._seen[0]
         if seen is None or reply.stored.stamp >= seen.stamp:
             self._seen = (reply.stored, record)
-            self._written_at = before - age(reply)
+            self._written_at = before if reply.done else before - age(reply)
 
 
 def age(reply: Reply) -> float:

@@ -21,9 +21,6 @@ ROUNDS = 50
 """How often a write starts over because of another writer. Each round one of them made progress;
 fifty in a row mean that something writes in a loop."""
 
-ABSENT = Reply(False, None, 0)
-"""The first guess that nothing stands there: ``create`` will tell."""
-
 DELETED = Record(State.RELEASED)
 """In place of the record to write: delete what stands there."""
 

@@ -32,11 +32,11 @@ from celery_idem.core.model import (
     Verdict,
     Would,
 )
-from celery_idem.core.record import unpack
+from celery_idem.core.record import pack, unpack
 from celery_idem.core.results import Codec, NotStorable
-from celery_idem.engine import events
+from celery_idem.engine import clock, events
 from celery_idem.engine.claim import Hold, age
-from celery_idem.engine.compare_and_set import ABSENT, DELETED, Decide, change
+from celery_idem.engine.compare_and_set import DELETED, Decide, change
 from celery_idem.engine.entries import STATES, Entry, Tally, tallied
 from celery_idem.stores.base import Reply, Store
 
@@ -102,22 +102,29 @@ class Ledger:
                 ``request`` tells: carry it along.
         """
         new, name = protocol.fresh(request), self._prefix + key
+        before = clock.elapsed()
+        reply = self.store.create(name, pack(new))
+        if reply.done:
+            assert reply.stored is not None
+            record = new._replace(fence=reply.stored.stamp)  # a first claim's fence is its creation
+            return Acquired(record), Hold(self.store, name, key, request, reply.stored, record, before)
 
         def decide(record: Record | None, stamp: int, now: int) -> tuple[Decision, Record | None]:
             return (Acquired(new), new) if record is None else protocol.claim(record, stamp, now, request)
 
         decision: Decision
-        decision, reply, before = change(self.store, name, key, decide, request.policy, ABSENT)
+        decision, reply, before = change(self.store, name, key, decide, request.policy, reply, before=before)
         stored = reply.stored
         if isinstance(decision, (Acquired, Ask)):
             assert stored is not None
-            record = decision.record
-            if not record.fence:  # a first claim's fence is its creation
-                record = record._replace(fence=stored.stamp)
-                decision = Acquired(record)
-            if not reply.done:
-                before -= age(reply)
-            return decision, Hold(self.store, name, key, request, stored, record, before)
+            # Deleted in between and created: the fence is again its creation.
+            record = (
+                decision.record if decision.record.fence else decision.record._replace(fence=stored.stamp)
+            )
+            since = before if reply.done else before - age(reply)
+            return decision._replace(record=record), Hold(
+                self.store, name, key, request, stored, record, since
+            )
         if isinstance(decision, Busy) and reply.done:
             assert stored is not None
             _clock_went_back(key, _read(key, stored), self.store.url)
