@@ -16,7 +16,7 @@ from tests.conftest import missing
 from tests.support.servers import ServerMissingError
 
 # What the guard adds to bare Celery with its store elsewhere, over what the floor adds. Without hiredis, whose absence
-# costs the floor more, 0.62 was measured, and 0.82 with a record read back once more. With hiredis 0.64 to 0.67 and 0.82.
+# costs the floor more, 0.62 was measured, and 0.82 with a record read back once more. With hiredis 0.64 to 0.67, 0.82.
 MOST = 0.73 if importlib.util.find_spec("hiredis") else 0.68
 
 # The same over all that a pool's process does for a task: 1.26 was measured, and 1.34 with the needless work.
