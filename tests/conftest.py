@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import celery.app.builtins  # noqa: F401  # before SHARED is taken: every application has these tasks
+import psutil
 import pytest
 import redis
 from celery._state import _on_app_finalizers
@@ -27,7 +28,6 @@ import example_project.legacy  # noqa: F401  # a shared task by intention
 from celery_idem.engine import events
 from tests.support.effects import Effects, Gate
 from tests.support.jobs import Bench
-from tests.support.processes import end_all
 from tests.support.servers import (
     PostgresServer,
     RabbitMQServer,
@@ -48,6 +48,9 @@ settings.load_profile("tests")
 # What was started for a test and writes a log: shown when the test fails.
 LOGS = pytest.StashKey[list[Callable[[], str]]]()
 
+# The processes of a run when it was interrupted.
+INTERRUPTED: list[psutil.Process] = []
+
 # What Celery adds to every application of the process: `@app.task` puts each task there, of whatever application.
 SHARED = frozenset(_on_app_finalizers)
 
@@ -61,9 +64,17 @@ def pytest_configure() -> None:
 
 
 def pytest_keyboard_interrupt() -> None:
-    """Of several processes xdist interrupts each once more, and ten seconds later kills those that have not ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_all()
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # xdist interrupts its processes a second time, in the middle of their end
+    INTERRUPTED.extend(psutil.Process().children(recursive=True))
+
+
+def pytest_unconfigure() -> None:
+    """The last net, of a run that was interrupted: xdist kills a process that does not end within ten seconds."""
+    for process in INTERRUPTED:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

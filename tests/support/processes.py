@@ -165,7 +165,7 @@ _started: set[Program] = set()
 
 
 @atexit.register
-def end_all() -> None:
+def _end_all() -> None:
     """The last net, for a pytest that was cut short: fixtures stop what they start, also on failure."""
     for program in list(_started):
         with contextlib.suppress(Exception):
