@@ -23,7 +23,7 @@ _TWIN = "_idem_twin"
 
 
 def may_answer(backend: Any) -> bool:
-    """Whether ``aware`` made this backend of Celery's own for Redis, which nobody has changed by a subclass."""
+    """Whether ``aware`` made this backend, of one of Celery's own for Redis and not of a subclass."""
     return type(backend) in _classes.values()
 
 

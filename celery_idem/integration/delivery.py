@@ -348,9 +348,9 @@ class Delivery(Job):
     def announcement(self, value: Any) -> Announcement | None:
         if not self.guard.answers or self.in_place or self.task.ignore_result:
             return None
-        if (
-            self.outer is not None
-        ):  # a call in a body inherits the request of the message, and is not its answer
+        # A call in a body inherits the request of the message, and is not its answer. Code around the guard may
+        # make another answer of the value.
+        if self.outer is not None or not placing.is_outermost(type(self.task)):
             return None
         return answers.announcement(self.task.backend, self.request, value)
 

@@ -22,6 +22,9 @@ from celery import Task
 KEPT = "_idem_kept"
 """The class attribute with what ours replaced, by name. Looked up in the class's own namespace only."""
 
+_GUARD = "_idem_guard"
+"""The class attribute with the guard itself."""
+
 _CELERYS = frozenset({"celery.app.task", "celery.app.trace"})
 """Modules that ``Task.__call__`` is from; the second is the worker's. A library may replace it with its own."""
 
@@ -35,6 +38,7 @@ def put_on(cls: type[Any], guard: Callable[..., Any]) -> None:
     kept = {name: vars(cls).get(name, _NOTHING) for name in ("__call__", "run")}
     net = _net(beneath(cls, "run"))
     setattr(cls, KEPT, kept)
+    setattr(cls, _GUARD, guard)
     setattr(cls, "__call__", guard)  # noqa: B010  # mypy takes an assignment for a mistake
     cls.run = net
 
@@ -48,9 +52,16 @@ def take_off(cls: type[Any]) -> None:
             setattr(cls, name, was)
     if KEPT in vars(cls):
         delattr(cls, KEPT)
+        delattr(cls, _GUARD)
     if any(KEPT in vars(base) for base in cls.__mro__):  # a base of it is a guarded task, and stays guarded
         for name in ("__call__", "run"):
             setattr(cls, name, beneath(cls, name))
+
+
+def is_outermost(cls: type[Any]) -> bool:
+    """Whether Celery receives what the guard returns: no code was put around it since."""
+    own = vars(cls)
+    return _GUARD in own and own["__call__"] is own[_GUARD]
 
 
 def around(task: Task) -> Callable[..., Any] | None:

@@ -137,7 +137,7 @@ class Store(ABC):
         """Delete at most ``limit`` expired values and return their number (0 if the server expires them itself)."""
 
     def is_at(self, options: Mapping[str, Any]) -> bool:
-        """Whether redis-py's connection pool with these arguments leads to the same database, by its address."""
+        """Whether redis-py's connection pool with these arguments leads to the same database, as the same user."""
         return False
 
     def announce(self, change: Change, also: Announcement) -> tuple[Reply, bool]:

@@ -54,6 +54,7 @@ class _Script:
     Args:
         name: the file.
         words: number of keys and arguments.
+        keys: number of keys.
         writes: the durability of the write can be waited for.
 
     Attributes:
@@ -62,14 +63,14 @@ class _Script:
         by_source: the same with the source, for a server that does not know the script yet.
     """
 
-    def __init__(self, name: str, words: int, writes: bool = True, keys: bytes = b"1") -> None:
+    def __init__(self, name: str, words: int, writes: bool = True, keys: int = 1) -> None:
         self.writes = writes
         self.source = source = files("celery_idem.stores").joinpath(name).read_bytes()
         self.sha = sha = hashlib.sha1(source, usedforsecurity=False).hexdigest().encode()
-        start = b"*%d\r\n" % (3 + words)
+        start, count = b"*%d\r\n" % (3 + words), b"%d" % keys
         missing = b"$%d\r\n%b\r\n" * words
-        self.by_hash = start + _pack((b"EVALSHA", sha, keys)) + missing
-        self.by_source = start + _pack((b"EVAL", source, keys)).replace(b"%", b"%%") + missing
+        self.by_hash = start + _pack((b"EVALSHA", sha, count)) + missing
+        self.by_source = start + _pack((b"EVAL", source, count)).replace(b"%", b"%%") + missing
 
 
 def _pack(words: Sequence[bytes]) -> bytes:
@@ -78,11 +79,8 @@ def _pack(words: Sequence[bytes]) -> bytes:
 
 CREATE = _Script("create.lua", 3)
 REPLACE = _Script("replace.lua", 4)
-ANNOUNCE = _Script("announce.lua", 7, keys=b"2")
+ANNOUNCE = _Script("replace.lua", 7, keys=2)
 READ = _Script("read.lua", 1, writes=False)
-ADDRESS = (("host", "localhost"), ("port", 6379), ("path", None), ("db", 0), ("username", None))
-"""Arguments of redis-py's connection pool that say which database it is, and to which user, with their defaults."""
-
 GET = b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n"
 
 
@@ -189,10 +187,8 @@ class RedisStore(Store):
         return self._again(_held(reply, key), key, value, ttl)
 
     def is_at(self, options: Mapping[str, Any]) -> bool:
-        own = self._pool.connection_kwargs
-        return [own.get(name, default) for name, default in ADDRESS] == [
-            options.get(name, default) for name, default in ADDRESS
-        ]
+        own = _address(self._pool.connection_kwargs)
+        return own is not None and own == _address(options)
 
     def announce(self, change: Change, also: Announcement) -> tuple[Reply, bool]:
         name, *rest = self._replacement(*change)[1::2]
@@ -405,6 +401,15 @@ def open_server(options: Mapping[str, Any], durability: str = "none") -> RedisSt
         scheme = "rediss" if isinstance(kind, type) and "SSL" in kind.__name__ else "redis"
         shown = f"{scheme}://{options.get('host')}:{options.get('port')}/{options.get('db', 0)}"
     return RedisStore(shown, durability, options)
+
+
+def _address(options: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """Database and user that arguments of redis-py's connection pool lead to. None behind sentinels, which name the
+    server when it is asked for."""
+    if not options.get("host") and not options.get("path"):
+        return None
+    place = options.get("path") or (options["host"], options.get("port", 6379))
+    return place, options.get("db", 0), options.get("username")
 
 
 def key_prefix(given: str | None) -> str:

@@ -206,6 +206,18 @@ def test_a_call_in_the_body_is_not_the_answer(shop: Callable[..., Shop]) -> None
     assert there.app.backend.get_task_meta("c1")["result"] == [1, []]
 
 
+def test_what_the_caller_gets_is_what_left_the_task(shop: Callable[..., Shop]) -> None:
+    there = shop()
+    inner = type(there.task).__call__
+
+    def outer(self: Any, *args: Any, **kwargs: Any) -> Any:  # as instrumentation puts around every task
+        return {"wrapped": inner(self, *args, **kwargs)}
+
+    type(there.task).__call__ = outer
+    task_id = there.run("o1", "paid")
+    assert there.app.backend.get_task_meta(task_id)["result"] == {"wrapped": "paid"}
+
+
 def test_an_ignored_result_is_not_written(shop: Callable[..., Shop]) -> None:
     assert shop({"ignore_result": True}).stored(shop({"ignore_result": True}).run("o1", 1)) == (None, -2)
     there = shop()

@@ -81,6 +81,9 @@ def test_who_may_not_write_it_writes_the_first_alone(
 def test_it_knows_its_own_address(store: RedisStore, redis_url: str) -> None:
     here = redis.ConnectionPool.from_url(redis_url).connection_kwargs
     assert store.is_at(here)
+    assert not store.is_at({"hosts": [here], "master_name": "mymaster"}), (
+        "behind sentinels, which name the server"
+    )
     for other in (
         {"db": 7},
         {"port": 1},
@@ -101,3 +104,10 @@ def test_a_server_that_is_full_writes_neither(store: RedisStore, client: redis.R
         client.config_set("maxmemory", "0")
     assert store.read("k").stored == held
     assert client.get(TOLD.key) is None
+
+
+def test_a_store_behind_sentinels_is_nowhere_in_particular() -> None:
+    store = open_store("sentinel://localhost:26379/0?master_name=mymaster")
+    assert not store.is_at({"host": "localhost", "port": 6379, "db": 0}), (
+        "the addresses are those of sentinels"
+    )
