@@ -18,7 +18,7 @@ status  meaning
 400     the request is malformed, or lacks ``Idempotency-Key`` where one is required
 401     unauthorized
 404     no such task here, or nothing known of that intent
-409     somebody else's request for it is running (``Retry-After``), or it is in doubt
+409     another caller's request for it is running (``Retry-After``), or it is in doubt
 413     the body is too large
 415     the body is not JSON
 422     known already, with other arguments; the answer names them

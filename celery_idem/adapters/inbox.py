@@ -109,7 +109,7 @@ def inbox(
 
     Args:
         token: people sign in with it. 16 characters or more.
-        authenticate: from a request to the name of its user, None for nobody; may be async.
+        authenticate: from a request to the name of its user, None when not signed in; may be async.
         secret: signs the session cookie, with the token where there is one. 16 characters or more. Not needed
             with ``token``. With ``authenticate`` each process makes its own secret, so an inbox that is
             served by several processes needs one that they share.
@@ -392,7 +392,7 @@ def _signing_key(token: str | None, secret: str | None) -> str:
 
 
 def _user(request: Request) -> str:
-    """Who was found to be signed in; "" for nobody."""
+    """Name of the user who is signed in; "" for none."""
     return str(request.scope.get(COOKIE, ""))
 
 
@@ -409,7 +409,7 @@ def _redirect(request: Request, path: str) -> Response:
 def _csrf(request: Request) -> str:
     """The token in our forms, which the signed session knows too. By hand, because Starlette has none.
 
-    It belongs to one user: a session of somebody else, planted into a browser, opens no form of this one.
+    It belongs to one user: a session of another user, planted into a browser, opens no form of this one.
     """
     session, user = request.session, _user(request)
     if session.get("csrf_of") != user:

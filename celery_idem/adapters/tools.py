@@ -47,7 +47,7 @@ ROLES = {
     "must_match": "Must be the same whenever the same action is repeated.",
     "free": "Free: other words here do not make it another action.",
 }
-"""What a model is told of each parameter."""
+"""The description of each parameter for a model."""
 
 OCCURRENCE_WORDS = (
     "Leave it out, also when you repeat a call. Only for one more action that is meant to be like an earlier "

@@ -14,7 +14,7 @@ MICROSECONDS = 1_000_000
 """Microseconds in a second."""
 
 NO_OWNER = bytes(12)
-"""The owner of a record that nobody holds; a minted owner is never all zero."""
+"""The owner of a record without a holder; a minted owner is never all zero."""
 
 OnCrash = Literal["in_doubt", "resume", "rerun", "transaction"]
 
@@ -149,16 +149,16 @@ class Record(NamedTuple):
     and a frozen dataclass takes five times as long to make.
 
     Attributes:
-        owner: 12 bytes minted per execution; whoever knows them may settle.
+        owner: 12 bytes minted per execution; the execution that knows them may settle.
         task_id: the Celery task id of the latest execution.
         fence: grows with every new owner; 0 only in a value not yet stamped.
         attempts: executions so far, the current one included.
         crashes: how many of them ended without a word.
-        lease: RUNNING, SCHEDULED, and IN_DOUBT while somebody asks: microseconds
+        lease: RUNNING, SCHEDULED, and IN_DOUBT while a worker asks: microseconds
             after the store's stamp at which the hold lapses.
         asking: the token of the worker that is asking the destination.
         open_steps: steps that began and have not ended, in that order: the one that runs, and any
-            whose error its body swallowed, so that nobody knows whether they took effect.
+            whose error its body swallowed, so that it is unknown whether they took effect.
         reason: why it is in doubt.
         digests: per-field digests for finding key drift; may be empty.
         noticed: the store's clock had gone back, see there.
@@ -312,7 +312,7 @@ StepDecision = Done | Refused | StepDone | StepOpen | StepsFull
 
 
 class Again(NamedTuple):
-    """Deliver the message once more: whoever gets it finds in the record what to do."""
+    """Deliver the message once more: that delivery finds in the record what to do."""
 
 
 class Coming(NamedTuple):
@@ -352,7 +352,7 @@ class Raised(Enum):
     """What kind of exception left the body."""
 
     RETRY = "retry"  # and the message is published
-    DOUBTFUL_RETRY = "doubtful_retry"  # the same, because of an error after which nobody knows
+    DOUBTFUL_RETRY = "doubtful_retry"  # the same, because of an error after which the effect is unknown
     REPLACED = "replaced"
     IGNORE = "ignore"
     SAID_DONE = "said_done"  # Ignore, after the body has written the state SUCCESS itself

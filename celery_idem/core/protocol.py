@@ -26,7 +26,7 @@ RUNNING      lapsed, crashes reach max_attempts               InDoubt, IN_DOUBT 
 RUNNING      lapsed, resume, rerun or transaction             Acquired, RUNNING      (3)
 IN_DOUBT     owner carried by this message                    Acquired, RUNNING      (7)
 IN_DOUBT     own question (a lost reply)                      Ask                    (7)
-IN_DOUBT     somebody asks under a live lease                 Busy                   (3)
+IN_DOUBT     a worker asks under a live lease                 Busy                   (3)
 IN_DOUBT     can ask                                          Ask, IN_DOUBT          (3)
 IN_DOUBT     otherwise                                        InDoubt                (3)
 ===========  ===============================================  =========================
@@ -97,7 +97,7 @@ from celery_idem.core.model import (
 )
 
 STEP = 1_000_000
-"""Microseconds that a store's clock may go back before anybody takes notice: a lease then ends that much
+"""Microseconds that a store's clock may go back before it is noticed: a lease then ends that much
 later. More is no adjustment, but a clock that was set, or another machine's."""
 
 MAX_NOTES = 32
@@ -229,11 +229,11 @@ def left(record: Record, stamp: int, now: int) -> int:
     """Microseconds until a hold is over unless its holder writes again; 0 or less: it is over.
 
     A stamp in the future says that the store's clock went back, and not when the holder was last heard
-    of. Such a hold counts from when somebody noticed (``noticed``), and ends a whole lease later: its holder,
+    of. Such a hold counts from when a worker noticed (``noticed``), and ends a whole lease later: its holder,
     if it lives, has written by then, and any write of its makes the mark void.
     """
     if not record.lease:
-        return 0  # ended by somebody who knew: that needs no clock
+        return 0  # ended by a process that knew: that needs no clock
     since = stamp
     if _went_back(stamp, now):
         mark = _mark(record, stamp, now)
@@ -263,7 +263,7 @@ def noticed(record: Record, stamp: int, now: int) -> Record | None:
 
 
 def lapsed(record: Record, stamp: int, now: int) -> bool:
-    """It runs, and nobody has renewed its lease: its worker stopped reporting."""
+    """It runs, and its lease was not renewed: its worker stopped reporting."""
     return record.state is State.RUNNING and left(record, stamp, now) <= 0
 
 
@@ -377,7 +377,7 @@ def _take_up_again(record: Record, now: int, request: Request) -> tuple[Decision
 
 
 def _claim_lapsed(record: Record, stamp: int, now: int, request: Request) -> tuple[Decision, Record]:
-    """Rule 3: the lease lapsed and nobody said how it ended."""
+    """Rule 3: the lease lapsed before an outcome was recorded."""
     record = _one_more_crash(_with_past(record, stamp))
     if request.policy.asks:
         return _ask(replace(record, reason=CRASHED), now, request)
@@ -442,17 +442,17 @@ def conclude(
 
     Args:
         answer: the outcome, where the effect happened; None where it did not, or
-            where nobody knows.
-        reason: why nobody knows; "" where the effect did not happen.
+            where that is unknown.
+        reason: why that is unknown; "" where the effect did not happen.
 
     Returns:
-        As ``claim``. A question that somebody else has taken over, or that the owner
+        As ``claim``. A question that another worker has taken over, or that the owner
         answered meanwhile, counts for nothing: the record speaks.
     """
     if record.outcome is not None:
         return Replay(record.outcome), None
     if answer is not None and record.state in (State.IN_DOUBT, State.RELEASED):
-        # Evidence that it happened counts whoever asked, and against a person who said it did not.
+        # Evidence that it happened counts whichever worker asked, and against a person who said it did not.
         new = _settled(_noted(record, Note(now, "reconcile", "happened", "")), answer)
         return Replay(answer), new
     if record.state is not State.IN_DOUBT or record.asking != request.owner:
@@ -504,13 +504,13 @@ def _let_run(record: Record, now: int) -> Record:
 
 
 def _holds(record: Record, owner: bytes) -> bool:
-    """Rule 4: nobody took over, even if the lease lapsed or it was marked in doubt."""
+    """Rule 4: no other execution took over, even if the lease lapsed or it was marked in doubt."""
     return record.owner == owner and record.state in (State.RUNNING, State.IN_DOUBT)
 
 
 def restored(record: Record | None, held: Record, older: bool = False) -> Record:
     """The record, or what its holder last wrote where the store has lost that: a holder's next write
-    (renewal, step, outcome) writes it anew, unless somebody else has begun from what was left.
+    (renewal, step, outcome) writes it anew, unless another execution has begun from what was left.
 
     Args:
         older: what stands there was written before what the holder wrote. Stamps only grow, so the store
@@ -576,7 +576,7 @@ def schedule(
 
 
 def release(record: Record, owner: bytes) -> tuple[Done | Refused, Record | None]:
-    """Nothing happened (beyond finished steps): anybody may claim it again."""
+    """Nothing happened (beyond finished steps): any caller may claim it again."""
     if _holds(record, owner):
         new = replace(record, state=State.RELEASED, owner=NO_OWNER, lease=0, asking=b"", reason="")
         return Done(new), new
@@ -727,7 +727,7 @@ def resolve(
 ) -> tuple[Done | Refused, Record | None]:
     """A person decides: ``outcome`` where it happened, None where it did not.
 
-    Refused while somebody works on it, once the outcome is known (a settled outcome never
+    Refused while an execution has it, once the outcome is known (a settled outcome never
     changes), and where it is no longer the attempt that the person looked at.
 
     Args:

@@ -141,7 +141,7 @@ def unpack(value: bytes, stamp: int, key: str) -> Record:
 
     Args:
         stamp: the store's time of the last write: the fence of a record that was
-            written before anybody knew the store's time.
+            written before the worker knew the store's time.
         key: for the error message.
 
     Raises:

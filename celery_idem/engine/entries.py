@@ -64,7 +64,7 @@ class Entry:
 
     @property
     def retry_after(self) -> float:
-        """Seconds until whoever holds it must have renewed; 0 or less when nobody does."""
+        """Seconds until its holder must have renewed; 0 or less when it has no holder."""
         return protocol.left(self.record, self._stamp, self._now) / MICROSECONDS
 
     def standing(self, fingerprint: Fingerprint, policy: Policy) -> Decision | None:

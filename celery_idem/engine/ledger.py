@@ -44,7 +44,7 @@ SHADOW = "~shadow"
 """What the namespace of shadow records has behind it; a namespace itself ends before the colon."""
 
 DAY = 86_400.0
-"""Seconds; what ``result_ttl`` is where nobody said otherwise."""
+"""Seconds; what ``result_ttl`` is where no setting says otherwise."""
 
 
 REMEMBERED = 50_000
@@ -191,7 +191,7 @@ class Ledger:
             try:
                 entry = Entry(key, _read(key, stored), stored.stamp, now)
             except StoreError:
-                continue  # not a record of ours; `get` says so to whoever asks for it
+                continue  # not a record of ours; `get` raises for it
             if (task is None or entry.task == task) and (wanted is None or entry.state == wanted):
                 yield entry
 
@@ -219,7 +219,7 @@ class Ledger:
             keep: seconds to keep the outcome; None: the task's ``result_ttl``.
 
         Raises:
-            IdempotencyError: there is no such intent, somebody works on it right now, its
+            IdempotencyError: there is no such intent, an execution has it right now, its
                 outcome is known already, or its fence is another one.
         """
         if keep is None:

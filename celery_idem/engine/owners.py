@@ -1,7 +1,7 @@
 """Owner tokens: minted per execution, never per process.
 
 12 bytes: 4 that all children of one worker share, 3 of process id, 5 random. Only
-whoever holds the token may settle. The first 7 tell a worker's main process which
+the process that holds the token may settle. The first 7 tell a worker's main process which
 records a dead child of its own was holding.
 """
 

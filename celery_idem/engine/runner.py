@@ -54,7 +54,7 @@ from celery_idem.stores.base import Announcement
 T = TypeVar("T")
 
 EXIT_PATIENCE = 0.0
-"""Seconds to keep trying to write "in doubt" when the process is told to exit: Celery
+"""Seconds to keep trying to write "in doubt" when the process must exit: Celery
 kills it 0.1 s later, and a record left RUNNING says the same once its lease lapses."""
 
 MAX_CARRIED = 16
@@ -213,7 +213,7 @@ class Runner:
             OutcomeUnknown: in doubt.
             FingerprintMismatch: the intent is known with other values.
             ResultUnavailable: done before, but its value was not stored.
-            LeaseLost: somebody took over while the body ran.
+            LeaseLost: another execution took over while the body ran.
             StoreError: the store did not answer, and the options say to raise.
             BaseException: whatever the body raised, now or when it ran, and whatever
                 ``Job.come_back`` raises to leave.
@@ -275,13 +275,13 @@ class Runner:
         Returns:
             ``Replay``: it happened, and that is recorded. ``Acquired``: it did not, and the intent is
             released, so the next delivery runs it. ``InDoubt``: the destination could not tell.
-            ``Busy``: somebody else works on it, or asks.
+            ``Busy``: another execution works on it, or asks.
 
         Raises:
             StoreError: the store did not answer.
         """
         policy = job.options.policy
-        # Not under the job's own task id: whoever has that may take a retry that is still to come.
+        # Not under the job's own task id: that id may take a retry that is still to come.
         decision, hold = self.ledger.claim(job.key, Request(owners.mint(), "", job.fingerprint, policy))
         if isinstance(decision, Ask):
             assert hold is not None
@@ -480,8 +480,8 @@ class Runner:
     def _transacted(self, job: Job, hold: Hold) -> tuple[bool, Any]:
         """The body returned after ``settle_in``: the outcome is in, if its transaction committed.
 
-        Where the store does not say, nobody here knows: the transaction may even be open still, and
-        be what the store waits for. The next claim is told: by a replay, or by its turn to run.
+        Where the store does not answer, that is unknown: the transaction may even be open still, and
+        be what the store waits for. The next claim finds out: it replays, or runs.
         """
         committed = self._committed(job, hold, None)
         if committed is None:
@@ -538,7 +538,7 @@ class Runner:
             done = hold.settle(outcome, patience, also)
         except StoreError as error:
             # Rule 7, after the body: this caller gets the truth, which is known here. The
-            # record stays RUNNING, lapses, and is in doubt for everybody else.
+            # record stays RUNNING, lapses, and is in doubt for every other caller.
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(error))
             return
         if isinstance(done, Refused):
@@ -548,7 +548,7 @@ class Runner:
         events.emit("settled", job.key, task_id=job.task_id, succeeded=outcome.succeeded)
 
     def _stale(self, job: Job, hold: Hold, refused: Refused) -> None:
-        """Rule 4: somebody took over while this body ran to its end. Its effect may be a second one."""
+        """Rule 4: another execution took over while this body ran to its end. Its effect may be a second one."""
         record = refused.record
         events.emit(
             "stale_settle",

@@ -189,7 +189,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         signature.options.update(republishing.to_its_queue(self.task.app, context) or {})
         signature.options["headers"][DEATHS] = again
         # On a connection of its own: those in the application's pool are shared with the children
-        # forked since, and a child that drops its copy shuts the socket down for everybody.
+        # forked since, and a child that drops its copy shuts the socket down for all of them.
         with self.task.app.connection_for_write() as connection:
             signature.apply_async(connection=connection, retry=False)
 

@@ -97,7 +97,7 @@ or a failover takes. A warm shutdown of a worker without a broker takes as long 
 
 
 DOUBTFUL = {Raised.AMBIGUOUS, Raised.TIME_LIMIT, Raised.EXIT}
-"""Kinds of errors after which nobody knows whether the effect happened."""
+"""Kinds of errors after which it is unknown whether the effect happened."""
 
 _GROUP: Any = getattr(builtins, "ExceptionGroup", ())  # since Python 3.11
 
@@ -366,7 +366,7 @@ class Delivery(Job):
         return bool(self.request.is_eager or self.request.called_directly)
 
     def _as_received(self) -> None:
-        """Give whoever comes next the arguments as the message brought them, and no word of an earlier run."""
+        """Restore the arguments as the message brought them, and forget the state that an earlier run wrote."""
         if self.received is None:
             with contextlib.suppress(Exception):  # of a direct call: something that cannot be copied
                 self.received = deepcopy((self.args, self.kwargs))
@@ -469,7 +469,7 @@ class Delivery(Job):
                 return Raised.REPLACED
             if retries.signal is None and not self.request.called_directly:
                 events.diagnose(logging.WARNING, "%s: Retry was raised, but no retry was published", self.key)
-            return Raised.IGNORE  # nobody but the caller can try again
+            return Raised.IGNORE  # only the caller can try again
         if self.request.called_directly and retries.refused is not None and error is retries.refused[0]:
             return Raised.IGNORE
         kind = self.guard.kind_of(error)
@@ -644,7 +644,7 @@ def backoff(waits: int, at_most: float) -> float:
     Args:
         waits: how often it came back already.
         at_most: seconds after which the holder must have renewed: a dead one is decided
-            then, so nobody waits longer; 0 when that is not known.
+            then, so no duplicate waits longer; 0 when that is not known.
     """
     first, growth, longest = BACKOFF
     delay = min(longest, first * growth ** min(waits, 50))

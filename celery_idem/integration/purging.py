@@ -1,7 +1,7 @@
 """Expired records go by themselves: each worker's main process deletes them, a few at a time.
 
 Redis expires by itself. In a database an expired row counts as absent at once, but takes
-space until somebody deletes it. Here that is a thread of its own: never on the way of a claim,
+space until it is deleted. A separate thread does that: never on the way of a claim,
 and not the thread that renews leases. Several workers do not get into each other's way: PostgreSQL
 skips what another one has locked, and SQLite has one writer at a time anyway.
 """
@@ -32,7 +32,7 @@ EVERY = 60.0
 """Seconds between looks: what expires in a minute is little beside what is kept for a day."""
 
 BATCH = 500
-"""Rows per statement: 2 to 20 ms, in which SQLite lets nobody else write."""
+"""Rows per statement: 2 to 20 ms, in which SQLite lets no other connection write."""
 
 REST = 4.0
 """The pause after a full batch, in times what it took: so a backlog takes a fifth of one connection's time."""
@@ -85,7 +85,7 @@ class Purger:
         self._ended.set()
 
     def _loop(self) -> None:
-        pause = random.uniform(0.0, FIRST)  # noqa: S311  # to spread them, not to surprise anybody
+        pause = random.uniform(0.0, FIRST)  # noqa: S311  # to spread them
         while not self._ended.wait(pause):
             try:
                 for store in self._stores():
@@ -130,7 +130,7 @@ def begin(sender: Any = None, **_: Any) -> None:
     try:
         if id(app) in _purgers or not stores_of(app):
             return
-    except IdempotencyError as error:  # the tasks themselves say so to whoever calls them
+    except IdempotencyError as error:  # the tasks themselves raise it for their callers
         events.diagnose(logging.WARNING, "expired records are not purged by this worker: %s", error)
         return
     purger = _purgers[id(app)] = Purger(lambda: stores_of(app))

@@ -668,7 +668,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
 
         Raises:
             OutcomeUnknown: the step is in doubt.
-            LeaseLost: somebody took the intent over; nothing was started.
+            LeaseLost: another execution took the intent over; nothing was started.
             ConfigurationError: the name is taken, a step is open, or the result of
                 ``fn`` cannot be stored.
         """
@@ -715,7 +715,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
                 ``connection``, to the database that ``idem_store`` names.
 
         Raises:
-            LeaseLost: somebody took the intent over. The transaction must roll back, as it
+            LeaseLost: another execution took the intent over. The transaction must roll back, as it
                 does when this error leaves it.
             ConfigurationError: another database, or no transaction.
         """
