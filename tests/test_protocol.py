@@ -119,7 +119,7 @@ CONDITIONS: dict[str, Callable[[Meeting], bool]] = {
     "lapsed, crashes reach max_attempts": lambda met: met.crashes + 1 >= MAX_ATTEMPTS,
     "lapsed, resume, rerun or transaction": lambda met: met.on_crash in ("resume", "rerun", "transaction"),
     "own question (a lost reply)": lambda met: met.asking == "own",
-    "somebody asks under a live lease": lambda met: met.asking != "nobody" and live(met),
+    "a worker asks under a live lease": lambda met: met.asking != "nobody" and live(met),
     "can ask": lambda met: met.asks,
 }
 """Conditions by their words in the table. "First that holds": those above it need not be repeated."""
