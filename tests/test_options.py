@@ -54,6 +54,9 @@ RIGHT: dict[str, Any] = {
     "audit_key": "a secret",
     "settle_patience": 6.0,
     "reconcile_timeout": 3.0,
+    "keep_call": False,
+    "max_call_bytes": 1000,
+    "recover": False,
     "scope": "tests.test_options:pay",
 }
 

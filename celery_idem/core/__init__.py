@@ -5,6 +5,7 @@ Never here: input or output, clocks, Celery.
 
 # Modules that the packages above may import; the others are this package's own.
 __all__ = [
+    "calls",
     "digests",
     "errors",
     "keys",

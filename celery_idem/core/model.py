@@ -144,6 +144,18 @@ class Noticed(NamedTuple):
     stamp: int
 
 
+class Recovery(NamedTuple):
+    """What recovery has done for an open record since it was last claimed.
+
+    Attributes:
+        tries: how often the record's call was published.
+        wait: microseconds after the store's stamp until it is looked at again.
+    """
+
+    tries: int
+    wait: int
+
+
 class Record(NamedTuple):
     """All that is known of one intent. A named tuple: it is made four times per task,
     and a frozen dataclass takes five times as long to make.
@@ -163,6 +175,9 @@ class Record(NamedTuple):
         digests: per-field digests for finding key drift; may be empty.
         noticed: the store's clock had gone back, see there.
         scope: digest of the scope that the intent belongs to; empty for none.
+        call: what it takes to publish the same message again (see ``calls``); only while the intent is open.
+        place: host and process of the latest execution; only while the intent is open.
+        recovery: what recovery has done; None: nothing.
     """
 
     state: State
@@ -181,6 +196,9 @@ class Record(NamedTuple):
     digests: bytes = b""
     noticed: Noticed | None = None
     scope: bytes = b""
+    call: bytes = b""
+    place: str = ""
+    recovery: Recovery | None = None
     outcome: Outcome | None = None
 
 
@@ -211,6 +229,8 @@ class Request(NamedTuple):
         carried: owners of earlier attempts of the same message whose reply got
             lost before the body ran.
         scope: digest of the scope that the call was made in; empty for none.
+        call: what it takes to publish the same message again; empty where that is not kept.
+        place: host and process of this execution.
     """
 
     owner: bytes
@@ -220,15 +240,23 @@ class Request(NamedTuple):
     carried: tuple[bytes, ...] = ()
     digests: bytes = b""
     scope: bytes = b""
+    call: bytes = b""
+    place: str = ""
 
 
 # --- decisions: a closed set ---------------------------------------------------------
 
 
 class Acquired(NamedTuple):
-    """Run the body: this execution owns the intent."""
+    """Run the body: this execution owns the intent.
+
+    Attributes:
+        orphan: the call of a dead execution under another task id, whose caller may wait for an answer that nobody
+            would give: publish it, and it is an ordinary duplicate.
+    """
 
     record: Record
+    orphan: bytes = b""
 
 
 class Replay(NamedTuple):
@@ -252,15 +280,17 @@ class Busy(NamedTuple):
 
 
 class Ask(NamedTuple):
-    """Ask the destination, then conclude: this execution holds the right to ask."""
+    """Ask the destination, then conclude: this execution holds the right to ask. ``orphan``: see ``Acquired``."""
 
     record: Record
+    orphan: bytes = b""
 
 
 class InDoubt(NamedTuple):
-    """Nobody here can know whether the effect happened."""
+    """Nobody here can know whether the effect happened. ``orphan``: see ``Acquired``."""
 
     reason: str
+    orphan: bytes = b""
 
 
 class Mismatch(NamedTuple):

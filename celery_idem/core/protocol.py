@@ -203,6 +203,8 @@ def fresh(request: Request) -> Record:
         fingerprint=request.fingerprint.packed,
         digests=request.digests,
         scope=request.scope,
+        call=request.call,
+        place=request.place,
     )
 
 
@@ -349,7 +351,7 @@ def shadowed(record: Record, note: Note, request: Request) -> Record:
     return _noted(replace(record, digests=marked), note)
 
 
-def _acquire(record: Record, now: int, request: Request) -> tuple[Decision, Record]:
+def _acquire(record: Record, now: int, request: Request) -> tuple[Acquired, Record]:
     """Hand the intent to a new owner; what earlier attempts proved (steps) stays."""
     new = replace(
         record,
@@ -364,6 +366,9 @@ def _acquire(record: Record, now: int, request: Request) -> tuple[Decision, Reco
         asking=b"",
         reason="",
         noticed=None,
+        call=request.call if request.task_id else record.call,  # an operator's question comes with none
+        place=request.place,
+        recovery=None,
     )
     return Acquired(new), new
 
@@ -377,15 +382,18 @@ def _take_up_again(record: Record, now: int, request: Request) -> tuple[Decision
 
 
 def _claim_lapsed(record: Record, stamp: int, now: int, request: Request) -> tuple[Decision, Record]:
-    """Rule 3: the lease lapsed before an outcome was recorded."""
+    """Rule 3: the lease lapsed before an outcome was recorded. The dead execution's caller may wait for it still."""
+    orphan = record.call if request.task_id and record.task_id != request.task_id else b""
     record = _one_more_crash(_with_past(record, stamp))
+    decision: Ask | InDoubt | Acquired
     if request.policy.asks:
-        return _ask(replace(record, reason=CRASHED), now, request)
-    reason = _why_in_doubt(record, request.policy, CRASHED)
-    if reason:
-        return _put_in_doubt(record, reason)
-    note = Note(now, request.owner.hex(), "took over", f"task {request.task_id}")
-    return _acquire(_noted(record, note), now, request)
+        decision, new = _ask(replace(record, reason=CRASHED), now, request)
+    elif reason := _why_in_doubt(record, request.policy, CRASHED):
+        decision, new = _put_in_doubt(record, reason)
+    else:
+        note = Note(now, request.owner.hex(), "took over", f"task {request.task_id}")
+        decision, new = _acquire(_noted(record, note), now, request)
+    return decision._replace(orphan=orphan), new
 
 
 def _one_more_crash(record: Record) -> Record:
@@ -406,7 +414,7 @@ CRASHED_UNSEEN = "the worker stopped, and the store did not say whether it had b
 TOO_MANY = "the worker stopped without reporting an outcome, {} times"
 
 
-def _put_in_doubt(record: Record, reason: str) -> tuple[Decision, Record]:
+def _put_in_doubt(record: Record, reason: str) -> tuple[InDoubt, Record]:
     new = replace(record, state=State.IN_DOUBT, lease=0, asking=b"", reason=reason)
     return InDoubt(reason), new
 
@@ -424,11 +432,12 @@ def _with_past(record: Record, stamp: int) -> Record:
     what = "left in doubt" if record.state is State.IN_DOUBT else "last heard of"
     inside = "".join(f", inside step {name!r}" for name in record.open_steps)
     why = f", {record.reason}" if record.reason else ""
-    facts = f"attempt {record.attempts}, task {record.task_id}{inside}{why}"
+    where = f", {record.place}" if record.place else ""
+    facts = f"attempt {record.attempts}, task {record.task_id}{where}{inside}{why}"
     return _noted(record, Note(stamp, record.owner.hex(), what, facts))
 
 
-def _ask(record: Record, now: int, request: Request) -> tuple[Decision, Record]:
+def _ask(record: Record, now: int, request: Request) -> tuple[Ask, Record]:
     """One worker at a time may ask. The owner stays, so its late outcome is still heard."""
     record = _noted(record, Note(now, request.owner.hex(), "asks the destination", ""))
     new = replace(record, state=State.IN_DOUBT, asking=request.owner, lease=request.policy.lease)
@@ -558,15 +567,18 @@ def committed(
 
 
 def schedule(
-    record: Record, owner: bytes, delay: int, task_id: str = ""
+    record: Record, owner: bytes, delay: int, task_id: str = "", call: bytes = b""
 ) -> tuple[Done | Refused, Record | None]:
     """The body asked for a retry: keep the claim for its task id for ``delay`` microseconds.
 
     Args:
         task_id: of the retry; "" for the record's own.
+        call: of the retry; empty for the record's own.
     """
     if _holds(record, owner):
-        new = replace(record, state=State.SCHEDULED, lease=delay, asking=b"", reason="")
+        new = replace(
+            record, state=State.SCHEDULED, lease=delay, asking=b"", reason="", call=call or record.call
+        )
         if task_id:
             new = replace(new, task_id=task_id)
         return Done(new), new

@@ -1,6 +1,6 @@
 """A record as one packed value.
 
-Version 1, all integers big-endian::
+Version 2, all integers big-endian::
 
     owner 12 | version 1 | state 1 | parts 2 | attempts 2 | crashes 1 | fence 8 | parts…
 
@@ -23,18 +23,25 @@ from celery_idem.core.model import (
     Noticed,
     Outcome,
     Record,
+    Recovery,
     State,
     Step,
     Would,
 )
 
-_VERSION = 1
+VERSION = 2
+"""Number of the format, in every record. It goes up with any change that an older reader would misread, and a reader
+refuses what is newer than itself: it runs nothing, and says that it is the older one."""
+
 _HEAD = struct.Struct(">12sBBHHBQ")
 _LENGTH = struct.Struct(">I")
 _TIME = struct.Struct(">Q")
 
 STATE_AT = 13
 """Offset of the state byte in a packed record: what a store may filter a scan by."""
+
+_LAST_VERSION = 31
+"""Greatest format number that is taken for one: what is no record of ours mostly has a letter there."""
 
 # Bits of ``parts``. The order is the order in the record.
 _LEASE = 1 << 0
@@ -52,7 +59,8 @@ _PAYLOAD = 1 << 11
 _NOTICED = 1 << 12  # this and what follows stand before the outcome, which comes last
 _SCOPE = 1 << 13
 _REPLACED_BY = 1 << 14  # in the place of _MISSING
-_KNOWN = (1 << 15) - 1
+_OPEN = 1 << 15  # call, place and recovery; before the outcome, which such a record does not have
+_RECOVERY = struct.Struct(">BQ")
 
 
 def pack(record: Record) -> bytes:
@@ -74,6 +82,9 @@ def pack(record: Record) -> bytes:
         digests,
         noticed,
         scope,
+        call,
+        place,
+        recovery,
         outcome,
     ) = record  # taken apart once: a named tuple's fields are slow to read by name
     parts = 0
@@ -122,6 +133,9 @@ def pack(record: Record) -> bytes:
     if scope:
         parts |= _SCOPE
         tail.append(scope)
+    if call or place or recovery is not None:
+        parts |= _OPEN
+        tail += (_RECOVERY.pack(*recovery or (0, 0)), _text(place), _blob(call))
     if outcome is not None:
         if outcome.replaced_by:
             parts |= _REPLACED_BY
@@ -132,7 +146,7 @@ def pack(record: Record) -> bytes:
         else:
             parts |= _PAYLOAD
             tail.append(outcome.payload)
-    head = _HEAD.pack(owner, _VERSION, state, parts, attempts, crashes, fence)
+    head = _HEAD.pack(owner, VERSION, state, parts, attempts, crashes, fence)
     return b"".join((head, *tail))
 
 
@@ -149,6 +163,8 @@ def unpack(value: bytes, stamp: int, key: str) -> Record:
     """
     try:
         return _unpack(value, stamp)
+    except _OtherVersionError as other:
+        raise StoreError(_other_version(other.args[0], key), key) from None
     except (struct.error, ValueError, UnicodeDecodeError) as error:
         raise StoreError(
             f"The store holds something at {key} that is not a record of celery_idem ({error}). Nothing was "
@@ -157,10 +173,24 @@ def unpack(value: bytes, stamp: int, key: str) -> Record:
         ) from None
 
 
+def _other_version(version: int, key: str) -> str:
+    if version > VERSION:
+        return (
+            f"The record at {key} has format {version}: a newer celery_idem than this one wrote it, which reads format "
+            f"{VERSION}. Nothing was run. Upgrade this process; see docs/how-to/upgrade.md."
+        )
+    return (
+        f"The record at {key} has format {version}, of an older celery_idem; this one reads format {VERSION}. Nothing "
+        "was run. See docs/how-to/upgrade.md."
+    )
+
+
 def _unpack(value: bytes, stamp: int) -> Record:
     owner, version, state, parts, attempts, crashes, fence = _HEAD.unpack_from(value)
-    if version != _VERSION or parts & ~_KNOWN:
-        raise ValueError(f"format version {version}, parts {parts:#x}")
+    if version != VERSION:
+        if 1 <= version <= _LAST_VERSION:
+            raise _OtherVersionError(version)
+        raise ValueError("no record")
     state = State(state)
     read = _Reader(value, _HEAD.size)
     lease = read.time() if parts & _LEASE else 0
@@ -186,6 +216,11 @@ def _unpack(value: bytes, stamp: int) -> Record:
     digests = read.blob() if parts & _DIGESTS else b""
     noticed = Noticed(read.time(), read.time()) if parts & _NOTICED else None
     scope = read.take(SCOPE_SIZE) if parts & _SCOPE else b""
+    call, place, recovery = b"", "", None
+    if parts & _OPEN:
+        tries, wait = _RECOVERY.unpack(read.take(_RECOVERY.size))
+        recovery = Recovery(tries, wait) if tries or wait else None
+        place, call = read.text(), read.blob()
     outcome = None
     if parts & _REPLACED_BY:
         outcome = Outcome(state is State.SUCCEEDED, None, replaced_by=read.text())
@@ -212,8 +247,15 @@ def _unpack(value: bytes, stamp: int) -> Record:
         digests=digests,
         noticed=noticed,
         scope=scope,
+        call=call,
+        place=place,
+        recovery=recovery,
         outcome=outcome,
     )
+
+
+class _OtherVersionError(ValueError):
+    """The record says that it has another format."""
 
 
 class _Reader:

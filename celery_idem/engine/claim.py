@@ -102,15 +102,17 @@ class Retries:
         causes: the errors because of which it was asked for.
         apart: signals of messages that are intents of their own.
         refused: what ``retry`` raised instead of publishing, and because of which error.
+        call: what was published, for the record; empty where that is not known.
     """
 
-    __slots__ = ("apart", "causes", "refused", "signal")
+    __slots__ = ("apart", "call", "causes", "refused", "signal")
 
     def __init__(self) -> None:
         self.signal: Any = None  # any: this module knows nothing of Celery
         self.causes: list[BaseException] = []
         self.apart: list[Any] = []
         self.refused: tuple[BaseException, BaseException | None] | None = None
+        self.call = b""
 
 
 class Phase(Enum):
@@ -251,12 +253,16 @@ class Hold:
             also,
         )
 
-    def schedule(self, delay: float, patience: float, task_id: str = "") -> Done | Refused:
-        """Keep the intent for the retry's task id ("": this one) for ``delay`` seconds, until it comes."""
+    def schedule(self, delay: float, patience: float, task_id: str = "", call: bytes = b"") -> Done | Refused:
+        """Keep the intent for the retry's task id ("": this one) for ``delay`` seconds, until it comes.
+
+        Args:
+            call: the retry's; empty: as this one's.
+        """
         wait = int(delay * MICROSECONDS)
         return self._end(
             lambda record, stamp, now: protocol.schedule(
-                self._known(record, stamp), self.owner, wait, task_id
+                self._known(record, stamp), self.owner, wait, task_id, call
             ),
             patience,
         )

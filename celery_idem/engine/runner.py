@@ -119,6 +119,8 @@ class Job(ABC):
     carried: tuple[bytes, ...] = ()
     digests: bytes = b""
     scope: bytes = b""
+    call: bytes = b""
+    place: str = ""
     waited = 0
     entered = False
     """Set by ``body`` just before the author's code: until then, nothing ran."""
@@ -149,6 +151,13 @@ class Job(ABC):
     def retry_task_id(self) -> str:
         """Id of the message that continues the intent."""
         return self.task_id
+
+    def retry_call(self) -> bytes:
+        """Its call, for the record; empty: as this one's."""
+        return b""
+
+    def orphaned(self, call: bytes) -> None:
+        """A dead execution's caller would wait for ever: publish its call, as a duplicate."""
 
     @abstractmethod
     def retry_delay(self, error: BaseException) -> float:
@@ -229,9 +238,13 @@ class Runner:
                 carried,
                 job.digests,
                 job.scope,
+                job.call,
+                job.place,
             )
             try:
                 decision, hold = self.ledger.claim(job.key, request)
+                if isinstance(decision, (Acquired, Ask, InDoubt)) and decision.orphan:
+                    job.orphaned(decision.orphan)
                 if isinstance(decision, Ask):
                     assert hold is not None
                     decision, hold = self._ask(job, hold)
@@ -599,7 +612,7 @@ class Runner:
         reason = f"the body was interrupted by {', '.join(type(cause).__name__ for cause in causes)}"
         try:
             if ending is State.SCHEDULED:
-                hold.schedule(job.retry_delay(error), patience, job.retry_task_id())
+                hold.schedule(job.retry_delay(error), patience, job.retry_task_id(), job.retry_call())
                 events.emit("scheduled", job.key, task_id=job.task_id)
             elif ending is State.RELEASED:
                 hold.release(patience)

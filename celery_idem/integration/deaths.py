@@ -36,6 +36,7 @@ from celery_idem.engine import events, owners
 from celery_idem.engine.bounded import Bounded, TooLateError
 from celery_idem.engine.claim import doubt_message
 from celery_idem.integration import publishing, purging, republishing
+from celery_idem.integration.messages import BODY, ENCODING
 
 DEATHS = "idem-deaths"
 """Header: how often this message was published anew after a death."""
@@ -71,10 +72,13 @@ class IdempotentRequest(Request):  # type: ignore[misc]
 
     def __init__(self, message: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(message, *args, **kwargs)
-        # The child that publishes the message again must know its serializer. RabbitMQ has it among the properties.
-        properties = self._request_dict["properties"]
-        if "content_type" not in properties:
-            self._request_dict["properties"] = {**properties, "content_type": self._content_type}
+        # The child that publishes the message again must know its serializer, and keeps its body in the record.
+        self._request_dict["properties"] = {
+            **self._request_dict["properties"],
+            "content_type": self._content_type,
+            BODY: self._body,
+            ENCODING: self._content_encoding,
+        }
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
         """Celery's hook for what a child raised (``return_ok``), and for its death."""

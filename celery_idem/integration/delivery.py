@@ -54,7 +54,7 @@ from celery_idem.engine.ledger import Ledger
 from celery_idem.engine.runner import Job, Options, Runner, Why
 from celery_idem.engine.shadow import ShadowRunner
 from celery_idem.engine.steps import run_step
-from celery_idem.integration import answers, declaring, placing, republishing
+from celery_idem.integration import answers, declaring, messages, placing, republishing
 from celery_idem.integration.guarded import GuardedTask
 from celery_idem.integration.settings import Settings
 from celery_idem.integration.wiring import is_backends, ledger_of
@@ -323,6 +323,12 @@ class Delivery(Job):
                 self.digests = guard.digester.of(args, kwargs, labels)
             except Exception as error:  # they decide nothing, so they may stop nothing
                 events.diagnose(logging.ERROR, "%s: no digests of its arguments are kept", key, error=error)
+        if not guard.settings.shadow:
+            self.call = messages.of_delivery(task.app, guard, request, args, kwargs, key)
+            self.place = messages.place(request)
+
+    def orphaned(self, call: bytes) -> None:
+        messages.answer(self.task.app, self.key, call)
 
     def said(self) -> Any:
         state, meta = self.request.idem_said
@@ -507,6 +513,9 @@ class Delivery(Job):
     def retry_task_id(self) -> str:
         sig = getattr(self._retries.signal, "sig", None)
         return str(sig.options.get("task_id") or self.task_id) if sig is not None else self.task_id
+
+    def retry_call(self) -> bytes:
+        return self._retries.call
 
     def retry_delay(self, error: BaseException) -> float:
         """Until the retry's ETA, and one lease more for its way through the queue."""

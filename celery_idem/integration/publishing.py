@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from itertools import zip_longest
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery import signals
 from celery._state import _task_stack
@@ -26,6 +26,9 @@ from celery_idem.core import keys
 from celery_idem.core.errors import IntentError
 from celery_idem.core.model import CALLER_KEY, MESSAGE, PART_OF, SCOPE
 from celery_idem.engine import events
+
+if TYPE_CHECKING:
+    from celery import Celery
 
 HIDDEN = "(secret)"
 """What stands in the place of a secret value."""
@@ -43,11 +46,14 @@ def hide(declaration: keys.Declaration) -> None:
     _secrets[declaration.task] = declaration
 
 
-def shown(declaration: keys.Declaration, args: Any, kwargs: Any) -> dict[str, str]:
-    """What Celery writes into a message for its log, its events and its monitors, without secret values."""
-    from celery.app.amqp import AMQP  # loaded by now; importing it with this module would cost every process
-    from celery.utils.saferepr import saferepr
+def has_secrets(app: Celery, name: str) -> bool:
+    """Whether a task is known here to have secret parameters."""
+    declaration = getattr(app.tasks.get(name), "idem_declaration", None)
+    return name in _secrets or bool(declaration is not None and declaration.secret)
 
+
+def without_secrets(declaration: keys.Declaration, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments of a call, with ``HIDDEN`` in the place of secret values."""
     names, rest = [], ""
     for name, parameter in declaration.signature.parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL:
@@ -57,7 +63,15 @@ def shown(declaration: keys.Declaration, args: Any, kwargs: Any) -> dict[str, st
     hidden = declaration.secret
     given = zip_longest(names[: len(args)], args, fillvalue=rest)
     positional = tuple(HIDDEN if name in hidden else value for name, value in given)
-    named = {name: HIDDEN if name in hidden else value for name, value in kwargs.items()}
+    return positional, {name: HIDDEN if name in hidden else value for name, value in kwargs.items()}
+
+
+def shown(declaration: keys.Declaration, args: Any, kwargs: Any) -> dict[str, str]:
+    """What Celery writes into a message for its log, its events and its monitors, without secret values."""
+    from celery.app.amqp import AMQP  # loaded by now; importing it with this module would cost every process
+    from celery.utils.saferepr import saferepr
+
+    positional, named = without_secrets(declaration, args, kwargs)
     return {
         "argsrepr": saferepr(positional, maxlen=AMQP.argsrepr_maxsize),
         "kwargsrepr": saferepr(named, maxlen=AMQP.kwargsrepr_maxsize),

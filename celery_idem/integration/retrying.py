@@ -137,13 +137,18 @@ def _alike(one: Signature, other: Signature) -> bool:
     return (tuple(one.args), dict(one.kwargs)) == (tuple(other.args), dict(other.kwargs))
 
 
-def note_published(request: Context | None, options: dict[str, Any]) -> None:
-    """A message that continues the intent of the body that runs here was published."""
+def note_published(request: Context | None, options: dict[str, Any], call: bytes) -> None:
+    """A message that continues the intent of the body that runs here was published.
+
+    Args:
+        call: that message, for the record.
+    """
     claim: Hold | None = getattr(request, "idem_claim", None)
     if claim is None or request is None or request.is_eager:  # eager: it has run in its place
         return
     if options.get("task_id") == request.id:
         retries = retries_of(claim)
+        retries.call = call
         if retries.signal is None:
             retries.signal = Retry(when=options.get("eta") or options.get("countdown"))
 

@@ -55,6 +55,11 @@ class Settings:
             a slow API call; the worker's slot is held meanwhile.
         scope: of calls that name none: a function without arguments, or its path "module:function",
             called where the call is made. None: such calls have no scope.
+        keep_call: keep the call in the record while the intent is open: arguments, queue and canvas, as the
+            message has them. Without it nothing can be recovered, and operators see no arguments.
+        max_call_bytes: a larger call is not kept. 64 KiB: a hundred times a usual message; a thousand open ones
+            take 64 MB at most.
+        recover: publish the call again when its message got lost or its worker died (see docs/how-to/recovery.md).
     """
 
     store: str = field(default="", repr=False)  # error trackers keep the repr of local variables
@@ -74,6 +79,9 @@ class Settings:
     settle_patience: float = 30.0
     reconcile_timeout: float = 10.0
     scope: Callable[[], Any] | str | None = None
+    keep_call: bool = True
+    max_call_bytes: int = 65_536
+    recover: bool = True
 
     def policy(self, asks: bool) -> Policy:
         """The part the protocol needs.
@@ -101,6 +109,8 @@ _ONE_OF: dict[str, tuple[Any, ...]] = {
     "on_store_error": get_args(OnStoreError),
     "shadow": (True, False),
     "audit": (True, False),
+    "keep_call": (True, False),
+    "recover": (True, False),
 }
 _SECONDS = ("lease", "result_ttl", "failure_ttl", "settle_patience", "reconcile_timeout")
 LONGEST = 3e9  # seconds, about a century: in microseconds it still fits what every store keeps
@@ -190,7 +200,7 @@ def _allowed(name: str, value: Any) -> str:
         least = _SHORTEST_LEASE if name == "lease" else 0
         fits = number and least <= value <= LONGEST
         return "" if fits else f"use a number of seconds from {least:g} to {LONGEST:g}"
-    if name in ("max_attempts", "max_result_bytes"):
+    if name in ("max_attempts", "max_result_bytes", "max_call_bytes"):
         most = MAX_CRASHES if name == "max_attempts" else 512 << 20  # Redis' largest value
         return (
             ""

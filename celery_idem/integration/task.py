@@ -39,6 +39,7 @@ from celery_idem.engine.claim import Claim, Hold
 from celery_idem.integration import (
     answers,
     declaring,
+    messages,
     placing,
     publishing,
     republishing,
@@ -275,11 +276,23 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
                 options = self._in_a_group(options, given)
             options = self._with_key(args, kwargs, options, given, task_id)
             options["headers"][MESSAGE] = task_id
+            if same and hasattr(self.request_stack.top, "idem_claim") and not self.app.conf.task_always_eager:
+                return self._continue(args, kwargs, more, options)
         else:
             options = self._without_key(options, given)
-        result = super().apply_async(args, kwargs, *more, **options)
-        if same:
-            retrying.note_published(self.request_stack.top, options)
+        return super().apply_async(args, kwargs, *more, **options)
+
+    def _continue(self, args: Any, kwargs: Any, more: Any, options: dict[str, Any]) -> AsyncResult:
+        """Publish a message that continues an intent, and note it for the record of the body that runs here."""
+        producer = (more[1] if len(more) > 1 else None) or options.pop("producer", None)
+        with self.app.producer_or_acquire(producer) as real:
+            recorder = messages.Recorder(real, self)
+            if len(more) > 1:
+                more = (more[0], recorder, *more[2:])
+            else:
+                options["producer"] = recorder
+            result = super().apply_async(args, kwargs, *more, **options)
+        retrying.note_published(self.request_stack.top, options, recorder.call)
         return result
 
     def apply(

@@ -1,0 +1,287 @@
+"""The call in an open record, as a Celery message: made from a delivery or from a retry, and published again."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from celery.app.task import Context
+from kombu.serialization import dumps, loads, registry
+
+from celery_idem.core import calls, keys
+from celery_idem.core.calls import Call, Why
+from celery_idem.core.keys import Declaration
+from celery_idem.core.model import KEY, MESSAGE
+from celery_idem.engine import events
+from celery_idem.integration import publishing, republishing
+from celery_idem.integration.guarded import GuardedTask, Guarding
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from celery_idem.integration.settings import Settings
+
+BODY = "idem-body"
+ENCODING = "idem-encoding"
+"""In the properties that the worker's main process hands to a pool process: the message's body as it was on the wire.
+It is the very object that Celery hands over as well, so it is sent once."""
+
+_CANVAS = ("callbacks", "errbacks", "chain", "chord")
+"""Parts of a body that are signatures."""
+
+_HEADERS = (
+    "shadow", "eta", "expires", "group", "group_index", "retries", "timelimit", "root_id", "parent_id", "origin",
+    "ignore_result", "replaced_task_nesting", "stamped_headers", "stamps", "compression",
+)  # fmt: skip
+"""Celery's own headers that say more than the rest of the call does. Where they are missing, they are None or 0."""
+
+_OURS = frozenset({KEY, MESSAGE, "idem-waits", "idem-carried"})
+"""Headers of ours that follow from the rest of the call, or belong to one delivery."""
+
+_NO_LIMITS = [None, None]
+"""Celery's header ``timelimit`` of a message without limits."""
+
+_PROPERTIES = ("priority", "delivery_mode", "MessageGroupId")
+"""Properties that the author or the sender chose; all others are the broker's."""
+
+
+def of_delivery(app: Celery, guard: Guarding, request: Context, args: Any, kwargs: Any, key: str) -> bytes:
+    """Return the call of a delivery, packed. It never raises: what cannot be kept says so."""
+    if not guard.settings.keep_call:
+        return Why.OFF.packed
+    try:
+        return _bounded(_of_delivery(app, guard.declaration, request, args, kwargs), guard.settings)
+    except Exception as error:  # of any serializer
+        events.diagnose(logging.DEBUG, "%s: its call is not kept", key, error=error)
+        return Why.UNWRITABLE.packed
+
+
+def _of_delivery(app: Celery, declaration: Declaration, request: Context, args: Any, kwargs: Any) -> Call:
+    known = vars(request)
+    task_id = request.id or ""
+    properties = request.properties or {}
+    headers = _kept(known, request.headers or {}, task_id)
+    info = request.delivery_info or {}
+    kept = {name: properties[name] for name in _PROPERTIES if properties.get(name)}
+    if request.reply_to:
+        kept["reply_to"] = request.reply_to
+    canvas = {name: known[name] for name in _CANVAS if known.get(name)}
+    body = properties.get(BODY)
+    content_type, encoding = properties.get("content_type") or "", properties.get(ENCODING) or "utf-8"
+    hidden = bool(declaration.secret or (canvas and _has_secrets(app, canvas)))
+    if hidden or not isinstance(body, (bytes, str)):
+        if hidden:
+            args, kwargs, canvas = *publishing.without_secrets(declaration, args, kwargs), {}
+        name = registry.type_to_name.get(content_type) or app.conf.task_serializer
+        written, encoding, body = dumps((args, kwargs, canvas), serializer=name)
+        content_type = "" if request.is_eager or request.called_directly else written
+    if isinstance(body, str):
+        body = body.encode()
+    return Call(
+        task_id,
+        headers,
+        kept,
+        content_type,
+        encoding,
+        info.get("exchange") or "",
+        info.get("routing_key") or "",
+        hidden,
+        body,
+    )
+
+
+def _kept(known: Mapping[str, Any], others: Mapping[str, Any], task_id: str) -> dict[str, Any]:
+    """Headers to keep.
+
+    Args:
+        known: Celery's headers, among other things.
+        others: the author's, and ours.
+    """
+    headers = {name: known[name] for name in _HEADERS if known.get(name)}
+    if headers.get("timelimit") == _NO_LIMITS:
+        del headers["timelimit"]
+    if headers.get("root_id") == task_id:
+        del headers["root_id"]
+    if not _OURS.issuperset(others):
+        headers.update((name, value) for name, value in others.items() if name not in _OURS)
+    return headers
+
+
+def _bounded(call: Call, settings: Settings) -> bytes:
+    packed = calls.pack(call)
+    return packed if len(packed) <= settings.max_call_bytes else Why.TOO_LARGE.packed
+
+
+def _has_secrets(app: Celery, canvas: Any) -> bool:
+    """Whether a signature in it is of a task with secrets."""
+    return any(publishing.has_secrets(app, name) for name in _tasks_in(canvas))
+
+
+def _tasks_in(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        if isinstance(value.get("task"), str):
+            yield value["task"]
+        for one in value.values():
+            yield from _tasks_in(one)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _tasks_in(one)
+
+
+@lru_cache(maxsize=16)  # a process has one worker's name, or a handful
+def place_of(hostname: str, pid: int) -> str:
+    """Return where an execution runs, for people."""
+    return f"{hostname}, process {pid}"
+
+
+def place(request: Context) -> str:
+    return place_of(request.hostname or "", os.getpid())
+
+
+class Recorder:
+    """A producer that remembers what it published, for the record of the intent that the message continues."""
+
+    def __init__(self, producer: Any, task: GuardedTask) -> None:
+        self._producer = producer
+        self._task = task
+        self.call = b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._producer, name)
+
+    def publish(self, body: Any, **options: Any) -> Any:
+        published = self._producer.publish(body, **options)
+        self.call = of_message(self._task, body, **options)
+        return published
+
+
+def of_message(
+    task: GuardedTask,
+    body: Any,
+    routing_key: Any = None,
+    exchange: Any = None,
+    headers: Any = None,
+    serializer: Any = None,
+    compression: Any = None,
+    priority: Any = None,
+    reply_to: Any = None,
+    delivery_mode: Any = None,
+    **properties: Any,
+) -> bytes:
+    """Return the call in what Celery hands to a producer, packed."""
+    settings = task.guard.settings
+    if not settings.keep_call:
+        return Why.OFF.packed
+    try:
+        args, kwargs, canvas = body
+        kept = {"priority": priority, "reply_to": reply_to, "delivery_mode": delivery_mode}
+        hidden = bool(task.guard.declaration.secret) or _has_secrets(task.app, canvas)
+        if hidden:
+            args, kwargs, canvas = *publishing.without_secrets(task.guard.declaration, args, kwargs), {}
+        content_type, encoding, written = dumps((args, kwargs, canvas), serializer=serializer)
+        call = Call(
+            headers["id"],
+            _kept({**headers, "compression": compression}, _custom(headers), headers["id"]),
+            {n: v for n, v in kept.items() if v},
+            content_type,
+            encoding,
+            getattr(exchange, "name", exchange) or "",
+            routing_key or "",
+            hidden,
+            written.encode() if isinstance(written, str) else written,
+        )
+        return _bounded(call, settings)
+    except Exception as error:
+        events.diagnose(logging.DEBUG, "%s: the call of its retry is not kept", task.name, error=error)
+        return Why.UNWRITABLE.packed
+
+
+_CELERYS = frozenset({"lang", "task", "id", "argsrepr", "kwargsrepr", *_HEADERS})
+
+
+def _custom(headers: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in headers.items() if name not in _CELERYS}
+
+
+def arguments(app: Celery, call: Call) -> tuple[Any, Any, Any]:
+    """Return positional and named arguments, and the canvas.
+
+    Raises:
+        Exception: whatever the serializer raises; one that the application does not accept is refused.
+    """
+    accept = {*app.conf.accept_content, *(app.conf.result_accept_content or ())}
+    args, kwargs, canvas = loads(
+        call.body, call.content_type or _plain(app), call.content_encoding, accept=accept
+    )
+    return args, kwargs, canvas
+
+
+def _plain(app: Celery) -> str:
+    return str(registry.name_to_type.get(app.conf.task_serializer, app.conf.task_serializer))
+
+
+def publish(app: Celery, key: str, call: Call, began: bool = True) -> None:
+    """Publish the same message again: same task id, no retry used up, to the queue that it came from.
+
+    Args:
+        began: an execution had begun, so an expiry no longer counts.
+
+    Raises:
+        Exception: of the broker's driver.
+    """
+    task = keys.task_of(key) or ""
+    headers = _headers(app, task, key, call)
+    if began:
+        headers["expires"] = None
+    compression = headers.pop("compression", None)
+    context = Context({"delivery_info": {"exchange": call.exchange, "routing_key": call.routing_key}})
+    route = republishing.to_its_queue(app, context) or {}
+    with app.producer_or_acquire() as producer:
+        producer.publish(
+            call.body,
+            content_type=call.content_type,
+            content_encoding=call.content_encoding,
+            compression=compression,
+            headers=headers,
+            exchange=route.get("exchange", call.exchange),
+            routing_key=route.get("routing_key", call.routing_key),
+            correlation_id=call.task_id,
+            retry=True,
+            retry_policy=app.conf.task_publish_retry_policy,
+            **{"delivery_mode": app.conf.task_default_delivery_mode, **call.properties},
+        )
+
+
+def answer(app: Celery, key: str, packed: bytes) -> None:
+    """Publish the call of a dead execution, whose caller waits: it is a duplicate by now. It never raises."""
+    try:
+        call = calls.unpack(packed)
+        if call.publishable:
+            publish(app, key, call)
+    except Exception as error:
+        events.diagnose(logging.WARNING, "%s: its first call could not be published again", key, error=error)
+
+
+def _headers(app: Celery, task: str, key: str, call: Call) -> dict[str, Any]:
+    """All headers of a message of Celery's second protocol."""
+    args, kwargs, _ = arguments(app, call)
+    declaration = getattr(app.tasks.get(task), "idem_declaration", None)
+    return {
+        "lang": "py",
+        "task": task,
+        "id": call.task_id,
+        "root_id": call.task_id,
+        **dict.fromkeys(("shadow", "eta", "expires", "group", "group_index", "parent_id", "stamped_headers")),
+        "retries": 0,
+        "timelimit": [None, None],
+        "ignore_result": False,
+        "replaced_task_nesting": 0,
+        "stamps": {},
+        **(publishing.shown(declaration, args, kwargs) if declaration is not None else {}),
+        **call.headers,
+        KEY: key,
+        MESSAGE: call.task_id,
+    }
