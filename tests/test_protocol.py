@@ -297,7 +297,7 @@ APPLY: dict[str, list[Callable[[Record], Result]]] = {
     "schedule": [lambda r: protocol.schedule(r, OWN, 5)],
     "release": [lambda r: protocol.release(r, OWN)],
     "doubt": [lambda r: protocol.doubt(r, OWN, "why")],
-    "renew": [lambda r: protocol.renew(r, OWN)],
+    "renew": [lambda r: protocol.renew(r, OWN, LEASE)],
     "begin_step": [lambda r: protocol.begin_step(r, OWN, "charge", a_request().policy)],
     "end_step": [lambda r: protocol.end_step(r, OWN, "charge", b"j1")],
     "exit": [

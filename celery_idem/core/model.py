@@ -341,6 +341,12 @@ class StepsFull(NamedTuple):
 StepDecision = Done | Refused | StepDone | StepOpen | StepsFull
 
 
+class Publish(NamedTuple):
+    """Publish the record's call again. ``record`` must be written first: it says that this process took it."""
+
+    record: Record
+
+
 class Again(NamedTuple):
     """Deliver the message once more: that delivery finds in the record what to do."""
 

@@ -82,8 +82,10 @@ from celery_idem.core.model import (
     Noticed,
     Outcome,
     Policy,
+    Publish,
     Raised,
     Record,
+    Recovery,
     Refused,
     Replay,
     Request,
@@ -99,6 +101,19 @@ from celery_idem.core.model import (
 STEP = 1_000_000
 """Microseconds that a store's clock may go back before it is noticed: a lease then ends that much
 later. More is no adjustment, but a clock that was set, or another machine's."""
+
+GRACE = 1_000_000
+"""Microseconds past its deadline after which recovery takes an open record: whoever is a little late comes first."""
+
+PUBLISHED_WAIT = 60_000_000
+"""Microseconds until recovery publishes a call for the second time, four times that for the third, and so on: each is
+one more message for a queue that may only be long."""
+
+LONGEST_WAIT = 3_600_000_000
+"""Microseconds between two publications at most."""
+
+NEVER = 1 << 50
+"""Microseconds, 35 years: no process has to look at the record."""
 
 MAX_NOTES = 32
 """Lines of history in a record: some 100 bytes each, and only a contested intent has any.
@@ -236,11 +251,15 @@ def left(record: Record, stamp: int, now: int) -> int:
     """
     if not record.lease:
         return 0  # ended by a process that knew: that needs no clock
-    since = stamp
-    if _went_back(stamp, now):
-        mark = _mark(record, stamp, now)
-        since = now if mark is None else mark.at
-    return since + record.lease - now
+    return record.lease - _waited(record, stamp, now)
+
+
+def _waited(record: Record, stamp: int, now: int) -> int:
+    """Microseconds since a record was written, as far as the store's clock can tell."""
+    if not _went_back(stamp, now):
+        return now - stamp
+    mark = _mark(record, stamp, now)
+    return 0 if mark is None else now - mark.at
 
 
 def _went_back(stamp: int, now: int) -> bool:
@@ -258,7 +277,8 @@ def noticed(record: Record, stamp: int, now: int) -> Record | None:
 
     The mark names its own write: a stamp is one more than the one before while that lies in the future.
     """
-    if not record.lease or not _went_back(stamp, now) or _mark(record, stamp, now) is not None:
+    timed = record.lease or record.recovery
+    if not timed or not _went_back(stamp, now) or _mark(record, stamp, now) is not None:
         return None
     note = Note(now, "clock", "went back", f"at least {(stamp - now) / MICROSECONDS:.0f} s in the store")
     return replace(_noted(record, note), noticed=Noticed(now, stamp + 1))
@@ -409,6 +429,7 @@ def _why_in_doubt(record: Record, policy: Policy, reason: str) -> str:
     return TOO_MANY.format(record.crashes) if record.crashes >= policy.max_attempts else ""
 
 
+NOT_TAKEN = "its call was published again {} times, and no worker took it"
 CRASHED = "the worker stopped without reporting an outcome"
 CRASHED_UNSEEN = "the worker stopped, and the store did not say whether it had begun"
 TOO_MANY = "the worker stopped without reporting an outcome, {} times"
@@ -607,11 +628,17 @@ def doubt(record: Record, owner: bytes, reason: str) -> tuple[Done | Refused, Re
     return Done(new), new
 
 
-def renew(record: Record, owner: bytes) -> tuple[Done | Refused, Record | None]:
-    """Keep a running claim, or a question: the store's new stamp is what moves the deadline."""
+def renew(record: Record, owner: bytes, lease: int) -> tuple[Done | Refused, Record | None]:
+    """Keep a running claim, or a question: the store's new stamp is what moves the deadline.
+
+    Args:
+        lease: of a claim that was taken for dead, and is not.
+    """
     asks = record.state is State.IN_DOUBT and record.asking == owner
     if asks or (record.state is State.RUNNING and record.owner == owner):
         new = record if record.noticed is None else replace(record, noticed=None)
+        if not asks and not record.lease:  # recovery, or its parent, took it for dead
+            new = replace(new, lease=lease, recovery=None)
         return Done(new), new
     return Refused(record), None
 
@@ -691,6 +718,45 @@ def died_unseen(policy: Policy) -> Verdict:
     if policy.asks or policy.on_crash != "in_doubt":
         return Again()
     return InDoubt(CRASHED_UNSEEN)
+
+
+def recover(
+    record: Record, stamp: int, now: int, publishable: bool, policy: Policy
+) -> tuple[Publish | None, Record | None]:
+    """Rule 11: is this open record overdue, so that its call should be published again?
+
+    Its delivery decides what becomes of it, as any other. Nothing here runs or ends an action, but for one that
+    was published ``max_attempts`` times and that no worker took.
+
+    Args:
+        publishable: the record holds its whole call, and the author has not said ``recover=False``.
+
+    Returns:
+        What to do, once the record is written (None: nothing to write).
+    """
+    overdue = record.state in (State.RUNNING, State.SCHEDULED)
+    tries, wait = record.recovery or (0, record.lease + GRACE)
+    if not overdue or _waited(record, stamp, now) < wait:
+        return None, noticed(record, stamp, now) if overdue else None
+    ended = replace(record, lease=0)  # the stamp of this write is no sign of life
+    if not publishable:
+        return None, replace(ended, recovery=Recovery(0, NEVER))
+    if tries >= policy.max_attempts:
+        _, new = _put_in_doubt(_with_past(record, stamp), NOT_TAKEN.format(tries))
+        return None, replace(new, recovery=None)
+    new = replace(ended, recovery=Recovery(tries + 1, min(PUBLISHED_WAIT << 2 * tries, LONGEST_WAIT)))
+    return Publish(new), new
+
+
+def not_published(record: Record, taken: Record) -> Record | None:
+    """The broker did not take a call that recovery had taken: it does not count, and is tried again soon.
+
+    Args:
+        taken: the record as recovery wrote it.
+    """
+    if record.recovery is None or record.recovery != taken.recovery or record.state is not taken.state:
+        return None
+    return replace(record, recovery=Recovery(record.recovery.tries - 1, GRACE))
 
 
 def begin_step(

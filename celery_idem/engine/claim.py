@@ -442,8 +442,9 @@ class Hold:
         is_lost = known is not record
         if is_lost and (self._phase is not HELD or known.state is not State.RUNNING):
             return None, None
-        decision, new = protocol.renew(known, self.owner)
-        if is_lost or known.noticed is not None:  # another's mark: answer with a sign of life, now
+        decision, new = protocol.renew(known, self.owner, self.policy.lease)
+        # Another's mark, or a lease that was taken for over: answer with a sign of life, now.
+        if is_lost or known.noticed is not None or new is not known:
             return decision, new
         # Its own newer write moved the deadline already, also where the reply to it got lost and the
         # body's thread does not know it. The next look renews that one.

@@ -62,6 +62,7 @@ KINDS = {
     "exited": Kind(logging.ERROR, {**_TASK, "reason": str}),
     "died": Kind(logging.ERROR, {**_TASK, "process": int, "why": str, "then": str, "redelivered": bool}),
     "lapsed": Kind(logging.WARNING, _TASK),
+    "recovered": Kind(logging.WARNING, {**_TASK, "tries": int, "state": str}),
     "resolved": Kind(logging.WARNING, {"by": str, "what": str}),
     "forgotten": Kind(logging.WARNING, {}),
     "shadow": Kind(logging.INFO, {**_TASK, "would": str, "why": str}),

@@ -24,6 +24,7 @@ from celery_idem.core.model import (
     NotHappened,
     Outcome,
     Policy,
+    Publish,
     Record,
     Refused,
     Request,
@@ -338,6 +339,33 @@ class Ledger:
 
         decided: tuple[Verdict | None, Record | None] = self._change(key, decide, policy)[0]
         return decided
+
+    # --- for recovery -----------------------------------------------------------------
+
+    def overdue(self) -> Iterator[Entry]:
+        """Open intents whose time has come, oldest first."""
+        for entry in self.list():
+            if entry.state in ("lapsed", "scheduled") and entry.retry_after <= 0:
+                yield entry
+
+    def recover(self, key: str, publishable: Callable[[Record], bool], policy: Policy) -> Publish | None:
+        """Take an overdue intent: its call is then published by this process alone. See ``protocol.recover``."""
+
+        def decide(record: Record | None, stamp: int, now: int) -> tuple[Publish | None, Record | None]:
+            if record is None:
+                return None, None
+            return protocol.recover(record, stamp, now, publishable(record), policy)
+
+        taken: Publish | None = self._change(key, decide, policy)[0]
+        return taken
+
+    def not_published(self, key: str, taken: Publish) -> None:
+        """The broker did not take the call of an intent that ``recover`` had taken."""
+
+        def decide(record: Record | None, stamp: int, now: int) -> tuple[None, Record | None]:
+            return None, protocol.not_published(record, taken.record) if record is not None else None
+
+        self._change(key, decide, None)
 
     def _change(
         self, key: str, decide: Decide, policy: Policy | None, lenient: bool = False

@@ -35,7 +35,7 @@ from celery_idem.core.model import Again, Coming, InDoubt, Verdict
 from celery_idem.engine import events, owners
 from celery_idem.engine.bounded import Bounded, TooLateError
 from celery_idem.engine.claim import doubt_message
-from celery_idem.integration import publishing, purging, republishing
+from celery_idem.integration import publishing, purging, recovering, republishing
 from celery_idem.integration.messages import BODY, ENCODING
 
 DEATHS = "idem-deaths"
@@ -264,8 +264,9 @@ def _look_often(sender: Any = None, **_: Any) -> None:
 
 
 signals.worker_ready.connect(_look_often)
-signals.worker_ready.connect(purging.begin)
-signals.worker_shutdown.connect(purging.end)
+for looks in (purging, recovering):
+    signals.worker_ready.connect(looks.begin)
+    signals.worker_shutdown.connect(looks.end)
 
 
 def _unwrapped(exc_info: Any) -> BaseException:

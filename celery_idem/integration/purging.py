@@ -9,8 +9,6 @@ skips what another one has locked, and SQLite has one writer at a time anyway.
 from __future__ import annotations
 
 import logging
-import os
-import random
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery_idem.core.errors import IdempotencyError
 from celery_idem.engine import events
+from celery_idem.integration.looks import FORKS, Looks
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 FIRST = 5.0
 """Seconds after the start until the first look at most: also a worker that is restarted often purges.
-By chance, so that a hundred workers started together do not look at once."""
+By chance, see there."""
 
 EVERY = 60.0
 """Seconds between looks: what expires in a minute is little beside what is kept for a day."""
@@ -38,34 +37,7 @@ REST = 4.0
 """The pause after a full batch, in times what it took: so a backlog takes a fifth of one connection's time."""
 
 
-FORK_WAITS = 0.5
-"""Seconds that a fork waits for the statement under way, at most: no worker may stop for a database that hangs."""
-
-
-class _Forks:
-    """Keeps the worker from forking a pool process in the middle of a statement: the child would
-    inherit the locks inside SQLite as they are, without the thread that opens them again."""
-
-    def __init__(self) -> None:
-        self.held_off = threading.Lock()
-        self._forking = threading.local()  # two threads may fork at once
-        os.register_at_fork(before=self._before, after_in_parent=self._after, after_in_child=self._in_child)
-
-    def _before(self) -> None:
-        self._forking.holds = self.held_off.acquire(timeout=FORK_WAITS)
-
-    def _after(self) -> None:
-        if self._forking.holds:
-            self.held_off.release()
-
-    def _in_child(self) -> None:
-        self.held_off = threading.Lock()
-
-
-_forks = _Forks()
-
-
-class Purger:
+class Purger(Looks):
     """The purging thread of a process.
 
     Args:
@@ -73,40 +45,20 @@ class Purger:
     """
 
     def __init__(self, stores: Callable[[], Iterable[Store]]) -> None:
-        self._stores = stores
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="celery_idem purging", daemon=True)
+        super().__init__("purging", lambda ended: [_purge(store, ended) for store in stores()], FIRST, EVERY)
 
-    def start(self) -> None:
-        self._thread.start()
 
-    def stop(self) -> None:
-        """Ends after the statement that is under way; does not wait for it."""
-        self._ended.set()
-
-    def _loop(self) -> None:
-        pause = random.uniform(0.0, FIRST)  # noqa: S311  # to spread them
-        while not self._ended.wait(pause):
-            try:
-                for store in self._stores():
-                    self._purge(store)
-            except IdempotencyError as error:
-                events.diagnose(logging.WARNING, "purging expired records failed; trying again: %s", error)
-            except Exception as error:
-                events.diagnose(logging.ERROR, "purging expired records failed; trying again", error=error)
-            pause = EVERY * random.uniform(0.9, 1.1)  # noqa: S311
-
-    def _purge(self, store: Store) -> None:
-        total, gone = 0, BATCH
-        while gone == BATCH:
-            began = time.monotonic()
-            with _forks.held_off:
-                gone = store.purge(BATCH)
-            total += gone
-            if self._ended.wait(REST * (time.monotonic() - began)):
-                return
-        if total:
-            events.diagnose(logging.DEBUG, "%d expired records deleted from %s", total, store.url)
+def _purge(store: Store, ended: threading.Event) -> None:
+    total, gone = 0, BATCH
+    while gone == BATCH:
+        began = time.monotonic()
+        with FORKS.held_off:
+            gone = store.purge(BATCH)
+        total += gone
+        if ended.wait(REST * (time.monotonic() - began)):
+            return
+    if total:
+        events.diagnose(logging.DEBUG, "%d expired records deleted from %s", total, store.url)
 
 
 def stores_of(app: Celery) -> list[Store]:

@@ -16,7 +16,7 @@ from celery import Celery
 from celery_idem import IdempotentTask
 from celery_idem.core.errors import StoreError
 from celery_idem.core.model import MICROSECONDS
-from celery_idem.integration import purging
+from celery_idem.integration import looks, purging
 from celery_idem.integration.purging import Purger
 from celery_idem.stores import open_store
 from celery_idem.stores.base import Store
@@ -125,7 +125,7 @@ def test_no_process_is_forked_in_the_middle_of_a_statement(
     purgers: list[Purger], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would inherit locks that nobody opens. A statement that hangs keeps it for a moment only."""
-    monkeypatch.setattr(purging, "FORK_WAITS", 0.2)
+    monkeypatch.setattr(looks, "FORK_WAITS", 0.2)
     within, go = threading.Event(), threading.Event()
 
     class Slow(MemoryStore):
@@ -138,7 +138,7 @@ def test_no_process_is_forked_in_the_middle_of_a_statement(
     purgers[0].start()
     assert within.wait(SOON)
     began = time.monotonic()
-    assert forked(lambda: purging._forks.held_off.acquire(timeout=1)) == 0
+    assert forked(lambda: looks.FORKS.held_off.acquire(timeout=1)) == 0
     assert time.monotonic() - began >= 0.2
     go.set()
     wait_for(lambda: forked(lambda: True) == 0, SOON, "forking as ever")

@@ -1,0 +1,191 @@
+"""Recovery: what is open past its deadline is published again, from its own record.
+
+Each worker's main process looks for it. It knows no rules: ``protocol.recover`` says what is overdue, one process takes
+it by a compare-and-set, and the delivery that it brings about decides what becomes of the action, as any other. Its
+caller gets the answer, because it is the same message with the same task id.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from celery_idem.core import calls
+from celery_idem.core.calls import Call
+from celery_idem.core.errors import IdempotencyError
+from celery_idem.core.model import Record
+from celery_idem.engine import events
+from celery_idem.engine.entries import Entry
+from celery_idem.engine.ledger import Ledger
+from celery_idem.integration import messages
+from celery_idem.integration.looks import FORKS, Looks
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+FIRST = 1.0
+"""Seconds after the start until the first look at most: new workers are what a dead host's callers wait for."""
+
+EVERY = 1.5
+"""Seconds between looks. One look is a single read of the index; with it a dead worker's caller has the answer within
+its lease and five seconds."""
+
+PAUSE = 0.005
+"""Seconds between two publications: two hundred a second from each worker at most, so that a backlog from an outage
+does not drown what comes in now."""
+
+BROKER_PAUSE = 2.0
+"""Seconds until the next try when the broker does not take a call; doubled each time, up to ``LONGEST_PAUSE``."""
+
+LONGEST_PAUSE = 30.0
+
+
+class Found(NamedTuple):
+    """One overdue intent.
+
+    Attributes:
+        published: its call was published again (with ``dry_run``: it would be).
+        why: why not, for people; "" where it was.
+    """
+
+    entry: Entry
+    published: bool
+    why: str = ""
+
+
+class BrokerError(IdempotencyError):
+    """The broker did not take a call. Recovery goes on later."""
+
+
+def ledgers_of(app: Celery) -> list[Ledger]:
+    """The ledgers of an application's guarded tasks, each store and namespace once."""
+    found: dict[tuple[int, str], Ledger] = {}
+    for task in list(app.tasks.values()):
+        if getattr(task, "idem_declaration", None) is not None and not task.guard.settings.shadow:
+            ledger: Ledger = task.guard.ledger
+            found[id(ledger.store), ledger.namespace] = ledger
+    return list(found.values())
+
+
+def recover(app: Celery, dry_run: bool = False, ended: threading.Event | None = None) -> Iterator[Found]:
+    """Publish what is overdue again, oldest first.
+
+    Args:
+        dry_run: publish nothing.
+        ended: when it is set, stop.
+
+    Raises:
+        StoreError: a store does not answer.
+        BrokerError: the broker does not take a message.
+    """
+    ended = ended or threading.Event()
+    for ledger in ledgers_of(app):
+        for entry in ledger.overdue():
+            with FORKS.held_off:
+                found = _recover(app, ledger, entry, dry_run)
+            if found is not None:
+                yield found
+            if ended.wait(PAUSE if found is not None and found.published and not dry_run else 0.0):
+                return
+
+
+def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found | None:
+    task = app.tasks.get(entry.task)
+    if getattr(task, "idem_declaration", None) is None:
+        return Found(entry, False, "no task of this application has that name")
+    guard = task.guard
+    call: Call | None = None
+
+    def publishable(record: Record) -> bool:
+        nonlocal call
+        call, _ = call_of(record)
+        return bool(guard.settings.recover and call is not None and call.publishable)
+
+    if dry_run:
+        can = publishable(entry.record)
+        return Found(entry, can, "" if can else why_not(entry.record, guard.settings.recover))
+    taken = ledger.recover(entry.key, publishable, guard.options.policy)
+    if taken is None or call is None:
+        return None
+    try:
+        messages.publish(app, entry.key, call)
+    except Exception as error:  # of any driver
+        ledger.not_published(entry.key, taken)
+        events.emit("broker_error", entry.key, task_id=call.task_id, error=type(error).__name__)
+        raise BrokerError(f"the broker did not take {entry.key} ({type(error).__name__})") from error
+    tries = taken.record.recovery.tries if taken.record.recovery else 0
+    events.emit("recovered", entry.key, task_id=call.task_id, tries=tries, state=entry.state)
+    return Found(entry, True)
+
+
+def call_of(record: Record) -> tuple[Call | None, str]:
+    """Return the call that a record holds, or None and why it holds none, for people."""
+    if not record.call:
+        return None, "its record holds no call"
+    missing = calls.missing(record.call)
+    if missing is not None:
+        return None, _WHY[missing]
+    try:
+        return calls.unpack(record.call), ""
+    except ValueError as error:
+        return None, f"its call cannot be read ({error})"
+
+
+_WHY = {
+    calls.Why.OFF: "its call was not kept (keep_call=False)",
+    calls.Why.TOO_LARGE: "its call was not kept: it is larger than max_call_bytes",
+    calls.Why.UNWRITABLE: "its call was not kept: its serializer refuses an argument or a header",
+}
+
+
+def why_not(record: Record, recover: bool = True) -> str:
+    """Return why a record's call cannot be published again, for people; "" where it can."""
+    call, why = call_of(record)
+    if call is None:
+        return why
+    if call.hidden:
+        return "its secret values are not in the record"
+    if not call.publishable:
+        return "it was called directly, without a message"
+    return "" if recover else "its task says recover=False"
+
+
+class Recoverer(Looks):
+    """The recovering thread of a worker's main process."""
+
+    def __init__(self, app: Celery) -> None:
+        super().__init__("recovery", self._recover, FIRST, EVERY)
+        self._app = app
+        self._pause = BROKER_PAUSE
+
+    def _recover(self, ended: threading.Event) -> None:
+        try:
+            for _ in recover(self._app, ended=ended):
+                self._pause = BROKER_PAUSE
+        except BrokerError as error:
+            events.diagnose(logging.WARNING, "recovery: %s; trying again in %g s", error, self._pause)
+            ended.wait(self._pause)
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+
+
+_recoverers: dict[int, Recoverer] = {}
+"""By application: one worker in this process each."""
+
+
+def begin(sender: object = None, **_: object) -> None:
+    """Celery's ``worker_ready``: the pool's processes are forked, and this thread is none of theirs."""
+    app = sender.app  # type: ignore[attr-defined]
+    if id(app) not in _recoverers and any(
+        getattr(task, "idem_declaration", None) is not None for task in list(app.tasks.values())
+    ):
+        recoverer = _recoverers[id(app)] = Recoverer(app)
+        recoverer.start()
+
+
+def end(sender: object = None, **_: object) -> None:
+    """Celery's ``worker_shutdown``."""
+    recoverer = _recoverers.pop(id(sender.app), None)  # type: ignore[attr-defined]
+    if recoverer is not None:
+        recoverer.stop()
