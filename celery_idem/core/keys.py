@@ -184,6 +184,8 @@ def _number(value: float | Decimal) -> Any:
     if isinstance(value, Decimal):
         if not value.is_finite():
             raise IntentError("it is NaN or infinite")
+        if not value:
+            return 0  # whatever its exponent is
         if -400 < value.adjusted() < 400:  # a float may be equal; outside of this range none is
             number = float(value)
             if math.isfinite(number) and Decimal(number) == value:
@@ -202,7 +204,7 @@ def _digits(value: Decimal) -> dict[str, str]:
     text = "".join(map(str, digits)).lstrip("0")
     stripped = text.rstrip("0")
     power = int(exponent) + len(text) - len(stripped)
-    return {"$number": f"{'-' if sign else ''}{stripped or '0'}E{power if stripped else 0}"}
+    return {"$number": f"{'-' if sign else ''}{stripped}E{power}"}
 
 
 def _json(value: Any) -> bytes:
