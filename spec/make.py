@@ -32,9 +32,9 @@ FILE = Path(__file__).with_name("vectors.json")
 
 ABOUT = (
     "Test vectors of celery_idem's wire format, made by `python -m spec.make`. docs/reference/wire.md explains them. "
-    "`values`: a value, and the canonical form that is hashed. `refused`: values that have none. `calls`: a call, and "
-    "the text that is hashed, the key, the fingerprint, the digest of the scope, and the headers of the message. "
-    "`records`: what a store holds, in hex, and what it says."
+    "`values`: a value, and the canonical form that is hashed. `refused`: values that have none, as text, because "
+    "some languages cannot read their JSON. `calls`: a call, and the text that is hashed, the key, the fingerprint, "
+    "the digest of the scope, and the headers of the message. `records`: what a store holds, in hex, and what it says."
 )
 
 UTC = timezone.utc
@@ -287,6 +287,15 @@ CALLS = [
 ]
 
 
+def parameters(run: Callable[..., Any]) -> list[list[Any]]:
+    """Return a function's parameters: a name, and the default if there is one."""
+    return [
+        [name] if parameter.default is parameter.empty else [name, notation(parameter.default)]
+        for name, parameter in inspect.signature(run).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    ]
+
+
 def call(given: Call) -> dict[str, Any]:
     """Publish the call into memory, and return what the message says of it."""
     app = Celery("vectors", broker="memory://", backend="cache+memory://", set_as_current=False)
@@ -314,11 +323,7 @@ def call(given: Call) -> dict[str, Any]:
         "namespace": given.namespace,
         "task": task.name,
         "intent_version": declaration.version,
-        "parameters": [
-            [name] if parameter.default is parameter.empty else [name, notation(parameter.default)]
-            for name, parameter in inspect.signature(given.run).parameters.items()
-            if parameter.kind is not parameter.VAR_KEYWORD
-        ],
+        "parameters": parameters(given.run),
         "intent": list(declaration.fields) if declaration.fields is not None else None,
         "must_match": list(declaration.must_match),
         "args": notation(given.args),
@@ -426,7 +431,7 @@ def vectors() -> dict[str, Any]:
         "scheme": keys.SCHEME,
         "message": MESSAGE,
         "values": values,
-        "refused": [{"name": name, "value": notation(value)} for name, value in REFUSED],
+        "refused": [{"name": name, "json": json.dumps(notation(value))} for name, value in REFUSED],
         "calls": [call(given) for given in CALLS],
         "records": records(),
     }

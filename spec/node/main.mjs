@@ -1,14 +1,14 @@
 //   node main.mjs check ../vectors.json                   compares every vector
 //   node main.mjs keys < calls                            a call in each line: prints its key and fingerprint
-//   node main.mjs publish redis://host:6379/0 < call      publishes a call, and prints the message's id
+//   node main.mjs publish redis://host:6379/0 < calls     publishes them, and prints the messages' ids
 //   node main.mjs look redis://host:6379/0 idem:KEY       prints the record of an action, or null
 import { readFileSync } from "node:fs";
+import { createInterface } from "node:readline";
 import { isDeepStrictEqual } from "node:util";
 import { canonical, fingerprint, hashed, headers, key, publish, redis, scopeDigest } from "./producer.mjs";
 import { unpack } from "./record.mjs";
 
 const parse = (text) => JSON.parse(text, (_, value) => (value?.__type__ === "int" ? BigInt(value.__value__) : value));
-const input = () => readFileSync(0, "utf8").split("\n").filter(Boolean).map(parse);
 
 function attempt(what) {
   try {
@@ -28,7 +28,7 @@ function check(file) {
   const failures = [];
   const same = (name, found, expected) => isDeepStrictEqual(found, expected) || failures.push({ name, found, expected });
   for (const one of values) same(one.name, attempt(() => canonical(one.value)), one.canonical);
-  for (const one of refused) same(one.name, attempt(() => canonical(one.value)).slice(0, 8), "refused:");
+  for (const one of refused) same(one.name, attempt(() => canonical(parse(one.json))).slice(0, 8), "refused:");
   for (const one of calls) {
     const found = { hashed: hashed(one), key: key(one), fingerprint: fingerprint(one), scope_digest: scopeDigest(one) };
     for (const [what, value] of Object.entries(found)) same(`${one.name}: ${what}`, value, one[what]);
@@ -42,6 +42,9 @@ function check(file) {
 
 const [command, ...words] = process.argv.slice(2);
 if (command === "check") check(...words);
-if (command === "keys") for (const call of input()) console.log(attempt(() => key(call) + fingerprint(call)));
-if (command === "publish") console.log(await publish(words[0], input()[0], words[1]));
 if (command === "look") console.log(JSON.stringify(await look(...words)));
+if (command === "keys" || command === "publish")
+  for await (const line of createInterface({ input: process.stdin })) {
+    if (command === "publish") console.log(await publish(words[0], parse(line), words[1]));
+    else console.log(attempt(() => `${key(parse(line))} ${fingerprint(parse(line))}`));
+  }

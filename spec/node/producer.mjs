@@ -121,11 +121,14 @@ export const scopeDigest = ({ namespace, scope }) =>
 export function headers(call, message) {
   const found = {};
   if (call.intent !== undefined) found["idem-key"] = key(call); // without it the worker derives the key
-  found["idem-message"] = message;
-  if (call.part_of) found["idem-part-of"] = call.part_of;
-  const names = { "idem-scope": call.scope, "idem-occurrence": call.occurrence, "idempotency-key": call.idempotency_key };
-  for (const [name, value] of Object.entries(names)) if (value !== undefined) found[name] = JSON.parse(label(value));
-  return found;
+  const labels = {
+    "idem-scope": call.scope,
+    "idem-occurrence": call.occurrence,
+    "idempotency-key": call.idempotency_key,
+    "idem-part-of": call.part_of,
+  };
+  for (const [name, value] of Object.entries(labels)) if (value !== undefined) found[name] = String(value).normalize("NFC");
+  return Object.keys(found).length ? { ...found, "idem-message": message } : found;
 }
 
 // --- Celery's message on a Redis broker ------------------------------------------------------------
