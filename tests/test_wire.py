@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import subprocess
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -11,12 +12,13 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
+import rfc8785
 from hypothesis import given
 from hypothesis import strategies as st
 from kombu.utils import json as kombu_json
 
 from celery_idem import IntentError
-from celery_idem.core.keys import declare
+from celery_idem.core.keys import canonical, declare
 from spec.make import FILE, charge, notation, parameters, text
 from tests.support.languages import LANGUAGES, run, words
 
@@ -34,6 +36,14 @@ def test_every_vector_in_another_language(language: str) -> None:
     counted = json.loads(FILE.read_text())
     number = sum(len(counted[kind]) for kind in ("values", "refused", "calls", "records"))
     assert said == f"{number} vectors, 0 failures"
+
+
+def test_the_table_of_canonical_forms() -> None:
+    page = (FILE.parents[1] / "docs" / "reference" / "wire.md").read_text()
+    rows = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \| ", page, re.MULTILINE)
+    assert len(rows) > 14
+    for value, form in rows:
+        assert rfc8785.dumps(canonical(kombu_json.loads(value))).decode() == form
 
 
 # --- random calls ----------------------------------------------------------------------------
