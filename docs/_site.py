@@ -34,7 +34,18 @@ HOW_TO = {
 
 EXPLANATION = ["why-not-a-lock", "state-machine", "exactly-once", "fencing", "endings", "record"]
 
-REFERENCE = ["task", "settings", "dispatch", "callers", "operators", "cli", "http", "wire", "errors", "events"]
+REFERENCE = [
+    "task",
+    "settings",
+    "dispatch",
+    "callers",
+    "operators",
+    "cli",
+    "http",
+    "wire",
+    "errors",
+    "events",
+]
 
 TITLES = {
     "index": "Home",
