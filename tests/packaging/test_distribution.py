@@ -85,7 +85,12 @@ def test_they_hold_what_they_should(built: tuple[Path, Path]) -> None:
     with tarfile.open(archive) as files:
         inside = {name.partition("/")[2] for name in files.getnames()}
     assert {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "mkdocs.yml"} <= inside
-    assert {"tests/conftest.py", "docs/tutorial.md", "example_project/simulate.py"} <= inside
+    assert {
+        "tests/conftest.py",
+        "docs/tutorial.md",
+        "example_project/simulate.py",
+        "spec/vectors.json",
+    } <= inside
     assert not [name for name in inside if ".venv" in name or "__pycache__" in name]
 
 
