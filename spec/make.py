@@ -24,8 +24,8 @@ import rfc8785
 from celery import Celery, signals
 
 from celery_idem import ALL_ARGUMENTS, IdempotentTask, IntentError
-from celery_idem.core import keys, model
-from celery_idem.core.model import Note, Noticed, Outcome, Record, State, Step, Would
+from celery_idem.core import calls, keys, model
+from celery_idem.core.model import Note, Noticed, Outcome, Record, Recovery, State, Step, Would
 from celery_idem.core.record import pack
 
 FILE = Path(__file__).with_name("vectors.json")
@@ -370,6 +370,28 @@ PARTS: list[tuple[str, dict[str, Any]]] = [
     ("a clock that went back, and a scope", {"noticed": Noticed(5, 9), "scope": bytes(range(16))}),
 ]
 
+CALL_OF_A_MESSAGE = calls.Call(
+    task_id=MESSAGE,
+    headers={"idem-scope": "größe"},
+    properties={"priority": 3},
+    content_type="application/json",
+    content_encoding="utf-8",
+    exchange="",
+    routing_key="celery",
+    hidden=False,
+    body=b'[["42", 7], {}, {}]',
+)
+
+OPEN: list[tuple[str, dict[str, Any]]] = [
+    (
+        "a call, and where it runs",
+        {"call": calls.pack(CALL_OF_A_MESSAGE), "place": "worker@größe, process 42"},
+    ),
+    ("a call that is too large", {"call": calls.Why.TOO_LARGE.packed}),
+    ("published by recovery", {"recovery": Recovery(2, 60_000_000)}),
+]
+"""What only a record without an outcome has."""
+
 
 def plain(value: Any) -> Any:
     """Return a part of a record as JSON: bytes in hex, a state by its name."""
@@ -389,6 +411,12 @@ def record(name: str, made: Record) -> dict[str, Any]:
         for part, value in made._asdict().items()
         if part != "outcome" and (value or part in ("attempts", "crashes"))
     }
+    if made.call or made.place or made.recovery:  # all or none of them are in the bytes
+        said |= {
+            "recovery": plain(made.recovery or Recovery(0, 0)),
+            "place": made.place,
+            "call": made.call.hex(),
+        }
     if made.outcome:  # its parts stand beside the others, as in the bytes
         given = made.outcome
         part = "replaced_by" if given.replaced_by else "payload" if given.payload is not None else "missing"
@@ -411,9 +439,9 @@ def records() -> list[dict[str, Any]]:
     held = Record(State.RUNNING, owner=OWNER, fence=7)
     everything = {name: value for _, parts in PARTS[1:] for name, value in parts.items()}
     for what, parts in [*PARTS, ("everything", everything)]:
-        found += [
-            record(f"{start.state.name.lower()}: {what}", start._replace(**parts)) for start in (held, ended)
-        ]
+        found += [record(f"{one.state.name.lower()}: {what}", one._replace(**parts)) for one in (held, ended)]
+    for what, parts in [*OPEN, ("everything, and what is open", {**everything, **OPEN[2][1], **OPEN[0][1]})]:
+        found.append(record(f"running: {what}", held._replace(**parts)))
     return found
 
 

@@ -19,6 +19,8 @@ from kombu.utils import json as kombu_json
 
 from celery_idem import IntentError
 from celery_idem.core.keys import canonical, declare
+from celery_idem.core.model import State
+from celery_idem.core.record import VERSION
 from spec.make import FILE, charge, notation, parameters, text
 from tests.support.languages import LANGUAGES, run, words
 
@@ -44,6 +46,13 @@ def test_the_table_of_canonical_forms() -> None:
     assert len(rows) > 14
     for value, form in rows:
         assert rfc8785.dumps(canonical(kombu_json.loads(value))).decode() == form
+
+
+def test_the_page_of_the_record_has_every_state_and_part() -> None:
+    page = (FILE.parents[1] / "docs" / "explanation" / "record.md").read_text()
+    states = (f"{state:d} {state.name.lower().replace('_', ' ')}" for state in State)
+    for said in (f"format version: {VERSION} ", *states, *(f"bit {number}, " for number in range(16))):
+        assert said in page
 
 
 # --- random calls ----------------------------------------------------------------------------

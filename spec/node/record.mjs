@@ -24,16 +24,18 @@ export function unpack(packed, stamp) {
     [9, "digests", blob],
     [12, "noticed", () => ({ at: time(), stamp: time() })],
     [13, "scope", () => hex(16)],
+    [15, "", () => ({ recovery: { tries: take(1)[0], wait: time() }, place: text(), call: blob() })],
     [14, "replaced_by", text],
     [10, "missing", text],
     [11, "payload", () => hex(packed.length - at)],
   ];
-  if (packed[12] !== 1) refuse(`format version ${packed[12]}`);
+  if (packed[12] !== 2) refuse(`format version ${packed[12]}`);
   const bits = packed.readUInt16BE(14);
   const record = { state: STATES[packed[13]], owner: packed.toString("hex", 0, 12) };
   record.attempts = packed.readUInt16BE(16);
   record.crashes = packed[18];
   record.fence = Number(packed.readBigUInt64BE(19)) || stamp;
-  for (const [bit, name, read] of parts) if (bits & (1 << bit)) record[name] = read();
+  for (const [bit, name, read] of parts)
+    if (bits & (1 << bit)) Object.assign(record, name ? { [name]: read() } : read());
   return record;
 }

@@ -12,16 +12,16 @@ class Record
     [0, "lease", :time], [1, "task_id", :uuid], [2, "task_id", :text], [3, "fingerprint", :blob],
     [4, "steps", :steps], [5, "open_steps", :texts], [6, "asking", :token], [7, "reason", :text],
     [8, "notes", :notes], [9, "digests", :blob], [12, "noticed", :noticed], [13, "scope", :digest],
-    [14, "replaced_by", :text], [10, "missing", :text], [11, "payload", :rest]
+    [15, nil, :open], [14, "replaced_by", :text], [10, "missing", :text], [11, "payload", :rest]
   ].freeze
 
   def read(stamp)
     owner, version, state, bits, attempts, crashes, fence = take(27).unpack("a12CCnnCQ>")
-    raise "format version #{version}" unless version == 1
+    raise "format version #{version}" unless version == 2
 
     found = { "state" => STATES.fetch(state), "owner" => owner.unpack1("H*"), "attempts" => attempts,
               "crashes" => crashes, "fence" => fence.zero? ? stamp : fence }
-    PARTS.each { |bit, name, what| found[name] = send(what) if bits[bit] == 1 }
+    PARTS.each { |bit, name, what| found.merge!(name ? { name => send(what) } : send(what)) if bits[bit] == 1 }
     found
   end
 
@@ -46,6 +46,7 @@ class Record
   def digest = hex(16)
   def noticed = { "at" => time, "stamp" => time }
   def rest = hex(@rest.bytesize)
+  def open = { "recovery" => { "tries" => take(1).ord, "wait" => time }, "place" => text, "call" => blob }
 
   def notes
     many do
