@@ -177,16 +177,20 @@ module Producer
 
   def redis(url, *command)
     at = URI(url)
-    login = [(at.user.to_s.empty? ? "default" : at.user), at.password].map { |word| URI.decode_uri_component(word) } if at.password
-    Socket.tcp(at.host, at.port || 6379) do |socket|
-      [login && ["AUTH", *login], ["SELECT", at.path.delete("/").then { |db| db.empty? ? "0" : db }], command].compact.map do |words|
-        socket.write("*#{words.size}\r\n", *words.map { |word| "$#{word.bytesize}\r\n#{word}\r\n" })
-        kind, rest = socket.gets("\r\n").then { |line| [line[0], line[1..].chomp] }
-        raise rest if kind == "-"
-        next rest unless kind == "$"
+    database = at.path.to_s.delete("/")
+    commands = [["SELECT", database.empty? ? "0" : database], command]
+    commands.unshift(["AUTH", at.user.to_s.empty? ? "default" : at.user, plain(at.password)]) if at.password
+    Socket.tcp(at.host, at.port || 6379) { |socket| commands.map { |words| reply(socket, words) }.last }
+  end
 
-        rest == "-1" ? nil : socket.read(rest.to_i + 2)[..-3]
-      end.last
-    end
+  def plain(text) = URI.decode_www_form_component(text.gsub("+", "%2B"))
+
+  def reply(socket, words)
+    socket.write("*#{words.size}\r\n", *words.map { |word| "$#{word.bytesize}\r\n#{word}\r\n" })
+    line = socket.gets("\r\n")&.chomp or raise("Redis closed the connection")
+    raise(line) if line.start_with?("-")
+    return line unless line.start_with?("$")
+
+    line == "$-1" ? nil : socket.read(line[1..].to_i + 2)[..-3]
   end
 end
