@@ -404,7 +404,9 @@ def _take_up_again(record: Record, now: int, request: Request) -> tuple[Decision
 def _claim_lapsed(record: Record, stamp: int, now: int, request: Request) -> tuple[Decision, Record]:
     """Rule 3: the lease lapsed before an outcome was recorded. The dead execution's caller may wait for it still."""
     orphan = record.call if request.task_id and record.task_id != request.task_id else b""
-    record = _one_more_crash(_with_past(record, stamp))
+    if record.recovery is None:  # else recovery has noted it, before its own write
+        record = _with_past(record, stamp)
+    record = _one_more_crash(record)
     decision: Ask | InDoubt | Acquired
     if request.policy.asks:
         decision, new = _ask(replace(record, reason=CRASHED), now, request)
@@ -436,7 +438,7 @@ TOO_MANY = "the worker stopped without reporting an outcome, {} times"
 
 
 def _put_in_doubt(record: Record, reason: str) -> tuple[InDoubt, Record]:
-    new = replace(record, state=State.IN_DOUBT, lease=0, asking=b"", reason=reason)
+    new = replace(record, state=State.IN_DOUBT, lease=0, asking=b"", reason=reason, recovery=None)
     return InDoubt(reason), new
 
 
@@ -738,12 +740,13 @@ def recover(
     tries, wait = record.recovery or (0, record.lease + GRACE)
     if not overdue or _waited(record, stamp, now) < wait:
         return None, noticed(record, stamp, now) if overdue else None
+    if record.recovery is None and record.state is State.RUNNING:
+        record = _with_past(record, stamp)
     ended = replace(record, lease=0)  # the stamp of this write is no sign of life
     if not publishable:
         return None, replace(ended, recovery=Recovery(0, NEVER))
     if tries >= policy.max_attempts:
-        _, new = _put_in_doubt(_with_past(record, stamp), NOT_TAKEN.format(tries))
-        return None, replace(new, recovery=None)
+        return None, _put_in_doubt(record, NOT_TAKEN.format(tries))[1]
     new = replace(ended, recovery=Recovery(tries + 1, min(PUBLISHED_WAIT << 2 * tries, LONGEST_WAIT)))
     return Publish(new), new
 

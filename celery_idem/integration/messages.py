@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from celery.app.task import Context
-from kombu.serialization import dumps, loads, registry
+from kombu.serialization import dumps, loads, prepare_accept_content, registry
 
 from celery_idem.core import calls, keys
 from celery_idem.core.calls import Call, Why
@@ -212,7 +212,7 @@ def arguments(app: Celery, call: Call) -> tuple[Any, Any, Any]:
     Raises:
         Exception: whatever the serializer raises; one that the application does not accept is refused.
     """
-    accept = {*app.conf.accept_content, *(app.conf.result_accept_content or ())}
+    accept = prepare_accept_content({*app.conf.accept_content, app.conf.task_serializer})
     args, kwargs, canvas = loads(
         call.body, call.content_type or _plain(app), call.content_encoding, accept=accept
     )

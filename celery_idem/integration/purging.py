@@ -45,7 +45,12 @@ class Purger(Looks):
     """
 
     def __init__(self, stores: Callable[[], Iterable[Store]]) -> None:
-        super().__init__("purging", lambda ended: [_purge(store, ended) for store in stores()], FIRST, EVERY)
+        super().__init__("purging", self._look_at_all, FIRST, EVERY)
+        self._stores = stores
+
+    def _look_at_all(self, ended: threading.Event) -> None:
+        for store in self._stores():
+            _purge(store, ended)
 
 
 def _purge(store: Store, ended: threading.Event) -> None:
