@@ -14,7 +14,6 @@ import time
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from dataclasses import field as new
 from typing import TYPE_CHECKING, Any
 
 from celery_idem.core.errors import ConfigurationError, IntentError
@@ -32,7 +31,7 @@ from celery_idem.integration.receipts import (
     Receipt,
     Status,
 )
-from celery_idem.integration.submitting import Published, submit_task
+from celery_idem.integration.submitting import submit_task
 from celery_idem.integration.task import IdempotentTask
 
 if TYPE_CHECKING:
@@ -108,7 +107,6 @@ class Tool:
     declaration: Declaration
     model: type[BaseModel]
     occurrences: bool
-    published: Published = new(default_factory=Published, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -193,11 +191,7 @@ class Tool:
         if self.occurrences:
             occurrence = kwargs.pop("occurrence", None) or occurrence
         try:
-            # Only where a record will say that the message was claimed.
-            published = (
-                self.published if self.idempotent and self.task.guard.settings.failure_ttl != 0 else None
-            )
-            return submit_task(self.task, args, kwargs, scope, occurrence, idempotency_key, {}, published)
+            return submit_task(self.task, args, kwargs, scope, occurrence, idempotency_key, {})
         except (TypeError, IntentError) as error:
             raise BadArguments([str(error)]) from None
         except Exception as error:  # of any driver: there is no receipt, but there must be an answer

@@ -49,6 +49,7 @@ class Call(NamedTuple):
         exchange: that the message came through.
         routing_key: with an empty exchange, the name of its queue.
         hidden: values of ``secret`` parameters are hidden in the body, so it can be shown and not be published.
+        options: of ``apply_async``, of a call that was accepted before any message was made of it; None: a message.
         body: arguments and canvas, as they were on the wire.
     """
 
@@ -60,12 +61,14 @@ class Call(NamedTuple):
     exchange: str
     routing_key: str
     hidden: bool
+    options: dict[str, Any] | None
     body: bytes
 
     @property
     def publishable(self) -> bool:
-        """There was a message, and all of it is here."""
-        return bool(self.content_type and (self.exchange or self.routing_key) and not self.hidden)
+        """A message can be made of it."""
+        routed = self.exchange or self.routing_key or self.options is not None
+        return bool(self.content_type and routed and not self.hidden)
 
 
 def pack(call: Call) -> bytes:

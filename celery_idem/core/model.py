@@ -31,6 +31,10 @@ arguments were, in hex. It is compared with itself, whatever the body made of it
 PART_OF = "idem-part-of"
 """The action, named by a caller's own key, whose body made this call (``docs/adr/0014``)."""
 
+ACCEPTED_AT = "idem-accepted"
+"""Which record the call was accepted in: its stamp and its owner, in hex. A claim that replaces that very write needs
+one round trip; where the record has changed, it decides on what stands there."""
+
 MESSAGE = "idem-message"
 """Id of the message that the headers above were made for; "" for one that is still to be made of them.
 Headers that were copied into another message are not that message's own."""
@@ -45,6 +49,7 @@ class State(IntEnum):
     SUCCEEDED = 4
     FAILED = 5
     IN_DOUBT = 6
+    ACCEPTED = 8
 
     @property
     def settled(self) -> bool:
@@ -231,6 +236,8 @@ class Request(NamedTuple):
         scope: digest of the scope that the call was made in; empty for none.
         call: what it takes to publish the same message again; empty where that is not kept.
         place: host and process of this execution.
+        accepted: the write in which the call was accepted, with its owner in the place of the value; None where it
+            was not, or where that is not known.
     """
 
     owner: bytes
@@ -242,6 +249,7 @@ class Request(NamedTuple):
     scope: bytes = b""
     call: bytes = b""
     place: str = ""
+    accepted: Stored | None = None
 
 
 # --- decisions: a closed set ---------------------------------------------------------
@@ -257,6 +265,12 @@ class Acquired(NamedTuple):
 
     record: Record
     orphan: bytes = b""
+
+
+class Accepted(NamedTuple):
+    """The call is accepted: it will happen. Publish it; where that fails, recovery does."""
+
+    record: Record
 
 
 class Replay(NamedTuple):

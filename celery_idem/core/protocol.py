@@ -15,6 +15,7 @@ SUCCEEDED                                                     Replay            
 FAILED       has finished steps, failure_ttl is over          Acquired, RUNNING      (10)
 FAILED       otherwise                                        Replay                 (1)
 RELEASED                                                      Acquired, RUNNING      (1)
+ACCEPTED                                                      Acquired, RUNNING      (12)
 SCHEDULED    same task id, or past its deadline               Acquired, RUNNING      (1)
 SCHEDULED    otherwise                                        Busy                   (1)
 RUNNING      own owner (a lost reply)                         Acquired               (7)
@@ -40,6 +41,9 @@ After the body, or between its steps, only the current owner is heard, however l
 ============  =========================  ==============================================
 transition    from                       to
 ============  =========================  ==============================================
+accept        absent, RELEASED           ACCEPTED                                    (12)
+sent          ACCEPTED                   same, with another time to look at it       (12)
+recover       overdue, not IN_DOUBT      same, lease over; IN_DOUBT: nobody took it  (11)
 settle        RUNNING, IN_DOUBT, absent  SUCCEEDED or FAILED
 committed     SUCCEEDED                  nothing: an author's transaction settled it     (9)
 schedule      RUNNING, IN_DOUBT          SCHEDULED until the retry's ETA and a grace (5)
@@ -68,6 +72,7 @@ from celery_idem.core.model import (
     FINGERPRINT_TAG,
     MICROSECONDS,
     NO_OWNER,
+    Accepted,
     Acquired,
     Again,
     Ask,
@@ -223,6 +228,50 @@ def fresh(request: Request) -> Record:
     )
 
 
+def taken_up(request: Request) -> Record:
+    """The record of an execution that replaces the very write in which its call was accepted."""
+    assert request.accepted is not None
+    return replace(fresh(request), fence=request.accepted.stamp + 1)
+
+
+def accepted(request: Request, wait: int) -> Record:
+    """The record of a call that is accepted and not begun.
+
+    Args:
+        wait: microseconds until recovery publishes it, unless a worker has it by then.
+    """
+    return replace(fresh(request), state=State.ACCEPTED, attempts=0, lease=wait)
+
+
+def accept(
+    record: Record, stamp: int, now: int, request: Request, wait: int
+) -> tuple[Decision | Accepted | None, Record | None]:
+    """Accept a call (rule 12), or say what a caller is told in its place.
+
+    Returns:
+        ``Accepted``, once the record is written; what ``standing`` says; or None: only a delivery can decide, so
+        publish one.
+    """
+    told = standing(record, stamp, now, request.fingerprint, request.policy)
+    if told is not None:
+        return told, None
+    if record.state is not State.RELEASED and record.outcome is None:
+        return None, None
+    _, new = _acquire(replace(record, outcome=None), now, request)
+    new = replace(new, state=State.ACCEPTED, attempts=record.attempts, lease=wait)
+    return Accepted(new), new
+
+
+def sent(record: Record, owner: bytes, wait: int) -> Record | None:
+    """Whether its message was sent tells when recovery looks at an accepted call.
+
+    Args:
+        wait: microseconds until then.
+    """
+    mine = record.state is State.ACCEPTED and record.owner == owner
+    return replace(record, lease=wait) if mine else None
+
+
 def differing(stored: bytes, fingerprint: Fingerprint) -> tuple[str, ...]:
     """Names of the parameters whose digests differ.
 
@@ -323,6 +372,11 @@ def claim(record: Record, stamp: int, now: int, request: Request) -> tuple[Decis
         return _acquire(record, now, request)
     if record.state is State.RELEASED:
         return _acquire(record, now, request)
+    if record.state is State.ACCEPTED:
+        decision, new = _acquire(record, now, request)
+        # Another call of the same intent is quicker: the accepted one is answered as its duplicate.
+        orphan = record.call if request.task_id and record.task_id != request.task_id else b""
+        return decision._replace(orphan=orphan), new
     return _claim_in_doubt(record, stamp, now, request)
 
 
@@ -339,6 +393,8 @@ def standing(
     mismatch. Where it is None, a delivery has something to do: run, ask, decide on a crash.
     """
     decision, new = claim(record, stamp, now, Request(NO_OWNER, "", fingerprint, policy))
+    if record.state is State.ACCEPTED and isinstance(decision, Acquired):
+        return Busy(max(0, left(record, stamp, now)))
     return decision if new is None or isinstance(decision, Busy) else None
 
 
@@ -728,7 +784,7 @@ def recover(
     """Rule 11: is this open record overdue, so that its call should be published again?
 
     Its delivery decides what becomes of it, as any other. Nothing here runs or ends an action, but for one that
-    was published ``max_attempts`` times and that no worker took.
+    had begun, was published ``max_attempts`` times, and that no worker took.
 
     Args:
         publishable: the record holds its whole call, and the author has not said ``recover=False``.
@@ -736,8 +792,9 @@ def recover(
     Returns:
         What to do, once the record is written (None: nothing to write).
     """
-    overdue = record.state in (State.RUNNING, State.SCHEDULED)
-    tries, wait = record.recovery or (0, record.lease + GRACE)
+    overdue = record.state in (State.RUNNING, State.SCHEDULED, State.ACCEPTED)
+    grace = 0 if record.state is State.ACCEPTED else GRACE
+    tries, wait = record.recovery or (0, record.lease + grace)
     if not overdue or _waited(record, stamp, now) < wait:
         return None, noticed(record, stamp, now) if overdue else None
     if record.recovery is None and record.state is State.RUNNING:
@@ -745,9 +802,10 @@ def recover(
     ended = replace(record, lease=0)  # the stamp of this write is no sign of life
     if not publishable:
         return None, replace(ended, recovery=Recovery(0, NEVER))
-    if tries >= policy.max_attempts:
+    if tries >= policy.max_attempts and record.state is not State.ACCEPTED:  # of which nothing has begun
         return None, _put_in_doubt(record, NOT_TAKEN.format(tries))[1]
-    new = replace(ended, recovery=Recovery(tries + 1, min(PUBLISHED_WAIT << 2 * tries, LONGEST_WAIT)))
+    pause = min(PUBLISHED_WAIT << 2 * min(tries, 8), LONGEST_WAIT)  # eight of them are past the longest
+    new = replace(ended, recovery=Recovery(min(tries + 1, MAX_CRASHES), pause))
     return Publish(new), new
 
 

@@ -38,6 +38,11 @@ class Entry:
         self._now = now
 
     @property
+    def stamp(self) -> int:
+        """The store's time of the last write, in microseconds."""
+        return self._stamp
+
+    @property
     def changed_at(self) -> float:
         return self._stamp / MICROSECONDS
 

@@ -14,6 +14,7 @@ from celery_idem.core import keys, protocol
 from celery_idem.core.errors import IdempotencyError, StoreError
 from celery_idem.core.model import (
     MICROSECONDS,
+    Accepted,
     Acquired,
     Ask,
     Busy,
@@ -104,10 +105,16 @@ class Ledger:
         """
         new, name = protocol.fresh(request), self._prefix + key
         before = clock.elapsed()
-        reply = self.store.create(name, pack(new))
+        if request.accepted is not None:
+            new = protocol.taken_up(request)
+            reply = self.store.replace(name, request.accepted, pack(new))
+        else:
+            reply = self.store.create(name, pack(new))
         if reply.done:
             assert reply.stored is not None
-            record = new._replace(fence=reply.stored.stamp)  # a first claim's fence is its creation
+            record = new._replace(
+                fence=new.fence or reply.stored.stamp
+            )  # a first claim's fence is its creation
             return Acquired(record), Hold(self.store, name, key, request, reply.stored, record, before)
 
         def decide(record: Record | None, stamp: int, now: int) -> tuple[Decision, Record | None]:
@@ -130,6 +137,52 @@ class Ledger:
             assert stored is not None
             _clock_went_back(key, _read(key, stored), self.store.url)
         return decision, None
+
+    def accept(self, key: str, request: Request, wait: int) -> tuple[Decision | Accepted | None, Entry]:
+        """Accept a call before it is published, or say what is known of its intent. See ``protocol.accept``.
+
+        Args:
+            wait: microseconds until recovery publishes it, unless a worker has it by then.
+
+        Returns:
+            The decision, and what stands in the store.
+
+        Raises:
+            StoreError: whether it was accepted is unknown.
+        """
+        new, name = protocol.accepted(request, wait), self._prefix + key
+        reply = self.store.create(name, pack(new))
+        decision: Decision | Accepted | None = Accepted(new)
+        if not reply.done:
+
+            def decide(record: Record | None, stamp: int, now: int) -> tuple[Any, Record | None]:
+                if record is None:
+                    return Accepted(new), new
+                if record.owner == request.owner:  # the reply to the first write got lost
+                    return Accepted(record), None
+                return protocol.accept(record, stamp, now, request, wait)
+
+            decision, reply, _ = change(self.store, name, key, decide, request.policy, reply)
+        assert reply.stored is not None
+        record = decision.record if isinstance(decision, Accepted) else _read(key, reply.stored)
+        return decision, Entry(key, record, reply.stored.stamp, reply.now)
+
+    def sent(self, key: str, owner: bytes, wait: int) -> None:
+        """Say when recovery has to look at an accepted call, now that it is known what became of its message."""
+
+        def decide(record: Record | None, stamp: int, now: int) -> tuple[None, Record | None]:
+            return None, protocol.sent(record, owner, wait) if record is not None else None
+
+        self._change(key, decide, None)
+
+    def withdraw(self, key: str, owner: bytes) -> None:
+        """Nothing was published of a call that had been accepted, and nothing will be: it was never there."""
+
+        def decide(record: Record | None, stamp: int, now: int) -> tuple[None, Record | None]:
+            mine = record is not None and record.owner == owner and record.state is State.ACCEPTED
+            return None, DELETED if mine else None
+
+        self._change(key, decide, Policy(0, 0, 0))
 
     def unwritten(self, key: str, request: Request) -> Hold:
         """A hold that was not written, or may not have been: for a body that runs without a store,
@@ -345,7 +398,7 @@ class Ledger:
     def overdue(self) -> Iterator[Entry]:
         """Open intents whose time has come, oldest first."""
         for entry in self.list():
-            if entry.state in ("lapsed", "scheduled") and entry.retry_after <= 0:
+            if entry.state in ("lapsed", "scheduled", "accepted") and entry.retry_after <= 0:
                 yield entry
 
     def recover(self, key: str, publishable: Callable[[Record], bool], policy: Policy) -> Publish | None:

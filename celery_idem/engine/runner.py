@@ -42,6 +42,7 @@ from celery_idem.core.model import (
     Replay,
     Request,
     State,
+    Stored,
     Unknown,
 )
 from celery_idem.engine import events, owners
@@ -121,6 +122,7 @@ class Job(ABC):
     scope: bytes = b""
     call: bytes = b""
     place: str = ""
+    accepted: Stored | None = None
     waited = 0
     entered = False
     """Set by ``body`` just before the author's code: until then, nothing ran."""
@@ -240,6 +242,7 @@ class Runner:
                 job.scope,
                 job.call,
                 job.place,
+                job.accepted,
             )
             try:
                 decision, hold = self.ledger.claim(job.key, request)

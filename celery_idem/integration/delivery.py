@@ -38,6 +38,7 @@ from celery_idem.core.errors import (
     StoreError,
 )
 from celery_idem.core.model import (
+    ACCEPTED_AT,
     CALLER_KEY,
     FINGERPRINT,
     KEY,
@@ -326,6 +327,8 @@ class Delivery(Job):
         if not guard.settings.shadow:
             self.call = messages.of_delivery(task.app, guard, request, args, kwargs, key)
             self.place = messages.place(request)
+            if ACCEPTED_AT in headers and headers.get(MESSAGE) == request.id:
+                self.accepted = messages.accepted_in(headers[ACCEPTED_AT])
 
     def orphaned(self, call: bytes) -> None:
         messages.answer(self.task.app, self.key, call)

@@ -32,6 +32,7 @@ class GuardedTask(Protocol):
     name: Any
     app: Any
     acks_late: Any
+    serializer: Any
     ignore_result: Any
     no_effect_errors: tuple[type[BaseException], ...]
     ambiguous_errors: tuple[type[BaseException], ...]

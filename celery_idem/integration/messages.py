@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from celery.app.task import Context
+from celery.utils.time import maybe_iso8601
 from kombu.serialization import dumps, loads, prepare_accept_content, registry
 
 from celery_idem.core import calls, keys
 from celery_idem.core.calls import Call, Why
 from celery_idem.core.keys import Declaration
-from celery_idem.core.model import KEY, MESSAGE
+from celery_idem.core.model import ACCEPTED_AT, KEY, MESSAGE, Stored
 from celery_idem.engine import events
 from celery_idem.integration import publishing, republishing
 from celery_idem.integration.guarded import GuardedTask, Guarding
@@ -38,11 +40,14 @@ _HEADERS = (
 )  # fmt: skip
 """Celery's own headers that say more than the rest of the call does. Where they are missing, they are None or 0."""
 
-_OURS = frozenset({KEY, MESSAGE, "idem-waits", "idem-carried"})
+_OURS = frozenset({KEY, MESSAGE, ACCEPTED_AT, "idem-waits", "idem-carried"})
 """Headers of ours that follow from the rest of the call, or belong to one delivery."""
 
 _NO_LIMITS = [None, None]
 """Celery's header ``timelimit`` of a message without limits."""
+
+_NOT_KEPT = frozenset({"connection", "producer", "retry", "retry_policy", "add_to_parent", "task_id"})
+"""Options of ``apply_async`` that belong to the process that calls, or that the call has already."""
 
 _PROPERTIES = ("priority", "delivery_mode", "MessageGroupId")
 """Properties that the author or the sender chose; all others are the broker's."""
@@ -89,6 +94,7 @@ def _of_delivery(app: Celery, declaration: Declaration, request: Context, args: 
         info.get("exchange") or "",
         info.get("routing_key") or "",
         hidden,
+        None,
         body,
     )
 
@@ -191,6 +197,7 @@ def of_message(
             getattr(exchange, "name", exchange) or "",
             routing_key or "",
             hidden,
+            None,
             written.encode() if isinstance(written, str) else written,
         )
         return _bounded(call, settings)
@@ -204,6 +211,51 @@ _CELERYS = frozenset({"lang", "task", "id", "argsrepr", "kwargsrepr", *_HEADERS}
 
 def _custom(headers: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in headers.items() if name not in _CELERYS}
+
+
+def accepted_at(owner: bytes, stamp: int) -> str:
+    """The header of a message whose call is accepted."""
+    return f"{stamp:x}.{owner.hex()}"
+
+
+def accepted_in(header: Any) -> Stored | None:
+    """The write that such a header names; nonsense in it names none."""
+    try:
+        stamp, owner = header.split(".")
+        return Stored(bytes.fromhex(owner), int(stamp, 16))
+    except (AttributeError, ValueError):
+        return None
+
+
+def recovers(guard: Guarding, packed: bytes) -> bool:
+    """Whether recovery can publish a call that was packed here."""
+    return guard.settings.recover and calls.missing(packed) is None and calls.unpack(packed).publishable
+
+
+def of_submission(
+    task: GuardedTask, args: Any, kwargs: Any, task_id: str, options: Mapping[str, Any]
+) -> bytes:
+    """Return the call that ``submit`` accepts before it makes a message of it, packed. It never raises."""
+    settings, declaration = task.guard.settings, task.guard.declaration
+    if not settings.keep_call:
+        return Why.OFF.packed
+    try:
+        kept = {name: value for name, value in options.items() if name not in _NOT_KEPT and value is not None}
+        for name, value in kept.items():
+            if isinstance(value, datetime):
+                kept[name] = value.isoformat()
+        if declaration.secret:
+            args, kwargs = publishing.without_secrets(declaration, args, kwargs)
+        serializer = kept.get("serializer") or task.serializer
+        content_type, encoding, body = dumps((args, kwargs, {}), serializer=serializer)
+        if isinstance(body, str):
+            body = body.encode()
+        hidden = bool(declaration.secret)
+        call = Call(task_id, {}, {}, content_type, encoding, "", "", hidden, kept, body)
+        return _bounded(call, settings)
+    except Exception as error:  # of any serializer
+        events.diagnose(logging.DEBUG, "%s: its call is not kept", task_id, error=error)
+        return Why.UNWRITABLE.packed
 
 
 def arguments(app: Celery, call: Call) -> tuple[Any, Any, Any]:
@@ -233,6 +285,13 @@ def publish(app: Celery, key: str, call: Call, began: bool = True) -> None:
         Exception: of the broker's driver.
     """
     task = keys.task_of(key) or ""
+    if call.options is not None:
+        args, kwargs, _ = arguments(app, call)
+        times = {
+            name: maybe_iso8601(call.options[name]) for name in ("eta", "expires") if call.options.get(name)
+        }
+        app.tasks[task].apply_async(args, kwargs, task_id=call.task_id, **{**call.options, **times})
+        return
     headers = _headers(app, task, key, call)
     if began:
         headers["expires"] = None

@@ -6,7 +6,7 @@ known is a value and never an exception.
 ===========  ==================================================================================
 status       meaning
 ===========  ==================================================================================
-accepted     published by this call, and not done yet
+accepted     this call will be done: it is in its record, and published
 executed     done, by the delivery that this call published
 replayed     done by another delivery; this call did nothing
 in_progress  another delivery holds it
@@ -28,6 +28,7 @@ unsure       failed       no record says so: the body may not have run. Call aga
 invalid      failed       the arguments do not fit the task: correct them
 partly_done  not_run      the finished steps are kept; the next call continues after them
 store_error  not_run      the store did not answer
+not_sent     accepted     the broker did not take the message: recovery publishes it
 not_sent     not_run      the message could not be published
 ===========  ===========  =====================================================================
 """
@@ -74,6 +75,9 @@ _NOT_KEPT = " Its result was not kept."
 
 ADVICE: Mapping[tuple[Status, Code], str] = {
     ("accepted", ""): _RUNNING,
+    ("accepted", "not_sent"): (
+        "Accepted. The broker did not take its message, which is published when it does. Do NOT call again."
+    ),
     ("in_progress", ""): _RUNNING,
     ("executed", ""): _DONE,
     ("executed", "not_kept"): _DONE + _NOT_KEPT,
@@ -100,7 +104,7 @@ ADVICE: Mapping[tuple[Status, Code], str] = {
         "Only its finished steps are done. Safe to call again unchanged: it goes on after them."
     ),
     ("not_run", "store_error"): (
-        "The store did not answer, so nothing was run now. Safe to call again unchanged."
+        "The store did not answer, so nothing was run now. Safe to call again unchanged: it is still done once."
     ),
     ("not_run", "not_sent"): "It could not be handed over. Safe to call again unchanged.",
 }

@@ -1,20 +1,30 @@
-"""``submit``: looks an intent up and publishes only what is new."""
+"""``submit``: accepts a call in its record, publishes it, and tells what is known of an intent.
+
+One write accepts a new call, or learns what stands there. Accepted means that it will happen: where the broker does not
+take the message, or loses it, recovery publishes it from the record.
+"""
 
 from __future__ import annotations
 
 import inspect
-import threading
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
+
+from celery.utils import uuid
+from celery.utils.time import maybe_iso8601, maybe_make_aware
+from kombu.exceptions import OperationalError
 
 from celery_idem.core import keys
 from celery_idem.core.errors import ConfigurationError, StoreError
-from celery_idem.core.model import NO_FINGERPRINT, Fingerprint
-from celery_idem.engine import events
+from celery_idem.core.model import ACCEPTED_AT, MICROSECONDS, NO_FINGERPRINT, Accepted, Request
+from celery_idem.engine import events, owners
+from celery_idem.engine.ledger import Ledger
+from celery_idem.integration import messages
 from celery_idem.integration.guarded import GuardedTask
-from celery_idem.integration.looking import PLAIN_POLICY, Look, from_celery, from_record
+from celery_idem.integration.looking import PLAIN_POLICY, Look, from_record
+from celery_idem.integration.messages import accepted_at, recovers
 from celery_idem.integration.publishing import in_scope
 from celery_idem.integration.receipts import Receipt
 
@@ -39,50 +49,9 @@ def options_among(given: dict[str, Any], signature: inspect.Signature) -> dict[s
     return {name: given.pop(name) for name in (OPTIONS - own) & given.keys()}
 
 
-PUBLISHED_FOR = 30.0
-"""Seconds for which a repeat of something published and not yet claimed is not published again: most queues are
-quicker, and one whose message got lost is published again after so long."""
-
-PUBLISHED_MAX = 10_000
-"""Intents remembered at once, about 5 MB. The oldest is forgotten first: its repeat is one more message."""
-
-
-class Published:
-    """What this process has published and no worker has claimed: the store has no record of it yet."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._known: OrderedDict[tuple[str, Fingerprint], tuple[float, int, str]] = OrderedDict()
-
-    def first(self, key: str, fingerprint: Fingerprint, fence: int, ended: Callable[[str], bool]) -> bool:
-        """Return whether the caller is the first to publish this intent, and remember it.
-
-        Args:
-            fence: of its record, 0 without one. A different one means that the message was claimed.
-            ended: whether Celery has a final state for a task id.
-        """
-        now = time.monotonic()
-        call = (key, fingerprint)
-        with self._lock:
-            until, seen, task_id = self._known.get(call, (0.0, fence, ""))
-        if until > now and seen == fence and not (task_id and ended(task_id)):
-            return False
-        with self._lock:
-            if self._known.get(call, (0.0,))[0] > until:  # another thread was faster
-                return False
-            self._known[call] = (now + PUBLISHED_FOR, fence, "")
-            self._known.move_to_end(call)
-            while len(self._known) > PUBLISHED_MAX:
-                self._known.popitem(last=False)
-        return True
-
-    def done(self, key: str, fingerprint: Fingerprint, task_id: str | None) -> None:
-        """Note the task id it was published under. None: publishing failed, so forget it."""
-        call = (key, fingerprint)
-        with self._lock:
-            known = self._known.pop(call, None)
-            if known is not None and task_id is not None:
-                self._known[call] = (*known[:2], task_id)
+ACCEPTED_FOR = 30.0
+"""Seconds until recovery publishes an accepted call that no worker has claimed, past its ETA: most queues are quicker,
+and one message more is all that it costs where they are not."""
 
 
 def submit(
@@ -135,59 +104,114 @@ def submit_task(
     occurrence: str | None,
     idempotency_key: str | None,
     options: Mapping[str, Any],
-    published: Published | None = None,
 ) -> Receipt:
-    """Look the intent up once; publish it if nothing is known.
-
-    Args:
-        published: what this process has published before; None: do not remember.
-    """
+    """Accept a call in its record and publish it; or say what is known of its intent."""
     guard = task.guard
-    ledger = guard.ledger
+    ledger, policy = guard.ledger, guard.options.policy
     scope = in_scope(guard.settings.scope, scope)
     arguments = guard.declaration.bind(args, kwargs)
     key = guard.declaration.key(ledger.namespace, arguments, scope, occurrence, idempotency_key)
     fingerprint = guard.declaration.fingerprint(arguments, idempotency_key)
     secret = bool(guard.declaration.secret)
-    shadow = (
+    own = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
+    task_id = str(options.get("task_id") or uuid())
+    options = {**options, "task_id": task_id}
+    if (
         guard.settings.shadow
-    )  # a record was then written while the guard was on, and does not answer this call
-    known_by = None if shadow else ledger
-    source = Look(task.app, known_by, fingerprint, guard.options.policy, published=False, secret=secret)
-    try:
-        entry = None if shadow else ledger.look(key)
-    except StoreError as error:
-        # The worker looks again before it runs anything, so a store that is down here stops nothing.
-        events.emit("store_error", key, error=str(error), while_="submitting", then="published")
-        entry = None
-    if entry is not None:
-        known = from_record(entry, key, "", source)
-        if known is not None:
-            events.emit("told", key, status=known.status)
-            return known
+    ):  # a record was then written while the guard was on, and does not answer this call
+        source = Look(task.app, None, fingerprint, policy, published=True, secret=secret)
+        task.apply_async(tuple(args), dict(kwargs), **own, **options)
+        return _accepted(key, task_id, source)
+    source = Look(task.app, ledger, fingerprint, policy, published=False, secret=secret)
     mine = source._replace(published=True)
-    if published is not None:
-
-        def ended(task_id: str) -> bool:
-            return from_celery(Receipt("in_progress", key, task_id), mine, entry) is not None
-
-        if not published.first(key, fingerprint, entry.record.fence if entry is not None else 0, ended):
-            events.emit("told", key, status="in_progress")
-            return Receipt("in_progress", key, retry_after=1.0, _source=source)
-    task_id = None
+    due = _due(task.app, options)
+    call = messages.of_submission(
+        task, args, kwargs, task_id, {**options, **own, "countdown": None, "eta": due}
+    )
+    digest = keys.scope_digest(ledger.namespace, keys.label("scope", scope)) if scope is not None else b""
+    request = Request(owners.mint(), task_id, fingerprint, policy, scope=digest, call=call)
+    seconds = ACCEPTED_FOR + (0.0 if due is None else max(0.0, (due - task.app.now()).total_seconds()))
     try:
-        task_id = task.apply_async(
-            tuple(args),
-            dict(kwargs),
-            scope=scope,
-            occurrence=occurrence,
-            idempotency_key=idempotency_key,
-            **options,
-        ).id
-    finally:
-        if published is not None:
-            published.done(key, fingerprint, task_id)
+        decision, entry = ledger.accept(key, request, int(seconds * MICROSECONDS))
+    except StoreError as error:
+        return _without_store(task, key, error, args, kwargs, {**options, **own}, source)
+    if decision is not None and not isinstance(decision, Accepted):
+        known = from_record(entry, key, "", source)
+        assert known is not None
+        events.emit("told", key, status=known.status)
+        return known
+    headers = dict(options.get("headers") or {})
+    if decision is not None:
+        headers[ACCEPTED_AT] = accepted_at(request.owner, entry.stamp)
+    options["headers"] = headers
+    try:
+        task.apply_async(tuple(args), dict(kwargs), **own, **options)
+    except Exception as error:
+        if decision is None or not (recovers(guard, call) and _of_the_broker(task.app, error)):
+            _withdraw(ledger, key, request.owner)
+            raise
+        events.emit("broker_error", key, task_id=task_id, error=type(error).__name__)
+        _sent(ledger, key, request.owner)
+        return replace(_accepted(key, task_id, mine), code="not_sent")
     return _accepted(key, task_id, mine)
+
+
+def _without_store(
+    task: GuardedTask, key: str, error: StoreError, args: Any, kwargs: Any, options: Any, source: Look
+) -> Receipt:
+    """``on_store_error`` says what becomes of a call whose intent the store cannot tell."""
+    policy = task.guard.options.on_store_error
+    try:  # a store that takes no writes may still know the answer
+        entry = task.guard.ledger.look(key)
+        known = from_record(entry, key, "", source) if entry is not None else None
+    except StoreError:
+        known = None
+    then = "told" if known is not None else "published" if policy == "run" else "refused"
+    events.emit("store_error", key, error=str(error), while_="submitting", then=then)
+    if known is not None:
+        events.emit("told", key, status=known.status)
+        return known
+    if policy == "raise":
+        raise StoreError(f"{error} {key} was not accepted. Call again unchanged.", key) from error
+    if policy == "run":
+        task_id = task.apply_async(tuple(args), dict(kwargs), **options).id
+        return _accepted(key, task_id, source._replace(published=True))
+    return Receipt("not_run", key, reason=str(error), code="store_error", _source=source)
+
+
+def _due(app: Celery, options: Mapping[str, Any]) -> datetime | None:
+    """When a call wants to run: its ETA, or its countdown from now."""
+    eta = options.get("eta")
+    if options.get("countdown"):
+        now: datetime = app.now()
+        return now + timedelta(seconds=float(options["countdown"]))
+    if isinstance(eta, str):
+        eta = maybe_iso8601(eta)
+    aware: datetime | None = maybe_make_aware(eta, app.timezone) if eta else None
+    return aware
+
+
+def _of_the_broker(app: Celery, error: Exception) -> bool:
+    """The broker did not take the message. Anything else is the caller's mistake."""
+    transport = app.connection_for_write().transport
+    return isinstance(
+        error, (OperationalError, OSError, *transport.connection_errors, *transport.channel_errors)
+    )
+
+
+def _withdraw(ledger: Ledger, key: str, owner: bytes) -> None:
+    try:
+        ledger.withdraw(key, owner)
+    except StoreError as error:  # recovery finds nothing to publish in it
+        events.emit("unsettled", key, task_id="", error=str(error))
+
+
+def _sent(ledger: Ledger, key: str, owner: bytes) -> None:
+    """Have recovery publish it at once."""
+    try:
+        ledger.sent(key, owner, 0)
+    except StoreError as error:  # then in ACCEPTED_FOR
+        events.emit("store_error", key, error=str(error), while_="submitting")
 
 
 def _accepted(key: str, task_id: str, source: Look) -> Receipt:
