@@ -379,6 +379,7 @@ CALL_OF_A_MESSAGE = calls.Call(
     exchange="",
     routing_key="celery",
     hidden=False,
+    options=None,
     body=b'[["42", 7], {}, {}]',
 )
 

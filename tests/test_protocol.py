@@ -29,6 +29,7 @@ from celery_idem.core.model import (
     Refused,
     Request,
     State,
+    Stored,
 )
 from tests.support.records import (
     ASKING,
@@ -270,11 +271,41 @@ def test_standing_is_what_a_claim_would_be_told_and_nothing_where_it_would_act()
             continue  # a caller has no owner
         if met.same_task and met.state is State.SCHEDULED:
             continue  # nor a task id
+        if met.state is State.ACCEPTED:
+            continue  # it happens without them, see below
         told = protocol.standing(met.record, STAMP, met.now, PRINT, met.request.policy)
         decision, new = protocol.claim(met.record, STAMP, met.now, met.request)
         if isinstance(decision, Busy):
             decision = decision._replace(own=False)
         assert told == (decision if new is None else None), met
+
+
+def test_what_is_accepted_happens_without_its_callers() -> None:
+    record = held(State.ACCEPTED)
+    assert record is not None
+    for now in (STAMP, LAPSED):  # recovery publishes it, no caller has to
+        told = protocol.standing(record, STAMP, now, PRINT, a_request().policy)
+        assert isinstance(told, Busy)
+        assert protocol.accept(record, STAMP, now, a_request(), LEASE) == (told, None)
+
+
+def test_a_worker_takes_an_accepted_call_up_without_reading_it() -> None:
+    request = a_request()._replace(accepted=Stored(OTHER, STAMP), call=b"the message")
+    new = protocol.taken_up(request)
+    assert (new.state, new.fence, new.attempts, new.call) == (State.RUNNING, STAMP + 1, 1, b"the message")
+
+
+def test_another_call_that_is_quicker_has_the_accepted_one_answered() -> None:
+    record = held(State.ACCEPTED)
+    assert record is not None
+    record = record._replace(call=b"accepted", task_id="another", attempts=0)
+    decision, new = protocol.claim(record, STAMP, STAMP, a_request())
+    assert isinstance(decision, Acquired)
+    assert new is not None
+    assert (decision.orphan, new.attempts) == (b"accepted", 1)
+    decision, _ = protocol.claim(record._replace(task_id="task"), STAMP, STAMP, a_request())
+    assert isinstance(decision, Acquired)
+    assert decision.orphan == b""
 
 
 # --- after the body ------------------------------------------------------------------------------------
@@ -289,6 +320,13 @@ def committed(record: Record | None, keep: int = 1) -> Result:
 
 
 APPLY: dict[str, list[Callable[[Record], Result]]] = {
+    "accept": [lambda r: protocol.accept(r, STAMP, STAMP, a_request(), LEASE)],
+    "sent": [lambda r: (None, protocol.sent(r, OWN, 0))],
+    "recover": [
+        lambda r: protocol.recover(r, STAMP, LAPSED + protocol.GRACE, True, a_request().policy),
+        lambda r: protocol.recover(r, STAMP, LAPSED + protocol.GRACE, False, a_request().policy),
+    ],
+    "revoked": [lambda r: (None, protocol.revoked(r, "task"))],
     "settle": [
         lambda r: protocol.settle(r, r._replace(owner=OWN), OUTCOME),
         lambda r: protocol.settle(r, r._replace(owner=OWN), ERROR),
@@ -371,7 +409,7 @@ def test_whether_a_transaction_settled_it_is_found_out_by_writing() -> None:
             record = held(state, owner=owner)
             assert record is not None
             decision, new = committed(record)
-            if owner == OTHER or state in (State.RELEASED, State.SCHEDULED):
+            if owner == OTHER or state in (State.RELEASED, State.SCHEDULED, State.ACCEPTED):
                 assert isinstance(decision, Refused)
             else:
                 assert isinstance(decision, Done)
@@ -556,6 +594,7 @@ def test_evidence_does_not_expire() -> None:
         State.RUNNING: None,
         State.SCHEDULED: None,
         State.IN_DOUBT: None,
+        State.ACCEPTED: None,
         State.RELEASED: 1,
         State.SUCCEEDED: 1,
         State.FAILED: 2,

@@ -15,7 +15,7 @@ SUCCEEDED                                                     Replay            
 FAILED       has finished steps, failure_ttl is over          Acquired, RUNNING      (10)
 FAILED       otherwise                                        Replay                 (1)
 RELEASED                                                      Acquired, RUNNING      (1)
-ACCEPTED                                                      Acquired, RUNNING      (12)
+ACCEPTED                                                      Acquired, RUNNING     (12)
 SCHEDULED    same task id, or past its deadline               Acquired, RUNNING      (1)
 SCHEDULED    otherwise                                        Busy                   (1)
 RUNNING      own owner (a lost reply)                         Acquired               (7)
@@ -38,27 +38,28 @@ Busy under a stamp in the future (the store's clock went back) notes when it was
 
 After the body, or between its steps, only the current owner is heard, however late (4):
 
-============  =========================  ==============================================
-transition    from                       to
-============  =========================  ==============================================
-accept        absent, RELEASED           ACCEPTED                                    (12)
-sent          ACCEPTED                   same, with another time to look at it       (12)
-recover       overdue, not IN_DOUBT      same, lease over; IN_DOUBT: nobody took it  (11)
-settle        RUNNING, IN_DOUBT, absent  SUCCEEDED or FAILED
-committed     SUCCEEDED                  nothing: an author's transaction settled it     (9)
-schedule      RUNNING, IN_DOUBT          SCHEDULED until the retry's ETA and a grace (5)
-release       RUNNING, IN_DOUBT          RELEASED (finished steps stay)              (5)
-doubt         RUNNING, IN_DOUBT          IN_DOUBT                                    (5)
-renew         RUNNING, own IN_DOUBT      same, new lease (a question is its asker's)
-begin_step    RUNNING                    RUNNING with one more open step
-end_step      RUNNING, IN_DOUBT          same, the step and its result added
-exit          RUNNING                    IN_DOUBT; RUNNING, lease over, where a claim decides (5)
-lapse         RUNNING, IN_DOUBT          same, lease over: its process is dead            (3)
-died          RUNNING of a dead process  the same (says its parent)                      (3)
-conclude      IN_DOUBT, own question     SUCCEEDED, RUNNING or IN_DOUBT              (3)
-resolve       IN_DOUBT, lapsed RUNNING   SUCCEEDED or RELEASED (says a person)
-forget        any but a live RUNNING     RELEASED with its finished steps; else nothing is left (10)
-============  =========================  ==============================================
+============  =============================  ==============================================
+transition    from                           to
+============  =============================  ==============================================
+accept        absent, RELEASED               ACCEPTED                                    (12)
+sent          ACCEPTED                       same, with another time to look at it       (12)
+recover       RUNNING, SCHEDULED, ACCEPTED   same, lease over; not taken: IN_DOUBT         (11)
+revoked       ACCEPTED, SCHEDULED            RELEASED                                    (11)
+settle        RUNNING, IN_DOUBT, absent      SUCCEEDED or FAILED
+committed     SUCCEEDED                      nothing: an author's transaction settled it     (9)
+schedule      RUNNING, IN_DOUBT              SCHEDULED until the retry's ETA and a grace (5)
+release       RUNNING, IN_DOUBT              RELEASED (finished steps stay)              (5)
+doubt         RUNNING, IN_DOUBT              IN_DOUBT                                    (5)
+renew         RUNNING, own IN_DOUBT          same, new lease (a question is its asker's)
+begin_step    RUNNING                        RUNNING with one more open step
+end_step      RUNNING, IN_DOUBT              same, the step and its result added
+exit          RUNNING                        IN_DOUBT; RUNNING, lease over, where a claim decides (5)
+lapse         RUNNING, IN_DOUBT              same, lease over: its process is dead            (3)
+died          RUNNING of a dead process      the same (says its parent)                      (3)
+conclude      IN_DOUBT, own question         SUCCEEDED, RUNNING or IN_DOUBT              (3)
+resolve       IN_DOUBT, lapsed RUNNING       SUCCEEDED or RELEASED (says a person)
+forget        any but a live RUNNING         RELEASED with its finished steps; else nothing is left (10)
+============  =============================  ==============================================
 """
 
 from __future__ import annotations
@@ -807,6 +808,25 @@ def recover(
     pause = min(PUBLISHED_WAIT << 2 * min(tries, 8), LONGEST_WAIT)  # eight of them are past the longest
     new = replace(ended, recovery=Recovery(min(tries + 1, MAX_CRASHES), pause))
     return Publish(new), new
+
+
+def revoked(record: Record, task_id: str) -> Record | None:
+    """Celery has dropped a message because its task was revoked, or had expired: it is not published again.
+
+    Args:
+        task_id: of that message.
+
+    Returns:
+        What was accepted, or waits for its retry, and has not begun, is released. What had begun stays what it is, until
+        somebody calls again. None: nothing to write.
+    """
+    if record.task_id != task_id:
+        return None
+    if record.state in (State.ACCEPTED, State.SCHEDULED):
+        return replace(record, state=State.RELEASED, owner=NO_OWNER, lease=0, recovery=None)
+    if record.state is State.RUNNING and record.recovery is not None:
+        return replace(record, recovery=Recovery(record.recovery.tries, NEVER))
+    return None
 
 
 def not_published(record: Record, taken: Record) -> Record | None:

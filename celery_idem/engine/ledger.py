@@ -377,6 +377,14 @@ class Ledger:
 
         self._change(key, decide, None)
 
+    def revoked(self, key: str, task_id: str, policy: Policy) -> None:
+        """Celery has dropped the message of this task. See ``protocol.revoked``."""
+
+        def decide(record: Record | None, stamp: int, now: int) -> tuple[None, Record | None]:
+            return None, protocol.revoked(record, task_id) if record is not None else None
+
+        self._change(key, decide, policy)
+
     def died(
         self, key: str, owner_prefix: bytes, task_id: str, policy: Policy, again: int
     ) -> tuple[Verdict | None, Record | None]:

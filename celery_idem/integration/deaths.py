@@ -97,6 +97,23 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         if soft or not self._idem_decided:
             super().on_timeout(soft, timeout)
 
+    def revoked(self) -> bool:
+        """Celery's hook for a message whose task was revoked, or has expired: then it is not published again."""
+        dropped = bool(super().revoked())
+        if dropped and not self.task.guard.settings.shadow:
+            try:
+                self._withdraw()
+            except Exception as failure:
+                events.diagnose(
+                    logging.WARNING, "%s: it was revoked, which its record does not know: %s", self.id, failure
+                )
+        return dropped
+
+    def _withdraw(self) -> None:
+        guard = self.task.guard
+        key, _ = guard.identify(self._context, self.args, self.kwargs)
+        _DEATHS_NOTED.call(lambda: guard.ledger.revoked(key, self.id, guard.options.policy), PATIENCE)
+
     # --- the decision -----------------------------------------------------------------
 
     def _in_process(self) -> bool:

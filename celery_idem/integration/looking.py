@@ -66,14 +66,14 @@ class Look(NamedTuple):
                 entry = self.ledger.get(receipt.key)
             except StoreError as error:
                 events.emit("store_error", receipt.key, error=str(error), while_="waiting")
-            if entry is not None:
-                known = from_record(entry, receipt.key, receipt.task_id, self)
-                if known is not None:
-                    return known
+        known = None if entry is None else from_record(entry, receipt.key, receipt.task_id, self)
+        begun = entry is None or entry.record.state is not State.ACCEPTED  # before, Celery may have ended it (revoked)
+        if known is not None and (begun or not self.published):
+            return known
         result = from_celery(receipt, self, entry)
         if result is not None:
             return result
-        return receipt if entry is None else _undecided(entry, receipt, self)
+        return known or (receipt if entry is None else _undecided(entry, receipt, self))
 
 
 def look_up(app: Celery, key: str, scope: str | None = None) -> Receipt | None:
@@ -198,7 +198,7 @@ def from_celery(receipt: Receipt, source: Look, entry: Entry | None) -> Receipt 
     receipt = replace(receipt, retry_after=None)
     if state == "SUCCESS":
         return replace(receipt, status="executed", result=value)
-    released = entry is not None and entry.record.state is State.RELEASED
+    released = entry is not None and entry.record.state in (State.RELEASED, State.ACCEPTED)
     if state == "REVOKED":
         if entry is not None and not released:
             return None  # it had begun: the record speaks

@@ -1,7 +1,7 @@
 // Reads what a store holds of an action. docs/explanation/record.md explains it.
 import { refuse } from "./producer.mjs";
 
-const STATES = [, "running", "scheduled", "released", "succeeded", "failed", "in_doubt"];
+const STATES = [, "running", "scheduled", "released", "succeeded", "failed", "in_doubt", "cancelled", "accepted"];
 
 export function unpack(packed, stamp) {
   let at = 27;

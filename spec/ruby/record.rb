@@ -1,6 +1,6 @@
 # Reads what a store holds of an action. docs/explanation/record.md explains it.
 class Record
-  STATES = [nil, "running", "scheduled", "released", "succeeded", "failed", "in_doubt"].freeze
+  STATES = [nil, "running", "scheduled", "released", "succeeded", "failed", "in_doubt", "cancelled", "accepted"].freeze
 
   def self.unpack(packed, stamp) = new(packed).read(stamp)
 

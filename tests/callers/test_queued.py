@@ -15,7 +15,6 @@ from celery import Celery
 from celery_idem import IdempotentTask, Ledger
 from celery_idem.adapters.http import door
 from celery_idem.adapters.tools import tool_of
-from celery_idem.integration import submitting
 
 
 @pytest.fixture
@@ -62,13 +61,11 @@ def test_threads_that_publish_at_once_are_one_message(app: Celery) -> None:
     assert messages(app) == 1
 
 
-def test_other_arguments_are_the_workers_to_refuse(app: Celery) -> None:
+def test_other_arguments_are_refused_at_once(app: Celery) -> None:
     tool = tool_of(app, "shop.pay")
-    assert [tool.submit({"invoice": "1", "cents": cents}).status for cents in (1, 2)] == ["accepted"] * 2
-    assert messages(app) == 2
-    for cents in (1, 2, 1, 2):  # two callers that disagree, and both repeat: neither makes the other's new
-        assert tool.submit({"invoice": "1", "cents": cents}).status == "in_progress"
-    assert messages(app) == 2
+    found = [tool.submit({"invoice": "1", "cents": cents}).status for cents in (1, 2, 1, 2)]
+    assert found == ["accepted", "conflict", "in_progress", "conflict"]
+    assert messages(app) == 1
 
 
 def test_what_was_claimed_since_may_be_published_again(app: Celery) -> None:
@@ -90,13 +87,6 @@ def test_what_was_claimed_since_may_be_published_again(app: Celery) -> None:
     assert messages(app) == 3
 
 
-def test_a_message_that_ended_without_a_claim(app: Celery) -> None:
-    tool = tool_of(app, "shop.pay")
-    first = tool.submit({"invoice": "1"})
-    app.backend.mark_as_revoked(first.task_id, "revoked")
-    assert tool.submit({"invoice": "1"}).status == "accepted"
-
-
 def test_one_that_could_not_be_published_is_not_remembered(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,17 +95,3 @@ def test_one_that_could_not_be_published_is_not_remembered(
         broken.setattr(app, "send_task", lambda *args, **kwargs: 1 / 0)
         assert tool.submit({"invoice": "1"}).status == "not_run"
     assert tool.submit({"invoice": "1"}).status == "accepted"
-
-
-def test_it_is_remembered_for_a_while_and_in_bounded_memory(
-    app: Celery, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tool = tool_of(app, "shop.pay")
-    monkeypatch.setattr(submitting, "PUBLISHED_MAX", 3)
-    for invoice in range(10):
-        tool.submit({"invoice": str(invoice)})
-    assert len(tool.published._known) == 3
-    assert tool.submit({"invoice": "9"}).status == "in_progress"
-    monkeypatch.setattr(submitting, "PUBLISHED_FOR", 0.0)
-    tool.submit({"invoice": "a"})
-    assert tool.submit({"invoice": "a"}).status == "accepted"
