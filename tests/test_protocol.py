@@ -299,6 +299,10 @@ def test_another_call_that_is_quicker_has_the_accepted_one_answered() -> None:
     record = held(State.ACCEPTED)
     assert record is not None
     record = record._replace(call=b"accepted", task_id="another", attempts=0)
+    decision, _ = protocol.claim(record, STAMP, STAMP, a_request())
+    assert isinstance(decision, Acquired)
+    assert decision.orphan == b""  # its own message brings the answer
+    record = record._replace(lease=0)  # the broker did not take that
     decision, new = protocol.claim(record, STAMP, STAMP, a_request())
     assert isinstance(decision, Acquired)
     assert new is not None

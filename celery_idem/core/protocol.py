@@ -375,8 +375,11 @@ def claim(record: Record, stamp: int, now: int, request: Request) -> tuple[Decis
         return _acquire(record, now, request)
     if record.state is State.ACCEPTED:
         decision, new = _acquire(record, now, request)
-        # Another call of the same intent is quicker: the accepted one is answered as its duplicate.
-        orphan = record.call if request.task_id and record.task_id != request.task_id else b""
+        # Another call of the same intent is quicker. The accepted one's own message brings its answer, if it was sent.
+        not_sent = (
+            not record.lease and record.recovery is None and request.task_id not in ("", record.task_id)
+        )
+        orphan = record.call if not_sent else b""
         return decision._replace(orphan=orphan), new
     return _claim_in_doubt(record, stamp, now, request)
 
@@ -817,8 +820,8 @@ def revoked(record: Record, task_id: str) -> Record | None:
         task_id: of that message.
 
     Returns:
-        What was accepted, or waits for its retry, and has not begun, is released. What had begun stays what it is, until
-        somebody calls again. None: nothing to write.
+        What was accepted, or waits for its retry, is released. What had begun stays what it is, until somebody
+        calls again. None: nothing to write.
     """
     if record.task_id != task_id:
         return None

@@ -97,17 +97,22 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         if soft or not self._idem_decided:
             super().on_timeout(soft, timeout)
 
-    def revoked(self) -> bool:
-        """Celery's hook for a message whose task was revoked, or has expired: then it is not published again."""
-        dropped = bool(super().revoked())
-        if dropped and not self.task.guard.settings.shadow:
+    def _announce_revoked(self, *args: Any) -> None:
+        """Celery's hook for a message whose task was revoked, or has expired: it is not published again.
+
+        The record says so before the caller is told, who may call again at once.
+        """
+        if not self.task.guard.settings.shadow:
             try:
                 self._withdraw()
             except Exception as failure:
                 events.diagnose(
-                    logging.WARNING, "%s: it was revoked, which its record does not know: %s", self.id, failure
+                    logging.WARNING,
+                    "%s: it was revoked, which its record does not know: %s",
+                    self.id,
+                    failure,
                 )
-        return dropped
+        super()._announce_revoked(*args)
 
     def _withdraw(self) -> None:
         guard = self.task.guard

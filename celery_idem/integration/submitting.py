@@ -18,12 +18,12 @@ from kombu.exceptions import OperationalError
 
 from celery_idem.core import keys
 from celery_idem.core.errors import ConfigurationError, StoreError
-from celery_idem.core.model import ACCEPTED_AT, MICROSECONDS, NO_FINGERPRINT, Accepted, Request
+from celery_idem.core.model import ACCEPTED_AT, MICROSECONDS, NO_FINGERPRINT, Accepted, Request, State
 from celery_idem.engine import events, owners
 from celery_idem.engine.ledger import Ledger
 from celery_idem.integration import messages
 from celery_idem.integration.guarded import GuardedTask
-from celery_idem.integration.looking import PLAIN_POLICY, Look, from_record
+from celery_idem.integration.looking import PLAIN_POLICY, Look, from_celery, from_record
 from celery_idem.integration.messages import accepted_at, recovers
 from celery_idem.integration.publishing import in_scope
 from celery_idem.integration.receipts import Receipt
@@ -133,6 +133,14 @@ def submit_task(
     seconds = ACCEPTED_FOR + (0.0 if due is None else max(0.0, (due - task.app.now()).total_seconds()))
     try:
         decision, entry = ledger.accept(key, request, int(seconds * MICROSECONDS))
+        if entry.record.state is State.ACCEPTED and entry.record.owner != request.owner:
+            queued = Receipt("in_progress", key, entry.record.task_id)
+            ended = from_celery(queued, mine, entry)
+            if (
+                ended is not None and ended.status == "not_run"
+            ):  # revoked, and no worker has met its message since
+                ledger.revoked(key, entry.record.task_id, policy)
+                decision, entry = ledger.accept(key, request, int(seconds * MICROSECONDS))
     except StoreError as error:
         return _without_store(task, key, error, args, kwargs, {**options, **own}, source)
     if decision is not None and not isinstance(decision, Accepted):

@@ -18,7 +18,15 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 
 import celery_idem
-from celery_idem import ConfigurationError, IdempotencyError, IntentError, Receipt, look_up, submit
+from celery_idem import (
+    ConfigurationError,
+    IdempotencyError,
+    IntentError,
+    Receipt,
+    StoreError,
+    look_up,
+    submit,
+)
 from celery_idem.integration.receipts import ADVICE, Code, Status
 from tests.callers import shop as shops
 from tests.support.effects import Effects, Gate
