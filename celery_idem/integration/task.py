@@ -158,9 +158,11 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
 
     @property
     def backend(self) -> Any:
-        """As Celery's. The one of a guarded task knows which results are written already."""
+        """As Celery's. The application's, of a guarded task, knows which results are written already."""
         backend = Task.backend.fget(self)
-        return backend if self.idem_declaration is None else answers.aware(backend)
+        return (
+            backend if self.idem_declaration is None or self._backend is not None else answers.aware(backend)
+        )
 
     @backend.setter
     def backend(self, backend: Any) -> None:
