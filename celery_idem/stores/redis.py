@@ -191,13 +191,16 @@ class RedisStore(Store):
         return own is not None and own == _address(options)
 
     def announce(self, change: Change, also: Announcement) -> tuple[Reply, bool]:
+        if not self.announces:
+            return self.replace(*change), False
         name, *rest = self._replacement(*change)[1::2]
         keep = b"" if also.seconds is None else b"%d" % also.seconds
         words = (name, also.key, *rest, also.value, keep)
         sized = tuple(part for word in words for part in (len(word), word))  # type: ignore[arg-type]
         try:
             reply = self._run(ANNOUNCE, change.key, sized)
-        except RefusedError:  # a user who may not write there; the first value comes first
+        except RefusedError as error:  # a user who may not write there; the first value comes first
+            self.announces = "same slot" not in str(error)  # a node of a cluster, where this never works
             return self.replace(*change), False
         if type(reply) is int:
             return Reply(True, Stored(change.value, reply), reply), True
