@@ -357,7 +357,7 @@ class Runner:
 
         Its parent says so too, but Celery may have this message run again first.
         """
-        if not owners.gone(busy.holder):
+        if not owners.known_dead(busy.holder):
             return False
         try:
             self.ledger.lapse(job.key, busy.holder)
