@@ -372,7 +372,7 @@ class Delivery(Job):
 
     def replaying(self, own: bool) -> None:
         self.request.idem_replayed = True
-        if not own:
+        if not own and not (self.request.delivery_info or {}).get("redelivered"):
             vars(self.request)[answers.FIRST] = True
 
     @property

@@ -491,6 +491,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         """
         declaration = self._declared("a key")
         keys.check_call(self.name, args, kwargs)
+        if not self.guard.settings.shadow:  # which refuses no call
+            publishing.check_labels(self.name, options)
         if declaration.secret:
             options = {**publishing.shown(declaration, args or (), kwargs or {}), **options}
         same = options.pop(retrying.SAME_INTENT, False)

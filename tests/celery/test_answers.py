@@ -279,6 +279,9 @@ def test_a_redelivery_does_not_overwrite_its_result(shop: Callable[..., Shop]) -
     before = there.stored(task_id)
     there.run("o1", "paid", task_id)
     assert there.stored(task_id)[0] == before[0], "its children are still known"
+    there.run("o2", "paid", "of another intent")
+    there.run("o2", "paid", task_id, delivery_info={"redelivered": True})
+    assert there.stored(task_id)[0] == before[0]
 
 
 def test_a_backend_of_the_tasks_own_gets_its_results(shop: Callable[..., Shop], redis_url: str) -> None:
