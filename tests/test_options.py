@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from celery import Celery, Task
 
-from celery_idem import ConfigurationError, IdempotentTask
+from celery_idem import ALL_ARGUMENTS, ConfigurationError, IdempotentTask
 from celery_idem.adapters.django import IdempotentDjangoTask
 from celery_idem.integration.options import ConfigurationWarning
 from celery_idem.integration.settings import NAMES, Settings
@@ -283,7 +283,13 @@ def test_for_all_tasks_a_setting_has_its_full_name() -> None:
         for_all_tasks({name: value})  # an ordinary task
         found = settings_of_class(for_all_tasks({f"idem_{name}": value}, intent=("order",)))
         assert getattr(found, name) == value
-    assert settings_of(for_all_tasks({"intent": ("order",), "lease": 5})).lease == 5
+
+
+def test_an_intent_for_all_tasks_is_refused() -> None:
+    """It would replace each task's own, and Celery's nightly cleanup would be done once."""
+    for own in ({}, {"intent": ("order",)}):
+        with pytest.raises(ConfigurationError, match="under the name of each task"):
+            for_all_tasks({"intent": ALL_ARGUMENTS}, **own)
 
 
 def test_what_is_said_of_one_task_wins_over_what_is_said_of_all() -> None:

@@ -109,8 +109,7 @@ def read(cls: type[Any], app: Celery, asked: bool, in_code: bool) -> Options:
             check_spelling(task, strange(owner, names))
         else:
             strays += [Stray(owner, name) for name in NAMES if name in names and _may_be_meant(owner, name)]
-    if "intent" not in every:
-        _refuse_short(every)
+    _check_every(every)
     for place in (every, named):  # of Celery's two writes into the class, "*" is the later one
         _take(given, task, cls, annotated & set(place), True, place)
     check_spelling(task, strange(cls, annotated))
@@ -126,13 +125,18 @@ def read(cls: type[Any], app: Celery, asked: bool, in_code: bool) -> Options:
     return found
 
 
-def _refuse_short(every: Mapping[str, Any]) -> None:
-    """``"*"`` is for every task and says nothing of intents. Celery has put the value into each class, in place of
-    what stood there beside the intent, so it cannot be left alone.
+def _check_every(every: Mapping[str, Any]) -> None:
+    """``"*"`` is for every task and declares none. Celery has put its values into each class, in place of what stood
+    there beside the intent, so they cannot be left alone.
 
     Raises:
-        ConfigurationError: a setting has its short name there.
+        ConfigurationError: an intent is there, or a setting by its short name.
     """
+    if "intent" in every:
+        raise ConfigurationError(
+            'task_annotations["*"]: intent= there would replace the intent of each task, and guard Celery\'s own tasks. '
+            "Write it under the name of each task."
+        )
     for name in NAMES:
         if name in every:
             raise ConfigurationError(
