@@ -134,7 +134,7 @@ def _check_every(every: Mapping[str, Any]) -> None:
     """
     if "intent" in every:
         raise ConfigurationError(
-            'task_annotations["*"]: intent= there would replace the intent of each task, and guard Celery\'s own tasks. '
+            'task_annotations["*"]: an intent there would replace that of each task, and guard those of Celery itself. '
             "Write it under the name of each task."
         )
     for name in NAMES:
