@@ -108,5 +108,6 @@ def _aware_class(cls: Any) -> type[Any]:
             return _seen_as(cls, self).__reduce__()
 
         methods = {"mark_as_done": mark_as_done, "_store_result": store_result, "__reduce__": reduced}
-        _classes[cls] = type(cls.__name__, (cls,), {"__module__": __name__, **methods})
+        # Threads may begin together, and a class that is not kept here would answer nothing.
+        _classes.setdefault(cls, type(cls.__name__, (cls,), {"__module__": __name__, **methods}))
     return _classes[cls]
