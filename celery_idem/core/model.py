@@ -274,9 +274,14 @@ class Accepted(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """Do nothing: here is the outcome."""
+    """Do nothing: here is the outcome.
+
+    Attributes:
+        own: it is that of the same task id, whose message was redelivered.
+    """
 
     outcome: Outcome
+    own: bool = True
 
 
 class Busy(NamedTuple):

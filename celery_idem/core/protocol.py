@@ -357,7 +357,7 @@ def claim(record: Record, stamp: int, now: int, request: Request) -> tuple[Decis
     if record.outcome is not None:
         if not final(record) and now >= stamp + request.policy.failure_ttl:
             return _acquire(replace(record, outcome=None), now, request)
-        return Replay(record.outcome), _varied(record, request)
+        return Replay(record.outcome, record.task_id == request.task_id), _varied(record, request)
     remaining = left(record, stamp, now)
     if record.state is State.RUNNING:
         if record.owner == request.owner:

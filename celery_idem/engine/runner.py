@@ -192,8 +192,8 @@ class Job(ABC):
     def announced(self) -> None:
         """It was written and published."""
 
-    def replaying(self) -> None:
-        """What follows is the answer of an earlier execution."""
+    def replaying(self, own: bool) -> None:
+        """What follows is the answer of an earlier execution; ``own``: of one with the same task id."""
 
     @abstractmethod
     def come_back(
@@ -315,7 +315,7 @@ class Runner:
     def _answer(self, job: Job, decision: Decision) -> Any:
         if isinstance(decision, Replay):
             events.emit("replayed", job.key, task_id=job.task_id, succeeded=decision.outcome.succeeded)
-            return self._replayed(job, decision.outcome)
+            return self._replayed(job, decision)
         if isinstance(decision, Mismatch):
             events.emit("mismatch", job.key, task_id=job.task_id, differs=decision.differs)
             raise mismatch(job.key, decision.differs)
@@ -323,11 +323,11 @@ class Runner:
         events.emit("in_doubt", job.key, task_id=job.task_id, reason=decision.reason)
         raise OutcomeUnknown(doubt_message(job.key, decision.reason), job.key, decision.reason)
 
-    def _replayed(self, job: Job, outcome: Outcome) -> Any:
+    def _replayed(self, job: Job, replay: Replay) -> Any:
         """The stored value, or the stored exception raised."""
-        key, codec = job.key, self.ledger.codec
+        key, codec, outcome = job.key, self.ledger.codec, replay.outcome
         what, why = "was not stored", outcome.missing
-        job.replaying()
+        job.replaying(replay.own)
         if outcome.succeeded and outcome.payload is not None:
             try:
                 return codec.decode(outcome.payload, key)
@@ -357,7 +357,7 @@ class Runner:
 
         Its parent says so too, but Celery may have this message run again first.
         """
-        if not owners.gone(busy.holder):
+        if not owners.known_dead(busy.holder):
             return False
         try:
             self.ledger.lapse(job.key, busy.holder)

@@ -361,13 +361,19 @@ class Delivery(Job):
         # make another answer of the value.
         if self.outer is not None or not placing.is_outermost(type(self.task)):
             return None
+        if (
+            getattr(self.request, "idem_said", ("",))[0] == SUCCESS
+        ):  # by the body itself: Celery keeps that one
+            return None
         return answers.announcement(self.task.backend, self.request, value)
 
     def announced(self) -> None:
         vars(self.request)[answers.ANSWERED] = True
 
-    def replaying(self) -> None:
+    def replaying(self, own: bool) -> None:
         self.request.idem_replayed = True
+        if not own and not (self.request.delivery_info or {}).get("redelivered"):
+            vars(self.request)[answers.FIRST] = True
 
     @property
     def in_place(self) -> bool:

@@ -37,7 +37,7 @@ OPTIONS = frozenset({
     "reply_to", "retry", "retry_policy", "routing_key", "serializer", "shadow", "soft_time_limit", "task_id",
     "time_limit",
 })  # fmt: skip
-"""Options of ``apply_async`` that ``task.submit`` takes beside the task's own arguments."""
+"""Options of ``apply_async`` that ``submit`` takes, and ``task.submit`` beside the task's own arguments."""
 
 
 def options_among(given: dict[str, Any], signature: inspect.Signature) -> dict[str, Any]:
@@ -74,13 +74,19 @@ def submit(
     Args:
         args: a list or tuple.
         kwargs: a mapping.
-        options: options of ``apply_async`` (``countdown``, ``eta``, ``queue``, ``priority``, …).
+        options: of ``apply_async`` (``countdown``, ``eta``, ``queue``, ``priority``, …): those in ``OPTIONS``.
 
     Raises:
         ConfigurationError: the task is known here, and has no intent.
         TypeError, IntentError, kombu.exceptions.OperationalError: as ``IdempotentTask.submit``.
     """
     keys.check_call(name, args, kwargs)
+    unknown = ", ".join(sorted(options.keys() - OPTIONS))
+    if unknown:  # Celery would take it, and a misspelt occurrence would be another action
+        raise TypeError(
+            f"{name}: submit() has no option {unknown}. It has scope, occurrence, idempotency_key, "
+            f"{', '.join(sorted(OPTIONS))}."
+        )
     task = app.tasks.get(name)
     if task is not None:
         if getattr(task, "idem_declaration", None) is None:

@@ -158,9 +158,11 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
 
     @property
     def backend(self) -> Any:
-        """As Celery's. The one of a guarded task knows which results are written already."""
+        """As Celery's. The application's, of a guarded task, knows which results are written already."""
         backend = Task.backend.fget(self)
-        return backend if self.idem_declaration is None else answers.aware(backend)
+        return (
+            backend if self.idem_declaration is None or self._backend is not None else answers.aware(backend)
+        )
 
     @backend.setter
     def backend(self, backend: Any) -> None:
@@ -489,6 +491,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         """
         declaration = self._declared("a key")
         keys.check_call(self.name, args, kwargs)
+        if not self.guard.settings.shadow:  # which refuses no call
+            publishing.check_labels(self.name, options)
         if declaration.secret:
             options = {**publishing.shown(declaration, args or (), kwargs or {}), **options}
         same = options.pop(retrying.SAME_INTENT, False)

@@ -275,6 +275,17 @@ def test_submit_refuses_what_is_no_call(shop: Celery, task: str, wrong: dict[str
         submit(shop, task, **wrong)
 
 
+def test_a_misspelt_option_is_refused_before_it_makes_another_action(shop: Celery) -> None:
+    pay = shop.tasks["shop.pay"]
+    for wrong in ("occurence", "occurrance", "scop", "scopes", "idempotent_key", "idempotency_keys"):
+        for call in (pay.apply_async, pay.apply, lambda args, **it: pay.signature(args, **it).apply_async()):
+            with pytest.raises(TypeError, match=f"there is no option {wrong}="):
+                call(("a", "7", 1), **{wrong: "x"})
+        for task in ("shop.pay", "nobody.has.it"):
+            with pytest.raises(TypeError, match=rf"{task}: submit\(\) has no option {wrong}"):
+                submit(shop, task, ("a", "7", 1), **{wrong: "x"})
+
+
 # --- cost ------------------------------------------------------------------------------
 
 

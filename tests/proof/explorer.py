@@ -1094,7 +1094,7 @@ def modelled() -> Iterator[Callable[[World], None]]:
         if getattr(module, name, None) is standard
     ]
     saved += [(runner_module, "RENEWER", runner_module.RENEWER), (owners, "mint", owners.mint)]
-    saved += [(owners, "gone", owners.gone), (clock, "elapsed", clock.elapsed)]
+    saved += [(owners, "known_dead", owners.known_dead), (clock, "elapsed", clock.elapsed)]
     log = logging.getLogger("celery_idem")
     level = log.level
     deaf = events.listen(heard, here=True)
@@ -1116,10 +1116,10 @@ def modelled() -> Iterator[Callable[[World], None]]:
     def mint() -> bytes:
         return now[0].mint()
 
-    def gone(owner: bytes) -> bool:
+    def known_dead(owner: bytes) -> bool:
         return owner in now[0].dead_owners
 
-    owners.mint, owners.gone = mint, gone
+    owners.mint, owners.known_dead = mint, known_dead
     log.setLevel(logging.CRITICAL + 1)
     PASTS.clear()
     try:

@@ -16,7 +16,7 @@ from redis.crc import key_slot
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.model import MICROSECONDS, Stored
 from celery_idem.stores import open_store
-from celery_idem.stores.base import OWNER, Change, PartlyError, Reply, Store
+from celery_idem.stores.base import OWNER, Announcement, Change, PartlyError, Reply, Store
 from celery_idem.stores.redis_cluster import ClusterStore
 from celery_idem.stores.redis_sentinel import SentinelStore
 from celery_idem.testing import StoreConformance
@@ -129,6 +129,22 @@ class Load:
                 continue
             stored = reply.stored
             return stored if stored is not None and stored.value.startswith(owner) else None
+
+
+def test_a_node_of_a_cluster_by_its_own_address_is_asked_once_for_two_keys(cluster: Cluster) -> None:
+    node = cluster.nodes[0]
+    key = next(k for k in map(str, itertools.count()) if owns(node, key_slot(k.encode())))
+    store = open_store(cluster.url.replace("redis-cluster", "redis"))
+    standing = store.create(key, MINE.ljust(OWNER)).stored
+    with client(node) as one:
+        one.config_resetstat()
+        for n in range(3):
+            assert standing is not None
+            change = Change(key, standing, b"%d" % n * OWNER)
+            reply, told = store.announce(change, Announcement(f"answer:{key}".encode(), b"paid", 60))
+            assert (reply.done, told) == (True, False)
+            standing = reply.stored
+        assert one.info("commandstats")["cmdstat_evalsha"]["rejected_calls"] == 1
 
 
 def test_a_slot_moves_under_load_and_every_key_has_one_winner(cluster: Cluster) -> None:
