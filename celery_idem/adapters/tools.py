@@ -290,7 +290,7 @@ def annotations_of(task: IdempotentTask) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Offer:
-    """The tasks that an asynchronous adapter offers. Needs anyio, which Starlette and the MCP SDK bring.
+    """The tasks that an asynchronous adapter offers.
 
     Args:
         tools: by the name that callers use.

@@ -1,71 +1,53 @@
-"""Blocking calls from an event loop: in threads with a bound, and woken from other threads. Needs anyio.
+"""What keeps blocking calls off an event loop of asyncio: threads with a bound, and wakes from other threads.
 
-The functions behind ``asubmit`` and ``async_wait`` are the blocking ones. What is here keeps them off the loop.
+The functions behind ``asubmit`` and ``async_wait`` are the blocking ones.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import functools
+import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from contextvars import copy_context
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from celery_idem.core.errors import ConfigurationError
-from celery_idem.integration.announcements import Announcements
-
+# asyncio and its executors are a tenth of what importing this package takes: only programs that await load them.
 if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
     from types import TracebackType
 
-    from anyio import CapacityLimiter, Event
-    from anyio.lowlevel import RunVar
+    from celery_idem.integration.announcements import Announcements
 
 T = TypeVar("T")
 
 THREADS = 16
-"""Threads of one event loop for each kind of call: a healthy store answers thousands of calls a second through them,
-and each of them may have connections of its own to the store, the result backend and the broker."""
+"""Threads of a process for each kind of call: a healthy store answers thousands of calls a second through them, and
+each of them may keep connections of its own to the result backend and the broker."""
 
 Kind = Literal["submit", "look"]
 """What a thread is for. Apart, so that a thousand receipts that look do not hold up a submit."""
+
+_pools: dict[tuple[Kind, int], ThreadPoolExecutor] = {}
 
 
 async def in_thread(kind: Kind, call: Callable[..., T], *args: Any) -> T:
     """Run a blocking call in a thread.
 
-    Cancelled before it has a thread, it is not made. Cancelled later, it goes on to its end in its thread, which
-    stays counted, and its result is dropped.
-
-    Raises:
-        ConfigurationError: anyio is not installed.
+    Cancelled before it has a thread, it is not made. Cancelled later, it goes on to its end in its thread, which is
+    not free before, and its result is dropped. The process' exit waits for it.
     """
-    run_sync = _anyio().to_thread.run_sync
-    return cast("T", await run_sync(call, *args, abandon_on_cancel=True, limiter=_limiter(kind)))
+    import asyncio
+    from concurrent.futures import ThreadPoolExecutor
 
-
-def _anyio() -> Any:
-    try:
-        import anyio.lowlevel
-        import anyio.to_thread
-    except ImportError as error:
-        raise ConfigurationError("Awaiting needs anyio: pip install 'celery_idem[async]'.") from error
-    return anyio
-
-
-def _limiter(kind: Kind) -> CapacityLimiter:
-    of_loop = _limiters(kind)
-    limiter = of_loop.get(None)
-    if limiter is None:
-        limiter = _anyio().CapacityLimiter(THREADS)
-        of_loop.set(limiter)
-    return limiter
-
-
-@functools.cache
-def _limiters(kind: Kind) -> RunVar[CapacityLimiter | None]:
-    return cast("RunVar[CapacityLimiter | None]", _anyio().lowlevel.RunVar(f"celery_idem {kind}"))
+    mine = (kind, os.getpid())  # a fork has no threads of its parent
+    pool = _pools.get(mine)
+    if pool is None:
+        pool = _pools.setdefault(mine, ThreadPoolExecutor(THREADS, f"celery_idem {kind}"))
+    run = partial(copy_context().run, call, *args)
+    return await asyncio.get_running_loop().run_in_executor(pool, run)
 
 
 class Waker:
@@ -76,11 +58,12 @@ class Waker:
     """
 
     def __init__(self, announcements: Announcements | None) -> None:
-        self._anyio = _anyio()
+        import asyncio
+
         self._announcements = announcements
         self._task_id = ""
-        self._soon = _call_soon()
-        self._event: Event | None = None
+        self._loop = asyncio.get_running_loop()
+        self._event = asyncio.Event()
         self.heard = False
 
     def __enter__(self) -> Waker:
@@ -103,34 +86,24 @@ class Waker:
 
     def expect(self) -> None:
         """Count what wakes from now on. Before a look: what is published while it looks wakes it at once."""
-        self._event = self._anyio.Event()
+        self._event.clear()
 
     async def wait(self, longest: float) -> None:
         """Return when woken since ``expect``, or after so many seconds."""
-        assert self._event is not None
-        with self._anyio.move_on_after(longest):
+        end = self._loop.call_later(longest, self._event.set)
+        try:
             await self._event.wait()
+        finally:
+            end.cancel()
 
     def _wake(self) -> None:
         """Called in another thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            self._soon(self._woken)
+            self._loop.call_soon_threadsafe(self._woken)
 
     def _woken(self) -> None:
         self.heard = True
-        if self._event is not None:
-            self._event.set()
-
-
-def _call_soon() -> Callable[[Callable[[], None]], object]:
-    """What makes a call on this event loop from another thread."""
-    try:
-        return asyncio.get_running_loop().call_soon_threadsafe
-    except RuntimeError:
-        import trio
-
-        soon: Callable[[Callable[[], None]], object] = trio.lowlevel.current_trio_token().run_sync_soon
-        return soon
+        self._event.set()
 
 
 _warned = False

@@ -213,7 +213,7 @@ class Receipt:
         return receipt
 
     async def async_wait(self, timeout: float = 30.0) -> Receipt:
-        """``wait`` that blocks no event loop, of asyncio or trio. Needs ``pip install 'celery_idem[async]'``.
+        """``wait`` that does not block the event loop that it runs on. For asyncio.
 
         It holds no thread between looks. Where Celery's result backend is Redis, the publication of the result
         wakes it. Cancelled, it returns at once; a look that has begun ends in its thread.

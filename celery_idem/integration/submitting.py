@@ -106,7 +106,7 @@ async def asubmit(
     kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Receipt:
-    """``submit`` that blocks no event loop; see ``IdempotentTask.asubmit``.
+    """``submit`` that does not block the event loop that it runs on; see ``IdempotentTask.asubmit``.
 
     Args:
         options: as those of ``submit``, and ``scope``, ``occurrence``, ``idempotency_key``.

@@ -228,7 +228,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         return submitting.submit_task(self, args, kwargs, scope, occurrence, idempotency_key, options)
 
     async def asubmit(self, *args: Any, **kwargs: Any) -> Receipt:
-        """``submit`` that blocks no event loop, of asyncio or trio. Needs ``pip install 'celery_idem[async]'``.
+        """``submit`` that does not block the event loop that it runs on. For asyncio.
 
         Cancelled while it waits for a thread, it has done nothing. Cancelled later, the submit goes on to its end in
         its thread: what it accepts stays accepted, and is published once. Call again unchanged for its receipt.
