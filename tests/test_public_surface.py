@@ -59,8 +59,8 @@ def test_all_is_sorted_and_there() -> None:
 
 def test_what_the_design_promises_is_there() -> None:
     promised = {
-        "IdempotentTask", "ALL_ARGUMENTS", "Happened", "NotHappened", "Unknown", "submit", "asubmit", "Receipt", "Ledger",
-        "IdempotencyError", "ConfigurationError", "IntentError", "StoreError", "LeaseLost", "OutcomeUnknown",
+        "IdempotentTask", "ALL_ARGUMENTS", "Happened", "NotHappened", "Unknown", "submit", "asubmit", "Receipt",
+        "Ledger", "IdempotencyError", "ConfigurationError", "IntentError", "StoreError", "LeaseLost", "OutcomeUnknown",
         "ResultUnavailable", "IntentConflict", "InProgress", "FingerprintMismatch",
     }  # fmt: skip
     assert promised <= set(celery_idem.__all__)

@@ -101,14 +101,13 @@ class Announcements:
                 for channel in old:
                     channels.pop(channel, None)
                 message = pubsub.get_message(timeout=TICK)
+                if message is not None and message["type"] in ("message", "subscribe"):
+                    self._tell(channels.get(_bytes(message["channel"]), ""))
             except Exception as error:  # of the driver, a credential provider, the server's access list
                 events.diagnose(logging.DEBUG, "announcements of results cannot be read: %s", error)
                 _close(pubsub)
                 pubsub = None
                 time.sleep(AGAIN)
-                continue
-            if message is not None and message["type"] in ("message", "subscribe"):
-                self._tell(channels.get(_bytes(message["channel"]), ""))
         _close(pubsub)
 
     def _tell(self, task_id: str) -> None:

@@ -104,14 +104,15 @@ async def asubmit(
     name: str,
     args: Sequence[Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
+    *,
+    scope: str | None = None,
+    occurrence: str | None = None,
+    idempotency_key: str | None = None,
     **options: Any,
 ) -> Receipt:
-    """``submit`` that does not block the event loop that it runs on; see ``IdempotentTask.asubmit``.
-
-    Args:
-        options: as those of ``submit``, and ``scope``, ``occurrence``, ``idempotency_key``.
-    """
-    return await in_thread("submit", partial(submit, app, name, args, kwargs, **options))
+    """``submit`` that does not block the event loop that it runs on; see ``IdempotentTask.asubmit``."""
+    own = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
+    return await in_thread("submit", partial(submit, app, name, args, kwargs, **own, **options))
 
 
 def submit_task(

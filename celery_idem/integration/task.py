@@ -227,13 +227,21 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         options = submitting.options_among(kwargs, declaration.signature)
         return submitting.submit_task(self, args, kwargs, scope, occurrence, idempotency_key, options)
 
-    async def asubmit(self, *args: Any, **kwargs: Any) -> Receipt:
+    async def asubmit(
+        self,
+        *args: Any,
+        scope: str | None = None,
+        occurrence: str | None = None,
+        idempotency_key: str | None = None,
+        **kwargs: Any,
+    ) -> Receipt:
         """``submit`` that does not block the event loop that it runs on. For asyncio.
 
         Cancelled while it waits for a thread, it has done nothing. Cancelled later, the submit goes on to its end in
         its thread: what it accepts stays accepted, and is published once. Call again unchanged for its receipt.
         """
-        return await in_thread("submit", partial(self.submit, *args, **kwargs))
+        own = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
+        return await in_thread("submit", partial(self.submit, *args, **own, **kwargs))
 
     def _refuse_clash(self, method: str, *names: str) -> None:
         for name in self._declared(method).signature.parameters:

@@ -28,8 +28,10 @@ from mcp import Client
 from celery_idem import Receipt, asubmit, submit
 from celery_idem.adapters.http import door
 from celery_idem.adapters.mcp import server
+from celery_idem.core.model import NO_FINGERPRINT
 from celery_idem.integration import awaiting, receipts
 from celery_idem.integration.announcements import announcements_of
+from celery_idem.integration.looking import PLAIN_POLICY, Look
 from tests.callers import shop as shops
 from tests.support.effects import Effects, Gate
 from tests.support.proxy import Proxy
@@ -146,8 +148,15 @@ def test_the_result_wakes_who_waits(
     assert asyncio.run(answer()).status == "executed"
 
 
-def test_a_result_that_is_not_published_is_found(folder: Path, done: Effects, name: str) -> None:
-    """In a result backend that cannot announce anything."""
+def test_a_result_that_is_not_published_is_found(shop: Celery, redis: RedisServer, folder: Path) -> None:
+    """Of a task that keeps none, and in a result backend that cannot announce anything."""
+    key = shop.tasks["shop.slow"].intent_key("a")
+    ignoring = shops.make(redis.url, folder)
+    ignoring.tasks["shop.slow"].ignore_result = True
+    for app, told in ((shop, announcements_of(shop)), (ignoring, None)):
+        look = Look(app, None, NO_FINGERPRINT, PLAIN_POLICY, published=True)
+        assert look.announcements(Receipt("accepted", key)) is told
+        assert look.announcements(Receipt("accepted", "")) is announcements_of(app)  # submitted by name
     app = Celery("plain", set_as_current=False, broker="memory://", backend="cache+memory://")
     app.conf.update(idem_store="memory://await", task_always_eager=True)
     silent = announcements_of(app)
@@ -332,6 +341,7 @@ def test_a_store_that_is_away_is_waited_for(redis: RedisServer, folder: Path, na
     assert answer.status == "executed"  # as Celery's result says
 
 
+@pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # Celery's
 def test_a_thousand_wait_in_few_threads_and_little_memory(
     shop: Celery, name: str, published: list[str]
 ) -> None:

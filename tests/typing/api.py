@@ -64,6 +64,7 @@ async def awaits() -> None:
         await celery_idem.asubmit(app, "shop.send_invoice", ("acme",), {"cents": 1}, scope="eu"), Receipt
     )
     send_invoice.asubmit("acme", "7", 4200).wait(5)  # type: ignore[attr-defined]
+    await send_invoice.asubmit("acme", "7", 4200, scope=4)  # type: ignore[arg-type]
     await celery_idem.asubmit(app)  # type: ignore[call-arg]
 
 
