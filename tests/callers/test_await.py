@@ -221,7 +221,7 @@ def test_a_cancelled_submit_is_whole_or_nothing(
         pay = app.tasks["shop.pay"]
 
         async def cancel() -> Receipt:
-            proxy.delay = 0.5
+            proxy.delay = 0.2
             begun = asyncio.ensure_future(pay.asubmit(name, "7", 1))
             waits = asyncio.ensure_future(pay.asubmit(f"{name}-none", "7", 1))
             await until(lambda: pool._work_queue.qsize() == 1)  # the first one asks the store
@@ -322,7 +322,7 @@ def test_a_slow_store_does_not_slow_the_loop(
 
         awaiting._warned = False
         asyncio.run(check())
-    assert set(done.counts().values()) == {1}
+    assert {count for intent, count in done.counts().items() if name in intent} == {1}
 
 
 def test_a_store_that_is_away_is_waited_for(redis: RedisServer, folder: Path, name: str) -> None:
@@ -341,9 +341,8 @@ def test_a_store_that_is_away_is_waited_for(redis: RedisServer, folder: Path, na
     assert answer.status == "executed"  # as Celery's result says
 
 
-@pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # Celery's
 def test_a_thousand_wait_in_few_threads_and_little_memory(
-    shop: Celery, name: str, published: list[str]
+    redis: RedisServer, shop: Celery, name: str
 ) -> None:
     process = psutil.Process()
 
@@ -358,8 +357,12 @@ def test_a_thousand_wait_in_few_threads_and_little_memory(
         grown = process.memory_info().rss - before
 
         def finish() -> None:
-            for task_id in ids:
-                shop.backend.mark_as_done(task_id, "done")
+            with contextlib.closing(redis_py.Redis.from_url(redis.url)) as client, client.pipeline() as pipe:
+                for task_id in ids:
+                    key = shop.backend.get_key_for_task(task_id)
+                    done = shop.backend.encode({"status": "SUCCESS", "result": "done", "task_id": task_id})
+                    pipe.set(key, done).publish(key, done)
+                pipe.execute()
 
         await asyncio.to_thread(finish)
         answers = await asyncio.gather(*some)
@@ -370,7 +373,6 @@ def test_a_thousand_wait_in_few_threads_and_little_memory(
     assert answers == {"executed": 1000}
     assert threads <= awaiting.THREADS
     assert grown < 50e6  # 50 kB for each: a thread's stack alone would be more
-    assert published == [name]
 
 
 # --- warnings and errors ---------------------------------------------------------------
