@@ -341,17 +341,16 @@ def test_a_store_that_is_away_is_waited_for(redis: RedisServer, folder: Path, na
     assert answer.status == "executed"  # as Celery's result says
 
 
-def test_a_thousand_wait_in_few_threads_and_little_memory(
-    redis: RedisServer, shop: Celery, name: str
-) -> None:
+def test_a_thousand_wait_in_few_threads_and_little_memory(redis: RedisServer, name: str) -> None:
+    app = Celery("orchestrator", broker=redis.url, backend=redis.url, set_as_current=False)
     process = psutil.Process()
 
     async def wait() -> tuple[Counter[str], int, int]:
-        first = await shop.tasks["shop.pay"].asubmit(name, "7", 1, queue=f"nobody-{name}")
+        first = await asubmit(app, "shop.pay", (name, "7", 1), queue=f"nobody-{name}")
         before = process.memory_info().rss
         ids = [f"{name}-{number}" for number in range(1000)]
         some = [asyncio.ensure_future(dataclasses.replace(first, task_id=i).async_wait(60)) for i in ids]
-        waiting = announcements_of(shop)._waiting
+        waiting = announcements_of(app)._waiting
         await until(lambda: len(waiting) == 1000)
         threads = sum("celery_idem look" in thread.name for thread in threading.enumerate())
         grown = process.memory_info().rss - before
@@ -359,8 +358,8 @@ def test_a_thousand_wait_in_few_threads_and_little_memory(
         def finish() -> None:
             with contextlib.closing(redis_py.Redis.from_url(redis.url)) as client, client.pipeline() as pipe:
                 for task_id in ids:
-                    key = shop.backend.get_key_for_task(task_id)
-                    done = shop.backend.encode({"status": "SUCCESS", "result": "done", "task_id": task_id})
+                    key = app.backend.get_key_for_task(task_id)
+                    done = app.backend.encode({"status": "SUCCESS", "result": "done", "task_id": task_id})
                     pipe.set(key, done).publish(key, done)
                 pipe.execute()
 
