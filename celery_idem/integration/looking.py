@@ -31,6 +31,7 @@ from celery_idem.core.model import (
 from celery_idem.engine import events
 from celery_idem.engine.entries import Entry
 from celery_idem.engine.ledger import Ledger
+from celery_idem.integration.announcements import Announcements, announcements_of
 from celery_idem.integration.publishing import in_scope
 from celery_idem.integration.receipts import Code, Receipt, Status
 from celery_idem.integration.wiring import ledger_of
@@ -76,6 +77,13 @@ class Look(NamedTuple):
         if result is not None:
             return result
         return known or (receipt if entry is None else _undecided(entry, receipt, self))
+
+    def announcements(self, receipt: Receipt) -> Announcements | None:
+        """Those of the application, where a result is published for this task."""
+        if self.app is None:
+            return None
+        task = self.app.tasks.get(keys.task_of(receipt.key))
+        return None if getattr(task, "ignore_result", False) else announcements_of(self.app)
 
 
 def look_up(app: Celery, key: str, scope: str | None = None) -> Receipt | None:

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from celery.utils import uuid
@@ -22,6 +23,7 @@ from celery_idem.core.model import ACCEPTED_AT, MICROSECONDS, NO_FINGERPRINT, Ac
 from celery_idem.engine import events, owners
 from celery_idem.engine.ledger import Ledger
 from celery_idem.integration import messages
+from celery_idem.integration.awaiting import in_thread, warn_on_loop
 from celery_idem.integration.guarded import GuardedTask
 from celery_idem.integration.looking import PLAIN_POLICY, Look, from_celery, from_record
 from celery_idem.integration.messages import accepted_at, recovers
@@ -80,6 +82,7 @@ def submit(
         ConfigurationError: the task is known here, and has no intent.
         TypeError, IntentError, kombu.exceptions.OperationalError: as ``IdempotentTask.submit``.
     """
+    warn_on_loop("submit()", "await asubmit()")
     keys.check_call(name, args, kwargs)
     unknown = ", ".join(sorted(options.keys() - OPTIONS))
     if unknown:  # Celery would take it, and a misspelt occurrence would be another action
@@ -100,6 +103,22 @@ def submit(
     headers = {**(options.pop("headers", None) or {}), **own}
     result = app.send_task(name, args=args, kwargs=kwargs, headers=headers, **options)
     return _accepted("", result.id, Look(app, None, NO_FINGERPRINT, PLAIN_POLICY, published=True))
+
+
+async def asubmit(
+    app: Celery,
+    name: str,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    scope: str | None = None,
+    occurrence: str | None = None,
+    idempotency_key: str | None = None,
+    **options: Any,
+) -> Receipt:
+    """``submit`` that does not block the event loop that it runs on; see ``IdempotentTask.asubmit``."""
+    own = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
+    return await in_thread("submit", partial(submit, app, name, args, kwargs, **own, **options))
 
 
 def submit_task(

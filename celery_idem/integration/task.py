@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import copy_context
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from celery import Task
@@ -46,6 +47,7 @@ from celery_idem.integration import (
     retrying,
     submitting,
 )
+from celery_idem.integration.awaiting import in_thread, warn_on_loop
 from celery_idem.integration.delivery import EAGER, HELD, PROPAGATES, Delivery, Guard, Replaced, as_headers
 from celery_idem.integration.options import declares
 from celery_idem.integration.publishing import LOOPS
@@ -223,8 +225,25 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         declaration = self._declared("submit")
         if not OWN_WORDS.isdisjoint(declaration.signature.parameters):
             self._refuse_clash("submit", *OWN_WORDS)
+        warn_on_loop(f"submit() of {self.name}", "await task.asubmit()")
         options = submitting.options_among(kwargs, declaration.signature)
         return submitting.submit_task(self, args, kwargs, scope, occurrence, idempotency_key, options)
+
+    async def asubmit(
+        self,
+        *args: Any,
+        scope: str | None = None,
+        occurrence: str | None = None,
+        idempotency_key: str | None = None,
+        **kwargs: Any,
+    ) -> Receipt:
+        """``submit`` that does not block the event loop that it runs on. For asyncio.
+
+        Cancelled while it waits for a thread, it has done nothing. Cancelled later, the submit goes on to its end in
+        its thread: what it accepts stays accepted, and is published once. Call again unchanged for its receipt.
+        """
+        own = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
+        return await in_thread("submit", partial(self.submit, *args, **own, **kwargs))
 
     def _refuse_clash(self, method: str, *names: str) -> None:
         for name in self._declared(method).signature.parameters:
