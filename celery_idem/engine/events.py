@@ -32,74 +32,80 @@ class Kind(NamedTuple):
 
     Attributes:
         level: how it is logged.
-        says: what happened, in the log.
         fields: details that each such event has, and their types.
         optional: details that only some have.
+        says: what happened, in the log.
     """
 
     level: int
-    says: str
     fields: Mapping[str, type]
     optional: Mapping[str, type] = {}
+    says: str = ""
 
 
 _TASK = {"task_id": str}
 
 KINDS = {
-    "settled": Kind(logging.DEBUG, "the outcome is recorded", {**_TASK, "succeeded": bool}),
+    "settled": Kind(logging.DEBUG, {**_TASK, "succeeded": bool}, says="the outcome is recorded"),
     "replayed": Kind(
-        logging.INFO, "a repeat received the stored outcome; nothing ran", {**_TASK, "succeeded": bool}
+        logging.INFO, {**_TASK, "succeeded": bool}, says="a repeat received the stored outcome; nothing ran"
     ),
-    "told": Kind(logging.INFO, "submit answered from the record; nothing was published", {"status": str}),
-    "waiting": Kind(logging.INFO, "another execution holds the intent; this repeat comes back later", _TASK),
-    "scheduled": Kind(logging.DEBUG, "the body asked for a retry", _TASK),
-    "released": Kind(logging.INFO, "nothing happened; the next delivery runs", {**_TASK, "why": str}),
+    "told": Kind(
+        logging.INFO, {"status": str}, says="submit answered from the record; nothing was published"
+    ),
+    "waiting": Kind(
+        logging.INFO, _TASK, says="another execution holds the intent; this repeat comes back later"
+    ),
+    "scheduled": Kind(logging.DEBUG, _TASK, says="the body asked for a retry"),
+    "released": Kind(logging.INFO, {**_TASK, "why": str}, says="nothing happened; the next delivery runs"),
     "mismatch": Kind(
-        logging.WARNING, "the intent is known with other values; nothing ran", {**_TASK, "differs": tuple}
+        logging.WARNING,
+        {**_TASK, "differs": tuple},
+        says="the intent is known with other values; nothing ran",
     ),
-    "in_doubt": Kind(logging.ERROR, "it is not known whether the effect happened", {**_TASK, "reason": str}),
+    "in_doubt": Kind(
+        logging.ERROR, {**_TASK, "reason": str}, says="it is not known whether the effect happened"
+    ),
     "still_in_doubt": Kind(
-        logging.INFO, "a repeat found the intent in doubt; nothing ran", {**_TASK, "reason": str}
+        logging.INFO, {**_TASK, "reason": str}, says="a repeat found the intent in doubt; nothing ran"
     ),
-    "asked": Kind(logging.WARNING, "the destination was asked after a crash", {**_TASK, "answer": str}),
+    "asked": Kind(logging.WARNING, {**_TASK, "answer": str}, says="the destination was asked after a crash"),
     "lease_lost": Kind(
         logging.ERROR,
-        "another execution took over, because the lease was not renewed",
         {**_TASK, "fence": int},
+        says="another execution took over, because the lease was not renewed",
     ),
-    "clock_stepped": Kind(logging.WARNING, "the store's clock was set", {"by": float, "store": str}),
+    "clock_stepped": Kind(logging.WARNING, {"by": float, "store": str}, says="the store's clock was set"),
     "stale_settle": Kind(
         logging.CRITICAL,
-        "finished after another execution had taken over; the effect may have happened twice",
         {**_TASK, "fence": int, "current_fence": int},
+        says="finished after another execution had taken over; the effect may have happened twice",
     ),
     "store_error": Kind(
         logging.WARNING,
-        "the store did not answer",
         {"error": str, "while_": str},
         {**_TASK, "then": str, "leases": int},
+        says="the store did not answer",
     ),
-    "broker_error": Kind(
-        logging.WARNING, "the broker did not take the message back", {**_TASK, "error": str}
-    ),
-    "unguarded": Kind(logging.WARNING, "the body runs without a guard", _TASK),
-    "unsettled": Kind(logging.ERROR, "the outcome could not be recorded", {**_TASK, "error": str}),
+    "broker_error": Kind(logging.WARNING, {**_TASK, "error": str}, says="the broker did not take a message"),
+    "unguarded": Kind(logging.WARNING, _TASK, says="the body runs without a guard"),
+    "unsettled": Kind(logging.ERROR, {**_TASK, "error": str}, says="the outcome could not be recorded"),
     "late_error": Kind(
-        logging.ERROR, "something failed after the outcome was recorded", {**_TASK, "error": str}
+        logging.ERROR, {**_TASK, "error": str}, says="something failed after the outcome was recorded"
     ),
-    "exited": Kind(logging.ERROR, "the process must exit while the body runs", {**_TASK, "reason": str}),
+    "exited": Kind(logging.ERROR, {**_TASK, "reason": str}, says="the process must exit while the body runs"),
     "died": Kind(
         logging.ERROR,
-        "a process of the pool died while it held the intent",
         {**_TASK, "process": int, "why": str, "then": str, "redelivered": bool},
+        says="a process of the pool died while it held the intent",
     ),
-    "lapsed": Kind(logging.WARNING, "a claim of a dead process was found", _TASK),
+    "lapsed": Kind(logging.WARNING, _TASK, says="a claim of a dead process was found"),
     "recovered": Kind(
-        logging.WARNING, "overdue; its call was published again", {**_TASK, "tries": int, "state": str}
+        logging.WARNING, {**_TASK, "tries": int, "state": str}, says="overdue; its call was published again"
     ),
-    "resolved": Kind(logging.WARNING, "an operator settled it", {"by": str, "what": str}),
-    "forgotten": Kind(logging.WARNING, "an operator removed the record; the next call runs", {}),
-    "shadow": Kind(logging.INFO, "shadow mode; the call ran", {**_TASK, "would": str, "why": str}),
+    "resolved": Kind(logging.WARNING, {"by": str, "what": str}, says="an operator settled it"),
+    "forgotten": Kind(logging.WARNING, {}, says="an operator removed the record; the next call runs"),
+    "shadow": Kind(logging.INFO, {**_TASK, "would": str, "why": str}, says="shadow mode; the call ran"),
 }
 """Every kind of event. ``stale_settle`` is the alarm: an execution finished an effect after another one had taken the
 intent over."""
