@@ -94,13 +94,19 @@ def test_what_failed_runs_again_with_its_arguments(shop: Shop) -> None:
     assert "it succeeded, and a retry would do it twice" in again.output
 
 
-def test_keys_from_a_list(shop: Shop) -> None:
+def test_all_that_failed_with_a_task_since_then(shop: Shop) -> None:
     for order in ("o1", "o2"):
         shop.fails(shop.charge, order)
-    succeeded(shop.ledger, shop.charge.intent_key("o3"))
+    shop.fails(shop.secret, "o3")
+    succeeded(shop.ledger, shop.charge.intent_key("o4"))
     shop.mended = True
-    rows = shop.idem("list", "--state", "failed", "--json").output
-    assert shop.idem("retry", "-", "--yes", input=rows).exit_code == 0
+    assert (
+        "0 published, 0 not." in shop.idem("retry", "--task", "shop.charge", "--since", "2999-01-01").output
+    )
+    assert shop.idem("retry", "--task", "shop.charge", "--since", "yesterday").exit_code == 2
+    assert shop.idem("retry").exit_code == 2
+    assert shop.effects.count() == 0
+    assert shop.idem("retry", "--task", "shop.charge", "--since", "1d", "--yes").exit_code == 0
     shop.works()
     assert shop.effects.counts() == {"o1": 1, "o2": 1}
 
