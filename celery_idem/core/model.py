@@ -299,17 +299,23 @@ class Busy(NamedTuple):
 
 
 class Ask(NamedTuple):
-    """Ask the destination, then conclude: this execution holds the right to ask. ``orphan``: see ``Acquired``."""
+    """Ask the destination, then conclude: this execution holds the right to ask. ``orphan``: see ``Acquired``.
+
+    Attributes:
+        first: it was not in doubt before.
+    """
 
     record: Record
     orphan: bytes = b""
+    first: bool = False
 
 
 class InDoubt(NamedTuple):
-    """Nobody here can know whether the effect happened. ``orphan``: see ``Acquired``."""
+    """Nobody here can know whether the effect happened. ``orphan``: see ``Acquired``; ``first``: see ``Ask``."""
 
     reason: str
     orphan: bytes = b""
+    first: bool = False
 
 
 class Mismatch(NamedTuple):

@@ -499,7 +499,7 @@ TOO_MANY = "the worker stopped without reporting an outcome, {} times"
 
 def _put_in_doubt(record: Record, reason: str) -> tuple[InDoubt, Record]:
     new = replace(record, state=State.IN_DOUBT, lease=0, asking=b"", reason=reason, recovery=None)
-    return InDoubt(reason), new
+    return InDoubt(reason, first=record.state is not State.IN_DOUBT), new
 
 
 def _noted(record: Record, note: Note) -> Record:
@@ -524,7 +524,7 @@ def _ask(record: Record, now: int, request: Request) -> tuple[Ask, Record]:
     """One worker at a time may ask. The owner stays, so its late outcome is still heard."""
     record = _noted(record, Note(now, request.owner.hex(), "asks the destination", ""))
     new = replace(record, state=State.IN_DOUBT, asking=request.owner, lease=request.policy.lease)
-    return Ask(new), new
+    return Ask(new, first=record.state is not State.IN_DOUBT), new
 
 
 def conclude(

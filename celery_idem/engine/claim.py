@@ -520,7 +520,9 @@ class Hold:
                 if clock.elapsed() + pause > began + patience:
                     raise
                 if tries == 1:
-                    events.emit("store_error", self.key, error=str(error), while_="settling")
+                    events.emit(
+                        "store_error", self.key, task_id=self.task_id, error=str(error), while_="settling"
+                    )
                 threading.Event().wait(pause)
                 if ending:
                     self._enter(ENDING)

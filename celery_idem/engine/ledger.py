@@ -411,13 +411,18 @@ class Ledger:
 
     def recover(self, key: str, publishable: Callable[[Record], bool], policy: Policy) -> Publish | None:
         """Take an overdue intent: its call is then published by this process alone. See ``protocol.recover``."""
+        new: Record | None = None
 
         def decide(record: Record | None, stamp: int, now: int) -> tuple[Publish | None, Record | None]:
-            if record is None:
-                return None, None
-            return protocol.recover(record, stamp, now, publishable(record), policy)
+            nonlocal new
+            taken, new = None, None
+            if record is not None:
+                taken, new = protocol.recover(record, stamp, now, publishable(record), policy)
+            return taken, new
 
         taken: Publish | None = self._change(key, decide, policy)[0]
+        if new is not None and new.state is State.IN_DOUBT:
+            events.emit("in_doubt", key, task_id=new.task_id, reason=new.reason)
         return taken
 
     def not_published(self, key: str, taken: Publish) -> None:

@@ -10,4 +10,5 @@ __all__ = [
     "copying",
     "doctor",
     "operators",
+    "retrying",
 ]
