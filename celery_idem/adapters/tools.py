@@ -345,7 +345,7 @@ class Offer:
         """
         from anyio.to_thread import run_sync
 
-        if task_of(key) not in {tool.name for tool in self.tools.values()}:
+        if task_of(key) not in {tool.declaration.task for tool in self.tools.values()}:
             return None
         return await run_sync(look_up, self.app, key, scope)
 

@@ -73,7 +73,28 @@ def _declaration_of(cls: type[Any], app: Celery, asked: bool, in_code: bool) -> 
         version=cls.intent_version,
         readers=_readers(cls, known),
         renamed=known.renamed,
+        aliases=vars(cls).get("aliases", ()),  # not inherited: a name is one task's
     )
+
+
+def register_former_names(cls: type[Any], app: Celery, names: tuple[str, ...]) -> None:
+    """Register a task under its former names too: a message that was sent before the renaming has the old one.
+
+    Raises:
+        ConfigurationError: another task has that name.
+    """
+    tasks = app._tasks
+    for former in names[1:]:
+        if former in tasks and type(tasks[former]).name != cls.name:
+            tasks.pop(cls.name, None)
+            raise ConfigurationError(
+                f"{cls.name}: aliases= names {former}, and there is another task of that name. Remove that one: its "
+                "messages and its intents are meant to become this task's."
+            )
+    if cls.name in tasks and not tasks.keys() >= set(names):
+        task = tasks.pop(cls.name)
+        # Its own name last, because a worker's log shows the last one.
+        tasks.update(dict.fromkeys((*names[1:], cls.name), task))
 
 
 def settings_of(cls: type[Any], app: Celery) -> Settings:

@@ -7,6 +7,8 @@ store when it starts (``at_start``); ``celery -A proj idem doctor`` runs all, an
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from celery_idem.operate.doctor import configuration, stores
 from celery_idem.operate.doctor.snapshot import (
     Check,
@@ -18,7 +20,17 @@ from celery_idem.operate.doctor.snapshot import (
     gather,
 )
 
-__all__ = ["ASKING", "CHEAP", "Finding", "Snapshot", "StoreFacts", "TaskFacts", "examine", "gather"]
+__all__ = [
+    "ASKING",
+    "CHEAP",
+    "Finding",
+    "Snapshot",
+    "StoreFacts",
+    "TaskFacts",
+    "examine",
+    "gather",
+    "worst_first",
+]
 
 CHEAP: tuple[Check, ...] = (
     stores.memory_store,
@@ -41,10 +53,15 @@ CHEAP: tuple[Check, ...] = (
 
 ASKING: tuple[Check, ...] = (
     stores.store_answers,
+    stores.writing,
+    stores.memory,
     stores.eviction,
+    stores.evicted,
     stores.persistence,
     stores.replicas,
+    stores.silent_replicas,
     stores.replica_as_store,
+    stores.other_runs,
     stores.clock_skew,
     stores.clock_went_back,
 )
@@ -55,5 +72,9 @@ ORDER: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
 
 def examine(snapshot: Snapshot, checks: tuple[Check, ...] = CHEAP + ASKING) -> list[Finding]:
     """Everything that is wrong, the worst first."""
-    found = [finding for check in checks for finding in check(snapshot)]
+    return worst_first(finding for check in checks for finding in check(snapshot))
+
+
+def worst_first(found: Iterable[Finding]) -> list[Finding]:
+    """The findings, the worst first."""
     return sorted(found, key=lambda finding: ORDER[finding.severity])

@@ -13,9 +13,9 @@ from celery import bootsteps
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.engine import events
 from celery_idem.engine.ledger import Ledger
-from celery_idem.operate.doctor import CHEAP, examine, gather
+from celery_idem.operate.doctor import CHEAP, declared, examine, gather, servers
 from celery_idem.operate.doctor.configuration import NOT_A_SETTING
-from celery_idem.operate.doctor.snapshot import version
+from celery_idem.operate.doctor.snapshot import asked, version
 from celery_idem.operate.doctor.stores import meanwhile
 from celery_idem.operate.operators import Operator
 
@@ -24,6 +24,9 @@ POOLS = {"thread": "threads"}
 
 WITHIN = 10.0
 """Seconds after which a check that has not ended is reported. A store's call may take twice its timeout of 5 s."""
+
+EVERY = 60.0
+"""Seconds between two looks at what was noted: one read, and a loss is known before most callers come again."""
 
 LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "note": logging.INFO}
 
@@ -40,7 +43,11 @@ class AtStart(bootsteps.StartStopStep):  # type: ignore[misc]
         module = str(getattr(parent.pool_cls, "__module__", "")).rpartition(".")[2]
         app, pool = parent.app, POOLS.get(module, module)
         _beside("The checks of the configuration", lambda: _check(app, pool))
-        _beside("Opening the stores", lambda: _try_stores(app))
+        self._ended = threading.Event()
+        _beside("Opening the stores", lambda: _try_stores(app, self._ended))
+
+    def stop(self, parent: Any) -> None:
+        self._ended.set()
 
 
 def _beside(what: str, check: Callable[[], None]) -> None:
@@ -75,16 +82,16 @@ def _check(app: Any, pool: str) -> None:
             )
 
 
-def _try_stores(app: Any) -> None:
+def _try_stores(app: Any, ended: threading.Event) -> None:
     try:
         ledgers = Operator(app).ledgers()
     except ConfigurationError:  # the check of the configuration reports it
         return
     for ledger in ledgers:
-        _beside(f"The store {ledger.store.url}", lambda ledger=ledger: _try_store(app, ledger))  # type: ignore[misc]
+        _beside(f"The store {ledger.store.url}", lambda ledger=ledger: _try_store(app, ledger, ended))  # type: ignore[misc]
 
 
-def _try_store(app: Any, ledger: Ledger) -> None:
+def _try_store(app: Any, ledger: Ledger, ended: threading.Event) -> None:
     """Log one line about a store: that it answers, or what to do."""
     store = ledger.store
     began = time.perf_counter()
@@ -106,3 +113,39 @@ def _try_store(app: Any, ledger: Ledger) -> None:
     events.diagnose(
         logging.INFO, "store %s answered in %.0f ms (%s)", store.url, took, ", ".join(filter(None, about))
     )
+    try:
+        declared.keep(ledger, Operator(app).tasks())
+        born, _ = _note(ledger, "")
+    except StoreError as error:
+        events.diagnose(logging.WARNING, "what `idem doctor` compares with cannot be noted: %s", error)
+        return
+    if not store.url.startswith("memory"):
+        threading.Thread(
+            target=_watch, args=(ledger, born, ended), name="celery_idem note", daemon=True
+        ).start()
+
+
+def _note(ledger: Ledger, born: str) -> tuple[str, bool]:
+    try:
+        run = servers.run_of(asked(ledger.store))
+    except StoreError:  # a user with the least rights
+        run = {}
+    return servers.note(ledger, run, born)
+
+
+def _watch(ledger: Ledger, born: str, ended: threading.Event) -> None:
+    """Look whether what this worker noted is still there: it goes only with all records."""
+    while not ended.wait(EVERY):
+        try:
+            if servers.unchanged(ledger, born):
+                continue
+            born, lost = _note(ledger, born)
+        except StoreError:  # away; the tasks report it
+            continue
+        if lost:
+            events.diagnose(
+                logging.ERROR,
+                "the store %s has lost its data: every action from before is forgotten, and runs again when it is "
+                "called again. Compare the destination; `celery idem doctor` says what to change.",
+                ledger.store.url,
+            )

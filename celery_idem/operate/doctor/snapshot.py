@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from celery_idem.integration.declaring import options_of
 from celery_idem.integration.options import Stray
 from celery_idem.integration.settings import LONGEST, Settings, of_app
 from celery_idem.integration.wiring import codec_of, store_of
+from celery_idem.operate.doctor import kept, servers
 from celery_idem.operate.operators import Operator
 
 if TYPE_CHECKING:
@@ -81,8 +83,12 @@ class StoreFacts:
     Attributes:
         tasks: the guarded tasks that keep their records there.
         error: why it could not be asked; "" where it was.
+        unwritable: why a value could not be written there and deleted again; "" where it could.
         unseen: why its INFO could not be read, though it answers; "" where it was.
-        info: the server's INFO, for a Redis.
+        info: the server's INFO, for a Redis; for a PostgreSQL what ``SERVER`` asks.
+        server: which run of the server this is (see ``servers.run_of``).
+        noted: which ones workers have seen (see ``servers``).
+        now: its time, in seconds.
         skew: seconds between its clock and ours, beyond what the round trip explains.
         ahead: seconds by which the latest of the records looked at was written in the future of its clock.
     """
@@ -91,8 +97,12 @@ class StoreFacts:
     durability: str = "none"
     tasks: tuple[str, ...] = ()
     error: str = ""
+    unwritable: str = ""
     unseen: str = ""
     info: Mapping[str, str] = field(default_factory=dict)
+    server: Mapping[str, Any] = field(default_factory=dict)
+    noted: Mapping[str, Any] = field(default_factory=dict)
+    now: float = 0.0
     skew: float = 0.0
     ahead: float = 0.0
 
@@ -143,6 +153,12 @@ OPEN = bytes(state for state in State if not state.settled)
 LOOKED_AT = 10_000
 """Records read to find one from the future: 0.2 s among those of a Redis that keeps millions."""
 
+PROBE = b"x" * 40
+"""What is written to see whether the store takes it: as long as a small record."""
+
+PROBE_TTL = 60 * MICROSECONDS
+"""After which a value is gone that could be written and not deleted."""
+
 AMQP = ("amqp", "amqps", "pyamqp", "librabbitmq")
 """Schemes of kombu's whose broker confirms a message only where it is told to."""
 
@@ -178,6 +194,7 @@ def gather(app: Celery, *, ask: bool = True, pool: str = "") -> Snapshot:
         tasks=tuple(
             _facts_or_why_not(name, task, guarded.get(name), name in scheduled)
             for name, task in sorted(app.tasks.items())
+            if name == task.name  # and not a former name of it
         ),
         stores=tuple(
             _store_facts(ledger, settings.durability, guarded.values()) for ledger in operator.ledgers()
@@ -290,16 +307,65 @@ def _store_facts(ledger: Ledger, durability: str, guarded: Iterable[IdempotentTa
     except StoreError as error:
         return StoreFacts(store.url, durability, tasks, error=str(error))
     info: dict[str, str] = {}
+    noted: Mapping[str, Any] = {}
     unseen = ""
+    unwritable = _unwritable(ledger)
     try:
-        if hasattr(store, "execute"):
-            info = _info(store.execute("INFO"))
-            if "rdb_saves_configured" not in info:
-                info["rdb_saves_configured"] = _saves(store)
+        info = asked(store)
+        noted = kept.read(ledger, servers.NAME)
     except StoreError as error:  # a user with the least rights may do all that the guard needs, and not this
         unseen = str(error)
-    skew = max(0.0, abs(now - (before + after) / 2) - (after - before) / 2)
-    return StoreFacts(store.url, durability, tasks, unseen=unseen, info=info, skew=skew, ahead=ahead)
+    return StoreFacts(
+        store.url,
+        durability,
+        tasks,
+        unwritable=unwritable,
+        unseen=unseen,
+        info=info,
+        server=servers.run_of(info),
+        noted=noted,
+        now=now,
+        skew=max(0.0, abs(now - (before + after) / 2) - (after - before) / 2),
+        ahead=ahead,
+    )
+
+
+def _unwritable(ledger: Ledger) -> str:
+    """Write a value as a claim does, and delete it; why that is not possible, or "". A second write if need be."""
+    key = f"{ledger.namespace}{kept.KEPT}:probe:{os.urandom(8).hex()}"
+    try:
+        reply = ledger.store.create(key, PROBE, PROBE_TTL)
+        if reply.stored is not None:
+            ledger.store.replace(key, reply.stored, PROBE, 0)
+    except StoreError as error:
+        return str(error)
+    return ""
+
+
+def asked(store: Any) -> dict[str, str]:
+    """What a server says of itself; empty for a store without a server.
+
+    Raises:
+        StoreError: it does not let us look.
+    """
+    if hasattr(store, "query"):
+        rows = store.query(SERVER) if store.dialect == "postgresql" else ()
+        return dict(zip(SERVER_NAMES, map(str, rows[0]), strict=True)) if rows else {}
+    if not hasattr(store, "execute"):
+        return {}
+    info = _info(store.execute("INFO"))
+    if "rdb_saves_configured" not in info:
+        info["rdb_saves_configured"] = _saves(store)
+    return info
+
+
+SERVER_NAMES = ("system_identifier", "timeline", "standby", "read_only", "blocked")
+SERVER = """
+SELECT (SELECT system_identifier FROM pg_control_system()), (SELECT timeline_id FROM pg_control_checkpoint()),
+  pg_is_in_recovery(), current_setting('default_transaction_read_only'),
+  (SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = to_regclass('celery_idem'))
+"""
+"""What a PostgreSQL is asked, by the names above."""
 
 
 def version(store: Any) -> str:
