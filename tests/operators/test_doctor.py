@@ -185,16 +185,6 @@ def test_a_redis_that_forgets(start_redis: Callable[..., RedisServer]) -> None:
         assert "replicas:0" in asked(server, idem_durability="replicas:1")["replicas"].change
 
 
-@pytest.mark.redis
-def test_a_replica_and_its_primary(start_redis: Callable[..., RedisServer]) -> None:
-    primary, replica = start_redis(appendonly=True), start_redis(appendonly=True)
-    with redis_py.Redis.from_url(replica.url) as client, redis_py.Redis.from_url(primary.url) as other:
-        client.replicaof("127.0.0.1", str(primary.port))
-        wait_for(lambda: int(other.info("replication")["connected_slaves"]) == 1, message="the replica")
-        assert 'idem_durability = "replicas:1"' in asked(primary)["replicas"].change
-        assert asked(replica)["read-only"].severity == "error"
-
-
 def test_a_store_that_is_away(idem: Idem) -> None:
     app = an_app(conf={"idem_store": "redis://localhost:1/0"})
     answer = command_line(app)("doctor", "--json")
