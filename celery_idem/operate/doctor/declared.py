@@ -259,8 +259,8 @@ def _key_changes(name: str, old: Json, new: Json, there: Counts) -> Iterator[Fin
         f"{'; '.join(reasons)}. So its keys change: {_what_is_there(there)}",
         "intent_version says that this is meant. Deploy when nothing is open."
         if meant
-        else f"Keep what the key is made of. Or say that it is meant, with another intent_version, and deploy when nothing "
-        f"is open and no earlier call is repeated any more (outcomes are remembered for {duration(old['keep'])}).",
+        else "Keep what the key is made of. Or say that it is meant, with another intent_version, and deploy when "
+        f"nothing is open and no earlier call comes again (outcomes are remembered for {duration(old['keep'])}).",
     )
 
 
@@ -318,8 +318,8 @@ def _call_changes(name: str, old: Json, new: Json, there: Counts) -> Iterator[Fi
             "error" if there.open else "warning",
             "calls-do-not-fit",
             new["name"],
-            f"{' and '.join(what)}. Messages of the last release do not fit, and {there.open} of its intents are open: they "
-            "fail with a TypeError, and their body does not run.",
+            f"{' and '.join(what)}. Messages of the last release do not fit, and {there.open} of its intents are open: "
+            "they fail with a TypeError, and their body does not run.",
             "Keep the parameter, with a default, until the last such message is done, and remove it in the release "
             "after that."
             if gone

@@ -85,12 +85,12 @@ class Change(NamedTuple):
 
     Attributes:
         since: the store's time in seconds at which it was noticed.
-        what: ``restart`` of a Redis (or a replica took over that was started later); ``failover``; ``recovery`` of a
+        kind: ``restart`` of a Redis (or a replica took over that was started later); ``failover``; ``recovery`` of a
             PostgreSQL (or a standby took over); ``copy``: the data came from another server.
     """
 
     since: float
-    what: Literal["restart", "failover", "recovery", "copy"]
+    kind: Literal["restart", "failover", "recovery", "copy"]
 
 
 def changes(noted: Mapping[str, Any], present: Mapping[str, Any], now: float) -> Iterator[Change]:

@@ -18,7 +18,8 @@ from celery_idem.integration.declaring import options_of
 from celery_idem.integration.options import Stray
 from celery_idem.integration.settings import LONGEST, Settings, of_app
 from celery_idem.integration.wiring import codec_of, store_of
-from celery_idem.operate.doctor import kept, servers
+from celery_idem.operate.doctor import kept, schedules, servers
+from celery_idem.operate.doctor.schedules import Entry
 from celery_idem.operate.operators import Operator
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class TaskFacts:
         intent: parameters in the intent; None where a function computes it.
         parameters: every parameter, and its annotation as text.
         retry_horizon: seconds until its last retry; None where they never end.
+        scheduled: entries of beat that send it the same call at every tick.
         strays: attributes with a setting's name that are not read as settings.
         unread: why it could not be looked at; "" where it was.
     """
@@ -70,7 +72,7 @@ class TaskFacts:
     time_limit: float | None = None
     soft_time_limit: float | None = None
     retry_horizon: float | None = 0.0
-    scheduled: bool = False
+    scheduled: tuple[Entry, ...] = ()
     asks: bool = False
     strays: tuple[Stray, ...] = ()
     unread: str = ""
@@ -119,6 +121,7 @@ class Snapshot:
         pickled: pickle is accepted for results.
         unusable: why results could not be read again; "" where they can.
         ticks: the beat scheduler makes each tick an occurrence.
+        unread_schedule: why beat's entries in a database could not be read; "" where they could.
         longest_delay: the longest countdown in the beat schedule, in seconds.
         store_scheme: of ``idem_store``, or of the result backend that stands in for it.
     """
@@ -130,6 +133,7 @@ class Snapshot:
     pickled: bool = False
     unusable: str = ""
     ticks: bool = False
+    unread_schedule: str = ""
     longest_delay: float = 0.0
     store_scheme: str = "redis"
     tasks: tuple[TaskFacts, ...] = ()
@@ -179,7 +183,7 @@ def gather(app: Celery, *, ask: bool = True, pool: str = "") -> Snapshot:
     guarded = operator.tasks()
     brokers = _brokers(conf.broker_read_url, conf.broker_write_url)
     schedule = conf.beat_schedule if isinstance(conf.beat_schedule, Mapping) else {}
-    scheduled = {str(entry.get("task")) for entry in schedule.values() if isinstance(entry, Mapping)}
+    scheduled, unread = _scheduled(app, ask)
     transport: Mapping[str, Any] = conf.broker_transport_options or {}
     return Snapshot(
         visibility=_visibility(brokers, transport),
@@ -188,11 +192,17 @@ def gather(app: Celery, *, ask: bool = True, pool: str = "") -> Snapshot:
         result_expires=_seconds(conf.result_expires),
         pickled="pickle" in str(conf.result_accept_content or conf.accept_content),
         unusable=codec_of(settings, conf).unusable(),
-        ticks="celery_idem" in str(conf.beat_scheduler or ""),
+        ticks=schedules.ticks(app),
+        unread_schedule=unread,
         longest_delay=max((_countdown(entry) for entry in schedule.values()), default=0.0),
         store_scheme=urlsplit(store_of(settings, app).url).scheme,
         tasks=tuple(
-            _facts_or_why_not(name, task, guarded.get(name), name in scheduled)
+            _facts_or_why_not(
+                name,
+                task,
+                guarded.get(name),
+                tuple(one for one in scheduled if app.tasks.get(one.task) is task),
+            )
             for name, task in sorted(app.tasks.items())
             if name == task.name  # and not a former name of it
         ),
@@ -202,6 +212,16 @@ def gather(app: Celery, *, ask: bool = True, pool: str = "") -> Snapshot:
         if ask
         else (),
     )
+
+
+def _scheduled(app: Celery, ask: bool) -> tuple[list[Entry], str]:
+    """What beat sends, and why its database could not be read."""
+    found: list[Entry] = []
+    try:
+        found.extend(schedules.entries(app, ask))
+    except Exception as error:  # a driver's; a migration that was not made
+        return found, f"{type(error).__name__}: {error}"
+    return found, ""
 
 
 def _brokers(*given: Any) -> list[str]:
@@ -234,7 +254,9 @@ def _countdown(entry: Any) -> float:
     return _number(options.get("countdown"), 0.0) if isinstance(options, Mapping) else 0.0
 
 
-def _facts_or_why_not(name: str, task: Any, guarded: IdempotentTask | None, scheduled: bool) -> TaskFacts:
+def _facts_or_why_not(
+    name: str, task: Any, guarded: IdempotentTask | None, scheduled: tuple[Entry, ...]
+) -> TaskFacts:
     """What matters of a task; of one whose attributes cannot be read, the reason."""
     try:
         return _task_facts(task, guarded, scheduled)
@@ -249,7 +271,7 @@ def _limit(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def _task_facts(task: Any, guarded: IdempotentTask | None, scheduled: bool) -> TaskFacts:
+def _task_facts(task: Any, guarded: IdempotentTask | None, scheduled: tuple[Entry, ...]) -> TaskFacts:
     limits: dict[str, Any] = {
         "acks_late": bool(task.acks_late),
         "reject_on_worker_lost": bool(task.reject_on_worker_lost),

@@ -256,14 +256,14 @@ def other_runs(s: Snapshot) -> Iterator[Finding]:
 
 def _other_run(store: StoreFacts, change: servers.Change) -> Finding:
     when, safe = iso(change.since), False
-    if change.what == "restart":
+    if change.kind == "restart":
         safe = store.info.get("aof_enabled") == "1"
         what = f"It was restarted (or a replica took over): noticed at {when}."
         lost = "the last second at most" if safe else "everything since its last snapshot"
-    elif change.what == "failover":
+    elif change.kind == "failover":
         safe = store.durability.startswith("replicas")
         what, lost = f"A replica took over: noticed at {when}.", "what the replica had not received"
-    elif change.what == "recovery":
+    elif change.kind == "recovery":
         what = f"It was recovered to a point in time, or a standby took over: noticed at {when}."
         lost = "what was committed after that point"
     else:
@@ -273,11 +273,11 @@ def _other_run(store: StoreFacts, change: servers.Change) -> Finding:
         )
     return Finding(
         "note" if safe else "warning",
-        change.what,
+        change.kind,
         store.url,
         f"{what} It has lost {lost}, and an action from then runs again when it is called again.",
         "Compare the destination with the calls of the minutes before. To lose less: "
-        + ("nothing has to change." if safe else SAFER[change.what]),
+        + ("nothing has to change." if safe else SAFER[change.kind]),
     )
 
 
