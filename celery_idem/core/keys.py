@@ -542,7 +542,7 @@ def declare(
     """Check a declaration against the task's signature.
 
     Args:
-        aliases: former names of the task, the oldest first.
+        aliases: other names of the task, the oldest first.
         readers: readers of parameters that Celery turns into pydantic models.
         renamed: a wrapped function's names of the signature's parameters.
 
@@ -564,10 +564,10 @@ def declare(
                 f"{task}: intent= names no parameter, so every call would be the same action. Name what tells "
                 "two actions apart, or write intent=ALL_ARGUMENTS."
             )
-    former = _former_names(task, aliases)
+    known_as = _names_given(task, aliases)
     return Declaration(
-        task=identity_name(task, former),
-        names=(task, *former),
+        task=identity_name(task, known_as),
+        names=tuple(dict.fromkeys((task, *known_as))),
         signature=signature,
         fields=fields,
         compute=compute,
@@ -579,19 +579,15 @@ def declare(
     )
 
 
-def identity_name(task: str, former: tuple[str, ...]) -> str:
+def identity_name(task: str, aliases: tuple[str, ...]) -> str:
     """Return the name that a task's keys are derived under: its first one, so that its intents outlive a new name."""
-    return former[0] if former else task
+    return aliases[0] if aliases else task
 
 
-def _former_names(task: str, aliases: Any) -> tuple[str, ...]:
+def _names_given(task: str, aliases: Any) -> tuple[str, ...]:
     names = (aliases,) if isinstance(aliases, str) else aliases
     if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) and name for name in names):
-        raise ConfigurationError(f"{task}: aliases= must be the task's former names, such as ('shop.old',).")
-    if task in names or len(set(names)) < len(names):
-        raise ConfigurationError(
-            f"{task}: aliases= must be other names than the task's own, each once: its former names, the oldest first."
-        )
+        raise ConfigurationError(f"{task}: aliases= must be names of the task, such as ('shop.old',).")
     return tuple(names)
 
 

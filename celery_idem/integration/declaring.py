@@ -77,18 +77,18 @@ def _declaration_of(cls: type[Any], app: Celery, asked: bool, in_code: bool) -> 
     )
 
 
-def register_former_names(cls: type[Any], app: Celery, names: tuple[str, ...]) -> None:
-    """Register a task under its former names too: a message that was sent before the renaming has the old one.
+def register_names(cls: type[Any], app: Celery, names: tuple[str, ...]) -> None:
+    """Register a task under its other names too: a message that was sent before a renaming has the old one.
 
     Raises:
         ConfigurationError: another task has that name.
     """
     tasks = app._tasks
-    for former in names[1:]:
-        if former in tasks and type(tasks[former]).name != cls.name:
+    for other in names[1:]:
+        if other in tasks and type(tasks[other]).name != cls.name:
             tasks.pop(cls.name, None)
             raise ConfigurationError(
-                f"{cls.name}: aliases= names {former}, and there is another task of that name. Remove that one: its "
+                f"{cls.name}: aliases= names {other}, and there is another task of that name. Remove that one: its "
                 "messages and its intents are meant to become this task's."
             )
     if cls.name in tasks and not tasks.keys() >= set(names):

@@ -89,7 +89,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             ``inspect.Signature``. Needed where a decorator hides them. (On the task itself
             ``signature`` remains Celery's method.)
         intent_version: change it when the same fields begin to mean another action.
-        aliases: former names of the task, the oldest first. Its keys stay those of the first one, and messages
+        aliases: other names of the task, the oldest first. Its keys are those of the first one, and messages
             under any of them reach it.
         reconcile: ``(task, *args, **kwargs)``, or a method: asks the destination after a
             crash and returns ``Happened(result)``, ``NotHappened()`` or ``Unknown(reason)``.
@@ -141,7 +141,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         bound = super().bind(app)
         declaration = declaring.declaration_of(cls, app, _asked(cls, app), in_code)
         if declaration is not None:
-            declaring.register_former_names(cls, app, declaration.names)
+            declaring.register_names(cls, app, declaration.names)
             cls._guard_made, cls.idem_declaration = None, declaration
             placing.put_on(cls, IdempotentTask._call_guarded)
             if declaration.secret:

@@ -136,7 +136,10 @@ def test_a_namespace_is_seen_by_a_file(store: str, tmp_path: Path) -> None:
     command_line(release(store))("doctor", "--save", path)
     assert against(release(store), path) == (0, {})
     moved = release(store, conf={"idem_namespace": "other"})
-    assert "idem_namespace was idem and is other" in against(moved, path)[1]["intent-changed"]["wrong"]
+    status, found = against(moved, path)
+    assert status == 1
+    assert "idem_namespace was idem and is other" in found["intent-changed"]["wrong"]
+    assert "1 open and 2 remembered" in found["intent-changed"]["wrong"]
     for wrong in ("[]", "{", '{"a": {}}'):
         Path(path).write_text(wrong)
         answer = command_line(moved)("doctor", "--against", path)

@@ -56,9 +56,9 @@ def _declared(task: IdempotentTask) -> Json:
     if fields is None and declaration.compute is None:  # ALL_ARGUMENTS
         fields = tuple(parameters)
     return {
+        "app": str(task.app.main),
         "name": task.name,
         "namespace": guard.ledger.namespace,
-        "store": guard.ledger.store.url,
         "version": str(declaration.version),
         "intent": None if fields is None else sorted(fields),
         "computed": "" if declaration.compute is None else _source(declaration.compute),
@@ -180,22 +180,25 @@ def changes(operator: Operator, before: Mapping[str, Json]) -> list[Finding]:
         StoreError: a store did not answer.
     """
     after = of_tasks(operator.tasks())
-    changed = {name for name, one in before.items() if name not in after or _differ(one, after[name])}
-    counts = _count(operator, changed) if changed else {}
-    return list(compare(before, after, counts))
+    own = {name: one for name, one in before.items() if name in after or one["app"] == str(operator.app.main)}
+    changed = {name: one for name, one in own.items() if name not in after or _differ(one, after[name])}
+    return list(compare(own, after, _count(operator, changed)))
 
 
 def _differ(old: Json, new: Json) -> bool:
-    return any(old.get(word) != new[word] for word in new if word not in ("keep", "store", "name"))
+    return any(old.get(word) != new[word] for word in new if word not in ("keep", "app", "name"))
 
 
-def _count(operator: Operator, names: set[str]) -> dict[str, Counts]:
-    found = dict.fromkeys(names, Counts())
-    for entry in operator.list():
-        if entry.task in found:
-            was = found[entry.task]
-            ended = entry.record.state.settled
-            found[entry.task] = Counts(was.open + (not ended), was.remembered + ended)
+def _count(operator: Operator, changed: Mapping[str, Json]) -> dict[str, Counts]:
+    """Count the intents of tasks in the namespaces that they had."""
+    found = dict.fromkeys(changed, Counts())
+    for store in {id(ledger.store): ledger.store for ledger in operator.ledgers()}.values():
+        for namespace in {one["namespace"] for one in changed.values()}:
+            for entry in Ledger(store, namespace).list():
+                if entry.task in found and changed[entry.task]["namespace"] == namespace:
+                    was = found[entry.task]
+                    ended = entry.record.state.settled
+                    found[entry.task] = Counts(was.open + (not ended), was.remembered + ended)
     return found
 
 
@@ -256,12 +259,18 @@ def _key_changes(name: str, old: Json, new: Json, there: Counts) -> Iterator[Fin
         severity,
         "intent-changed",
         new["name"],
-        f"{'; '.join(reasons)}. So its keys change: {_what_is_there(there)}",
+        f"{'; '.join(reasons)}. So its keys change: {_what_is_there(there)}{_elsewhere(old, new)}",
         "intent_version says that this is meant. Deploy when nothing is open."
         if meant
         else "Keep what the key is made of. Or say that it is meant, with another intent_version, and deploy when "
         f"nothing is open and no earlier call comes again (outcomes are remembered for {duration(old['keep'])}).",
     )
+
+
+def _elsewhere(old: Json, new: Json) -> str:
+    if old["namespace"] == new["namespace"]:
+        return ""
+    return " But they look for it in the other namespace, and run again too."
 
 
 def _what_is_there(there: Counts) -> str:
