@@ -19,7 +19,7 @@ from celery_idem.core.model import Fingerprint, Policy, Request
 from celery_idem.engine import owners
 from celery_idem.integration.settings import Settings
 from celery_idem.operate import doctor
-from celery_idem.operate.doctor import at_start, configuration, snapshot, stores
+from celery_idem.operate.doctor import asking, at_start, configuration, snapshot, stores
 from celery_idem.stores.memory import MemoryStore
 from celery_idem.testing import FakeClock
 from tests.operators.conftest import Idem, command_line
@@ -197,7 +197,9 @@ def test_a_store_that_does_not_let_us_look_is_not_down(monkeypatch: pytest.Monke
         raise StoreError(f"no permissions to run {words[0]}")
 
     app = an_app(conf={"idem_store": "memory://not-looked-at"})
-    monkeypatch.setattr(type(Ledger.from_app(app).store), "execute", staticmethod(refused), raising=False)
+    kind = type(Ledger.from_app(app).store)
+    monkeypatch.setattr(kind, "execute", staticmethod(refused), raising=False)
+    monkeypatch.setattr(kind, "everywhere", staticmethod(refused), raising=False)
     found = {finding.code: finding for finding in doctor.examine(doctor.gather(app), doctor.ASKING)}
     assert set(found) == {"not-looked-at"}
     assert found["not-looked-at"].severity == "note"
@@ -224,8 +226,8 @@ def test_records_from_the_future() -> None:
 
 
 def found_in(ledger: Ledger) -> set[str]:
-    facts = snapshot._store_facts(ledger, "none")
-    return {finding.code for finding in stores.clock_went_back(doctor.Snapshot(stores=(facts,)))}
+    facts = tuple(asking.facts_of(ledger, "none"))
+    return {finding.code for finding in stores.clock_went_back(doctor.Snapshot(stores=facts))}
 
 
 # --- the command, and a worker ---------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Finds what will go wrong in a set-up, and names the setting to change.
 
-``snapshot`` looks at the application and its stores and makes values of them. The checks, in ``configuration`` and
-``stores``, look at those values alone, so each can be tested without a server. A worker runs the checks that need no
+``snapshot`` looks at the application, ``asking`` at its stores, ``schedules`` at beat's entries; they make values of
+them. The checks, in ``configuration`` and ``stores``, look at those values alone, so each can be tested without a
+server. ``declared`` and ``servers`` compare with what workers noted (``kept``). A worker runs the checks that need no
 store when it starts (``at_start``); ``celery -A proj idem doctor`` runs all, and its exit status is for a CI.
 """
 
@@ -10,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from celery_idem.operate.doctor import configuration, stores
+from celery_idem.operate.doctor.asking import StoreFacts
 from celery_idem.operate.doctor.snapshot import (
     Check,
     Finding,
     Severity,
     Snapshot,
-    StoreFacts,
     TaskFacts,
     gather,
 )

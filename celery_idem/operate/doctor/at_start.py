@@ -14,8 +14,8 @@ from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.engine import events
 from celery_idem.engine.ledger import Ledger
 from celery_idem.operate.doctor import CHEAP, declared, examine, gather, servers
+from celery_idem.operate.doctor.asking import infos, run_of, version
 from celery_idem.operate.doctor.configuration import NOT_A_SETTING
-from celery_idem.operate.doctor.snapshot import asked, version
 from celery_idem.operate.doctor.stores import meanwhile
 from celery_idem.operate.operators import Operator
 
@@ -127,7 +127,7 @@ def _try_store(app: Any, ledger: Ledger, ended: threading.Event) -> None:
 
 def _note(ledger: Ledger, born: str) -> tuple[str, bool]:
     try:
-        run = servers.run_of(asked(ledger.store))
+        run = run_of(infos(ledger.store))
     except StoreError:  # a user with the least rights
         run = {}
     return servers.note(ledger, run, born)

@@ -1,31 +1,27 @@
-"""Looks at an application and asks its stores. The result is a snapshot: values, which the checks then look at."""
+"""Looks at an application. The result is a snapshot: values, which the checks then look at."""
 
 from __future__ import annotations
 
 import inspect
 import math
-import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from celery_idem.core.errors import ConfigurationError, StoreError
-from celery_idem.core.model import MICROSECONDS, State
+from celery_idem.core.errors import ConfigurationError
 from celery_idem.integration.declaring import options_of
 from celery_idem.integration.options import Stray
 from celery_idem.integration.settings import LONGEST, Settings, of_app
 from celery_idem.integration.wiring import codec_of, store_of
-from celery_idem.operate.doctor import kept, schedules, servers
+from celery_idem.operate.doctor import schedules
+from celery_idem.operate.doctor.asking import StoreFacts, facts_of
 from celery_idem.operate.doctor.schedules import Entry
 from celery_idem.operate.operators import Operator
 
 if TYPE_CHECKING:
     from celery import Celery
 
-    from celery_idem.engine.ledger import Ledger
     from celery_idem.integration.task import IdempotentTask
 
 Severity = Literal["error", "warning", "note"]
@@ -79,37 +75,6 @@ class TaskFacts:
 
 
 @dataclass(frozen=True)
-class StoreFacts:
-    """What matters of one store.
-
-    Attributes:
-        tasks: the guarded tasks that keep their records there.
-        error: why it could not be asked; "" where it was.
-        unwritable: why a value could not be written there and deleted again; "" where it could.
-        unseen: why its INFO could not be read, though it answers; "" where it was.
-        info: the server's INFO, for a Redis; for a PostgreSQL what ``SERVER`` asks.
-        server: which run of the server this is (see ``servers.run_of``).
-        noted: which ones workers have seen (see ``servers``).
-        now: its time, in seconds.
-        skew: seconds between its clock and ours, beyond what the round trip explains.
-        ahead: seconds by which the latest of the records looked at was written in the future of its clock.
-    """
-
-    url: str
-    durability: str = "none"
-    tasks: tuple[str, ...] = ()
-    error: str = ""
-    unwritable: str = ""
-    unseen: str = ""
-    info: Mapping[str, str] = field(default_factory=dict)
-    server: Mapping[str, Any] = field(default_factory=dict)
-    noted: Mapping[str, Any] = field(default_factory=dict)
-    now: float = 0.0
-    skew: float = 0.0
-    ahead: float = 0.0
-
-
-@dataclass(frozen=True)
 class Snapshot:
     """A set-up, as values.
 
@@ -152,16 +117,6 @@ kombu's defaults. Other brokers notice the lost connection instead."""
 
 DOUBLINGS = 64
 """Retries after which an exponential delay has met its maximum, whatever it began with."""
-
-OPEN = bytes(state for state in State if not state.settled)
-LOOKED_AT = 10_000
-"""Records read to find one from the future: 0.2 s among those of a Redis that keeps millions."""
-
-PROBE = b"x" * 40
-"""What is written to see whether the store takes it: as long as a small record."""
-
-PROBE_TTL = 60 * MICROSECONDS
-"""After which a value is gone that could be written and not deleted."""
 
 AMQP = ("amqp", "amqps", "pyamqp", "librabbitmq")
 """Schemes of kombu's whose broker confirms a message only where it is told to."""
@@ -207,10 +162,10 @@ def gather(app: Celery, *, ask: bool = True, pool: str = "") -> Snapshot:
             if name == task.name  # and not a former name of it
         ),
         stores=tuple(
-            _store_facts(ledger, settings.durability, guarded.values()) for ledger in operator.ledgers()
-        )
-        if ask
-        else (),
+            facts
+            for ledger in (operator.ledgers() if ask else ())
+            for facts in facts_of(ledger, settings.durability, guarded.values())
+        ),
     )
 
 
@@ -315,104 +270,6 @@ def _retry_horizon(task: Any) -> float | None:
         growing = sum(min(longest, first * 2.0**n) for n in range(doubling))
         horizon = growing + (retries - doubling) * longest if retries > doubling else growing
     return horizon if horizon <= LONGEST else None
-
-
-def _store_facts(ledger: Ledger, durability: str, guarded: Iterable[IdempotentTask] = ()) -> StoreFacts:
-    store = ledger.store
-    tasks = tuple(str(task.name) for task in guarded if task.guard.ledger.store is store)
-    try:
-        before = time.time()
-        now = store.read(f"{ledger.namespace}:").now / MICROSECONDS
-        after = time.time()
-        some = islice(store.scan_states(f"{ledger.namespace}:", OPEN), LOOKED_AT)
-        ahead = max((stored.stamp / MICROSECONDS - now for _, stored in some), default=0.0)
-    except StoreError as error:
-        return StoreFacts(store.url, durability, tasks, error=str(error))
-    info: dict[str, str] = {}
-    noted: Mapping[str, Any] = {}
-    unseen = ""
-    unwritable = _unwritable(ledger)
-    try:
-        info = asked(store)
-        noted = kept.read(ledger, servers.NAME)
-    except StoreError as error:  # a user with the least rights may do all that the guard needs, and not this
-        unseen = str(error)
-    return StoreFacts(
-        store.url,
-        durability,
-        tasks,
-        unwritable=unwritable,
-        unseen=unseen,
-        info=info,
-        server=servers.run_of(info),
-        noted=noted,
-        now=now,
-        skew=max(0.0, abs(now - (before + after) / 2) - (after - before) / 2),
-        ahead=ahead,
-    )
-
-
-def _unwritable(ledger: Ledger) -> str:
-    """Write a value as a claim does, and delete it; why that is not possible, or "". A second write if need be."""
-    key = f"{ledger.namespace}{kept.KEPT}:probe:{os.urandom(8).hex()}"
-    try:
-        reply = ledger.store.create(key, PROBE, PROBE_TTL)
-        if reply.stored is not None:
-            ledger.store.replace(key, reply.stored, PROBE, 0)
-    except StoreError as error:
-        return str(error)
-    return ""
-
-
-def asked(store: Any) -> dict[str, str]:
-    """What a server says of itself; empty for a store without a server.
-
-    Raises:
-        StoreError: it does not let us look.
-    """
-    if hasattr(store, "query"):
-        rows = store.query(SERVER) if store.dialect == "postgresql" else ()
-        return dict(zip(SERVER_NAMES, map(str, rows[0]), strict=True)) if rows else {}
-    if not hasattr(store, "execute"):
-        return {}
-    info = _info(store.execute("INFO"))
-    if "rdb_saves_configured" not in info:
-        info["rdb_saves_configured"] = _saves(store)
-    return info
-
-
-SERVER_NAMES = ("system_identifier", "timeline", "standby", "read_only", "blocked")
-SERVER = """
-SELECT (SELECT system_identifier FROM pg_control_system()), (SELECT timeline_id FROM pg_control_checkpoint()),
-  pg_is_in_recovery(), current_setting('default_transaction_read_only'),
-  (SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = to_regclass('celery_idem'))
-"""
-"""What a PostgreSQL is asked, by the names above."""
-
-
-def version(store: Any) -> str:
-    """Name and version of a Redis store's server; "" where they cannot be read."""
-    try:
-        info = _info(store.execute("INFO", "server")) if hasattr(store, "execute") else {}
-    except StoreError:
-        return ""
-    if "valkey_version" in info:
-        return f"Valkey {info['valkey_version']}"
-    return f"Redis {info['redis_version']}" if "redis_version" in info else ""
-
-
-def _info(reply: Any) -> dict[str, str]:
-    lines = reply.decode("utf-8", "replace").splitlines() if isinstance(reply, bytes) else []
-    return dict(line.split(":", 1) for line in lines if ":" in line and not line.startswith("#"))
-
-
-def _saves(store: Any) -> str:
-    """ "1" when snapshots are configured; assumed where the server does not let us look (as hosted ones do)."""
-    try:
-        _, value = store.execute("CONFIG", "GET", "save")
-    except (StoreError, ValueError, TypeError):
-        return "1"
-    return "1" if value else "0"
 
 
 def annotated(annotation: Any) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from celery_idem.core.model import MICROSECONDS
 from celery_idem.integration.settings import Settings
 from celery_idem.operate.doctor import servers
-from celery_idem.operate.doctor.snapshot import Finding, Snapshot, StoreFacts
+from celery_idem.operate.doctor.asking import StoreFacts
+from celery_idem.operate.doctor.snapshot import Finding, Snapshot
 from celery_idem.operate.operators import duration, iso
 
 SKEW_LIMIT = 1.0
@@ -63,7 +64,9 @@ def store_answers(s: Snapshot) -> Iterator[Finding]:
                 "not-looked-at",
                 store.url,
                 f"The store works, but eviction, persistence and replicas were not looked at: {store.unseen}",
-                "Run the doctor as a user who may also +info and +config|get.",
+                "Run the doctor as a user who may read pg_control_system()."
+                if store.url.startswith("postgresql")
+                else "Run the doctor as a user who may also +info and +config|get.",
             )
 
 
