@@ -326,6 +326,6 @@ class Offer:
         Raises:
             StoreError: its text names the store's address, which a caller must not see.
         """
-        if task_of(key) not in {tool.name for tool in self.tools.values()}:
+        if task_of(key) not in {tool.declaration.task for tool in self.tools.values()}:
             return None
         return await in_thread("look", look_up, self.app, key, scope)

@@ -27,6 +27,7 @@ WORDS = (
     "secret",
     "signature",
     "intent_version",
+    "aliases",
     "reconcile",
     "no_effect_errors",
     "ambiguous_errors",

@@ -49,7 +49,7 @@ have different tasks of one name, the last one's: a value may then be hidden nee
 
 def hide(declaration: keys.Declaration) -> None:
     """Hide the secrets of this task in every message that this process publishes."""
-    _secrets[declaration.task] = declaration
+    _secrets.update(dict.fromkeys(declaration.names, declaration))
 
 
 def has_secrets(app: Celery, name: str) -> bool:

@@ -91,6 +91,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             ``inspect.Signature``. Needed where a decorator hides them. (On the task itself
             ``signature`` remains Celery's method.)
         intent_version: change it when the same fields begin to mean another action.
+        aliases: other names of the task, the oldest first. Its keys are those of the first one, and messages
+            under any of them reach it.
         reconcile: ``(task, *args, **kwargs)``, or a method: asks the destination after a
             crash and returns ``Happened(result)``, ``NotHappened()`` or ``Unknown(reason)``.
         no_effect_errors: exceptions that prove that nothing happened: the intent may be tried again.
@@ -116,6 +118,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
     must_match: Any = ()
     secret: Any = ()
     intent_version: int | str = 1
+    aliases: Any = ()
     reconcile: Any = None
     no_effect_errors: tuple[type[BaseException], ...] = ()
     ambiguous_errors: tuple[type[BaseException], ...] = ()
@@ -140,6 +143,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         bound = super().bind(app)
         declaration = declaring.declaration_of(cls, app, _asked(cls, app), in_code)
         if declaration is not None:
+            declaring.register_names(cls, app, declaration.names)
             cls._guard_made, cls.idem_declaration = None, declaration
             placing.put_on(cls, IdempotentTask._call_guarded)
             if declaration.secret:

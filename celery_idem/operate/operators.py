@@ -71,7 +71,7 @@ class Operator:
     # --- tasks and ledgers ------------------------------------------------------------
 
     def tasks(self) -> dict[str, IdempotentTask]:
-        """Return the guarded tasks by name."""
+        """Return the guarded tasks by name, a renamed one under its former names too."""
         return {
             name: task
             for name, task in sorted(self.app.tasks.items())
@@ -115,6 +115,9 @@ class Operator:
             older_than: only intents whose last write is at least that many seconds ago.
             tick: see ``Ledger.list``.
         """
+        named = self.tasks().get(task or "")
+        if named is not None:  # its keys have the first name that it had
+            task = named.guard.declaration.task
         for ledger in self.ledgers():
             for entry in ledger.list(state, task, tick):
                 if entry.age >= older_than:

@@ -286,6 +286,10 @@ class RedisStore(Store):
         """Run another command, such as INFO, for diagnosis."""
         return self._one(_command([w if isinstance(w, bytes) else str(w).encode() for w in words]))
 
+    def everywhere(self, *words: bytes | str | int) -> dict[str, Any]:
+        """As ``execute``, on every server that takes writes; its answer by its name."""
+        return {self.url: self.execute(*words)}
+
     # --- the wire -------------------------------------------------------------------
 
     def _run(self, script: _Script, key: str, words: tuple[int | bytes, ...]) -> Any:
