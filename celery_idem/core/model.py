@@ -92,6 +92,37 @@ class Would(IntEnum):
     IN_DOUBT = 4
 
 
+class Place(NamedTuple):
+    """Where an execution runs: the host's name and the process id."""
+
+    host: str
+    pid: int
+
+
+class Late(NamedTuple):
+    """A suspected second effect: an execution ended after another attempt, or a person, had taken its intent over.
+
+    Attributes:
+        task_id, fence: of the execution that ended late. The fence is the store's time of its claim; 0: it ran
+            without one.
+        place: where it ran.
+        succeeded, payload: how it ended, as in an outcome; no payload where that is too large for a note.
+        stood_task_id, stood_fence, stood_owner: the attempt that the record was about then; no owner where a person
+            had decided.
+        stood_at: the stamp of the record then: of its outcome, where it had one.
+    """
+
+    task_id: str
+    fence: int
+    place: Place
+    succeeded: bool
+    payload: bytes
+    stood_task_id: str
+    stood_fence: int
+    stood_owner: bytes
+    stood_at: int
+
+
 class Note(NamedTuple):
     """One line of a record's audit trail: who decided what, when, and on what evidence.
 
@@ -99,6 +130,7 @@ class Note(NamedTuple):
         what: for people, as ``evidence`` is.
         would: of a shadow record: what a guard would have done with the call; None in any other note.
         differs: with ``Would.MISMATCH``: the parameters that had another value.
+        late: the note is about a suspected second effect; None in any other.
     """
 
     at: int
@@ -107,6 +139,7 @@ class Note(NamedTuple):
     evidence: str
     would: Would | None = None
     differs: tuple[str, ...] = ()
+    late: Late | None = None
 
 
 FINGERPRINT_TAG = 4

@@ -36,7 +36,8 @@ IN_DOUBT     otherwise                                        InDoubt           
 early retry is no duplicate.
 Busy under a stamp in the future (the store's clock went back) notes when it was met: the hold counts from there.
 
-After the body, or between its steps, only the current owner is heard, however late (4):
+After the body, or between its steps, only the current owner is heard, however late (4). The end of any other body is
+noted as a suspected second effect:
 
 ============  =============================  ==============================================
 transition    from                           to
@@ -83,10 +84,12 @@ from celery_idem.core.model import (
     Done,
     Fingerprint,
     InDoubt,
+    Late,
     Mismatch,
     Note,
     Noticed,
     Outcome,
+    Place,
     Policy,
     Publish,
     Raised,
@@ -139,6 +142,9 @@ MAX_COUNT = 65_535
 MAX_NAMED = 8
 """Steps named in a line of history: enough to recognise the body by."""
 
+MAX_LATE = 1024
+"""Bytes of a result that a note of a suspected second effect keeps: what is looked for at a destination is an id."""
+
 MAX_CRASHES = 255
 """Crashes are kept in one byte; ``max_attempts`` is refused above it (see settings)."""
 
@@ -174,8 +180,18 @@ def replace(record: Record, **changes: Any) -> Record:
     return record._replace(**changes)
 
 
-def ttl(record: Record, policy: Policy) -> int | None:
-    """How long a record is kept, in microseconds; None for evidence, which never expires."""
+def ttl(record: Record, policy: Policy, age: int = 0) -> int | None:
+    """How long a record is kept, in microseconds; None for evidence, which never expires.
+
+    Args:
+        age: microseconds since the write that it counts from. Where that says that the record should have expired,
+            it was written under another policy; then it is kept as if it were new, and never deleted early.
+    """
+    keep = _ttl(record, policy)
+    return keep if keep is None or not 0 < age < keep else keep - age
+
+
+def _ttl(record: Record, policy: Policy) -> int | None:
     state = record.state
     if state is State.SUCCEEDED:
         return policy.result_ttl
@@ -611,12 +627,21 @@ def restored(record: Record | None, held: Record, older: bool = False) -> Record
     return held if older and earlier and record.outcome is None else record
 
 
-def settle(record: Record | None, held: Record, outcome: Outcome) -> tuple[Done | Refused, Record | None]:
-    """Record how the body ended.
+def settle(
+    record: Record | None,
+    held: Record,
+    outcome: Outcome,
+    place: Place | None = None,
+    stamp: int = 0,
+    now: int = 0,
+) -> tuple[Done | Refused, Record | None]:
+    """Record how the body ended. With ``Refused``: the record that stands, with a note of the suspected second effect.
 
     Args:
         record: what the store holds; None when it lost the record.
         held: the record as this execution last wrote it.
+        place: where the body ran; None: its effects are undone when it is refused (a transaction).
+        stamp: the store's time when ``record`` was written.
     """
     record = restored(record, held)
     if _holds(record, held.owner):
@@ -624,7 +649,33 @@ def settle(record: Record | None, held: Record, outcome: Outcome) -> tuple[Done 
         return Done(new), new
     if record.owner == held.owner and record.outcome == outcome:
         return Done(record), None
-    return Refused(record), None
+    return Refused(record), None if place is None else _suspected(record, held, outcome, place, stamp, now)
+
+
+def _suspected(
+    record: Record, held: Record, outcome: Outcome, place: Place, stamp: int, now: int
+) -> Record | None:
+    """The record that stands, with a note of an execution that ended late. None: that is noted, or no other stands.
+
+    What stands is not changed: a retry is waited for as long as before. A live hold ends at most one lease later.
+    """
+    by = held.owner.hex()
+    if record.owner == held.owner or any(note.late and note.by == by for note in record.notes):
+        return None
+    payload = outcome.payload or b""
+    late = Late(
+        held.task_id,
+        held.fence,
+        place,
+        outcome.succeeded,
+        payload if len(payload) <= MAX_LATE else b"",
+        record.task_id,
+        record.fence,
+        record.owner,
+        stamp,
+    )
+    new = _noted(record, Note(now, by, "ended late", "the effect may have happened twice", late=late))
+    return replace(new, lease=max(0, left(record, stamp, now))) if record.state is State.SCHEDULED else new
 
 
 def committed(

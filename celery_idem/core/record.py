@@ -19,9 +19,11 @@ from celery_idem.core.errors import StoreError
 from celery_idem.core.model import (
     FINGERPRINT_ENTRY,
     SCOPE_SIZE,
+    Late,
     Note,
     Noticed,
     Outcome,
+    Place,
     Record,
     Recovery,
     State,
@@ -61,6 +63,9 @@ _SCOPE = 1 << 13
 _REPLACED_BY = 1 << 14  # in the place of _MISSING
 _OPEN = 1 << 15  # call, place and recovery; before the outcome, which such a record does not have
 _RECOVERY = struct.Struct(">BQ")
+
+_LATE = 255
+"""In the place of ``Would`` in a note: what follows is a ``Late``."""
 
 
 def pack(record: Record) -> bytes:
@@ -121,9 +126,15 @@ def pack(record: Record) -> bytes:
     if notes:
         parts |= _NOTES
         tail.append(_LENGTH.pack(len(notes)))
-        for at, by, what, evidence, would, differs in notes:
+        for at, by, what, evidence, would, differs, late in notes:
             tail += (_TIME.pack(at), _text(by), _text(what), _text(evidence))
-            tail += (bytes((would or 0,)), _LENGTH.pack(len(differs)), *map(_text, differs))
+            kind = _LATE if late is not None else would or 0
+            tail += (bytes((kind,)), _LENGTH.pack(len(differs)), *map(_text, differs))
+            if late is not None:
+                tail += (_text(late.task_id), _TIME.pack(late.fence), _text(late.place.host))
+                tail += (_LENGTH.pack(late.place.pid), bytes((late.succeeded,)), _blob(late.payload))
+                tail += (_text(late.stood_task_id), _TIME.pack(late.stood_fence), late.stood_owner)
+                tail.append(_TIME.pack(late.stood_at))
     if digests:
         parts |= _DIGESTS
         tail.append(_blob(digests))
@@ -290,9 +301,17 @@ class _Reader:
 
     def note(self) -> Note:
         at, by, what, evidence = self.time(), self.text(), self.text(), self.text()
-        would = self.take(1)[0]
+        kind = self.take(1)[0]
         differs = tuple(self.text() for _ in range(self.count()))
-        return Note(at, by, what, evidence, Would(would) if would else None, differs)
+        if kind == _LATE:
+            return Note(at, by, what, evidence, None, differs, self.late())
+        return Note(at, by, what, evidence, Would(kind) if kind else None, differs)
+
+    def late(self) -> Late:
+        task_id, fence = self.text(), self.time()
+        place = Place(self.text(), int.from_bytes(self.take(4), "big"))
+        ended = self.take(1) != b"\0", self.blob()
+        return Late(task_id, fence, place, *ended, self.text(), self.time(), self.take(12), self.time())
 
     def rest(self) -> bytes:
         return self.take(len(self._value) - self._at)

@@ -37,7 +37,7 @@ from celery_idem.core.model import (
     Stored,
 )
 from celery_idem.core.record import pack
-from celery_idem.engine import clock, events
+from celery_idem.engine import clock, events, owners
 from celery_idem.engine.compare_and_set import Decide, Replace, change
 from celery_idem.stores.base import Announcement, Change, Reply, Store, elsewhere
 
@@ -237,7 +237,7 @@ class Hold:
     # --- the ends of a hold -----------------------------------------------------------
 
     def settle(self, outcome: Outcome, patience: float, also: Announcement | None = None) -> Done | Refused:
-        """Write how the body ended; ``Refused`` when another execution took over.
+        """Write how the body ended; ``Refused`` when another execution took over, which the record says then.
 
         Args:
             patience: seconds to keep trying while the store does not answer.
@@ -248,7 +248,9 @@ class Hold:
         """
         held = self._seen[1]
         return self._end(
-            lambda record, stamp, now: protocol.settle(self._known(record, stamp), held, outcome),
+            lambda record, stamp, now: protocol.settle(
+                self._known(record, stamp), held, outcome, owners.place(), stamp, now
+            ),
             patience,
             also,
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 from celery_idem.core import protocol
 from celery_idem.core.errors import StoreError
-from celery_idem.core.model import Policy, Record, State, Stored
+from celery_idem.core.model import Policy, Record, Refused, State, Stored
 from celery_idem.core.record import pack, unpack
 from celery_idem.engine import clock
 from celery_idem.stores.base import Reply, Store
@@ -84,7 +84,9 @@ def change(
             reply = store.read(name)
             continue
         value = pack(new)
-        ttl = 0 if new is DELETED else protocol.ttl(new, policy) if policy is not None else None
+        # What a refused writer notes does not change how long the record is kept.
+        age = reply.now - stored.stamp if isinstance(decision, Refused) and stored is not None else 0
+        ttl = 0 if new is DELETED else protocol.ttl(new, policy, age) if policy is not None else None
         before = clock.elapsed()
         if stored is None:
             reply = store.create(name, value, ttl)

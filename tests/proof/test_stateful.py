@@ -34,6 +34,7 @@ from celery_idem.core.model import (
     Done,
     Fingerprint,
     Happened,
+    Late,
     Note,
     NotHappened,
     Outcome,
@@ -41,11 +42,13 @@ from celery_idem.core.model import (
     Record,
     Replay,
     Request,
+    State,
     Unknown,
 )
 from celery_idem.core.record import pack, unpack
 from celery_idem.engine.claim import Hold
 from celery_idem.engine.ledger import Ledger
+from celery_idem.engine.owners import place
 from celery_idem.stores import open_store
 from tests.conftest import running
 from tests.stores.servers import Cluster, Watched
@@ -75,8 +78,13 @@ def plain(record: Record | None) -> Any:
     """A record without what a clock says."""
     if record is None:
         return None
-    notes = tuple(note._replace(at=0) for note in record.notes)
-    return record._replace(fence=0, notes=notes)
+    notes = tuple(note._replace(at=0, late=timeless(note.late)) for note in record.notes)
+    lease = bool(record.lease) if record.state is State.SCHEDULED else record.lease  # what is left of it
+    return record._replace(fence=0, lease=lease, notes=notes)
+
+
+def timeless(late: Late | None) -> Late | None:
+    return None if late is None else late._replace(fence=0, stood_fence=0, stood_at=0)
 
 
 def step(hold: Hold, act: Callable[[], Any]) -> Any:
@@ -208,7 +216,7 @@ class Machine(RuleBasedStateMachine):
     def settle(self, which: int, outcome: Outcome) -> None:
         self.ends(
             which,
-            lambda r, q, mine: protocol.settle(r, mine, outcome),
+            lambda r, q, mine: protocol.settle(r, mine, outcome, place(), self.pure.stamp, self.pure.now),
             lambda hold: hold.settle(outcome, 0.0),
         )
 
