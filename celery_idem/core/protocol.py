@@ -675,7 +675,9 @@ def _suspected(
         stamp,
     )
     new = _noted(record, Note(now, by, "ended late", "the effect may have happened twice", late=late))
-    return replace(new, lease=max(0, left(record, stamp, now))) if record.state is State.SCHEDULED else new
+    if record.state is State.SCHEDULED:
+        new = replace(new, lease=min(record.lease, max(0, left(record, stamp, now))))
+    return new
 
 
 def committed(

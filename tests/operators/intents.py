@@ -30,3 +30,12 @@ def in_doubt(
     ledger: Ledger, key: str, reason: str = "the worker stopped without reporting an outcome"
 ) -> None:
     claimed(ledger, key).doubt(reason, 0.0)
+
+
+def suspected(ledger: Ledger, key: str, first: object = "inv-1", second: object = "inv-2") -> tuple[Any, Any]:
+    """An intent whose first execution ended after another had taken it over and ended. Returns both holds."""
+    late = claimed(ledger, key, lease=0, on_crash="rerun")
+    stands = claimed(ledger, key, on_crash="rerun")
+    stands.settle(Outcome(True, b"j" + json.dumps(second).encode()), 0.0)
+    late.settle(Outcome(True, b"j" + json.dumps(first).encode()), 0.0)
+    return late, stands
