@@ -180,18 +180,8 @@ def replace(record: Record, **changes: Any) -> Record:
     return record._replace(**changes)
 
 
-def ttl(record: Record, policy: Policy, age: int = 0) -> int | None:
-    """How long a record is kept, in microseconds; None for evidence, which never expires.
-
-    Args:
-        age: microseconds since the write that it counts from. Where that says that the record should have expired,
-            it was written under another policy; then it is kept as if it were new, and never deleted early.
-    """
-    keep = _ttl(record, policy)
-    return keep if keep is None or not 0 < age < keep else keep - age
-
-
-def _ttl(record: Record, policy: Policy) -> int | None:
+def ttl(record: Record, policy: Policy) -> int | None:
+    """How long a record is kept, in microseconds; None for evidence, which never expires."""
     state = record.state
     if state is State.SUCCEEDED:
         return policy.result_ttl
@@ -201,6 +191,15 @@ def _ttl(record: Record, policy: Policy) -> int | None:
         return policy.failure_ttl if state is State.FAILED else policy.result_ttl
     steps = max(policy.result_ttl, LEAST_STEPS)
     return policy.failure_ttl + steps if state is State.FAILED else steps
+
+
+def ttl_left(ttl: int, age: int) -> int:
+    """What is left of a TTL that counts from a write ``age`` microseconds ago.
+
+    A record that should have expired by then was written under another policy: it is kept for the whole TTL, and never
+    deleted early.
+    """
+    return ttl - age if 0 < age < ttl else ttl
 
 
 def final(record: Record) -> bool:

@@ -84,9 +84,9 @@ def change(
             reply = store.read(name)
             continue
         value = pack(new)
-        # What a refused writer notes does not change how long the record is kept.
-        age = reply.now - stored.stamp if isinstance(decision, Refused) and stored is not None else 0
-        ttl = 0 if new is DELETED else protocol.ttl(new, policy, age) if policy is not None else None
+        ttl = 0 if new is DELETED else protocol.ttl(new, policy) if policy is not None else None
+        if ttl and stored is not None and isinstance(decision, Refused):
+            ttl = protocol.ttl_left(ttl, reply.now - stored.stamp)  # it only notes something
         before = clock.elapsed()
         if stored is None:
             reply = store.create(name, value, ttl)

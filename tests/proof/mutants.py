@@ -205,18 +205,18 @@ def conclude_forgets_max_attempts(
 # --- rule 4: only the owner is heard --------------------------------------------------
 
 
-def anybody_settles(record: Record | None, held: Record, outcome: Any) -> Any:
+def anybody_settles(record: Record | None, held: Record, outcome: Any, *where: Any) -> Any:
     if record is not None and record.outcome is None:
         new = protocol._settled(record, outcome)
         return Done(new), new
-    return _settle(record, held, outcome)
+    return _settle(record, held, outcome, *where)
 
 
-def settled_twice(record: Record | None, held: Record, outcome: Any) -> Any:
+def settled_twice(record: Record | None, held: Record, outcome: Any, *where: Any) -> Any:
     if record is not None and record.owner == held.owner:
         new = protocol._settled(record, outcome)
         return Done(new), new
-    return _settle(record, held, outcome)
+    return _settle(record, held, outcome, *where)
 
 
 def late_owner_refused(record: Record, owner: bytes) -> bool:
