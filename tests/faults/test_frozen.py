@@ -82,7 +82,9 @@ def test_a_duplicate_came_meanwhile(stage: Stage) -> None:
         )
     alarms = [line for line in frozen.worker.log_text().splitlines() if "stale_settle rerun.late" in line]
     assert len(alarms) == 1
-    suspect = {policy: case.entry.suspicions for policy, case in frozen.cases.items() if case.entry is not None}
+    suspect = {
+        policy: case.entry.suspicions for policy, case in frozen.cases.items() if case.entry is not None
+    }
     (note,) = suspect.pop("rerun")
     assert note.late is not None
     assert note.late.place == (socket.gethostname(), frozen.cases["rerun"].wait_hanging())
