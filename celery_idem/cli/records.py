@@ -144,7 +144,7 @@ def show(screen: Screen, operator: Operator, key: str) -> None:
             "It may have happened TWICE: an execution ended after its intent had been taken over.", "bold red"
         )
         for name, attempt in suspicion.items():
-            screen.line(f"  {name:<6} " + ", ".join(f"{k} {v}" for k, v in attempt.items() if v is not None))
+            screen.line(f"  {name:<6} " + ", ".join(f"{k} {v}" for k, v in attempt.items() if v))
         screen.line(f"  {COMPARE}")
     screen.line(advice(entry))
 

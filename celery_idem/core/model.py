@@ -92,13 +92,6 @@ class Would(IntEnum):
     IN_DOUBT = 4
 
 
-class Place(NamedTuple):
-    """Where an execution runs: the host's name and the process id."""
-
-    host: str
-    pid: int
-
-
 class Late(NamedTuple):
     """A suspected second effect: an execution ended after another attempt, or a person, had taken its intent over.
 
@@ -107,19 +100,19 @@ class Late(NamedTuple):
             without one.
         place: where it ran.
         succeeded, payload: how it ended, as in an outcome; no payload where that is too large for a note.
-        stood_task_id, stood_fence, stood_owner: the attempt that the record was about then; no owner where a person
-            had decided.
+        stood_task_id, stood_fence, stood_place: the attempt that the record was about then; no place where a person had
+            decided.
         stood_at: the stamp of the record then: of its outcome, where it had one.
     """
 
     task_id: str
     fence: int
-    place: Place
+    place: str
     succeeded: bool
     payload: bytes
     stood_task_id: str
     stood_fence: int
-    stood_owner: bytes
+    stood_place: str
     stood_at: int
 
 
@@ -214,7 +207,7 @@ class Record(NamedTuple):
         noticed: the store's clock had gone back, see there.
         scope: digest of the scope that the intent belongs to; empty for none.
         call: what it takes to publish the same message again (see ``calls``); only while the intent is open.
-        place: host and process of the latest execution; only while the intent is open.
+        place: host and process of the latest execution; only while the intent is open, or where it was contested.
         recovery: what recovery has done; None: nothing.
     """
 

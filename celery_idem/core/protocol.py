@@ -89,7 +89,6 @@ from celery_idem.core.model import (
     Note,
     Noticed,
     Outcome,
-    Place,
     Policy,
     Publish,
     Raised,
@@ -587,6 +586,7 @@ def _settled(record: Record, outcome: Outcome) -> Record:
         notes=record.notes,
         digests=record.digests,
         scope=record.scope,
+        place=record.place if record.notes else "",  # of what was contested: both attempts may be looked for
         outcome=outcome,
     )
 
@@ -630,7 +630,7 @@ def settle(
     record: Record | None,
     held: Record,
     outcome: Outcome,
-    place: Place | None = None,
+    suspect: bool = False,
     stamp: int = 0,
     now: int = 0,
 ) -> tuple[Done | Refused, Record | None]:
@@ -639,7 +639,7 @@ def settle(
     Args:
         record: what the store holds; None when it lost the record.
         held: the record as this execution last wrote it.
-        place: where the body ran; None: its effects are undone when it is refused (a transaction).
+        suspect: note a refusal. False: the body's effects are undone when it is refused (a transaction).
         stamp: the store's time when ``record`` was written.
     """
     record = restored(record, held)
@@ -648,12 +648,10 @@ def settle(
         return Done(new), new
     if record.owner == held.owner and record.outcome == outcome:
         return Done(record), None
-    return Refused(record), None if place is None else _suspected(record, held, outcome, place, stamp, now)
+    return Refused(record), _suspected(record, held, outcome, stamp, now) if suspect else None
 
 
-def _suspected(
-    record: Record, held: Record, outcome: Outcome, place: Place, stamp: int, now: int
-) -> Record | None:
+def _suspected(record: Record, held: Record, outcome: Outcome, stamp: int, now: int) -> Record | None:
     """The record that stands, with a note of an execution that ended late. None: that is noted, or no other stands.
 
     What stands is not changed: a retry is waited for as long as before. A live hold ends at most one lease later.
@@ -665,12 +663,12 @@ def _suspected(
     late = Late(
         held.task_id,
         held.fence,
-        place,
+        held.place,
         outcome.succeeded,
         payload if len(payload) <= MAX_LATE else b"",
         record.task_id,
         record.fence,
-        record.owner,
+        "" if record.owner == NO_OWNER else record.place,
         stamp,
     )
     new = _noted(record, Note(now, by, "ended late", "the effect may have happened twice", late=late))

@@ -23,7 +23,6 @@ from celery_idem.core.model import (
     Note,
     Noticed,
     Outcome,
-    Place,
     Record,
     Recovery,
     State,
@@ -61,7 +60,7 @@ _PAYLOAD = 1 << 11
 _NOTICED = 1 << 12  # this and what follows stand before the outcome, which comes last
 _SCOPE = 1 << 13
 _REPLACED_BY = 1 << 14  # in the place of _MISSING
-_OPEN = 1 << 15  # call, place and recovery; before the outcome, which such a record does not have
+_OPEN = 1 << 15  # call, place and recovery; before the outcome, beside which there is a place at most
 _RECOVERY = struct.Struct(">BQ")
 
 _LATE = 255
@@ -131,10 +130,9 @@ def pack(record: Record) -> bytes:
             kind = _LATE if late is not None else would or 0
             tail += (bytes((kind,)), _LENGTH.pack(len(differs)), *map(_text, differs))
             if late is not None:
-                tail += (_text(late.task_id), _TIME.pack(late.fence), _text(late.place.host))
-                tail += (_LENGTH.pack(late.place.pid), bytes((late.succeeded,)), _blob(late.payload))
-                tail += (_text(late.stood_task_id), _TIME.pack(late.stood_fence), late.stood_owner)
-                tail.append(_TIME.pack(late.stood_at))
+                tail += (_text(late.task_id), _TIME.pack(late.fence), _text(late.place))
+                tail += (bytes((late.succeeded,)), _blob(late.payload), _text(late.stood_task_id))
+                tail += (_TIME.pack(late.stood_fence), _text(late.stood_place), _TIME.pack(late.stood_at))
     if digests:
         parts |= _DIGESTS
         tail.append(_blob(digests))
@@ -308,10 +306,8 @@ class _Reader:
         return Note(at, by, what, evidence, Would(kind) if kind else None, differs)
 
     def late(self) -> Late:
-        task_id, fence = self.text(), self.time()
-        place = Place(self.text(), int.from_bytes(self.take(4), "big"))
-        ended = self.take(1) != b"\0", self.blob()
-        return Late(task_id, fence, place, *ended, self.text(), self.time(), self.take(12), self.time())
+        late = self.text(), self.time(), self.text(), self.take(1) != b"\0", self.blob()
+        return Late(*late, self.text(), self.time(), self.text(), self.time())
 
     def rest(self) -> bytes:
         return self.take(len(self._value) - self._at)

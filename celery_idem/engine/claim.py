@@ -37,7 +37,7 @@ from celery_idem.core.model import (
     Stored,
 )
 from celery_idem.core.record import pack
-from celery_idem.engine import clock, events, owners
+from celery_idem.engine import clock, events
 from celery_idem.engine.compare_and_set import Decide, Replace, change
 from celery_idem.stores.base import Announcement, Change, Reply, Store, elsewhere
 
@@ -249,7 +249,7 @@ class Hold:
         held = self._seen[1]
         return self._end(
             lambda record, stamp, now: protocol.settle(
-                self._known(record, stamp), held, outcome, owners.place(), stamp, now
+                self._known(record, stamp), held, outcome, True, stamp, now
             ),
             patience,
             also,

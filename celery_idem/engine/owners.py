@@ -8,9 +8,6 @@ records a dead child of its own was holding.
 from __future__ import annotations
 
 import os
-import socket
-
-from celery_idem.core.model import Place
 
 _NEST = os.urandom(4)
 """Made once in a worker's main process and inherited by its forked children. It only
@@ -21,37 +18,24 @@ _PID_BYTES = 3  # Linux process ids stay below 2**22
 _mine = [b""]
 """The prefix of this process; a list, so that a forked child can put its own in."""
 
-_here = [Place("", 0)]
-
 
 def _new_prefix() -> None:
     _mine[0] = prefix(os.getpid())
-    _here[0] = Place(socket.gethostname(), os.getpid())
 
 
-def place() -> Place:
-    """Where this process runs."""
-    return _here[0]
-
-
-def prefix(process: int | None) -> bytes:
+def prefix(pid: int | None) -> bytes:
     """What owners minted in a process of this worker begin with.
 
     Args:
-        process: its id; None where it is not known: any process of this worker.
+        pid: the process; None where it is not known: any process of this worker.
     """
-    return _NEST if process is None else _NEST + (process & 0xFFFFFF).to_bytes(_PID_BYTES, "big")
+    return _NEST if pid is None else _NEST + (pid & 0xFFFFFF).to_bytes(_PID_BYTES, "big")
 
 
 def mint() -> bytes:
     """A new owner. 40 random bits tell apart executions of one intent in one process:
     there are a handful of them, so a collision is a matter of 1e-12 at most."""
     return _mine[0] + os.urandom(5)
-
-
-def pid(owner: bytes) -> int:
-    """Id of the process that minted an owner."""
-    return int.from_bytes(owner[4:7], "big")
 
 
 def gone(owner: bytes) -> bool:
@@ -62,7 +46,7 @@ def gone(owner: bytes) -> bool:
     if owner[:4] != _NEST:
         return False
     try:
-        os.kill(pid(owner), 0)
+        os.kill(int.from_bytes(owner[4:7], "big"), 0)
     except ProcessLookupError:
         return True
     except OSError:

@@ -32,7 +32,6 @@ from celery_idem.core.model import (
     Request,
     Unknown,
 )
-from celery_idem.engine import owners
 from celery_idem.engine.entries import Entry, Tally, tallied
 from celery_idem.engine.ledger import Ledger
 from celery_idem.integration.delivery import Delivery, Guard
@@ -283,20 +282,18 @@ class Operator:
     def _suspicion(self, entry: Entry, note: Note, late: Late) -> dict[str, Any]:
         """Return both attempts of an effect that may have happened twice: the one that ended late, and what stood."""
         ended = Outcome(late.succeeded, late.payload or None, "" if late.payload else "too large for a note")
-        same = entry.record.fence == late.stood_fence and entry.record.owner == late.stood_owner
+        same = entry.record.fence == late.stood_fence
         return {
             "late": {
                 "task_id": late.task_id,
-                "host": late.place.host,
-                "pid": late.place.pid,
+                "place": late.place,
                 "claimed_at": iso(late.fence / 1e6) if late.fence else None,
                 "ended_at": iso(note.at / 1e6),
                 "result": self._shown(entry, ended),
             },
             "stood": {
                 "task_id": late.stood_task_id,
-                "host": None,
-                "pid": owners.pid(late.stood_owner) or None,
+                "place": late.stood_place,
                 "claimed_at": iso(late.stood_fence / 1e6),
                 "ended_at": iso(late.stood_at / 1e6) if same and entry.record.outcome is not None else None,
                 "result": self.result_of(entry) if same else None,

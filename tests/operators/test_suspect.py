@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import uuid
 from typing import Any
 
@@ -16,7 +14,7 @@ from starlette.testclient import TestClient
 from celery_idem import Ledger
 from celery_idem.adapters.inbox import inbox
 from celery_idem.core import protocol
-from celery_idem.core.model import MICROSECONDS, Done, Note, Outcome, Place, Refused, State
+from celery_idem.core.model import MICROSECONDS, Done, Note, Outcome, Refused, State
 from celery_idem.core.record import pack, unpack
 from celery_idem.stores import open_store
 from celery_idem.stores.memory import MemoryStore
@@ -26,8 +24,6 @@ from tests.operators.intents import KEEP, claimed, suspected
 from tests.operators.shop import remind, send_invoice
 from tests.support.jobs import KEY
 from tests.support.records import DEADLINE, OTHER, OUTCOME, OWN, STAMP, held
-
-HERE = Place("web-1", 4711)
 
 
 def key(customer: str) -> str:
@@ -46,27 +42,27 @@ def note_in(ledger: Ledger, key: str) -> Note:
 
 @pytest.mark.parametrize("state", State)
 def test_a_refused_end_is_noted_once_and_changes_nothing_else(state: State) -> None:
-    stands = held(state, owner=OTHER, task_id="second", fence=99)
-    late = held(State.RUNNING, owner=OWN, task_id="first")
+    stands = held(state, owner=OTHER, task_id="second", fence=99, place="there")
+    late = held(State.RUNNING, owner=OWN, task_id="first", place="here")
     assert stands is not None
     assert late is not None
-    decision, noted = protocol.settle(stands, late, OUTCOME, HERE, STAMP, STAMP + 5)
+    decision, noted = protocol.settle(stands, late, OUTCOME, True, STAMP, STAMP + 5)
     assert decision == Refused(stands)
     assert noted is not None
     lease = stands.lease - 5 if state is State.SCHEDULED else stands.lease  # its retry is due as before
     assert noted._replace(notes=stands.notes) == stands._replace(lease=lease)
     (note,) = noted.notes
     assert (note.at, note.by) == (STAMP + 5, OWN.hex())
-    assert note.late == ("first", late.fence, HERE, True, OUTCOME.payload, "second", 99, OTHER, STAMP)
+    assert note.late == ("first", late.fence, "here", True, OUTCOME.payload, "second", 99, "there", STAMP)
     assert unpack(pack(noted), STAMP, "") == noted
-    assert protocol.settle(noted, late, OUTCOME, HERE, STAMP, STAMP + 6) == (Refused(noted), None)
+    assert protocol.settle(noted, late, OUTCOME, True, STAMP, STAMP + 6) == (Refused(noted), None)
 
 
 def test_a_retry_is_due_no_later() -> None:
     stands, late = held(State.SCHEDULED, owner=OTHER), held(State.RUNNING, owner=OWN)
     assert stands is not None
     assert late is not None
-    _, noted = protocol.settle(stands, late, OUTCOME, HERE, STAMP, DEADLINE + 9)
+    _, noted = protocol.settle(stands, late, OUTCOME, True, STAMP, DEADLINE + 9)
     assert noted is not None
     assert protocol.left(noted, DEADLINE + 9, DEADLINE + 9) == 0
 
@@ -76,7 +72,7 @@ def test_nothing_is_suspected_where_no_other_execution_stands() -> None:
     assert late is not None
     _, settled = protocol.settle(late, late, OUTCOME)
     other = Outcome(True, b"j2")
-    assert protocol.settle(settled, late, other, HERE, STAMP, STAMP) == (Refused(settled), None)
+    assert protocol.settle(settled, late, other, True, STAMP, STAMP) == (Refused(settled), None)
     # In an author's transaction the effect is rolled back.
     stands = late._replace(owner=OTHER)
     assert protocol.settle(stands, late, OUTCOME) == (Refused(stands), None)
@@ -85,7 +81,7 @@ def test_nothing_is_suspected_where_no_other_execution_stands() -> None:
 def test_a_large_result_is_left_out() -> None:
     stands, late = held(State.RUNNING, owner=OTHER), held(State.RUNNING, owner=OWN)
     assert late is not None
-    _, noted = protocol.settle(stands, late, Outcome(True, b"j" * 1025), HERE, STAMP, STAMP)
+    _, noted = protocol.settle(stands, late, Outcome(True, b"j" * 1025), True, STAMP, STAMP)
     assert noted is not None
     assert noted.notes[0].late is not None
     assert noted.notes[0].late.payload == b""
@@ -169,11 +165,7 @@ def test_it_is_listed_shown_and_audited(app: Celery, idem: Idem, ledger: Ledger)
     (suspicion,) = row["suspicions"]
     one, two = suspicion["late"], suspicion["stood"]
     assert (one["task_id"], two["task_id"]) == (late.task_id, stands.task_id)
-    assert (one["host"], one["pid"], two["pid"]) == (
-        socket.gethostname(),
-        os.getpid(),
-        os.getpid() & 0xFFFFFF,
-    )
+    assert (one["place"], two["place"]) == ("shop@web-1, process 11", "shop@web-2, process 22")
     assert (one["result"], two["result"]) == ('"inv-1"', '"inv-2"')
     assert one["claimed_at"] <= two["claimed_at"] <= two["ended_at"] <= one["ended_at"]
     shown = idem("show", key("a")).output
@@ -181,7 +173,8 @@ def test_it_is_listed_shown_and_audited(app: Celery, idem: Idem, ledger: Ledger)
         "TWICE",
         '"inv-1"',
         '"inv-2"',
-        socket.gethostname(),
+        "shop@web-1, process 11",
+        "shop@web-2, process 22",
         one["ended_at"],
         "Compare at the destination",
     ):
@@ -206,7 +199,8 @@ def test_the_inbox_shows_both_attempts(app: Celery, ledger: Ledger) -> None:
     for what in (
         late.task_id,
         stands.task_id,
-        socket.gethostname(),
+        "shop@web-1, process 11",
+        "shop@web-2, process 22",
         "inv-1",
         "inv-2",
         "Compare at the destination",

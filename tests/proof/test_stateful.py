@@ -48,7 +48,6 @@ from celery_idem.core.model import (
 from celery_idem.core.record import pack, unpack
 from celery_idem.engine.claim import Hold
 from celery_idem.engine.ledger import Ledger
-from celery_idem.engine.owners import place
 from celery_idem.stores import open_store
 from tests.conftest import running
 from tests.stores.servers import Cluster, Watched
@@ -216,7 +215,7 @@ class Machine(RuleBasedStateMachine):
     def settle(self, which: int, outcome: Outcome) -> None:
         self.ends(
             which,
-            lambda r, q, mine: protocol.settle(r, mine, outcome, place(), self.pure.stamp, self.pure.now),
+            lambda r, q, mine: protocol.settle(r, mine, outcome, True, self.pure.stamp, self.pure.now),
             lambda hold: hold.settle(outcome, 0.0),
         )
 
