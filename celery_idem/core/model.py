@@ -65,12 +65,27 @@ class Outcome(NamedTuple):
         payload: the encoded value or error; None when it could not be stored.
         missing: why there is no payload, for people; empty when there is one.
         replaced_by: id of the task that has the result, where the body handed its action over to one.
+        trace: the span in which it was made: 16 bytes of trace id, 8 of span id, 1 of flags; empty where spans are not
+            recorded.
     """
 
     succeeded: bool
     payload: bytes | None
     missing: str = ""
     replaced_by: str = ""
+    trace: bytes = b""
+
+    @property
+    def traced(self) -> dict[str, Any]:
+        """The span as a detail of an event, in W3C's form (``traceparent``); nothing without one."""
+        if not self.trace:
+            return {}
+        text = self.trace.hex()
+        return {"trace": f"00-{text[:32]}-{text[32:48]}-{text[48:]}"}
+
+
+TRACE_SIZE = 25
+"""Bytes of the context of a span."""
 
 
 class Step(NamedTuple):

@@ -19,6 +19,7 @@ from celery_idem.core.errors import StoreError
 from celery_idem.core.model import (
     FINGERPRINT_ENTRY,
     SCOPE_SIZE,
+    TRACE_SIZE,
     Late,
     Note,
     Noticed,
@@ -58,6 +59,7 @@ _DIGESTS = 1 << 9
 _MISSING = 1 << 10
 _PAYLOAD = 1 << 11
 _NOTICED = 1 << 12  # this and what follows stand before the outcome, which comes last
+_TRACE = 1 << 12  # of an outcome, just before it: what has an outcome has no lease
 _SCOPE = 1 << 13
 _REPLACED_BY = 1 << 14  # in the place of _MISSING
 _OPEN = 1 << 15  # call, place and recovery; before the outcome, beside which there is a place at most
@@ -146,6 +148,9 @@ def pack(record: Record) -> bytes:
         parts |= _OPEN
         tail += (_RECOVERY.pack(*recovery or (0, 0)), _text(place), _blob(call))
     if outcome is not None:
+        if outcome.trace:
+            parts |= _TRACE
+            tail.append(outcome.trace)
         if outcome.replaced_by:
             parts |= _REPLACED_BY
             tail.append(_text(outcome.replaced_by))
@@ -223,7 +228,7 @@ def _unpack(value: bytes, stamp: int) -> Record:
     if parts & _NOTES:
         notes = tuple(read.note() for _ in range(read.count()))
     digests = read.blob() if parts & _DIGESTS else b""
-    noticed = Noticed(read.time(), read.time()) if parts & _NOTICED else None
+    noticed = Noticed(read.time(), read.time()) if parts & _NOTICED and not state.settled else None
     scope = read.take(SCOPE_SIZE) if parts & _SCOPE else b""
     call, place, recovery = b"", "", None
     if parts & _OPEN:
@@ -231,12 +236,15 @@ def _unpack(value: bytes, stamp: int) -> Record:
         recovery = Recovery(tries, wait) if tries or wait else None
         place, call = read.text(), read.blob()
     outcome = None
+    succeeded, trace = state is State.SUCCEEDED, b""
+    if parts & _TRACE and state.settled:
+        trace = read.take(TRACE_SIZE)
     if parts & _REPLACED_BY:
-        outcome = Outcome(state is State.SUCCEEDED, None, replaced_by=read.text())
+        outcome = Outcome(succeeded, None, "", read.text(), trace)
     elif parts & _MISSING:
-        outcome = Outcome(state is State.SUCCEEDED, None, read.text())
+        outcome = Outcome(succeeded, None, read.text(), "", trace)
     elif parts & _PAYLOAD:
-        outcome = Outcome(state is State.SUCCEEDED, read.rest())
+        outcome = Outcome(succeeded, read.rest(), "", "", trace)
     if not read.at_end() or (outcome is not None) != state.settled:
         raise ValueError("state and parts disagree")
     return Record(

@@ -247,6 +247,8 @@ class Hold:
             StoreError: it did not answer for that long. The record stays as it is.
         """
         held = self._seen[1]
+        if events.spans:
+            outcome = outcome._replace(trace=events.spans[-1]())
         return self._end(
             lambda record, stamp, now: protocol.settle(
                 self._known(record, stamp), held, outcome, True, stamp, now
@@ -306,6 +308,8 @@ class Hold:
             ConfigurationError: the record is not in that database.
         """
         held = self._seen[1]
+        if events.spans:
+            outcome = outcome._replace(trace=events.spans[-1]())
 
         def settle(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
             return (Refused(None), None) if record is None else protocol.settle(record, held, outcome)

@@ -40,11 +40,12 @@ class Kind(NamedTuple):
 
 
 _TASK = {"task_id": str}
+_TRACE = {"trace": str}
 
 KINDS = {
     "settled": Kind(logging.DEBUG, {**_TASK, "succeeded": bool}),
-    "replayed": Kind(logging.INFO, {**_TASK, "succeeded": bool}),
-    "told": Kind(logging.INFO, {"status": str}),
+    "replayed": Kind(logging.INFO, {**_TASK, "succeeded": bool}, _TRACE),
+    "told": Kind(logging.INFO, {"status": str}, _TRACE),
     "waiting": Kind(logging.INFO, _TASK),
     "scheduled": Kind(logging.DEBUG, _TASK),
     "released": Kind(logging.INFO, {**_TASK, "why": str}),
@@ -96,6 +97,10 @@ class Event(NamedTuple):
 
 
 Listener = Callable[[Event], None]
+
+spans: list[Callable[[], bytes]] = []
+"""What returns the context of the current span, for the outcome that is recorded in it (``Outcome.trace``). The last
+one counts; empty: none is kept."""
 
 PATIENCE = 0.1
 """Seconds that a task waits for the listeners of an event, which is long for any that only counts or queues.

@@ -314,7 +314,10 @@ class Runner:
 
     def _answer(self, job: Job, decision: Decision) -> Any:
         if isinstance(decision, Replay):
-            events.emit("replayed", job.key, task_id=job.task_id, succeeded=decision.outcome.succeeded)
+            outcome = decision.outcome
+            events.emit(
+                "replayed", job.key, task_id=job.task_id, succeeded=outcome.succeeded, **outcome.traced
+            )
             return self._replayed(job, decision.outcome)
         if isinstance(decision, Mismatch):
             events.emit("mismatch", job.key, task_id=job.task_id, differs=decision.differs)

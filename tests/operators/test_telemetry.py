@@ -109,6 +109,42 @@ def test_opentelemetry(app: Celery) -> None:
     assert all(set(point) == {"celery.task_name", "celery_idem.event"} for point in points)  # never a key
 
 
+def test_a_replays_span_links_to_that_of_the_execution(app: Celery, ledger: Ledger) -> None:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    spans, tracers = InMemorySpanExporter(), TracerProvider()
+    tracers.add_span_processor(SimpleSpanProcessor(spans))
+    tracer = tracers.get_tracer("t")
+    send_invoice.apply(("before", 7))  # no span, so there is none to link to
+    stop = otel.install()
+    try:
+        for name in ("before", "a", "a", "b", "b"):
+            with tracer.start_as_current_span(name):
+                send_invoice.apply((name, 7))
+        with tracer.start_as_current_span("submit"):
+            assert send_invoice.submit("a", 7).status == "replayed"
+    finally:
+        stop()
+    send_invoice.apply(("after", 7))
+    before, first, second, other, again, told = spans.get_finished_spans()
+    assert [list(span.links) for span in (before, first, other)] == [[], [], []]
+    for span, execution in ((second, first), (again, other), (told, first)):
+        (link,) = span.links
+        assert link.context.trace_id == execution.context.trace_id
+        assert link.context.span_id == execution.context.span_id
+        assert link.context.is_remote
+        assert dict(link.attributes or {}) == {"celery_idem.link": "execution"}
+    sizes = {}
+    for name in ("before", "a", "after"):
+        entry = ledger.get(send_invoice.intent_key(name, 7))
+        assert entry is not None
+        assert entry.record.outcome is not None
+        sizes[name] = len(entry.record.outcome.trace)
+    assert sizes == {"before": 0, "a": 25, "after": 0}  # costs nothing where it is not installed
+
+
 def test_prometheus_in_one_process(app: Celery, ledger: Ledger) -> None:
     from prometheus_client import CollectorRegistry, generate_latest
 
