@@ -193,9 +193,9 @@ def test_an_installed_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 class Monitor:
     """What ``celery events`` and Flower are: a receiver of events with a picture of all tasks."""
 
-    def __init__(self, app: Celery) -> None:
-        self.state = State()
-        self.types: list[str] = []
+    def __init__(self, app: Celery, state: State | None = None) -> None:
+        self.state = state or State()
+        self.heard: list[tuple[str, str]] = []
         self.ready = threading.Event()
         self._connection = app.connection()
         self._receiver = app.events.Receiver(self._connection, handlers={"*": self._hear})
@@ -203,8 +203,12 @@ class Monitor:
         self._thread.start()
 
     def _hear(self, event: dict[str, Any]) -> None:
-        self.types.append(event["type"])
+        self.heard.append((event["type"], event.get("uuid", "")))
         self.state.event(event)
+
+    @property
+    def types(self) -> list[str]:
+        return [kind for kind, _ in self.heard]
 
     def _capture(self) -> None:
         for _ in self._receiver.itercapture(limit=None, timeout=None, wakeup=False):
