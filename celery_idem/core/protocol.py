@@ -36,8 +36,8 @@ IN_DOUBT     otherwise                                        InDoubt           
 early retry is no duplicate.
 Busy under a stamp in the future (the store's clock went back) notes when it was met: the hold counts from there.
 
-After the body, or between its steps, only the current owner is heard, however late (4). The end of any other body is
-noted as a suspected second effect:
+After the body, or between its steps, only the current owner is heard, however late (4). The end of any other body
+that may have had an effect (settle, doubt, exit) is noted as a suspected second one:
 
 ============  =============================  ==============================================
 transition    from                           to
@@ -727,10 +727,17 @@ def release(record: Record, owner: bytes) -> tuple[Done | Refused, Record | None
     return Refused(record), None
 
 
-def doubt(record: Record, owner: bytes, reason: str) -> tuple[Done | Refused, Record | None]:
-    """The body ended in a way that leaves the effect unknown."""
+def doubt(
+    record: Record, owner: bytes, reason: str, held: Record | None = None, stamp: int = 0, now: int = 0
+) -> tuple[Done | Refused, Record | None]:
+    """The body ended in a way that leaves the effect unknown. A refusal is noted, as that of ``settle``.
+
+    Args:
+        held: the record as this execution last wrote it; None: note nothing.
+    """
     if not _holds(record, owner):
-        return Refused(record), None
+        noted = None if held is None else _suspected(record, held, Outcome(False, None), stamp, now)
+        return Refused(record), noted
     if record.state is State.IN_DOUBT:
         return Done(record), None
     _, new = _put_in_doubt(_one_more_crash(record), reason)
@@ -753,7 +760,13 @@ def renew(record: Record, owner: bytes, lease: int) -> tuple[Done | Refused, Rec
 
 
 def exit(  # noqa: A001  # the transition's name
-    record: Record, owner: bytes, policy: Policy, reason: str
+    record: Record,
+    owner: bytes,
+    policy: Policy,
+    reason: str,
+    held: Record | None = None,
+    stamp: int = 0,
+    now: int = 0,
 ) -> tuple[Done | Refused, Record | None]:
     """The process was told to exit while the body ran: a crash that could still say so.
 
@@ -761,7 +774,7 @@ def exit(  # noqa: A001  # the transition's name
     asking, resuming, running again), the lease is over and nothing else changes.
     """
     if record.state is not State.RUNNING or record.owner != owner:
-        return doubt(record, owner, reason)
+        return doubt(record, owner, reason, held, stamp, now)
     _, new = _crash(record, policy, reason)
     return Done(new), new
 

@@ -273,16 +273,20 @@ class Hold:
 
     def doubt(self, reason: str, patience: float) -> Done | Refused:
         """The body ended in a way that leaves the effect unknown."""
+        held = self._seen[1]
         return self._end(
-            lambda record, stamp, now: protocol.doubt(self._known(record, stamp), self.owner, reason),
+            lambda record, stamp, now: protocol.doubt(
+                self._known(record, stamp), self.owner, reason, held, stamp, now
+            ),
             patience,
         )
 
     def exit(self, reason: str, patience: float) -> Done | Refused:
         """The process was told to exit while the body ran."""
+        held = self._seen[1]
         return self._end(
             lambda record, stamp, now: protocol.exit(
-                self._known(record, stamp), self.owner, self.policy, reason
+                self._known(record, stamp), self.owner, self.policy, reason, held, stamp, now
             ),
             patience,
         )

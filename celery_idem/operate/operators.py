@@ -281,7 +281,7 @@ class Operator:
 
     def _suspicion(self, entry: Entry, note: Note, late: Late) -> dict[str, Any]:
         """Return both attempts of an effect that may have happened twice: the one that ended late, and what stood."""
-        ended = Outcome(late.succeeded, late.payload or None, "" if late.payload else "too large for a note")
+        ended = Outcome(late.succeeded, late.payload)
         same = entry.record.fence == late.stood_fence
         return {
             "late": {
@@ -289,7 +289,7 @@ class Operator:
                 "place": late.place,
                 "claimed_at": iso(late.fence / 1e6) if late.fence else None,
                 "ended_at": iso(note.at / 1e6),
-                "result": self._shown(entry, ended),
+                "result": self._shown(entry, ended) if late.payload else None,
             },
             "stood": {
                 "task_id": late.stood_task_id,

@@ -11,18 +11,20 @@ import redis
 from celery import Celery
 from starlette.testclient import TestClient
 
-from celery_idem import Ledger
+from celery_idem import LeaseLost, Ledger
 from celery_idem.adapters.inbox import inbox
 from celery_idem.core import protocol
-from celery_idem.core.model import MICROSECONDS, Done, Note, Outcome, Refused, State
+from celery_idem.core.model import MICROSECONDS, Done, Note, Outcome, Raised, Refused, State
 from celery_idem.core.record import pack, unpack
+from celery_idem.engine import events
+from celery_idem.engine.claim import Hold
 from celery_idem.stores import open_store
 from celery_idem.stores.memory import MemoryStore
 from celery_idem.testing import FakeClock
 from tests.operators.conftest import Idem
 from tests.operators.intents import KEEP, claimed, suspected
 from tests.operators.shop import remind, send_invoice
-from tests.support.jobs import KEY
+from tests.support.jobs import KEY, Bench, Ended
 from tests.support.records import DEADLINE, OTHER, OUTCOME, OWN, STAMP, held
 
 
@@ -135,6 +137,29 @@ def test_the_one_that_has_it_goes_on_and_its_outcome_keeps_the_note() -> None:
     assert isinstance(stands.settle(OUTCOME, 0.0), Done)
     assert not stands.taken_over
     assert note_in(ledger, KEY)
+
+
+@pytest.mark.parametrize("kind", [Raised.AMBIGUOUS, Raised.DOUBTFUL_RETRY, Raised.EXIT])
+def test_a_late_body_that_does_not_know_its_effect_is_suspected_too(kind: Raised) -> None:
+    bench = Bench()
+    heard: list[events.Event] = []
+    stop = events.listen(heard.append, here=True)
+
+    def body(hold: Hold) -> str:
+        bench.lapse()
+        bench.run("the second", task_id="two", on_crash="rerun")
+        raise Ended(kind)
+
+    try:
+        with pytest.raises(LeaseLost if kind is Raised.AMBIGUOUS else Ended):
+            bench.run(body, on_crash="rerun")
+    finally:
+        stop()
+    assert "stale_settle" in [event.kind for event in heard]
+    assert "in_doubt" not in [event.kind for event in heard]
+    note = note_in(bench.ledger, KEY)
+    assert note.late is not None
+    assert (note.late.task_id, note.late.succeeded, note.late.payload) == ("one", False, b"")
 
 
 @pytest.mark.redis

@@ -238,7 +238,9 @@ class Machine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 3))
     def doubt(self, which: int) -> None:
         self.ends(
-            which, lambda r, q, mine: protocol.doubt(r, q.owner, "why"), lambda hold: hold.doubt("why", 0.0)
+            which,
+            lambda r, q, mine: protocol.doubt(r, q.owner, "why", mine, self.pure.stamp, self.pure.now),
+            lambda hold: hold.doubt("why", 0.0),
         )
 
     @precondition(lambda self: self.claims)
@@ -246,7 +248,9 @@ class Machine(RuleBasedStateMachine):
     def exit(self, which: int) -> None:
         self.ends(
             which,
-            lambda r, q, mine: protocol.exit(r, q.owner, q.policy, "told to"),
+            lambda r, q, mine: protocol.exit(
+                r, q.owner, q.policy, "told to", mine, self.pure.stamp, self.pure.now
+            ),
             lambda hold: hold.exit("told to", 0.0),
         )
 
