@@ -21,6 +21,9 @@ from celery_idem.operate.operators import COMPARE, Oldest, Operator, duration
 NOTHING = 1
 """Exit status of a listing without an entry, as of any answer that is no."""
 
+ATTEMPT = {"task_id": "task", "place": "on", "claimed_at": "claimed", "ended_at": "ended", "result": "result"}
+"""What ``show`` calls the facts about one attempt."""
+
 LINES = 50
 """Entries that ``list`` prints by default: about a screen."""
 
@@ -144,7 +147,8 @@ def show(screen: Screen, operator: Operator, key: str) -> None:
             "It may have happened TWICE: an execution ended after its intent had been taken over.", "bold red"
         )
         for name, attempt in suspicion.items():
-            screen.line(f"  {name:<6} " + ", ".join(f"{k} {v}" for k, v in attempt.items() if v))
+            facts = [f"{ATTEMPT[fact]} {value}" for fact, value in attempt.items() if value]
+            screen.line(f"  {name:<6} {', '.join(facts)}")
         screen.line(f"  {COMPARE}")
     screen.line(advice(entry))
 
