@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from celery_idem.core.model import NO_OWNER
-from celery_idem.engine.entries import Entry, Tally, count
-from celery_idem.operate.operators import DOUBTFUL, Oldest, Operator, duration, iso
+from celery_idem.engine.entries import WAITING, Entry, Tally, count
+from celery_idem.operate.operators import COMPARE, Oldest, Operator, duration, iso
 
 LISTED = 200
 """Intents in the list, the oldest first: more than an operator settles before the page is read again."""
@@ -33,7 +33,7 @@ _templates = Environment(
     lstrip_blocks=True,
 )
 _templates.filters.update(iso=iso, duration=duration, words=lambda state: state.replace("_", " "))
-_templates.globals.update(doubtful=DOUBTFUL, shown=SHOWN)
+_templates.globals.update(waiting=WAITING, compare=COMPARE, shown=SHOWN)
 
 
 def render(template: str, **values: Any) -> str:
@@ -64,6 +64,7 @@ class Overview:
         hours: for each of the last 24 hours, the oldest first: how many intents last changed in it, by state.
         doubtful: those that wait for a decision, the oldest first.
         waiting: how many there are of them in all.
+        suspect: those whose effect may have happened twice, the oldest first.
         records: how many were read.
         whole: these are all.
         newer: how many the next reading, which is under way, has read; None when there is none.
@@ -74,6 +75,7 @@ class Overview:
     hours: list[Counter[str]] = field(default_factory=lambda: [Counter() for _ in range(HOURS)])
     doubtful: list[Entry] = field(default_factory=list)
     waiting: int = 0
+    suspect: list[Entry] = field(default_factory=list)
     records: int = 0
     whole: bool = False
     newer: int | None = None
@@ -98,7 +100,7 @@ class Overview:
 def look(operator: Operator) -> Iterator[Overview]:
     """Read every record once, in bounded memory: what is known after each ``STRIDE`` of them, and at the end."""
     seen = Overview()
-    oldest = Oldest(LISTED)
+    oldest, suspect = Oldest(LISTED), Oldest(LISTED)
 
     def so_far() -> Overview:
         return replace(
@@ -107,6 +109,7 @@ def look(operator: Operator) -> Iterator[Overview]:
             hours=list(map(Counter, seen.hours)),
             doubtful=oldest.entries(),
             waiting=oldest.total,
+            suspect=suspect.entries(),
         )
 
     for entry in operator.list():
@@ -117,8 +120,10 @@ def look(operator: Operator) -> Iterator[Overview]:
         hour = int(entry.age // 3600)
         if hour < HOURS:
             seen.hours[HOURS - 1 - hour][state] += 1
-        if state in DOUBTFUL:
+        if state in WAITING:
             oldest.add(entry)
+        if entry.suspicions:
+            suspect.add(entry)
         if seen.records % STRIDE == 0:
             yield so_far()
     seen.whole = True

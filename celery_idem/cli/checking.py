@@ -80,7 +80,7 @@ def doctor(
     help="Seconds between retries of one action.",
 )
 def audit(screen: Screen, operator: Operator, task: str | None, within: float) -> None:
-    """Find keys that may be too narrow (drift) or too wide (spread).
+    """Find keys that may be too narrow (drift) or too wide (spread), and effects that may have happened twice (double).
 
     Drift: calls that differ in one value of the intent only, so that retries may run again. Spread: replays whose
     free arguments differ, so that a second action may not have run.

@@ -71,7 +71,7 @@ def reconcile(
         )
     counts: Counter[str] = Counter()
     try:
-        for entry in islice(operator.doubtful(task, older_than), limit):
+        for entry in islice(operator.list("waiting", task, older_than), limit):
             try:
                 asked = operator.ask(
                     entry, known.get(entry.key), without_arguments=without_arguments, dry_run=dry_run
@@ -91,7 +91,7 @@ def reconcile(
     else:
         screen.line(_summary(counts, dry_run))
         if counts["unknown"] or counts["skipped"]:
-            screen.line("Decide the rest yourself: `idem list --state in_doubt`, then `idem resolve`.")
+            screen.line("Decide the rest yourself: `idem list --state waiting`, then `idem resolve`.")
     if counts["unknown"] or counts["skipped"]:
         raise SystemExit(1)
 

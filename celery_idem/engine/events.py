@@ -44,14 +44,18 @@ class Kind(NamedTuple):
 
 
 _TASK = {"task_id": str}
+_TRACE = {"trace": str}
 
 KINDS = {
     "settled": Kind(logging.DEBUG, {**_TASK, "succeeded": bool}, says="the outcome is recorded"),
     "replayed": Kind(
-        logging.INFO, {**_TASK, "succeeded": bool}, says="a repeat received the stored outcome; nothing ran"
+        logging.INFO,
+        {**_TASK, "succeeded": bool},
+        _TRACE,
+        says="a repeat received the stored outcome; nothing ran",
     ),
     "told": Kind(
-        logging.INFO, {"status": str}, says="submit answered from the record; nothing was published"
+        logging.INFO, {"status": str}, _TRACE, says="submit answered from the record; nothing was published"
     ),
     "waiting": Kind(
         logging.INFO, _TASK, says="another execution holds the intent; this repeat comes back later"
@@ -142,6 +146,10 @@ class Event(NamedTuple):
 
 
 Listener = Callable[[Event], None]
+
+spans: list[Callable[[], bytes]] = []
+"""What returns the context of the current span, for the outcome that is recorded in it (``Outcome.trace``). The last
+one counts; empty: none is kept."""
 
 PATIENCE = 0.1
 """Seconds that a task waits for the listeners of an event, which is long for any that only counts or queues.

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar
 
 from celery_idem.core import protocol
 from celery_idem.core.errors import (
@@ -30,6 +30,7 @@ from celery_idem.core.model import (
     Ask,
     Busy,
     Decision,
+    Done,
     Fingerprint,
     Happened,
     InDoubt,
@@ -323,7 +324,10 @@ class Runner:
 
     def _answer(self, job: Job, decision: Decision) -> Any:
         if isinstance(decision, Replay):
-            events.emit("replayed", job.key, task_id=job.task_id, succeeded=decision.outcome.succeeded)
+            outcome = decision.outcome
+            events.emit(
+                "replayed", job.key, task_id=job.task_id, succeeded=outcome.succeeded, **outcome.traced
+            )
             return self._replayed(job, decision)
         if isinstance(decision, Mismatch):
             events.emit("mismatch", job.key, task_id=job.task_id, differs=decision.differs)
@@ -579,12 +583,12 @@ class Runner:
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(error))
             return
         if isinstance(done, Refused):
-            self._stale(job, hold, done)
+            raise self._alarm(job, hold, done)
         if hold.announced:
             job.announced()
         events.emit("settled", job.key, task_id=job.task_id, succeeded=outcome.succeeded)
 
-    def _stale(self, job: Job, hold: Hold, refused: Refused) -> None:
+    def _alarm(self, job: Job, hold: Hold, refused: Refused) -> LeaseLost:
         """Rule 4: another execution took over while this body ran to its end. Its effect may be a second one."""
         record = refused.record
         events.emit(
@@ -594,7 +598,7 @@ class Runner:
             fence=hold.fence,
             current_fence=record.fence if record else 0,
         )
-        raise LeaseLost(
+        return LeaseLost(
             f"This execution of {job.key} finished after another one had taken the intent over, so its outcome was "
             f"not recorded and the effect may have happened twice. Compare the destination with `celery -A proj "
             f"idem show {job.key!r}`. A longer idem_lease, or passing self.claim.fence to a destination that "
@@ -644,10 +648,15 @@ class Runner:
                 hold.release(patience)
                 events.emit("released", job.key, task_id=job.task_id, why=type(error).__name__)
             elif kind is Raised.EXIT:
-                hold.exit(reason, patience)
+                done = hold.exit(reason, patience)
+                if overtaken(done, hold):
+                    self._alarm(job, hold, done)
                 events.emit("exited", job.key, task_id=job.task_id, reason=reason)
             else:
-                hold.doubt(reason, patience)
+                done = hold.doubt(reason, patience)
+                if overtaken(done, hold):
+                    late = self._alarm(job, hold, done)
+                    raise error if kind is Raised.DOUBTFUL_RETRY else late  # a retry comes as a duplicate
                 events.emit("in_doubt", job.key, cause=error, task_id=job.task_id, reason=reason)
         except StoreError as silence:
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(silence))
@@ -673,6 +682,11 @@ class _NotBegunError(Exception):
     def __init__(self, error: BaseException) -> None:
         super().__init__(error)
         self.error = error
+
+
+def overtaken(done: Done | Refused, hold: Hold) -> TypeGuard[Refused]:
+    """Whether another execution, or a person, had the intent when this one's end was to be written."""
+    return isinstance(done, Refused) and done.record is not None and done.record.owner != hold.owner
 
 
 def _whatever_comes(settle: Callable[[float, bool], T], patience: float) -> T:

@@ -451,7 +451,7 @@ class Delivery(Job):
         if state == "SUCCESS":
             return True, value
         if state in PROPAGATE_STATES:
-            self.replaying()
+            self.replaying(own=True)
             raise self.answer(
                 value if isinstance(value, BaseException) else self._unavailable(task_id, state)
             )

@@ -171,7 +171,8 @@ def submit_task(
     if decision is not None and not isinstance(decision, Accepted):
         known = from_record(entry, key, "", source)
         assert known is not None
-        events.emit("told", key, status=known.status)
+        outcome = entry.record.outcome
+        events.emit("told", key, status=known.status, **(outcome.traced if outcome is not None else {}))
         return known
     headers = dict(options.get("headers") or {})
     if decision is not None:

@@ -24,7 +24,10 @@ from celery_idem.core.model import (
     Answer,
     Happened,
     InDoubt,
+    Late,
+    Note,
     NotHappened,
+    Outcome,
     Replay,
     Request,
     Unknown,
@@ -38,8 +41,12 @@ from celery_idem.integration.wiring import ledger_of
 if TYPE_CHECKING:
     from celery import Celery
 
-DOUBTFUL = ("in_doubt", "lapsed")
-"""States that wait for a decision. ``lapsed`` becomes ``in_doubt`` at the next delivery, which may never come."""
+
+COMPARE = (
+    "Compare at the destination: look for two effects with this key (where the body passes self.claim.key along), with "
+    "the two results, or at the two times. If there are two, undo one there."
+)
+"""What to do about an effect that may have happened twice."""
 
 
 class Arguments(NamedTuple):
@@ -107,26 +114,23 @@ class Operator:
         task: str | None = None,
         older_than: float = 0.0,
         tick: Callable[[], object] | None = None,
+        suspect: bool = False,
     ) -> Iterator[Entry]:
         """Return intents, in no order and in bounded memory.
 
         Args:
-            state: one of ``entries.STATES``.
+            state: one of ``entries.FILTERS``.
             older_than: only intents whose last write is at least that many seconds ago.
             tick: see ``Ledger.list``.
+            suspect: only intents whose effect may have happened twice.
         """
         named = self.tasks().get(task or "")
         if named is not None:  # its keys have the first name that it had
             task = named.guard.declaration.task
         for ledger in self.ledgers():
             for entry in ledger.list(state, task, tick):
-                if entry.age >= older_than:
+                if entry.age >= older_than and (entry.suspicions or not suspect):
                     yield entry
-
-    def doubtful(self, task: str | None = None, older_than: float = 0.0) -> Iterator[Entry]:
-        """Return intents in doubt, and those whose worker stopped renewing the lease."""
-        for state in DOUBTFUL:
-            yield from self.list(state, task, older_than)
 
     def find(self, key: str) -> Entry:
         """Return the intent with a key, or with the only key that begins so.
@@ -275,6 +279,28 @@ class Operator:
                 {"at": iso(note.at / 1e6), "by": note.by, "what": note.what, "evidence": note.evidence}
                 for note in record.notes
             ],
+            "suspicions": [self._suspicion(entry, note, note.late) for note in record.notes if note.late],
+        }
+
+    def _suspicion(self, entry: Entry, note: Note, late: Late) -> dict[str, Any]:
+        """Return both attempts of an effect that may have happened twice: the one that ended late, and what stood."""
+        ended = Outcome(late.succeeded, late.payload)
+        same = entry.record.fence == late.stood_fence
+        return {
+            "late": {
+                "task_id": late.task_id,
+                "place": late.place,
+                "claimed_at": iso(late.fence / 1e6) if late.fence else None,
+                "ended_at": iso(note.at / 1e6),
+                "result": self._shown(entry, ended) if late.payload else None,
+            },
+            "stood": {
+                "task_id": late.stood_task_id,
+                "place": late.stood_place,
+                "claimed_at": iso(late.stood_fence / 1e6),
+                "ended_at": iso(late.stood_at / 1e6) if same and entry.record.outcome is not None else None,
+                "result": self.result_of(entry) if same else None,
+            },
         }
 
     def result_of(self, entry: Entry) -> str | None:
@@ -282,9 +308,9 @@ class Operator:
 
         A task with ``secret`` parameters may return them, so its results are not shown.
         """
-        outcome = entry.record.outcome
-        if outcome is None:
-            return None
+        return None if entry.record.outcome is None else self._shown(entry, entry.record.outcome)
+
+    def _shown(self, entry: Entry, outcome: Outcome) -> str:
         if outcome.payload is None:
             if outcome.replaced_by:
                 return f"that of task {outcome.replaced_by}, which replaced this one"

@@ -62,7 +62,7 @@ WRONG: list[tuple[tuple[str, ...], int, tuple[str, ...]]] = [
     (("list", "--older-than", "-1"), 2, ("'--older-than'", "-1.0 is not in the range")),
     (
         ("list", "--task", "shop.chrage"),
-        0,
+        1,
         ("No such intents", "no guarded task shop.chrage", "It has: shop.charge"),
     ),
     (("resolve", "{doubtful}", *SURE), 2, ("--happened JSON", "--not-happened")),

@@ -81,6 +81,15 @@ def told(stage: Stage) -> None:
     assert task.submit("a").status == "replayed"
 
 
+def in_a_span(provoke: Callable[[Stage], None]) -> Callable[[Stage], None]:
+    def provoked(stage: Stage) -> None:
+        with stage.monkeypatch.context() as patched:
+            patched.setattr(events, "spans", [lambda: bytes(range(25))])
+            provoke(stage)
+
+    return provoked
+
+
 def guarded(**options: Any) -> Any:
     app = Celery("provoked", set_as_current=False, broker="memory://", backend="cache+memory://")
     app.conf.update(idem_store=f"memory://{uuid.uuid4().hex}")
@@ -249,8 +258,8 @@ def shadow(stage: Stage) -> None:
 
 PROVOKED: dict[str, list[Callable[[Stage], None]]] = {
     "settled": [lambda stage: stage.run()],
-    "replayed": [replayed],
-    "told": [told],
+    "replayed": [replayed, in_a_span(replayed)],
+    "told": [told, in_a_span(told)],
     "waiting": [waiting],
     "scheduled": [lambda stage: stage.ends(Raised.RETRY)],
     "released": [lambda stage: stage.ends(Raised.IGNORE), released_after_a_question],
@@ -335,7 +344,7 @@ def test_every_call_says_a_documented_kind_and_its_fields() -> None:
     for call in calls("emit"):
         kind = ast.literal_eval(call.args[0])
         said = events.KINDS[kind]
-        given = {str(keyword.arg) for keyword in call.keywords} - {"cause", "repeats"}
+        given = {keyword.arg for keyword in call.keywords if keyword.arg} - {"cause", "repeats"}
         assert set(said.fields) <= given <= {*said.fields, *said.optional}, ast.unparse(call)
         found.add(kind)
     assert found == set(events.KINDS)

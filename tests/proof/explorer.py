@@ -953,10 +953,13 @@ class World:
             self.broken(f"fence {old.fence} -> {new.fence}")
         if not new.state.settled and not set(old.steps) <= set(new.steps):
             self.broken("a finished step was lost")
-        if old.state is State.RUNNING and live and not (mine or carried or parent or ends_the_dead):
+        left = new.lease if old.state is State.SCHEDULED else old.lease
+        noted = left <= old.lease and new == old._replace(notes=new.notes, lease=left) and bool(new.notes)
+        noted = noted and new.notes[-1].late is not None and who.claim is not None and not mine
+        if old.state is State.RUNNING and live and not (mine or carried or parent or ends_the_dead or noted):
             self.broken("somebody wrote over a live claim")
         its_task = who.message is not None and who.message.task_id == old.task_id
-        if old.state is State.SCHEDULED and live and not its_task:
+        if old.state is State.SCHEDULED and live and not (its_task or noted):
             self.broken("somebody wrote over a retry that is not due")
         if old.state is State.IN_DOUBT and old.asking and live and new.asking not in (old.asking, b""):
             self.broken("two workers ask")
