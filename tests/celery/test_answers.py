@@ -64,8 +64,10 @@ class Shop:
         return task_id
 
     def stored(self, task_id: str) -> tuple[bytes | None, int]:
+        """The result, and how long it is kept, rounded up to minutes: the second look may come a little later."""
         key = self.app.backend.get_key_for_task(task_id)
-        return self.client.get(key), self.client.ttl(key)  # type: ignore[return-value]
+        ttl: Any = self.client.ttl(key)
+        return self.client.get(key), -(-ttl // 60) * 60 if ttl > 0 else ttl  # type: ignore[return-value]
 
 
 class Clock(datetime):
