@@ -84,7 +84,8 @@ def noon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def commands(client: Any) -> Iterator[Callable[[], list[str]]]:
-    """What the server executes meanwhile: names of commands, those within a script left out."""
+    """What the server executes meanwhile: names of commands, those within a script left out, and what a connection
+    says when it opens or when an earlier test's result is garbage."""
     seen: list[str] = []
     with client.monitor() as monitor:
 
@@ -95,7 +96,12 @@ def commands(client: Any) -> Iterator[Callable[[], list[str]]]:
                 if command["command"] == f"ECHO {mark}":
                     return seen
                 name = command["command"].split()[0].upper()
-                if command["client_type"] != "lua" and name not in ("HELLO", "CLIENT", "SELECT"):
+                if command["client_type"] != "lua" and name not in (
+                    "HELLO",
+                    "CLIENT",
+                    "SELECT",
+                    "UNSUBSCRIBE",
+                ):
                     seen.append(name)
             return seen
 
