@@ -63,7 +63,8 @@ class StoreFacts:
 def facts_of(ledger: Ledger, durability: str, guarded: Iterable[IdempotentTask] = ()) -> Iterator[StoreFacts]:
     """Ask a store; of a cluster, each node. The first value says what is true of the whole store."""
     store = ledger.store
-    tasks = tuple(str(task.name) for task in guarded if task.guard.ledger.store is store)
+    names = [str(task.name) for task in guarded if task.guard.ledger.store is store]
+    tasks = tuple(dict.fromkeys(names))  # a renamed task is there under each of its names
     try:
         before = time.time()
         now = store.read(f"{ledger.namespace}:").now / MICROSECONDS
