@@ -106,6 +106,10 @@ from celery_idem.core.model import (
     Verdict,
 )
 
+_RUNNING, _, _RELEASED, _SUCCEEDED, _FAILED, _IN_DOUBT, *_ = State
+_ACCEPTED = State.ACCEPTED
+# Looked up once, for what each task runs: before Python 3.12 an enum finds its members slowly.
+
 STEP = 1_000_000
 """Microseconds that a store's clock may go back before it is noticed: a lease then ends that much
 later. More is no adjustment, but a clock that was set, or another machine's."""
@@ -183,9 +187,9 @@ def replace(record: Record, **changes: Any) -> Record:
 def ttl(record: Record, policy: Policy) -> int | None:
     """How long a record is kept, in microseconds; None for evidence, which never expires."""
     state = record.state
-    if state is State.SUCCEEDED:
+    if state is _SUCCEEDED:
         return policy.result_ttl
-    if state is not State.FAILED and state is not State.RELEASED:
+    if state is not _FAILED and state is not _RELEASED:
         return None
     if not record.steps:
         return policy.failure_ttl if state is State.FAILED else policy.result_ttl
@@ -209,11 +213,9 @@ def due(record: Record, policy: Policy | None = None) -> int | None:
     is open, and behind all that a process looks for.
     """
     state = record.state
-    if state is State.SUCCEEDED or state is State.FAILED or state is State.RELEASED:
+    if record.outcome is not None or (policy is not None and not policy.indexed) or state is _RELEASED:
         return None
-    if policy is not None and not policy.indexed:
-        return None
-    if state is State.IN_DOUBT:
+    if state is _IN_DOUBT:
         return NEVER
     mark = record.noticed
     return _wait(record) if mark is None else _wait(record) + mark.at - mark.stamp
@@ -223,7 +225,7 @@ def _wait(record: Record) -> int:
     """Microseconds after its write at which recovery takes a record."""
     if record.recovery is not None:
         return record.recovery.wait
-    return record.lease if record.state is State.ACCEPTED else record.lease + GRACE
+    return record.lease if record.state is _ACCEPTED else record.lease + GRACE
 
 
 def final(record: Record) -> bool:
@@ -256,7 +258,7 @@ def trusted_for(lease: int) -> int:
 def fresh(request: Request) -> Record:
     """The record an intent begins with. Its fence is the stamp the store will give it."""
     return Record(
-        state=State.RUNNING,
+        state=_RUNNING,
         owner=request.owner,
         task_id=request.task_id,
         lease=request.policy.lease,
@@ -603,7 +605,7 @@ def conclude(
 def _settled(record: Record, outcome: Outcome) -> Record:
     """Only what a replay, a late owner, or the attempt after a failure needs to see stays in a settled record."""
     return Record(
-        state=State.SUCCEEDED if outcome.succeeded else State.FAILED,
+        state=_SUCCEEDED if outcome.succeeded else _FAILED,
         owner=record.owner,
         task_id=record.task_id,
         fence=record.fence,
@@ -637,7 +639,7 @@ def _let_run(record: Record, now: int) -> Record:
 
 def _holds(record: Record, owner: bytes) -> bool:
     """Rule 4: no other execution took over, even if the lease lapsed or it was marked in doubt."""
-    return record.owner == owner and record.state in (State.RUNNING, State.IN_DOUBT)
+    return record.owner == owner and record.state in (_RUNNING, _IN_DOUBT)
 
 
 def restored(record: Record | None, held: Record, older: bool = False) -> Record:

@@ -228,12 +228,12 @@ class RedisStore(Store):
     def announce(self, change: Change, also: Announcement) -> tuple[Reply, bool]:
         if self._one_slot:
             return self.replace(*change), False
-        name, index, *rest = self._replacement(*change)[1::2]
-        keep = b"" if also.seconds is None else b"%d" % also.seconds
-        words = (name, index, also.key, *rest, also.value, keep)
-        sized = tuple(part for word in words for part in (len(word), word))  # type: ignore[arg-type]
+        written = self._replacement(*change)
+        second, value, keep = also.key, also.value, b"" if also.seconds is None else b"%d" % also.seconds
+        # After the two keys that every write has.
+        words = (*written[:4], len(second), second, *written[4:], len(value), value, len(keep), keep)
         try:
-            reply = self._run(ANNOUNCE, change.key, sized)
+            reply = self._run(ANNOUNCE, change.key, words)
         except RefusedError as error:  # a user who may not write there; the first value comes first
             self._one_slot = "same slot" in str(error)
             return self.replace(*change), False
