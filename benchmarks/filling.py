@@ -24,6 +24,9 @@ CHUNK = 1_000
 
 TASK = "bench.noop"
 
+OPEN = "idem~open"
+"""The index of what is open."""
+
 
 def record(n: int, now: int) -> Record:
     """Return record number ``n``. ``now``: microseconds."""
@@ -54,13 +57,13 @@ def key(n: int) -> str:
 
 def rows(
     first: int, last: int, make: Callable[[int, int], Record] = record
-) -> Iterator[tuple[str, int, bytes, int | None]]:
-    """Return key, stamp, value and time to live (microseconds) of the records ``first`` to ``last``."""
+) -> Iterator[tuple[str, int, bytes, int | None, int | None]]:
+    """Return key, stamp, value, time to live and when to look (microseconds) of the records ``first`` to ``last``."""
     now = time.time_ns() // 1000
     for n in range(first, last):
         made = make(n, now)
         stamp = now - n % DAY * 1_000_000
-        yield key(n), stamp, pack(made), protocol.ttl(made, POLICY)
+        yield key(n), stamp, pack(made), protocol.ttl(made, POLICY), protocol.due(made)
 
 
 def fill_redis(
@@ -72,19 +75,20 @@ def fill_redis(
         bare: write this value instead, as ``SET key value EX`` would.
     """
     connection = client.connection_pool.get_connection()
+    client.zadd(OPEN, {"": "-inf"})
     before = client.dbsize()
     ttl: int | None
     try:
         connection.send_packed_command([b"CLIENT REPLY OFF\r\n"])
         packed: list[bytes] = []
-        for n, (name, stamp, value, ttl) in enumerate(rows(first, last, make), first + 1):
+        for n, (name, stamp, value, ttl, due) in enumerate(rows(first, last, make), first + 1):
             value, ttl = (bare, DAY * 1_000_000) if bare else (stamp.to_bytes(8, "big") + value, ttl)
             words = [b"SET", name.encode(), value]
             if ttl is not None:
                 words += [b"PX", b"%d" % (ttl // 1000)]
-            packed.append(
-                b"*%d\r\n" % len(words) + b"".join([b"$%d\r\n%s\r\n" % (len(word), word) for word in words])
-            )
+            packed.append(_packed(words))
+            if due is not None:
+                packed.append(_packed([b"ZADD", OPEN.encode(), b"%d" % (stamp + due), name.encode()]))
             if n % CHUNK == 0 or n == last:
                 connection.send_packed_command([b"".join(packed)])
                 packed = []
@@ -98,13 +102,18 @@ def fill_redis(
     assert written == last - first, f"{written} of {last - first} records were written"
 
 
+def _packed(words: list[bytes]) -> bytes:
+    return b"*%d\r\n" % len(words) + b"".join([b"$%d\r\n%s\r\n" % (len(word), word) for word in words])
+
+
 def fill_postgresql(
     connection: Any, first: int, last: int, make: Callable[[int, int], Record] = record
 ) -> None:
     """Write the records with COPY into ``celery_idem``. ``connection``: psycopg's."""
-    with connection.cursor().copy("COPY celery_idem (key, stamp, value, expires) FROM STDIN") as copy:
-        for n, (name, stamp, value, ttl) in enumerate(rows(first, last, make), first + 1):
-            copy.write_row((name, stamp, value, None if ttl is None else time.time_ns() // 1000 + ttl))
+    with connection.cursor().copy("COPY celery_idem (key, stamp, value, expires, due) FROM STDIN") as copy:
+        for n, (name, stamp, value, ttl, due) in enumerate(rows(first, last, make), first + 1):
+            expires = None if ttl is None else time.time_ns() // 1000 + ttl
+            copy.write_row((name, stamp, value, expires, None if due is None else stamp + due))
             shown(n, last)
     connection.execute("VACUUM ANALYZE celery_idem")  # as autovacuum does in time
 

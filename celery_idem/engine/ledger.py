@@ -64,21 +64,15 @@ def _nothing() -> None:
     pass
 
 
-def _ticking(found: Iterator[tuple[str, Stored]], tick: Callable[[], object]) -> Iterator[tuple[str, Stored]]:
-    for one in found:
-        tick()
-        yield one
-
-
-def _each_once(found: Iterator[tuple[str, Stored]]) -> Iterator[tuple[str, Stored]]:
+def _each_once(found: Iterator[Entry]) -> Iterator[Entry]:
     recent: set[str] = set()
     older: set[str] = set()
-    for key, stored in found:
-        if key not in recent and key not in older:
+    for entry in found:
+        if entry.key not in recent and entry.key not in older:
             if len(recent) >= REMEMBERED:
                 recent, older = set(), recent
-            recent.add(key)
-            yield key, stored
+            recent.add(entry.key)
+            yield entry
 
 
 class Ledger:
@@ -255,17 +249,27 @@ class Ledger:
         now = self.store.read(self._prefix).now
         among = () if wanted is None else states(wanted)
         if among and set(among) <= set(OPEN) and not self._is_shadow:
-            found = self._open(prefix, tick)
+            found = self._open(prefix, now, tick)
         else:
-            found = _ticking(self.store.scan(prefix), tick)
-        for stored_key, stored in _each_once(found):
-            key = stored_key.removeprefix(self._prefix)
-            try:
-                entry = Entry(key, _read(key, stored), stored.stamp, now)
-            except StoreError:
-                continue  # not a record of ours; `get` raises for it
+            found = self._scan(prefix, now, tick)
+        for entry in _each_once(found):
             if (task is None or entry.task == task) and (wanted is None or entry.state in among):
                 yield entry
+
+    def _scan(self, prefix: str, now: int, tick: Callable[[], object]) -> Iterator[Entry]:
+        for name, stored in self.store.scan(prefix):
+            tick()
+            entry = self._entry(name, stored, now)
+            if entry is not None:
+                yield entry
+
+    def _entry(self, name: str, stored: Stored, now: int) -> Entry | None:
+        """None for what is no record of ours, or of a newer version; ``get`` raises for it."""
+        key = name.removeprefix(self._prefix)
+        try:
+            return Entry(key, _read(key, stored), stored.stamp, now)
+        except StoreError:
+            return None
 
     def stats(self, state: str | None = None) -> dict[tuple[str, str], Tally]:
         """How many intents stand in which state, by (task, state), in bounded memory. See ``list``."""
@@ -282,54 +286,57 @@ class Ledger:
         Raises:
             StoreError: the store did not answer, or does not let this user write.
         """
-        return sum(1 for _ in self._rebuilt(self._prefix, tick or _nothing, strict=True))
+        return sum(1 for _ in self._rebuilt(self._prefix, 0, tick or _nothing, strict=True))
 
-    def _open(self, prefix: str, tick: Callable[[], object]) -> Iterator[tuple[str, Stored]]:
-        """Open records, the earliest due first. Where the index is missing: in no order, while it is rebuilt."""
+    def _open(self, prefix: str, now: int, tick: Callable[[], object]) -> Iterator[Entry]:
+        """Open intents, the earliest due first. Where the index is missing: in no order, while it is rebuilt."""
         try:
-            for found in self._listed(prefix):
+            for entry in self._listed(prefix, now):
                 tick()
-                yield found
+                yield entry
         except NoIndexError:
-            yield from self._rebuilt(prefix, tick)
+            yield from self._rebuilt(prefix, now, tick)
 
-    def _listed(self, prefix: str, before: int | None = None) -> Iterator[tuple[str, Stored]]:
-        """Open records as the index has them. The records count: an entry that is wrong is corrected."""
+    def _listed(self, prefix: str, now: int, before: int | None = None) -> Iterator[Entry]:
+        """Open intents as the index has them. The records count: an entry that is wrong is corrected.
+
+        Args:
+            before: only those that are due by then.
+        """
         marks = []
         for name, at, stored in self.store.open(prefix, before):
-            try:
-                due = None if stored is None else protocol.due(_read(name, stored))
-            except StoreError:
-                continue  # perhaps of a newer version: another worker needs the entry
-            stamp = 0 if stored is None else stored.stamp
+            stamp, due = 0, None
+            if stored is not None:
+                entry = self._entry(name, stored, now)
+                if entry is None:
+                    continue  # perhaps of a newer version: another worker needs the entry
+                stamp, due = stored.stamp, protocol.due(entry.record)
+                if due is not None and (before is None or stamp + due <= before):
+                    yield entry
             if due is None or stamp + due != at:
                 marks.append(Mark(name, stamp, due))
             if len(marks) >= MARKS:
                 self._mark(marks)
                 marks = []
-            if due is not None and stored is not None:
-                yield name, stored
         self._mark(marks)
 
     def _rebuilt(
-        self, prefix: str, tick: Callable[[], object], strict: bool = False
-    ) -> Iterator[tuple[str, Stored]]:
-        """Open records from a scan of all, while the index is built of them.
+        self, prefix: str, now: int, tick: Callable[[], object], strict: bool = False
+    ) -> Iterator[Entry]:
+        """Open intents from a scan of all records, while the index is built of them.
 
         Args:
-            strict: raise where the index cannot be written. Otherwise a user who may only read gets the records.
+            strict: raise where the index cannot be written. Otherwise a user who may only read gets the intents.
         """
         writes = True
         for name, stored in self.store.scan(self._prefix):
             tick()
-            try:
-                due = protocol.due(_read(name, stored))
-            except StoreError:
-                continue
-            if due is not None:
+            entry = self._entry(name, stored, now)
+            due = None if entry is None else protocol.due(entry.record)
+            if entry is not None and due is not None:
                 writes = writes and self._mark([Mark(name, stored.stamp, due)], strict)
                 if name.startswith(prefix):
-                    yield name, stored
+                    yield entry
         if writes:
             with nullcontext() if strict else suppress(StoreError):
                 self.store.indexed(self._prefix)
@@ -499,18 +506,10 @@ class Ledger:
         """Open intents that recovery has to look at now, the longest overdue first; None: all of them."""
         now = self.store.read(self._prefix).now
         try:
-            yield from islice(self._overdue(now), limit)
+            yield from islice(_each_once(self._listed(self._prefix, now, now)), limit)
         except NoIndexError:
             self.reindex()
-            yield from islice(self._overdue(now), limit)
-
-    def _overdue(self, now: int) -> Iterator[Entry]:
-        for name, stored in _each_once(self._listed(self._prefix, now)):
-            key = name.removeprefix(self._prefix)
-            record = _read(key, stored)
-            due = protocol.due(record)
-            if due is not None and stored.stamp + due <= now:
-                yield Entry(key, record, stored.stamp, now)
+            yield from islice(_each_once(self._listed(self._prefix, now, now)), limit)
 
     def recover(self, key: str, publishable: Callable[[Record], bool], policy: Policy) -> Publish | None:
         """Take an overdue intent: its call is then published by this process alone. See ``protocol.recover``."""

@@ -6,21 +6,23 @@
 --   ARGV[3]  when to look at it, in microseconds from now; "": it is not open
 -- Returns the server's time in microseconds when it was written;
 -- else {the server's time, the value that stands there}.
-local t = redis.call('TIME')
+local call, key, keep, due = redis.call, KEYS[1], ARGV[2], ARGV[3]
+local t = call('TIME')
 local now = t[1] * 1000000 + t[2]
 local value = struct.pack('>I8', now) .. ARGV[1]
 local written
-if ARGV[2] == '' then
-  written = redis.call('SET', KEYS[1], value, 'NX')
-elseif ARGV[2] == '0' then -- which SET refuses
-  written = redis.call('EXISTS', KEYS[1]) == 0
+if keep == '' then
+  written = call('SET', key, value, 'NX')
+elseif keep == '0' then -- which SET refuses
+  written = call('EXISTS', key) == 0
 else
-  written = redis.call('SET', KEYS[1], value, 'NX', 'PX', ARGV[2])
+  written = call('SET', key, value, 'NX', 'PX', keep)
 end
-if written then
-  if KEYS[2] and ARGV[3] ~= '' then
-    redis.pcall('ZADD', KEYS[2], now + ARGV[3], KEYS[1]) -- a hint: an error here is no error of the write
-  end
-  return now
+if not written then
+  return {now, call('GET', key)}
 end
-return {now, redis.call('GET', KEYS[1])}
+if due ~= '' and KEYS[2] then
+  -- A hint: an error here is no error of the write. A number as text is quicker than one that Redis formats.
+  redis.pcall('ZADD', KEYS[2], string.format('%.0f', now + due), key)
+end
+return now

@@ -10,35 +10,36 @@
 --   ARGV[6]  how long to keep that, in seconds; "": for ever
 -- Returns the new stamp, in microseconds, when it was written;
 -- else {the server's time, the value that stands there, or false}.
-local t = redis.call('TIME')
+local call, key, old, keep, due = redis.call, KEYS[1], ARGV[1], ARGV[3], ARGV[4]
+local t = call('TIME')
 local now = t[1] * 1000000 + t[2]
-if redis.call('GETRANGE', KEYS[1], 0, #ARGV[1] - 1) ~= ARGV[1] then
-  return {now, redis.call('GET', KEYS[1])}
+if call('GETRANGE', key, '0', '19') ~= old then -- numbers as text are quicker than those that Redis formats
+  return {now, call('GET', key)}
 end
 if KEYS[3] then
   -- Before the record: a server that is full, or does not allow it, answers with an error here. Nothing is written then.
   if ARGV[6] == '' then
-    redis.call('SET', KEYS[3], ARGV[5])
+    call('SET', KEYS[3], ARGV[5])
   else
-    redis.call('SETEX', KEYS[3], ARGV[6], ARGV[5])
+    call('SETEX', KEYS[3], ARGV[6], ARGV[5])
   end
-  redis.call('PUBLISH', KEYS[3], ARGV[5])
+  call('PUBLISH', KEYS[3], ARGV[5])
 end
-local stamp = math.max(now, struct.unpack('>I8', ARGV[1]) + 1)
+local stamp = math.max(now, struct.unpack('>I8', old) + 1)
 local value = struct.pack('>I8', stamp) .. ARGV[2]
-if ARGV[3] == '0' then
-  redis.call('DEL', KEYS[1])
-elseif ARGV[3] == '' then
-  redis.call('SET', KEYS[1], value)
+if keep == '0' then
+  call('DEL', key)
+elseif keep == '' then
+  call('SET', key, value)
 else
-  redis.call('SET', KEYS[1], value, 'PX', ARGV[3])
+  call('SET', key, value, 'PX', keep)
 end
 -- A hint: an error here is no error of the write.
 if not KEYS[2] then
   return stamp
-elseif ARGV[4] == '' then
-  redis.pcall('ZREM', KEYS[2], KEYS[1])
+elseif due == '' then
+  redis.pcall('ZREM', KEYS[2], key)
 else
-  redis.pcall('ZADD', KEYS[2], stamp + ARGV[4], KEYS[1])
+  redis.pcall('ZADD', KEYS[2], string.format('%.0f', stamp + due), key)
 end
 return stamp
