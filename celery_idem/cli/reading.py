@@ -30,6 +30,38 @@ within_option = click.option(
 )
 
 
+def shown() -> bool:
+    """Tell whether an operator sees standard error."""
+    return sys.stderr.isatty()
+
+
+class Progress:
+    """A count on standard error, if that is a terminal.
+
+    Args:
+        says: text with ``{}`` in the place of the count.
+        quiet: show nothing.
+    """
+
+    def __init__(self, says: str, quiet: bool = False) -> None:
+        self._says = says
+        self._shows = not quiet and shown()
+        self._show_at = time.monotonic() + SHOW_EVERY
+        self.count = 0
+
+    def tick(self) -> None:
+        """Count one more."""
+        self.count += 1
+        if self._shows and time.monotonic() >= self._show_at:
+            self._show_at = time.monotonic() + SHOW_EVERY
+            click.echo("\r" + self._says.format(f"{self.count:,}"), nl=False, err=True)
+
+    def end(self) -> None:
+        """Clear the line."""
+        if self._shows:
+            click.echo("\r" + " " * (len(self._says) + 10) + "\r", nl=False, err=True)
+
+
 class Reading:
     """The entries that can be read in time.
 
@@ -39,7 +71,6 @@ class Reading:
         quiet: show no progress. Progress goes to standard error, and only to a terminal.
 
     Attributes:
-        count: number of records read.
         stopped: it stopped early, so there may be more.
     """
 
@@ -51,10 +82,13 @@ class Reading:
     ) -> None:
         self._read = read
         self._until = float("inf") if within is None else time.monotonic() + within
-        self._shows = not quiet and sys.stderr.isatty()
-        self._show_at = time.monotonic() + SHOW_EVERY
-        self.count = 0
+        self._progress = Progress("{} read; Ctrl-C stops here", quiet)
         self.stopped = False
+
+    @property
+    def count(self) -> int:
+        """Number of records read."""
+        return self._progress.count
 
     def __iter__(self) -> Iterator[Entry]:
         try:
@@ -62,17 +96,12 @@ class Reading:
         except KeyboardInterrupt:
             self.stopped = True
         finally:
-            if self._shows:
-                click.echo("\r" + " " * 40 + "\r", nl=False, err=True)
+            self._progress.end()
 
     def _tick(self) -> None:
-        now = time.monotonic()
-        if now >= self._until:
+        if time.monotonic() >= self._until:
             raise KeyboardInterrupt
-        self.count += 1
-        if self._shows and now >= self._show_at:
-            self._show_at = now + SHOW_EVERY
-            click.echo(f"\r{self.count:,} read; Ctrl-C stops here", nl=False, err=True)
+        self._progress.tick()
 
     def end(self) -> None:
         """If it stopped early, say so and exit."""

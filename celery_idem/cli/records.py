@@ -1,11 +1,8 @@
-"""The commands about single intents: list, show, resolve, forget, purge and stats."""
+"""The commands about single intents: list, show, forget, purge and stats."""
 
 from __future__ import annotations
 
-import getpass
-import json
 import shlex
-import socket
 import sys
 from itertools import islice, pairwise
 from typing import Any
@@ -14,20 +11,11 @@ import click
 
 from celery_idem.cli.reading import Reading, within_option
 from celery_idem.cli.screen import Screen, command, yes_option
-from celery_idem.core.model import Happened, NotHappened
 from celery_idem.engine.entries import STATES, Entry, tallied
 from celery_idem.operate.operators import DOUBTFUL, Oldest, Operator, duration
 
 LINES = 50
 """Entries that ``list`` prints by default: about a screen."""
-
-
-def user_and_host() -> str:
-    """Return the operator's name for the record."""
-    try:
-        return f"{getpass.getuser()}@{socket.gethostname()}"
-    except (KeyError, OSError):  # a container whose user has no name
-        return f"unknown@{socket.gethostname()}"
 
 
 def as_typed() -> str:
@@ -164,78 +152,6 @@ def advice(entry: Entry) -> str:
     if entry.state == "released":
         return "It did not take effect. The next delivery runs it."
     return f"Its outcome is known and replayed to every caller. `{as_typed()} forget '{key}'` lets it happen again."
-
-
-@command("resolve")
-@click.argument("key")
-@click.option(
-    "--happened", metavar="JSON", help="It took effect; callers receive this value, for example '\"inv_7\"'."
-)
-@click.option(
-    "--not-happened", is_flag=True, help="It did not take effect, and no request for it is in flight."
-)
-@click.option("--by", default=user_and_host, show_default="user@host", help="Your name, for the record.")
-@click.option("--evidence", help="What you saw, and where. The command asks for it.")
-@click.option(
-    "--fence",
-    type=int,
-    help="The fence that `idem show` printed. Refused if it was claimed again since.  [default: the current one]",
-)
-@yes_option
-def resolve(
-    screen: Screen,
-    operator: Operator,
-    key: str,
-    happened: str | None,
-    not_happened: bool,
-    by: str,
-    evidence: str | None,
-    fence: int | None,
-    yes: bool,
-) -> None:
-    """Settle an intent in doubt by what you saw at the destination.
-
-    The record keeps who decided, when, what, and the evidence.
-    """
-    if (happened is None) == (not not_happened):
-        raise click.UsageError("Give one of --happened JSON and --not-happened.")
-    if evidence is None:
-        evidence = screen.ask("What did you see, and where", "--evidence")
-    if not evidence.strip():
-        raise click.UsageError("Write what you saw: --evidence 'invoice inv_7 is in the billing system'.")
-    answer: Happened | NotHappened = NotHappened()
-    if happened is not None:
-        try:
-            answer = Happened(json.loads(happened))
-        except ValueError:
-            raise click.UsageError(
-                f"--happened takes JSON, and {happened} is not. Text needs its own quotes: "
-                f"--happened '\"{happened}\"'. For no value give null."
-            ) from None
-    entry = operator.find(key)
-    if isinstance(answer, Happened):
-        screen.confirm(
-            f"{entry.key} is {entry.state}. It will be settled as SUCCEEDED, every caller receives {happened}, and it "
-            "does not run again. A settled outcome cannot be changed. Go on?",
-            yes,
-        )
-    else:
-        screen.confirm(
-            f"{entry.key} is {entry.state}. It will be released: the next delivery RUNS it. If it did take effect, "
-            "that is a second time. Go on?",
-            yes,
-        )
-    # A worker may claim it while the operator reads the question.
-    seen = entry.record.fence if fence is None else fence
-    settled = operator.resolve(entry.key, answer, by, evidence, seen)
-    if screen.as_json:
-        screen.json(operator.describe(settled))
-        return
-    screen.state(settled.state, settled.key)
-    if isinstance(answer, NotHappened):
-        screen.line(
-            "It is not sent again by itself: the caller repeats the call, or the broker redelivers it."
-        )
 
 
 @command("forget")

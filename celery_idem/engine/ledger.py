@@ -262,6 +262,7 @@ class Ledger:
         evidence: str = "",
         fence: int | None = None,
         keep: float | None = None,
+        dry_run: bool = False,
     ) -> Entry:
         """Settle an intent in doubt by hand. Audited in the record.
 
@@ -271,6 +272,7 @@ class Ledger:
             fence: that of the record they looked at: evidence on one attempt says nothing of a
                 later one. None: the attempt that stands there now.
             keep: seconds to keep the outcome; None: the task's ``result_ttl``.
+            dry_run: write nothing; return what it would be, or raise.
 
         Raises:
             IdempotencyError: there is no such intent, an execution has it right now, its
@@ -288,7 +290,8 @@ class Ledger:
                 return Refused(None), None
             if fence is None:
                 fence = record.fence  # not that of an attempt that begins while this decision is written
-            return protocol.resolve(record, stamp, now, outcome, Note(now, by, what, evidence), fence)
+            done, new = protocol.resolve(record, stamp, now, outcome, Note(now, by, what, evidence), fence)
+            return done, None if dry_run else new
 
         done, reply = self._change(key, decide, policy)
         if isinstance(done, Refused):
@@ -315,7 +318,8 @@ class Ledger:
                 key,
             )
         assert reply.stored is not None
-        events.emit("resolved", key, by=by, what=what)
+        if not dry_run:
+            events.emit("resolved", key, by=by, what=what)
         return Entry(key, done.record, reply.stored.stamp, reply.stored.stamp)
 
     def forget(self, key: str, steps: bool = False) -> bool:

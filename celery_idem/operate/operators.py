@@ -80,7 +80,8 @@ class Operator:
 
     def task_of(self, key: str) -> IdempotentTask | None:
         """Return the task that a key names, or None if this application does not have it."""
-        return self.tasks().get(keys.task_of(key) or "")
+        task = self.app.tasks.get(keys.task_of(key) or "")
+        return task if isinstance(task, IdempotentTask) and task.idem_declaration is not None else None
 
     def ledger_of(self, key: str) -> Ledger:
         """Return the ledger with the record of a key."""
@@ -131,10 +132,7 @@ class Operator:
         Raises:
             IdempotencyError: there is none, or there are several.
         """
-        if not key:
-            raise IdempotencyError("The key is empty. Give a key, or the beginning of one.")
-        if "\0" in key or key != key.encode("utf-8", "replace").decode():
-            raise IdempotencyError(f"{key!a} is not valid text, so no intent has that key. Copy it again.")
+        check_key(key)
         entry = self.ledger_of(key).get(key)
         if entry is not None:
             return entry
@@ -173,10 +171,29 @@ class Operator:
     # --- deciding ---------------------------------------------------------------------
 
     def resolve(
-        self, key: str, answer: Happened | NotHappened, by: str, evidence: str, fence: int | None = None
+        self,
+        key: str,
+        answer: Happened | NotHappened,
+        by: str,
+        evidence: str,
+        fence: int | None = None,
+        dry_run: bool = False,
     ) -> Entry:
         """See ``Ledger.resolve``."""
-        return self.ledger_of(key).resolve(key, answer, by=by, evidence=evidence, fence=fence)
+        ledger = self.ledger_of(key)
+        return ledger.resolve(key, answer, by=by, evidence=evidence, fence=fence, dry_run=dry_run)
+
+    def publisher_of(self, key: str) -> Callable[[], object]:
+        """Return what publishes an intent's call again, for after it was released.
+
+        Raises:
+            IdempotencyError: the call cannot be published.
+        """
+        raise IdempotencyError(
+            f"{key} cannot be run again from here: its record does not hold the call. Decide that it did not happen, "
+            "then repeat the call.",
+            key,
+        )
 
     def forget(self, key: str, steps: bool = False) -> bool:
         """See ``Ledger.forget``."""
@@ -347,6 +364,18 @@ def duration(seconds: float) -> str:
     if whole < 86_400:
         return f"{whole // 3600}h {whole % 3600 // 60}m"
     return f"{whole // 86_400}d {whole % 86_400 // 3600}h"
+
+
+def check_key(key: str) -> None:
+    """Refuse what cannot be a key.
+
+    Raises:
+        IdempotencyError: it is empty, or no valid text.
+    """
+    if not key:
+        raise IdempotencyError("The key is empty. Give a key, or the beginning of one.")
+    if "\0" in key or key != key.encode("utf-8", "replace").decode():
+        raise IdempotencyError(f"{key!a} is not valid text, so no intent has that key. Copy it again.")
 
 
 def read_arguments(lines: Iterator[str]) -> dict[str, Arguments]:
