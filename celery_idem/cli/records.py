@@ -1,4 +1,4 @@
-"""The commands about single intents: list, show, forget, purge and stats."""
+"""The commands about records: list, show, forget, purge and stats."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ from typing import Any
 
 import click
 
-from celery_idem.cli.reading import Reading, within_option
-from celery_idem.cli.screen import Screen, command, yes_option
+from celery_idem.cli.reading import Reading, filters, within_option
+from celery_idem.cli.screen import Screen, command, printable, yes_option
+from celery_idem.core.errors import IdempotencyError, StoreError
 from celery_idem.engine.entries import STATES, Entry, tallied
-from celery_idem.operate.operators import DOUBTFUL, Oldest, Operator, duration
+from celery_idem.operate.bulk import in_threads
+from celery_idem.operate.operators import DOUBTFUL, Oldest, Operator, Which, duration
 
 LINES = 50
 """Entries that ``list`` prints by default: about a screen."""
+
+
+FORGETTABLE = ("failed", "succeeded", "released")
+"""States that many intents are forgotten in at once. One in doubt or at work takes its KEY: a look at each."""
 
 
 def as_typed() -> str:
@@ -35,56 +41,54 @@ def as_typed() -> str:
 
 
 @command("list")
-@click.option("--state", type=click.Choice(STATES), help="Only those in this state.")
-@click.option("--task", help="Only those of this task.")
 @click.option(
-    "--older-than",
-    type=click.FloatRange(min=0.0),
-    default=0.0,
-    metavar="SECONDS",
-    help="Only those unchanged for that long.",
+    "--state",
+    type=click.Choice((*STATES, "waiting")),
+    help="Only those in this state. waiting: for a decision.",
 )
+@filters
 @click.option(
     "--limit",
     type=click.IntRange(min=1),
     default=None,
-    help=f"At most that many. Default: {LINES}, with --json all.",
+    help=f"At most that many, and of a page. Default: {LINES}, with --json all.",
+)
+@click.option(
+    "--page", type=click.IntRange(min=1), default=1, help="Which of the pages.  [default: the first]"
 )
 @within_option
 def list_(
-    screen: Screen,
-    operator: Operator,
-    state: str | None,
-    task: str | None,
-    older_than: float,
-    limit: int | None,
-    within: float | None,
+    screen: Screen, operator: Operator, which: Which, limit: int | None, page: int, within: float | None
 ) -> None:
     """List intents, the longest unchanged first.
 
     With --json: one line per intent, in no order.
     """
-    found = Reading(lambda tick: operator.list(state, task, older_than, tick), within, quiet=screen.as_json)
+    found = Reading(lambda tick: operator.select(which, tick), within, quiet=screen.as_json)
     if screen.as_json:
         for entry in islice(found, limit):
             screen.json(operator.describe(entry))
         found.end()
         return
-    oldest = Oldest(LINES if limit is None else limit)
+    lines = LINES if limit is None else limit
+    oldest = Oldest(lines * page)
     for entry in found:
         oldest.add(entry)
-    entries, total = oldest.entries(), oldest.total
+    entries, total = oldest.entries()[lines * (page - 1) :], oldest.total
     for entry in entries:
         _print_line(screen, entry)
     if total > len(entries):
-        screen.line(f"… and {total - len(entries)} more. --limit shows more, --json all.")
+        screen.line(
+            f"Page {page} of {-(-total // lines):,}, {total:,} intents. --page and --limit show others, --json all."
+        )
     if not total:
         screen.line("No such intents." if not found.stopped else "No such intents among those read.")
-        if task and task not in operator.tasks():
-            screen.line(operator.no_task(task))
+        if which.task and which.task not in operator.tasks():
+            screen.line(operator.no_task(which.task))
     elif any(entry.state in DOUBTFUL for entry in entries):
         screen.line(
-            "Next: `idem show KEY` prints what is known; `idem reconcile` asks the destinations about all of them."
+            "Next: `idem show KEY` prints what is known; `idem reconcile` asks the destinations about all of them; "
+            "`idem resolve --from FILE` takes many decisions."
         )
     found.end()
 
@@ -155,17 +159,70 @@ def advice(entry: Entry) -> str:
 
 
 @command("forget")
-@click.argument("key")
-@click.option("--steps", is_flag=True, help="Forget its finished steps too: they RUN AGAIN.")
+@click.argument("keys", metavar="[KEY]...", nargs=-1)
+@click.option(
+    "--state", type=click.Choice(FORGETTABLE), help="Without KEY: all in this state that the filters leave."
+)
+@filters
+@click.option("--steps", is_flag=True, help="Forget finished steps too: they RUN AGAIN.")
 @yes_option
-def forget(screen: Screen, operator: Operator, key: str, steps: bool, yes: bool) -> None:
-    """Delete an intent in any state: the next call with this key RUNS.
+def forget(
+    screen: Screen, operator: Operator, keys: tuple[str, ...], which: Which, steps: bool, yes: bool
+) -> None:
+    """Delete intents: the next call with the same key RUNS.
 
-    Finished steps of an unfinished action stay done; --steps forgets them too.
+    With KEY in any state; with --state all of them, such as: --task shop.send --state failed --since 2h. Finished steps
+    of an unfinished action stay done; --steps forgets them too.
     """
-    entry = operator.find(key)
+    if bool(keys) == (which != Which()):
+        raise click.UsageError("Give a KEY, several, or --state with filters, and not both.")
+    if keys:
+        looked_at = {entry.key: entry for entry in map(operator.find, keys)}
+        fences = [(key, entry.record.fence) for key, entry in looked_at.items()]
+        losses = [f"{key} is {entry.state}. {_loss(entry, steps)}" for key, entry in looked_at.items()]
+        screen.confirm("\n".join([*losses, "Go on?"]), yes)
+    elif which.state is None:
+        raise click.UsageError("Without KEY give a --state.")
+    else:
+        found = Reading(lambda tick: operator.select(which, tick), None, screen.as_json)
+        fences = [(entry.key, entry.record.fence) for entry in found]
+        if found.stopped:
+            raise click.ClickException("Stopped. Nothing was changed.")
+        screen.confirm_number(
+            f"The records of {len(fences):,} intents, and every proof that they ran, will be deleted, and the next "
+            f"call of each RUNS.{' Their finished steps run AGAIN.' if steps else ''}",
+            len(fences),
+            yes,
+        )
+
+    def one(seen: tuple[str, int]) -> tuple[str, bool | IdempotencyError]:
+        key, fence = seen
+        try:
+            return key, operator.forget(key, steps, fence)
+        except StoreError:
+            raise
+        except IdempotencyError as error:
+            return key, error
+
+    refused = []
+    forgotten = 0
+    for key, done in in_threads(one, fences):
+        if isinstance(done, IdempotencyError):
+            refused.append(str(done))
+        elif screen.as_json:
+            screen.json({"key": key, "forgotten": done})
+        elif keys:
+            screen.line(f"Forgotten: {key}" if done else "There was no record any more.")
+        forgotten += done is True
+    if not keys and not screen.as_json:
+        screen.line(f"{forgotten:,} intents forgotten.")
+    if refused:
+        raise click.ClickException(printable("\n".join(refused)))
+
+
+def _loss(entry: Entry, steps: bool) -> str:
+    """Return what forgetting one intent costs."""
     finished = ", ".join(repr(step.name) for step in entry.record.steps)
-    running = " A WORKER IS RUNNING IT NOW, and a second one could start." if entry.state == "running" else ""
     loss = "Its record, and every proof that it ran, is deleted, and the next call RUNS."
     if finished and steps:
         loss += f" Its finished steps run AGAIN: {finished}."
@@ -174,12 +231,8 @@ def forget(screen: Screen, operator: Operator, key: str, steps: bool, yes: bool)
             f"The next call RUNS without its finished steps: {finished}. They stay done, and must_match is kept. "
             "(--steps forgets all.)"
         )
-    screen.confirm(f"{entry.key} is {entry.state}. {loss}{running} Go on?", yes)
-    forgotten = operator.forget(entry.key, steps)
-    if screen.as_json:
-        screen.json({"key": entry.key, "forgotten": forgotten})
-    else:
-        screen.line(f"Forgotten: {entry.key}" if forgotten else "There was no record any more.")
+    running = " A WORKER IS RUNNING IT NOW, and a second one could start." if entry.state == "running" else ""
+    return f"{loss}{running}"
 
 
 @command("purge")

@@ -298,11 +298,7 @@ class Ledger:
             if done.record is None:
                 raise IdempotencyError(f"There is no intent {key} in {self.store.url}.", key)
             if fence not in (None, done.record.fence):
-                raise IdempotencyError(
-                    f"{key} was taken up again since you looked at it (fence {fence} then, {done.record.fence} now). "
-                    "Nothing was written. Look again: `idem show`, and the destination.",
-                    key,
-                )
+                raise _taken_up(key, fence, done.record)
             mark = done.record.noticed
             if mark is not None and reply.stored is not None and mark.stamp == reply.stored.stamp:
                 _clock_went_back(key, done.record, self.store.url)
@@ -322,7 +318,7 @@ class Ledger:
             events.emit("resolved", key, by=by, what=what)
         return Entry(key, done.record, reply.stored.stamp, reply.stored.stamp)
 
-    def forget(self, key: str, steps: bool = False) -> bool:
+    def forget(self, key: str, steps: bool = False, fence: int | None = None) -> bool:
         """Let an intent run again, whatever its state: the next call with this key runs.
 
         Finished steps of an action that is not done stay, and with them the values of ``must_match``:
@@ -331,13 +327,19 @@ class Ledger:
 
         Args:
             steps: forget finished steps too: they run again.
+            fence: that of the record that was looked at; None: whatever stands there now.
 
         Returns:
             False when there was none.
+
+        Raises:
+            IdempotencyError: its fence is another one.
         """
         keep = int(self.result_ttl(keys.task_of(key) or key) * MICROSECONDS)
 
         def decide(record: Record | None, stamp: int, now: int) -> tuple[bool, Record | None]:
+            if record is not None and fence not in (None, record.fence):
+                raise _taken_up(key, fence, record)
             if record is not None:
                 return True, protocol.forget(record, stamp, now, steps) or DELETED
             if stamp:  # no record: forgetting is what helps
@@ -455,6 +457,14 @@ class Ledger:
 
 def _read(key: str, stored: Stored) -> Record:
     return unpack(stored.value, stored.stamp, key)
+
+
+def _taken_up(key: str, fence: int | None, record: Record) -> IdempotencyError:
+    return IdempotencyError(
+        f"{key} was taken up again since you looked at it (fence {fence} then, {record.fence} now). Nothing was "
+        "written. Look again: `idem show`, and the destination.",
+        key,
+    )
 
 
 def _clock_went_back(key: str, record: Record, store: str) -> None:

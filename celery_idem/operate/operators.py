@@ -42,6 +42,34 @@ DOUBTFUL = ("in_doubt", "lapsed")
 """States that wait for a decision. ``lapsed`` becomes ``in_doubt`` at the next delivery, which may never come."""
 
 
+class Which(NamedTuple):
+    """Which intents; a field that is not given leaves none out.
+
+    Attributes:
+        state: one of ``entries.STATES``, or ``waiting`` for those that wait for a decision.
+        scope: of the calls. A record has its digest only, so it must be the whole scope.
+        older_than: seconds since the last write, at least.
+        since: no last write before this time, in seconds since the epoch.
+        reason: part of the reason of the doubt, in any case of letters.
+    """
+
+    state: str | None = None
+    task: str | None = None
+    scope: str | None = None
+    older_than: float = 0.0
+    since: float = 0.0
+    reason: str = ""
+
+    def fits(self, entry: Entry, namespace: str) -> bool:
+        """Tell whether an intent in the right state, of the right task, is one of them."""
+        return (
+            entry.age >= self.older_than
+            and entry.changed_at >= self.since
+            and self.reason.casefold() in entry.record.reason.casefold()
+            and (self.scope is None or entry.record.scope == keys.scope_digest(namespace, self.scope))
+        )
+
+
 class Arguments(NamedTuple):
     """The arguments of a call."""
 
@@ -109,22 +137,24 @@ class Operator:
         older_than: float = 0.0,
         tick: Callable[[], object] | None = None,
     ) -> Iterator[Entry]:
+        """As ``select``."""
+        return self.select(Which(state, task, older_than=older_than), tick)
+
+    def select(self, which: Which, tick: Callable[[], object] | None = None) -> Iterator[Entry]:
         """Return intents, in no order and in bounded memory.
 
         Args:
-            state: one of ``entries.STATES``.
-            older_than: only intents whose last write is at least that many seconds ago.
             tick: see ``Ledger.list``.
         """
         for ledger in self.ledgers():
-            for entry in ledger.list(state, task, tick):
-                if entry.age >= older_than:
-                    yield entry
+            for state in DOUBTFUL if which.state == "waiting" else (which.state,):
+                for entry in ledger.list(state, which.task, tick):
+                    if which.fits(entry, ledger.namespace):
+                        yield entry
 
     def doubtful(self, task: str | None = None, older_than: float = 0.0) -> Iterator[Entry]:
         """Return intents in doubt, and those whose worker stopped renewing the lease."""
-        for state in DOUBTFUL:
-            yield from self.list(state, task, older_than)
+        return self.select(Which("waiting", task, older_than=older_than))
 
     def find(self, key: str) -> Entry:
         """Return the intent with a key, or with the only key that begins so.
@@ -195,9 +225,9 @@ class Operator:
             key,
         )
 
-    def forget(self, key: str, steps: bool = False) -> bool:
+    def forget(self, key: str, steps: bool = False, fence: int | None = None) -> bool:
         """See ``Ledger.forget``."""
-        return self.ledger_of(key).forget(key, steps)
+        return self.ledger_of(key).forget(key, steps, fence)
 
     def purge(self) -> int:
         """See ``Ledger.purge``; each store once."""

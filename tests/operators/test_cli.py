@@ -13,6 +13,7 @@ from celery import Celery
 
 from celery_idem import Ledger, NotHappened
 from celery_idem.cli import reading
+from celery_idem.core.model import Outcome
 from tests.operators.conftest import Idem
 from tests.operators.intents import claimed, in_doubt, succeeded
 from tests.operators.shop import remind, send_invoice
@@ -50,7 +51,25 @@ def test_list_shows_people_the_oldest_and_counts_the_rest(idem: Idem, ledger: Le
         in_doubt(ledger, key(f"c{n}"))
     output = idem("list", "--limit", "2").output
     assert [line.split()[2] for line in output.splitlines()[:2]] == [key("c0"), key("c1")]
-    assert "and 4 more" in output
+    assert "Page 1 of 3, 6 intents" in output
+    last = idem("list", "--limit", "2", "--page", "3").output
+    assert [line.split()[2] for line in last.splitlines()[:2]] == [key("c4"), key("c5")]
+
+
+def test_list_filters_by_scope_reason_and_age(idem: Idem, ledger: Ledger) -> None:
+    for scope in ("acme", "other", None):
+        send_invoice.apply(("a", 7), scope=scope)
+    in_doubt(ledger, key("b"), "the body was interrupted by ReadTimeout")
+    in_doubt(ledger, key("c"))
+
+    def listed(*words: str) -> list[str]:
+        return [row["key"] for row in rows(idem("list", "--json", *words).output)]
+
+    assert listed("--scope", "acme") == [send_invoice.intent_key("a", 7, scope="acme")]
+    assert listed("--reason", "readtimeout") == [key("b")]
+    assert listed("--since", "1h", "--state", "waiting", "--reason", "worker") == [key("c")]
+    assert listed("--since", "2100-01-01T00:00Z") == listed("--older-than", "1m") == []
+    assert len(listed("--since", "2020-01-01")) == 5
 
 
 def test_a_reading_that_was_stopped_says_that_it_is_not_all(idem: Idem, ledger: Ledger) -> None:
@@ -221,6 +240,37 @@ def test_forget_lets_it_happen_again(idem: Idem, ledger: Ledger) -> None:
     assert ledger.get(key("a")) is None
 
 
+def test_forget_many_takes_a_state_and_the_number(idem: Idem, ledger: Ledger) -> None:
+    for n in range(3):
+        claimed(ledger, key(f"f{n}")).settle(Outcome(False, None, "it failed"), 0.0)
+    succeeded(ledger, key("fine"))
+    words = ("forget", "--state", "failed", "--task", "shop.send_invoice", "--since", "1h")
+    refused = idem(*words, input="y\n")
+    assert refused.exit_code == 1
+    assert "3 intents" in refused.output
+    assert len(list(ledger.list())) == 4
+    assert idem(*words, input="3\n").stdout == "3 intents forgotten.\n"
+    assert [entry.key for entry in ledger.list()] == [key("fine")]
+
+
+def test_forget_is_about_the_attempt_that_was_seen(
+    idem: Idem, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    succeeded(ledger, key("a"))
+
+    def confirm(*_: Any) -> None:
+        ledger.forget(key("a"))
+        claimed(ledger, key("a"))
+
+    monkeypatch.setattr("celery_idem.cli.screen.Screen.confirm", confirm)
+    refused = idem("forget", key("a"))
+    assert refused.exit_code == 1
+    assert "taken up again since you looked" in refused.output
+    entry = ledger.get(key("a"))
+    assert entry is not None
+    assert entry.state == "running"
+
+
 # --- in bulk ---------------------------------------------------------------------------
 
 
@@ -243,6 +293,8 @@ def test_reconcile_asks_and_settles(idem: Idem, ledger: Ledger, billing_knows: A
 
     done = idem("reconcile", "--yes", "--arguments", given)
     assert done.exit_code == 1  # something is left for a person
+    assert sum(line.strip().startswith("1  not asked: ") for line in done.stdout.splitlines()) == 2  # by reason
+    assert key("no-arguments") not in done.stdout
     states = {row["key"]: row["state"] for row in rows(idem("list", "--json").output)}
     assert states[key("a")] == "succeeded"
     assert states[key("b")] == "released"
