@@ -80,7 +80,7 @@ def filters(function: F) -> F:
         state: str | None = None,
         **options: Any,
     ) -> Any:
-        which = Which(state, task, keys.label("scope", scope), older_than, since, reason)
+        which = Which(state, task, keys.label("scope", scope), older_than, since, reason=reason)
         return function(*args, which=which, **options)
 
     made: Any = filtered

@@ -92,6 +92,17 @@ class Would(IntEnum):
     IN_DOUBT = 4
 
 
+class Resolution(IntEnum):
+    """What a person, or the destination that a worker asked, decided about an intent.
+
+    Stored where a shadow record's note has its ``Would``, so the numbers differ. Never reuse one.
+    """
+
+    HAPPENED = 101
+    NOT_HAPPENED = 102
+    FORGOTTEN = 103
+
+
 class Note(NamedTuple):
     """One line of a record's audit trail: who decided what, when, and on what evidence.
 
@@ -99,6 +110,7 @@ class Note(NamedTuple):
         what: for people, as ``evidence`` is.
         would: of a shadow record: what a guard would have done with the call; None in any other note.
         differs: with ``Would.MISMATCH``: the parameters that had another value.
+        resolution: the note is about a decision; None in any other.
     """
 
     at: int
@@ -107,6 +119,7 @@ class Note(NamedTuple):
     evidence: str
     would: Would | None = None
     differs: tuple[str, ...] = ()
+    resolution: Resolution | None = None
 
 
 FINGERPRINT_TAG = 4

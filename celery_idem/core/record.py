@@ -24,6 +24,7 @@ from celery_idem.core.model import (
     Outcome,
     Record,
     Recovery,
+    Resolution,
     State,
     Step,
     Would,
@@ -61,6 +62,8 @@ _SCOPE = 1 << 13
 _REPLACED_BY = 1 << 14  # in the place of _MISSING
 _OPEN = 1 << 15  # call, place and recovery; before the outcome, which such a record does not have
 _RECOVERY = struct.Struct(">BQ")
+
+_RESOLUTIONS = frozenset(Resolution)
 
 
 def pack(record: Record) -> bytes:
@@ -121,9 +124,9 @@ def pack(record: Record) -> bytes:
     if notes:
         parts |= _NOTES
         tail.append(_LENGTH.pack(len(notes)))
-        for at, by, what, evidence, would, differs in notes:
+        for at, by, what, evidence, would, differs, resolution in notes:
             tail += (_TIME.pack(at), _text(by), _text(what), _text(evidence))
-            tail += (bytes((would or 0,)), _LENGTH.pack(len(differs)), *map(_text, differs))
+            tail += (bytes((would or resolution or 0,)), _LENGTH.pack(len(differs)), *map(_text, differs))
     if digests:
         parts |= _DIGESTS
         tail.append(_blob(digests))
@@ -290,9 +293,11 @@ class _Reader:
 
     def note(self) -> Note:
         at, by, what, evidence = self.time(), self.text(), self.text(), self.text()
-        would = self.take(1)[0]
+        kind = self.take(1)[0]
         differs = tuple(self.text() for _ in range(self.count()))
-        return Note(at, by, what, evidence, Would(would) if would else None, differs)
+        if kind in _RESOLUTIONS:
+            return Note(at, by, what, evidence, None, differs, Resolution(kind))
+        return Note(at, by, what, evidence, Would(kind) if kind else None, differs)
 
     def rest(self) -> bytes:
         return self.take(len(self._value) - self._at)

@@ -29,6 +29,7 @@ from celery_idem.core.model import (
     Record,
     Refused,
     Request,
+    Resolution,
     State,
     Stored,
     Verdict,
@@ -282,6 +283,7 @@ class Ledger:
             keep = self.result_ttl(keys.task_of(key) or key)
         policy = Policy(lease=0, result_ttl=int(keep * MICROSECONDS), failure_ttl=int(keep * MICROSECONDS))
         outcome = self.outcome_of(answer.result) if isinstance(answer, Happened) else None
+        resolution = Resolution.NOT_HAPPENED if outcome is None else Resolution.HAPPENED
         what = "happened" if outcome is not None else "not happened"
 
         def decide(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
@@ -290,7 +292,8 @@ class Ledger:
                 return Refused(None), None
             if fence is None:
                 fence = record.fence  # not that of an attempt that begins while this decision is written
-            done, new = protocol.resolve(record, stamp, now, outcome, Note(now, by, what, evidence), fence)
+            note = Note(now, by, what, evidence, resolution=resolution)
+            done, new = protocol.resolve(record, stamp, now, outcome, note, fence)
             return done, None if dry_run else new
 
         done, reply = self._change(key, decide, policy)

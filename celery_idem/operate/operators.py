@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -49,7 +50,7 @@ class Which(NamedTuple):
         state: one of ``entries.STATES``, or ``waiting`` for those that wait for a decision.
         scope: of the calls. A record has its digest only, so it must be the whole scope.
         older_than: seconds since the last write, at least.
-        since: no last write before this time, in seconds since the epoch.
+        since, until: no last write before, or after, this time in seconds since the epoch.
         reason: part of the reason of the doubt, in any case of letters.
     """
 
@@ -58,13 +59,15 @@ class Which(NamedTuple):
     scope: str | None = None
     older_than: float = 0.0
     since: float = 0.0
+    until: float = math.inf
     reason: str = ""
 
     def fits(self, entry: Entry, namespace: str) -> bool:
-        """Tell whether an intent in the right state, of the right task, is one of them."""
+        """Tell whether an intent in the right state is one of them."""
         return (
-            entry.age >= self.older_than
-            and entry.changed_at >= self.since
+            self.task in (None, entry.task)
+            and entry.age >= self.older_than
+            and self.since <= entry.changed_at <= self.until
             and self.reason.casefold() in entry.record.reason.casefold()
             and (self.scope is None or entry.record.scope == keys.scope_digest(namespace, self.scope))
         )
@@ -75,6 +78,23 @@ class Arguments(NamedTuple):
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+class Resolved(NamedTuple):
+    """One decision about an intent, from its record.
+
+    Attributes:
+        at: seconds since the epoch.
+        by: who decided; ``reconcile`` for the destination that was asked.
+        what: in lower case, see ``model.Resolution``.
+    """
+
+    at: float
+    key: str
+    task: str
+    by: str
+    what: str
+    evidence: str
 
 
 class Asked(NamedTuple):
@@ -151,6 +171,10 @@ class Operator:
                 for entry in ledger.list(state, which.task, tick):
                     if which.fits(entry, ledger.namespace):
                         yield entry
+
+    def fits(self, entry: Entry, which: Which) -> bool:
+        """Tell whether an intent in the right state is one of them."""
+        return which.fits(entry, self.ledger_of(entry.key).namespace)
 
     def doubtful(self, task: str | None = None, older_than: float = 0.0) -> Iterator[Entry]:
         """Return intents in doubt, and those whose worker stopped renewing the lease."""
@@ -316,7 +340,13 @@ class Operator:
             "open_steps": list(record.open_steps),
             "result": self.result_of(entry),
             "notes": [
-                {"at": iso(note.at / 1e6), "by": note.by, "what": note.what, "evidence": note.evidence}
+                {
+                    "at": iso(note.at / 1e6),
+                    "by": note.by,
+                    "what": note.what,
+                    "evidence": note.evidence,
+                    "decided": None if note.resolution is None else note.resolution.name.lower(),
+                }
                 for note in record.notes
             ],
         }
@@ -349,6 +379,14 @@ class Operator:
             return f"{type(error).__name__}: {error}"
         except StoreError as error:
             return str(error)
+
+
+def decisions_of(entry: Entry) -> Iterator[Resolved]:
+    """Return the decisions that an intent's record keeps."""
+    for note in entry.record.notes:
+        if note.resolution is not None:
+            what = note.resolution.name.lower()
+            yield Resolved(note.at / 1e6, entry.key, entry.task, note.by, what, note.evidence)
 
 
 class Oldest:

@@ -101,7 +101,7 @@ def test_the_hosts_own_sign_in(app: Celery, ledger: Ledger) -> None:
     page = client.get("/ops/idem/")
     assert 'href="/ops/idem/intent?key=' in page.text
     form = form_for(client, key("a"), "/ops/idem")
-    client.post("/ops/idem/resolve", data={**form, "decision": "happened", "evidence": "x"})
+    client.post("/ops/idem/resolve", data={**form, "decision": "happened", "evidence": "x", "result": "1"})
     entry = ledger.get(key("a"))
     assert entry is not None
     assert entry.record.notes[-1].by == "bob"
