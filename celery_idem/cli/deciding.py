@@ -1,4 +1,4 @@
-"""The command ``resolve``: settles what is in doubt by what a person saw, one intent, several, or thousands by file."""
+"""The commands ``resolve``, one intent, several or thousands by file, and ``decisions``, who decided what."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import getpass
 import json
 import socket
 from collections import Counter
+from heapq import nlargest
+from itertools import islice
 from typing import BinaryIO
 
 import click
 
-from celery_idem.cli.reading import NOT_ALL, Progress
+from celery_idem.cli.reading import LINES, NOT_ALL, Progress, Reading, filters, within_option
 from celery_idem.cli.screen import Screen, command, printable, yes_option
 from celery_idem.core.errors import StoreError
 from celery_idem.core.model import Happened, NotHappened
 from celery_idem.operate.bulk import Decided, Decision, Line, decide_all, read_decisions
-from celery_idem.operate.operators import Operator
+from celery_idem.operate.operators import Operator, Which, decisions_of, iso
 
 SAMPLES = 20
 """Lines of a file that are printed with what is wrong with them. The others are counted; ``--json`` has all."""
@@ -206,3 +208,42 @@ def _report(screen: Screen, number: int, decided: Decided, problems: int) -> Non
 def _summary(counts: Counter[str], dry_run: bool) -> str:
     said = ", ".join(f"{counts[verdict]:,} {word}" for verdict, word in WORDS.items() if counts[verdict])
     return f"{said or 'The file has no lines'}.{' Nothing was changed.' if dry_run else ''}"
+
+
+@command("decisions")
+@filters
+@click.option("--by", help="Only those of this person.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=None,
+    help=f"At most that many. Default: {LINES}, with --json all.",
+)
+@within_option
+def decisions(
+    screen: Screen, operator: Operator, which: Which, by: str | None, limit: int | None, within: float | None
+) -> None:
+    """List who decided what, the latest first: people, and the destinations that were asked.
+
+    From the records: a decision is deleted with its record. With --json: one line per decision, in no order.
+    """
+    found = Reading(lambda tick: operator.select(which, tick), within, quiet=screen.as_json)
+    wanted = (
+        decision
+        for entry in found
+        for decision in decisions_of(entry)
+        if decision.at >= which.since and by in (None, decision.by)
+    )
+    if screen.as_json:
+        for decision in islice(wanted, limit):
+            screen.json({**decision._asdict(), "at": iso(decision.at)})
+        found.end()
+        return
+    shown = nlargest(limit or LINES, wanted)
+    for decision in shown:
+        screen.line(
+            f"{iso(decision.at)}  {decision.by}: {decision.what}  {decision.key}  {decision.evidence}"
+        )
+    if not shown:
+        screen.line("No decisions.")
+    found.end()

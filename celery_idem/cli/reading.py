@@ -26,6 +26,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 SHOW_EVERY = 0.5
 """Seconds between two progress messages."""
 
+LINES = 50
+"""Lines that a list prints by default: about a screen."""
+
 NOT_ALL = 3
 """Exit status of a command that stopped early. 1 is an error, 2 a wrong use of the command line."""
 

@@ -9,16 +9,12 @@ from typing import Any
 
 import click
 
-from celery_idem.cli.reading import Reading, filters, within_option
+from celery_idem.cli.reading import LINES, Reading, filters, within_option
 from celery_idem.cli.screen import Screen, command, printable, yes_option
 from celery_idem.core.errors import IdempotencyError, StoreError
 from celery_idem.engine.entries import STATES, Entry, tallied
 from celery_idem.operate.bulk import in_threads
 from celery_idem.operate.operators import DOUBTFUL, Oldest, Operator, Which, duration
-
-LINES = 50
-"""Entries that ``list`` prints by default: about a screen."""
-
 
 FORGETTABLE = ("failed", "succeeded", "released")
 """States that many intents are forgotten in at once. One in doubt or at work takes its KEY: a look at each."""

@@ -293,7 +293,9 @@ def test_reconcile_asks_and_settles(idem: Idem, ledger: Ledger, billing_knows: A
 
     done = idem("reconcile", "--yes", "--arguments", given)
     assert done.exit_code == 1  # something is left for a person
-    assert sum(line.strip().startswith("1  not asked: ") for line in done.stdout.splitlines()) == 2  # by reason
+    assert (
+        sum(line.strip().startswith("1  not asked: ") for line in done.stdout.splitlines()) == 2
+    )  # by reason
     assert key("no-arguments") not in done.stdout
     states = {row["key"]: row["state"] for row in rows(idem("list", "--json").output)}
     assert states[key("a")] == "succeeded"
