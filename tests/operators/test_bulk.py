@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from celery import Celery
+from starlette.testclient import TestClient
 
 from celery_idem import Ledger, NotHappened, StoreError
+from celery_idem.adapters.inbox import inbox
 from celery_idem.cli import reading
 from tests.operators.conftest import Idem, use_store
+from tests.operators.forms import hidden
 from tests.operators.intents import claimed, in_doubt, succeeded
 from tests.operators.shop import send_invoice
 
 MANY = 5000
+TOKEN = "a token of the right length"
 
 
 def key(customer: str) -> str:
@@ -195,20 +197,18 @@ def test_several_keys_in_one_command(idem: Idem, ledger: Ledger) -> None:
 
 
 @pytest.mark.redis
-def test_five_thousand_by_file(app: Celery, idem: Idem, redis_url: str, tmp_path: Path) -> None:
+def test_five_thousand_by_page_and_by_file(app: Celery, idem: Idem, redis_url: str, tmp_path: Path) -> None:
     use_store(app, redis_url)
     ledger = Ledger.from_app(app)
     for n in range(MANY):
-        in_doubt(ledger, key(f"c{n}"))
-    file = decisions(
-        tmp_path,
-        *(
-            {"key": key(f"c{n}"), **({"happened": n} if n % 2 else {"not_happened": True}), **SEEN}
-            for n in range(MANY)
-        ),
-    )
-    began = time.monotonic()
-    done = idem("resolve", "--from", file, "--yes")
-    print(f"{MANY} settled in {time.monotonic() - began:.1f} s", file=sys.stderr)
-    assert done.stdout == "5,000 settled.\n"
+        in_doubt(ledger, key(f"c{n}"), "by page" if n % 2 else "by file")
+    with TestClient(inbox(app, token=TOKEN)) as client:
+        form = {**hidden(client.get("/sign-in")), "name": "ann", "token": TOKEN}
+        assert "5,000 intents wait" in client.post("/sign-in", data=form).text
+        page = client.get("/", params={"reason": "by page"})
+        given = {"decision": "happened", "result": "1", "evidence": "seen", "number": "2,500"}
+        done = client.post("/resolve-all", data={**hidden(page), **given})
+    assert "2,500 intents are succeeded now" in done.text
+    lines = ({"key": key(f"c{n}"), "not_happened": True, **SEEN} for n in range(0, MANY, 2))
+    assert idem("resolve", "--from", decisions(tmp_path, *lines), "--yes").stdout == "2,500 settled.\n"
     assert Counter(entry.state for entry in ledger.list()) == {"succeeded": MANY // 2, "released": MANY // 2}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from celery import Celery
 
@@ -15,6 +17,7 @@ from celery_idem import Ledger, NotHappened
 from celery_idem.cli import reading
 from celery_idem.core.model import Outcome
 from tests.operators.conftest import Idem
+from tests.operators.forms import hidden
 from tests.operators.intents import claimed, in_doubt, succeeded
 from tests.operators.shop import remind, send_invoice
 
@@ -368,6 +371,22 @@ def test_without_rich_json_works_and_the_rest_names_the_extra(
     assert refused.exit_code == 1
     assert "celery_idem[cli]" in refused.output
     assert ledger.get(key("a")) is not None
+
+
+def test_the_inbox_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [sys.executable, "-m", "celery", "-A", "tests.operators.shop", "idem", "inbox", "--port", "0"]
+    monkeypatch.delenv("IDEM_INBOX_TOKEN", raising=False)
+    with subprocess.Popen([*words, "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True) as served:
+        try:
+            assert served.stdout is not None
+            said = json.loads(served.stdout.readline())
+            client = httpx.Client(base_url=said["url"], follow_redirects=True)
+            form = hidden(client.get("/sign-in"))
+            page = client.post("/sign-in", data={**form, "name": "ann", "token": said["token"]})
+            assert "0 intents wait" in page.text
+        finally:
+            served.send_signal(signal.SIGINT)
+        assert served.wait(60) == 0
 
 
 def test_celery_finds_the_command() -> None:
