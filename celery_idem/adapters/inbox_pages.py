@@ -123,6 +123,7 @@ def _slim(entry: Entry) -> Entry:
         reason=record.reason,
         noticed=record.noticed,
         scope=record.scope,
+        place=record.place,
     )
     return entry.of(slim)
 

@@ -27,10 +27,11 @@ WORDS = {
     "already": "settled so before",
     "refused": "refused",
     "not_possible": "not possible",
+    "not_published": "released and not published",
     "invalid": "not understood",
 }
 
-NOT_SENT = "It is not sent again by itself: the caller repeats the call, or the broker redelivers it."
+NOT_SENT = "It is not sent again by itself: the caller repeats the call, or the broker redelivers it (or give --run)."
 
 
 def user_and_host() -> str:
@@ -49,6 +50,7 @@ def user_and_host() -> str:
 @click.option(
     "--not-happened", is_flag=True, help="It did not take effect, and no request for it is in flight."
 )
+@click.option("--run", is_flag=True, help="With --not-happened: publish it again at once, from its record.")
 @click.option("--by", default=user_and_host, show_default="user@host", help="Your name, for the record.")
 @click.option("--evidence", help="What you saw, and where. The command asks for it.")
 @click.option(
@@ -72,6 +74,7 @@ def resolve(
     keys: tuple[str, ...],
     happened: str | None,
     not_happened: bool,
+    run: bool,
     by: str,
     evidence: str | None,
     fence: int | None,
@@ -85,10 +88,10 @@ def resolve(
     whole, and a line that cannot be carried out stops nothing: exit status 1 says that there were some.
     """
     if file is not None:
-        if keys or happened is not None or not_happened or fence is not None:
+        if keys or happened is not None or not_happened or run or fence is not None:
             raise click.UsageError(
-                "With --from the file says which intents, and what: leave out KEY, --happened, --not-happened and "
-                "--fence."
+                "With --from the file says which intents, and what: leave out KEY, --happened, --not-happened, --run "
+                "and --fence."
             )
         _by_file(screen, operator, list(read_decisions(file, by, evidence or "")), dry_run, yes)
         return
@@ -98,6 +101,8 @@ def resolve(
         raise click.UsageError("--fence is about one KEY.")
     if (happened is None) == (not not_happened):
         raise click.UsageError("Give one of --happened JSON and --not-happened.")
+    if run and not not_happened:
+        raise click.UsageError("--run goes with --not-happened.")
     if evidence is None:
         evidence = screen.ask("What did you see, and where", "--evidence")
     if not evidence.strip():
@@ -124,14 +129,14 @@ def resolve(
         )
     else:
         what = (
-            f"{which} will be released: the next delivery RUNS it. If it did take effect, that is a second time. "
-            "Go on?"
+            f"{which} will be released: {'it RUNS at once' if run else 'the next delivery RUNS it'}. If it did take "
+            "effect, that is a second time. Go on?"
         )
     if not dry_run:
         screen.confirm(what, yes)
     # A worker may claim one while the operator reads the question: the fences are those that were read before it.
     decisions = [
-        Decision(entry.key, answer, by, evidence, fence=entry.record.fence if fence is None else fence)
+        Decision(entry.key, answer, by, evidence, run, fence=entry.record.fence if fence is None else fence)
         for entry in {entry.key: entry for entry in entries}.values()
     ]
     lines = [Line(number, decision) for number, decision in enumerate(decisions, 1)]
@@ -145,7 +150,7 @@ def resolve(
             screen.state(decided.entry.state, decided.key)
     if not screen.as_json and dry_run:
         screen.line("Nothing was changed.")
-    elif not screen.as_json and isinstance(answer, NotHappened) and len(refused) < len(lines):
+    elif not screen.as_json and isinstance(answer, NotHappened) and not run and len(refused) < len(lines):
         screen.line(NOT_SENT)
     if refused:
         raise click.ClickException(printable("\n".join(decided.why for decided in refused)))
@@ -185,7 +190,7 @@ def _by_file(screen: Screen, operator: Operator, lines: list[Line], dry_run: boo
     if stopped:
         click.echo("Stopped. Run it again to go on: what is decided by then is not decided twice.", err=True)
         raise SystemExit(NOT_ALL)
-    if counts["refused"] or counts["not_possible"] or counts["invalid"]:
+    if sum(counts.values()) > counts["settled"] + counts["already"]:
         raise SystemExit(1)
 
 

@@ -55,7 +55,7 @@ class Line(NamedTuple):
     wrong: str = ""
 
 
-Verdict = Literal["settled", "already", "refused", "not_possible", "invalid"]
+Verdict = Literal["settled", "already", "refused", "not_possible", "not_published", "invalid"]
 
 
 class Decided(NamedTuple):
@@ -63,8 +63,9 @@ class Decided(NamedTuple):
 
     Attributes:
         verdict: ``settled``; ``already`` (the same decision was made before); ``refused`` (the intent is not in doubt,
-            was claimed again, or does not exist); ``not_possible`` (its call cannot be published); ``invalid``
-            (the line is no decision). Only ``settled`` has changed something.
+            was claimed again, or does not exist); ``not_possible`` (its record does not hold the call that should
+            run); ``not_published`` (released, and the broker did not take its call); ``invalid`` (the line is no
+            decision).
         why: for people; empty for ``settled`` and ``already``.
         entry: the intent as it is now; None if there is none, or if it was not looked at.
     """
@@ -132,6 +133,7 @@ def decide(operator: Operator, decision: Decision, dry_run: bool = False) -> Dec
         StoreError: the store does not answer.
     """
     key = decision.key
+    verdict: Verdict = "settled"
     publish: Callable[[], object] | None = None
     try:
         if decision.run:
@@ -148,12 +150,16 @@ def decide(operator: Operator, decision: Decision, dry_run: bool = False) -> Dec
         if isinstance(error, StoreError) and not error.key:
             raise  # it concerns the whole store
         there = None if isinstance(error, StoreError) else operator.ledger_of(key).get(key)
-        if there is not None and _decided_so(operator, there, decision):
-            return Decided("already", key, "", there)
-        return Decided("refused", key, str(error), there)
+        if there is None or not _decided_so(operator, there, decision):
+            return Decided("refused", key, str(error), there)
+        verdict, entry = "already", there
     if publish is not None and not dry_run:
-        publish()
-    return Decided("settled", key, "", entry)
+        try:
+            publish()  # if it was published before, the second message is a duplicate
+        except Exception as error:  # of any driver
+            why = f"{key} is released, and the broker did not take its call ({type(error).__name__}). Decide it again."
+            return Decided("not_published", key, why, entry)
+    return Decided(verdict, key, "", entry)
 
 
 def _decided_so(operator: Operator, entry: Entry, decision: Decision) -> bool:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from celery.app.task import Context
@@ -32,7 +33,9 @@ from celery_idem.core.model import (
 )
 from celery_idem.engine.entries import Entry, Tally, tallied
 from celery_idem.engine.ledger import Ledger
+from celery_idem.integration import messages
 from celery_idem.integration.delivery import Delivery, Guard
+from celery_idem.integration.recovering import call_of, why_not
 from celery_idem.integration.task import IdempotentTask
 from celery_idem.integration.wiring import ledger_of
 
@@ -238,16 +241,21 @@ class Operator:
         return ledger.resolve(key, answer, by=by, evidence=evidence, fence=fence, dry_run=dry_run)
 
     def publisher_of(self, key: str) -> Callable[[], object]:
-        """Return what publishes an intent's call again, for after it was released.
+        """Return what publishes an intent's call again from its record, for after it was released.
 
         Raises:
-            IdempotencyError: the call cannot be published.
+            IdempotencyError: the record does not hold all of the call, or there is none.
         """
-        raise IdempotencyError(
-            f"{key} cannot be run again from here: its record does not hold the call. Decide that it did not happen, "
-            "then repeat the call.",
-            key,
-        )
+        entry = self.ledger_of(key).get(key)
+        call, why = (None, "there is no record") if entry is None else call_of(entry.record)
+        if entry is None or call is None or not call.publishable:
+            why = why if entry is None else why_not(entry.record)
+            raise IdempotencyError(
+                f"{key} cannot be run again from its record: {why}. Decide that it did not happen, then repeat the "
+                "call.",
+                key,
+            )
+        return partial(messages.publish, self.app, key, call)
 
     def forget(self, key: str, steps: bool = False, fence: int | None = None) -> bool:
         """See ``Ledger.forget``."""

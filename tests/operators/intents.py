@@ -12,11 +12,13 @@ from celery_idem.engine import owners
 KEEP = 3600 * MICROSECONDS
 
 
-def claimed(ledger: Ledger, key: str, lease: float = 30.0, digests: bytes = b"", **policy: Any) -> Any:
+def claimed(
+    ledger: Ledger, key: str, lease: float = 30.0, digests: bytes = b"", call: bytes = b"", **policy: Any
+) -> Any:
     """A running claim."""
     rules = Policy(lease=int(lease * MICROSECONDS), result_ttl=KEEP, failure_ttl=KEEP, **policy)
     decision, claim = ledger.claim(
-        key, Request(owners.mint(), f"task-of-{key[-8:]}", Fingerprint(), rules, digests=digests)
+        key, Request(owners.mint(), f"task-of-{key[-8:]}", Fingerprint(), rules, digests=digests, call=call)
     )
     assert isinstance(decision, Acquired)
     return claim

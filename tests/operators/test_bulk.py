@@ -14,6 +14,8 @@ from starlette.testclient import TestClient
 from celery_idem import Ledger, NotHappened, StoreError
 from celery_idem.adapters.inbox import inbox
 from celery_idem.cli import reading
+from celery_idem.core import calls
+from celery_idem.core.calls import Call
 from tests.operators.conftest import Idem, use_store
 from tests.operators.forms import hidden
 from tests.operators.intents import claimed, in_doubt, succeeded
@@ -83,9 +85,13 @@ def test_every_line_is_decided_and_a_bad_one_stops_nothing(
         "already": 0,
         "refused": 3,
         "not_possible": 1,
+        "not_published": 0,
         "invalid": 10,
     }
     assert [line["line"] for line in lines] == [1, 2, *range(4, 18)]  # line 3 is empty
+    assert "its record holds no call" in next(
+        line["why"] for line in lines if line["verdict"] == "not_possible"
+    )
     assert [line["line"] for line in lines if line["verdict"] == "settled"] == [4, 5]
     assert all(line["why"] for line in lines if line["verdict"] != "settled")
     assert "'evidence'" in next(line["why"] for line in lines if "evidense" in line["why"])
@@ -102,6 +108,31 @@ def test_every_line_is_decided_and_a_bad_one_stops_nothing(
     assert "line 4:" not in again.stdout
     assert "line 1: refused:" in again.stdout
     assert "2 settled so before, 3 refused, 1 not possible, 10 not understood." in again.stdout
+
+
+def test_what_did_not_happen_runs_at_once_from_its_record(
+    idem: Idem, app: Celery, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a file and by key; a call that the broker did not take is published by a second run."""
+    for customer in ("a", "b", "gone"):
+        body = json.dumps([[customer, 7], {}, {}]).encode()
+        call = Call(f"id-{customer}", {}, {}, "application/json", "utf-8", "", "again", False, body)
+        claimed(ledger, key(customer), call=calls.pack(call)).doubt("it stopped", 0.0)
+    file = decisions(tmp_path, *({"key": key(c), "not_happened": True, "run": True, **SEEN} for c in "ab"))
+    with monkeypatch.context() as broken:
+        broken.setattr(app, "producer_or_acquire", None)
+        away = idem("resolve", "--from", file, "--yes")
+    assert away.exit_code == 1
+    assert "2 released and not published." in away.stdout
+    assert "2 settled so before." in idem("resolve", "--from", file, "--yes").stdout
+    words = ("--not-happened", "--run", "--evidence", "not there", "--yes")
+    assert idem("resolve", key("gone"), *words).exit_code == 0
+    with app.connection_for_read() as connection:
+        queue = connection.SimpleQueue("again")
+        published = [queue.get(timeout=5) for _ in range(3)]
+    assert [message.headers["id"] for message in published] == ["id-a", "id-b", "id-gone"]
+    assert [message.payload[0] for message in published] == [["a", 7], ["b", 7], ["gone", 7]]
+    assert {state(ledger, customer) for customer in ("a", "b", "gone")} == {"released"}
 
 
 def test_a_dry_run_changes_nothing(idem: Idem, ledger: Ledger, tmp_path: Path) -> None:
