@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,9 +16,10 @@ from typing import Any
 import httpx
 import pytest
 from celery import Celery
+from rich.console import Console
 
 from celery_idem import Ledger, NotHappened
-from celery_idem.cli import reading
+from celery_idem.cli import reading, screen
 from celery_idem.core.model import Outcome
 from tests.operators.conftest import Idem
 from tests.operators.forms import hidden
@@ -354,6 +359,26 @@ def test_reconcile_finds_arguments_in_the_result_backend(
     finally:
         app.conf.result_extended = False
     assert send_invoice.apply(("a", 7)).get() == "inv"
+
+
+# --- pictures ----------------------------------------------------------------------------
+
+
+def test_pictures_of_the_command_line(idem: Idem, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept in the documentation when IDEM_PICTURES=1, by `make pictures`; made in any case, so that they cannot rot."""
+    for n in range(4):
+        in_doubt(ledger, key(f"cus-{n}"), "the body was interrupted by ReadTimeout")
+    claimed(ledger, key("silent"), lease=0)
+    monkeypatch.setattr("sys.argv", ["celery", "-A", "shop", "idem"])
+    for name, words in (("list", ("list", "--state", "waiting")), ("show", ("show", key("cus-0")))):
+        console = Console(record=True, width=130, file=io.StringIO(), force_terminal=True, highlight=False)
+        monkeypatch.setattr(screen.Screen, "console", console)
+        assert idem(*words).exit_code == 0
+        svg = console.export_svg(title=shlex.join(["celery", "-A", "shop", "idem", *words]), unique_id=name)
+        svg = re.sub(r"@font-face \{.*?\}\n", "", svg, flags=re.DOTALL)  # fonts of another site
+        assert key("cus-0") in svg
+        if os.environ.get("IDEM_PICTURES") == "1":
+            (ROOT / "docs" / "img" / f"cli-{name}.svg").write_text(svg)
 
 
 # --- without rich, and as celery runs it -----------------------------------------------

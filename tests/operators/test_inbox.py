@@ -386,7 +386,7 @@ def operator(app: Celery, ledger: Ledger) -> Iterator[str]:
 
 
 def picture(browser: Any, name: str) -> None:
-    """Kept in the documentation when IDEM_PICTURES=1; taken in any case, so that it cannot rot."""
+    """Kept in the documentation when IDEM_PICTURES=1, by `make pictures`; taken in any case, so that it cannot rot."""
     png = browser.get_screenshot_as_png()
     assert len(png) > 10_000
     if os.environ.get("IDEM_PICTURES") == "1":
