@@ -273,8 +273,9 @@ def test_many_records_are_shown_as_far_as_they_are_read(
 
 
 @pytest.fixture
-def outage(ledger: Ledger) -> None:
+def outage(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many in doubt of two kinds, and others beside them."""
+    monkeypatch.setattr("celery_idem.adapters.inbox.PATIENCE", 60.0)
     for n in range(110):
         in_doubt(ledger, key(f"cus-{n}"), "the body was interrupted by ReadTimeout")
     for n in range(3):
