@@ -379,8 +379,9 @@ def operator(app: Celery, ledger: Ledger) -> Iterator[str]:
     for n in range(4):
         claimed(ledger, key(f"busy-{n}"), lease=600)
     succeeded(ledger, remind.intent_key("a"))
-    for n in range(5):
+    for n in range(6):
         in_doubt(ledger, key(f"cus-{n}"), "the body was interrupted by ReadTimeout")
+    ledger.resolve(key("cus-5"), NotHappened(), by="bob", evidence="no invoice in billing at 14:03")
     claimed(ledger, key("silent"), lease=0)
     with served(Starlette(routes=[Mount("/idem", inbox(app, token=TOKEN))])) as address:
         yield f"{address}/idem/"
@@ -434,6 +435,15 @@ def test_light_dark_and_on_a_phone(operator: str, browser: webdriver.Chrome, loo
         assert not wide(browser)
         picture(browser, name.replace("inbox", "intent"))
     assert len(grounds) == 2  # the style sheet was applied, and knows the dark
+    look("light", 320, 844)  # the narrowest: no heading is cut, and nothing needs a scroll to the side
+    here = browser.current_url
+    for address in (here, f"{operator}figures", f"{operator}decisions", operator):
+        browser.get(address)
+        assert browser.find_element(By.TAG_NAME, "h1").size["width"] > 250
+        assert not wide(browser)
+    browser.find_element(By.CSS_SELECTOR, "details.all summary").click()
+    browser.find_element(By.ID, "number-no")
+    assert not wide(browser)
 
 
 def test_by_keyboard_alone(operator: str, browser: webdriver.Chrome, ledger: Ledger) -> None:
