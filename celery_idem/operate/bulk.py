@@ -31,6 +31,10 @@ FIELDS = ("key", "happened", "not_happened", "run", "by", "evidence", "fence")
 """Fields of a line. Others are ignored, so that a line of ``idem list --json`` with a decision added to it is one."""
 
 
+MISSPELT = 0.75
+"""How alike a field must be to one of them (1: equal) to be taken for a misspelt one: "evidense", "rerun"."""
+
+
 class Decision(NamedTuple):
     """What a person found out about one intent.
 
@@ -104,7 +108,7 @@ def _decision(line: bytes, by: str, evidence: str) -> Decision:
     if not isinstance(form, dict):
         raise ValueError("it is not a JSON object")
     for name in form:
-        near = [] if name in FIELDS else get_close_matches(name, FIELDS, 1)
+        near = [] if name in FIELDS else get_close_matches(name, FIELDS, 1, MISSPELT)
         if near:
             raise ValueError(f"there is no field {name!r}. Do you mean {near[0]!r}?")
     key, run, fence = form.get("key"), form.get("run", False), form.get("fence")
