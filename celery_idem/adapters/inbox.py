@@ -79,6 +79,9 @@ FRESH = 10.0
 PATIENCE = 1.0
 """Seconds a visitor waits for a reading: about 40,000 records. Of more, they see what is there by then."""
 
+SOON = 0.1
+"""Seconds that the first page waits for what only a reading of all records can tell."""
+
 SESSION = 12 * 3600
 """Seconds a sign-in lasts: a shift."""
 
@@ -223,17 +226,19 @@ class _Inbox:
     ) -> Response:
         which = which_of(form)
 
-        def read() -> tuple[Waiting, list[Entry], list[str]]:
+        def read() -> tuple[Waiting, list[Entry], list[str], list[Entry]]:
             latest = self._waiting.look()
             seen = _shown(latest, Waiting())
             for key, at in list(self._decided.items()):
                 if at < latest.began:
                     self._decided.pop(key, None)
             seen = seen.without(self._decided)
-            fitting = [entry for entry in seen.entries if self._operator.fits(entry, which)]
-            return seen, fitting, sorted({*self._operator.tasks(), *(entry.task for entry in seen.entries)})
+            asked = self._operator.as_in_keys(which)
+            fitting = [entry for entry in seen.entries if self._operator.fits(entry, asked)]
+            tasks = sorted({*self._operator.tasks(), *(entry.task for entry in seen.entries)})
+            return seen, fitting, tasks, _shown(self._figures.look(SOON), Overview()).suspect
 
-        seen, fitting, tasks = await run_in_threadpool(read)
+        seen, fitting, tasks, suspect = await run_in_threadpool(read)
         return self._page(
             request,
             "waiting.html",
@@ -248,6 +253,7 @@ class _Inbox:
             until=seen.read_at - which.older_than,
             tasks=tasks,
             sheet=sheet(fitting, form),
+            suspect=suspect,
             typed=typed or {},
         )
 

@@ -73,7 +73,28 @@ def _declaration_of(cls: type[Any], app: Celery, asked: bool, in_code: bool) -> 
         version=cls.intent_version,
         readers=_readers(cls, known),
         renamed=known.renamed,
+        aliases=vars(cls).get("aliases", ()),  # not inherited: a name is one task's
     )
+
+
+def register_names(cls: type[Any], app: Celery, names: tuple[str, ...]) -> None:
+    """Register a task under its other names too: a message that was sent before a renaming has the old one.
+
+    Raises:
+        ConfigurationError: another task has that name.
+    """
+    tasks = app._tasks
+    for other in names[1:]:
+        if other in tasks and type(tasks[other]).name != cls.name:
+            tasks.pop(cls.name, None)
+            raise ConfigurationError(
+                f"{cls.name}: aliases= names {other}, and there is another task of that name. Remove that one: its "
+                "messages and its intents are meant to become this task's."
+            )
+    if cls.name in tasks and not tasks.keys() >= set(names):
+        task = tasks.pop(cls.name)
+        # Its own name last, because a worker's log shows the last one.
+        tasks.update(dict.fromkeys((*names[1:], cls.name), task))
 
 
 def settings_of(cls: type[Any], app: Celery) -> Settings:
