@@ -9,6 +9,7 @@ __all__ = [
     "declaring",
     "delivery",
     "looking",
+    "looks",
     "messages",
     "options",
     "publishing",
