@@ -228,15 +228,15 @@ def test_the_timeline_of_a_contested_intent(client: TestClient, ledger: Ledger) 
 def half_way(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Readings stop after three records until the event is set; nobody waits long for them."""
     go = threading.Event()
-    scan = ledger.store.scan
+    read = ledger.store.open
 
-    def slow(prefix: str) -> Iterator[Any]:
-        for n, item in enumerate(scan(prefix)):
+    def slow(*asked: Any) -> Iterator[Any]:
+        for n, item in enumerate(read(*asked)):
             if n == 3:
                 assert go.wait(20)
             yield item
 
-    monkeypatch.setattr(ledger.store, "scan", slow)
+    monkeypatch.setattr(ledger.store, "open", slow)
     monkeypatch.setattr("celery_idem.adapters.inbox.PATIENCE", 0.01)
     monkeypatch.setattr("celery_idem.adapters.inbox_pages.STRIDE", 3)
     yield go
