@@ -73,7 +73,10 @@ class Events:
     def begin(self, sender: Any = None, **_: Any) -> None:
         """Make the counters of all tasks of the application that have none yet. Also a receiver of ``worker_init``."""
         if sender is None or sender.app is self._app:
-            for task in Operator(self._app).tasks():
+            tasks = Operator(self._app).tasks().values()
+            for task in {
+                task.guard.declaration.task for task in tasks
+            }:  # the name in events, of a renamed task too
                 for kind in events.KINDS:
                     self._counter.labels(task, kind)
 

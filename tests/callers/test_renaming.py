@@ -9,6 +9,7 @@ from celery_idem import ConfigurationError, IdempotentTask, submit
 from celery_idem.operate import doctor
 from celery_idem.operate.doctor import declared
 from celery_idem.operate.operators import Operator
+from celery_idem.telemetry import prometheus
 from tests.operators.conftest import command_line
 from tests.support.effects import Effects
 from tests.support.servers import RedisServer
@@ -68,6 +69,9 @@ def test_the_first_name_is_the_one_in_keys() -> None:
     assert "shop.c" in guarded
     assert "shop.a" not in guarded
     assert declared.of_tasks(Operator(app).tasks())["shop.a"]["name"] == "shop.c"
+    (counter,) = prometheus.Events(app).collect()
+    counted = {sample.labels["task"] for sample in counter.samples}
+    assert counted & {"shop.a", "shop.b", "shop.c"} == {"shop.a"}, "events have that name"
 
 
 @pytest.mark.parametrize(

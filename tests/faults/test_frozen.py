@@ -79,8 +79,12 @@ def test_a_duplicate_came_meanwhile(stage: Stage) -> None:
         case.row(
             "frozen after effect, a duplicate meanwhile", "late", f"{sees}; the duplicate: {seen[policy]}"
         )
-    alarms = [line for line in frozen.worker.log_text().splitlines() if "stale_settle rerun.late" in line]
-    assert len(alarms) == 1
+
+    def alarms() -> int:
+        return frozen.worker.log_text().count("stale_settle rerun.late")
+
+    wait_for(alarms, message="the alarm")
+    assert alarms() == 1
     suspect = {
         policy: case.entry.suspicions for policy, case in frozen.cases.items() if case.entry is not None
     }
