@@ -10,7 +10,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo check docs matrix audit clean bench bench-full fuzz chaos celery-suite
+.PHONY: help test demo check docs pictures matrix audit clean bench bench-full fuzz chaos celery-suite
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ check: $(VENV)/.ready-test $(VENV)/.ready-dev ## lint, format, types, import rul
 docs: $(VENV)/.ready-docs ## build the documentation into build/site; it needs no network
 	@$(PY) -m mkdocs build --strict
 	@echo "build/site/index.html"
+
+pictures: $(VENV)/.ready-test ## make the pictures of inbox and command line in docs/img anew; it needs Chromium
+	@IDEM_PICTURES=1 $(PY) -m pytest -q tests/operators/test_inbox.py tests/operators/test_cli.py -k "phone or pictures"
 
 matrix: $(VENV)/.ready-dev ## every version of Python, Celery and redis-py; ARGS="-l" goes to nox
 	@$(PY) -m nox $(ARGS)

@@ -224,7 +224,7 @@ def _overview() -> Callable[[], Any]:
     def read() -> None:
         *_, whole = inbox_pages.look(Operator(app))
         page = {"title": "", "problem": "", "base": "", "user": "", "settled": None}
-        print(inbox_pages.render("overview.html", seen=whole, **page))
+        print(inbox_pages.render("figures.html", seen=whole, **page))
 
     return read
 

@@ -23,6 +23,7 @@ EXTRAS = [
     "psycopg",
     "rich",
     "starlette",
+    "uvicorn",
     "mcp",
     "prometheus_client",
     "opentelemetry",

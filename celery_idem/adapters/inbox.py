@@ -24,17 +24,19 @@ import inspect
 import json
 import secrets
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from http import HTTPStatus
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qs, quote
 
 from celery_idem.core.errors import ConfigurationError, IdempotencyError, StoreError
 from celery_idem.core.model import Happened, NotHappened
 from celery_idem.engine.entries import Entry
-from celery_idem.operate.background import Background
+from celery_idem.operate.background import Background, Latest
+from celery_idem.operate.bulk import Decided, Decision, Line, decide_all
 from celery_idem.operate.operators import Operator
 
 try:
@@ -47,7 +49,17 @@ try:
     from starlette.responses import HTMLResponse, RedirectResponse, Response
     from starlette.routing import Route
 
-    from celery_idem.adapters.inbox_pages import Overview, look, render, timeline
+    from celery_idem.adapters.inbox_pages import (
+        Overview,
+        Waiting,
+        filtered,
+        look,
+        look_waiting,
+        render,
+        sheet,
+        timeline,
+        which_of,
+    )
 except ImportError as error:
     raise ConfigurationError(
         "The inbox needs Starlette, Jinja2 and itsdangerous: pip install 'celery_idem[inbox]'."
@@ -57,6 +69,8 @@ if TYPE_CHECKING:
     from celery import Celery
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+Seen = TypeVar("Seen", "Waiting", "Overview")
+
 Authenticate = Callable[[Request], "str | Awaitable[str | None] | None"]
 
 FRESH = 10.0
@@ -64,6 +78,9 @@ FRESH = 10.0
 
 PATIENCE = 1.0
 """Seconds a visitor waits for a reading: about 40,000 records. Of more, they see what is there by then."""
+
+SOON = 0.1
+"""Seconds that the first page waits for what only a reading of all records can tell."""
 
 SESSION = 12 * 3600
 """Seconds a sign-in lasts: a shift."""
@@ -91,6 +108,8 @@ HEADERS = {
 
 FENCE_DIGITS = 20
 """Digits of the largest fence: 64 bits. Python refuses to read a number of thousands of them."""
+
+INCOMPLETE = "This page is not complete any more. Look at it again, then decide."
 
 COOKIE = "idem_session"
 
@@ -162,16 +181,20 @@ class _Inbox:
         self._authenticate = authenticate
         self._shared = bool(token or secret)
         self._key = _signing_key(token, secret)
-        self._overviews = Background(lambda: look(operator), FRESH, PATIENCE)
+        self._waiting = Background(lambda: look_waiting(operator), FRESH, PATIENCE)
+        self._figures = Background(lambda: look(operator), FRESH, PATIENCE)
         self._decided: dict[str, float] = {}  # intents that were settled here, and when
         self._css = files("celery_idem.adapters").joinpath("templates").joinpath("inbox.css").read_text()
 
     def site(self) -> Starlette:
         return Starlette(
             routes=[
-                Route("/", self._guarded(self._show_overview)),
+                Route("/", self._guarded(self._show_waiting)),
+                Route("/figures", self._guarded(self._show_figures)),
+                Route("/decisions", self._guarded(self._show_decisions)),
                 Route("/intent", self._guarded(self._show_intent)),
                 Route("/resolve", self._guarded(self._resolve), methods=["POST"]),
+                Route("/resolve-all", self._guarded(self._resolve_all), methods=["POST"]),
                 Route("/sign-in", self._sign_in, methods=["GET", "POST"]),
                 Route("/sign-out", self._guarded(self._sign_out), methods=["POST"]),
                 Route("/inbox.css", self._style),
@@ -182,8 +205,7 @@ class _Inbox:
 
     # --- pages --------------------------------------------------------------------------
 
-    async def _show_overview(self, request: Request) -> Response:
-        seen = await run_in_threadpool(self._look)
+    async def _show_waiting(self, request: Request) -> Response:
         settled = None
         if request.query_params.get("settled"):
             try:
@@ -192,20 +214,57 @@ class _Inbox:
                 raise
             except IdempotencyError:
                 pass  # deleted since, or never there: then there is nothing to report
-        return self._page(request, "overview.html", "In doubt", seen=seen, settled=settled)
+        return await self._waiting_page(request, request.query_params, settled=settled)
 
-    def _look(self) -> Overview:
-        """What is known; less what was decided since the reading began."""
-        latest = self._overviews.look()
-        if latest.error is not None:
-            raise latest.error
-        shown = latest.whole or latest.unfinished or Overview()
-        if latest.whole is not None and latest.unfinished is not None:
-            shown = replace(shown, newer=latest.unfinished.records)
-        for key, at in list(self._decided.items()):
-            if at < latest.began:
-                self._decided.pop(key, None)
-        return shown.without(self._decided)
+    async def _waiting_page(
+        self,
+        request: Request,
+        form: Mapping[str, str],
+        problem: str = "",
+        typed: Mapping[str, str] | None = None,
+        settled: Entry | None = None,
+    ) -> Response:
+        which = which_of(form)
+
+        def read() -> tuple[Waiting, list[Entry], list[str], list[Entry]]:
+            latest = self._waiting.look()
+            seen = _shown(latest, Waiting())
+            for key, at in list(self._decided.items()):
+                if at < latest.began:
+                    self._decided.pop(key, None)
+            seen = seen.without(self._decided)
+            asked = self._operator.as_in_keys(which)
+            fitting = [entry for entry in seen.entries if self._operator.fits(entry, asked)]
+            tasks = sorted({*self._operator.tasks(), *(entry.task for entry in seen.entries)})
+            return seen, fitting, tasks, _shown(self._figures.look(SOON), Overview()).suspect
+
+        seen, fitting, tasks, suspect = await run_in_threadpool(read)
+        return self._page(
+            request,
+            "waiting.html",
+            "In doubt",
+            problem,
+            400 if problem else 200,
+            seen=seen,
+            settled=settled,
+            which=which,
+            # All that fit: those beyond the ones that are kept, too, where nothing is left out.
+            fitting=len(fitting) if filtered(which) else seen.total,
+            until=seen.read_at - which.older_than,
+            tasks=tasks,
+            sheet=sheet(fitting, form),
+            suspect=suspect,
+            typed=typed or {},
+        )
+
+    async def _show_figures(self, request: Request) -> Response:
+        seen = await run_in_threadpool(lambda: _shown(self._figures.look(), Overview()))
+        return self._page(request, "figures.html", "Figures", seen=seen)
+
+    async def _show_decisions(self, request: Request) -> Response:
+        seen = await run_in_threadpool(lambda: _shown(self._figures.look(), Overview()))
+        decisions = sheet(seen.decisions, request.query_params)
+        return self._page(request, "decisions.html", "Decisions", seen=seen, sheet=decisions)
 
     async def _show_intent(self, request: Request) -> Response:
         return await self._intent_page(request, request.query_params.get("key", "").strip())
@@ -238,19 +297,9 @@ class _Inbox:
     async def _resolve(self, request: Request) -> Response:
         form = await self._form(request)
         key, evidence, fence = form.get("key", ""), form.get("evidence", "").strip(), form.get("fence", "")
-        answer: Happened | NotHappened = NotHappened()
-        problem = "" if evidence else "Say what you saw, and where: the evidence is kept with the decision."
-        decision = form.get("decision")
-        if decision == "happened":
-            try:
-                answer = Happened(json.loads(form.get("result") or "null", parse_constant=_no_number))
-            except (ValueError, RecursionError):  # the second: nested without end
-                problem = 'The result is not JSON. Text needs quotes: "inv_7". No value is null.'
-        complete = (
-            decision in ("happened", "not_happened") and fence.isdecimal() and len(fence) <= FENCE_DIGITS
-        )
-        if not problem and not complete:
-            problem = "This page is not complete any more. Look at it again, then decide."
+        answer, problem = _answer(form)
+        if not problem and not (fence.isdecimal() and len(fence) <= FENCE_DIGITS):
+            problem = INCOMPLETE
         if problem:
             return await self._intent_page(request, key, problem, form)
         try:
@@ -261,9 +310,60 @@ class _Inbox:
         except IdempotencyError as error:
             del form["fence"]  # the page shows what stands there now, and a decision is about that
             return await self._intent_page(request, key, str(error), form)
-        self._decided[key] = time.monotonic()  # the list must not show it any more
-        self._overviews.outdate()
+        self._settled_here(key)
         return _redirect(request, f"/?settled={quote(key)}")
+
+    async def _resolve_all(self, request: Request) -> Response:
+        """One decision about all intents that a filter shows, and that have not changed since it was shown."""
+        form = await self._form(request)
+        answer, problem = _answer(form)
+        try:
+            which = which_of(form)._replace(older_than=0.0, until=float(form.get("until", "")))
+        except ValueError:
+            problem = problem or INCOMPLETE
+        if problem:
+            return await self._waiting_page(request, form, problem, form)
+
+        def decide() -> tuple[str, Counter[str], list[Decided]]:
+            fences = [(entry.key, entry.record.fence) for entry in self._operator.select(which)]
+            if form.get("number", "").replace(",", "").strip() != str(len(fences)):
+                problem = (
+                    f"Nothing was changed: {len(fences)} intents are still as this page showed them, and you typed "
+                    f"{form.get('number') or 'nothing'}. Look at them, then type their number."
+                )
+                return problem, Counter(), []
+            evidence = form["evidence"].strip()
+            counts: Counter[str] = Counter()
+            others = []
+            decisions = (
+                Line(0, Decision(key, answer, _user(request), evidence, fence=fence)) for key, fence in fences
+            )
+            for _, decided in decide_all(self._operator, decisions):
+                counts[decided.verdict] += 1
+                if decided.why:
+                    others.append(decided)
+                else:
+                    self._settled_here(decided.key)
+            return "", counts, others
+
+        problem, counts, others = await run_in_threadpool(decide)
+        if problem:
+            self._waiting.outdate()
+            return await self._waiting_page(request, form, problem, form)
+        return self._page(
+            request,
+            "settled.html",
+            "Settled",
+            settled=counts["settled"] + counts["already"],
+            happened=isinstance(answer, Happened),
+            others=others,
+        )
+
+    def _settled_here(self, key: str) -> None:
+        """The list must not show it any more."""
+        self._decided[key] = time.monotonic()
+        self._waiting.outdate()
+        self._figures.outdate()
 
     async def _style(self, request: Request) -> Response:
         headers = {**HEADERS, "cache-control": "max-age=3600"}
@@ -379,6 +479,36 @@ class _Inbox:
             "That form is not ours, or it is too old. Nothing was changed. Go back, reload the page and try again."
             + hint,
         )
+
+
+def _shown(latest: Latest[Seen], nothing: Seen) -> Seen:
+    """What is known.
+
+    Raises:
+        Exception: the latest reading ended with it.
+    """
+    if latest.error is not None:
+        raise latest.error
+    shown = latest.whole or latest.unfinished or nothing
+    if latest.whole is not None and latest.unfinished is not None:
+        shown = replace(shown, newer=latest.unfinished.records)
+    return shown
+
+
+def _answer(form: Mapping[str, str]) -> tuple[Happened | NotHappened, str]:
+    """The decision in a form, and what is wrong with it; "" for nothing."""
+    if not form.get("evidence", "").strip():
+        return NotHappened(), "Say what you saw, and where: the evidence is kept with the decision."
+    if form.get("decision") == "not_happened":
+        return NotHappened(), ""
+    if form.get("decision") != "happened":
+        return NotHappened(), INCOMPLETE
+    if not form.get("result", "").strip():
+        return NotHappened(), "Give the result that every caller receives, as JSON. For no value write null."
+    try:
+        return Happened(json.loads(form["result"], parse_constant=_no_number)), ""
+    except (ValueError, RecursionError):  # the second: nested without end
+        return NotHappened(), 'The result is not JSON. Text needs quotes: "inv_7". No value is null.'
 
 
 def _signing_key(token: str | None, secret: str | None) -> str:

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from heapq import heappush, heappushpop
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from celery_idem.core.model import NO_OWNER
+from celery_idem.core import keys
+from celery_idem.core.model import NO_OWNER, Record
 from celery_idem.engine.entries import WAITING, Entry, Tally, count
-from celery_idem.operate.operators import COMPARE, Oldest, Operator, duration, iso
+from celery_idem.operate.operators import (
+    COMPARE,
+    Oldest,
+    Operator,
+    Resolved,
+    Which,
+    decisions_of,
+    duration,
+    iso,
+)
 
-LISTED = 200
-"""Intents in the list, the oldest first: more than an operator settles before the page is read again."""
+T = TypeVar("T")
+
+PAGE = 50
+"""Intents, or decisions, on a page: about two screens."""
+
+KEPT = 20_000
+"""Intents that wait, the oldest, that are kept for filters and pages: about 10 MB."""
+
+DECISIONS = 1_000
+"""Decisions, the latest, that the page of decisions leafs through. The command line lists all."""
 
 HOURS = 24
 """Hours in the chart: a day shows what happened during the night."""
@@ -25,6 +44,12 @@ STRIDE = 5_000
 SHOWN = 4000
 """Characters of a result that are shown: a screen or two."""
 
+AGES = {"600": "10 minutes", "3600": "an hour", "86400": "a day"}
+"""What an age may be in the filter, in seconds."""
+
+LISTED = 20
+"""Intents that are named where a decision about many was refused for them."""
+
 _templates = Environment(
     loader=PackageLoader("celery_idem.adapters"),
     autoescape=True,  # what comes from a record, a person or a request is text, never markup
@@ -33,7 +58,9 @@ _templates = Environment(
     lstrip_blocks=True,
 )
 _templates.filters.update(iso=iso, duration=duration, words=lambda state: state.replace("_", " "))
-_templates.globals.update(waiting=WAITING, compare=COMPARE, shown=SHOWN)
+_templates.globals.update(
+    waiting=WAITING, compare=COMPARE, shown=SHOWN, ages=AGES, kept=DECISIONS, listed=LISTED
+)
 
 
 def render(template: str, **values: Any) -> str:
@@ -41,7 +68,102 @@ def render(template: str, **values: Any) -> str:
     return _templates.get_template(template).render(values)
 
 
-# --- the overview ----------------------------------------------------------------------
+# --- what waits ------------------------------------------------------------------------
+
+
+@dataclass
+class Waiting:
+    """The intents that wait for a decision; or those that were read until now.
+
+    Attributes:
+        entries: the oldest of them, the oldest first, without what a list does not show.
+        total: how many there are in all.
+        records: how many were read.
+        whole: these are all.
+        newer: how many the next reading, which is under way, has read; None when there is none.
+        read_at: when, in seconds since the epoch of the store's clock; 0 if nothing waits.
+    """
+
+    entries: list[Entry] = field(default_factory=list)
+    total: int = 0
+    records: int = 0
+    whole: bool = False
+    newer: int | None = None
+    read_at: float = 0.0
+
+    def without(self, keys: Collection[str]) -> Waiting:
+        """The same, less intents that were decided since."""
+        left = [entry for entry in self.entries if entry.key not in keys]
+        return replace(self, entries=left, total=self.total - len(self.entries) + len(left))
+
+
+def look_waiting(operator: Operator) -> Iterator[Waiting]:
+    """Read what waits for a decision: what is known after each ``STRIDE`` of records, and at the end."""
+    seen = Waiting()
+    oldest = Oldest(KEPT)
+
+    def tick() -> None:
+        seen.records += 1
+
+    said = 0
+    for entry in operator.select(Which("waiting"), tick):
+        oldest.add(slim(entry))
+        seen.read_at = max(seen.read_at, entry.now)
+        if seen.records - said >= STRIDE:
+            said = seen.records
+            yield replace(seen, entries=oldest.entries(), total=oldest.total)
+    yield replace(seen, entries=oldest.entries(), total=oldest.total, whole=True)
+
+
+def slim(entry: Entry) -> Entry:
+    """The same with what lists and filters need of its record, and nothing that may be large."""
+    record = entry.record
+    slim = Record(
+        record.state,
+        fence=record.fence,
+        lease=record.lease,
+        reason=record.reason,
+        noticed=record.noticed,
+        scope=record.scope,
+        place=record.place,
+    )
+    return entry.of(slim)
+
+
+def which_of(form: Mapping[str, str]) -> Which:
+    """Return the filter that a form, or the query of an address, asks for."""
+    return Which(
+        "waiting",
+        form.get("task") or None,
+        keys.label("scope", form.get("scope") or None),
+        older_than=float(form.get("older_than", "")) if form.get("older_than") in AGES else 0.0,
+        reason=form.get("reason", ""),
+    )
+
+
+def filtered(which: Which) -> bool:
+    """Tell whether a filter leaves out anything that waits."""
+    return which != Which("waiting")
+
+
+@dataclass(frozen=True)
+class Sheet(Generic[T]):
+    """One page of a list."""
+
+    rows: Sequence[T]
+    page: int
+    pages: int
+
+
+def sheet(rows: Sequence[T], form: Mapping[str, str]) -> Sheet[T]:
+    """Return the page that a form, or the query of an address, asks for."""
+    pages = max(1, -(-len(rows) // PAGE))
+    asked = form.get("page", "")
+    page = min(int(asked), pages) if asked.isdecimal() and len(asked) < 9 else 1
+    return Sheet(rows[PAGE * (max(1, page) - 1) :][:PAGE], max(1, page), pages)
+
+
+# --- figures and decisions -------------------------------------------------------------
 
 
 class Bar(NamedTuple):
@@ -62,29 +184,19 @@ class Overview:
     Attributes:
         tallies: by (task, state).
         hours: for each of the last 24 hours, the oldest first: how many intents last changed in it, by state.
-        doubtful: those that wait for a decision, the oldest first.
-        waiting: how many there are of them in all.
+        decisions: the latest of them, the latest first.
         suspect: those whose effect may have happened twice, the oldest first.
-        records: how many were read.
-        whole: these are all.
-        newer: how many the next reading, which is under way, has read; None when there is none.
-        read_at: when, in seconds since the epoch of the store's clock; 0 for an empty store.
+        records, whole, newer, read_at: see ``Waiting``.
     """
 
     tallies: dict[tuple[str, str], Tally] = field(default_factory=dict)
     hours: list[Counter[str]] = field(default_factory=lambda: [Counter() for _ in range(HOURS)])
-    doubtful: list[Entry] = field(default_factory=list)
-    waiting: int = 0
+    decisions: list[Resolved] = field(default_factory=list)
     suspect: list[Entry] = field(default_factory=list)
     records: int = 0
     whole: bool = False
     newer: int | None = None
     read_at: float = 0.0
-
-    def without(self, keys: Collection[str]) -> Overview:
-        """The same, less intents that were decided since."""
-        left = [entry for entry in self.doubtful if entry.key not in keys]
-        return replace(self, doubtful=left, waiting=self.waiting - len(self.doubtful) + len(left))
 
     def bars(self) -> Iterator[Bar]:
         """The chart: a bar for each hour, stacked by state."""
@@ -100,15 +212,15 @@ class Overview:
 def look(operator: Operator) -> Iterator[Overview]:
     """Read every record once, in bounded memory: what is known after each ``STRIDE`` of them, and at the end."""
     seen = Overview()
-    oldest, suspect = Oldest(LISTED), Oldest(LISTED)
+    decisions: list[Resolved] = []  # a heap with the oldest of them first
+    suspect = Oldest(PAGE)
 
     def so_far() -> Overview:
         return replace(
             seen,
             tallies=dict(seen.tallies),
             hours=list(map(Counter, seen.hours)),
-            doubtful=oldest.entries(),
-            waiting=oldest.total,
+            decisions=sorted(decisions, reverse=True),
             suspect=suspect.entries(),
         )
 
@@ -120,10 +232,13 @@ def look(operator: Operator) -> Iterator[Overview]:
         hour = int(entry.age // 3600)
         if hour < HOURS:
             seen.hours[HOURS - 1 - hour][state] += 1
-        if state in WAITING:
-            oldest.add(entry)
+        for decision in decisions_of(entry):
+            if len(decisions) < DECISIONS:
+                heappush(decisions, decision)
+            else:
+                heappushpop(decisions, decision)
         if entry.suspicions:
-            suspect.add(entry)
+            suspect.add(slim(entry))
         if seen.records % STRIDE == 0:
             yield so_far()
     seen.whole = True

@@ -1,39 +1,29 @@
-"""The commands about single intents: list, show, resolve, forget, purge and stats."""
+"""The commands about records: list, show, forget, purge and stats."""
 
 from __future__ import annotations
 
-import getpass
-import json
 import shlex
-import socket
 import sys
 from itertools import islice, pairwise
 from typing import Any
 
 import click
 
-from celery_idem.cli.reading import Reading, within_option
-from celery_idem.cli.screen import Screen, command, yes_option
-from celery_idem.core.model import Happened, NotHappened
+from celery_idem.cli.reading import LINES, Reading, filters, within_option
+from celery_idem.cli.screen import Screen, command, printable, yes_option
+from celery_idem.core.errors import IdempotencyError, StoreError
 from celery_idem.engine.entries import FILTERS, WAITING, Entry, tallied
-from celery_idem.operate.operators import COMPARE, Oldest, Operator, duration
+from celery_idem.operate.bulk import in_threads
+from celery_idem.operate.operators import COMPARE, Oldest, Operator, Which, duration
 
 NOTHING = 1
 """Exit status of a listing without an entry, as of any answer that is no."""
 
+FORGETTABLE = ("failed", "succeeded", "released")
+"""States that many intents are forgotten in at once. One in doubt or at work takes its KEY: a look at each."""
+
 ATTEMPT = {"task_id": "task", "place": "on", "claimed_at": "claimed", "ended_at": "ended", "result": "result"}
 """What ``show`` calls the facts about one attempt."""
-
-LINES = 50
-"""Entries that ``list`` prints by default: about a screen."""
-
-
-def user_and_host() -> str:
-    """Return the operator's name for the record."""
-    try:
-        return f"{getpass.getuser()}@{socket.gethostname()}"
-    except (KeyError, OSError):  # a container whose user has no name
-        return f"unknown@{socket.gethostname()}"
 
 
 def as_typed() -> str:
@@ -59,59 +49,57 @@ def as_typed() -> str:
     help="Only those in this state. waiting: all that wait for a person.",
 )
 @click.option("--suspect", is_flag=True, help="Only those whose effect may have happened twice.")
-@click.option("--task", help="Only those of this task.")
-@click.option(
-    "--older-than",
-    type=click.FloatRange(min=0.0),
-    default=0.0,
-    metavar="SECONDS",
-    help="Only those unchanged for that long.",
-)
+@filters
 @click.option(
     "--limit",
     type=click.IntRange(min=1),
     default=None,
-    help=f"At most that many. Default: {LINES}, with --json all.",
+    help=f"At most that many, and of a page. Default: {LINES}, with --json all.",
+)
+@click.option(
+    "--page", type=click.IntRange(min=1), default=1, help="Which of the pages.  [default: the first]"
 )
 @within_option
 def list_(
     screen: Screen,
     operator: Operator,
-    state: str | None,
+    which: Which,
     suspect: bool,
-    task: str | None,
-    older_than: float,
     limit: int | None,
+    page: int,
     within: float | None,
 ) -> None:
     """List intents, the longest unchanged first. Exit status 1 if there is none.
 
     With --json: one line per intent, in no order.
     """
-    found = Reading(
-        lambda tick: operator.list(state, task, older_than, tick, suspect), within, quiet=screen.as_json
-    )
+    which = which._replace(suspect=suspect)
+    found = Reading(lambda tick: operator.select(which, tick), within, quiet=screen.as_json)
     if screen.as_json:
         number = 0
         for number, entry in enumerate(islice(found, limit), 1):  # noqa: B007  # counted where there are none
             screen.json(operator.describe(entry))
         found.end()
         raise SystemExit(0 if number else NOTHING)
-    oldest = Oldest(LINES if limit is None else limit)
+    lines = LINES if limit is None else limit
+    oldest = Oldest(lines * page)
     for entry in found:
         oldest.add(entry)
-    entries, total = oldest.entries(), oldest.total
+    entries, total = oldest.entries()[lines * (page - 1) :], oldest.total
     for entry in entries:
         _print_line(screen, entry)
     if total > len(entries):
-        screen.line(f"… and {total - len(entries)} more. --limit shows more, --json all.")
+        screen.line(
+            f"Page {page} of {-(-total // lines):,}, {total:,} intents. --page and --limit show others, --json all."
+        )
     if not total:
         screen.line("No such intents." if not found.stopped else "No such intents among those read.")
-        if task and task not in operator.tasks():
-            screen.line(operator.no_task(task))
+        if which.task and which.task not in operator.tasks():
+            screen.line(operator.no_task(which.task))
     elif any(entry.state in WAITING for entry in entries):
         screen.line(
-            "Next: `idem show KEY` prints what is known; `idem reconcile` asks the destinations about all of them."
+            "Next: `idem show KEY` prints what is known; `idem reconcile` asks the destinations about all of them; "
+            "`idem resolve --from FILE` takes many decisions."
         )
     elif suspect:
         screen.line("Next: `idem show KEY` prints both attempts, and what to compare.")
@@ -194,90 +182,71 @@ def advice(entry: Entry) -> str:
     return f"Its outcome is known and replayed to every caller. `{as_typed()} forget '{key}'` lets it happen again."
 
 
-@command("resolve")
-@click.argument("key")
-@click.option(
-    "--happened", metavar="JSON", help="It took effect; callers receive this value, for example '\"inv_7\"'."
-)
-@click.option(
-    "--not-happened", is_flag=True, help="It did not take effect, and no request for it is in flight."
-)
-@click.option("--by", default=user_and_host, show_default="user@host", help="Your name, for the record.")
-@click.option("--evidence", help="What you saw, and where. The command asks for it.")
-@click.option(
-    "--fence",
-    type=int,
-    help="The fence that `idem show` printed. Refused if it was claimed again since.  [default: the current one]",
-)
-@yes_option
-def resolve(
-    screen: Screen,
-    operator: Operator,
-    key: str,
-    happened: str | None,
-    not_happened: bool,
-    by: str,
-    evidence: str | None,
-    fence: int | None,
-    yes: bool,
-) -> None:
-    """Settle an intent in doubt by what you saw at the destination.
-
-    The record keeps who decided, when, what, and the evidence.
-    """
-    if (happened is None) == (not not_happened):
-        raise click.UsageError("Give one of --happened JSON and --not-happened.")
-    if evidence is None:
-        evidence = screen.ask("What did you see, and where", "--evidence")
-    if not evidence.strip():
-        raise click.UsageError("Write what you saw: --evidence 'invoice inv_7 is in the billing system'.")
-    answer: Happened | NotHappened = NotHappened()
-    if happened is not None:
-        try:
-            answer = Happened(json.loads(happened))
-        except ValueError:
-            raise click.UsageError(
-                f"--happened takes JSON, and {happened} is not. Text needs its own quotes: "
-                f"--happened '\"{happened}\"'. For no value give null."
-            ) from None
-    entry = operator.find(key)
-    if isinstance(answer, Happened):
-        screen.confirm(
-            f"{entry.key} is {entry.state}. It will be settled as SUCCEEDED, every caller receives {happened}, and it "
-            "does not run again. A settled outcome cannot be changed. Go on?",
-            yes,
-        )
-    else:
-        screen.confirm(
-            f"{entry.key} is {entry.state}. It will be released: the next delivery RUNS it. If it did take effect, "
-            "that is a second time. Go on?",
-            yes,
-        )
-    # A worker may claim it while the operator reads the question.
-    seen = entry.record.fence if fence is None else fence
-    settled = operator.resolve(entry.key, answer, by, evidence, seen)
-    if screen.as_json:
-        screen.json(operator.describe(settled))
-        return
-    screen.state(settled.state, settled.key)
-    if isinstance(answer, NotHappened):
-        screen.line(
-            "It is not sent again by itself: the caller repeats the call, or the broker redelivers it."
-        )
-
-
 @command("forget")
-@click.argument("key")
-@click.option("--steps", is_flag=True, help="Forget its finished steps too: they RUN AGAIN.")
+@click.argument("keys", metavar="[KEY]...", nargs=-1)
+@click.option(
+    "--state", type=click.Choice(FORGETTABLE), help="Without KEY: all in this state that the filters leave."
+)
+@filters
+@click.option("--steps", is_flag=True, help="Forget finished steps too: they RUN AGAIN.")
 @yes_option
-def forget(screen: Screen, operator: Operator, key: str, steps: bool, yes: bool) -> None:
-    """Delete an intent in any state: the next call with this key RUNS.
+def forget(
+    screen: Screen, operator: Operator, keys: tuple[str, ...], which: Which, steps: bool, yes: bool
+) -> None:
+    """Delete intents: the next call with the same key RUNS.
 
-    Finished steps of an unfinished action stay done; --steps forgets them too.
+    With KEY in any state; with --state all of them, such as: --task shop.send --state failed --since 2h. Finished steps
+    of an unfinished action stay done; --steps forgets them too.
     """
-    entry = operator.find(key)
+    if bool(keys) == (which != Which()):
+        raise click.UsageError("Give a KEY, several, or --state with filters, and not both.")
+    if keys:
+        looked_at = {entry.key: entry for entry in map(operator.find, keys)}
+        fences = [(key, entry.record.fence) for key, entry in looked_at.items()]
+        losses = [f"{key} is {entry.state}. {_loss(entry, steps)}" for key, entry in looked_at.items()]
+        screen.confirm("\n".join([*losses, "Go on?"]), yes)
+    elif which.state is None:
+        raise click.UsageError("Without KEY give a --state.")
+    else:
+        found = Reading(lambda tick: operator.select(which, tick), None, screen.as_json)
+        fences = [(entry.key, entry.record.fence) for entry in found]
+        if found.stopped:
+            raise click.ClickException("Stopped. Nothing was changed.")
+        screen.confirm_number(
+            f"The records of {len(fences):,} intents, and every proof that they ran, will be deleted, and the next "
+            f"call of each RUNS.{' Their finished steps run AGAIN.' if steps else ''}",
+            len(fences),
+            yes,
+        )
+
+    def one(seen: tuple[str, int]) -> tuple[str, bool | IdempotencyError]:
+        key, fence = seen
+        try:
+            return key, operator.forget(key, steps, fence)
+        except StoreError:
+            raise
+        except IdempotencyError as error:
+            return key, error
+
+    refused = []
+    forgotten = 0
+    for key, done in in_threads(one, fences):
+        if isinstance(done, IdempotencyError):
+            refused.append(str(done))
+        elif screen.as_json:
+            screen.json({"key": key, "forgotten": done})
+        elif keys:
+            screen.line(f"Forgotten: {key}" if done else "There was no record any more.")
+        forgotten += done is True
+    if not keys and not screen.as_json:
+        screen.line(f"{forgotten:,} intents forgotten.")
+    if refused:
+        raise click.ClickException(printable("\n".join(refused)))
+
+
+def _loss(entry: Entry, steps: bool) -> str:
+    """Return what forgetting one intent costs."""
     finished = ", ".join(repr(step.name) for step in entry.record.steps)
-    running = " A WORKER IS RUNNING IT NOW, and a second one could start." if entry.state == "running" else ""
     loss = "Its record, and every proof that it ran, is deleted, and the next call RUNS."
     if finished and steps:
         loss += f" Its finished steps run AGAIN: {finished}."
@@ -286,12 +255,8 @@ def forget(screen: Screen, operator: Operator, key: str, steps: bool, yes: bool)
             f"The next call RUNS without its finished steps: {finished}. They stay done, and must_match is kept. "
             "(--steps forgets all.)"
         )
-    screen.confirm(f"{entry.key} is {entry.state}. {loss}{running} Go on?", yes)
-    forgotten = operator.forget(entry.key, steps)
-    if screen.as_json:
-        screen.json({"key": entry.key, "forgotten": forgotten})
-    else:
-        screen.line(f"Forgotten: {entry.key}" if forgotten else "There was no record any more.")
+    running = " A WORKER IS RUNNING IT NOW, and a second one could start." if entry.state == "running" else ""
+    return f"{loss}{running}"
 
 
 @command("purge")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-import time
-from datetime import datetime
 from typing import Any, TextIO
 
 import click
 
+from celery_idem.cli.reading import Time
 from celery_idem.cli.screen import Screen, command, yes_option
 from celery_idem.core.errors import IdempotencyError
 from celery_idem.core.keys import label
@@ -16,24 +14,13 @@ from celery_idem.operate.operators import Operator, read_arguments
 from celery_idem.operate.retrying import Labels, Retried
 from celery_idem.operate.retrying import retry as run_again
 
-_AGO = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
-
-
-def _since(ctx: click.Context, param: click.Parameter, given: str | None) -> float:
-    """Seconds since the epoch."""
-    if given is None:
-        return 0.0
-    ago = re.fullmatch(r"(\d+)([smhd])", given)
-    try:
-        return time.time() - int(ago[1]) * _AGO[ago[2]] if ago else datetime.fromisoformat(given).timestamp()
-    except ValueError:
-        raise click.BadParameter(f"{given!r} is no time. Give 2026-11-28T14:03, or 15m, 2h, 1d.") from None
-
 
 @command("retry")
 @click.argument("keys", metavar="[KEY]...", nargs=-1)
 @click.option("--task", help="Without KEY: all that failed with this task.")
-@click.option("--since", callback=_since, help="Only what failed since: 2026-11-28T14:03, or 2h, 1d.")
+@click.option(
+    "--since", type=Time(), default=0.0, help="Only what failed since: 2026-11-28T14:03, or 2h, 1d."
+)
 @click.option(
     "--arguments",
     type=click.File("r"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -112,6 +113,20 @@ class Screen:
             click.confirm(printable(question), abort=True, err=True)
         except click.Abort:
             raise click.ClickException("Nothing was changed. (--yes answers the question.)") from None
+
+    def confirm_number(self, question: str, number: int, yes: bool) -> None:
+        """As ``confirm``, for many intents at once: the operator types how many they are.
+
+        Raises:
+            click.ClickException: see ``confirm``.
+        """
+        if yes:
+            return
+        typed = ""
+        with contextlib.suppress(click.Abort):
+            typed = click.prompt(printable(f"{question} Type {number} to go on"), default="", err=True)
+        if typed.strip().replace(",", "") != str(number):
+            raise click.ClickException("Nothing was changed. (--yes answers the question.)")
 
     def ask(self, question: str, option: str) -> str:
         """Return the operator's answer.

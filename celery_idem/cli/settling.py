@@ -8,9 +8,10 @@ from typing import TextIO
 
 import click
 
+from celery_idem.cli.reading import Progress, filters
 from celery_idem.cli.screen import Screen, command, yes_option
 from celery_idem.core.errors import StoreError
-from celery_idem.operate.operators import Operator, read_arguments
+from celery_idem.operate.operators import Operator, Which, read_arguments
 
 WORDS = {
     "happened": "happened",
@@ -21,15 +22,7 @@ WORDS = {
 
 
 @command("reconcile")
-@click.option("--task", help="Only those of this task.")
-@click.option(
-    "--older-than",
-    type=click.FloatRange(min=0.0),
-    default=0.0,
-    metavar="SECONDS",
-    help="Only those unchanged for that long. Asking counts as a change, so 600 leaves out what was asked in the last "
-    "ten minutes.",
-)
+@filters
 @click.option("--limit", type=click.IntRange(min=1), default=None, help="Ask about at most that many.")
 @click.option(
     "--arguments",
@@ -48,8 +41,7 @@ WORDS = {
 def reconcile(
     screen: Screen,
     operator: Operator,
-    task: str | None,
-    older_than: float,
+    which: Which,
     limit: int | None,
     arguments: TextIO | None,
     without_arguments: bool,
@@ -59,7 +51,8 @@ def reconcile(
     """Ask the destination about every intent in doubt, and settle what it knows.
 
     Each intent is settled as soon as it is answered. It may be stopped and run again: a new run continues with
-    what is still in doubt.
+    what is still in doubt. Asking counts as a change: --older-than 10m leaves out what was asked in the last ten
+    minutes.
     """
     known = {} if arguments is None else read_arguments(iter(arguments))
     if not dry_run:
@@ -70,8 +63,10 @@ def reconcile(
             yes,
         )
     counts: Counter[str] = Counter()
+    not_asked: Counter[str] = Counter()
+    progress = Progress("{} asked about; Ctrl-C stops here", screen.as_json)
     try:
-        for entry in islice(operator.list("waiting", task, older_than), limit):
+        for entry in islice(operator.select(which._replace(state="waiting")), limit):
             try:
                 asked = operator.ask(
                     entry, known.get(entry.key), without_arguments=without_arguments, dry_run=dry_run
@@ -79,19 +74,28 @@ def reconcile(
             except StoreError as error:
                 raise StoreError(f"{error} {_summary(counts, dry_run)} Run it again to go on.") from error
             counts[asked.verdict] += 1
+            progress.tick()
             if screen.as_json:
                 screen.json({"key": entry.key, "verdict": asked.verdict, "why": asked.why})
+            elif asked.verdict == "skipped":
+                not_asked[asked.why] += 1
             else:
-                number = sum(counts.values())
-                screen.line(f"{number:>6}  {WORDS[asked.verdict]:<14}  {entry.key}  {asked.why}")
+                progress.end()
+                screen.line(f"{progress.count:>6}  {WORDS[asked.verdict]:<14}  {entry.key}  {asked.why}")
     except KeyboardInterrupt:
         raise click.ClickException(f"Stopped. {_summary(counts, dry_run)} Run it again to go on.") from None
+    finally:
+        progress.end()
     if screen.as_json:
         screen.json({"summary": {verdict: counts[verdict] for verdict in WORDS}, "dry_run": dry_run})
     else:
+        for why, number in not_asked.most_common():
+            screen.line(f"{number:>6,}  {WORDS['skipped']}: {why}")
         screen.line(_summary(counts, dry_run))
         if counts["unknown"] or counts["skipped"]:
-            screen.line("Decide the rest yourself: `idem list --state waiting`, then `idem resolve`.")
+            screen.line(
+                "Decide the rest yourself: `idem list --state waiting`, then `idem resolve`; many with --from FILE."
+            )
     if counts["unknown"] or counts["skipped"]:
         raise SystemExit(1)
 

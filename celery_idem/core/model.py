@@ -131,6 +131,17 @@ class Late(NamedTuple):
     stood_at: int
 
 
+class Resolution(IntEnum):
+    """What a person, or the destination that a worker asked, decided about an intent.
+
+    Stored where a shadow record's note has its ``Would``, so the numbers differ. Never reuse one.
+    """
+
+    HAPPENED = 101
+    NOT_HAPPENED = 102
+    FORGOTTEN = 103
+
+
 class Note(NamedTuple):
     """One line of a record's audit trail: who decided what, when, and on what evidence.
 
@@ -139,6 +150,7 @@ class Note(NamedTuple):
         would: of a shadow record: what a guard would have done with the call; None in any other note.
         differs: with ``Would.MISMATCH``: the parameters that had another value.
         late: the note is about a suspected second effect; None in any other.
+        resolution: the note is about a decision; None in any other.
     """
 
     at: int
@@ -148,6 +160,7 @@ class Note(NamedTuple):
     would: Would | None = None
     differs: tuple[str, ...] = ()
     late: Late | None = None
+    resolution: Resolution | None = None
 
 
 FINGERPRINT_TAG = 4

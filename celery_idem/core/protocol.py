@@ -97,6 +97,7 @@ from celery_idem.core.model import (
     Refused,
     Replay,
     Request,
+    Resolution,
     State,
     Step,
     StepDecision,
@@ -106,8 +107,8 @@ from celery_idem.core.model import (
     Verdict,
 )
 
-_RUNNING, _, _RELEASED, _SUCCEEDED, _FAILED, _IN_DOUBT, *_ = State
-_ACCEPTED = State.ACCEPTED
+_RUNNING, _RELEASED, _SUCCEEDED, _FAILED = State.RUNNING, State.RELEASED, State.SUCCEEDED, State.FAILED
+_IN_DOUBT, _ACCEPTED = State.IN_DOUBT, State.ACCEPTED
 # Looked up once, for what each task runs: before Python 3.12 an enum finds its members slowly.
 
 STEP = 1_000_000
@@ -586,7 +587,9 @@ def conclude(
         return Replay(record.outcome), None
     if answer is not None and record.state in (State.IN_DOUBT, State.RELEASED):
         # Evidence that it happened counts whichever worker asked, and against a person who said it did not.
-        new = _settled(_noted(record, Note(now, "reconcile", "happened", "")), answer)
+        new = _settled(
+            _noted(record, Note(now, "reconcile", "happened", "", resolution=Resolution.HAPPENED)), answer
+        )
         return Replay(answer), new
     if record.state is not State.IN_DOUBT or record.asking != request.owner:
         if record.state is State.RUNNING and record.owner == request.owner:
@@ -596,7 +599,7 @@ def conclude(
         return _busy(0, record, request), None
     if reason:
         return _put_in_doubt(_noted(record, Note(now, "reconcile", "cannot tell", reason)), reason)
-    record = _noted(record, Note(now, "reconcile", "did not happen", ""))
+    record = _noted(record, Note(now, "reconcile", "did not happen", "", resolution=Resolution.NOT_HAPPENED))
     if record.crashes >= request.policy.max_attempts:
         return _put_in_doubt(record, TOO_MANY.format(record.crashes))
     return _acquire(replace(record, open_steps=()), now, request)
@@ -1009,4 +1012,5 @@ def forget(record: Record, stamp: int, now: int, steps: bool) -> Record | None:
     if steps or under_way or not record.steps:
         return None
     kept = "finished steps stay: " + ", ".join(repr(step.name) for step in record.steps[:MAX_NAMED])
-    return _let_run(_noted(record, Note(now, "forget", "may run again", kept)), now)
+    note = Note(now, "forget", "may run again", kept, resolution=Resolution.FORGOTTEN)
+    return _let_run(_noted(record, note), now)

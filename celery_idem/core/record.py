@@ -26,6 +26,7 @@ from celery_idem.core.model import (
     Outcome,
     Record,
     Recovery,
+    Resolution,
     State,
     Step,
     Would,
@@ -64,6 +65,9 @@ _SCOPE = 1 << 13
 _REPLACED_BY = 1 << 14  # in the place of _MISSING
 _OPEN = 1 << 15  # call, place and recovery; before the outcome, beside which there is a place at most
 _RECOVERY = struct.Struct(">BQ")
+
+_RESOLUTIONS = frozenset(Resolution)
+"""In the place of ``Would`` in a note."""
 
 _LATE = 255
 """In the place of ``Would`` in a note: what follows is a ``Late``."""
@@ -127,9 +131,9 @@ def pack(record: Record) -> bytes:
     if notes:
         parts |= _NOTES
         tail.append(_LENGTH.pack(len(notes)))
-        for at, by, what, evidence, would, differs, late in notes:
+        for at, by, what, evidence, would, differs, late, resolution in notes:
             tail += (_TIME.pack(at), _text(by), _text(what), _text(evidence))
-            kind = _LATE if late is not None else would or 0
+            kind = _LATE if late is not None else would or resolution or 0
             tail += (bytes((kind,)), _LENGTH.pack(len(differs)), *map(_text, differs))
             if late is not None:
                 tail += (_text(late.task_id), _TIME.pack(late.fence), _text(late.place))
@@ -311,6 +315,8 @@ class _Reader:
         differs = tuple(self.text() for _ in range(self.count()))
         if kind == _LATE:
             return Note(at, by, what, evidence, None, differs, self.late())
+        if kind in _RESOLUTIONS:
+            return Note(at, by, what, evidence, None, differs, None, Resolution(kind))
         return Note(at, by, what, evidence, Would(kind) if kind else None, differs)
 
     def late(self) -> Late:

@@ -99,6 +99,10 @@ class Entry:
         """What a claim would be told; None where it would have something to do (see ``protocol``)."""
         return protocol.standing(self.record, self._stamp, self._now, fingerprint, policy)
 
+    def of(self, record: Record) -> Entry:
+        """The same intent at the same time, with another record."""
+        return Entry(self.key, record, self._stamp, self._now)
+
     def __repr__(self) -> str:
         return f"<Entry {self.key} {self.state}>"
 

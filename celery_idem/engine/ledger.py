@@ -31,6 +31,7 @@ from celery_idem.core.model import (
     Record,
     Refused,
     Request,
+    Resolution,
     State,
     Stored,
     Verdict,
@@ -361,6 +362,7 @@ class Ledger:
         evidence: str = "",
         fence: int | None = None,
         keep: float | None = None,
+        dry_run: bool = False,
     ) -> Entry:
         """Settle an intent in doubt by hand. Audited in the record.
 
@@ -370,6 +372,7 @@ class Ledger:
             fence: that of the record they looked at: evidence on one attempt says nothing of a
                 later one. None: the attempt that stands there now.
             keep: seconds to keep the outcome; None: the task's ``result_ttl``.
+            dry_run: write nothing; return what it would be, or raise.
 
         Raises:
             IdempotencyError: there is no such intent, an execution has it right now, its
@@ -379,6 +382,7 @@ class Ledger:
             keep = self.result_ttl(keys.task_of(key) or key)
         policy = Policy(lease=0, result_ttl=int(keep * MICROSECONDS), failure_ttl=int(keep * MICROSECONDS))
         outcome = self.outcome_of(answer.result) if isinstance(answer, Happened) else None
+        resolution = Resolution.NOT_HAPPENED if outcome is None else Resolution.HAPPENED
         what = "happened" if outcome is not None else "not happened"
 
         def decide(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
@@ -387,18 +391,16 @@ class Ledger:
                 return Refused(None), None
             if fence is None:
                 fence = record.fence  # not that of an attempt that begins while this decision is written
-            return protocol.resolve(record, stamp, now, outcome, Note(now, by, what, evidence), fence)
+            note = Note(now, by, what, evidence, resolution=resolution)
+            done, new = protocol.resolve(record, stamp, now, outcome, note, fence)
+            return done, None if dry_run else new
 
         done, reply = self._change(key, decide, policy)
         if isinstance(done, Refused):
             if done.record is None:
                 raise IdempotencyError(f"There is no intent {key} in {self.store.url}.", key)
             if fence not in (None, done.record.fence):
-                raise IdempotencyError(
-                    f"{key} was taken up again since you looked at it (fence {fence} then, {done.record.fence} now). "
-                    "Nothing was written. Look again: `idem show`, and the destination.",
-                    key,
-                )
+                raise _taken_up(key, fence, done.record)
             mark = done.record.noticed
             if mark is not None and reply.stored is not None and mark.stamp == reply.stored.stamp:
                 _clock_went_back(key, done.record, self.store.url)
@@ -414,10 +416,11 @@ class Ledger:
                 key,
             )
         assert reply.stored is not None
-        events.emit("resolved", key, by=by, what=what)
+        if not dry_run:
+            events.emit("resolved", key, by=by, what=what)
         return Entry(key, done.record, reply.stored.stamp, reply.stored.stamp)
 
-    def forget(self, key: str, steps: bool = False) -> bool:
+    def forget(self, key: str, steps: bool = False, fence: int | None = None) -> bool:
         """Let an intent run again, whatever its state: the next call with this key runs.
 
         Finished steps of an action that is not done stay, and with them the values of ``must_match``:
@@ -426,13 +429,19 @@ class Ledger:
 
         Args:
             steps: forget finished steps too: they run again.
+            fence: that of the record that was looked at; None: whatever stands there now.
 
         Returns:
             False when there was none.
+
+        Raises:
+            IdempotencyError: its fence is another one.
         """
         keep = int(self.result_ttl(keys.task_of(key) or key) * MICROSECONDS)
 
         def decide(record: Record | None, stamp: int, now: int) -> tuple[bool, Record | None]:
+            if record is not None and fence not in (None, record.fence):
+                raise _taken_up(key, fence, record)
             if record is not None:
                 return True, protocol.forget(record, stamp, now, steps) or DELETED
             if stamp:  # no record: forgetting is what helps
@@ -558,6 +567,14 @@ class Ledger:
 
 def _read(key: str, stored: Stored) -> Record:
     return unpack(stored.value, stored.stamp, key)
+
+
+def _taken_up(key: str, fence: int | None, record: Record) -> IdempotencyError:
+    return IdempotencyError(
+        f"{key} was taken up again since you looked at it (fence {fence} then, {record.fence} now). Nothing was "
+        "written. Look again: `idem show`, and the destination.",
+        key,
+    )
 
 
 def _clock_went_back(key: str, record: Record, store: str) -> None:

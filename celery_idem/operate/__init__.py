@@ -7,6 +7,7 @@ Never here: rules, and calls of a driver.
 __all__ = [
     "audit",
     "background",
+    "bulk",
     "copying",
     "doctor",
     "operators",

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import heapq
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from celery.app.task import Context
@@ -34,7 +36,9 @@ from celery_idem.core.model import (
 )
 from celery_idem.engine.entries import Entry, Tally, tallied
 from celery_idem.engine.ledger import Ledger
+from celery_idem.integration import messages
 from celery_idem.integration.delivery import Delivery, Guard
+from celery_idem.integration.recovering import call_of, why_not
 from celery_idem.integration.task import IdempotentTask
 from celery_idem.integration.wiring import ledger_of
 
@@ -49,11 +53,61 @@ COMPARE = (
 """What to do about an effect that may have happened twice."""
 
 
+class Which(NamedTuple):
+    """Which intents; a field that is not given leaves none out.
+
+    Attributes:
+        state: one of ``entries.FILTERS``.
+        scope: of the calls. A record has its digest only, so it must be the whole scope.
+        older_than: seconds since the last write, at least.
+        since, until: no last write before, or after, this time in seconds since the epoch.
+        reason: part of the reason of the doubt, in any case of letters.
+        suspect: only those whose effect may have happened twice.
+    """
+
+    state: str | None = None
+    task: str | None = None
+    scope: str | None = None
+    older_than: float = 0.0
+    since: float = 0.0
+    until: float = math.inf
+    reason: str = ""
+    suspect: bool = False
+
+    def fits(self, entry: Entry, namespace: str) -> bool:
+        """Tell whether an intent in the right state is one of them."""
+        return (
+            self.task in (None, entry.task)
+            and entry.age >= self.older_than
+            and self.since <= entry.changed_at <= self.until
+            and self.reason.casefold() in entry.record.reason.casefold()
+            and (not self.suspect or bool(entry.suspicions))
+            and (self.scope is None or entry.record.scope == keys.scope_digest(namespace, self.scope))
+        )
+
+
 class Arguments(NamedTuple):
     """The arguments of a call."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+class Resolved(NamedTuple):
+    """One decision about an intent, from its record.
+
+    Attributes:
+        at: seconds since the epoch.
+        by: who decided; ``reconcile`` for the destination that was asked.
+        what: in lower case, see ``model.Resolution``.
+    """
+
+    at: float
+    key: str
+    task: str
+    by: str
+    what: str
+    evidence: str
 
 
 class Asked(NamedTuple):
@@ -87,7 +141,11 @@ class Operator:
 
     def task_of(self, key: str) -> IdempotentTask | None:
         """Return the task that a key names, or None if this application does not have it."""
-        return self.tasks().get(keys.task_of(key) or "")
+        return self._guarded(keys.task_of(key) or "")
+
+    def _guarded(self, name: str) -> IdempotentTask | None:
+        task = self.app.tasks.get(name)
+        return task if isinstance(task, IdempotentTask) and task.idem_declaration is not None else None
 
     def ledger_of(self, key: str) -> Ledger:
         """Return the ledger with the record of a key."""
@@ -116,21 +174,29 @@ class Operator:
         tick: Callable[[], object] | None = None,
         suspect: bool = False,
     ) -> Iterator[Entry]:
+        """As ``select``."""
+        return self.select(Which(state, task, older_than=older_than, suspect=suspect), tick)
+
+    def select(self, which: Which, tick: Callable[[], object] | None = None) -> Iterator[Entry]:
         """Return intents, in no order and in bounded memory.
 
         Args:
-            state: one of ``entries.FILTERS``.
-            older_than: only intents whose last write is at least that many seconds ago.
             tick: see ``Ledger.list``.
-            suspect: only intents whose effect may have happened twice.
         """
-        named = self.tasks().get(task or "")
-        if named is not None:  # its keys have the first name that it had
-            task = named.guard.declaration.task
+        which = self.as_in_keys(which)
         for ledger in self.ledgers():
-            for entry in ledger.list(state, task, tick):
-                if entry.age >= older_than and (entry.suspicions or not suspect):
+            for entry in ledger.list(which.state, which.task, tick):
+                if which.fits(entry, ledger.namespace):
                     yield entry
+
+    def as_in_keys(self, which: Which) -> Which:
+        """Return the same with the task's name in its keys, which is the first that it had."""
+        task = self._guarded(which.task or "")
+        return which if task is None else which._replace(task=task.guard.declaration.task)
+
+    def fits(self, entry: Entry, which: Which) -> bool:
+        """Tell whether an intent in the right state is one of them (see ``as_in_keys``)."""
+        return which.fits(entry, self.ledger_of(entry.key).namespace)
 
     def find(self, key: str) -> Entry:
         """Return the intent with a key, or with the only key that begins so.
@@ -138,10 +204,7 @@ class Operator:
         Raises:
             IdempotencyError: there is none, or there are several.
         """
-        if not key:
-            raise IdempotencyError("The key is empty. Give a key, or the beginning of one.")
-        if "\0" in key or key != key.encode("utf-8", "replace").decode():
-            raise IdempotencyError(f"{key!a} is not valid text, so no intent has that key. Copy it again.")
+        check_key(key)
         entry = self.ledger_of(key).get(key)
         if entry is not None:
             return entry
@@ -184,14 +247,38 @@ class Operator:
     # --- deciding ---------------------------------------------------------------------
 
     def resolve(
-        self, key: str, answer: Happened | NotHappened, by: str, evidence: str, fence: int | None = None
+        self,
+        key: str,
+        answer: Happened | NotHappened,
+        by: str,
+        evidence: str,
+        fence: int | None = None,
+        dry_run: bool = False,
     ) -> Entry:
         """See ``Ledger.resolve``."""
-        return self.ledger_of(key).resolve(key, answer, by=by, evidence=evidence, fence=fence)
+        ledger = self.ledger_of(key)
+        return ledger.resolve(key, answer, by=by, evidence=evidence, fence=fence, dry_run=dry_run)
 
-    def forget(self, key: str, steps: bool = False) -> bool:
+    def publisher_of(self, key: str) -> Callable[[], object]:
+        """Return what publishes an intent's call again from its record, for after it was released.
+
+        Raises:
+            IdempotencyError: the record does not hold all of the call, or there is none.
+        """
+        entry = self.ledger_of(key).get(key)
+        call, why = (None, "there is no record") if entry is None else call_of(entry.record)
+        if entry is None or call is None or not call.publishable:
+            why = why if entry is None else why_not(entry.record)
+            raise IdempotencyError(
+                f"{key} cannot be run again from its record: {why}. Decide that it did not happen, then repeat the "
+                "call.",
+                key,
+            )
+        return partial(messages.publish, self.app, key, call)
+
+    def forget(self, key: str, steps: bool = False, fence: int | None = None) -> bool:
         """See ``Ledger.forget``."""
-        return self.ledger_of(key).forget(key, steps)
+        return self.ledger_of(key).forget(key, steps, fence)
 
     def purge(self) -> int:
         """See ``Ledger.purge``; each store once."""
@@ -280,7 +367,13 @@ class Operator:
             "open_steps": list(record.open_steps),
             "result": self.result_of(entry),
             "notes": [
-                {"at": iso(note.at / 1e6), "by": note.by, "what": note.what, "evidence": note.evidence}
+                {
+                    "at": iso(note.at / 1e6),
+                    "by": note.by,
+                    "what": note.what,
+                    "evidence": note.evidence,
+                    "decided": None if note.resolution is None else note.resolution.name.lower(),
+                }
                 for note in record.notes
             ],
             "suspicions": [self._suspicion(entry, note, note.late) for note in record.notes if note.late],
@@ -337,6 +430,14 @@ class Operator:
             return str(error)
 
 
+def decisions_of(entry: Entry) -> Iterator[Resolved]:
+    """Return the decisions that an intent's record keeps."""
+    for note in entry.record.notes:
+        if note.resolution is not None:
+            what = note.resolution.name.lower()
+            yield Resolved(note.at / 1e6, entry.key, entry.task, note.by, what, note.evidence)
+
+
 class Oldest:
     """Keeps the entries that are unchanged for longest, in bounded memory.
 
@@ -380,6 +481,18 @@ def duration(seconds: float) -> str:
     if whole < 86_400:
         return f"{whole // 3600}h {whole % 3600 // 60}m"
     return f"{whole // 86_400}d {whole % 86_400 // 3600}h"
+
+
+def check_key(key: str) -> None:
+    """Refuse what cannot be a key.
+
+    Raises:
+        IdempotencyError: it is empty, or no valid text.
+    """
+    if not key:
+        raise IdempotencyError("The key is empty. Give a key, or the beginning of one.")
+    if "\0" in key or key != key.encode("utf-8", "replace").decode():
+        raise IdempotencyError(f"{key!a} is not valid text, so no intent has that key. Copy it again.")
 
 
 def read_arguments(lines: Iterator[str]) -> dict[str, Arguments]:

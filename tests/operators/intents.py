@@ -13,12 +13,27 @@ KEEP = 3600 * MICROSECONDS
 
 
 def claimed(
-    ledger: Ledger, key: str, lease: float = 30.0, digests: bytes = b"", place: str = "", **policy: Any
+    ledger: Ledger,
+    key: str,
+    lease: float = 30.0,
+    digests: bytes = b"",
+    place: str = "",
+    call: bytes = b"",
+    **policy: Any,
 ) -> Any:
     """A running claim."""
     rules = Policy(lease=int(lease * MICROSECONDS), result_ttl=KEEP, failure_ttl=KEEP, **policy)
     decision, claim = ledger.claim(
-        key, Request(owners.mint(), f"task-of-{key[-8:]}", Fingerprint(), rules, digests=digests, place=place)
+        key,
+        Request(
+            owners.mint(),
+            f"task-of-{key[-8:]}",
+            Fingerprint(),
+            rules,
+            digests=digests,
+            place=place,
+            call=call,
+        ),
     )
     assert isinstance(decision, Acquired)
     return claim

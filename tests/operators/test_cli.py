@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from celery import Celery
+from rich.console import Console
 
 from celery_idem import Ledger, NotHappened
-from celery_idem.cli import reading
+from celery_idem.cli import reading, screen
+from celery_idem.core.model import Outcome
 from tests.operators.conftest import Idem, use_store
+from tests.operators.forms import hidden
 from tests.operators.intents import claimed, in_doubt, succeeded
 from tests.operators.shop import app as shop
 from tests.operators.shop import remind, send_invoice
@@ -52,7 +60,25 @@ def test_list_shows_people_the_oldest_and_counts_the_rest(idem: Idem, ledger: Le
         in_doubt(ledger, key(f"c{n}"))
     output = idem("list", "--limit", "2").output
     assert [line.split()[2] for line in output.splitlines()[:2]] == [key("c0"), key("c1")]
-    assert "and 4 more" in output
+    assert "Page 1 of 3, 6 intents" in output
+    last = idem("list", "--limit", "2", "--page", "3").output
+    assert [line.split()[2] for line in last.splitlines()[:2]] == [key("c4"), key("c5")]
+
+
+def test_list_filters_by_scope_reason_and_age(idem: Idem, ledger: Ledger) -> None:
+    for scope in ("acme", "other", None):
+        send_invoice.apply(("a", 7), scope=scope)
+    in_doubt(ledger, key("b"), "the body was interrupted by ReadTimeout")
+    in_doubt(ledger, key("c"))
+
+    def listed(*words: str) -> list[str]:
+        return [row["key"] for row in rows(idem("list", "--json", *words).output)]
+
+    assert listed("--scope", "acme") == [send_invoice.intent_key("a", 7, scope="acme")]
+    assert listed("--reason", "readtimeout") == [key("b")]
+    assert listed("--since", "1h", "--state", "waiting", "--reason", "worker") == [key("c")]
+    assert listed("--since", "2100-01-01T00:00Z") == listed("--older-than", "1m") == []
+    assert len(listed("--since", "2020-01-01")) == 5
 
 
 def test_a_reading_that_was_stopped_says_that_it_is_not_all(idem: Idem, ledger: Ledger) -> None:
@@ -166,6 +192,15 @@ def listed(idem: Idem, ledger: Ledger) -> Any:
     return idem("list", "--state", "waiting")
 
 
+def interrupted(idem: Idem, ledger: Ledger) -> Any:
+    def tick(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading.Progress, "tick", tick)
+        return idem("resolve", "--from", "-", "--yes", input="{}")
+
+
 NONE = ("--not-happened", "--evidence", "x", "--yes")
 
 STATUSES: dict[tuple[int, str], Any] = {
@@ -174,6 +209,7 @@ STATUSES: dict[tuple[int, str], Any] = {
     (1, "list"): lambda idem, ledger: idem("list", "--state", "waiting"),
     (1, "show"): lambda idem, ledger: idem("show", key("a")),
     (1, "resolve"): lambda idem, ledger: idem("resolve", key("a"), *NONE),
+    (1, "resolve --from"): lambda idem, ledger: idem("resolve", "--from", "-", "--yes", input="{}"),
     (1, "forget"): lambda idem, ledger: idem("forget", key("a"), "--yes"),
     (1, "reconcile"): left,
     (1, "doctor"): unsafe,
@@ -181,12 +217,14 @@ STATUSES: dict[tuple[int, str], Any] = {
     (2, "every command"): lambda idem, ledger: idem("list", "--nonsense"),
     (3, "list"): lambda idem, ledger: idem("list", "--within", "0"),
     (3, "stats"): lambda idem, ledger: idem("stats", "--within", "0"),
+    (3, "decisions"): lambda idem, ledger: idem("decisions", "--within", "0"),
+    (3, "resolve --from"): interrupted,
 }
 
 
 def test_every_exit_status_of_the_page_is_known_here() -> None:
     rows = re.findall(
-        r"^\| (\d) \| `?([\w ]+?)`? \|", (ROOT / "docs/reference/cli.md").read_text(), re.MULTILINE
+        r"^\| (\d) \| `?([\w -]+?)`? \|", (ROOT / "docs/reference/cli.md").read_text(), re.MULTILINE
     )
     assert [(int(status), command) for status, command in rows] == list(STATUSES)
 
@@ -278,6 +316,37 @@ def test_forget_lets_it_happen_again(idem: Idem, ledger: Ledger) -> None:
     assert ledger.get(key("a")) is None
 
 
+def test_forget_many_takes_a_state_and_the_number(idem: Idem, ledger: Ledger) -> None:
+    for n in range(3):
+        claimed(ledger, key(f"f{n}")).settle(Outcome(False, None, "it failed"), 0.0)
+    succeeded(ledger, key("fine"))
+    words = ("forget", "--state", "failed", "--task", "shop.send_invoice", "--since", "1h")
+    refused = idem(*words, input="y\n")
+    assert refused.exit_code == 1
+    assert "3 intents" in refused.output
+    assert len(list(ledger.list())) == 4
+    assert idem(*words, input="3\n").stdout == "3 intents forgotten.\n"
+    assert [entry.key for entry in ledger.list()] == [key("fine")]
+
+
+def test_forget_is_about_the_attempt_that_was_seen(
+    idem: Idem, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    succeeded(ledger, key("a"))
+
+    def confirm(*_: Any) -> None:
+        ledger.forget(key("a"))
+        claimed(ledger, key("a"))
+
+    monkeypatch.setattr("celery_idem.cli.screen.Screen.confirm", confirm)
+    refused = idem("forget", key("a"))
+    assert refused.exit_code == 1
+    assert "taken up again since you looked" in refused.output
+    entry = ledger.get(key("a"))
+    assert entry is not None
+    assert entry.state == "running"
+
+
 # --- in bulk ---------------------------------------------------------------------------
 
 
@@ -300,6 +369,10 @@ def test_reconcile_asks_and_settles(idem: Idem, ledger: Ledger, billing_knows: A
 
     done = idem("reconcile", "--yes", "--arguments", given)
     assert done.exit_code == 1  # something is left for a person
+    assert (
+        sum(line.strip().startswith("1  not asked: ") for line in done.stdout.splitlines()) == 2
+    )  # by reason
+    assert key("no-arguments") not in done.stdout
     states = {row["key"]: row["state"] for row in rows(idem("list", "--json").output)}
     assert states[key("a")] == "succeeded"
     assert states[key("b")] == "released"
@@ -356,6 +429,26 @@ def test_reconcile_finds_arguments_in_the_result_backend(
     assert send_invoice.apply(("a", 7)).get() == "inv"
 
 
+# --- pictures ----------------------------------------------------------------------------
+
+
+def test_pictures_of_the_command_line(idem: Idem, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept in the documentation when IDEM_PICTURES=1, by `make pictures`; made in any case, so that they cannot rot."""
+    for n in range(4):
+        in_doubt(ledger, key(f"cus-{n}"), "the body was interrupted by ReadTimeout")
+    claimed(ledger, key("silent"), lease=0)
+    monkeypatch.setattr("sys.argv", ["celery", "-A", "shop", "idem"])
+    for name, words in (("list", ("list", "--state", "waiting")), ("show", ("show", key("cus-0")))):
+        console = Console(record=True, width=130, file=io.StringIO(), force_terminal=True, highlight=False)
+        monkeypatch.setattr(screen.Screen, "console", console)
+        assert idem(*words).exit_code == 0
+        svg = console.export_svg(title=shlex.join(["celery", "-A", "shop", "idem", *words]), unique_id=name)
+        svg = re.sub(r"@font-face \{.*?\}\n", "", svg, flags=re.DOTALL)  # fonts of another site
+        assert key("cus-0") in svg
+        if os.environ.get("IDEM_PICTURES") == "1":
+            (ROOT / "docs" / "img" / f"cli-{name}.svg").write_text(svg)
+
+
 # --- without rich, and as celery runs it -----------------------------------------------
 
 
@@ -371,6 +464,22 @@ def test_without_rich_json_works_and_the_rest_names_the_extra(
     assert refused.exit_code == 1
     assert "celery_idem[cli]" in refused.output
     assert ledger.get(key("a")) is not None
+
+
+def test_the_inbox_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [sys.executable, "-m", "celery", "-A", "tests.operators.shop", "idem", "inbox", "--port", "0"]
+    monkeypatch.delenv("IDEM_INBOX_TOKEN", raising=False)
+    with subprocess.Popen([*words, "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True) as served:
+        try:
+            assert served.stdout is not None
+            said = json.loads(served.stdout.readline())
+            client = httpx.Client(base_url=said["url"], follow_redirects=True)
+            form = hidden(client.get("/sign-in"))
+            page = client.post("/sign-in", data={**form, "name": "ann", "token": said["token"]})
+            assert "0 intents wait" in page.text
+        finally:
+            served.send_signal(signal.SIGINT)
+        assert served.wait(60) == 0
 
 
 def test_celery_finds_the_command() -> None:

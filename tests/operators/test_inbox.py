@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -101,7 +103,7 @@ def test_the_hosts_own_sign_in(app: Celery, ledger: Ledger) -> None:
     page = client.get("/ops/idem/")
     assert 'href="/ops/idem/intent?key=' in page.text
     form = form_for(client, key("a"), "/ops/idem")
-    client.post("/ops/idem/resolve", data={**form, "decision": "happened", "evidence": "x"})
+    client.post("/ops/idem/resolve", data={**form, "decision": "happened", "evidence": "x", "result": "1"})
     entry = ledger.get(key("a"))
     assert entry is not None
     assert entry.record.notes[-1].by == "bob"
@@ -226,15 +228,15 @@ def test_the_timeline_of_a_contested_intent(client: TestClient, ledger: Ledger) 
 def half_way(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Readings stop after three records until the event is set; nobody waits long for them."""
     go = threading.Event()
-    scan = ledger.store.scan
+    read = ledger.store.open
 
-    def slow(prefix: str) -> Iterator[Any]:
-        for n, item in enumerate(scan(prefix)):
+    def slow(*asked: Any) -> Iterator[Any]:
+        for n, item in enumerate(read(*asked)):
             if n == 3:
                 assert go.wait(20)
             yield item
 
-    monkeypatch.setattr(ledger.store, "scan", slow)
+    monkeypatch.setattr(ledger.store, "open", slow)
     monkeypatch.setattr("celery_idem.adapters.inbox.PATIENCE", 0.01)
     monkeypatch.setattr("celery_idem.adapters.inbox_pages.STRIDE", 3)
     yield go
@@ -267,6 +269,106 @@ def test_many_records_are_shown_as_far_as_they_are_read(
     assert f">{chosen}<" not in page
 
 
+# --- many of them ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def outage(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many in doubt of two kinds, and others beside them."""
+    monkeypatch.setattr("celery_idem.adapters.inbox.PATIENCE", 60.0)
+    for n in range(110):
+        in_doubt(ledger, key(f"cus-{n}"), "the body was interrupted by ReadTimeout")
+    for n in range(3):
+        in_doubt(ledger, remind.intent_key(f"cus-{n}"))
+    claimed(ledger, key("busy"))
+    succeeded(ledger, key("fine"))
+
+
+def test_pages_and_filters(outage: None, client: TestClient, ledger: Ledger) -> None:
+    def listed(**query: str) -> list[str]:
+        page = client.get("/", params=query).text
+        assert "113 intents wait" in page
+        return [unquote(found) for found in re.findall(r'/intent\?key=([^"]+)"', page)]
+
+    pages = [listed(page=str(n)) for n in (1, 2, 3)]
+    assert [len(page) for page in pages] == [50, 50, 13]
+    assert len({key for page in pages for key in page}) == 113
+    assert listed(page="4") == pages[2]
+    assert listed(page="nonsense") == listed(page="0") == pages[0]
+    assert len(listed(task="shop.remind")) == 3
+    assert len(listed(reason="readtimeout", page="3")) == 10
+    assert listed(older_than="3600") == listed(scope="acme") == []
+    assert len(listed(older_than="1e999", scope="")) == 50
+    filtered = client.get("/", params={"reason": "ReadTimeout"}).text
+    assert "110 of 113 are shown" in filtered
+    assert 'href="?reason=ReadTimeout&amp;page=2"' in filtered
+
+
+def test_one_decision_for_all_that_a_filter_shows(outage: None, client: TestClient, ledger: Ledger) -> None:
+    def decide(**form: str) -> Any:
+        ours = hidden(client.get("/", params={"task": "shop.send_invoice"}))
+        given = {"decision": "happened", "result": "null", "evidence": "the list of 14:03"}
+        return client.post("/resolve-all", data={**ours, **given, **form})
+
+    def states() -> dict[str, int]:
+        return Counter(entry.state for entry in ledger.list())
+
+    before = states()
+    for wrong, status in (
+        ({"number": "113"}, 400),
+        ({"number": ""}, 400),
+        ({"number": "110", "evidence": " "}, 400),
+        ({"number": "110", "result": ""}, 400),
+        ({"number": "110", "until": "nan"}, 400),
+        ({"number": "110", "until": ""}, 400),
+        ({"number": "110", "csrf": ""}, 403),
+    ):
+        assert decide(**wrong).status_code == status, wrong
+    assert states() == before
+
+    ours = hidden(client.get("/", params={"task": "shop.send_invoice"}))
+    in_doubt(ledger, key("later"))  # nobody has looked at that one: it is not among the 110
+    done = decide(**ours, number="110")
+    assert "110 intents are succeeded now" in done.text
+    assert states() == {"succeeded": 111, "in_doubt": 4, "running": 1}
+    assert state(ledger, "later") == "in_doubt"
+    note = ledger.get(key("cus-1")).record.notes[-1]  # type: ignore[union-attr]
+    assert (note.by, note.evidence) == ("ann", "the list of 14:03")
+
+
+def test_what_changed_since_the_page_was_shown_is_not_decided(
+    outage: None, client: TestClient, ledger: Ledger
+) -> None:
+    ours = hidden(client.get("/", params={"task": "shop.remind"}))
+    ledger.resolve(remind.intent_key("cus-0"), NotHappened(), by="bob")
+    in_doubt(ledger, remind.intent_key("cus-0"))
+    form = {**ours, "decision": "not_happened", "evidence": "none is there", "number": "3"}
+    refused = client.post("/resolve-all", data=form)
+    assert refused.status_code == 400
+    assert "2 intents are still as this page showed them" in refused.text
+    assert 'value="none is there"' in refused.text
+    assert len(list(ledger.list("in_doubt", "shop.remind"))) == 3
+    again = {**form, **hidden(refused)}
+    assert "3 intents are released now" in client.post("/resolve-all", data=again).text
+
+
+def test_who_decided_what(client: TestClient, ledger: Ledger, idem: Any) -> None:
+    for customer in ("a", "b"):
+        in_doubt(ledger, key(customer))
+    ledger.resolve(key("b"), NotHappened(), by="bob", evidence="not there")
+    post(client, "/resolve", key=key("a"), decision="happened", evidence="<inv_7> is there", result="7")
+    page = client.get("/decisions").text
+    assert page.index("&lt;inv_7&gt; is there") < page.index("bob")  # the latest first
+    assert page.count("/intent?key=") == 2
+    lines = [json.loads(line) for line in idem("decisions", "--json").output.splitlines()]
+    assert {(line["by"], line["what"], line["key"], line["evidence"]) for line in lines} == {
+        ("ann", "happened", key("a"), "<inv_7> is there"),
+        ("bob", "not_happened", key("b"), "not there"),
+    }
+    assert "bob" not in idem("decisions", "--by", "ann").output
+    assert "No decisions" in idem("decisions", "--task", "shop.remind").output
+
+
 # --- in a real browser --------------------------------------------------------------------
 
 
@@ -277,15 +379,16 @@ def operator(app: Celery, ledger: Ledger) -> Iterator[str]:
     for n in range(4):
         claimed(ledger, key(f"busy-{n}"), lease=600)
     succeeded(ledger, remind.intent_key("a"))
-    for n in range(5):
+    for n in range(6):
         in_doubt(ledger, key(f"cus-{n}"), "the body was interrupted by ReadTimeout")
+    ledger.resolve(key("cus-5"), NotHappened(), by="bob", evidence="no invoice in billing at 14:03")
     claimed(ledger, key("silent"), lease=0)
     with served(Starlette(routes=[Mount("/idem", inbox(app, token=TOKEN))])) as address:
         yield f"{address}/idem/"
 
 
 def picture(browser: Any, name: str) -> None:
-    """Kept in the documentation when IDEM_PICTURES=1; taken in any case, so that it cannot rot."""
+    """Kept in the documentation when IDEM_PICTURES=1, by `make pictures`; taken in any case, so that it cannot rot."""
     png = browser.get_screenshot_as_png()
     assert len(png) > 10_000
     if os.environ.get("IDEM_PICTURES") == "1":
@@ -332,6 +435,15 @@ def test_light_dark_and_on_a_phone(operator: str, browser: webdriver.Chrome, loo
         assert not wide(browser)
         picture(browser, name.replace("inbox", "intent"))
     assert len(grounds) == 2  # the style sheet was applied, and knows the dark
+    look("light", 320, 844)  # the narrowest: no heading is cut, and nothing needs a scroll to the side
+    here = browser.current_url
+    for address in (here, f"{operator}figures", f"{operator}decisions", operator):
+        browser.get(address)
+        assert browser.find_element(By.TAG_NAME, "h1").size["width"] > 250
+        assert not wide(browser)
+    browser.find_element(By.CSS_SELECTOR, "details.all summary").click()
+    browser.find_element(By.ID, "number-no")
+    assert not wide(browser)
 
 
 def test_by_keyboard_alone(operator: str, browser: webdriver.Chrome, ledger: Ledger) -> None:

@@ -26,7 +26,7 @@ PROMISES = {
     "sql": ("celery_idem.stores.sql", "sqlalchemy", "psycopg"),
     "cli": ("celery_idem.cli", "rich"),
     "http": ("celery_idem.adapters.http",),
-    "inbox": ("celery_idem.adapters.inbox",),
+    "inbox": ("celery_idem.adapters.inbox", "celery_idem.cli", "uvicorn", "rich"),
     "mcp": ("celery_idem.adapters.mcp",),
     "prometheus": ("celery_idem.telemetry.prometheus", "prometheus_client"),
     "otel": ("celery_idem.telemetry.otel", "opentelemetry"),

@@ -193,13 +193,17 @@ def test_no_page_runs_what_a_record_says(memory_app: Callable[..., Celery]) -> N
         pages.get("/"),
         pages.get("/", params={"settled": BAD}),
         pages.get("/", params={"settled": keys[0]}),
+        pages.get("/", params={"task": BAD, "scope": BAD, "reason": BAD, "page": BAD, "older_than": BAD}),
+        pages.get("/figures"),
+        pages.get("/decisions", params={"page": BAD}),
         pages.get("/intent", params={"key": BAD}),
         *(pages.get("/intent", params={"key": key}) for key in keys),
     ]
-    ours = next(filter(None, map(hidden, answers)))
+    ours = next(form for form in map(hidden, answers) if "key" in form)
     form = {**ours, "decision": "happened", "evidence": BAD, "result": BAD, "fence": BAD}
-    answers.append(pages.post("/resolve", data=form))
-    assert answers[-1].status_code == 400
+    for path in ("/resolve", "/resolve-all"):
+        answers.append(pages.post(path, data={**form, "until": BAD, "number": BAD, "reason": BAD}))
+        assert answers[-1].status_code == 400
     for answer in answers:
         text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", answer.text)  # means nothing to a browser
         assert inert(text), text

@@ -1,0 +1,51 @@
+"""The command ``inbox``: serves the in-doubt inbox by itself."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+
+import click
+
+from celery_idem.cli.screen import Screen, command
+from celery_idem.core.errors import ConfigurationError
+from celery_idem.operate.operators import Operator
+
+TOKEN = "IDEM_INBOX_TOKEN"  # noqa: S105  # a variable's name
+"""Environment variable with the token: a command line is seen by every user of the machine."""
+
+
+@command("inbox")
+@click.option("--port", type=click.IntRange(0, 65_535), default=8765, show_default=True)
+@click.option("--address", default="127.0.0.1", show_default=True)
+def inbox(screen: Screen, operator: Operator, port: int, address: str) -> None:
+    """Serve the inbox, where operators settle what is in doubt in a browser, until Ctrl-C.
+
+    They sign in with the token in the environment variable IDEM_INBOX_TOKEN; without it, one is made and printed. It
+    speaks HTTP: where others reach it, put a proxy with HTTPS in front of it.
+    """
+    from celery_idem.adapters.inbox import inbox as pages
+
+    try:
+        import uvicorn
+    except ImportError:
+        raise ConfigurationError("This command needs uvicorn: pip install 'celery_idem[inbox]'.") from None
+    given = os.environ.get(TOKEN)
+    token = given or secrets.token_urlsafe()
+    site = pages(operator.app, token=token)
+    try:
+        listening = socket.create_server((address, port))
+    except OSError as error:
+        raise ConfigurationError(
+            f"Cannot listen on {address}:{port} ({error.strerror}). Give another --port or --address."
+        ) from None
+    url = f"http://{address}:{listening.getsockname()[1]}/"
+    if screen.as_json:
+        screen.json({"url": url, "token": None if given else token})
+    else:
+        screen.line(f"{url}  (Ctrl-C ends it)")
+        screen.line(f"Sign in with the token in {TOKEN}." if given else f"Sign in with this token: {token}")
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(uvicorn.Config(site, log_level="warning")).run(sockets=[listening])

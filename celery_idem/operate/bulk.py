@@ -1,0 +1,215 @@
+"""Decides about many intents: by a file of JSON lines, or one decision for a list of intents.
+
+A line that cannot be carried out stops nothing. Several threads decide at once, because each decision waits for two
+answers of the store.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from difflib import get_close_matches
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from celery_idem.core.errors import IdempotencyError, StoreError
+from celery_idem.core.model import Happened, NotHappened
+from celery_idem.engine.entries import Entry
+from celery_idem.operate.operators import Operator, check_key
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+THREADS = 8
+"""Decisions at once. A store 5 ms away then takes a thousand in under two seconds, and is not flooded."""
+
+AHEAD = 4 * THREADS
+"""Decisions that are handed to the threads before the first of them is reported: enough to keep all of them busy."""
+
+FIELDS = ("key", "happened", "not_happened", "run", "by", "evidence", "fence")
+"""Fields of a line. Others are ignored, so that a line of ``idem list --json`` with a decision added to it is one."""
+
+
+MISSPELT = 0.75
+"""How alike a field must be to one of them (1: equal) to be taken for a misspelt one: "evidense", "rerun"."""
+
+
+class Decision(NamedTuple):
+    """What a person found out about one intent.
+
+    Attributes:
+        run: publish the call again at once; only with ``NotHappened``.
+        fence: see ``Ledger.resolve``.
+    """
+
+    key: str
+    answer: Happened | NotHappened
+    by: str
+    evidence: str
+    run: bool = False
+    fence: int | None = None
+
+
+class Line(NamedTuple):
+    """One line of a file: its number, and a decision or what is wrong with it."""
+
+    number: int
+    decision: Decision | None
+    wrong: str = ""
+
+
+Verdict = Literal["settled", "already", "refused", "not_possible", "not_published", "invalid"]
+
+
+class Decided(NamedTuple):
+    """What became of one decision.
+
+    Attributes:
+        verdict: ``settled``; ``already`` (the same decision was made before); ``refused`` (the intent is not in doubt,
+            was claimed again, or does not exist); ``not_possible`` (its record does not hold the call that should
+            run); ``not_published`` (released, and the broker did not take its call); ``invalid`` (the line is no
+            decision).
+        why: for people; empty for ``settled`` and ``already``.
+        entry: the intent as it is now; None if there is none, or if it was not looked at.
+    """
+
+    verdict: Verdict
+    key: str
+    why: str = ""
+    entry: Entry | None = None
+
+
+def read_decisions(lines: Iterable[bytes], by: str, evidence: str) -> Iterator[Line]:
+    """Read decisions from JSON lines.
+
+    Args:
+        by, evidence: those of a line that has none.
+    """
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            decision = _decision(line, by, evidence)
+            first = seen.setdefault(decision.key, number)
+            if first != number:
+                raise ValueError(f"line {first} decides about the same intent")
+            yield Line(number, decision)
+        except (ValueError, IdempotencyError, RecursionError) as error:  # the last: nested without end
+            yield Line(number, None, str(error) or "it is nested too deep")
+
+
+def _decision(line: bytes, by: str, evidence: str) -> Decision:
+    try:
+        form: Any = json.loads(line.decode("utf-8-sig"), parse_constant=_no_number)
+    except ValueError as error:
+        raise ValueError(f"it is not JSON: {error}") from None
+    if not isinstance(form, dict):
+        raise ValueError("it is not a JSON object")
+    for name in form:
+        near = [] if name in FIELDS else get_close_matches(name, FIELDS, 1, MISSPELT)
+        if near:
+            raise ValueError(f"there is no field {name!r}. Do you mean {near[0]!r}?")
+    key, run, fence = form.get("key"), form.get("run", False), form.get("fence")
+    by, evidence = form.get("by", by), form.get("evidence", evidence)
+    if not isinstance(key, str):
+        raise ValueError('it has no "key"')
+    check_key(key)
+    if ("happened" in form) == ("not_happened" in form) or form.get("not_happened", True) is not True:
+        raise ValueError('give one of "happened": RESULT and "not_happened": true')
+    if not isinstance(run, bool) or (run and "happened" in form):
+        raise ValueError('"run" is true or false, and goes with "not_happened" only')
+    if not isinstance(by, str) or not by.strip():
+        raise ValueError('"by" is the name of who decides')
+    if not isinstance(evidence, str) or not evidence.strip():
+        raise ValueError('"evidence" is missing: what was seen, and where')
+    if fence is not None and (not isinstance(fence, int) or isinstance(fence, bool)):
+        raise ValueError('"fence" is a whole number')
+    answer = Happened(form["happened"]) if "happened" in form else NotHappened()
+    return Decision(key, answer, by, evidence, run, fence)
+
+
+def decide(operator: Operator, decision: Decision, dry_run: bool = False) -> Decided:
+    """Carry out one decision.
+
+    Raises:
+        StoreError: the store does not answer.
+    """
+    key = decision.key
+    verdict: Verdict = "settled"
+    publish: Callable[[], object] | None = None
+    try:
+        if decision.run:
+            publish = operator.publisher_of(key)
+    except StoreError:
+        raise
+    except IdempotencyError as error:
+        return Decided("not_possible", key, str(error))
+    try:
+        entry = operator.resolve(
+            key, decision.answer, decision.by, decision.evidence, decision.fence, dry_run
+        )
+    except IdempotencyError as error:
+        if isinstance(error, StoreError) and not error.key:
+            raise  # it concerns the whole store
+        there = None if isinstance(error, StoreError) else operator.ledger_of(key).get(key)
+        if there is None or not _decided_so(operator, there, decision):
+            return Decided("refused", key, str(error), there)
+        verdict, entry = "already", there
+    if publish is not None and not dry_run:
+        try:
+            publish()  # if it was published before, the second message is a duplicate
+        except Exception as error:  # of any driver
+            why = f"{key} is released, and the broker did not take its call ({type(error).__name__}). Decide it again."
+            return Decided("not_published", key, why, entry)
+    return Decided(verdict, key, "", entry)
+
+
+def _decided_so(operator: Operator, entry: Entry, decision: Decision) -> bool:
+    """Tell whether this decision was the last thing that happened to the intent."""
+    notes, outcome = entry.record.notes, entry.record.outcome
+    if not notes or (notes[-1].by, notes[-1].evidence) != (decision.by, decision.evidence):
+        return False
+    if isinstance(decision.answer, NotHappened):
+        return entry.state == "released"
+    return outcome == operator.ledger_of(entry.key).outcome_of(decision.answer.result)
+
+
+def decide_all(
+    operator: Operator, lines: Iterable[Line], dry_run: bool = False
+) -> Iterator[tuple[int, Decided]]:
+    """Carry out the decisions of a file. Returns the lines' numbers and what became of them, in the file's order.
+
+    Raises:
+        StoreError: the store does not answer. What was decided by then is written; a second run goes on.
+    """
+
+    def one(line: Line) -> tuple[int, Decided]:
+        if line.decision is None:
+            return line.number, Decided("invalid", "", line.wrong)
+        return line.number, decide(operator, line.decision, dry_run)
+
+    return in_threads(one, lines)
+
+
+def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Return ``function(item)`` for each item, in their order, in bounded memory.
+
+    When the caller stops, or one of them raises, no other is begun.
+    """
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="celery_idem bulk")
+    begun: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            begun.append(pool.submit(function, item))
+            if len(begun) > AHEAD:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"JSON has no {name}")
