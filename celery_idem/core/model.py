@@ -49,12 +49,13 @@ class State(IntEnum):
     SUCCEEDED = 4
     FAILED = 5
     IN_DOUBT = 6
+    CANCELLED = 7
     ACCEPTED = 8
 
     @property
     def settled(self) -> bool:
         """The outcome is known and will not change any more."""
-        return self in (State.SUCCEEDED, State.FAILED)
+        return self in (State.SUCCEEDED, State.FAILED, State.CANCELLED)
 
 
 class Outcome(NamedTuple):
@@ -65,12 +66,14 @@ class Outcome(NamedTuple):
         payload: the encoded value or error; None when it could not be stored.
         missing: why there is no payload, for people; empty when there is one.
         replaced_by: id of the task that has the result, where the body handed its action over to one.
+        cancelled: a person cancelled it before it was done; ``missing`` says who, and what is done of it.
     """
 
     succeeded: bool
     payload: bytes | None
     missing: str = ""
     replaced_by: str = ""
+    cancelled: bool = False
 
 
 class Step(NamedTuple):
@@ -101,6 +104,7 @@ class Resolution(IntEnum):
     HAPPENED = 101
     NOT_HAPPENED = 102
     FORGOTTEN = 103
+    CANCELLED = 104
 
 
 class Note(NamedTuple):

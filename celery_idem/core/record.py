@@ -228,7 +228,7 @@ def _unpack(value: bytes, stamp: int) -> Record:
     if parts & _REPLACED_BY:
         outcome = Outcome(state is State.SUCCEEDED, None, replaced_by=read.text())
     elif parts & _MISSING:
-        outcome = Outcome(state is State.SUCCEEDED, None, read.text())
+        outcome = Outcome(state is State.SUCCEEDED, None, read.text(), cancelled=state is State.CANCELLED)
     elif parts & _PAYLOAD:
         outcome = Outcome(state is State.SUCCEEDED, read.rest())
     if not read.at_end() or (outcome is not None) != state.settled:

@@ -1,8 +1,9 @@
 """All events are emitted here, to the log and to listeners; and nothing else in the package writes to a log.
 
-Listeners get no argument values. They run on a thread of their own: what one raises is logged and dropped, and one
-that blocks delays other listeners, but no task for longer than ``PATIENCE``. The package brings some listeners:
-``celery_idem.telemetry`` and ``celery_idem.telemetry.signals``.
+Listeners get no argument values, but for ``action`` of ``in_doubt``, which says which action it is. They run on a
+thread of their own: what one raises is logged and dropped, and one that blocks delays other listeners, but no task for
+longer than ``PATIENCE``. The package brings some listeners: ``celery_idem.telemetry`` and
+``celery_idem.telemetry.signals``.
 
 The log record of an event carries ``idem_event``, ``idem_key``, ``idem_task`` and ``idem_details``, for formatters that
 write JSON. What is no event of an intent (a check at start-up, a listener that fails) is a diagnostic: free text on a
@@ -49,7 +50,7 @@ KINDS = {
     "scheduled": Kind(logging.DEBUG, _TASK),
     "released": Kind(logging.INFO, {**_TASK, "why": str}),
     "mismatch": Kind(logging.WARNING, {**_TASK, "differs": tuple}),
-    "in_doubt": Kind(logging.ERROR, {**_TASK, "reason": str}),
+    "in_doubt": Kind(logging.ERROR, {**_TASK, "reason": str, "action": str}),
     "asked": Kind(logging.WARNING, {**_TASK, "answer": str}),
     "lease_lost": Kind(logging.ERROR, {**_TASK, "fence": int}),
     "clock_stepped": Kind(logging.WARNING, {"by": float, "store": str}),
@@ -82,7 +83,7 @@ class Event(NamedTuple):
     Attributes:
         kind: one of ``KINDS``.
         key: the idempotency key.
-        details: the fields of its kind; never an argument's value.
+        details: the fields of its kind; an argument's value only in ``action``, and never a secret one.
     """
 
     kind: str

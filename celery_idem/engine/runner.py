@@ -13,10 +13,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from celery_idem.core import protocol
 from celery_idem.core.errors import (
+    Cancelled,
     FingerprintMismatch,
     LeaseLost,
     OutcomeUnknown,
@@ -30,6 +31,7 @@ from celery_idem.core.model import (
     Ask,
     Busy,
     Decision,
+    Done,
     Fingerprint,
     Happened,
     InDoubt,
@@ -51,6 +53,9 @@ from celery_idem.engine.claim import Hold, doubt_message, lease_lost
 from celery_idem.engine.lease import RENEWER
 from celery_idem.engine.ledger import Ledger
 from celery_idem.stores.base import Announcement
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
 T = TypeVar("T")
 
@@ -192,6 +197,10 @@ class Job(ABC):
     def announced(self) -> None:
         """It was written and published."""
 
+    def shown(self) -> str:
+        """Which action it is, for people. It never raises."""
+        return ""
+
     def replaying(self) -> None:
         """What follows is the answer of an earlier execution."""
 
@@ -320,7 +329,7 @@ class Runner:
             events.emit("mismatch", job.key, task_id=job.task_id, differs=decision.differs)
             raise mismatch(job.key, decision.differs)
         assert isinstance(decision, InDoubt)
-        events.emit("in_doubt", job.key, task_id=job.task_id, reason=decision.reason)
+        events.emit("in_doubt", job.key, task_id=job.task_id, reason=decision.reason, action=job.shown())
         raise OutcomeUnknown(doubt_message(job.key, decision.reason), job.key, decision.reason)
 
     def _replayed(self, job: Job, outcome: Outcome) -> Any:
@@ -328,6 +337,8 @@ class Runner:
         key, codec = job.key, self.ledger.codec
         what, why = "was not stored", outcome.missing
         job.replaying()
+        if outcome.cancelled:
+            raise cancelled(key, outcome)
         if outcome.succeeded and outcome.payload is not None:
             try:
                 return codec.decode(outcome.payload, key)
@@ -613,21 +624,29 @@ class Runner:
             _whatever_comes(lambda p, last: self._settle_error(job, hold, error, p), patience)
             raise error
         reason = f"the body was interrupted by {', '.join(type(cause).__name__ for cause in causes)}"
+        done: Done | Refused | None = None
         try:
             if ending is State.SCHEDULED:
-                hold.schedule(job.retry_delay(error), patience, job.retry_task_id(), job.retry_call())
-                events.emit("scheduled", job.key, task_id=job.task_id)
+                delay = job.retry_delay(error)
+                done = hold.schedule(delay, patience, job.retry_task_id(), job.retry_call())
+                if not _is_cancelled(done):
+                    events.emit("scheduled", job.key, task_id=job.task_id)
             elif ending is State.RELEASED:
-                hold.release(patience)
-                events.emit("released", job.key, task_id=job.task_id, why=type(error).__name__)
+                done = hold.release(patience)
+                if not _is_cancelled(done):
+                    events.emit("released", job.key, task_id=job.task_id, why=type(error).__name__)
             elif kind is Raised.EXIT:
                 hold.exit(reason, patience)
                 events.emit("exited", job.key, task_id=job.task_id, reason=reason)
             else:
                 hold.doubt(reason, patience)
-                events.emit("in_doubt", job.key, task_id=job.task_id, reason=reason)
+                events.emit("in_doubt", job.key, task_id=job.task_id, reason=reason, action=job.shown())
         except StoreError as silence:
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(silence))
+        if done is not None and _is_cancelled(done):
+            events.emit("settled", job.key, task_id=job.task_id, succeeded=False)
+            if ending is State.RELEASED:  # a retry that is on its way is told
+                raise cancelled(job.key, done.record.outcome) from error
         if ending is not State.IN_DOUBT or kind in (Raised.EXIT, Raised.DOUBTFUL_RETRY):
             raise error  # the retry that is on its way asks the destination, or says that it is in doubt
         if job.options.policy.asks:
@@ -664,6 +683,20 @@ def _whatever_comes(settle: Callable[[float, bool], T], patience: float) -> T:
         if isinstance(interrupt, Exception):
             return shown
         raise
+
+
+def _is_cancelled(done: Done | Refused) -> TypeGuard[Done]:
+    """The body was asked to stop, and what it did is an end."""
+    return isinstance(done, Done) and done.record.state is State.CANCELLED
+
+
+def cancelled(key: str, outcome: Outcome | None) -> Cancelled:
+    reason = outcome.missing if outcome is not None else ""
+    return Cancelled(
+        f"{key} was {reason}. It will not run. `celery -A proj idem forget '{key}'` lets it happen after all.",
+        key,
+        reason,
+    )
 
 
 def mismatch(key: str, differs: tuple[str, ...]) -> FingerprintMismatch:

@@ -7,6 +7,7 @@ Never here: rules.
 __all__ = [
     "declaring",
     "delivery",
+    "describing",
     "looking",
     "messages",
     "options",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from celery_idem.core import calls
@@ -120,15 +120,43 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
     return Found(entry, True)
 
 
+def publisher(app: Celery, key: str, packed: bytes) -> Callable[[], object] | None:
+    """Return what publishes a packed call; None where it cannot be published.
+
+    That raises ``BrokerError``.
+    """
+    call, _ = call_in(packed)
+    if call is None or not call.publishable:
+        return None
+    found = call
+
+    def publish() -> None:
+        try:
+            messages.publish(app, key, found)
+        except Exception as error:  # of any driver
+            raise BrokerError(
+                f"{key} is decided, and the broker did not take its call ({type(error).__name__}): decide it again, "
+                "the same way.",
+                key,
+            ) from error
+
+    return publish
+
+
 def call_of(record: Record) -> tuple[Call | None, str]:
     """Return the call that a record holds, or None and why it holds none, for people."""
-    if not record.call:
+    return call_in(record.call)
+
+
+def call_in(packed: bytes) -> tuple[Call | None, str]:
+    """The same for a packed call."""
+    if not packed:
         return None, "its record holds no call"
-    missing = calls.missing(record.call)
+    missing = calls.missing(packed)
     if missing is not None:
         return None, _WHY[missing]
     try:
-        return calls.unpack(record.call), ""
+        return calls.unpack(packed), ""
     except ValueError as error:
         return None, f"its call cannot be read ({error})"
 
