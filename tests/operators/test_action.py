@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,10 +14,10 @@ from starlette.testclient import TestClient
 from celery_idem import Cancelled, Ledger, OutcomeUnknown
 from celery_idem.adapters.inbox import inbox
 from celery_idem.integration import messages
-from celery_idem.operate.operators import Operator
 from tests.conftest import running
 from tests.operators import scene
 from tests.operators.conftest import Idem, command_line
+from tests.operators.forms import form_for, hidden
 from tests.support.effects import Effects
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_for
@@ -142,10 +141,7 @@ def test_a_secret_is_nowhere_and_what_needs_it_says_so(on: Scene, caplog: pytest
     key = on.key("pay", "eve")
     on.wait(key, "in_doubt")
     with caplog.at_level(logging.DEBUG):
-        client = TestClient(inbox(on.app, token=TOKEN), follow_redirects=True)
-        page = client.get("/sign-in").text
-        csrf = page.partition('name="csrf" value="')[2].partition('"')[0]
-        client.post("/sign-in", data={"csrf": csrf, "name": "ann", "token": TOKEN})
+        client = signed_in(on.app)
         pages = [client.get("/").text, client.get("/intent", params={"key": key}).text]
         shown = [on.idem("list").output, on.idem("list", "--json").output, on.idem("show", key).output]
         run = on.idem("resolve", key, "--not-happened", "--run", *SEEN)
@@ -158,9 +154,41 @@ def test_a_secret_is_nowhere_and_what_needs_it_says_so(on: Scene, caplog: pytest
         assert "s3cret" not in text
 
 
-def test_the_inbox_names_customer_and_invoice(on: Scene) -> None:
-    entries = list(Operator(on.app).doubtful())
-    assert entries is not None
+def signed_in(app: Celery) -> TestClient:
+    client = TestClient(inbox(app, token=TOKEN))
+    csrf = hidden(client.get("/sign-in"))["csrf"]
+    client.post("/sign-in", data={"csrf": csrf, "name": "ann", "token": TOKEN})
+    return client
+
+
+def test_the_inbox_names_customer_and_invoice_runs_and_cancels(on: Scene) -> None:
+    result = on.call("send_invoice", "fay", 7)
+    with pytest.raises(OutcomeUnknown):
+        result.get(timeout=60)
+    key = on.key("send_invoice", "fay", 7)
+    on.wait(key, "in_doubt")
+    client = signed_in(on.app)
+    says = "invoice 7 for customer fay, 500 cents"
+    for page in (client.get("/").text, client.get("/intent", params={"key": key}).text):
+        assert says in page
+        assert on.worker.name in page
+    form = form_for(client, key)
+    done = client.post(
+        "/resolve", data={**form, "decision": "run", "evidence": "not in billing"}, follow_redirects=False
+    )
+    assert done.status_code == 303, done.text
+    assert on.answered(result.id) == "inv-fay-7"
+
+    waits = on.call("later", "inbox")
+    key = on.key("later", "inbox")
+    on.wait(key, "scheduled")
+    form = form_for(client, key)
+    assert client.post("/cancel", data=form).status_code == 400  # without a reason
+    cancelled = client.post("/cancel", data={**form, "evidence": "ordered twice"})
+    assert "cancelled by ann: ordered twice" in cancelled.text
+    with pytest.raises(Cancelled, match="ordered twice"):
+        waits.get(timeout=60)
+    assert on.effects.count("inbox") == 0
 
 
 def test_what_waits_for_its_retry_is_cancelled_and_its_caller_is_told(on: Scene) -> None:
