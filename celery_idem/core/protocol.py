@@ -43,7 +43,30 @@ Busy under a stamp in the future (the store's clock went back) notes when it was
 
 After the body, or between its steps, only the current owner is heard, however late (4):
 
-============  =============================  ======================================="""
+============  =============================  ==============================================
+transition    from                           to
+============  =============================  ==============================================
+accept        absent, RELEASED               ACCEPTED                                    (12)
+sent          ACCEPTED                       same, with another time to look at it       (12)
+recover       RUNNING, SCHEDULED, ACCEPTED   same, lease over; not taken: IN_DOUBT         (11)
+revoked       ACCEPTED, SCHEDULED            RELEASED                                    (11)
+settle        RUNNING, IN_DOUBT, absent      SUCCEEDED or FAILED
+committed     SUCCEEDED                      nothing: an author's transaction settled it     (9)
+schedule      RUNNING, IN_DOUBT              SCHEDULED until the retry's ETA and a grace (5); CANCELLED where asked to stop
+release       RUNNING, IN_DOUBT              RELEASED (finished steps stay)              (5); CANCELLED where asked to stop
+doubt         RUNNING, IN_DOUBT              IN_DOUBT                                    (5)
+renew         RUNNING, own IN_DOUBT          same, new lease (a question is its asker's)
+begin_step    RUNNING                        RUNNING with one more open step
+end_step      RUNNING, IN_DOUBT              same, the step and its result added
+exit          RUNNING                        IN_DOUBT; RUNNING, lease over, where a claim decides (5)
+lapse         RUNNING, IN_DOUBT              same, lease over: its process is dead            (3)
+died          RUNNING of a dead process      the same (says its parent)                      (3)
+conclude      IN_DOUBT, own question         SUCCEEDED, RUNNING or IN_DOUBT              (3); CANCELLED where asked to stop
+resolve       IN_DOUBT, lapsed RUNNING       SUCCEEDED or RELEASED (says a person)
+cancel        open, not IN_DOUBT             CANCELLED; RUNNING, asked to stop (says a person) (13)
+forget        any but a live RUNNING         RELEASED with its finished steps; else nothing is left (10)
+============  =============================  ==============================================
+"""
 
 from __future__ import annotations
 
