@@ -20,7 +20,7 @@ from celery_idem.core.model import Happened, NotHappened, Unknown
 from celery_idem.engine.claim import Claim
 from celery_idem.integration.looking import look_up
 from celery_idem.integration.receipts import Receipt
-from celery_idem.integration.submitting import submit
+from celery_idem.integration.submitting import asubmit, submit
 from celery_idem.integration.task import IdempotentTask
 from celery_idem.integration.typed import idempotent_task
 from celery_idem.integration.wiring import Ledger
@@ -45,6 +45,7 @@ __all__ = [
     "ResultUnavailable",
     "StoreError",
     "Unknown",
+    "asubmit",
     "idempotent_task",
     "look_up",
     "submit",

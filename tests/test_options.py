@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from celery import Celery, Task
 
-from celery_idem import ConfigurationError, IdempotentTask
+from celery_idem import ALL_ARGUMENTS, ConfigurationError, IdempotentTask
 from celery_idem.adapters.django import IdempotentDjangoTask
 from celery_idem.integration.options import ConfigurationWarning
 from celery_idem.integration.settings import NAMES, Settings
@@ -266,6 +266,36 @@ def test_a_shared_base_and_the_task_itself() -> None:
     vars(app).pop("annotations", None)  # Celery keeps them
     assert settings_of(declared(Impatient, app, name="c", lease=3)).lease == 2
     assert settings_of(declared(Impatient, app, name="d", idem_lease=3)).lease == 1
+
+
+def for_all_tasks(every: dict[str, Any], named: dict[str, Any] | None = None, **options: Any) -> Any:
+    app = make(task_cls=IdempotentTask)
+    app.conf.task_annotations = {"*": every, "pay": named or {}}
+    return app.task(name="pay", shared=False, lazy=False, **options)(pay)
+
+
+def test_for_all_tasks_a_setting_has_its_full_name() -> None:
+    for name, value in RIGHT.items():
+        with pytest.raises(
+            ConfigurationError, match=rf'annotations\["\*"\]: write idem_{name} for {name}, or'
+        ):
+            for_all_tasks({name: value}, intent=("order",))
+        for_all_tasks({name: value})  # an ordinary task
+        found = settings_of_class(for_all_tasks({f"idem_{name}": value}, intent=("order",)))
+        assert getattr(found, name) == value
+
+
+def test_an_intent_for_all_tasks_is_refused() -> None:
+    """It would replace each task's own, and Celery's nightly cleanup would be done once."""
+    for own in ({}, {"intent": ("order",)}):
+        with pytest.raises(ConfigurationError, match="under the name of each task"):
+            for_all_tasks({"intent": ALL_ARGUMENTS}, **own)
+
+
+def test_what_is_said_of_one_task_wins_over_what_is_said_of_all() -> None:
+    task = for_all_tasks({"idem_lease": 5, "idem_max_attempts": 2}, {"lease": 7}, intent=("order",), lease=3)
+    assert (settings_of(task).lease, settings_of(task).max_attempts) == (7, 2)
+    assert settings_of(for_all_tasks({"idem_lease": 5}, {"idem_lease": 7}, intent=("order",))).lease == 7
 
 
 @pytest.mark.parametrize("place", BESIDE_THE_INTENT)

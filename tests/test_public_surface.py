@@ -60,8 +60,8 @@ def test_all_is_sorted_and_there() -> None:
 
 def test_what_the_design_promises_is_there() -> None:
     promised = {
-        "IdempotentTask", "ALL_ARGUMENTS", "Happened", "NotHappened", "Unknown", "submit", "Receipt", "Ledger",
-        "IdempotencyError", "ConfigurationError", "IntentError", "StoreError", "LeaseLost", "OutcomeUnknown",
+        "IdempotentTask", "ALL_ARGUMENTS", "Happened", "NotHappened", "Unknown", "submit", "asubmit", "Receipt",
+        "Ledger", "IdempotencyError", "ConfigurationError", "IntentError", "StoreError", "LeaseLost", "OutcomeUnknown",
         "ResultUnavailable", "IntentConflict", "InProgress", "FingerprintMismatch",
     }  # fmt: skip
     assert promised <= set(celery_idem.__all__)
@@ -78,7 +78,7 @@ def test_help_shows_what_is_public() -> None:
     text = python("import pydoc, celery_idem; print(pydoc.plain(pydoc.render_doc(celery_idem)))")
     sections = dict(re.findall(r"^([A-Z ]+)\n((?:(?: .*)?\n)+)", text, re.MULTILINE))
     classes = set(re.findall(r"^    class (\w+)", sections["CLASSES"], re.MULTILINE))
-    functions = set(re.findall(r"^    (\w+)\(", sections["FUNCTIONS"], re.MULTILINE))
+    functions = set(re.findall(r"^    (?:async )?(\w+)\(", sections["FUNCTIONS"], re.MULTILINE))
     data = set(re.findall(r"^    (\w+) = ", sections["DATA"], re.MULTILINE)) - {"__all__"}
     assert classes | functions | data == set(celery_idem.__all__)
     private = re.findall(r"(?<![\w.'])_[a-z]\w*", text)

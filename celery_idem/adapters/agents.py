@@ -4,28 +4,31 @@
 
     from celery_idem.adapters.agents import function
 
-    send_invoice = function(celery_app, "shop.send_invoice", scope="acme")
+    send_invoice = async_function(celery_app, "shop.send_invoice", scope="acme")
 
-    StructuredTool.from_function(send_invoice)   # LangChain, LangGraph
-    function_tool(send_invoice)                  # OpenAI Agents SDK
-    Agent(…, tools=[send_invoice])               # pydantic-ai
+    StructuredTool.from_function(coroutine=send_invoice)   # LangChain, LangGraph
+    function_tool(send_invoice)                            # OpenAI Agents SDK
+    Agent(…, tools=[send_invoice])                         # pydantic-ai
 
 The function never raises: frameworks answer an exception with "please try again". It
-returns the receipt as a dictionary, and blocks while it waits; frameworks run such
-functions in a thread.
+returns the receipt as a dictionary. That of ``function`` blocks while it waits, for programs
+without an event loop; frameworks run it in a thread.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from celery_idem.adapters.tools import BadArguments, Tool, annotations_of, tool_of
+from celery_idem.integration.awaiting import in_thread, warn_on_loop
 from celery_idem.integration.receipts import Receipt
 
 if TYPE_CHECKING:
     from celery import Celery
+
+T = TypeVar("T")
 
 WAIT = 30.0
 """Seconds to wait for the answer: ``Receipt.wait``'s own."""
@@ -54,16 +57,56 @@ def function(
         ConfigurationError: the task cannot be offered.
     """
     tool = tool_of(app, task, occurrences)
-    signature = _signature(tool)
+    submit = _submitting(tool, scope)
 
     def call(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        warn_on_loop("This function", "adapters.agents.async_function")
+        return submit(args, kwargs).wait(wait).to_dict()
+
+    return _like_the_task(call, tool)
+
+
+def async_function(
+    app: Celery,
+    task: str,
+    *,
+    scope: str | Callable[[], str | None] | None = None,
+    occurrences: bool = False,
+    wait: float = WAIT,
+) -> Callable[..., Coroutine[Any, Any, dict[str, Any]]]:
+    """``function`` as a coroutine function, which blocks no event loop.
+
+    Args:
+        app, task, scope, occurrences, wait: as those of ``function``.
+
+    Raises:
+        ConfigurationError: the task cannot be offered.
+    """
+    tool = tool_of(app, task, occurrences)
+    submit = _submitting(tool, scope)
+
+    async def call(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        receipt = await in_thread("submit", submit, args, kwargs)
+        return (await receipt.async_wait(wait)).to_dict()
+
+    return _like_the_task(call, tool)
+
+
+def _submitting(tool: Tool, scope: str | Callable[[], str | None] | None) -> Callable[[Any, Any], Receipt]:
+    signature = _signature(tool)
+
+    def submit(args: Any, kwargs: Any) -> Receipt:
         whose = scope() if callable(scope) else scope
         try:
-            receipt = tool.submit(_named(signature, args, kwargs), whose)
+            return tool.submit(_named(signature, args, kwargs), whose)
         except BadArguments as error:
-            return Receipt("failed", "", reason=str(error), code="invalid").to_dict()
-        return receipt.wait(wait).to_dict()
+            return Receipt("failed", "", reason=str(error), code="invalid")
 
+    return submit
+
+
+def _like_the_task(call: Callable[..., T], tool: Tool) -> Callable[..., T]:
+    signature = _signature(tool)
     call.__name__ = call.__qualname__ = tool.name.replace(".", "_")
     call.__doc__ = tool.description
     call.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}

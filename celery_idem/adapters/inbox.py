@@ -82,6 +82,9 @@ FRESH = 10.0
 PATIENCE = 1.0
 """Seconds a visitor waits for a reading: about 40,000 records. Of more, they see what is there by then."""
 
+SOON = 0.1
+"""Seconds that the first page waits for what only a reading of all records can tell."""
+
 SESSION = 12 * 3600
 """Seconds a sign-in lasts: a shift."""
 
@@ -227,19 +230,21 @@ class _Inbox:
     ) -> Response:
         which = which_of(form)
 
-        def read() -> tuple[Waiting, list[Entry], list[str], Sheet[Entry], dict[str, Action]]:
+        def read() -> tuple[Waiting, list[Entry], list[str], list[Entry], Sheet[Entry], dict[str, Action]]:
             latest = self._waiting.look()
             seen = _shown(latest, Waiting())
             for key, at in list(self._decided.items()):
                 if at < latest.began:
                     self._decided.pop(key, None)
             seen = seen.without(self._decided)
-            fitting = [entry for entry in seen.entries if self._operator.fits(entry, which)]
+            asked = self._operator.as_in_keys(which)
+            fitting = [entry for entry in seen.entries if self._operator.fits(entry, asked)]
             tasks = sorted({*self._operator.tasks(), *(entry.task for entry in seen.entries)})
             rows = sheet(fitting, form)
-            return seen, fitting, tasks, rows, actions_of(self._operator, rows.rows)
+            suspect = _shown(self._figures.look(SOON), Overview()).suspect
+            return seen, fitting, tasks, suspect, rows, actions_of(self._operator, [*rows.rows, *suspect])
 
-        seen, fitting, tasks, rows, actions = await run_in_threadpool(read)
+        seen, fitting, tasks, suspect, rows, actions = await run_in_threadpool(read)
         return self._page(
             request,
             "waiting.html",
@@ -255,6 +260,7 @@ class _Inbox:
             tasks=tasks,
             sheet=rows,
             actions=actions,
+            suspect=suspect,
             typed=typed or {},
         )
 

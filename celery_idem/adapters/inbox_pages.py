@@ -13,10 +13,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from celery_idem.core import keys
 from celery_idem.core.errors import StoreError
 from celery_idem.core.model import NO_OWNER, Record
-from celery_idem.engine.entries import Entry, Tally, count
+from celery_idem.engine.entries import WAITING, Entry, Tally, count
 from celery_idem.operate.bulk import in_threads
 from celery_idem.operate.operators import (
-    DOUBTFUL,
+    COMPARE,
     Action,
     Oldest,
     Operator,
@@ -61,7 +61,9 @@ _templates = Environment(
     lstrip_blocks=True,
 )
 _templates.filters.update(iso=iso, duration=duration, words=lambda state: state.replace("_", " "))
-_templates.globals.update(doubtful=DOUBTFUL, shown=SHOWN, ages=AGES, kept=DECISIONS, listed=LISTED)
+_templates.globals.update(
+    waiting=WAITING, compare=COMPARE, shown=SHOWN, ages=AGES, kept=DECISIONS, listed=LISTED
+)
 
 
 def render(template: str, **values: Any) -> str:
@@ -108,7 +110,7 @@ def look_waiting(operator: Operator) -> Iterator[Waiting]:
 
     said = 0
     for entry in operator.select(Which("waiting"), tick):
-        oldest.add(_slim(entry))
+        oldest.add(slim(entry))
         seen.read_at = max(seen.read_at, entry.now)
         if seen.records - said >= STRIDE:
             said = seen.records
@@ -129,7 +131,7 @@ def actions_of(operator: Operator, entries: Sequence[Entry]) -> dict[str, Action
     return dict(in_threads(one, entries))
 
 
-def _slim(entry: Entry) -> Entry:
+def slim(entry: Entry) -> Entry:
     """The same with what lists and filters need of its record, and nothing that may be large."""
     record = entry.record
     slim = Record(
@@ -199,12 +201,14 @@ class Overview:
         tallies: by (task, state).
         hours: for each of the last 24 hours, the oldest first: how many intents last changed in it, by state.
         decisions: the latest of them, the latest first.
+        suspect: those whose effect may have happened twice, the oldest first.
         records, whole, newer, read_at: see ``Waiting``.
     """
 
     tallies: dict[tuple[str, str], Tally] = field(default_factory=dict)
     hours: list[Counter[str]] = field(default_factory=lambda: [Counter() for _ in range(HOURS)])
     decisions: list[Resolved] = field(default_factory=list)
+    suspect: list[Entry] = field(default_factory=list)
     records: int = 0
     whole: bool = False
     newer: int | None = None
@@ -225,6 +229,7 @@ def look(operator: Operator) -> Iterator[Overview]:
     """Read every record once, in bounded memory: what is known after each ``STRIDE`` of them, and at the end."""
     seen = Overview()
     decisions: list[Resolved] = []  # a heap with the oldest of them first
+    suspect = Oldest(PAGE)
 
     def so_far() -> Overview:
         return replace(
@@ -232,6 +237,7 @@ def look(operator: Operator) -> Iterator[Overview]:
             tallies=dict(seen.tallies),
             hours=list(map(Counter, seen.hours)),
             decisions=sorted(decisions, reverse=True),
+            suspect=suspect.entries(),
         )
 
     for entry in operator.list():
@@ -247,6 +253,8 @@ def look(operator: Operator) -> Iterator[Overview]:
                 heappush(decisions, decision)
             else:
                 heappushpop(decisions, decision)
+        if entry.suspicions:
+            suspect.add(slim(entry))
         if seen.records % STRIDE == 0:
             yield so_far()
     seen.whole = True

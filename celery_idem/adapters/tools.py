@@ -5,12 +5,10 @@ What the HTTP, MCP and agent adapters have in common. Needs pydantic, which each
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import json
 import logging
 import math
-import time
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,17 +18,10 @@ from celery_idem.core.errors import ConfigurationError, IntentError
 from celery_idem.core.keys import Declaration, task_of
 from celery_idem.core.pydantic_models import is_model
 from celery_idem.engine import events
+from celery_idem.integration.awaiting import in_thread
 from celery_idem.integration.declaring import called_of
 from celery_idem.integration.looking import look_up
-from celery_idem.integration.receipts import (
-    FIRST_LOOK,
-    LONGEST_LOOK,
-    LOOK_GROWTH,
-    PENDING,
-    Code,
-    Receipt,
-    Status,
-)
+from celery_idem.integration.receipts import Code, Receipt, Status
 from celery_idem.integration.submitting import submit_task
 from celery_idem.integration.task import IdempotentTask
 
@@ -299,7 +290,7 @@ def annotations_of(task: IdempotentTask) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Offer:
-    """The tasks that an asynchronous adapter offers. Needs anyio, which Starlette and the MCP SDK bring.
+    """The tasks that an asynchronous adapter offers.
 
     Args:
         tools: by the name that callers use.
@@ -324,12 +315,10 @@ class Offer:
         Raises:
             BadArguments: see ``Tool.parse`` and ``Tool.submit``.
         """
-        from anyio.to_thread import run_sync
-
         # Parsing is bounded by the size of the request, so it does not need a thread; the store does.
         given = tool.parse(arguments)
-        receipt = await run_sync(tool.submit, given, scope, occurrence, idempotency_key)
-        return await _answer(receipt, min(self.wait, wait))
+        receipt = await in_thread("submit", tool.submit, given, scope, occurrence, idempotency_key)
+        return await receipt.async_wait(min(self.wait, wait))
 
     async def look(self, key: str, scope: str | None) -> Receipt | None:
         """Where an intent stands; None where nothing is known of it, or its task is not offered.
@@ -337,22 +326,6 @@ class Offer:
         Raises:
             StoreError: its text names the store's address, which a caller must not see.
         """
-        from anyio.to_thread import run_sync
-
-        if task_of(key) not in {tool.name for tool in self.tools.values()}:
+        if task_of(key) not in {tool.declaration.task for tool in self.tools.values()}:
             return None
-        return await run_sync(look_up, self.app, key, scope)
-
-
-async def _answer(receipt: Receipt, timeout: float) -> Receipt:
-    """``Receipt.wait`` that blocks neither the event loop nor a thread while it waits."""
-    deadline = time.monotonic() + timeout
-    pause = FIRST_LOOK
-    while receipt.status in PENDING:
-        latest = await asyncio.to_thread(receipt.wait, 0)
-        left = deadline - time.monotonic()
-        if latest.status not in PENDING or left <= 0:
-            return latest
-        await asyncio.sleep(min(pause, left))
-        pause = min(pause * LOOK_GROWTH, LONGEST_LOOK)
-    return receipt
+        return await in_thread("look", look_up, self.app, key, scope)

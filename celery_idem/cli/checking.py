@@ -12,6 +12,9 @@ from celery_idem.operate.copying import Copied
 from celery_idem.operate.operators import Operator
 from celery_idem.stores import open_store, sql_statements
 
+IN_STORE = "(the store)"
+"""As --against and --save: the store, and no file."""
+
 
 @command("doctor")
 @click.option(
@@ -20,14 +23,40 @@ from celery_idem.stores import open_store, sql_statements
     help="The pool of your workers (--pool), if the configuration does not say.",
 )
 @click.option("--strict", is_flag=True, help="Warnings fail too.")
-def doctor(screen: Screen, operator: Operator, pool: str, strict: bool) -> None:
+@click.option(
+    "--against",
+    is_flag=False,
+    flag_value=IN_STORE,
+    metavar="[FILE]",
+    help="Say what changes for open and remembered intents since the last deployment: since its declarations, which "
+    "its workers noted in the store, or which --save wrote to FILE. Only this is looked at.",
+)
+@click.option(
+    "--save",
+    is_flag=False,
+    flag_value=IN_STORE,
+    metavar="[FILE]",
+    help="Keep the declarations of this release, in the store or in FILE.",
+)
+def doctor(
+    screen: Screen, operator: Operator, pool: str, strict: bool, against: str | None, save: str | None
+) -> None:
     """Find problems of this set-up, and the setting to change.
 
     Exit status 1 if there is an error (with --strict: a warning), for use in CI.
     """
-    from celery_idem.operate.doctor import examine, gather
+    from celery_idem.operate.doctor import declared, examine, gather, worst_first
 
-    found = examine(gather(operator.app, pool=pool))
+    if against is None:
+        found = examine(gather(operator.app, pool=pool))
+    else:
+        before = declared.of_stores(operator) if against == IN_STORE else declared.read_file(against)
+        found = worst_first(declared.changes(operator, before))
+    if save == IN_STORE:
+        for ledger in operator.ledgers():
+            declared.keep(ledger, operator.tasks())
+    elif save is not None:
+        declared.write_file(save, operator)
     if screen.as_json:
         screen.json([finding._asdict() for finding in found])
     else:
@@ -51,7 +80,7 @@ def doctor(screen: Screen, operator: Operator, pool: str, strict: bool) -> None:
     help="Seconds between retries of one action.",
 )
 def audit(screen: Screen, operator: Operator, task: str | None, within: float) -> None:
-    """Find keys that may be too narrow (drift) or too wide (spread).
+    """Find keys that may be too narrow (drift) or too wide (spread), and effects that may have happened twice (double).
 
     Drift: calls that differ in one value of the intent only, so that retries may run again. Spread: replays whose
     free arguments differ, so that a second action may not have run.

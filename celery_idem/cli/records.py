@@ -12,12 +12,18 @@ import click
 from celery_idem.cli.reading import LINES, Reading, filters, within_option
 from celery_idem.cli.screen import Screen, command, printable, yes_option
 from celery_idem.core.errors import IdempotencyError, StoreError
-from celery_idem.engine.entries import STATES, Entry, tallied
+from celery_idem.engine.entries import FILTERS, WAITING, Entry, tallied
 from celery_idem.operate.bulk import in_threads
-from celery_idem.operate.operators import DOUBTFUL, Action, Oldest, Operator, Which, duration
+from celery_idem.operate.operators import COMPARE, Action, Oldest, Operator, Which, duration
+
+NOTHING = 1
+"""Exit status of a listing without an entry, as of any answer that is no."""
 
 FORGETTABLE = ("failed", "succeeded", "released")
 """States that many intents are forgotten in at once. One in doubt or at work takes its KEY: a look at each."""
+
+ATTEMPT = {"task_id": "task", "place": "on", "claimed_at": "claimed", "ended_at": "ended", "result": "result"}
+"""What ``show`` calls the facts about one attempt."""
 
 
 def as_typed() -> str:
@@ -39,9 +45,10 @@ def as_typed() -> str:
 @command("list")
 @click.option(
     "--state",
-    type=click.Choice((*STATES, "waiting")),
-    help="Only those in this state. waiting: for a decision.",
+    type=click.Choice(FILTERS),
+    help="Only those in this state. waiting: all that wait for a person.",
 )
+@click.option("--suspect", is_flag=True, help="Only those whose effect may have happened twice.")
 @filters
 @click.option(
     "--limit",
@@ -54,18 +61,26 @@ def as_typed() -> str:
 )
 @within_option
 def list_(
-    screen: Screen, operator: Operator, which: Which, limit: int | None, page: int, within: float | None
+    screen: Screen,
+    operator: Operator,
+    which: Which,
+    suspect: bool,
+    limit: int | None,
+    page: int,
+    within: float | None,
 ) -> None:
-    """List intents, the longest unchanged first.
+    """List intents, the longest unchanged first. Exit status 1 if there is none.
 
     With --json: one line per intent, in no order.
     """
+    which = which._replace(suspect=suspect)
     found = Reading(lambda tick: operator.select(which, tick), within, quiet=screen.as_json)
     if screen.as_json:
-        for entry in islice(found, limit):
+        number = 0
+        for number, entry in enumerate(islice(found, limit), 1):  # noqa: B007  # counted where there are none
             screen.json(operator.describe(entry))
         found.end()
-        return
+        raise SystemExit(0 if number else NOTHING)
     lines = LINES if limit is None else limit
     oldest = Oldest(lines * page)
     for entry in found:
@@ -81,17 +96,21 @@ def list_(
         screen.line("No such intents." if not found.stopped else "No such intents among those read.")
         if which.task and which.task not in operator.tasks():
             screen.line(operator.no_task(which.task))
-    elif any(entry.state in DOUBTFUL for entry in entries):
+    elif any(entry.state in WAITING for entry in entries):
         screen.line(
             "Next: `idem show KEY` prints what is known; `idem reconcile` asks the destinations about all of them; "
             "`idem resolve --from FILE` takes many decisions."
         )
+    elif suspect:
+        screen.line("Next: `idem show KEY` prints both attempts, and what to compare.")
     found.end()
+    raise SystemExit(0 if total else NOTHING)
 
 
 def _print_line(screen: Screen, entry: Entry, action: Action) -> None:
     attempt = f"[{action.attempt}]" if entry.record.outcome is None else ""
-    words = filter(None, (entry.key, action.line, entry.record.reason, attempt))
+    doubled = "MAY HAVE HAPPENED TWICE" if entry.suspicions else ""
+    words = filter(None, (entry.key, action.line, entry.record.reason, doubled, attempt))
     screen.state(entry.state, f"{duration(entry.age):>7}  {'  '.join(words)}")
 
 
@@ -115,6 +134,14 @@ def show(screen: Screen, operator: Operator, key: str) -> None:
     for note in form["notes"]:
         evidence = f" ({note['evidence']})" if note["evidence"] else ""
         screen.line(f"  {note['at']}  {note['by']}: {note['what']}{evidence}")
+    for suspicion in form["suspicions"]:
+        screen.line(
+            "It may have happened TWICE: an execution ended after its intent had been taken over.", "bold red"
+        )
+        for name, attempt in suspicion.items():
+            facts = [f"{ATTEMPT[fact]} {value}" for fact, value in attempt.items() if value]
+            screen.line(f"  {name:<6} {', '.join(facts)}")
+        screen.line(f"  {COMPARE}")
     screen.line(advice(entry))
 
 
@@ -148,7 +175,7 @@ def _facts(form: dict[str, Any]) -> list[tuple[str, Any]]:
 def advice(entry: Entry) -> str:
     """Return what an operator can do about an intent in this state."""
     key = entry.key
-    if entry.state in DOUBTFUL:
+    if entry.state in WAITING:
         this = f"{as_typed()} resolve '{key}' --fence {entry.record.fence}"
         return (
             "It is not known whether it took effect. Check the destination, then record what you saw:\n"
@@ -276,6 +303,6 @@ def stats(screen: Screen, operator: Operator, within: float | None) -> None:
         return
     for (task, state), tally in tallies:
         screen.state(state, f"{tally.intents:>9}  oldest {duration(tally.oldest):>7}  {task}")
-    waiting = sum(tally.intents for (_, state), tally in tallies if state in DOUBTFUL)
+    waiting = sum(tally.intents for (_, state), tally in tallies if state in WAITING)
     screen.line(f"{sum(t.intents for _, t in tallies)} intents, {waiting} of them wait for a decision.")
     reading.end()

@@ -263,9 +263,15 @@ def _refused(parameter: str, why: object) -> IntentError:
 
 
 class Declaration(NamedTuple):
-    """A task's checked declaration of its intent. ``declare`` makes it."""
+    """A task's checked declaration of its intent. ``declare`` makes it.
+
+    Attributes:
+        task: the name in the task's keys (see ``identity_name``).
+        names: every name that its messages may have, the present one first.
+    """
 
     task: str
+    names: tuple[str, ...]
     signature: inspect.Signature
     fields: tuple[str, ...] | None
     compute: Callable[[dict[str, Any]], Mapping[str, Any]] | None
@@ -531,10 +537,12 @@ def declare(
     version: int | str = 1,
     readers: Mapping[str, models.Reader] | None = None,
     renamed: Mapping[str, str] | None = None,
+    aliases: Iterable[str] | str = (),
 ) -> Declaration:
     """Check a declaration against the task's signature.
 
     Args:
+        aliases: other names of the task, the oldest first.
         readers: readers of parameters that Celery turns into pydantic models.
         renamed: a wrapped function's names of the signature's parameters.
 
@@ -556,8 +564,10 @@ def declare(
                 f"{task}: intent= names no parameter, so every call would be the same action. Name what tells "
                 "two actions apart, or write intent=ALL_ARGUMENTS."
             )
+    known_as = _names_given(task, aliases)
     return Declaration(
-        task=task,
+        task=identity_name(task, known_as),
+        names=tuple(dict.fromkeys((task, *known_as))),
         signature=signature,
         fields=fields,
         compute=compute,
@@ -567,6 +577,18 @@ def declare(
         readers=readers or {},
         defaults=_settled_defaults(task, signature),
     )
+
+
+def identity_name(task: str, aliases: tuple[str, ...]) -> str:
+    """Return the name that a task's keys are derived under: its first one, so that its intents outlive a new name."""
+    return aliases[0] if aliases else task
+
+
+def _names_given(task: str, aliases: Any) -> tuple[str, ...]:
+    names = (aliases,) if isinstance(aliases, str) else aliases
+    if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) and name for name in names):
+        raise ConfigurationError(f"{task}: aliases= must be names of the task, such as ('shop.old',).")
+    return tuple(names)
 
 
 def _settled_defaults(task: str, signature: inspect.Signature) -> dict[str, Any]:

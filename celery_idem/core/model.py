@@ -67,13 +67,28 @@ class Outcome(NamedTuple):
         missing: why there is no payload, for people; empty when there is one.
         replaced_by: id of the task that has the result, where the body handed its action over to one.
         cancelled: a person cancelled it before it was done; ``missing`` says who, and what is done of it.
+        trace: the span in which it was made: 16 bytes of trace id, 8 of span id, 1 of flags; empty where spans are not
+            recorded.
     """
 
     succeeded: bool
     payload: bytes | None
     missing: str = ""
     replaced_by: str = ""
+    trace: bytes = b""
     cancelled: bool = False
+
+    @property
+    def traced(self) -> dict[str, Any]:
+        """The span as a detail of an event, in W3C's form (``traceparent``); nothing without one."""
+        if not self.trace:
+            return {}
+        text = self.trace.hex()
+        return {"trace": f"00-{text[:32]}-{text[32:48]}-{text[48:]}"}
+
+
+TRACE_SIZE = 25
+"""Bytes of the context of a span."""
 
 
 class Step(NamedTuple):
@@ -95,6 +110,30 @@ class Would(IntEnum):
     IN_DOUBT = 4
 
 
+class Late(NamedTuple):
+    """A suspected second effect: an execution ended after another attempt, or a person, had taken its intent over.
+
+    Attributes:
+        task_id, fence: of the execution that ended late. The fence is the store's time of its claim; 0: it ran
+            without one.
+        place: where it ran.
+        succeeded, payload: how it ended, as in an outcome; no payload where that is too large for a note.
+        stood_task_id, stood_fence, stood_place: the attempt that the record was about then; no place where a person had
+            decided.
+        stood_at: the stamp of the record then: of its outcome, where it had one.
+    """
+
+    task_id: str
+    fence: int
+    place: str
+    succeeded: bool
+    payload: bytes
+    stood_task_id: str
+    stood_fence: int
+    stood_place: str
+    stood_at: int
+
+
 class Resolution(IntEnum):
     """What a person, or the destination that a worker asked, decided about an intent.
 
@@ -114,6 +153,7 @@ class Note(NamedTuple):
         what: for people, as ``evidence`` is.
         would: of a shadow record: what a guard would have done with the call; None in any other note.
         differs: with ``Would.MISMATCH``: the parameters that had another value.
+        late: the note is about a suspected second effect; None in any other.
         resolution: the note is about a decision; None in any other.
     """
 
@@ -123,6 +163,7 @@ class Note(NamedTuple):
     evidence: str
     would: Would | None = None
     differs: tuple[str, ...] = ()
+    late: Late | None = None
     resolution: Resolution | None = None
 
 
@@ -198,7 +239,7 @@ class Record(NamedTuple):
         noticed: the store's clock had gone back, see there.
         scope: digest of the scope that the intent belongs to; empty for none.
         call: what it takes to publish the same message again (see ``calls``); only while the intent is open.
-        place: host and process of the latest execution; only while the intent is open.
+        place: host and process of the latest execution; only while the intent is open, or where it was contested.
         recovery: what recovery has done; None: nothing.
     """
 
@@ -291,9 +332,14 @@ class Accepted(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """Do nothing: here is the outcome."""
+    """Do nothing: here is the outcome.
+
+    Attributes:
+        own: it is that of the same task id, whose message was redelivered.
+    """
 
     outcome: Outcome
+    own: bool = True
 
 
 class Busy(NamedTuple):
@@ -311,17 +357,23 @@ class Busy(NamedTuple):
 
 
 class Ask(NamedTuple):
-    """Ask the destination, then conclude: this execution holds the right to ask. ``orphan``: see ``Acquired``."""
+    """Ask the destination, then conclude: this execution holds the right to ask. ``orphan``: see ``Acquired``.
+
+    Attributes:
+        first: it was not in doubt before.
+    """
 
     record: Record
     orphan: bytes = b""
+    first: bool = False
 
 
 class InDoubt(NamedTuple):
-    """Nobody here can know whether the effect happened. ``orphan``: see ``Acquired``."""
+    """Nobody here can know whether the effect happened. ``orphan``: see ``Acquired``; ``first``: see ``Ask``."""
 
     reason: str
     orphan: bytes = b""
+    first: bool = False
 
 
 class Mismatch(NamedTuple):

@@ -41,7 +41,8 @@ IN_DOUBT     otherwise                                        InDoubt           
 early retry is no duplicate.
 Busy under a stamp in the future (the store's clock went back) notes when it was met: the hold counts from there.
 
-After the body, or between its steps, only the current owner is heard, however late (4):
+After the body, or between its steps, only the current owner is heard, however late (4). The end of any other body
+that may have had an effect (settle, doubt, exit) is noted as a suspected second one:
 
 ============  =============================  ==============================================
 transition    from                           to
@@ -52,8 +53,8 @@ recover       RUNNING, SCHEDULED, ACCEPTED   same, lease over; not taken: IN_DOU
 revoked       ACCEPTED, SCHEDULED            RELEASED                                    (11)
 settle        RUNNING, IN_DOUBT, absent      SUCCEEDED or FAILED
 committed     SUCCEEDED                      nothing: an author's transaction settled it     (9)
-schedule      RUNNING, IN_DOUBT              SCHEDULED until the retry's ETA and a grace (5); CANCELLED where asked to stop
-release       RUNNING, IN_DOUBT              RELEASED (finished steps stay)              (5); CANCELLED where asked to stop
+schedule      RUNNING, IN_DOUBT              SCHEDULED until the retry's ETA and a grace (5); CANCELLED: asked to stop
+release       RUNNING, IN_DOUBT              RELEASED (finished steps stay)              (5); CANCELLED: asked to stop
 doubt         RUNNING, IN_DOUBT              IN_DOUBT                                    (5)
 renew         RUNNING, own IN_DOUBT          same, new lease (a question is its asker's)
 begin_step    RUNNING                        RUNNING with one more open step
@@ -61,7 +62,7 @@ end_step      RUNNING, IN_DOUBT              same, the step and its result added
 exit          RUNNING                        IN_DOUBT; RUNNING, lease over, where a claim decides (5)
 lapse         RUNNING, IN_DOUBT              same, lease over: its process is dead            (3)
 died          RUNNING of a dead process      the same (says its parent)                      (3)
-conclude      IN_DOUBT, own question         SUCCEEDED, RUNNING or IN_DOUBT              (3); CANCELLED where asked to stop
+conclude      IN_DOUBT, own question         SUCCEEDED, RUNNING or IN_DOUBT              (3); CANCELLED: asked to stop
 resolve       IN_DOUBT, lapsed RUNNING       SUCCEEDED or RELEASED (says a person)
 cancel        open, not IN_DOUBT             CANCELLED; RUNNING, asked to stop (says a person) (13)
 forget        any but a live RUNNING         RELEASED with its finished steps; else nothing is left (10)
@@ -90,6 +91,7 @@ from celery_idem.core.model import (
     Done,
     Fingerprint,
     InDoubt,
+    Late,
     Mismatch,
     Note,
     Noticed,
@@ -147,6 +149,9 @@ MAX_COUNT = 65_535
 MAX_NAMED = 8
 """Steps named in a line of history: enough to recognise the body by."""
 
+MAX_LATE = 1024
+"""Bytes of a result that a note of a suspected second effect keeps: what is looked for at a destination is an id."""
+
 MAX_CRASHES = 255
 """Crashes are kept in one byte; ``max_attempts`` is refused above it (see settings)."""
 
@@ -195,6 +200,15 @@ def ttl(record: Record, policy: Policy) -> int | None:
         return policy.failure_ttl if state is State.FAILED else policy.result_ttl
     steps = max(policy.result_ttl, LEAST_STEPS)
     return policy.failure_ttl + steps if state is State.FAILED else steps
+
+
+def ttl_left(ttl: int, age: int) -> int:
+    """What is left of a TTL that counts from a write ``age`` microseconds ago.
+
+    A record that should have expired by then was written under another policy: it is kept for the whole TTL, and never
+    deleted early.
+    """
+    return ttl - age if 0 < age < ttl else ttl
 
 
 def final(record: Record) -> bool:
@@ -367,7 +381,7 @@ def claim(record: Record, stamp: int, now: int, request: Request) -> tuple[Decis
     if record.outcome is not None:
         if not final(record) and now >= stamp + request.policy.failure_ttl:
             return _acquire(replace(record, outcome=None), now, request)
-        return Replay(record.outcome), _varied(record, request)
+        return Replay(record.outcome, record.task_id == request.task_id), _varied(record, request)
     remaining = left(record, stamp, now)
     if record.state is State.RUNNING:
         if record.owner == request.owner:
@@ -385,8 +399,11 @@ def claim(record: Record, stamp: int, now: int, request: Request) -> tuple[Decis
         return _acquire(record, now, request)
     if record.state is State.ACCEPTED:
         decision, new = _acquire(record, now, request)
-        # Another call of the same intent is quicker: the accepted one is answered as its duplicate.
-        orphan = record.call if request.task_id and record.task_id != request.task_id else b""
+        # Another call of the same intent is quicker. The accepted one's own message brings its answer, if it was sent.
+        not_sent = (
+            not record.lease and record.recovery is None and request.task_id not in ("", record.task_id)
+        )
+        orphan = record.call if not_sent else b""
         return decision._replace(orphan=orphan), new
     return _claim_in_doubt(record, stamp, now, request)
 
@@ -514,7 +531,7 @@ TOO_MANY = "the worker stopped without reporting an outcome, {} times"
 
 def _put_in_doubt(record: Record, reason: str) -> tuple[InDoubt, Record]:
     new = replace(record, state=State.IN_DOUBT, lease=0, asking=b"", reason=reason, recovery=None)
-    return InDoubt(reason), new
+    return InDoubt(reason, first=record.state is not State.IN_DOUBT), new
 
 
 def _noted(record: Record, note: Note) -> Record:
@@ -539,7 +556,7 @@ def _ask(record: Record, now: int, request: Request) -> tuple[Ask, Record]:
     """One worker at a time may ask. The owner stays, so its late outcome is still heard."""
     record = _noted(record, Note(now, request.owner.hex(), "asks the destination", ""))
     new = replace(record, state=State.IN_DOUBT, asking=request.owner, lease=request.policy.lease)
-    return Ask(new), new
+    return Ask(new, first=record.state is not State.IN_DOUBT), new
 
 
 def conclude(
@@ -599,6 +616,7 @@ def _settled(record: Record, outcome: Outcome) -> Record:
         notes=record.notes,
         digests=record.digests,
         scope=record.scope,
+        place=record.place if record.notes else "",  # of what was contested: both attempts may be looked for
         outcome=outcome,
     )
 
@@ -638,12 +656,21 @@ def restored(record: Record | None, held: Record, older: bool = False) -> Record
     return held if older and earlier and record.outcome is None else record
 
 
-def settle(record: Record | None, held: Record, outcome: Outcome) -> tuple[Done | Refused, Record | None]:
-    """Record how the body ended.
+def settle(
+    record: Record | None,
+    held: Record,
+    outcome: Outcome,
+    suspect: bool = False,
+    stamp: int = 0,
+    now: int = 0,
+) -> tuple[Done | Refused, Record | None]:
+    """Record how the body ended. With ``Refused``: the record that stands, with a note of the suspected second effect.
 
     Args:
         record: what the store holds; None when it lost the record.
         held: the record as this execution last wrote it.
+        suspect: note a refusal. False: the body's effects are undone when it is refused (a transaction).
+        stamp: the store's time when ``record`` was written.
     """
     record = restored(record, held)
     if _holds(record, held.owner):
@@ -651,7 +678,33 @@ def settle(record: Record | None, held: Record, outcome: Outcome) -> tuple[Done 
         return Done(new), new
     if record.owner == held.owner and record.outcome == outcome:
         return Done(record), None
-    return Refused(record), None
+    return Refused(record), _suspected(record, held, outcome, stamp, now) if suspect else None
+
+
+def _suspected(record: Record, held: Record, outcome: Outcome, stamp: int, now: int) -> Record | None:
+    """The record that stands, with a note of an execution that ended late. None: that is noted, or no other stands.
+
+    What stands is not changed: a retry is waited for as long as before. A live hold ends at most one lease later.
+    """
+    by = held.owner.hex()
+    if record.owner == held.owner or any(note.late and note.by == by for note in record.notes):
+        return None
+    payload = outcome.payload or b""
+    late = Late(
+        held.task_id,
+        held.fence,
+        held.place,
+        outcome.succeeded,
+        payload if len(payload) <= MAX_LATE else b"",
+        record.task_id,
+        record.fence,
+        "" if record.owner == NO_OWNER else record.place,
+        stamp,
+    )
+    new = _noted(record, Note(now, by, "ended late", "the effect may have happened twice", late=late))
+    if record.state is State.SCHEDULED:
+        new = replace(new, lease=min(record.lease, max(0, left(record, stamp, now))))
+    return new
 
 
 def committed(
@@ -710,10 +763,17 @@ def release(record: Record, owner: bytes) -> tuple[Done | Refused, Record | None
     return Refused(record), None
 
 
-def doubt(record: Record, owner: bytes, reason: str) -> tuple[Done | Refused, Record | None]:
-    """The body ended in a way that leaves the effect unknown."""
+def doubt(
+    record: Record, owner: bytes, reason: str, held: Record | None = None, stamp: int = 0, now: int = 0
+) -> tuple[Done | Refused, Record | None]:
+    """The body ended in a way that leaves the effect unknown. A refusal is noted, as that of ``settle``.
+
+    Args:
+        held: the record as this execution last wrote it; None: note nothing.
+    """
     if not _holds(record, owner):
-        return Refused(record), None
+        noted = None if held is None else _suspected(record, held, Outcome(False, None), stamp, now)
+        return Refused(record), noted
     if record.state is State.IN_DOUBT:
         return Done(record), None
     _, new = _put_in_doubt(_one_more_crash(record), reason)
@@ -736,7 +796,13 @@ def renew(record: Record, owner: bytes, lease: int) -> tuple[Done | Refused, Rec
 
 
 def exit(  # noqa: A001  # the transition's name
-    record: Record, owner: bytes, policy: Policy, reason: str
+    record: Record,
+    owner: bytes,
+    policy: Policy,
+    reason: str,
+    held: Record | None = None,
+    stamp: int = 0,
+    now: int = 0,
 ) -> tuple[Done | Refused, Record | None]:
     """The process was told to exit while the body ran: a crash that could still say so.
 
@@ -744,7 +810,7 @@ def exit(  # noqa: A001  # the transition's name
     asking, resuming, running again), the lease is over and nothing else changes.
     """
     if record.state is not State.RUNNING or record.owner != owner:
-        return doubt(record, owner, reason)
+        return doubt(record, owner, reason, held, stamp, now)
     _, new = _crash(record, policy, reason)
     return Done(new), new
 
@@ -850,8 +916,8 @@ def revoked(record: Record, task_id: str) -> Record | None:
         task_id: of that message.
 
     Returns:
-        What was accepted, or waits for its retry, and has not begun, is released. What had begun stays what it is, until
-        somebody calls again. None: nothing to write.
+        What was accepted, or waits for its retry, is released. What had begun stays what it is, until somebody
+        calls again. None: nothing to write.
     """
     if record.task_id != task_id:
         return None

@@ -19,6 +19,8 @@ from celery_idem.core.errors import StoreError
 from celery_idem.core.model import (
     FINGERPRINT_ENTRY,
     SCOPE_SIZE,
+    TRACE_SIZE,
+    Late,
     Note,
     Noticed,
     Outcome,
@@ -58,12 +60,17 @@ _DIGESTS = 1 << 9
 _MISSING = 1 << 10
 _PAYLOAD = 1 << 11
 _NOTICED = 1 << 12  # this and what follows stand before the outcome, which comes last
+_TRACE = 1 << 12  # of an outcome, just before it: what has an outcome has no lease
 _SCOPE = 1 << 13
 _REPLACED_BY = 1 << 14  # in the place of _MISSING
-_OPEN = 1 << 15  # call, place and recovery; before the outcome, which such a record does not have
+_OPEN = 1 << 15  # call, place and recovery; before the outcome, beside which there is a place at most
 _RECOVERY = struct.Struct(">BQ")
 
 _RESOLUTIONS = frozenset(Resolution)
+"""In the place of ``Would`` in a note."""
+
+_LATE = 255
+"""In the place of ``Would`` in a note: what follows is a ``Late``."""
 
 
 def pack(record: Record) -> bytes:
@@ -124,9 +131,14 @@ def pack(record: Record) -> bytes:
     if notes:
         parts |= _NOTES
         tail.append(_LENGTH.pack(len(notes)))
-        for at, by, what, evidence, would, differs, resolution in notes:
+        for at, by, what, evidence, would, differs, late, resolution in notes:
             tail += (_TIME.pack(at), _text(by), _text(what), _text(evidence))
-            tail += (bytes((would or resolution or 0,)), _LENGTH.pack(len(differs)), *map(_text, differs))
+            kind = _LATE if late is not None else would or resolution or 0
+            tail += (bytes((kind,)), _LENGTH.pack(len(differs)), *map(_text, differs))
+            if late is not None:
+                tail += (_text(late.task_id), _TIME.pack(late.fence), _text(late.place))
+                tail += (bytes((late.succeeded,)), _blob(late.payload), _text(late.stood_task_id))
+                tail += (_TIME.pack(late.stood_fence), _text(late.stood_place), _TIME.pack(late.stood_at))
     if digests:
         parts |= _DIGESTS
         tail.append(_blob(digests))
@@ -140,6 +152,9 @@ def pack(record: Record) -> bytes:
         parts |= _OPEN
         tail += (_RECOVERY.pack(*recovery or (0, 0)), _text(place), _blob(call))
     if outcome is not None:
+        if outcome.trace:
+            parts |= _TRACE
+            tail.append(outcome.trace)
         if outcome.replaced_by:
             parts |= _REPLACED_BY
             tail.append(_text(outcome.replaced_by))
@@ -217,7 +232,7 @@ def _unpack(value: bytes, stamp: int) -> Record:
     if parts & _NOTES:
         notes = tuple(read.note() for _ in range(read.count()))
     digests = read.blob() if parts & _DIGESTS else b""
-    noticed = Noticed(read.time(), read.time()) if parts & _NOTICED else None
+    noticed = Noticed(read.time(), read.time()) if parts & _NOTICED and not state.settled else None
     scope = read.take(SCOPE_SIZE) if parts & _SCOPE else b""
     call, place, recovery = b"", "", None
     if parts & _OPEN:
@@ -225,12 +240,15 @@ def _unpack(value: bytes, stamp: int) -> Record:
         recovery = Recovery(tries, wait) if tries or wait else None
         place, call = read.text(), read.blob()
     outcome = None
+    succeeded, trace = state is State.SUCCEEDED, b""
+    if parts & _TRACE and state.settled:
+        trace = read.take(TRACE_SIZE)
     if parts & _REPLACED_BY:
-        outcome = Outcome(state is State.SUCCEEDED, None, replaced_by=read.text())
+        outcome = Outcome(succeeded, None, "", read.text(), trace)
     elif parts & _MISSING:
-        outcome = Outcome(state is State.SUCCEEDED, None, read.text(), cancelled=state is State.CANCELLED)
+        outcome = Outcome(succeeded, None, read.text(), "", trace, state is State.CANCELLED)
     elif parts & _PAYLOAD:
-        outcome = Outcome(state is State.SUCCEEDED, read.rest())
+        outcome = Outcome(succeeded, read.rest(), "", "", trace)
     if not read.at_end() or (outcome is not None) != state.settled:
         raise ValueError("state and parts disagree")
     return Record(
@@ -295,9 +313,15 @@ class _Reader:
         at, by, what, evidence = self.time(), self.text(), self.text(), self.text()
         kind = self.take(1)[0]
         differs = tuple(self.text() for _ in range(self.count()))
+        if kind == _LATE:
+            return Note(at, by, what, evidence, None, differs, self.late())
         if kind in _RESOLUTIONS:
-            return Note(at, by, what, evidence, None, differs, Resolution(kind))
+            return Note(at, by, what, evidence, None, differs, None, Resolution(kind))
         return Note(at, by, what, evidence, Would(kind) if kind else None, differs)
+
+    def late(self) -> Late:
+        late = self.text(), self.time(), self.text(), self.take(1) != b"\0", self.blob()
+        return Late(*late, self.text(), self.time(), self.text(), self.time())
 
     def rest(self) -> bytes:
         return self.take(len(self._value) - self._at)

@@ -252,7 +252,7 @@ class Hold:
     # --- the ends of a hold -----------------------------------------------------------
 
     def settle(self, outcome: Outcome, patience: float, also: Announcement | None = None) -> Done | Refused:
-        """Write how the body ended; ``Refused`` when another execution took over.
+        """Write how the body ended; ``Refused`` when another execution took over, which the record says then.
 
         Args:
             patience: seconds to keep trying while the store does not answer.
@@ -262,8 +262,12 @@ class Hold:
             StoreError: it did not answer for that long. The record stays as it is.
         """
         held = self._seen[1]
+        if events.spans:
+            outcome = outcome._replace(trace=events.spans[-1]())
         return self._end(
-            lambda record, stamp, now: protocol.settle(self._known(record, stamp), held, outcome),
+            lambda record, stamp, now: protocol.settle(
+                self._known(record, stamp), held, outcome, True, stamp, now
+            ),
             patience,
             also,
         )
@@ -284,16 +288,20 @@ class Hold:
 
     def doubt(self, reason: str, patience: float) -> Done | Refused:
         """The body ended in a way that leaves the effect unknown."""
+        held = self._seen[1]
         return self._end(
-            lambda record, stamp, now: protocol.doubt(self._known(record, stamp), self.owner, reason),
+            lambda record, stamp, now: protocol.doubt(
+                self._known(record, stamp), self.owner, reason, held, stamp, now
+            ),
             patience,
         )
 
     def exit(self, reason: str, patience: float) -> Done | Refused:
         """The process was told to exit while the body ran."""
+        held = self._seen[1]
         return self._end(
             lambda record, stamp, now: protocol.exit(
-                self._known(record, stamp), self.owner, self.policy, reason
+                self._known(record, stamp), self.owner, self.policy, reason, held, stamp, now
             ),
             patience,
         )
@@ -319,6 +327,8 @@ class Hold:
             ConfigurationError: the record is not in that database.
         """
         held = self._seen[1]
+        if events.spans:
+            outcome = outcome._replace(trace=events.spans[-1]())
 
         def settle(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
             return (Refused(None), None) if record is None else protocol.settle(record, held, outcome)
@@ -535,7 +545,9 @@ class Hold:
                 if clock.elapsed() + pause > began + patience:
                     raise
                 if tries == 1:
-                    events.emit("store_error", self.key, error=str(error), while_="settling")
+                    events.emit(
+                        "store_error", self.key, task_id=self.task_id, error=str(error), while_="settling"
+                    )
                 threading.Event().wait(pause)
                 if ending:
                     self._enter(ENDING)

@@ -12,7 +12,7 @@ from typing import Any
 
 from celery_idem.core import protocol
 from celery_idem.core.errors import StoreError
-from celery_idem.core.model import Policy, Record, State, Stored
+from celery_idem.core.model import Policy, Record, Refused, State, Stored
 from celery_idem.core.record import pack, unpack
 from celery_idem.engine import clock
 from celery_idem.stores.base import Reply, Store
@@ -85,6 +85,8 @@ def change(
             continue
         value = pack(new)
         ttl = 0 if new is DELETED else protocol.ttl(new, policy) if policy is not None else None
+        if ttl and stored is not None and isinstance(decision, Refused):
+            ttl = protocol.ttl_left(ttl, reply.now - stored.stamp)  # it only notes something
         before = clock.elapsed()
         if stored is None:
             reply = store.create(name, value, ttl)

@@ -10,6 +10,7 @@ from celery_idem.core.model import (
     MICROSECONDS,
     Decision,
     Fingerprint,
+    Note,
     Policy,
     Record,
     State,
@@ -17,6 +18,20 @@ from celery_idem.core.model import (
 
 STATES = (*(state.name.lower() for state in State), "lapsed")
 """Names of all states an entry can be in."""
+
+WAITING = ("in_doubt", "lapsed")
+"""States that wait for a person. ``lapsed`` becomes ``in_doubt`` at the next delivery, which may never come."""
+
+GROUPS = {"waiting": WAITING}
+"""Names of several states together: what alerts, lists, the inbox and exit statuses agree on."""
+
+FILTERS = (*STATES, *GROUPS)
+"""What a listing may be asked for."""
+
+
+def states(name: str) -> tuple[str, ...]:
+    """The states that a filter names."""
+    return GROUPS.get(name, (name,))
 
 
 class Entry:
@@ -61,6 +76,11 @@ class Entry:
         if protocol.lapsed(self.record, self._stamp, self._now):
             return "lapsed"
         return self.record.state.name.lower()
+
+    @property
+    def suspicions(self) -> tuple[Note, ...]:
+        """Notes that say that the effect may have happened twice."""
+        return tuple(note for note in self.record.notes if note.late is not None)
 
     @property
     def age(self) -> float:

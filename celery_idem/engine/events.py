@@ -5,9 +5,10 @@ thread of their own: what one raises is logged and dropped, and one that blocks 
 longer than ``PATIENCE``. The package brings some listeners: ``celery_idem.telemetry`` and
 ``celery_idem.telemetry.signals``.
 
-The log record of an event carries ``idem_event``, ``idem_key``, ``idem_task`` and ``idem_details``, for formatters that
-write JSON. What is no event of an intent (a check at start-up, a listener that fails) is a diagnostic: free text on a
-logger of its own, which no listener receives.
+The log record of an event carries ``idem_event``, ``idem_key``, ``idem_task``, ``idem_task_id``, ``idem_details``, and
+where it happened (``idem_worker``, ``idem_host``, ``idem_pid``), for formatters that write JSON. What is no event of an
+intent (a check at start-up, a listener that fails) is a diagnostic: free text on a logger of its own, which no listener
+receives.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Mapping
 from threading import Lock, Semaphore, Thread, current_thread
@@ -33,48 +35,99 @@ class Kind(NamedTuple):
         level: how it is logged.
         fields: details that each such event has, and their types.
         optional: details that only some have.
+        says: what happened, in the log.
     """
 
     level: int
     fields: Mapping[str, type]
     optional: Mapping[str, type] = {}
+    says: str = ""
 
 
 _TASK = {"task_id": str}
+_TRACE = {"trace": str}
 
 KINDS = {
-    "settled": Kind(logging.DEBUG, {**_TASK, "succeeded": bool}),
-    "replayed": Kind(logging.INFO, {**_TASK, "succeeded": bool}),
-    "told": Kind(logging.INFO, {"status": str}),
-    "waiting": Kind(logging.INFO, _TASK),
-    "scheduled": Kind(logging.DEBUG, _TASK),
-    "released": Kind(logging.INFO, {**_TASK, "why": str}),
-    "mismatch": Kind(logging.WARNING, {**_TASK, "differs": tuple}),
-    "in_doubt": Kind(logging.ERROR, {**_TASK, "reason": str, "action": str}),
-    "asked": Kind(logging.WARNING, {**_TASK, "answer": str}),
-    "lease_lost": Kind(logging.ERROR, {**_TASK, "fence": int}),
-    "clock_stepped": Kind(logging.WARNING, {"by": float, "store": str}),
-    "stale_settle": Kind(logging.CRITICAL, {**_TASK, "fence": int, "current_fence": int}),
-    "store_error": Kind(logging.WARNING, {"error": str, "while_": str}, {"then": str, "leases": int}),
-    "broker_error": Kind(logging.WARNING, {**_TASK, "error": str}),
-    "unguarded": Kind(logging.WARNING, _TASK),
-    "unsettled": Kind(logging.ERROR, {**_TASK, "error": str}),
-    "late_error": Kind(logging.ERROR, {**_TASK, "error": str}),
-    "exited": Kind(logging.ERROR, {**_TASK, "reason": str}),
-    "died": Kind(logging.ERROR, {**_TASK, "process": int, "why": str, "then": str, "redelivered": bool}),
-    "lapsed": Kind(logging.WARNING, _TASK),
-    "recovered": Kind(logging.WARNING, {**_TASK, "tries": int, "state": str}),
-    "resolved": Kind(logging.WARNING, {"by": str, "what": str}),
-    "forgotten": Kind(logging.WARNING, {}),
-    "shadow": Kind(logging.INFO, {**_TASK, "would": str, "why": str}),
+    "settled": Kind(logging.DEBUG, {**_TASK, "succeeded": bool}, says="the outcome is recorded"),
+    "replayed": Kind(
+        logging.INFO,
+        {**_TASK, "succeeded": bool},
+        _TRACE,
+        says="a repeat received the stored outcome; nothing ran",
+    ),
+    "told": Kind(
+        logging.INFO, {"status": str}, _TRACE, says="submit answered from the record; nothing was published"
+    ),
+    "waiting": Kind(
+        logging.INFO, _TASK, says="another execution holds the intent; this repeat comes back later"
+    ),
+    "scheduled": Kind(logging.DEBUG, _TASK, says="the body asked for a retry"),
+    "released": Kind(logging.INFO, {**_TASK, "why": str}, says="nothing happened; the next delivery runs"),
+    "mismatch": Kind(
+        logging.WARNING,
+        {**_TASK, "differs": tuple},
+        says="the intent is known with other values; nothing ran",
+    ),
+    "in_doubt": Kind(
+        logging.ERROR,
+        {**_TASK, "reason": str},
+        {"action": str},
+        says="it is not known whether the effect happened",
+    ),
+    "still_in_doubt": Kind(
+        logging.INFO, {**_TASK, "reason": str}, says="a repeat found the intent in doubt; nothing ran"
+    ),
+    "asked": Kind(logging.WARNING, {**_TASK, "answer": str}, says="the destination was asked after a crash"),
+    "lease_lost": Kind(
+        logging.ERROR,
+        {**_TASK, "fence": int},
+        says="another execution took over, because the lease was not renewed",
+    ),
+    "clock_stepped": Kind(logging.WARNING, {"by": float, "store": str}, says="the store's clock was set"),
+    "stale_settle": Kind(
+        logging.CRITICAL,
+        {**_TASK, "fence": int, "current_fence": int},
+        says="finished after another execution had taken over; the effect may have happened twice",
+    ),
+    "store_error": Kind(
+        logging.WARNING,
+        {"error": str, "while_": str},
+        {**_TASK, "then": str, "leases": int},
+        says="the store did not answer",
+    ),
+    "broker_error": Kind(logging.WARNING, {**_TASK, "error": str}, says="the broker did not take a message"),
+    "unguarded": Kind(logging.WARNING, _TASK, says="the body runs without a guard"),
+    "unsettled": Kind(logging.ERROR, {**_TASK, "error": str}, says="the outcome could not be recorded"),
+    "late_error": Kind(
+        logging.ERROR, {**_TASK, "error": str}, says="something failed after the outcome was recorded"
+    ),
+    "exited": Kind(logging.ERROR, {**_TASK, "reason": str}, says="the process must exit while the body runs"),
+    "died": Kind(
+        logging.ERROR,
+        {**_TASK, "process": int, "why": str, "then": str, "redelivered": bool},
+        says="a process of the pool died while it held the intent",
+    ),
+    "lapsed": Kind(logging.WARNING, _TASK, says="a claim of a dead process was found"),
+    "recovered": Kind(
+        logging.WARNING, {**_TASK, "tries": int, "state": str}, says="overdue; its call was published again"
+    ),
+    "resolved": Kind(logging.WARNING, {"by": str, "what": str}, says="an operator settled it"),
+    "forgotten": Kind(logging.WARNING, {}, says="an operator removed the record; the next call runs"),
+    "shadow": Kind(logging.INFO, {**_TASK, "would": str, "why": str}, says="shadow mode; the call ran"),
 }
 """Every kind of event. ``stale_settle`` is the alarm: an execution finished an effect after another one had taken the
 intent over."""
 
 LEVELS = {kind: said.level for kind, said in KINDS.items()}
 
-_MESSAGES = {kind: f"{kind} %s %s" for kind in KINDS}
+_MESSAGES = {kind: f"{kind} %s: {said.says} [%s]" for kind, said in KINDS.items()}
 """A message of its own for each kind, because monitors such as Sentry group by it."""
+
+worker: list[str] = []
+"""Name of the worker that this process belongs to, as in Celery's own events; empty where it is no worker. Its
+children inherit it."""
+
+_HOST = socket.gethostname()
 
 
 class Event(NamedTuple):
@@ -97,6 +150,10 @@ class Event(NamedTuple):
 
 
 Listener = Callable[[Event], None]
+
+spans: list[Callable[[], bytes]] = []
+"""What returns the context of the current span, for the outcome that is recorded in it (``Outcome.trace``). The last
+one counts; empty: none is kept."""
 
 PATIENCE = 0.1
 """Seconds that a task waits for the listeners of an event, which is long for any that only counts or queues.
@@ -130,23 +187,30 @@ def listen(
     return lambda: _listeners.remove(entry)
 
 
-def emit(kind: str, key: str, *, cause: BaseException | None = None, **details: Any) -> None:
+def emit(
+    kind: str, key: str, *, cause: BaseException | None = None, repeats: bool = False, **details: Any
+) -> None:
     """Log an event and pass it to the listeners.
 
     Args:
         cause: the exception behind it; only its traceback is used, in the log.
+        repeats: the log has it already, so now at DEBUG only.
         details: the fields that ``KINDS`` names.
     """
-    level = LEVELS[kind]
+    level = logging.DEBUG if repeats else LEVELS[kind]
     if _logger.isEnabledFor(level):
+        place = _place()
         extra = {
             "idem_event": kind,
             "idem_key": key,
             "idem_task": keys.task_of(key) or "",
+            "idem_task_id": details.get("task_id", ""),
             "idem_details": details,
+            **{f"idem_{name}": value for name, value in place.items()},
         }
+        shown = " ".join(_shown(name, value) for name, value in {**details, **place}.items() if value != "")
         with contextlib.suppress(Exception):  # an application's own filter; handlers catch theirs
-            _logger.log(level, _MESSAGES[kind], key, details or "", extra=extra, exc_info=cause)
+            _logger.log(level, _MESSAGES[kind], key, shown, extra=extra, exc_info=cause)
     if _here or _listeners:
         event = Event(kind, key, details)
         for listener in _here:
@@ -159,6 +223,15 @@ def emit(kind: str, key: str, *, cause: BaseException | None = None, **details: 
             _dispatcher.dispatch(event, wanted)
 
 
+def _shown(name: str, value: object) -> str:
+    text = str(value)
+    return f"{name.rstrip('_')}={text if text.isprintable() and ' ' not in text else repr(text)}"
+
+
+def _place() -> dict[str, Any]:
+    return {"worker": worker[0] if worker else "", "host": _HOST, "pid": os.getpid()}
+
+
 def diagnose(level: int, text: str, *values: object, error: BaseException | None = None) -> None:
     """Log something that is no event of an intent, on ``celery_idem.diagnostics``.
 
@@ -166,7 +239,36 @@ def diagnose(level: int, text: str, *values: object, error: BaseException | None
         error: an exception whose traceback is logged.
     """
     with contextlib.suppress(Exception):  # an application's own filter
-        _diagnostics.log(level, "celery_idem: " + text, *values, exc_info=error)
+        extra = {f"idem_{name}": value for name, value in _place().items()}
+        _diagnostics.log(level, "celery_idem: " + text, *values, extra=extra, exc_info=error)
+
+
+class LeaveOut(logging.Filter):
+    """Leaves out single lines of another package's logger: those about a task whose id was named just before.
+
+    Args:
+        logger: its name. A record says which task it is about in ``data["id"]``, as Celery's do.
+    """
+
+    def __init__(self, logger: str) -> None:
+        super().__init__()
+        self._of = logging.getLogger(logger)
+        self._next: set[str] = set()
+
+    def next(self, task_id: str) -> None:
+        """Leave out the next line about this task, unless events are logged at DEBUG."""
+        if self._of.isEnabledFor(logging.INFO) and not _logger.isEnabledFor(logging.DEBUG):
+            self._next.add(task_id)
+            self._of.addFilter(self)  # once, however often
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the line is written."""
+        data = getattr(record, "data", None)
+        task_id = data.get("id") if isinstance(data, dict) else None
+        if task_id not in self._next:
+            return True
+        self._next.discard(task_id)
+        return False
 
 
 def _failed(event: Event, error: BaseException) -> None:

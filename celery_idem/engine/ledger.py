@@ -40,7 +40,7 @@ from celery_idem.core.results import Codec, NotStorable
 from celery_idem.engine import clock, events
 from celery_idem.engine.claim import Hold, age
 from celery_idem.engine.compare_and_set import DELETED, Decide, change
-from celery_idem.engine.entries import STATES, Entry, Tally, tallied
+from celery_idem.engine.entries import FILTERS, Entry, Tally, states, tallied
 from celery_idem.stores.base import Reply, Store
 
 SHADOW = "~shadow"
@@ -223,7 +223,8 @@ class Ledger:
         among the latest ``REMEMBERED`` keys, which is where such repetitions are.
 
         Args:
-            state: only those in this state (``"in_doubt"``, ``"lapsed"``, …).
+            state: only those in this state (``"in_doubt"``, ``"lapsed"``, …), or one of a group of states
+                (``"waiting"``: for a person).
             task: only those of this task.
             tick: called for every record that is read, wanted or not. What it raises ends the listing.
 
@@ -231,8 +232,8 @@ class Ledger:
             IdempotencyError: there is no such state.
         """
         wanted = state.lower() if isinstance(state, str) else state
-        if wanted is not None and wanted not in STATES:
-            raise IdempotencyError(f"There is no state {state!r}. The states are {', '.join(STATES)}.")
+        if wanted is not None and wanted not in FILTERS:
+            raise IdempotencyError(f"There is no state {state!r}. The states are {', '.join(FILTERS)}.")
         return self._list(wanted, task, tick)
 
     def _list(
@@ -240,11 +241,12 @@ class Ledger:
     ) -> Iterator[Entry]:
         prefix = f"{self._prefix}{task}:" if task else self._prefix
         now = self.store.read(self._prefix).now
+        among = () if wanted is None else states(wanted)
         if wanted is None:
             found = self.store.scan(prefix)
         else:
-            name = "RUNNING" if wanted == "lapsed" else wanted.upper()
-            found = self.store.scan_states(prefix, bytes([s for s in State if s.name == name]))
+            names = {"RUNNING" if state == "lapsed" else state.upper() for state in among}
+            found = self.store.scan_states(prefix, bytes([s for s in State if s.name in names]))
         for stored_key, stored in _each_once(found):
             if tick is not None:
                 tick()
@@ -253,7 +255,7 @@ class Ledger:
                 entry = Entry(key, _read(key, stored), stored.stamp, now)
             except StoreError:
                 continue  # not a record of ours; `get` raises for it
-            if (task is None or entry.task == task) and (wanted is None or entry.state == wanted):
+            if (task is None or entry.task == task) and (wanted is None or entry.state in among):
                 yield entry
 
     def stats(self) -> dict[tuple[str, str], Tally]:
@@ -497,13 +499,18 @@ class Ledger:
 
     def recover(self, key: str, publishable: Callable[[Record], bool], policy: Policy) -> Publish | None:
         """Take an overdue intent: its call is then published by this process alone. See ``protocol.recover``."""
+        new: Record | None = None
 
         def decide(record: Record | None, stamp: int, now: int) -> tuple[Publish | None, Record | None]:
-            if record is None:
-                return None, None
-            return protocol.recover(record, stamp, now, publishable(record), policy)
+            nonlocal new
+            taken, new = None, None
+            if record is not None:
+                taken, new = protocol.recover(record, stamp, now, publishable(record), policy)
+            return taken, new
 
         taken: Publish | None = self._change(key, decide, policy)[0]
+        if new is not None and new.state is State.IN_DOUBT:
+            events.emit("in_doubt", key, task_id=new.task_id, reason=new.reason)
         return taken
 
     def not_published(self, key: str, taken: Publish) -> None:

@@ -38,10 +38,10 @@ def mint() -> bytes:
     return _mine[0] + os.urandom(5)
 
 
-def gone(owner: bytes) -> bool:
+def known_dead(owner: bytes) -> bool:
     """True when the process that minted it was of this worker, and is no more.
 
-    A process of another worker, or one that cannot be asked about, is not known to be gone.
+    A process of another worker, or one that cannot be asked about, is not known to be dead.
     """
     if owner[:4] != _NEST:
         return False

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar
 
 from celery_idem.core import protocol
 from celery_idem.core.errors import (
@@ -53,9 +53,6 @@ from celery_idem.engine.claim import Hold, doubt_message, lease_lost
 from celery_idem.engine.lease import RENEWER
 from celery_idem.engine.ledger import Ledger
 from celery_idem.stores.base import Announcement
-
-if TYPE_CHECKING:
-    from typing import TypeGuard
 
 T = TypeVar("T")
 
@@ -201,8 +198,17 @@ class Job(ABC):
         """Which action it is, for people. It never raises."""
         return ""
 
-    def replaying(self) -> None:
-        """What follows is the answer of an earlier execution."""
+    def replaying(self, own: bool) -> None:
+        """What follows is the answer of an earlier execution; ``own``: of one with the same task id."""
+
+    def answer(self, error: T) -> T:
+        """Return an error that is an answer to this call: an event has said why, and nothing failed now."""
+        return error
+
+    @property
+    def waits_long(self) -> bool:
+        """The wait that begins is worth a line in the log: of all waits of one message, one is."""
+        return True
 
     @abstractmethod
     def come_back(
@@ -259,7 +265,7 @@ class Runner:
                     job.orphaned(decision.orphan)
                 if isinstance(decision, Ask):
                     assert hold is not None
-                    decision, hold = self._ask(job, hold)
+                    decision, hold = self._ask(job, hold, decision.first)
             except StoreError as error:
                 carried = (*carried, request.owner)[-MAX_CARRIED:]
                 self._store_is_down(job, error, carried)
@@ -283,7 +289,7 @@ class Runner:
             elif isinstance(decision, Busy):
                 if self._lapse(job, decision):
                     continue
-                events.emit("waiting", job.key, task_id=job.task_id)
+                events.emit("waiting", job.key, task_id=job.task_id, repeats=not job.waits_long)
                 job.come_back(decision.retry_after / MICROSECONDS, carried, Why.BUSY, BUSY, decision)
             elif isinstance(decision, Replay) and decision.outcome.replaced_by:
                 known, value = job.follow(decision.outcome.replaced_by)
@@ -323,22 +329,31 @@ class Runner:
 
     def _answer(self, job: Job, decision: Decision) -> Any:
         if isinstance(decision, Replay):
-            events.emit("replayed", job.key, task_id=job.task_id, succeeded=decision.outcome.succeeded)
-            return self._replayed(job, decision.outcome)
+            outcome = decision.outcome
+            events.emit(
+                "replayed", job.key, task_id=job.task_id, succeeded=outcome.succeeded, **outcome.traced
+            )
+            return self._replayed(job, decision)
         if isinstance(decision, Mismatch):
             events.emit("mismatch", job.key, task_id=job.task_id, differs=decision.differs)
-            raise mismatch(job.key, decision.differs)
+            raise job.answer(mismatch(job.key, decision.differs))
         assert isinstance(decision, InDoubt)
-        events.emit("in_doubt", job.key, task_id=job.task_id, reason=decision.reason, action=job.shown())
-        raise OutcomeUnknown(doubt_message(job.key, decision.reason), job.key, decision.reason)
+        if decision.first:
+            self._in_doubt(job, decision.reason)
+        else:
+            events.emit("still_in_doubt", job.key, task_id=job.task_id, reason=decision.reason)
+        raise job.answer(in_doubt(job.key, decision.reason))
 
-    def _replayed(self, job: Job, outcome: Outcome) -> Any:
+    def _in_doubt(self, job: Job, reason: str, cause: BaseException | None = None) -> None:
+        events.emit("in_doubt", job.key, cause=cause, task_id=job.task_id, reason=reason, action=job.shown())
+
+    def _replayed(self, job: Job, replay: Replay) -> Any:
         """The stored value, or the stored exception raised."""
-        key, codec = job.key, self.ledger.codec
+        key, codec, outcome = job.key, self.ledger.codec, replay.outcome
         what, why = "was not stored", outcome.missing
-        job.replaying()
+        job.replaying(replay.own)
         if outcome.cancelled:
-            raise cancelled(key, outcome)
+            raise job.answer(cancelled(key, outcome))
         if outcome.succeeded and outcome.payload is not None:
             try:
                 return codec.decode(outcome.payload, key)
@@ -347,10 +362,12 @@ class Runner:
         if outcome.succeeded and job.ignores_result:
             return None
         if outcome.payload is None or outcome.succeeded:
-            raise ResultUnavailable(
-                f"{key} is done and will not be done again, but its result {what}: {why.removesuffix('.')}.",
-                key,
-                why,
+            raise job.answer(
+                ResultUnavailable(
+                    f"{key} is done and will not be done again, but its result {what}: {why.removesuffix('.')}.",
+                    key,
+                    why,
+                )
             )
         error = codec.decode_error(outcome.payload, key)
         if sys.version_info >= (3, 11):  # else its traceback in the worker's log looks like a new failure
@@ -361,14 +378,14 @@ class Runner:
             with contextlib.suppress(Exception):  # not add_note, which runs code of the class, or fails
                 own = object.__getattribute__(error, "__dict__")
                 own["__notes__"] = [*own.get("__notes__", ()), note]
-        raise error
+        raise job.answer(error)
 
     def _lapse(self, job: Job, busy: Busy) -> bool:
         """The holder was a process of this very worker and is dead: no need to wait for its lease.
 
         Its parent says so too, but Celery may have this message run again first.
         """
-        if not owners.gone(busy.holder):
+        if not owners.known_dead(busy.holder):
             return False
         try:
             self.ledger.lapse(job.key, busy.holder)
@@ -384,7 +401,9 @@ class Runner:
             policy = (
                 "raise"  # it answered: with something under this key that is no record, which is never a run
             )
-        events.emit("store_error", job.key, error=str(error), while_="claiming", then=policy)
+        events.emit(
+            "store_error", job.key, task_id=job.task_id, error=str(error), while_="claiming", then=policy
+        )
         if policy == "raise":
             raise StoreError(f"{error} Nothing was run for {job.key}.", job.key) from error
         if policy == "retry":
@@ -429,8 +448,12 @@ class Runner:
         job.come_back(0.0, carried, Why.GUARD, why)
         return carried
 
-    def _ask(self, job: Job, hold: Hold) -> tuple[Decision, Hold | None]:
-        """Rule 3: the destination is asked under a lease, and gets a bounded time to answer."""
+    def _ask(self, job: Job, hold: Hold, first: bool = False) -> tuple[Decision, Hold | None]:
+        """Rule 3: the destination is asked under a lease, and gets a bounded time to answer.
+
+        Args:
+            first: see ``Ask``.
+        """
         try:
             RENEWER.watch(hold)
             answer = self.bounded(lambda: job.ask(hold), job.options.ask_timeout)
@@ -439,7 +462,8 @@ class Runner:
         events.emit("asked", job.key, task_id=job.task_id, answer=type(answer).__name__)
         outcome = self.ledger.outcome_of(answer.result) if isinstance(answer, Happened) else None
         unknown = answer.reason or "the destination could not tell" if isinstance(answer, Unknown) else ""
-        return hold.conclude(outcome, unknown)
+        decision, running = hold.conclude(outcome, unknown)
+        return (decision._replace(first=first) if isinstance(decision, InDoubt) else decision), running
 
     def bounded(self, ask: Callable[[], Answer], timeout: float) -> Answer:
         """Ask on a side thread, so that a destination that hangs cannot hold this one for ever."""
@@ -569,12 +593,12 @@ class Runner:
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(error))
             return
         if isinstance(done, Refused):
-            self._stale(job, hold, done)
+            raise self._alarm(job, hold, done)
         if hold.announced:
             job.announced()
         events.emit("settled", job.key, task_id=job.task_id, succeeded=outcome.succeeded)
 
-    def _stale(self, job: Job, hold: Hold, refused: Refused) -> None:
+    def _alarm(self, job: Job, hold: Hold, refused: Refused) -> LeaseLost:
         """Rule 4: another execution took over while this body ran to its end. Its effect may be a second one."""
         record = refused.record
         events.emit(
@@ -584,7 +608,7 @@ class Runner:
             fence=hold.fence,
             current_fence=record.fence if record else 0,
         )
-        raise LeaseLost(
+        return LeaseLost(
             f"This execution of {job.key} finished after another one had taken the intent over, so its outcome was "
             f"not recorded and the effect may have happened twice. Compare the destination with `celery -A proj "
             f"idem show {job.key!r}`. A longer idem_lease, or passing self.claim.fence to a destination that "
@@ -602,8 +626,10 @@ class Runner:
         if hold.step_unrecorded and any(isinstance(cause, StoreError) for cause in causes):
             self._step_is_unrecorded(job, kind, error)
         ending = protocol.ending(kind, job.options.policy)
-        if any(isinstance(cause, OutcomeUnknown) for cause in own):
-            raise error  # a step in doubt has said so in the record already
+        in_step = next((cause for cause in own if isinstance(cause, OutcomeUnknown)), None)
+        if in_step is not None:  # it has said so in the record already
+            self._in_doubt(job, in_step.reason, error)
+            raise job.answer(error)
         patience = EXIT_PATIENCE if kind is Raised.EXIT else job.options.patience
         if kind is Raised.REPLACED:
             successor = job.successor(error)
@@ -636,11 +662,16 @@ class Runner:
                 if not _is_cancelled(done):
                     events.emit("released", job.key, task_id=job.task_id, why=type(error).__name__)
             elif kind is Raised.EXIT:
-                hold.exit(reason, patience)
+                done = hold.exit(reason, patience)
+                if overtaken(done, hold):
+                    self._alarm(job, hold, done)
                 events.emit("exited", job.key, task_id=job.task_id, reason=reason)
             else:
-                hold.doubt(reason, patience)
-                events.emit("in_doubt", job.key, task_id=job.task_id, reason=reason, action=job.shown())
+                done = hold.doubt(reason, patience)
+                if overtaken(done, hold):
+                    late = self._alarm(job, hold, done)
+                    raise error if kind is Raised.DOUBTFUL_RETRY else late  # a retry comes as a duplicate
+                self._in_doubt(job, reason, error)
         except StoreError as silence:
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(silence))
         if done is not None and _is_cancelled(done):
@@ -651,7 +682,7 @@ class Runner:
             raise error  # the retry that is on its way asks the destination, or says that it is in doubt
         if job.options.policy.asks:
             return  # claim again: that asks the destination
-        raise OutcomeUnknown(doubt_message(job.key, reason), job.key, reason) from error
+        raise job.answer(in_doubt(job.key, reason)) from error
 
     def _step_is_unrecorded(self, job: Job, kind: Raised, error: BaseException) -> None:
         """The store went away around a step. Its record says how far the body came, so a body
@@ -669,6 +700,11 @@ class _NotBegunError(Exception):
     def __init__(self, error: BaseException) -> None:
         super().__init__(error)
         self.error = error
+
+
+def overtaken(done: Done | Refused, hold: Hold) -> TypeGuard[Refused]:
+    """Whether another execution, or a person, had the intent when this one's end was to be written."""
+    return isinstance(done, Refused) and done.record is not None and done.record.owner != hold.owner
 
 
 def _whatever_comes(settle: Callable[[float, bool], T], patience: float) -> T:
@@ -697,6 +733,10 @@ def cancelled(key: str, outcome: Outcome | None) -> Cancelled:
         key,
         reason,
     )
+
+
+def in_doubt(key: str, reason: str) -> OutcomeUnknown:
+    return OutcomeUnknown(doubt_message(key, reason), key, reason)
 
 
 def mismatch(key: str, differs: tuple[str, ...]) -> FingerprintMismatch:

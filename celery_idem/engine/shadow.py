@@ -121,4 +121,6 @@ class ShadowRunner(Runner):
         if job.kind_of(error) is Raised.TIME_LIMIT:  # not the shadow's own error: it may come at any point
             raise error
         self._quiet_until = time.monotonic() + QUIET
-        events.emit("store_error", job.key, error=str(error), while_="shadowing", then="run")
+        events.emit(
+            "store_error", job.key, task_id=job.task_id, error=str(error), while_="shadowing", then="run"
+        )

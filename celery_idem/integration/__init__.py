@@ -5,6 +5,7 @@ Never here: rules.
 
 # Modules that the packages above may import; the others are this package's own.
 __all__ = [
+    "awaiting",
     "declaring",
     "delivery",
     "describing",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from celery.states import SUCCESS
+from celery.states import PENDING, SUCCESS
 
 from celery_idem.stores.base import Announcement
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 ANSWERED = "idem_answered"
 """Attribute of a request whose result is written already."""
+
+FIRST = "idem_first"
+"""Attribute of a request whose task id has no result yet that Celery would have to keep."""
 
 _TWIN = "_idem_twin"
 
@@ -42,16 +45,17 @@ def announcement(backend: Any, request: Context, value: Any) -> Announcement | N
         meta["task_id"] = request.id
         encoded = backend.encode(meta)
         key = backend.get_key_for_task(request.id)
+        payload = encoded.encode() if isinstance(encoded, str) else encoded
     except Exception:  # Celery meets it again, and says so where its users look for it
         return None
-    payload = encoded.encode() if isinstance(encoded, str) else encoded
     if len(payload) > backend._MAX_STR_VALUE_SIZE:
         return None
     return Announcement(key.encode() if isinstance(key, str) else key, payload, backend.expires or None)
 
 
 def aware(backend: Any) -> Any:
-    """The same backend, which does not write again what the settlement has written.
+    """The same backend, which does not write again what the settlement has written, and does not look for an
+    earlier success under the id of a duplicate: that id has not run.
 
     Shares all state with it, and is an instance of its class. Any backend but Celery's own for Redis is
     returned as it is.
@@ -60,12 +64,18 @@ def aware(backend: Any) -> Any:
     if twin is None:
         cls = type(backend)
         if cls.__module__ == "celery.backends.redis" and cls.__name__ in ("RedisBackend", "SentinelBackend"):
-            twin = object.__new__(_aware_class(cls))
-            twin.__dict__ = vars(backend)
+            twin = _seen_as(_aware_class(cls), backend)
         else:
             twin = backend
         vars(backend)[_TWIN] = twin
     return twin
+
+
+def _seen_as(cls: type[Any], backend: Any) -> Any:
+    """An instance of another class with the same state."""
+    other = object.__new__(cls)
+    other.__dict__ = vars(backend)
+    return other
 
 
 _classes: dict[type[Any], type[Any]] = {}
@@ -73,6 +83,8 @@ _classes: dict[type[Any], type[Any]] = {}
 
 def _aware_class(cls: Any) -> type[Any]:
     if cls not in _classes:
+        nothing = {"status": PENDING, "result": None}
+        unread = type(cls.__name__, (cls,), {"_get_task_meta_for": lambda self, task_id: nothing})
 
         def mark_as_done(
             self: Any,
@@ -86,5 +98,16 @@ def _aware_class(cls: Any) -> type[Any]:
                 store_result = False  # what is left: this task's part of a chord
             cls.mark_as_done(self, task_id, result, request, store_result, state)
 
-        _classes[cls] = type(cls.__name__, (cls,), {"mark_as_done": mark_as_done, "__module__": __name__})
+        def store_result(self: Any, *args: Any, request: Any = None, **kwargs: Any) -> Any:
+            first = request is not None and vars(request).pop(FIRST, False)
+            return cls._store_result(
+                _seen_as(unread, self) if first else self, *args, request=request, **kwargs
+            )
+
+        def reduced(self: Any) -> Any:  # an AsyncResult is pickled with its backend
+            return _seen_as(cls, self).__reduce__()
+
+        methods = {"mark_as_done": mark_as_done, "_store_result": store_result, "__reduce__": reduced}
+        # Threads may begin together, and a class that is not kept here would answer nothing.
+        _classes.setdefault(cls, type(cls.__name__, (cls,), {"__module__": __name__, **methods}))
     return _classes[cls]

@@ -35,7 +35,8 @@ from celery_idem.core.model import Again, Coming, InDoubt, Verdict
 from celery_idem.engine import events, owners
 from celery_idem.engine.bounded import Bounded, TooLateError
 from celery_idem.engine.claim import doubt_message
-from celery_idem.integration import publishing, purging, recovering, republishing
+from celery_idem.integration import declaring, describing, publishing, purging, recovering, republishing
+from celery_idem.integration.delivery import WAITS
 from celery_idem.integration.messages import BODY, ENCODING
 
 DEATHS = "idem-deaths"
@@ -62,6 +63,9 @@ _DEATHS_NOTED = Bounded("celery_idem death", 16)
 """Each takes ``PATIENCE`` of the main process before it is left alone. After sixteen the store hangs, and waiting
 for it once more would only hold up the worker."""
 
+_RECEIVED = events.LeaveOut("celery.worker.strategy")
+"""Celery logs "received" for each message: of one that waits and comes back, the first time is enough."""
+
 _DEATHS = (WorkerLostError, TimeLimitExceeded, Terminated, SystemExit, KeyboardInterrupt)
 
 
@@ -79,6 +83,8 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             BODY: self._body,
             ENCODING: self._content_encoding,
         }
+        if WAITS in self._request_dict:
+            _RECEIVED.next(self.id)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
         """Celery's hook for what a child raised (``return_ok``), and for its death."""
@@ -97,17 +103,22 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         if soft or not self._idem_decided:
             super().on_timeout(soft, timeout)
 
-    def revoked(self) -> bool:
-        """Celery's hook for a message whose task was revoked, or has expired: then it is not published again."""
-        dropped = bool(super().revoked())
-        if dropped and not self.task.guard.settings.shadow:
+    def _announce_revoked(self, *args: Any) -> None:
+        """Celery's hook for a message whose task was revoked, or has expired: it is not published again.
+
+        The record says so before the caller is told, who may call again at once.
+        """
+        if not self.task.guard.settings.shadow:
             try:
                 self._withdraw()
             except Exception as failure:
                 events.diagnose(
-                    logging.WARNING, "%s: it was revoked, which its record does not know: %s", self.id, failure
+                    logging.WARNING,
+                    "%s: it was revoked, which its record does not know: %s",
+                    self.id,
+                    failure,
                 )
-        return dropped
+        super()._announce_revoked(*args)
 
     def _withdraw(self) -> None:
         guard = self.task.guard
@@ -166,6 +177,10 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             then=type(verdict).__name__,
             redelivered=redelivered,
         )
+        if isinstance(verdict, InDoubt):
+            describe = declaring.options_of(type(self.task)).describe
+            said = describing.said(guard.declaration, describe, self.args, self.kwargs, context.headers or {})
+            events.emit("in_doubt", key, task_id=self.id, reason=verdict.reason, action=said.line)
         if redelivered or self._already_revoked or verdict is None:
             return False
         return self._carry_out(verdict, key, again)

@@ -73,6 +73,7 @@ def _declaration_of(cls: type[Any], app: Celery, asked: bool, in_code: bool) -> 
         version=cls.intent_version,
         readers=_readers(cls, known),
         renamed=known.renamed,
+        aliases=vars(cls).get("aliases", ()),  # not inherited: a name is one task's
     )
     described = describing.checked(cls.name, _describe(cls), declaration)
     setattr(cls, options.KEPT, options_of(cls)._replace(describe=described))
@@ -84,6 +85,26 @@ def _describe(cls: type[Any]) -> Any:
     given = inspect.getattr_static(cls, "describe", None)
     given = given.__func__ if isinstance(given, staticmethod) else given
     return None if _is_method(given, "describe") else given
+
+
+def register_names(cls: type[Any], app: Celery, names: tuple[str, ...]) -> None:
+    """Register a task under its other names too: a message that was sent before a renaming has the old one.
+
+    Raises:
+        ConfigurationError: another task has that name.
+    """
+    tasks = app._tasks
+    for other in names[1:]:
+        if other in tasks and type(tasks[other]).name != cls.name:
+            tasks.pop(cls.name, None)
+            raise ConfigurationError(
+                f"{cls.name}: aliases= names {other}, and there is another task of that name. Remove that one: its "
+                "messages and its intents are meant to become this task's."
+            )
+    if cls.name in tasks and not tasks.keys() >= set(names):
+        task = tasks.pop(cls.name)
+        # Its own name last, because a worker's log shows the last one.
+        tasks.update(dict.fromkeys((*names[1:], cls.name), task))
 
 
 def settings_of(cls: type[Any], app: Celery) -> Settings:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from copy import deepcopy
 from datetime import datetime, timezone
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded, TaskError
@@ -60,6 +60,8 @@ from celery_idem.integration.guarded import GuardedTask
 from celery_idem.integration.settings import Settings
 from celery_idem.integration.wiring import is_backends, ledger_of
 from celery_idem.stores.base import Announcement
+
+T = TypeVar("T")
 
 # Message headers between one delivery of a message and the next.
 CARRIED = "idem-carried"
@@ -276,6 +278,10 @@ class Waiting(Ignore):  # type: ignore[misc]
     """The message was published again and comes back. ``Ignore``: nothing happened that Celery could report."""
 
 
+_IGNORED = events.LeaveOut("celery.app.trace")
+"""Celery logs "ignored" for each ``Waiting``: the event ``waiting`` has been logged, once."""
+
+
 class Replaced(Ignore):  # type: ignore[misc]
     """The body handed its action over to a task that has no guard of its own."""
 
@@ -366,13 +372,27 @@ class Delivery(Job):
         # make another answer of the value.
         if self.outer is not None or not placing.is_outermost(type(self.task)):
             return None
+        if (
+            getattr(self.request, "idem_said", ("",))[0] == SUCCESS
+        ):  # by the body itself: Celery keeps that one
+            return None
         return answers.announcement(self.task.backend, self.request, value)
 
     def announced(self) -> None:
         vars(self.request)[answers.ANSWERED] = True
 
-    def replaying(self) -> None:
+    def replaying(self, own: bool) -> None:
         self.request.idem_replayed = True
+        if not own and not (self.request.delivery_info or {}).get("redelivered"):
+            vars(self.request)[answers.FIRST] = True
+
+    def answer(self, error: T) -> T:
+        vars(self.request)[placing.ANSWER] = type(error)
+        return error
+
+    @property
+    def waits_long(self) -> bool:
+        return not self._waits and (self.pauses == 0 if self.in_place else self.waited == SLOT_WAITS)
 
     @property
     def in_place(self) -> bool:
@@ -432,13 +452,16 @@ class Delivery(Job):
             result = self.task.app.AsyncResult(task_id)
             state, value = result.state, result.result
         except Exception as error:  # no result backend, or any error of any driver
-            raise self._unavailable(task_id, str(error)) from error
+            raise self.answer(self._unavailable(task_id, str(error))) from error
         if state == "SUCCESS":
             return True, value
         if state in PROPAGATE_STATES:
-            raise value if isinstance(value, BaseException) else self._unavailable(task_id, state)
+            self.replaying(own=True)
+            raise self.answer(
+                value if isinstance(value, BaseException) else self._unavailable(task_id, state)
+            )
         if self._waits >= MAX_FOLLOWS:
-            raise self._unavailable(task_id, state)
+            raise self.answer(self._unavailable(task_id, state))
         return False, None
 
     def _unavailable(self, task_id: str, why: str) -> ResultUnavailable:
@@ -548,7 +571,7 @@ class Delivery(Job):
         counts no retry, writes no state and sends no ``task-retried``: for it this delivery is ignored.
         """
         if busy is not None and self.guard.settings.on_duplicate == "raise" and not self._continues(busy):
-            raise self._in_progress(seconds)
+            raise self.answer(self._in_progress(seconds))
         if self.in_place:
             self._wait_in_place(seconds, says, busy)
             return
@@ -579,6 +602,7 @@ class Delivery(Job):
         except Exception as error:  # of any driver, or of a serializer: what is known here stays known
             self._stay(seconds, says, busy, error)
             return
+        _IGNORED.next(self.task_id)
         raise Waiting(f"{self.key}: {says}")
 
     def _continues(self, busy: Busy) -> bool:
@@ -644,7 +668,7 @@ class Delivery(Job):
 
     def _not_run(self, seconds: float, says: str, busy: Busy | None) -> Exception:
         if busy is not None:
-            return self._in_progress(seconds)
+            return self.answer(self._in_progress(seconds))
         return StoreError(f"{says} Nothing was run for {self.key}.", self.key)
 
     def _in_progress(self, seconds: float) -> InProgress:

@@ -32,6 +32,7 @@ from celery_idem.core.model import (
 from celery_idem.engine import events
 from celery_idem.engine.entries import Entry
 from celery_idem.engine.ledger import Ledger
+from celery_idem.integration.announcements import Announcements, announcements_of
 from celery_idem.integration.publishing import in_scope
 from celery_idem.integration.receipts import Code, Receipt, Status
 from celery_idem.integration.wiring import ledger_of
@@ -68,13 +69,22 @@ class Look(NamedTuple):
             except StoreError as error:
                 events.emit("store_error", receipt.key, error=str(error), while_="waiting")
         known = None if entry is None else from_record(entry, receipt.key, receipt.task_id, self)
-        begun = entry is None or entry.record.state is not State.ACCEPTED  # before, Celery may have ended it (revoked)
+        begun = (
+            entry is None or entry.record.state is not State.ACCEPTED
+        )  # before, Celery may have ended it (revoked)
         if known is not None and (begun or not self.published):
             return known
         result = from_celery(receipt, self, entry)
         if result is not None:
             return result
         return known or (receipt if entry is None else _undecided(entry, receipt, self))
+
+    def announcements(self, receipt: Receipt) -> Announcements | None:
+        """Those of the application, where a result is published for this task."""
+        if self.app is None:
+            return None
+        task = self.app.tasks.get(keys.task_of(receipt.key))
+        return None if getattr(task, "ignore_result", False) else announcements_of(self.app)
 
 
 def look_up(app: Celery, key: str, scope: str | None = None) -> Receipt | None:
@@ -120,6 +130,7 @@ def from_record(entry: Entry, key: str, task_id: str, source: Look) -> Receipt |
     task_id = task_id or entry.record.task_id
     mine = source.published and entry.record.task_id == task_id
     status: Status
+    code: Code
     if isinstance(decision, Replay):
         outcome = decision.outcome
         elsewhere = outcome.replaced_by
@@ -131,7 +142,7 @@ def from_record(entry: Entry, key: str, task_id: str, source: Look) -> Receipt |
             said: Code = "cancelled" if outcome.cancelled else ""
             return Receipt("failed", key, task_id, None, why, said, _source=source)
         status = "executed" if mine else "replayed"
-        code: Code = "not_kept" if why else ""
+        code = "not_kept" if why else ""
         return Receipt(status, key, task_id, result, why, code, _source=source)
     if isinstance(decision, Mismatch):
         return Receipt("conflict", key, task_id, differs=tuple(decision.differs), _source=source)
@@ -140,7 +151,9 @@ def from_record(entry: Entry, key: str, task_id: str, source: Look) -> Receipt |
     if isinstance(decision, Busy):
         status = "accepted" if mine else "in_progress"
         again = round(min(ASK_AGAIN, decision.retry_after / MICROSECONDS), 3)
-        return Receipt(status, key, task_id, retry_after=again, _source=source)
+        not_sent = mine and entry.record.state is State.ACCEPTED and not entry.record.lease
+        code = "not_sent" if not_sent else ""
+        return Receipt(status, key, task_id, code=code, retry_after=again, _source=source)
     return None
 
 
@@ -200,9 +213,10 @@ def from_celery(receipt: Receipt, source: Look, entry: Entry | None) -> Receipt 
     receipt = replace(receipt, retry_after=None)
     if state == "SUCCESS":
         return replace(receipt, status="executed", result=value)
-    released = entry is not None and entry.record.state in (State.RELEASED, State.ACCEPTED)
+    standing = None if entry is None else entry.record.state
+    released = standing is State.RELEASED
     if state == "REVOKED":
-        if entry is not None and not released:
+        if entry is not None and not (released or standing is State.ACCEPTED):
             return None  # it had begun: the record speaks
         receipt = replace(receipt, reason="revoked")
         if entry is not None:

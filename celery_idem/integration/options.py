@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from celery import Task
-from celery.app.annotations import resolve_all
+from celery.utils.functional import firstmethod
 
 from celery_idem.core.errors import ConfigurationError
 from celery_idem.integration.settings import NAMES, PREFIX, hint, not_allowed
@@ -28,6 +28,7 @@ WORDS = (
     "describe",
     "signature",
     "intent_version",
+    "aliases",
     "reconcile",
     "no_effect_errors",
     "ambiguous_errors",
@@ -99,7 +100,9 @@ def read(cls: type[Any], app: Celery, asked: bool, in_code: bool) -> Options:
         ConfigurationError: a name or a value is wrong, or a setting is given twice in one place.
     """
     task = cls.name or cls.__name__
-    annotated = {name for each in resolve_all(app.annotations, cls) for name in each} & set(vars(cls))
+    every = firstmethod("annotate_any")(app.annotations) or {}
+    named = firstmethod("annotate")(app.annotations, cls) or {}
+    annotated = {*every, *named} & set(vars(cls))
     given: dict[str, Any] = {}
     strays: list[Stray] = []
     for owner in reversed(cls.__mro__):
@@ -110,7 +113,9 @@ def read(cls: type[Any], app: Celery, asked: bool, in_code: bool) -> Options:
             check_spelling(task, strange(owner, names))
         else:
             strays += [Stray(owner, name) for name in NAMES if name in names and _may_be_meant(owner, name)]
-    _take(given, task, cls, annotated, True)
+    _check_every(every)
+    for place in (every, named):  # of Celery's two writes into the class, "*" is the later one
+        _take(given, task, cls, annotated & set(place), True, place)
     check_spelling(task, strange(cls, annotated))
     found = Options(given, tuple(one for one in strays if one.name not in given), in_code)
     for stray in found.strays:
@@ -124,22 +129,53 @@ def read(cls: type[Any], app: Celery, asked: bool, in_code: bool) -> Options:
     return found
 
 
-def _take(given: dict[str, Any], task: str, owner: type[Any], names: set[str], short: bool) -> None:
-    """Add the settings that one place gives. The places are visited from the outermost base inwards."""
+def _check_every(every: Mapping[str, Any]) -> None:
+    """``"*"`` is for every task and declares none. Celery has put its values into each class, in place of what stood
+    there beside the intent, so they cannot be left alone.
+
+    Raises:
+        ConfigurationError: an intent is there, or a setting by its short name.
+    """
+    if "intent" in every:
+        raise ConfigurationError(
+            'task_annotations["*"]: an intent there would replace that of each task, and guard those of Celery itself. '
+            "Write it under the name of each task."
+        )
+    for name in NAMES:
+        if name in every:
+            raise ConfigurationError(
+                f'task_annotations["*"]: write {PREFIX}{name} for {name}, or set app.conf.{PREFIX}{name}. If it is an '
+                "attribute of your own, move it to a base class: there it is left alone."
+            )
+
+
+def _take(
+    given: dict[str, Any],
+    task: str,
+    owner: type[Any],
+    names: set[str],
+    short: bool,
+    values: Mapping[str, Any] | None = None,
+) -> None:
+    """Add the settings that one place gives. The places are visited from the outermost base inwards.
+
+    Args:
+        values: where they stand; None: in the class.
+    """
     for full in sorted(name for name in names if name.startswith(PREFIX) and name != OWN):
         name = full.removeprefix(PREFIX)
         if name not in NAMES:
             raise ConfigurationError(f"{task}: there is no setting {full}.{hint(name, WORDS)}")
         if short and name in names:
             raise ConfigurationError(f"{task}: {name} and {full} are given in one place. Keep one of them.")
-        given[name] = _checked(task, owner, name, full)
+        given[name] = _checked(task, owner, name, full, values)
     for name in NAMES if short else ():
         if name in names:
-            given[name] = _checked(task, owner, name, name)
+            given[name] = _checked(task, owner, name, name, values)
 
 
-def _checked(task: str, owner: type[Any], name: str, written: str) -> Any:
-    value = getattr(owner, written)
+def _checked(task: str, owner: type[Any], name: str, written: str, values: Mapping[str, Any] | None) -> Any:
+    value = getattr(owner, written) if values is None else values[written]
     why = not_allowed(name, value)
     if why:
         own = (

@@ -25,22 +25,29 @@ KEPT = "_idem_kept"
 _GUARD = "_idem_guard"
 """The class attribute with the guard itself."""
 
+ANSWER = "idem_answer"
+"""Attribute of a request whose error is an answer: its class."""
+
 _CELERYS = frozenset({"celery.app.task", "celery.app.trace"})
 """Modules that ``Task.__call__`` is from; the second is the worker's. A library may replace it with its own."""
 
 _NOTHING: Any = object()
+
+_PLACED = ("__call__", "run", "throws")
+"""What is put into a guarded task's class."""
 
 
 def put_on(cls: type[Any], guard: Callable[..., Any]) -> None:
     """Make ``guard`` the ``__call__`` of a task class, and put the net under its ``run``."""
     if KEPT in vars(cls):  # bound again
         return
-    kept = {name: vars(cls).get(name, _NOTHING) for name in ("__call__", "run")}
+    kept = {name: vars(cls).get(name, _NOTHING) for name in _PLACED}
     net = _net(beneath(cls, "run"))
     setattr(cls, KEPT, kept)
     setattr(cls, _GUARD, guard)
     setattr(cls, "__call__", guard)  # noqa: B010  # mypy takes an assignment for a mistake
     cls.run = net
+    cls.throws = _Throws(beneath(cls, "throws"))
 
 
 def take_off(cls: type[Any]) -> None:
@@ -54,8 +61,27 @@ def take_off(cls: type[Any]) -> None:
         delattr(cls, KEPT)
         delattr(cls, _GUARD)
     if any(KEPT in vars(base) for base in cls.__mro__):  # a base of it is a guarded task, and stays guarded
-        for name in ("__call__", "run"):
+        for name in _PLACED:
             setattr(cls, name, beneath(cls, name))
+
+
+class _Throws:
+    """``throws`` of a guarded task: the author's, and of a call that is answered with an error, that error's class.
+
+    An answer is no failure of this execution: Celery logs it in one line at INFO, and Sentry's integration, which
+    looks at ``throws`` too, sends nothing.
+    """
+
+    def __init__(self, own: Any) -> None:
+        self._own = own
+
+    def __get__(self, task: Any, cls: type[Any]) -> Any:
+        stack = None if task is None else task.request_stack.stack
+        answer = getattr(stack[-1], ANSWER, None) if stack else None
+        if answer is None:
+            return self._own
+        own = self._own or ()
+        return (*own, answer) if isinstance(own, tuple) else (own, answer)
 
 
 def is_outermost(cls: type[Any]) -> bool:

@@ -36,6 +36,12 @@ HIDDEN = "(secret)"
 LOOPS = frozenset({"celery.map", "celery.starmap", "celery.chunks"})
 """Celery's own tasks that call another one for each of their items."""
 
+_BEGIN = frozenset(name[:2] for name in keys.LABELS)
+"""What no option of Celery's begins with."""
+
+_ALIKE = 0.8
+"""How alike an option and a label must be to be taken for a misspelling: "scop" and "occurence" are."""
+
 _secrets: dict[str, keys.Declaration] = {}
 """Declarations with secret parameters, by the task's name. Of several applications in one process that
 have different tasks of one name, the last one's: a value may then be hidden needlessly, and never shown."""
@@ -43,7 +49,7 @@ have different tasks of one name, the last one's: a value may then be hidden nee
 
 def hide(declaration: keys.Declaration) -> None:
     """Hide the secrets of this task in every message that this process publishes."""
-    _secrets[declaration.task] = declaration
+    _secrets.update(dict.fromkeys(declaration.names, declaration))
 
 
 def has_secrets(app: Celery, name: str) -> bool:
@@ -91,6 +97,21 @@ def in_scope(setting: Any, given: Any = None) -> str | None:
     if given is None and setting is not None:
         given = symbol_by_name(setting)()
     return keys.label("scope", given)
+
+
+def check_labels(task: str, options: Mapping[str, Any]) -> None:
+    """Refuse a misspelt ``occurrence``: Celery takes any option, and the call would be another action.
+
+    Raises:
+        TypeError: an option's name is nearly that of a label.
+    """
+    for name in options:
+        if name[:2] in _BEGIN:
+            import difflib  # only a mistake needs it
+
+            near = difflib.get_close_matches(name, keys.LABELS, n=1, cutoff=_ALIKE)
+            if near:
+                raise TypeError(f"{task}: there is no option {name}=. Did you mean {near[0]}=?")
 
 
 # --- just before a message is published ------------------------------------------------

@@ -50,6 +50,8 @@ from enum import Enum
 from typing import Any, Literal, Protocol
 
 from celery_idem.core.errors import IdempotencyError
+from celery_idem.integration.announcements import Announcements
+from celery_idem.integration.awaiting import Waker, in_thread, warn_on_loop
 
 Status = Literal[
     "accepted", "executed", "replayed", "in_progress", "conflict", "in_doubt", "failed", "not_run"
@@ -70,6 +72,10 @@ LOOK_GROWTH = 1.5
 LONGEST_LOOK = 1.0
 """Seconds between looks at most: one small read a second is nothing to a store, and a
 person or a model does not notice a second after a minute."""
+
+LONGEST_UNTOLD = 5.0
+"""Seconds between looks at most where the result backend tells when to look. A look finds what it cannot tell:
+an answer by a delivery with another task id, a result that this call does not keep."""
 
 _RUNNING = "Accepted and running. Do NOT call again, also not with reworded arguments."
 _DONE = "Done. Report it as done."
@@ -122,6 +128,9 @@ class Source(Protocol):
 
     def look(self, receipt: Receipt) -> Receipt:
         """The same intent as it stands now."""
+
+    def announcements(self, receipt: Receipt) -> Announcements | None:
+        """What tells when to look; None where nothing does."""
 
 
 @dataclass(frozen=True)
@@ -198,8 +207,10 @@ class Receipt:
         receipt = self
         deadline = time.monotonic() + timeout
         pause = FIRST_LOOK
+        if receipt.status in PENDING:
+            warn_on_loop("Receipt.wait()", "await receipt.async_wait()")
         while receipt.status in PENDING:
-            receipt = self._look()
+            receipt = self._asked().look(self)
             left = deadline - time.monotonic()
             if receipt.status not in PENDING or left <= 0:
                 break
@@ -207,11 +218,34 @@ class Receipt:
             pause = min(pause * LOOK_GROWTH, LONGEST_LOOK)
         return receipt
 
+    async def async_wait(self, timeout: float = 30.0) -> Receipt:
+        """``wait`` that does not block the event loop that it runs on. For asyncio.
+
+        It holds no thread between looks. Where Celery's result backend is Redis, the publication of the result
+        wakes it. Cancelled, it returns at once; a look that has begun ends in its thread.
+        """
+        if self.status not in PENDING:
+            return self
+        source = self._asked()
+        deadline = time.monotonic() + timeout
+        pause = FIRST_LOOK
+        with Waker(source.announcements(self)) as waker:
+            while True:
+                waker.expect()
+                receipt = await in_thread("look", source.look, self)
+                left = deadline - time.monotonic()
+                if receipt.status not in PENDING or left <= 0:
+                    return receipt
+                waker.follow(receipt.task_id)
+                await waker.wait(min(pause, left))
+                least, most = (LONGEST_LOOK, LONGEST_UNTOLD) if waker.heard else (0.0, LONGEST_LOOK)
+                pause = min(max(pause * LOOK_GROWTH, least), most)
+
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON values, always with the same fields in the same order."""
         return {each.name: plain(getattr(self, each.name)) for each in fields(self)}
 
-    def _look(self) -> Receipt:
+    def _asked(self) -> Source:
         source: Source | None = vars(self).get("_source")
         if source is None:
             again = (
@@ -223,7 +257,7 @@ class Receipt:
                 f"This receipt was unpickled, so it has no application to ask and cannot wait. {again}",
                 self.key or None,
             )
-        return source.look(self)
+        return source
 
 
 def _public_signature() -> inspect.Signature:

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from celery.utils import uuid
@@ -18,12 +19,13 @@ from kombu.exceptions import OperationalError
 
 from celery_idem.core import keys
 from celery_idem.core.errors import ConfigurationError, StoreError
-from celery_idem.core.model import ACCEPTED_AT, MICROSECONDS, NO_FINGERPRINT, Accepted, Request
+from celery_idem.core.model import ACCEPTED_AT, MICROSECONDS, NO_FINGERPRINT, Accepted, Request, State
 from celery_idem.engine import events, owners
 from celery_idem.engine.ledger import Ledger
 from celery_idem.integration import messages
+from celery_idem.integration.awaiting import in_thread, warn_on_loop
 from celery_idem.integration.guarded import GuardedTask
-from celery_idem.integration.looking import PLAIN_POLICY, Look, from_record
+from celery_idem.integration.looking import PLAIN_POLICY, Look, from_celery, from_record
 from celery_idem.integration.messages import accepted_at, recovers
 from celery_idem.integration.publishing import in_scope
 from celery_idem.integration.receipts import Receipt
@@ -37,7 +39,7 @@ OPTIONS = frozenset({
     "reply_to", "retry", "retry_policy", "routing_key", "serializer", "shadow", "soft_time_limit", "task_id",
     "time_limit",
 })  # fmt: skip
-"""Options of ``apply_async`` that ``task.submit`` takes beside the task's own arguments."""
+"""Options of ``apply_async`` that ``submit`` takes, and ``task.submit`` beside the task's own arguments."""
 
 
 def options_among(given: dict[str, Any], signature: inspect.Signature) -> dict[str, Any]:
@@ -74,13 +76,20 @@ def submit(
     Args:
         args: a list or tuple.
         kwargs: a mapping.
-        options: options of ``apply_async`` (``countdown``, ``eta``, ``queue``, ``priority``, …).
+        options: of ``apply_async`` (``countdown``, ``eta``, ``queue``, ``priority``, …): those in ``OPTIONS``.
 
     Raises:
         ConfigurationError: the task is known here, and has no intent.
         TypeError, IntentError, kombu.exceptions.OperationalError: as ``IdempotentTask.submit``.
     """
+    warn_on_loop("submit()", "await asubmit()")
     keys.check_call(name, args, kwargs)
+    unknown = ", ".join(sorted(options.keys() - OPTIONS))
+    if unknown:  # Celery would take it, and a misspelt occurrence would be another action
+        raise TypeError(
+            f"{name}: submit() has no option {unknown}. It has scope, occurrence, idempotency_key, "
+            f"{', '.join(sorted(OPTIONS))}."
+        )
     task = app.tasks.get(name)
     if task is not None:
         if getattr(task, "idem_declaration", None) is None:
@@ -94,6 +103,22 @@ def submit(
     headers = {**(options.pop("headers", None) or {}), **own}
     result = app.send_task(name, args=args, kwargs=kwargs, headers=headers, **options)
     return _accepted("", result.id, Look(app, None, NO_FINGERPRINT, PLAIN_POLICY, published=True))
+
+
+async def asubmit(
+    app: Celery,
+    name: str,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    scope: str | None = None,
+    occurrence: str | None = None,
+    idempotency_key: str | None = None,
+    **options: Any,
+) -> Receipt:
+    """``submit`` that does not block the event loop that it runs on; see ``IdempotentTask.asubmit``."""
+    own = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
+    return await in_thread("submit", partial(submit, app, name, args, kwargs, **own, **options))
 
 
 def submit_task(
@@ -133,12 +158,21 @@ def submit_task(
     seconds = ACCEPTED_FOR + (0.0 if due is None else max(0.0, (due - task.app.now()).total_seconds()))
     try:
         decision, entry = ledger.accept(key, request, int(seconds * MICROSECONDS))
+        if entry.record.state is State.ACCEPTED and entry.record.owner != request.owner:
+            queued = Receipt("in_progress", key, entry.record.task_id)
+            ended = from_celery(queued, mine, entry)
+            if (
+                ended is not None and ended.status == "not_run"
+            ):  # revoked, and no worker has met its message since
+                ledger.revoked(key, entry.record.task_id, policy)
+                decision, entry = ledger.accept(key, request, int(seconds * MICROSECONDS))
     except StoreError as error:
         return _without_store(task, key, error, args, kwargs, {**options, **own}, source)
     if decision is not None and not isinstance(decision, Accepted):
         known = from_record(entry, key, "", source)
         assert known is not None
-        events.emit("told", key, status=known.status)
+        outcome = entry.record.outcome
+        events.emit("told", key, status=known.status, **(outcome.traced if outcome is not None else {}))
         return known
     headers = dict(options.get("headers") or {})
     if decision is not None:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import copy_context
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from celery import Task
@@ -46,6 +47,7 @@ from celery_idem.integration import (
     retrying,
     submitting,
 )
+from celery_idem.integration.awaiting import in_thread, warn_on_loop
 from celery_idem.integration.delivery import EAGER, HELD, PROPAGATES, Delivery, Guard, Replaced, as_headers
 from celery_idem.integration.options import declares
 from celery_idem.integration.publishing import LOOPS
@@ -92,6 +94,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             ``inspect.Signature``. Needed where a decorator hides them. (On the task itself
             ``signature`` remains Celery's method.)
         intent_version: change it when the same fields begin to mean another action.
+        aliases: other names of the task, the oldest first. Its keys are those of the first one, and messages
+            under any of them reach it.
         reconcile: ``(task, *args, **kwargs)``, or a method: asks the destination after a
             crash and returns ``Happened(result)``, ``NotHappened()`` or ``Unknown(reason)``.
         no_effect_errors: exceptions that prove that nothing happened: the intent may be tried again.
@@ -118,6 +122,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
     secret: Any = ()
     describe: Any = None
     intent_version: int | str = 1
+    aliases: Any = ()
     reconcile: Any = None
     no_effect_errors: tuple[type[BaseException], ...] = ()
     ambiguous_errors: tuple[type[BaseException], ...] = ()
@@ -142,6 +147,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         bound = super().bind(app)
         declaration = declaring.declaration_of(cls, app, _asked(cls, app), in_code)
         if declaration is not None:
+            declaring.register_names(cls, app, declaration.names)
             cls._guard_made, cls.idem_declaration = None, declaration
             placing.put_on(cls, IdempotentTask._call_guarded)
             if declaration.secret:
@@ -162,9 +168,11 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
 
     @property
     def backend(self) -> Any:
-        """As Celery's. The one of a guarded task knows which results are written already."""
+        """As Celery's. The application's, of a guarded task, knows which results are written already."""
         backend = Task.backend.fget(self)
-        return backend if self.idem_declaration is None else answers.aware(backend)
+        return (
+            backend if self.idem_declaration is None or self._backend is not None else answers.aware(backend)
+        )
 
     @backend.setter
     def backend(self, backend: Any) -> None:
@@ -225,8 +233,25 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         declaration = self._declared("submit")
         if not OWN_WORDS.isdisjoint(declaration.signature.parameters):
             self._refuse_clash("submit", *OWN_WORDS)
+        warn_on_loop(f"submit() of {self.name}", "await task.asubmit()")
         options = submitting.options_among(kwargs, declaration.signature)
         return submitting.submit_task(self, args, kwargs, scope, occurrence, idempotency_key, options)
+
+    async def asubmit(
+        self,
+        *args: Any,
+        scope: str | None = None,
+        occurrence: str | None = None,
+        idempotency_key: str | None = None,
+        **kwargs: Any,
+    ) -> Receipt:
+        """``submit`` that does not block the event loop that it runs on. For asyncio.
+
+        Cancelled while it waits for a thread, it has done nothing. Cancelled later, the submit goes on to its end in
+        its thread: what it accepts stays accepted, and is published once. Call again unchanged for its receipt.
+        """
+        own = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
+        return await in_thread("submit", partial(self.submit, *args, **own, **kwargs))
 
     def _refuse_clash(self, method: str, *names: str) -> None:
         for name in self._declared(method).signature.parameters:
@@ -493,6 +518,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         """
         declaration = self._declared("a key")
         keys.check_call(self.name, args, kwargs)
+        if not self.guard.settings.shadow:  # which refuses no call
+            publishing.check_labels(self.name, options)
         if declaration.secret:
             options = {**publishing.shown(declaration, args or (), kwargs or {}), **options}
         same = options.pop(retrying.SAME_INTENT, False)

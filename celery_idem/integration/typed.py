@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     class TypedTask(IdempotentTask, Generic[P, R]):
         """An ``IdempotentTask`` as a type checker sees it. It exists for type checkers only.
 
-        ``submit`` and ``apply_async`` take the task's arguments and their own options
+        ``submit``, ``asubmit`` and ``apply_async`` take the task's arguments and their own options
         side by side, which no signature can say; those take anything.
         """
 

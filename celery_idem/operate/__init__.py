@@ -11,4 +11,5 @@ __all__ = [
     "copying",
     "doctor",
     "operators",
+    "retrying",
 ]

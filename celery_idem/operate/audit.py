@@ -43,7 +43,7 @@ class Suspicion(NamedTuple):
     """Something in the records that an author should check.
 
     Attributes:
-        kind: ``drift`` or ``spread``.
+        kind: ``drift``, ``spread``, or ``double``: effects that may have happened twice.
         parameters: names of the parameters.
         calls: number of records that show it.
         of: number of records that were compared.
@@ -63,6 +63,11 @@ class Suspicion(NamedTuple):
     def says(self) -> str:
         """A message with the meaning and what to do."""
         names = ", ".join(map(repr, self.parameters))
+        if self.kind == "double":
+            return (
+                f"{self.calls} of {self.of} intents of {self.task} may have taken effect twice: an execution ended "
+                "after its intent had been taken over. `idem list --suspect` lists them."
+            )
         if self.kind == "drift":
             return (
                 f"{self.calls} of {self.of} calls of {self.task} agree with another call, minutes apart, in all but "
@@ -94,10 +99,18 @@ def audit(
         within: seconds between calls that may be retries of one another.
     """
     calls: dict[str, _Calls] = defaultdict(_Calls)
+    intents: Counter[str] = Counter()
+    doubles: dict[str, list[str]] = defaultdict(list)
     for entry in entries:
+        intents[entry.task] += 1
+        if entry.suspicions:
+            doubles[entry.task].append(entry.key)
         if entry.record.digests and entry.task in tasks:
             _read(calls[entry.task], entry)
-    found: list[Suspicion] = []
+    found = [
+        Suspicion("double", task, (), len(found), intents[task], True, tuple(found[:3]))
+        for task, found in doubles.items()
+    ]
     for name, seen in calls.items():
         declaration = tasks[name].guard.declaration
         found += _drift(name, seen, declaration, int(within * MICROSECONDS))

@@ -55,13 +55,13 @@ class Background(Generic[T]):
         self._slow = False  # the latest reading took longer than ``patience``
         self._latest: Latest[T] = Latest()
 
-    def look(self) -> Latest[T]:
-        """Return the latest result after waiting for the running reading (see ``patience``)."""
+    def look(self, within: float | None = None) -> Latest[T]:
+        """Return the latest result after waiting for the running reading: ``within`` seconds, or ``patience``."""
         with self._lock:
             if self._idle.is_set() and time.monotonic() >= self._due:
                 self._idle.clear()
                 threading.Thread(target=self._run, name="celery_idem reading", daemon=True).start()
-        self._idle.wait(self._patience)
+        self._idle.wait(self._patience if within is None else within)
         return self._latest
 
     def outdate(self) -> None:

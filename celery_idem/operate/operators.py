@@ -26,7 +26,10 @@ from celery_idem.core.model import (
     Answer,
     Happened,
     InDoubt,
+    Late,
+    Note,
     NotHappened,
+    Outcome,
     Replay,
     Request,
     State,
@@ -44,19 +47,24 @@ from celery_idem.integration.wiring import ledger_of
 if TYPE_CHECKING:
     from celery import Celery
 
-DOUBTFUL = ("in_doubt", "lapsed")
-"""States that wait for a decision. ``lapsed`` becomes ``in_doubt`` at the next delivery, which may never come."""
+
+COMPARE = (
+    "Compare at the destination: look for two effects with this key (where the body passes self.claim.key along), with "
+    "the two results, or at the two times. If there are two, undo one there."
+)
+"""What to do about an effect that may have happened twice."""
 
 
 class Which(NamedTuple):
     """Which intents; a field that is not given leaves none out.
 
     Attributes:
-        state: one of ``entries.STATES``, or ``waiting`` for those that wait for a decision.
+        state: one of ``entries.FILTERS``.
         scope: of the calls. A record has its digest only, so it must be the whole scope.
         older_than: seconds since the last write, at least.
         since, until: no last write before, or after, this time in seconds since the epoch.
         reason: part of the reason of the doubt, in any case of letters.
+        suspect: only those whose effect may have happened twice.
     """
 
     state: str | None = None
@@ -66,6 +74,7 @@ class Which(NamedTuple):
     since: float = 0.0
     until: float = math.inf
     reason: str = ""
+    suspect: bool = False
 
     def fits(self, entry: Entry, namespace: str) -> bool:
         """Tell whether an intent in the right state is one of them."""
@@ -74,6 +83,7 @@ class Which(NamedTuple):
             and entry.age >= self.older_than
             and self.since <= entry.changed_at <= self.until
             and self.reason.casefold() in entry.record.reason.casefold()
+            and (not self.suspect or bool(entry.suspicions))
             and (self.scope is None or entry.record.scope == keys.scope_digest(namespace, self.scope))
         )
 
@@ -156,7 +166,7 @@ class Operator:
     # --- tasks and ledgers ------------------------------------------------------------
 
     def tasks(self) -> dict[str, IdempotentTask]:
-        """Return the guarded tasks by name."""
+        """Return the guarded tasks by name, a renamed one under its former names too."""
         return {
             name: task
             for name, task in sorted(self.app.tasks.items())
@@ -165,7 +175,10 @@ class Operator:
 
     def task_of(self, key: str) -> IdempotentTask | None:
         """Return the task that a key names, or None if this application does not have it."""
-        task = self.app.tasks.get(keys.task_of(key) or "")
+        return self._guarded(keys.task_of(key) or "")
+
+    def _guarded(self, name: str) -> IdempotentTask | None:
+        task = self.app.tasks.get(name)
         return task if isinstance(task, IdempotentTask) and task.idem_declaration is not None else None
 
     def ledger_of(self, key: str) -> Ledger:
@@ -193,9 +206,10 @@ class Operator:
         task: str | None = None,
         older_than: float = 0.0,
         tick: Callable[[], object] | None = None,
+        suspect: bool = False,
     ) -> Iterator[Entry]:
         """As ``select``."""
-        return self.select(Which(state, task, older_than=older_than), tick)
+        return self.select(Which(state, task, older_than=older_than, suspect=suspect), tick)
 
     def select(self, which: Which, tick: Callable[[], object] | None = None) -> Iterator[Entry]:
         """Return intents, in no order and in bounded memory.
@@ -203,19 +217,20 @@ class Operator:
         Args:
             tick: see ``Ledger.list``.
         """
+        which = self.as_in_keys(which)
         for ledger in self.ledgers():
-            for state in DOUBTFUL if which.state == "waiting" else (which.state,):
-                for entry in ledger.list(state, which.task, tick):
-                    if which.fits(entry, ledger.namespace):
-                        yield entry
+            for entry in ledger.list(which.state, which.task, tick):
+                if which.fits(entry, ledger.namespace):
+                    yield entry
+
+    def as_in_keys(self, which: Which) -> Which:
+        """Return the same with the task's name in its keys, which is the first that it had."""
+        task = self._guarded(which.task or "")
+        return which if task is None else which._replace(task=task.guard.declaration.task)
 
     def fits(self, entry: Entry, which: Which) -> bool:
-        """Tell whether an intent in the right state is one of them."""
+        """Tell whether an intent in the right state is one of them (see ``as_in_keys``)."""
         return which.fits(entry, self.ledger_of(entry.key).namespace)
-
-    def doubtful(self, task: str | None = None, older_than: float = 0.0) -> Iterator[Entry]:
-        """Return intents in doubt, and those whose worker stopped renewing the lease."""
-        return self.select(Which("waiting", task, older_than=older_than))
 
     def find(self, key: str) -> Entry:
         """Return the intent with a key, or with the only key that begins so.
@@ -455,6 +470,28 @@ class Operator:
                 }
                 for note in record.notes
             ],
+            "suspicions": [self._suspicion(entry, note, note.late) for note in record.notes if note.late],
+        }
+
+    def _suspicion(self, entry: Entry, note: Note, late: Late) -> dict[str, Any]:
+        """Return both attempts of an effect that may have happened twice: the one that ended late, and what stood."""
+        ended = Outcome(late.succeeded, late.payload)
+        same = entry.record.fence == late.stood_fence
+        return {
+            "late": {
+                "task_id": late.task_id,
+                "place": late.place,
+                "claimed_at": iso(late.fence / 1e6) if late.fence else None,
+                "ended_at": iso(note.at / 1e6),
+                "result": self._shown(entry, ended) if late.payload else None,
+            },
+            "stood": {
+                "task_id": late.stood_task_id,
+                "place": late.stood_place,
+                "claimed_at": iso(late.stood_fence / 1e6),
+                "ended_at": iso(late.stood_at / 1e6) if same and entry.record.outcome is not None else None,
+                "result": self.result_of(entry) if same else None,
+            },
         }
 
     def result_of(self, entry: Entry) -> str | None:
@@ -462,9 +499,9 @@ class Operator:
 
         A task with ``secret`` parameters may return them, so its results are not shown.
         """
-        outcome = entry.record.outcome
-        if outcome is None:
-            return None
+        return None if entry.record.outcome is None else self._shown(entry, entry.record.outcome)
+
+    def _shown(self, entry: Entry, outcome: Outcome) -> str:
         if outcome.payload is None:
             if outcome.replaced_by:
                 return f"that of task {outcome.replaced_by}, which replaced this one"

@@ -129,6 +129,7 @@ class RedisStore(Store):
             raise ConfigurationError(f"idem_store: {self.url}: {error}") from None
         # Idle connections. pop and append are atomic. There are as many connections as calls run at once.
         self._idle: deque[Any] = deque()
+        self._one_slot = False  # a node of a cluster, which refuses a script of two keys
         self._durability = durability
         answers_within = float(self._pool.connection_kwargs.get("socket_timeout") or TIMEOUT)
         self._waits = _waiting(durability, min(DURABLE_WITHIN, answers_within / 2))
@@ -191,13 +192,16 @@ class RedisStore(Store):
         return own is not None and own == _address(options)
 
     def announce(self, change: Change, also: Announcement) -> tuple[Reply, bool]:
+        if self._one_slot:
+            return self.replace(*change), False
         name, *rest = self._replacement(*change)[1::2]
         keep = b"" if also.seconds is None else b"%d" % also.seconds
         words = (name, also.key, *rest, also.value, keep)
         sized = tuple(part for word in words for part in (len(word), word))  # type: ignore[arg-type]
         try:
             reply = self._run(ANNOUNCE, change.key, sized)
-        except RefusedError:  # a user who may not write there; the first value comes first
+        except RefusedError as error:  # a user who may not write there; the first value comes first
+            self._one_slot = "same slot" in str(error)
             return self.replace(*change), False
         if type(reply) is int:
             return Reply(True, Stored(change.value, reply), reply), True
@@ -281,6 +285,10 @@ class RedisStore(Store):
     def execute(self, *words: bytes | str | int) -> Any:
         """Run another command, such as INFO, for diagnosis."""
         return self._one(_command([w if isinstance(w, bytes) else str(w).encode() for w in words]))
+
+    def everywhere(self, *words: bytes | str | int) -> dict[str, Any]:
+        """As ``execute``, on every server that takes writes; its answer by its name."""
+        return {self.url: self.execute(*words)}
 
     # --- the wire -------------------------------------------------------------------
 

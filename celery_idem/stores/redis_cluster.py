@@ -134,6 +134,9 @@ class ClusterStore(RedisStore):
         """Run another command on one of the nodes."""
         return self._one_at(self._client().get_primaries()[0], *words)
 
+    def everywhere(self, *words: bytes | str | int) -> dict[str, Any]:
+        return {node.name: self._one_at(node, *words) for node in self._client().get_primaries()}
+
     def close(self) -> None:
         client = self._forget()
         if client is not None:

@@ -129,6 +129,10 @@ class SqlStore(SqlPrimitives):
                 if statement.strip():
                     self._run(statement, None)
 
+    def query(self, statement: str) -> Sequence[Any]:
+        """Run another statement, for diagnosis, and return its rows."""
+        return self._run(statement, None)[0]
+
     # --- running a statement ----------------------------------------------------------
 
     def _rows(self, statement: str, parameters: dict[str, Any]) -> Sequence[Any]:

@@ -29,27 +29,25 @@ ignore it. A ``task-`` event would make them list a worker of that process' name
 
 _installed: dict[int, Callable[[], None]] = {}
 
-_node: list[str] = []
-"""Name of the worker that this process belongs to, as in its own events; empty where it is no worker."""
-
 
 def in_worker(sender: str, **_: Any) -> None:
-    """Note that this process is a worker of that name. Its children inherit it."""
-    _node[:] = [sender]
+    """Note that this process is a worker of that name, for logs too."""
+    events.worker[:] = [sender]
 
 
 signals.celeryd_init.connect(in_worker)
 
 
 class AtStart(bootsteps.Step):  # type: ignore[misc]
-    """Installs this in a worker started with ``-E``, before its pool forks, so that its children send too."""
+    """Notes the worker's name, and installs this in a worker started with ``-E``. Before its pool forks, so that its
+    children have both."""
 
     requires = ("celery.worker.components:Pool",)
 
     def __init__(self, parent: Any, **_: Any) -> None:
         super().__init__(parent)
+        in_worker(parent.hostname)
         if getattr(parent, "task_events", False):
-            in_worker(parent.hostname)
             install(parent.app)
 
 
@@ -76,7 +74,7 @@ def install(app: Celery, kinds: Collection[str] = RARE) -> Callable[[], None]:
 def _form(event: events.Event) -> str:
     """``TYPE`` where a worker received the task that it happened to: monitors know no other."""
     task_id = event.details.get("task_id")
-    return TYPE if task_id and _node and task_id not in EAGER else OTHER_TYPE
+    return TYPE if task_id and events.worker and task_id not in EAGER else OTHER_TYPE
 
 
 def _send(app: Celery, event: events.Event, form: str) -> None:
@@ -85,5 +83,5 @@ def _send(app: Celery, event: events.Event, form: str) -> None:
     task_id = event.details.get("task_id")
     if task_id:
         fields["uuid"] = task_id
-    with app.events.default_dispatcher(hostname=_node[0] if _node else None) as dispatcher:
+    with app.events.default_dispatcher(hostname=events.worker[0] if events.worker else None) as dispatcher:
         dispatcher.send(form.format(event.kind.replace("_", "-")), **fields)

@@ -1,5 +1,5 @@
 """OpenTelemetry: annotates the current span (Celery's own instrumentation makes one per task)
-with events, and counts them.
+with events, and counts them. A span in which an outcome is replayed has a link to the span in which it was made.
 
 Names follow the semantic conventions: dotted, lower case, no unit and no ``total`` in a metric's
 name. The key is an attribute of spans, where it costs nothing, and never of metrics.
@@ -36,6 +36,18 @@ def install(meter_provider: MeterProvider | None = None) -> Callable[[], None]:
     meter = metrics.get_meter(SCOPE, meter_provider=meter_provider)
     counter = meter.create_counter(COUNTER, unit="{event}", description="Events of intents.")
 
+    def current() -> bytes:
+        context = trace.get_current_span().get_span_context()
+        if not context.is_valid:
+            return b""
+        ids = context.trace_id.to_bytes(16, "big") + context.span_id.to_bytes(8, "big")
+        return ids + bytes((context.trace_flags,))
+
+    def link(span: trace.Span, parent: str) -> None:
+        _, trace_id, span_id, flags = (int(part, 16) for part in parent.split("-"))
+        context = trace.SpanContext(trace_id, span_id, is_remote=True, trace_flags=trace.TraceFlags(flags))
+        span.add_link(context, {"celery_idem.link": "execution"})
+
     def annotate(event: events.Event) -> None:
         counter.add(1, {"celery.task_name": event.task, "celery_idem.event": event.kind})
         span = trace.get_current_span()
@@ -44,8 +56,17 @@ def install(meter_provider: MeterProvider | None = None) -> Callable[[], None]:
         span.set_attribute("celery_idem.key", event.key)
         span.set_attribute("celery_idem.outcome", event.kind)
         span.add_event(f"celery_idem.{event.kind}", _attributes(event.details))
+        if "trace" in event.details:
+            link(span, event.details["trace"])
 
-    return events.listen(annotate, here=True)  # the span is the thread's
+    stop = events.listen(annotate, here=True)  # the span is the thread's
+    events.spans.append(current)
+
+    def uninstall() -> None:
+        stop()
+        events.spans.remove(current)
+
+    return uninstall
 
 
 def _attributes(details: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ state. ``celery -A proj idem metrics`` serves both.
 ==================================  =========  ===========  ==============================
 metric                              type       labels       meaning
 ==================================  =========  ===========  ==============================
-``celery_idem_events_total``        counter    task, kind   events (``events.KINDS``)
+``celery_idem_events_total``        counter    task, kind   events (``events.KINDS``), from 0
 ``celery_idem_intents``             gauge      task, state  intents in that state now
 ``celery_idem_oldest_seconds``      gauge      task, state  seconds since the oldest change
 ``celery_idem_store_up``            gauge                   1 when the store answered
@@ -19,6 +19,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
+
+from celery import signals
 
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.engine import events
@@ -53,7 +55,35 @@ def _client() -> Any:
     return prometheus_client
 
 
-def install(registry: CollectorRegistry | None = None) -> Callable[[], None]:
+class Events:
+    """The counter of events. It is 0 from the start for every guarded task and kind.
+
+    Prometheus' ``increase`` of a counter that begins at 1 is 0, so an alert would miss the first event.
+    """
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+        self._counter = _client().Counter(EVENTS, "Events of intents.", ("task", "kind"), registry=None)
+
+    def count(self, event: events.Event) -> None:
+        self._counter.labels(event.task, event.kind).inc()
+
+    def begin(self, sender: Any = None, **_: Any) -> None:
+        """Make the counters of all tasks of the application that have none yet. Also a receiver of ``worker_init``."""
+        if sender is None or sender.app is self._app:
+            for task in Operator(self._app).tasks():
+                for kind in events.KINDS:
+                    self._counter.labels(task, kind)
+
+    def describe(self) -> Any:
+        return self._counter.describe()
+
+    def collect(self) -> Any:
+        self.begin()
+        return self._counter.collect()
+
+
+def install(app: Celery, registry: CollectorRegistry | None = None) -> Callable[[], None]:
     """Count events, and return a function that stops it.
 
     Call it before the worker forks, for example in the module that creates the application.
@@ -61,19 +91,16 @@ def install(registry: CollectorRegistry | None = None) -> Callable[[], None]:
     Args:
         registry: the registry of the counter; without it, Prometheus' default one.
     """
-    client = _client()
-    counter = client.Counter(
-        EVENTS, "Events of intents.", ("task", "kind"), registry=registry or client.REGISTRY
-    )
-
-    def count(event: events.Event) -> None:
-        counter.labels(event.task, event.kind).inc()
-
-    stop = events.listen(count, here=True)  # fast enough to run in the emitting thread
+    into: Any = registry or _client().REGISTRY
+    counter = Events(app)
+    into.register(counter)
+    signals.worker_init.connect(counter.begin)
+    stop = events.listen(counter.count, here=True)  # fast enough to run in the emitting thread
 
     def uninstall() -> None:
         stop()
-        (registry or client.REGISTRY).unregister(counter)
+        signals.worker_init.disconnect(counter.begin)
+        into.unregister(counter)
 
     return uninstall
 
@@ -125,5 +152,6 @@ def exporter_registry(
         from prometheus_client.multiprocess import MultiProcessCollector
 
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call,unused-ignore]
+        Events(app).begin()
     registry.register(Intents(app, every, patience))  # type: ignore[arg-type,unused-ignore]
     return registry

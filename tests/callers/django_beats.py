@@ -6,6 +6,7 @@ a file for SQLite, `CALLERS_LAST_RUNS` when the entry last ran (ISO 8601), for o
 
 from __future__ import annotations
 
+import json
 import os
 from datetime import datetime
 
@@ -22,11 +23,13 @@ settings.configure(
 )
 django.setup()
 
-from django_celery_beat.models import CrontabSchedule, PeriodicTask  # noqa: E402
+from celery import Celery  # noqa: E402
+from django_celery_beat.models import CrontabSchedule, IntervalSchedule, PeriodicTask  # noqa: E402
 from django_celery_beat.schedulers import DatabaseScheduler  # noqa: E402
 
 from celery_idem.adapters.beat import Ticks  # noqa: E402
 from celery_idem.core.model import OCCURRENCE  # noqa: E402
+from celery_idem.operate import doctor  # noqa: E402
 from tests.callers.shop import FOLDER, URL, make  # noqa: E402
 
 
@@ -35,6 +38,8 @@ class Scheduler(Ticks, DatabaseScheduler):
 
 
 def main() -> None:
+    app = make(URL, FOLDER)
+    assert "no such table" in checked(app)["not-looked-at"]
     call_command("migrate", verbosity=0)
     name = os.environ["CALLERS_TICKER"]
     every_minute, _ = CrontabSchedule.objects.get_or_create(minute="*", hour="*")
@@ -54,6 +59,24 @@ def main() -> None:
         for beat in beats:
             print(beat.apply_async(beat.schedule["every minute"]).id)
             assert OCCURRENCE not in str(beat.schedule["every minute"].options), "the stamp is for one tick"
+    print(json.dumps([checked(app, beat_scheduler=one) for one in (DatabaseScheduler, Scheduler)]))
+
+
+def checked(app: Celery, **conf: type) -> dict[str, str]:
+    """What the doctor says of the schedule: the plain scheduler, and ours."""
+    app.conf.update({name: f"{one.__module__}:{one.__qualname__}" for name, one in conf.items()})
+    if conf:
+        often, _ = IntervalSchedule.objects.get_or_create(every=5, period="minutes")
+        defaults = {"task": "shop.greet", "interval": often, "kwargs": '{"name": "often"}'}
+        PeriodicTask.objects.update_or_create(name="often", defaults=defaults)
+        defaults["task"] = "shop.total"
+        once = {**defaults, "one_off": True}
+        own = {**defaults, "headers": json.dumps({OCCURRENCE: "2026"})}
+        off = {**defaults, "enabled": False}
+        for name, given in {"once": once, "its own": own, "off": off}.items():
+            PeriodicTask.objects.update_or_create(name=name, defaults=given)
+    found = doctor.examine(doctor.gather(app), (doctor.configuration.beat_without_occurrence,))
+    return {f"{one.code} {one.where}".removesuffix(" django_celery_beat"): one.wrong for one in found}
 
 
 if __name__ == "__main__":

@@ -79,6 +79,17 @@ def make(url: str, folder: Path, name: str = "shop", **conf: Any) -> Celery:
         effects.add(f"number-{name}-{value}")
         return value
 
+    @app.task(
+        base=IdempotentTask,
+        shared=False,
+        name="shop.greet",
+        aliases=("shop.hello", "shop.hi"),
+        intent=("name",),
+    )
+    def greet(name: str, note: str = "") -> str:
+        effects.add(f"greet-{name}")
+        return f"greeted {name}"
+
     @app.task(base=IdempotentTask, shared=False, name="shop.total", intent=("name",))
     def total(values: list[int], name: str) -> int:
         effects.add(f"total-{name}")

@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+from contextvars import ContextVar
 from typing import Annotated, Any, TypedDict
 
 import pytest
 from celery import Celery
 
 from celery_idem import IdempotentTask
-from celery_idem.adapters.agents import function
+from celery_idem.adapters.agents import async_function, function
 from tests.support.effects import Effects
 from tests.support.waiting import wait_for
 
@@ -33,7 +34,7 @@ def bill(name: str, **more: Any) -> dict[str, Any]:
 # --- the function ----------------------------------------------------------------------
 
 
-def test_it_looks_like_the_task(pay: Any) -> None:
+def test_it_looks_like_the_task(pay: Any, shop: Celery) -> None:
     assert pay.__name__ == "shop_pay"
     assert pay.__doc__.startswith("Pay one invoice of a customer.\n\nSafe to call again")
     signature = inspect.signature(pay)
@@ -44,6 +45,24 @@ def test_it_looks_like_the_task(pay: Any) -> None:
         str,
         "Free: other words here do not make it another action.",
     )
+    twin = async_function(shop, "shop.pay")
+    assert inspect.iscoroutinefunction(twin)
+    assert (twin.__name__, twin.__doc__) == (pay.__name__, pay.__doc__)
+    assert str(inspect.signature(twin)) == str(signature)
+
+
+def test_its_twin_answers_and_never_raises(shop: Celery, done: Effects, name: str) -> None:
+    whose = ContextVar("whose", default="")
+
+    async def answers() -> list[dict[str, Any]]:
+        pay = async_function(shop, "shop.pay", scope=whose.get)
+        whose.set("acme")
+        return [await pay(**bill(name)), await pay(name, "7", 1, note="b"), await pay(name)]
+
+    first, again, wrong = asyncio.run(answers())
+    assert (first["status"], again["status"], wrong["code"]) == ("executed", "replayed", "invalid")
+    assert first["key"] == shop.tasks["shop.pay"].intent_key(name, "7", 1, scope="acme")
+    assert done.count(f"pay-{name}-7") == 1
 
 
 def test_it_answers_and_never_raises(pay: Any, shop: Celery, done: Effects, name: str) -> None:
@@ -220,10 +239,27 @@ def test_langgraph_tool_node(pay: Any, done: Effects, name: str) -> None:
     assert done.count(f"pay-{name}-7") == 1
 
 
+def test_langgraph_awaits(shop: Celery, done: Effects, name: str) -> None:
+    from langchain_core.messages import AIMessage
+    from langchain_core.tools import StructuredTool
+    from langgraph.graph import END, START, MessagesState, StateGraph
+    from langgraph.prebuilt import ToolNode
+
+    tool = StructuredTool.from_function(coroutine=async_function(shop, "shop.pay"))
+    graph = StateGraph(MessagesState).add_node("tools", ToolNode([tool]))
+    running = graph.add_edge(START, "tools").add_edge("tools", END).compile()
+    calls = [{"name": "shop_pay", "args": bill(name, note=note), "id": note} for note in ("a", "b")]
+    answer = asyncio.run(running.ainvoke({"messages": [AIMessage("", tool_calls=calls)]}))
+    statuses = [json.loads(message.content)["status"] for message in answer["messages"][1:]]
+    assert sorted(statuses) == ["executed", "replayed"]
+    assert done.count(f"pay-{name}-7") == 1
+
+
 # --- OpenAI Agents SDK -----------------------------------------------------------------
 
 
-def test_openai_agents(pay: Any, done: Effects, name: str) -> None:
+@pytest.mark.parametrize("make", [function, async_function])
+def test_openai_agents(make: Any, shop: Celery, done: Effects, name: str) -> None:
     """A scripted model that calls three times, the last time with another amount."""
     import agents
     from openai.types.responses import ResponseFunctionToolCall, ResponseOutputMessage, ResponseOutputText
@@ -259,7 +295,7 @@ def test_openai_agents(pay: Any, done: Effects, name: str) -> None:
 
     agents.set_tracing_disabled(True)
     model = Script(bill(name, note="a"), bill(name, note="b"), bill(name, cents=2, note="c"))
-    agent = agents.Agent(name="biller", model=model, tools=[agents.function_tool(pay)])
+    agent = agents.Agent(name="biller", model=model, tools=[agents.function_tool(make(shop, "shop.pay"))])
     result = asyncio.run(asyncio.wait_for(agents.Runner.run(agent, "Pay invoice 7."), 60))
     assert result.final_output == "done"
     assert [
@@ -274,7 +310,8 @@ def test_openai_agents(pay: Any, done: Effects, name: str) -> None:
 # --- pydantic-ai -----------------------------------------------------------------------
 
 
-def test_pydantic_ai(pay: Any, done: Effects, name: str) -> None:
+@pytest.mark.parametrize("make", [function, async_function])
+def test_pydantic_ai(make: Any, shop: Celery, done: Effects, name: str) -> None:
     from pydantic_ai import Agent
     from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart, ToolCallPart, ToolReturnPart
     from pydantic_ai.models.function import AgentInfo, FunctionModel
@@ -291,7 +328,7 @@ def test_pydantic_ai(pay: Any, done: Effects, name: str) -> None:
             return ModelResponse(parts=[TextPart("done")])
         return ModelResponse(parts=[ToolCallPart(tool.name, bill(name, note=f"plan {len(returned)}"))])
 
-    result = Agent(FunctionModel(model), tools=[pay]).run_sync("Pay invoice 7.")
+    result = Agent(FunctionModel(model), tools=[make(shop, "shop.pay")]).run_sync("Pay invoice 7.")
     assert result.output == "done"
     assert [content["status"] for content in returned] == ["executed", "replayed", "replayed"]
     assert done.count(f"pay-{name}-7") == 1

@@ -6,6 +6,7 @@ while the effect happens once.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -272,10 +273,14 @@ def test_two_beats_on_one_database(
     words = [sys.executable, "-m", "tests.callers.django_beats"]
     ran = subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=ROOT, env=env)
     assert ran.returncode == 0, ran.stderr
-    sent = ran.stdout.split()
+    *sent, found = ran.stdout.splitlines()
     assert len(set(sent)) == 4, "each of the beats sends each tick"
     assert [shop.AsyncResult(task_id).get(WITHIN) for task_id in sent] == [1] * 4
     assert done.count(f"number-{name}-1") == 2
+    without, with_ticks = json.loads(found)
+    assert set(without) == {"beat shop.number", "beat shop.greet"}
+    assert "('every minute')" in without["beat shop.number"]
+    assert set(with_ticks) == {"beat-interval shop.greet"}
 
 
 def tick(plan: Any, last: datetime, now: datetime) -> datetime:

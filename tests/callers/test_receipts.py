@@ -18,7 +18,15 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 
 import celery_idem
-from celery_idem import ConfigurationError, IdempotencyError, IntentError, Receipt, look_up, submit
+from celery_idem import (
+    ConfigurationError,
+    IdempotencyError,
+    IntentError,
+    Receipt,
+    StoreError,
+    look_up,
+    submit,
+)
 from celery_idem.integration.receipts import ADVICE, Code, Status
 from tests.callers import shop as shops
 from tests.support.effects import Effects, Gate
@@ -265,6 +273,17 @@ def test_a_parameter_is_the_tasks_and_never_an_option(redis: RedisServer, folder
 def test_submit_refuses_what_is_no_call(shop: Celery, task: str, wrong: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match="must be a"):
         submit(shop, task, **wrong)
+
+
+def test_a_misspelt_option_is_refused_before_it_makes_another_action(shop: Celery) -> None:
+    pay = shop.tasks["shop.pay"]
+    for wrong in ("occurence", "occurrance", "scop", "scopes", "idempotent_key", "idempotency_keys"):
+        for call in (pay.apply_async, pay.apply, lambda args, **it: pay.signature(args, **it).apply_async()):
+            with pytest.raises(TypeError, match=f"there is no option {wrong}="):
+                call(("a", "7", 1), **{wrong: "x"})
+        for task in ("shop.pay", "nobody.has.it"):
+            with pytest.raises(TypeError, match=rf"{task}: submit\(\) has no option {wrong}"):
+                submit(shop, task, ("a", "7", 1), **{wrong: "x"})
 
 
 # --- cost ------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,9 +13,12 @@ import pytest
 import redis as redis_py
 from celery import Celery, group
 from celery.app.trace import build_tracer
+from celery.backends import base
+from celery.backends.redis import RedisBackend
 
 from celery_idem import IdempotentTask
 from celery_idem.integration import answers
+from celery_idem.integration.delivery import Delivery
 
 pytestmark = pytest.mark.redis
 
@@ -62,6 +66,18 @@ class Shop:
     def stored(self, task_id: str) -> tuple[bytes | None, int]:
         key = self.app.backend.get_key_for_task(task_id)
         return self.client.get(key), self.client.ttl(key)  # type: ignore[return-value]
+
+
+class Clock(datetime):
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime:
+        return NOON
+
+
+@pytest.fixture(autouse=True)
+def noon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For Celery before 5.5, which does not ask the application for the time of a result."""
+    monkeypatch.setattr(base, "datetime", Clock, raising=False)
 
 
 @contextmanager
@@ -235,3 +251,64 @@ def test_the_parts_of_a_chord_are_counted(shop: Callable[..., Shop]) -> None:
         there.run(part.id, 1, part.id, group=header.id, chord=mail.s().set(task_id="b"), group_index=0)
     with there.app.connection_for_read() as connection:
         assert connection.default_channel.basic_get("celery") is not None, "the chord's body was published"
+
+
+@pytest.mark.parametrize("result", ["paid", ValueError("no money")], ids=["success", "failure"])
+def test_the_answer_of_a_duplicate_is_one_exchange(
+    shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch, result: Any
+) -> None:
+    there = shop()
+    there.run("o1", result, "first")
+    task_id, stored = str(uuid.uuid4()), []
+    for ours in (False, True):
+        with monkeypatch.context() as patch:
+            if not ours:
+                patch.setattr(Delivery, "replaying", lambda *_: None)
+            there.client.delete(there.app.backend.get_key_for_task(task_id))
+            with commands(there.client) as executed:
+                there.run("o1", result, task_id, group="g1")
+                names = executed()
+            assert names == ["EVALSHA", *([] if ours else ["GET"]), "MULTI", "SETEX", "PUBLISH", "EXEC"]
+            stored.append(there.stored(task_id))
+    assert stored[0] == stored[1]
+
+
+def test_a_redelivery_does_not_overwrite_its_result(shop: Callable[..., Shop]) -> None:
+    there = shop()
+    task_id = there.run("o1", "paid", callbacks=[there.app.tasks["shop.mail"].s()])
+    before = there.stored(task_id)
+    there.run("o1", "paid", task_id)
+    assert there.stored(task_id)[0] == before[0], "its children are still known"
+    there.run("o2", "paid", "of another intent")
+    there.run("o2", "paid", task_id, delivery_info={"redelivered": True})
+    assert there.stored(task_id)[0] == before[0]
+
+
+def test_a_backend_of_the_tasks_own_gets_its_results(shop: Callable[..., Shop], redis_url: str) -> None:
+    there = shop()
+    elsewhere = redis_url.rpartition("/")[0] + "/5"
+    there.task.backend = RedisBackend(app=there.app, url=elsewhere)
+    task_id = there.run("o1", "paid")
+    assert there.stored(task_id) == (None, -2)
+    assert there.task.backend.get_task_meta(task_id)["result"] == "paid"
+
+
+def test_a_success_that_the_body_has_written_stays(shop: Callable[..., Shop]) -> None:
+    there = shop()
+
+    @there.app.task(base=IdempotentTask, name="shop.say", shared=False, bind=True, intent=("order",))
+    def say(self: Any, order: str) -> str:
+        self.update_state(state="SUCCESS", meta="said")
+        return "returned"
+
+    request = {"id": "s1", "task": "shop.say", "headers": {}, "delivery_info": {}, "called_directly": False}
+    build_tracer("shop.say", say, app=there.app)("s1", ("o1",), {}, request)
+    assert there.app.backend.get_task_meta("s1")["result"] == "said"
+
+
+def test_an_asyncresult_survives_pickle(shop: Callable[..., Shop]) -> None:
+    there = shop()
+    there.app.set_current()
+    again = pickle.loads(pickle.dumps(there.task.AsyncResult(there.run("o1", "paid"))))  # noqa: S301
+    assert again.get(timeout=10) == "paid"
+    assert type(again.backend) is RedisBackend

@@ -392,7 +392,7 @@ def test_a_task_without_an_intent_may_have_a_guarded_one_as_its_base() -> None:
     app = ordinary_app()
 
     class Charge(app.Task):  # type: ignore[name-defined,misc]
-        name, intent = "charge", ("order",)
+        name, intent, throws = "charge", ("order",), (KeyError,)
 
         def run(self, order: str) -> str:
             done.append(order)
@@ -412,6 +412,7 @@ def test_a_task_without_an_intent_may_have_a_guarded_one_as_its_base() -> None:
     assert results == ["f", "w!", "c"] * 2
     assert sorted(done) == ["c", "f", "f", "w", "w"]
     assert free("f") == "f"
+    assert free.throws == vars(type(free))["throws"] == (KeyError,)
 
 
 def delivered(task: Any, number: str, **request: Any) -> None:
@@ -568,3 +569,55 @@ def test_a_request_of_ones_own_stands_above_ours() -> None:
     task.Request = object
     with pytest.raises(ConfigurationError, match="no subclass of"):
         request_class(task)
+
+
+# --- throws ------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_expected_of_a_task_and_its_own_errors_are_as_its_author_said() -> None:
+    """Celery's log and Sentry ask the task's ``throws`` while the call is under way."""
+    app = make(task_annotations={"by.annotation": {"throws": (OSError,)}})
+    asked: list[Any] = []
+
+    class Asked(IdempotentTask):
+        abstract = True
+        throws = (KeyError,)
+
+        def on_failure(self, exc: Any, *_: Any) -> None:
+            asked.append((type(exc), self.throws))
+
+    def fail(what: str) -> None:
+        raise ValueError(what)
+
+    task = app.task(base=Asked, shared=False, name="fails", intent=ALL_ARGUMENTS)(fail)
+    assert task.throws == task.__class__.throws == (KeyError,)
+    for _ in range(2):
+        task.apply(("a",))
+    assert asked == [(ValueError, (KeyError,)), (ValueError, (KeyError, ValueError))]
+    assert task.throws == (KeyError,)
+
+    alone = app.task(base=IdempotentTask, shared=False, name="one", intent=ALL_ARGUMENTS, throws=KeyError)(
+        fail
+    )
+    alone.push_request(args=("a",), idem_answer=ValueError)
+    assert alone.throws == (KeyError, ValueError)
+    alone.pop_request()
+    annotated = app.task(base=IdempotentTask, shared=False, name="by.annotation", intent=ALL_ARGUMENTS)(fail)
+    assert annotated.throws == (OSError,)
+
+    other = app.task(
+        base=task.__class__, shared=False, name="other", intent=ALL_ARGUMENTS, throws=(OSError,)
+    )(fail)
+    assert other.throws == (OSError,)
+
+
+@pytest.mark.parametrize("own", ["inherited", "own"])
+def test_an_ordinary_task_keeps_its_throws(own: str) -> None:
+    app = make(task_cls=IdempotentTask)
+    options = {"throws": (KeyError,)} if own == "own" else {}
+
+    def nothing() -> None: ...
+
+    task = app.task(shared=False, name="ordinary", **options)(nothing)
+    assert task.throws == task.__class__.throws == options.get("throws", Task.throws)
+    assert ("throws" in vars(task.__class__)) == (own == "own")

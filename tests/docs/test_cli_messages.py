@@ -64,7 +64,7 @@ WRONG: list[tuple[tuple[str, ...], int, tuple[str, ...]]] = [
     (("list", "--scope", ""), 1, ("scope is empty",)),
     (
         ("list", "--task", "shop.chrage"),
-        0,
+        1,
         ("No such intents", "no guarded task shop.chrage", "It has: shop.charge"),
     ),
     (("resolve", "{doubtful}", *SURE), 2, ("--happened JSON", "--not-happened")),

@@ -81,6 +81,15 @@ def test_a_duplicate_came_meanwhile(stage: Stage) -> None:
         )
     alarms = [line for line in frozen.worker.log_text().splitlines() if "stale_settle rerun.late" in line]
     assert len(alarms) == 1
+    suspect = {
+        policy: case.entry.suspicions for policy, case in frozen.cases.items() if case.entry is not None
+    }
+    (note,) = suspect.pop("rerun")
+    assert note.late is not None
+    assert note.late.place.endswith(f", process {frozen.cases['rerun'].wait_hanging()}")
+    assert note.late.stood_place not in ("", note.late.place)  # the other worker's, which has settled it
+    assert note.late.task_id == frozen.cases["rerun"].result.id
+    assert set(suspect.values()) == {()}
 
 
 def test_a_duplicate_came_before_the_effect(stage: Stage) -> None:

@@ -12,7 +12,7 @@ from celery_idem.telemetry import prometheus
 url = os.environ.get("IDEM_TEST_REDIS", "redis://localhost:1/0")
 app = Celery("counted", broker=url, backend=url)
 if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-    prometheus.install()
+    prometheus.install(app)
 
 
 @app.task(

@@ -13,12 +13,27 @@ KEEP = 3600 * MICROSECONDS
 
 
 def claimed(
-    ledger: Ledger, key: str, lease: float = 30.0, digests: bytes = b"", call: bytes = b"", **policy: Any
+    ledger: Ledger,
+    key: str,
+    lease: float = 30.0,
+    digests: bytes = b"",
+    place: str = "",
+    call: bytes = b"",
+    **policy: Any,
 ) -> Any:
     """A running claim."""
     rules = Policy(lease=int(lease * MICROSECONDS), result_ttl=KEEP, failure_ttl=KEEP, **policy)
     decision, claim = ledger.claim(
-        key, Request(owners.mint(), f"task-of-{key[-8:]}", Fingerprint(), rules, digests=digests, call=call)
+        key,
+        Request(
+            owners.mint(),
+            f"task-of-{key[-8:]}",
+            Fingerprint(),
+            rules,
+            digests=digests,
+            place=place,
+            call=call,
+        ),
     )
     assert isinstance(decision, Acquired)
     return claim
@@ -32,3 +47,12 @@ def in_doubt(
     ledger: Ledger, key: str, reason: str = "the worker stopped without reporting an outcome"
 ) -> None:
     claimed(ledger, key).doubt(reason, 0.0)
+
+
+def suspected(ledger: Ledger, key: str, first: object = "inv-1", second: object = "inv-2") -> tuple[Any, Any]:
+    """An intent whose first execution ended after another had taken it over and ended. Returns both holds."""
+    late = claimed(ledger, key, lease=0, on_crash="rerun", place="shop@web-1, process 11")
+    stands = claimed(ledger, key, on_crash="rerun", place="shop@web-2, process 22")
+    stands.settle(Outcome(True, b"j" + json.dumps(second).encode()), 0.0)
+    late.settle(Outcome(True, b"j" + json.dumps(first).encode()), 0.0)
+    return late, stands

@@ -21,9 +21,10 @@ from rich.console import Console
 from celery_idem import Ledger, NotHappened
 from celery_idem.cli import reading, screen
 from celery_idem.core.model import Outcome
-from tests.operators.conftest import Idem
+from tests.operators.conftest import Idem, use_store
 from tests.operators.forms import hidden
 from tests.operators.intents import claimed, in_doubt, succeeded
+from tests.operators.shop import app as shop
 from tests.operators.shop import remind, send_invoice
 
 ROOT = Path(__file__).parents[2]
@@ -174,6 +175,73 @@ def test_key_says_what_makes_two_calls_differ(idem: Idem) -> None:
     assert "they differ in scope" in scoped
     refused = idem("key", "shop.send_invoice", '["a", 7, 500]', '["a", 7, 600]').output
     assert "another value of cents" in refused
+
+
+def left(idem: Idem, ledger: Ledger) -> Any:
+    in_doubt(ledger, remind.intent_key("a"))
+    return idem("reconcile", "--yes")
+
+
+def unsafe(idem: Idem, ledger: Ledger) -> Any:
+    use_store(shop, "redis://127.0.0.1:1/0")  # does not answer
+    return idem("doctor")
+
+
+def listed(idem: Idem, ledger: Ledger) -> Any:
+    in_doubt(ledger, key("a"))
+    return idem("list", "--state", "waiting")
+
+
+def interrupted(idem: Idem, ledger: Ledger) -> Any:
+    def tick(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading.Progress, "tick", tick)
+        return idem("resolve", "--from", "-", "--yes", input="{}")
+
+
+NONE = ("--not-happened", "--evidence", "x", "--yes")
+
+STATUSES: dict[tuple[int, str], Any] = {
+    (0, "every command"): lambda idem, ledger: idem("stats"),
+    (0, "list"): listed,
+    (1, "list"): lambda idem, ledger: idem("list", "--state", "waiting"),
+    (1, "show"): lambda idem, ledger: idem("show", key("a")),
+    (1, "resolve"): lambda idem, ledger: idem("resolve", key("a"), *NONE),
+    (1, "resolve --from"): lambda idem, ledger: idem("resolve", "--from", "-", "--yes", input="{}"),
+    (1, "forget"): lambda idem, ledger: idem("forget", key("a"), "--yes"),
+    (1, "reconcile"): left,
+    (1, "doctor"): unsafe,
+    (1, "every command"): lambda idem, ledger: idem("purge", input="n\n"),
+    (2, "every command"): lambda idem, ledger: idem("list", "--nonsense"),
+    (3, "list"): lambda idem, ledger: idem("list", "--within", "0"),
+    (3, "stats"): lambda idem, ledger: idem("stats", "--within", "0"),
+    (3, "decisions"): lambda idem, ledger: idem("decisions", "--within", "0"),
+    (3, "resolve --from"): interrupted,
+}
+
+
+def test_every_exit_status_of_the_page_is_known_here() -> None:
+    rows = re.findall(
+        r"^\| (\d) \| `?([\w -]+?)`? \|", (ROOT / "docs/reference/cli.md").read_text(), re.MULTILINE
+    )
+    assert [(int(status), command) for status, command in rows] == list(STATUSES)
+
+
+@pytest.mark.parametrize(("status", "command"), STATUSES)
+def test_the_exit_status_is_as_documented(idem: Idem, ledger: Ledger, status: int, command: str) -> None:
+    if status == 3:
+        in_doubt(ledger, key("a"))
+    done = STATUSES[status, command](idem, ledger)
+    assert done.exit_code == status, done.output
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_list_as_json_has_the_same_status(idem: Idem, ledger: Ledger, found: bool) -> None:
+    if found:
+        in_doubt(ledger, key("a"))
+    assert idem("list", "--state", "waiting", "--json").exit_code == (0 if found else 1)
 
 
 # --- changing --------------------------------------------------------------------------

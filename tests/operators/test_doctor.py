@@ -19,7 +19,7 @@ from celery_idem.core.model import Fingerprint, Policy, Request
 from celery_idem.engine import owners
 from celery_idem.integration.settings import Settings
 from celery_idem.operate import doctor
-from celery_idem.operate.doctor import at_start, configuration, snapshot, stores
+from celery_idem.operate.doctor import asking, at_start, configuration, snapshot, stores
 from celery_idem.stores.memory import MemoryStore
 from celery_idem.testing import FakeClock
 from tests.operators.conftest import Idem, command_line
@@ -185,16 +185,6 @@ def test_a_redis_that_forgets(start_redis: Callable[..., RedisServer]) -> None:
         assert "replicas:0" in asked(server, idem_durability="replicas:1")["replicas"].change
 
 
-@pytest.mark.redis
-def test_a_replica_and_its_primary(start_redis: Callable[..., RedisServer]) -> None:
-    primary, replica = start_redis(appendonly=True), start_redis(appendonly=True)
-    with redis_py.Redis.from_url(replica.url) as client, redis_py.Redis.from_url(primary.url) as other:
-        client.replicaof("127.0.0.1", str(primary.port))
-        wait_for(lambda: int(other.info("replication")["connected_slaves"]) == 1, message="the replica")
-        assert 'idem_durability = "replicas:1"' in asked(primary)["replicas"].change
-        assert asked(replica)["read-only"].severity == "error"
-
-
 def test_a_store_that_is_away(idem: Idem) -> None:
     app = an_app(conf={"idem_store": "redis://localhost:1/0"})
     answer = command_line(app)("doctor", "--json")
@@ -207,7 +197,9 @@ def test_a_store_that_does_not_let_us_look_is_not_down(monkeypatch: pytest.Monke
         raise StoreError(f"no permissions to run {words[0]}")
 
     app = an_app(conf={"idem_store": "memory://not-looked-at"})
-    monkeypatch.setattr(type(Ledger.from_app(app).store), "execute", staticmethod(refused), raising=False)
+    kind = type(Ledger.from_app(app).store)
+    monkeypatch.setattr(kind, "execute", staticmethod(refused), raising=False)
+    monkeypatch.setattr(kind, "everywhere", staticmethod(refused), raising=False)
     found = {finding.code: finding for finding in doctor.examine(doctor.gather(app), doctor.ASKING)}
     assert set(found) == {"not-looked-at"}
     assert found["not-looked-at"].severity == "note"
@@ -234,8 +226,8 @@ def test_records_from_the_future() -> None:
 
 
 def found_in(ledger: Ledger) -> set[str]:
-    facts = snapshot._store_facts(ledger, "none")
-    return {finding.code for finding in stores.clock_went_back(doctor.Snapshot(stores=(facts,)))}
+    facts = tuple(asking.facts_of(ledger, "none"))
+    return {finding.code for finding in stores.clock_went_back(doctor.Snapshot(stores=facts))}
 
 
 # --- the command, and a worker ---------------------------------------------------------------

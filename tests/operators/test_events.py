@@ -81,6 +81,15 @@ def told(stage: Stage) -> None:
     assert task.submit("a").status == "replayed"
 
 
+def in_a_span(provoke: Callable[[Stage], None]) -> Callable[[Stage], None]:
+    def provoked(stage: Stage) -> None:
+        with stage.monkeypatch.context() as patched:
+            patched.setattr(events, "spans", [lambda: bytes(range(25))])
+            provoke(stage)
+
+    return provoked
+
+
 def guarded(**options: Any) -> Any:
     app = Celery("provoked", set_as_current=False, broker="memory://", backend="cache+memory://")
     app.conf.update(idem_store=f"memory://{uuid.uuid4().hex}")
@@ -108,6 +117,12 @@ def mismatch(stage: Stage) -> None:
 
 def asked(stage: Stage) -> None:
     stage.run(Ended(Raised.AMBIGUOUS), ask=Happened("it did"))
+
+
+def still_in_doubt(stage: Stage) -> None:
+    stage.ends(Raised.AMBIGUOUS)
+    with pytest.raises(OutcomeUnknown):
+        stage.run(task_id="two")
 
 
 def released_after_a_question(stage: Stage) -> None:
@@ -243,13 +258,14 @@ def shadow(stage: Stage) -> None:
 
 PROVOKED: dict[str, list[Callable[[Stage], None]]] = {
     "settled": [lambda stage: stage.run()],
-    "replayed": [replayed],
-    "told": [told],
+    "replayed": [replayed, in_a_span(replayed)],
+    "told": [told, in_a_span(told)],
     "waiting": [waiting],
     "scheduled": [lambda stage: stage.ends(Raised.RETRY)],
     "released": [lambda stage: stage.ends(Raised.IGNORE), released_after_a_question],
     "mismatch": [mismatch],
     "in_doubt": [lambda stage: stage.ends(Raised.AMBIGUOUS)],
+    "still_in_doubt": [still_in_doubt],
     "asked": [asked],
     "lease_lost": [taken_over],
     "clock_stepped": [clock_ahead, clock_back, clock_back_for_an_operator],
@@ -295,7 +311,15 @@ def test_what_is_emitted_is_as_documented(
     optional = {name for event in heard if event.kind == kind for name in event.details}
     assert optional == {*events.KINDS[kind].fields, *events.KINDS[kind].optional}
     logged = [record for record in caplog.records if vars(record).get("idem_event") == kind]
-    assert {(record.levelno, record.msg) for record in logged} == {(events.LEVELS[kind], f"{kind} %s %s")}
+    said = events.KINDS[kind]
+    assert {(record.levelno, record.msg) for record in logged} == {
+        (said.level, f"{kind} %s: {said.says} [%s]")
+    }
+    for record in logged:  # readable, and for programs: which intent, which task, and where
+        line, data = record.getMessage(), vars(record)
+        assert data["idem_key"] in line
+        assert f"host={data['idem_host']} pid={os.getpid()}]" in line
+        assert data["idem_task_id"] == data["idem_details"].get("task_id", "")
     assert [vars(record)["idem_details"] for record in logged] == [
         event.details for event in heard if event.kind == kind
     ]
@@ -320,7 +344,7 @@ def test_every_call_says_a_documented_kind_and_its_fields() -> None:
     for call in calls("emit"):
         kind = ast.literal_eval(call.args[0])
         said = events.KINDS[kind]
-        given = {str(keyword.arg) for keyword in call.keywords} - {"cause"}
+        given = {keyword.arg for keyword in call.keywords if keyword.arg} - {"cause", "repeats"}
         assert set(said.fields) <= given <= {*said.fields, *said.optional}, ast.unparse(call)
         found.add(kind)
     assert found == set(events.KINDS)

@@ -151,7 +151,7 @@ def test_no_event_makes_a_worker_that_does_not_exist(
     state.event(
         {"type": "worker-online", "hostname": "w1@here", "timestamp": 1.0, "local_received": 1.0, "clock": 1}
     )
-    monkeypatch.setattr(celery_events, "_node", [node] if node else [])
+    monkeypatch.setattr(events, "worker", [node] if node else [])
     monkeypatch.setattr(app.events, "default_dispatcher", lambda hostname=None: Dispatcher(state, hostname))
     for details in ({"task_id": "t1"}, {"task_id": ""}, {}):
         event = events.Event(kind, "shop.send_invoice:1", details)
@@ -167,7 +167,7 @@ def test_an_eager_call_in_a_body_is_no_task_to_a_monitor(
 ) -> None:
     """No worker has received it, so an event of it would make a task without a name."""
     state = State()
-    monkeypatch.setattr(celery_events, "_node", ["w1@here"])
+    monkeypatch.setattr(events, "worker", ["w1@here"])
     monkeypatch.setattr(app.events, "default_dispatcher", lambda hostname=None: Dispatcher(state, hostname))
     stop = celery_events.install(app)
     try:
@@ -193,7 +193,7 @@ def test_nor_where_another_thread_says_what_happened_to_it(
         thread.join(60)
 
     state = State()
-    monkeypatch.setattr(celery_events, "_node", ["w1@here"])
+    monkeypatch.setattr(events, "worker", ["w1@here"])
     monkeypatch.setattr(app.events, "default_dispatcher", lambda hostname=None: Dispatcher(state, hostname))
     stop = celery_events.install(app)
     try:

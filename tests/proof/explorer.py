@@ -953,10 +953,13 @@ class World:
             self.broken(f"fence {old.fence} -> {new.fence}")
         if not new.state.settled and not set(old.steps) <= set(new.steps):
             self.broken("a finished step was lost")
-        if old.state is State.RUNNING and live and not (mine or carried or parent or ends_the_dead):
+        left = new.lease if old.state is State.SCHEDULED else old.lease
+        noted = left <= old.lease and new == old._replace(notes=new.notes, lease=left) and bool(new.notes)
+        noted = noted and new.notes[-1].late is not None and who.claim is not None and not mine
+        if old.state is State.RUNNING and live and not (mine or carried or parent or ends_the_dead or noted):
             self.broken("somebody wrote over a live claim")
         its_task = who.message is not None and who.message.task_id == old.task_id
-        if old.state is State.SCHEDULED and live and not its_task:
+        if old.state is State.SCHEDULED and live and not (its_task or noted):
             self.broken("somebody wrote over a retry that is not due")
         if old.state is State.IN_DOUBT and old.asking and live and new.asking not in (old.asking, b""):
             self.broken("two workers ask")
@@ -1094,7 +1097,7 @@ def modelled() -> Iterator[Callable[[World], None]]:
         if getattr(module, name, None) is standard
     ]
     saved += [(runner_module, "RENEWER", runner_module.RENEWER), (owners, "mint", owners.mint)]
-    saved += [(owners, "gone", owners.gone), (clock, "elapsed", clock.elapsed)]
+    saved += [(owners, "known_dead", owners.known_dead), (clock, "elapsed", clock.elapsed)]
     log = logging.getLogger("celery_idem")
     level = log.level
     deaf = events.listen(heard, here=True)
@@ -1116,10 +1119,10 @@ def modelled() -> Iterator[Callable[[World], None]]:
     def mint() -> bytes:
         return now[0].mint()
 
-    def gone(owner: bytes) -> bool:
+    def known_dead(owner: bytes) -> bool:
         return owner in now[0].dead_owners
 
-    owners.mint, owners.gone = mint, gone
+    owners.mint, owners.known_dead = mint, known_dead
     log.setLevel(logging.CRITICAL + 1)
     PASTS.clear()
     try:

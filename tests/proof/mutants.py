@@ -205,18 +205,18 @@ def conclude_forgets_max_attempts(
 # --- rule 4: only the owner is heard --------------------------------------------------
 
 
-def anybody_settles(record: Record | None, held: Record, outcome: Any) -> Any:
+def anybody_settles(record: Record | None, held: Record, outcome: Any, *where: Any) -> Any:
     if record is not None and record.outcome is None:
         new = protocol._settled(record, outcome)
         return Done(new), new
-    return _settle(record, held, outcome)
+    return _settle(record, held, outcome, *where)
 
 
-def settled_twice(record: Record | None, held: Record, outcome: Any) -> Any:
+def settled_twice(record: Record | None, held: Record, outcome: Any, *where: Any) -> Any:
     if record is not None and record.owner == held.owner:
         new = protocol._settled(record, outcome)
         return Done(new), new
-    return _settle(record, held, outcome)
+    return _settle(record, held, outcome, *where)
 
 
 def late_owner_refused(record: Record, owner: bytes) -> bool:
@@ -234,14 +234,14 @@ def anybody_releases(record: Record, owner: bytes) -> Any:
     return Done(new), new
 
 
-def anybody_schedules(record: Record, owner: bytes, delay: int, task_id: str = "") -> Any:
+def anybody_schedules(record: Record, owner: bytes, delay: int, *retry: Any) -> Any:
     if record.outcome is not None:
         return Refused(record), None
     new = record._replace(state=State.SCHEDULED, lease=delay, asking=b"", reason="")
     return Done(new), new
 
 
-def anybody_doubts(record: Record, owner: bytes, reason: str) -> Any:
+def anybody_doubts(record: Record, owner: bytes, reason: str, *noted: Any) -> Any:
     if record.outcome is not None:
         return Refused(record), None
     _, new = protocol._put_in_doubt(record, reason)
@@ -370,7 +370,7 @@ def a_transaction_that_crashed_is_in_doubt(record: Record, policy: Any, reason: 
     return reason if policy.on_crash == "transaction" else _why_in_doubt(record, policy, reason)
 
 
-def anybody_exits(record: Record, owner: bytes, policy: Any, reason: str) -> Any:
+def anybody_exits(record: Record, owner: bytes, policy: Any, reason: str, *noted: Any) -> Any:
     if record.outcome is not None:
         return Refused(record), None
     return _exit(record, record.owner, policy, reason)

@@ -34,6 +34,7 @@ from celery_idem.core.model import (
     Done,
     Fingerprint,
     Happened,
+    Late,
     Note,
     NotHappened,
     Outcome,
@@ -41,6 +42,7 @@ from celery_idem.core.model import (
     Record,
     Replay,
     Request,
+    State,
     Unknown,
 )
 from celery_idem.core.record import pack, unpack
@@ -75,8 +77,13 @@ def plain(record: Record | None) -> Any:
     """A record without what a clock says."""
     if record is None:
         return None
-    notes = tuple(note._replace(at=0) for note in record.notes)
-    return record._replace(fence=0, notes=notes)
+    notes = tuple(note._replace(at=0, late=timeless(note.late)) for note in record.notes)
+    lease = bool(record.lease) if record.state is State.SCHEDULED else record.lease  # what is left of it
+    return record._replace(fence=0, lease=lease, notes=notes)
+
+
+def timeless(late: Late | None) -> Late | None:
+    return None if late is None else late._replace(fence=0, stood_fence=0, stood_at=0)
 
 
 def step(hold: Hold, act: Callable[[], Any]) -> Any:
@@ -208,7 +215,7 @@ class Machine(RuleBasedStateMachine):
     def settle(self, which: int, outcome: Outcome) -> None:
         self.ends(
             which,
-            lambda r, q, mine: protocol.settle(r, mine, outcome),
+            lambda r, q, mine: protocol.settle(r, mine, outcome, True, self.pure.stamp, self.pure.now),
             lambda hold: hold.settle(outcome, 0.0),
         )
 
@@ -231,7 +238,9 @@ class Machine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 3))
     def doubt(self, which: int) -> None:
         self.ends(
-            which, lambda r, q, mine: protocol.doubt(r, q.owner, "why"), lambda hold: hold.doubt("why", 0.0)
+            which,
+            lambda r, q, mine: protocol.doubt(r, q.owner, "why", mine, self.pure.stamp, self.pure.now),
+            lambda hold: hold.doubt("why", 0.0),
         )
 
     @precondition(lambda self: self.claims)
@@ -239,7 +248,9 @@ class Machine(RuleBasedStateMachine):
     def exit(self, which: int) -> None:
         self.ends(
             which,
-            lambda r, q, mine: protocol.exit(r, q.owner, q.policy, "told to"),
+            lambda r, q, mine: protocol.exit(
+                r, q.owner, q.policy, "told to", mine, self.pure.stamp, self.pure.now
+            ),
             lambda hold: hold.exit("told to", 0.0),
         )
 

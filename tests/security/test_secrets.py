@@ -88,8 +88,8 @@ def test_a_secret_value_is_in_no_log_event_record_metric_span_or_page(
         TracerProvider(),
     )
     provider.add_span_processor(SimpleSpanProcessor(spans))
-    stops = [prometheus.install(registry), otel.install()]
     app, task = shop(memory_app, **conf)
+    stops = [prometheus.install(app, registry), otel.install()]
     messages = []
     try:
         with provider.get_tracer("test").start_as_current_span("run"):

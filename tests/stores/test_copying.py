@@ -66,7 +66,7 @@ def test_every_state_arrives(source: Ledger, target: Ledger) -> None:
     reports: list[Copied] = []
     counts = copy(source, target, reports.append)
     assert counts == Copied(seen=5, written=4, unreadable=1) == reports[-1]
-    assert target.claim("a:done", request())[0] == Replay(DONE)
+    assert target.claim("a:done", request())[0] == Replay(DONE, own=False)
     assert isinstance(target.claim("a:running", request())[0], Busy)
     assert isinstance(target.claim("a:doubt", request())[0], InDoubt)
     before = source.get("a:free")
@@ -88,7 +88,7 @@ def test_run_again_it_goes_on_and_brings_up_to_date(source: Ledger, target: Ledg
     running.settle(DONE, 0.0)
     claim(source, "a:new")
     assert copy(source, target) == Copied(seen=3, written=2, there=1)
-    assert target.claim("a:running", request())[0] == Replay(DONE)
+    assert target.claim("a:running", request())[0] == Replay(DONE, own=False)
 
 
 def test_stopped_half_way_it_can_be_run_again(source: Ledger, target: Ledger) -> None:
@@ -120,7 +120,7 @@ def test_what_moved_on_in_the_target_stays(source: Ledger, target: Ledger) -> No
     assert there.record.fence == again.fence
     again.settle(Outcome(True, b"j2"), 0.0)
     assert copy(source, target) == Copied(seen=1, there=1)
-    assert target.claim("a:taken over", request())[0] == Replay(Outcome(True, b"j2"))
+    assert target.claim("a:taken over", request())[0] == Replay(Outcome(True, b"j2"), own=False)
 
 
 def test_outcomes_keep_what_is_left_of_their_time(tmp_path: Path) -> None:

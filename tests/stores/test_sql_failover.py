@@ -8,8 +8,13 @@ from typing import Any
 
 import psycopg
 import pytest
+from celery import Celery
 
+from celery_idem import Ledger
 from celery_idem.core.errors import StoreError
+from celery_idem.operate import doctor
+from celery_idem.operate.doctor import kept, servers
+from celery_idem.operate.doctor.asking import infos, run_of
 from celery_idem.stores import open_store
 from celery_idem.stores.sql import SqlStore
 from tests.conftest import running
@@ -47,6 +52,14 @@ def one(connection: psycopg.Connection[Any], statement: str) -> Any:
     return row[0]
 
 
+def not_writable(url: str) -> str:
+    """What the doctor says of a server that only reads."""
+    app = Celery("away", set_as_current=False)
+    app.conf.idem_store = url
+    (found,) = doctor.examine(doctor.gather(app), (doctor.stores.writing,))
+    return found.wrong + found.change
+
+
 def with_connections(url: str, many: int = 4) -> SqlStore:
     """A store with several connections open: each would have to fail once, were they dropped one by one."""
     store = open_store(url)
@@ -63,11 +76,20 @@ def test_a_switchover_that_leaves_connections_alive_costs_no_claim() -> None:
         hosts = "&".join(f"host=127.0.0.1:{server.port}" for server in (primary, standby))
         store = with_connections(f"postgresql://postgres@/postgres?{hosts}")
         assert str(primary.port) in store.url
+        noted = Ledger(store)
+        servers.note(noted, run_of(infos(store)))
+        assert "standby" in not_writable(standby.url)
         switch(primary, standby)
+        assert "default_transaction_read_only" in not_writable(primary.url)
         assert all(store.create(str(n), MINE).done for n in range(CALLS))
         assert store.read("before").done
         with session(standby) as promoted:
-            assert one(promoted, "SELECT count(*) FROM celery_idem") == CALLS + 1
+            assert (
+                one(promoted, "SELECT count(*) FROM celery_idem WHERE NOT starts_with(key, 'idem~')")
+                == CALLS + 1
+            )
+        (change,) = servers.changes(kept.read(noted, servers.NAME), run_of(infos(store)), 0.0)
+        assert change.kind == "recovery", "a promotion begins another timeline"
         primary.kill()  # a machine that is gone for good is asked first, and is no hindrance
         store.close()
         assert store.read("before").done

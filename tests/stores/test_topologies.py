@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from celery import Celery
 from redis.crc import key_slot
 
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.model import MICROSECONDS, Stored
+from celery_idem.operate import doctor
 from celery_idem.stores import open_store
-from celery_idem.stores.base import OWNER, Change, PartlyError, Reply, Store
+from celery_idem.stores.base import OWNER, Announcement, Change, PartlyError, Reply, Store
 from celery_idem.stores.redis_cluster import ClusterStore
 from celery_idem.stores.redis_sentinel import SentinelStore
 from celery_idem.testing import StoreConformance
@@ -131,6 +133,22 @@ class Load:
             return stored if stored is not None and stored.value.startswith(owner) else None
 
 
+def test_a_node_of_a_cluster_by_its_own_address_is_asked_once_for_two_keys(cluster: Cluster) -> None:
+    node = cluster.nodes[0]
+    key = next(k for k in map(str, itertools.count()) if owns(node, key_slot(k.encode())))
+    store = open_store(cluster.url.replace("redis-cluster", "redis"))
+    standing = store.create(key, MINE.ljust(OWNER)).stored
+    with client(node) as one:
+        one.config_resetstat()
+        for n in range(3):
+            assert standing is not None
+            change = Change(key, standing, b"%d" % n * OWNER)
+            reply, told = store.announce(change, Announcement(f"answer:{key}".encode(), b"paid", 60))
+            assert (reply.done, told) == (True, False)
+            standing = reply.stored
+        assert one.info("commandstats")["cmdstat_evalsha"]["rejected_calls"] == 1
+
+
 def test_a_slot_moves_under_load_and_every_key_has_one_winner(cluster: Cluster) -> None:
     tag = uuid.uuid4().hex
     slot = key_slot(tag.encode())
@@ -215,6 +233,18 @@ def test_a_node_that_is_silent_keeps_no_other_from_renewing(
         assert answered == {key: store._owner(key).name != silent for key in olds}
     assert asked[-1] == silent, "it comes last once it is known"
     assert len(asked) > 1
+
+
+def test_the_doctor_asks_each_node(cluster: Cluster) -> None:
+    app = Celery("cluster", set_as_current=False)
+    app.conf.idem_store = cluster.url
+    for node in cluster.nodes:
+        with client(node) as full:
+            full.config_set("maxmemory", int(full.info("memory")["used_memory"] / 0.93))
+            found = doctor.examine(doctor.gather(app), (doctor.stores.memory, doctor.stores.writing))
+            full.config_set("maxmemory", 0)
+        assert [finding.code for finding in found] == ["memory"]
+    assert {"persistence"} == {f.code for f in doctor.examine(doctor.gather(app), doctor.ASKING)}
 
 
 def test_the_urls_first_node_leaves_the_cluster(tmp_path: Path) -> None:

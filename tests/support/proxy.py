@@ -1,4 +1,4 @@
-"""A TCP proxy whose connections can be cut, for servers that have no quick way to drop their clients."""
+"""A TCP proxy that can cut its connections and delay replies: few servers can do either by themselves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ WITHIN = 10.0  # seconds for one step of the loop on a busy machine
 
 
 class Proxy:
-    """Forwards a port of 127.0.0.1 to another one, on a thread with its own event loop."""
+    """Forwards a port of 127.0.0.1 to another one, on a thread with its own event loop.
+
+    Attributes:
+        delay: seconds until a reply is passed on.
+    """
+
+    delay = 0.0
 
     def __init__(self, target: int) -> None:
         self._target = target
@@ -55,7 +61,8 @@ class Proxy:
         back: asyncio.StreamWriter | None = None
         try:
             there, back = await asyncio.open_connection("127.0.0.1", self._target)
-            ways = [asyncio.ensure_future(_pump(reader, back)), asyncio.ensure_future(_pump(there, writer))]
+            ways = [asyncio.ensure_future(self._pump(reader, back, replies=False))]
+            ways.append(asyncio.ensure_future(self._pump(there, writer, replies=True)))
             try:
                 await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -69,9 +76,12 @@ class Proxy:
                 if end is not None:
                     end.transport.abort()
 
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):
-        while data := await reader.read(CHUNK):
-            writer.write(data)
-            await writer.drain()
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, replies: bool
+    ) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(CHUNK):
+                if replies and self.delay:
+                    await asyncio.sleep(self.delay)
+                writer.write(data)
+                await writer.drain()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import sys
 from collections.abc import Mapping
@@ -114,8 +115,11 @@ class CeleryWorker:
         self.program.resume()
 
     def sent_back(self, task_id: str) -> bool:
-        """A delivery of this message waits outside of the worker: for Celery it is ignored."""
-        return f"[{task_id}] ignored" in self.log_text()
+        """A delivery of this message waits outside of the worker."""
+        lines = self.log_text().splitlines()
+        return any(
+            f"task_id={task_id}" in line and re.search(r" (waiting|store_error) ", line) for line in lines
+        )
 
     def log_text(self) -> str:
         return self.program.log_text()

@@ -54,6 +54,20 @@ assert_type(receipt, Receipt)
 assert_type(celery_idem.submit(app, "shop.send_invoice", kwargs={"cents": 1}, scope="eu"), Receipt)
 assert_type(receipt.wait(5), Receipt)
 assert_type(receipt.wait(timeout=5).to_dict(), dict[str, Any])
+
+
+async def awaits() -> None:
+    receipt = await send_invoice.asubmit("acme", "7", 4200, occurrence="2026-11", queue="bills")
+    assert_type(receipt, Receipt)
+    assert_type(await receipt.async_wait(timeout=5), Receipt)
+    assert_type(
+        await celery_idem.asubmit(app, "shop.send_invoice", ("acme",), {"cents": 1}, scope="eu"), Receipt
+    )
+    send_invoice.asubmit("acme", "7", 4200).wait(5)  # type: ignore[attr-defined]
+    await send_invoice.asubmit("acme", "7", 4200, scope=4)  # type: ignore[arg-type]
+    await celery_idem.asubmit(app)  # type: ignore[call-arg]
+
+
 assert_type(receipt.differs, tuple[str, ...])
 assert_type(receipt.retry_after, float | None)
 receipt.status = "failed"  # type: ignore[misc]

@@ -1,24 +1,37 @@
 """Finds what will go wrong in a set-up, and names the setting to change.
 
-``snapshot`` looks at the application and its stores and makes values of them. The checks, in ``configuration`` and
-``stores``, look at those values alone, so each can be tested without a server. A worker runs the checks that need no
+``snapshot`` looks at the application, ``asking`` at its stores, ``schedules`` at beat's entries; they make values of
+them. The checks, in ``configuration`` and ``stores``, look at those values alone, so each can be tested without a
+server. ``declared`` and ``servers`` compare with what workers noted (``kept``). A worker runs the checks that need no
 store when it starts (``at_start``); ``celery -A proj idem doctor`` runs all, and its exit status is for a CI.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from celery_idem.operate.doctor import configuration, stores
+from celery_idem.operate.doctor.asking import StoreFacts
 from celery_idem.operate.doctor.snapshot import (
     Check,
     Finding,
     Severity,
     Snapshot,
-    StoreFacts,
     TaskFacts,
     gather,
 )
 
-__all__ = ["ASKING", "CHEAP", "Finding", "Snapshot", "StoreFacts", "TaskFacts", "examine", "gather"]
+__all__ = [
+    "ASKING",
+    "CHEAP",
+    "Finding",
+    "Snapshot",
+    "StoreFacts",
+    "TaskFacts",
+    "examine",
+    "gather",
+    "worst_first",
+]
 
 CHEAP: tuple[Check, ...] = (
     stores.memory_store,
@@ -41,10 +54,15 @@ CHEAP: tuple[Check, ...] = (
 
 ASKING: tuple[Check, ...] = (
     stores.store_answers,
+    stores.writing,
+    stores.memory,
     stores.eviction,
+    stores.evicted,
     stores.persistence,
     stores.replicas,
+    stores.silent_replicas,
     stores.replica_as_store,
+    stores.other_runs,
     stores.clock_skew,
     stores.clock_went_back,
 )
@@ -55,5 +73,9 @@ ORDER: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
 
 def examine(snapshot: Snapshot, checks: tuple[Check, ...] = CHEAP + ASKING) -> list[Finding]:
     """Everything that is wrong, the worst first."""
-    found = [finding for check in checks for finding in check(snapshot)]
+    return worst_first(finding for check in checks for finding in check(snapshot))
+
+
+def worst_first(found: Iterable[Finding]) -> list[Finding]:
+    """The findings, the worst first."""
     return sorted(found, key=lambda finding: ORDER[finding.severity])

@@ -13,9 +13,10 @@ from celery import bootsteps
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.engine import events
 from celery_idem.engine.ledger import Ledger
-from celery_idem.operate.doctor import CHEAP, examine, gather
+from celery_idem.integration.looks import FORKS, Looks
+from celery_idem.operate.doctor import CHEAP, declared, examine, gather, servers
+from celery_idem.operate.doctor.asking import infos, run_of, version
 from celery_idem.operate.doctor.configuration import NOT_A_SETTING
-from celery_idem.operate.doctor.snapshot import version
 from celery_idem.operate.doctor.stores import meanwhile
 from celery_idem.operate.operators import Operator
 
@@ -24,6 +25,9 @@ POOLS = {"thread": "threads"}
 
 WITHIN = 10.0
 """Seconds after which a check that has not ended is reported. A store's call may take twice its timeout of 5 s."""
+
+EVERY = 60.0
+"""Seconds between two looks at what was noted: one read, and a loss is known before most callers come again."""
 
 LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "note": logging.INFO}
 
@@ -36,11 +40,19 @@ class AtStart(bootsteps.StartStopStep):  # type: ignore[misc]
 
     requires = ("celery.worker.components:Pool",)
 
+    def __init__(self, parent: Any, **options: Any) -> None:
+        super().__init__(parent, **options)
+        self._watches: list[Watch] = []
+
     def start(self, parent: Any) -> None:
         module = str(getattr(parent.pool_cls, "__module__", "")).rpartition(".")[2]
         app, pool = parent.app, POOLS.get(module, module)
         _beside("The checks of the configuration", lambda: _check(app, pool))
-        _beside("Opening the stores", lambda: _try_stores(app))
+        _beside("Opening the stores", lambda: _try_stores(app, self._watches))
+
+    def stop(self, parent: Any) -> None:
+        for watch in self._watches:
+            watch.stop()
 
 
 def _beside(what: str, check: Callable[[], None]) -> None:
@@ -75,16 +87,16 @@ def _check(app: Any, pool: str) -> None:
             )
 
 
-def _try_stores(app: Any) -> None:
+def _try_stores(app: Any, watches: list[Watch]) -> None:
     try:
         ledgers = Operator(app).ledgers()
     except ConfigurationError:  # the check of the configuration reports it
         return
     for ledger in ledgers:
-        _beside(f"The store {ledger.store.url}", lambda ledger=ledger: _try_store(app, ledger))  # type: ignore[misc]
+        _beside(f"The store {ledger.store.url}", lambda ledger=ledger: _try_store(app, ledger, watches))  # type: ignore[misc]
 
 
-def _try_store(app: Any, ledger: Ledger) -> None:
+def _try_store(app: Any, ledger: Ledger, watches: list[Watch]) -> None:
     """Log one line about a store: that it answers, or what to do."""
     store = ledger.store
     began = time.perf_counter()
@@ -106,3 +118,49 @@ def _try_store(app: Any, ledger: Ledger) -> None:
     events.diagnose(
         logging.INFO, "store %s answered in %.0f ms (%s)", store.url, took, ", ".join(filter(None, about))
     )
+    try:
+        with FORKS.held_off:
+            declared.keep(ledger, Operator(app).tasks())
+            watch = Watch(ledger)
+    except StoreError as error:
+        events.diagnose(logging.WARNING, "what `idem doctor` compares with cannot be noted: %s", error)
+        return
+    if not store.url.startswith("memory"):
+        watches.append(watch)
+        watch.start()
+
+
+class Watch(Looks):
+    """Notes the run of a server, and looks whether the note is still there: it goes only with all records.
+
+    Raises:
+        StoreError: the store did not answer, or refused.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__("looking after the store's note", self._look_after, EVERY, EVERY)
+        self._ledger = ledger
+        self._born, _ = self._note("")
+
+    def _note(self, born: str) -> tuple[str, bool]:
+        try:
+            run = run_of(infos(self._ledger.store))
+        except StoreError:  # a user with the least rights
+            run = {}
+        return servers.note(self._ledger, run, born)
+
+    def _look_after(self, _: threading.Event) -> None:
+        try:
+            with FORKS.held_off:
+                if servers.unchanged(self._ledger, self._born):
+                    return
+                self._born, lost = self._note(self._born)
+        except StoreError:  # away; the tasks report it
+            return
+        if lost:
+            events.diagnose(
+                logging.ERROR,
+                "the store %s has lost its data: every action from before is forgotten, and runs again when it is "
+                "called again. Compare the destination; `celery idem doctor` says what to change.",
+                self._ledger.store.url,
+            )

@@ -124,15 +124,35 @@ def strays(s: Snapshot) -> Iterator[Finding]:
 
 def beat_without_occurrence(s: Snapshot) -> Iterator[Finding]:
     for task in s.tasks:
+        names = ", ".join(repr(entry.name) for entry in task.scheduled)
         if task.guarded and task.scheduled and not s.ticks:
             yield Finding(
                 "error",
                 "beat",
                 task.name,
-                "Beat sends it with the same arguments at every tick. That is one action, so it runs once and is "
-                f"replayed until its outcome expires after {duration(task.settings.result_ttl)}.",
-                'Set beat_scheduler = "celery_idem.adapters.beat:Scheduler", which makes each tick an occurrence.',
+                f"Beat sends it with the same arguments at every tick ({names}). That is one action, so it runs once "
+                f"and is replayed until its outcome expires after {duration(task.settings.result_ttl)}.",
+                'Set beat_scheduler = "celery_idem.adapters.beat:Scheduler", which makes each tick an occurrence; with '
+                "entries in a database a class of your own, Scheduler(Ticks, DatabaseScheduler).",
             )
+        elif task.guarded and any(entry.interval for entry in task.scheduled):
+            names = ", ".join(repr(entry.name) for entry in task.scheduled if entry.interval)
+            yield Finding(
+                "note",
+                "beat-interval",
+                task.name,
+                f"The entries {names} of beat's database have a plain interval, which two beats count apart: each has "
+                "its own ticks, and all of them run.",
+                "Run one beat, or give them a crontab.",
+            )
+    if s.unread_schedule:
+        yield Finding(
+            "note",
+            "not-looked-at",
+            "django_celery_beat",
+            f"Beat's entries in the database were not looked at: {s.unread_schedule}",
+            "Run the doctor where beat runs, with the same settings.",
+        )
 
 
 # --- how tasks run ----------------------------------------------------------------------

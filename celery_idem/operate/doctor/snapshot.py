@@ -1,28 +1,27 @@
-"""Looks at an application and asks its stores. The result is a snapshot: values, which the checks then look at."""
+"""Looks at an application. The result is a snapshot: values, which the checks then look at."""
 
 from __future__ import annotations
 
 import inspect
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from celery_idem.core.errors import ConfigurationError, StoreError
-from celery_idem.core.model import MICROSECONDS, State
+from celery_idem.core.errors import ConfigurationError
 from celery_idem.integration.declaring import options_of
 from celery_idem.integration.options import Stray
 from celery_idem.integration.settings import LONGEST, Settings, of_app
 from celery_idem.integration.wiring import codec_of, store_of
+from celery_idem.operate.doctor import schedules
+from celery_idem.operate.doctor.asking import StoreFacts, facts_of
+from celery_idem.operate.doctor.schedules import Entry
 from celery_idem.operate.operators import Operator
 
 if TYPE_CHECKING:
     from celery import Celery
 
-    from celery_idem.engine.ledger import Ledger
     from celery_idem.integration.task import IdempotentTask
 
 Severity = Literal["error", "warning", "note"]
@@ -53,6 +52,7 @@ class TaskFacts:
         intent: parameters in the intent; None where a function computes it.
         parameters: every parameter, and its annotation as text.
         retry_horizon: seconds until its last retry; None where they never end.
+        scheduled: entries of beat that send it the same call at every tick.
         strays: attributes with a setting's name that are not read as settings.
         unread: why it could not be looked at; "" where it was.
     """
@@ -68,33 +68,10 @@ class TaskFacts:
     time_limit: float | None = None
     soft_time_limit: float | None = None
     retry_horizon: float | None = 0.0
-    scheduled: bool = False
+    scheduled: tuple[Entry, ...] = ()
     asks: bool = False
     strays: tuple[Stray, ...] = ()
     unread: str = ""
-
-
-@dataclass(frozen=True)
-class StoreFacts:
-    """What matters of one store.
-
-    Attributes:
-        tasks: the guarded tasks that keep their records there.
-        error: why it could not be asked; "" where it was.
-        unseen: why its INFO could not be read, though it answers; "" where it was.
-        info: the server's INFO, for a Redis.
-        skew: seconds between its clock and ours, beyond what the round trip explains.
-        ahead: seconds by which the latest of the records looked at was written in the future of its clock.
-    """
-
-    url: str
-    durability: str = "none"
-    tasks: tuple[str, ...] = ()
-    error: str = ""
-    unseen: str = ""
-    info: Mapping[str, str] = field(default_factory=dict)
-    skew: float = 0.0
-    ahead: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -109,6 +86,7 @@ class Snapshot:
         pickled: pickle is accepted for results.
         unusable: why results could not be read again; "" where they can.
         ticks: the beat scheduler makes each tick an occurrence.
+        unread_schedule: why beat's entries in a database could not be read; "" where they could.
         longest_delay: the longest countdown in the beat schedule, in seconds.
         store_scheme: of ``idem_store``, or of the result backend that stands in for it.
     """
@@ -120,6 +98,7 @@ class Snapshot:
     pickled: bool = False
     unusable: str = ""
     ticks: bool = False
+    unread_schedule: str = ""
     longest_delay: float = 0.0
     store_scheme: str = "redis"
     tasks: tuple[TaskFacts, ...] = ()
@@ -138,10 +117,6 @@ kombu's defaults. Other brokers notice the lost connection instead."""
 
 DOUBLINGS = 64
 """Retries after which an exponential delay has met its maximum, whatever it began with."""
-
-OPEN = bytes(state for state in State if not state.settled)
-LOOKED_AT = 10_000
-"""Records read to find one from the future: 0.2 s among those of a Redis that keeps millions."""
 
 AMQP = ("amqp", "amqps", "pyamqp", "librabbitmq")
 """Schemes of kombu's whose broker confirms a message only where it is told to."""
@@ -163,7 +138,7 @@ def gather(app: Celery, *, ask: bool = True, pool: str = "") -> Snapshot:
     guarded = operator.tasks()
     brokers = _brokers(conf.broker_read_url, conf.broker_write_url)
     schedule = conf.beat_schedule if isinstance(conf.beat_schedule, Mapping) else {}
-    scheduled = {str(entry.get("task")) for entry in schedule.values() if isinstance(entry, Mapping)}
+    scheduled, unread = _scheduled(app, ask)
     transport: Mapping[str, Any] = conf.broker_transport_options or {}
     return Snapshot(
         visibility=_visibility(brokers, transport),
@@ -172,19 +147,36 @@ def gather(app: Celery, *, ask: bool = True, pool: str = "") -> Snapshot:
         result_expires=_seconds(conf.result_expires),
         pickled="pickle" in str(conf.result_accept_content or conf.accept_content),
         unusable=codec_of(settings, conf).unusable(),
-        ticks="celery_idem" in str(conf.beat_scheduler or ""),
+        ticks=schedules.ticks(app),
+        unread_schedule=unread,
         longest_delay=max((_countdown(entry) for entry in schedule.values()), default=0.0),
         store_scheme=urlsplit(store_of(settings, app).url).scheme,
         tasks=tuple(
-            _facts_or_why_not(name, task, guarded.get(name), name in scheduled)
+            _facts_or_why_not(
+                name,
+                task,
+                guarded.get(name),
+                tuple(one for one in scheduled if app.tasks.get(one.task) is task),
+            )
             for name, task in sorted(app.tasks.items())
+            if name == task.name  # and not a former name of it
         ),
         stores=tuple(
-            _store_facts(ledger, settings.durability, guarded.values()) for ledger in operator.ledgers()
-        )
-        if ask
-        else (),
+            facts
+            for ledger in (operator.ledgers() if ask else ())
+            for facts in facts_of(ledger, settings.durability, guarded.values())
+        ),
     )
+
+
+def _scheduled(app: Celery, ask: bool) -> tuple[list[Entry], str]:
+    """What beat sends, and why its database could not be read."""
+    found: list[Entry] = []
+    try:
+        found.extend(schedules.entries(app, ask))
+    except Exception as error:  # a driver's; a migration that was not made
+        return found, f"{type(error).__name__}: {error}"
+    return found, ""
 
 
 def _brokers(*given: Any) -> list[str]:
@@ -217,7 +209,9 @@ def _countdown(entry: Any) -> float:
     return _number(options.get("countdown"), 0.0) if isinstance(options, Mapping) else 0.0
 
 
-def _facts_or_why_not(name: str, task: Any, guarded: IdempotentTask | None, scheduled: bool) -> TaskFacts:
+def _facts_or_why_not(
+    name: str, task: Any, guarded: IdempotentTask | None, scheduled: tuple[Entry, ...]
+) -> TaskFacts:
     """What matters of a task; of one whose attributes cannot be read, the reason."""
     try:
         return _task_facts(task, guarded, scheduled)
@@ -232,7 +226,7 @@ def _limit(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def _task_facts(task: Any, guarded: IdempotentTask | None, scheduled: bool) -> TaskFacts:
+def _task_facts(task: Any, guarded: IdempotentTask | None, scheduled: tuple[Entry, ...]) -> TaskFacts:
     limits: dict[str, Any] = {
         "acks_late": bool(task.acks_late),
         "reject_on_worker_lost": bool(task.reject_on_worker_lost),
@@ -276,55 +270,6 @@ def _retry_horizon(task: Any) -> float | None:
         growing = sum(min(longest, first * 2.0**n) for n in range(doubling))
         horizon = growing + (retries - doubling) * longest if retries > doubling else growing
     return horizon if horizon <= LONGEST else None
-
-
-def _store_facts(ledger: Ledger, durability: str, guarded: Iterable[IdempotentTask] = ()) -> StoreFacts:
-    store = ledger.store
-    tasks = tuple(str(task.name) for task in guarded if task.guard.ledger.store is store)
-    try:
-        before = time.time()
-        now = store.read(f"{ledger.namespace}:").now / MICROSECONDS
-        after = time.time()
-        some = islice(store.scan_states(f"{ledger.namespace}:", OPEN), LOOKED_AT)
-        ahead = max((stored.stamp / MICROSECONDS - now for _, stored in some), default=0.0)
-    except StoreError as error:
-        return StoreFacts(store.url, durability, tasks, error=str(error))
-    info: dict[str, str] = {}
-    unseen = ""
-    try:
-        if hasattr(store, "execute"):
-            info = _info(store.execute("INFO"))
-            if "rdb_saves_configured" not in info:
-                info["rdb_saves_configured"] = _saves(store)
-    except StoreError as error:  # a user with the least rights may do all that the guard needs, and not this
-        unseen = str(error)
-    skew = max(0.0, abs(now - (before + after) / 2) - (after - before) / 2)
-    return StoreFacts(store.url, durability, tasks, unseen=unseen, info=info, skew=skew, ahead=ahead)
-
-
-def version(store: Any) -> str:
-    """Name and version of a Redis store's server; "" where they cannot be read."""
-    try:
-        info = _info(store.execute("INFO", "server")) if hasattr(store, "execute") else {}
-    except StoreError:
-        return ""
-    if "valkey_version" in info:
-        return f"Valkey {info['valkey_version']}"
-    return f"Redis {info['redis_version']}" if "redis_version" in info else ""
-
-
-def _info(reply: Any) -> dict[str, str]:
-    lines = reply.decode("utf-8", "replace").splitlines() if isinstance(reply, bytes) else []
-    return dict(line.split(":", 1) for line in lines if ":" in line and not line.startswith("#"))
-
-
-def _saves(store: Any) -> str:
-    """ "1" when snapshots are configured; assumed where the server does not let us look (as hosted ones do)."""
-    try:
-        _, value = store.execute("CONFIG", "GET", "save")
-    except (StoreError, ValueError, TypeError):
-        return "1"
-    return "1" if value else "0"
 
 
 def annotated(annotation: Any) -> str:

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from celery_idem.core.model import MICROSECONDS
 from celery_idem.integration.settings import Settings
+from celery_idem.operate.doctor import servers
+from celery_idem.operate.doctor.asking import StoreFacts
 from celery_idem.operate.doctor.snapshot import Finding, Snapshot
-from celery_idem.operate.operators import duration
+from celery_idem.operate.operators import duration, iso
 
 SKEW_LIMIT = 1.0
 """Seconds between the store's clock and this machine's that are not reported: leases are measured
 by the store's clock alone, so only ETAs and the times in logs differ."""
 
+
+NEAR = 0.85
+"""Part of a Redis' memory limit from which it is reported: what is left then lasts hours or days, not weeks."""
+
+SILENT_REPLICA = 3
+"""Seconds without a sign from a replica, which sends one each second."""
 
 NAMED = 3
 """Tasks that a sentence names before it only counts them."""
@@ -55,7 +64,9 @@ def store_answers(s: Snapshot) -> Iterator[Finding]:
                 "not-looked-at",
                 store.url,
                 f"The store works, but eviction, persistence and replicas were not looked at: {store.unseen}",
-                "Run the doctor as a user who may also +info and +config|get.",
+                "Run the doctor as a user who may read pg_control_system()."
+                if store.url.startswith("postgresql")
+                else "Run the doctor as a user who may also +info and +config|get.",
             )
 
 
@@ -71,10 +82,82 @@ def memory_store(s: Snapshot) -> Iterator[Finding]:
         )
 
 
+def writing(s: Snapshot) -> Iterator[Finding]:
+    for store in s.stores:
+        if store.unwritable and store.info.get("role") != "slave":
+            settings = {task.name: task.settings for task in s.tasks}
+            its = {name: settings[name] for name in store.tasks}
+            yield Finding(
+                "error",
+                "not-writable",
+                store.url,
+                f"It answers, and does not take a write: {store.unwritable} {meanwhile(its)}".strip(),
+                _how_to_write(store),
+            )
+
+
+def _how_to_write(store: StoreFacts) -> str:
+    if _is_full(store):
+        return "Raise maxmemory (or remove other data): keep maxmemory-policy noeviction."
+    if store.info.get("standby") == "True":
+        return "Point idem_store at the primary, or name all servers: postgresql://user@/database?host=one:5432&host=two:5432."
+    if store.info.get("read_only") == "on":
+        return "In PostgreSQL: default_transaction_read_only off, for the server, the database and this user."
+    if store.info.get("blocked", "0") != "0":
+        return "End the session that locks the table: select * from pg_locks where relation = 'celery_idem'::regclass."
+    return "Make it writable for the user in idem_store: rights, free disk space, locks."
+
+
+def _is_full(store: StoreFacts) -> bool:
+    used, limit = _memory(store)
+    return bool(limit) and used >= limit
+
+
+def _memory(store: StoreFacts) -> tuple[int, int]:
+    return int(store.info.get("used_memory", 0)), int(store.info.get("maxmemory", 0))
+
+
+def memory(s: Snapshot) -> Iterator[Finding]:
+    for store in s.stores:
+        used, limit = _memory(store)
+        if not limit or used < NEAR * limit or store.info.get("maxmemory_policy") != "noeviction":
+            continue
+        yield Finding(
+            "error" if used >= limit else "warning",
+            "memory",
+            store.url,
+            f"It uses {used / limit:.0%} of its memory (maxmemory {limit:,} bytes). A full Redis takes no claim, so no "
+            "guarded task runs.",
+            "Raise maxmemory, keep outcomes for a shorter time (idem_result_ttl), or move other data elsewhere.",
+        )
+
+
+def evicted(s: Snapshot) -> Iterator[Finding]:
+    for store in s.stores:
+        number = int(store.info.get("evicted_keys", 0))
+        if number:
+            yield Finding(
+                "error" if _evicts(store) else "warning",
+                "evicted",
+                store.url,
+                f"This Redis has dropped {number} keys since it started, because its memory was full. If records were "
+                "among them, their calls run a second time.",
+                "In redis.conf: maxmemory-policy noeviction, and a maxmemory that fits. What was dropped cannot be "
+                "listed: compare the destination with what callers asked for since then.",
+            )
+
+
+def _evicts(store: StoreFacts) -> bool:
+    return (
+        store.info.get("maxmemory_policy", "noeviction") != "noeviction"
+        and store.info.get("maxmemory") != "0"
+    )
+
+
 def eviction(s: Snapshot) -> Iterator[Finding]:
     for store in s.stores:
         policy = store.info.get("maxmemory_policy", "noeviction")
-        if policy == "noeviction" or store.info.get("maxmemory") == "0":
+        if not _evicts(store):
             continue
         what = "every record" if policy.startswith("allkeys") else "every finished outcome"
         yield Finding(
@@ -89,7 +172,7 @@ def eviction(s: Snapshot) -> Iterator[Finding]:
 
 def persistence(s: Snapshot) -> Iterator[Finding]:
     for store in s.stores:
-        if not store.info or store.info.get("aof_enabled") == "1":
+        if not _is_redis(store) or store.info.get("aof_enabled") == "1":
             continue
         rdb = store.info.get("rdb_saves_configured", "1") == "1"
         lost = "the changes since its last snapshot" if rdb else "every record"
@@ -104,7 +187,7 @@ def persistence(s: Snapshot) -> Iterator[Finding]:
 
 def replicas(s: Snapshot) -> Iterator[Finding]:
     for store in s.stores:
-        if not store.info:
+        if not _is_redis(store):
             continue
         connected = int(store.info.get("connected_slaves", "0") or 0)
         if store.durability.startswith("replicas:"):
@@ -126,6 +209,92 @@ def replicas(s: Snapshot) -> Iterator[Finding]:
                 "what they had started runs again.",
                 'Set idem_durability = "replicas:1".',
             )
+
+
+def silent_replicas(s: Snapshot) -> Iterator[Finding]:
+    for store in s.stores:
+        behind = [(name, lag, bytes_) for name, lag, bytes_ in _replicas(store) if lag >= SILENT_REPLICA]
+        for name, lag, missing in behind:
+            yield Finding(
+                "warning",
+                "replica-lags",
+                store.url,
+                f"Its replica {name} sent its last sign {lag} s ago, and is {missing:,} bytes behind. If it takes "
+                "over, what it has not received is forgotten, and runs again.",
+                "Look at that server and the network to it.",
+            )
+
+
+def _replicas(store: StoreFacts) -> Iterator[tuple[str, int, int]]:
+    """Address, seconds since its last sign, and bytes behind of each replica that is connected."""
+    written = int(store.info.get("master_repl_offset", 0))
+    for n in range(int(store.info.get("connected_slaves", 0) or 0)):
+        told = dict(part.partition("=")[::2] for part in store.info.get(f"slave{n}", "").split(","))
+        if told.get("state") == "online":
+            offset = int(told.get("offset", 0))
+            yield f"{told.get('ip')}:{told.get('port')}", int(told.get("lag", 0)), max(0, written - offset)
+
+
+def other_runs(s: Snapshot) -> Iterator[Finding]:
+    """A change counts as long as outcomes from before it are remembered."""
+    keep = {task.name: task.settings.policy(task.asks) for task in s.tasks if task.guarded}
+    for store in s.stores:
+        kept = [max(keep[name].result_ttl, keep[name].failure_ttl) for name in store.tasks]
+        oldest = store.now - max(kept, default=0) / MICROSECONDS
+        lost = store.noted.get("lost")
+        if lost and lost > oldest:
+            yield Finding(
+                "error",
+                "data-lost",
+                store.url,
+                f"A worker found at {iso(lost)} that its note in the store was gone: the server had lost its data, or "
+                "was emptied. Every action from before then is forgotten. Called again, it runs again.",
+                "Compare the destination with the calls made since. Then give the server a disk that survives it: "
+                "appendonly yes.",
+            )
+        latest = max(servers.changes(store.noted, store.server, store.now), default=None)
+        if latest is not None and latest.since > oldest:
+            yield _other_run(store, latest)
+
+
+def _other_run(store: StoreFacts, change: servers.Change) -> Finding:
+    when, safe = iso(change.since), False
+    if change.kind == "restart":
+        safe = store.info.get("aof_enabled") == "1"
+        what = f"It was restarted (or a replica took over): noticed at {when}."
+        lost = "the last second at most" if safe else "everything since its last snapshot"
+    elif change.kind == "failover":
+        safe = store.durability.startswith("replicas")
+        what, lost = f"A replica took over: noticed at {when}.", "what the replica had not received"
+    elif change.kind == "recovery":
+        what = f"It was recovered to a point in time, or a standby took over: noticed at {when}."
+        lost = "what was committed after that point"
+    else:
+        what, lost = (
+            f"Its data is a copy from another server: noticed at {when}.",
+            "what was written after the copy",
+        )
+    return Finding(
+        "note" if safe else "warning",
+        change.kind,
+        store.url,
+        f"{what} It has lost {lost}, and an action from then runs again when it is called again.",
+        "Compare the destination with the calls of the minutes before. To lose less: "
+        + ("nothing has to change." if safe else SAFER[change.kind]),
+    )
+
+
+SAFER = {
+    "restart": "in redis.conf appendonly yes.",
+    "failover": 'idem_durability = "replicas:1".',
+    "recovery": "synchronous_standby_names in PostgreSQL.",
+    "copy": "stop the workers before the copy is made.",
+}
+"""What makes a change of the run lose less."""
+
+
+def _is_redis(store: StoreFacts) -> bool:
+    return "redis_version" in store.info or "aof_enabled" in store.info or "role" in store.info
 
 
 def replica_as_store(s: Snapshot) -> Iterator[Finding]:

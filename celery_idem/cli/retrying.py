@@ -1,0 +1,81 @@
+"""The command ``retry``: runs again what failed."""
+
+from __future__ import annotations
+
+from typing import Any, TextIO
+
+import click
+
+from celery_idem.cli.reading import Time
+from celery_idem.cli.screen import Screen, command, yes_option
+from celery_idem.core.errors import IdempotencyError
+from celery_idem.core.keys import label
+from celery_idem.operate.operators import Operator, read_arguments
+from celery_idem.operate.retrying import Labels, Retried
+from celery_idem.operate.retrying import retry as run_again
+
+
+@command("retry")
+@click.argument("keys", metavar="[KEY]...", nargs=-1)
+@click.option("--task", help="Without KEY: all that failed with this task.")
+@click.option(
+    "--since", type=Time(), default=0.0, help="Only what failed since: 2026-11-28T14:03, or 2h, 1d."
+)
+@click.option(
+    "--arguments",
+    type=click.File("r"),
+    help='Arguments of the calls, as JSON lines {"key": …, "args": […], "kwargs": {…}}; "-" for standard input. '
+    "Without it they are read from the record or from the result backend (with result_extended=True).",
+)
+@click.option("--scope", help="Scope of the calls.")
+@click.option("--occurrence", help="Occurrence of the calls.")
+@click.option("--idempotency-key", help="The caller's own key.")
+@click.option("--dry-run", is_flag=True, help="Say what would be published.")
+@yes_option
+def retry(
+    screen: Screen,
+    operator: Operator,
+    keys: tuple[str, ...],
+    task: str | None,
+    since: float,
+    arguments: TextIO | None,
+    dry_run: bool,
+    yes: bool,
+    **labels: Any,
+) -> None:
+    """Run failed intents again: forget each failure and publish the same call.
+
+    KEY may be the beginning of a key. Finished steps stay done.
+    """
+    if bool(keys) == bool(task):
+        raise click.UsageError("Give KEY, or several, or --task, and not both.")
+    if task and task not in operator.tasks():
+        raise IdempotencyError(operator.no_task(task))
+    given = {} if arguments is None else read_arguments(iter(arguments))
+    said = Labels(*(label(name, labels[name]) for name in Labels._fields))
+    found = map(operator.find, keys) if keys else operator.list("failed", task)
+    entries = sorted((e for e in found if e.changed_at >= since), key=lambda entry: entry.changed_at)
+    if not dry_run and entries:
+        screen.confirm(
+            f"{len(entries)} intents that failed: each failure is forgotten and its call published, so it RUNS. Go on?",
+            yes,
+        )
+    left = 0
+    for entry in entries:
+        done = run_again(operator, entry, given.get(entry.key), said, dry_run)
+        left += bool(done.why)
+        _print(screen, entry.key, done)
+    if not screen.as_json:
+        what = "would be published" if dry_run else "published"
+        screen.line(f"{len(entries) - left} {what}, {left} not.")
+    if left:
+        raise SystemExit(1)
+
+
+def _print(screen: Screen, key: str, done: Retried) -> None:
+    if screen.as_json:
+        screen.json({"key": key, "task_id": done.task_id, "why": done.why})
+    elif done.why:
+        screen.line(f"not published  {key}: {done.why}.")
+    else:
+        screen.line(f"published      {key}" + (f"  task {done.task_id}" if done.task_id else ""))

@@ -1,0 +1,103 @@
+"""Runs an action again that failed: the same call, published from what is known of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from celery_idem.core.errors import IdempotencyError
+from celery_idem.core.model import State
+from celery_idem.engine.entries import Entry
+from celery_idem.integration import messages
+from celery_idem.integration.publishing import HIDDEN
+from celery_idem.integration.recovering import call_of
+from celery_idem.integration.submitting import submit_task
+from celery_idem.integration.task import IdempotentTask
+from celery_idem.operate.operators import Arguments, Operator
+
+
+class Labels(NamedTuple):
+    """What a call said of its identity beside its arguments."""
+
+    scope: str | None = None
+    occurrence: str | None = None
+    idempotency_key: str | None = None
+
+
+class Retried(NamedTuple):
+    """What became of one intent.
+
+    Attributes:
+        task_id: of the message that was published; with ``dry_run`` "", and where nothing was.
+        why: why nothing was published, for people; "" where it was, or would be.
+    """
+
+    task_id: str = ""
+    why: str = ""
+
+
+def retry(
+    operator: Operator,
+    entry: Entry,
+    given: Arguments | None = None,
+    labels: Labels | None = None,
+    dry_run: bool = False,
+) -> Retried:
+    """Let an intent that failed, or that was released, run again, and publish its call.
+
+    Args:
+        given: arguments of the call, if the caller knows them. Else they come from the record, which holds the call
+            while the intent is open, or from the result backend (``result_extended``).
+        labels: what else the call said. The record has digests of it only.
+        dry_run: publish nothing.
+    """
+    task = operator.task_of(entry.key)
+    if task is None:
+        return Retried(why=f"this application has no task {entry.task}")
+    if entry.record.state not in (State.FAILED, State.RELEASED):
+        return Retried(why=_REFUSED.get(entry.state, f"it is {entry.state}"))
+    call, _ = call_of(entry.record)
+    if given is None and call is not None and call.publishable:
+        if not dry_run:
+            messages.publish(operator.app, entry.key, call)
+        return Retried("" if dry_run else call.task_id)
+    known = given or operator.arguments_of(entry)[0]
+    if known is None:
+        return Retried(
+            why="its arguments are not known: the record of a failure has none. Give them (--arguments FILE), or set "
+            "result_extended=True, so that the result backend keeps those of future calls"
+        )
+    labels = labels or Labels()
+    why = _of_another(task, entry, known, labels)
+    if why or dry_run:
+        return Retried(why=why)
+    operator.forget(entry.key)
+    receipt = submit_task(task, known.args, known.kwargs, *labels, {})
+    if receipt.status != "accepted":
+        return Retried(why=f"another call came first: {receipt.status}")
+    return Retried(receipt.task_id)
+
+
+_REFUSED = {
+    "succeeded": "it succeeded, and a retry would do it twice. `idem forget` lets it happen again",
+    "cancelled": "it was cancelled. `idem forget` lets it happen again",
+    "in_doubt": "it is in doubt. `idem resolve` first",
+    "lapsed": "it is in doubt. `idem resolve` first",
+}
+
+
+def _of_another(task: IdempotentTask, entry: Entry, known: Arguments, labels: Labels) -> str:
+    """Why these arguments are not those of the intent; "" where they are."""
+    declaration = task.guard.declaration
+    try:
+        bound = declaration.bind(*known)
+        key = declaration.key(task.guard.ledger.namespace, bound, *labels)
+    except (TypeError, IdempotencyError) as error:
+        return "its arguments do not fit" if declaration.secret else f"its arguments do not fit: {error}"
+    if any(bound.get(name) == HIDDEN for name in declaration.secret):
+        return "its secret values are not known. Give them (--arguments FILE)"
+    if key != entry.key:
+        return (
+            "its arguments make another key. If the call had a scope, an occurrence or a key of its caller's, give "
+            "--scope, --occurrence or --idempotency-key"
+        )
+    return ""
