@@ -286,11 +286,27 @@ def purge(screen: Screen, operator: Operator, yes: bool) -> None:
         screen.line(f"{purged} expired records deleted.")
 
 
+@command("reindex")
+def reindex(screen: Screen, operator: Operator) -> None:
+    """Rebuild the index of what is open from the records.
+
+    It is rebuilt by itself where it is missing. Reads every record.
+    """
+    found = operator.reindex()
+    if screen.as_json:
+        screen.json({"open": found})
+    else:
+        screen.line(f"The index is complete. It has {found} open intents.")
+
+
 @command("stats")
+@click.option(
+    "--open", "is_open", is_flag=True, help="Only what is open: from the index, without reading the rest."
+)
 @within_option
-def stats(screen: Screen, operator: Operator, within: float | None) -> None:
+def stats(screen: Screen, operator: Operator, is_open: bool, within: float | None) -> None:
     """Count intents by task and state."""
-    reading = Reading(lambda tick: operator.list(tick=tick), within)
+    reading = Reading(lambda tick: operator.list("open" if is_open else None, tick=tick), within)
     tallies = sorted(tallied(reading).items())
     if screen.as_json:
         screen.json(

@@ -282,6 +282,7 @@ class Policy(NamedTuple):
     asks: bool = False
     max_attempts: int = 3
     max_step_bytes: int = 1 << 20
+    indexed: bool = True  # False for shadow records: nobody looks at those when a lease lapses
 
 
 class Request(NamedTuple):

@@ -129,7 +129,8 @@ LONGEST_WAIT = 3_600_000_000
 """Microseconds between two publications at most."""
 
 NEVER = 1 << 50
-"""Microseconds, 35 years: no process has to look at the record."""
+"""Microseconds, 35 years: no process has to look at the record. Added to a stamp it is still an exact number
+in a sorted set of Redis, which has 53 bits."""
 
 MAX_NOTES = 32
 """Lines of history in a record: some 100 bytes each, and only a contested intent has any.
@@ -209,6 +210,30 @@ def ttl_left(ttl: int, age: int) -> int:
     deleted early.
     """
     return ttl - age if 0 < age < ttl else ttl
+
+
+def due(record: Record, policy: Policy | None = None) -> int | None:
+    """When somebody has to look at an open record, in microseconds after the stamp of its write; None: never.
+
+    A process has to when the hold is over, which is what ``recover`` is for. A record in doubt waits for a person: it
+    is open, and behind all that a process looks for.
+    """
+    state = record.state
+    if state is State.SUCCEEDED or state is State.FAILED or state is State.RELEASED:
+        return None
+    if policy is not None and not policy.indexed:
+        return None
+    if state is State.IN_DOUBT:
+        return NEVER
+    mark = record.noticed
+    return _wait(record) if mark is None else _wait(record) + mark.at - mark.stamp
+
+
+def _wait(record: Record) -> int:
+    """Microseconds after its write at which recovery takes a record."""
+    if record.recovery is not None:
+        return record.recovery.wait
+    return record.lease if record.state is State.ACCEPTED else record.lease + GRACE
 
 
 def final(record: Record) -> bool:
@@ -893,9 +918,8 @@ def recover(
         What to do, once the record is written (None: nothing to write).
     """
     overdue = record.state in (State.RUNNING, State.SCHEDULED, State.ACCEPTED)
-    grace = 0 if record.state is State.ACCEPTED else GRACE
-    tries, wait = record.recovery or (0, record.lease + grace)
-    if not overdue or _waited(record, stamp, now) < wait:
+    tries = 0 if record.recovery is None else record.recovery.tries
+    if not overdue or _waited(record, stamp, now) < _wait(record):
         return None, noticed(record, stamp, now) if overdue else None
     if record.recovery is None and record.state is State.RUNNING:
         record = _with_past(record, stamp)

@@ -433,7 +433,8 @@ class Hold:
         if stored is None or self._taken_over or self._phase is ENDING:
             return None
         self._offered = record, clock.elapsed()
-        return Change(self._name, stored, pack(record), protocol.ttl(record, self.policy))
+        ttl, due = protocol.ttl(record, self.policy), protocol.due(record, self.policy)
+        return Change(self._name, stored, pack(record), ttl, due)
 
     def renewed(self, reply: Reply) -> None:
         """Take the store's reply to ``renewal``.
@@ -499,9 +500,9 @@ class Hold:
         return ended
 
     def _replace_and_announce(
-        self, also: Announcement, name: str, old: Stored, value: bytes, ttl: int | None
+        self, also: Announcement, name: str, old: Stored, value: bytes, ttl: int | None, due: int | None
     ) -> Reply:
-        reply, self.announced = self.store.announce(Change(name, old, value, ttl), also)
+        reply, self.announced = self.store.announce(Change(name, old, value, ttl, due), also)
         return reply
 
     def _step(self, decide: Decide, patience: float = 0.0) -> Any:

@@ -28,7 +28,7 @@ Decide = Callable[[Record | None, int, int], tuple[Any, Record | None]]
 """From the record (None: absent), its stamp and the store's time to a decision and the record to write, if any."""
 
 
-Replace = Callable[[str, Stored, bytes, "int | None"], Reply]
+Replace = Callable[[str, Stored, bytes, "int | None", "int | None"], Reply]
 """As ``Store.replace``."""
 
 
@@ -87,11 +87,12 @@ def change(
         ttl = 0 if new is DELETED else protocol.ttl(new, policy) if policy is not None else None
         if ttl and stored is not None and isinstance(decision, Refused):
             ttl = protocol.ttl_left(ttl, reply.now - stored.stamp)  # it only notes something
+        due = protocol.due(new, policy)
         before = clock.elapsed()
         if stored is None:
-            reply = store.create(name, value, ttl)
+            reply = store.create(name, value, ttl, due)
         else:
-            reply = (replace or store.replace)(name, stored, value, ttl)
+            reply = (replace or store.replace)(name, stored, value, ttl, due)
         if reply.done or (reply.stored is not None and reply.stored.value == value):
             return decision, reply, before
         record = None

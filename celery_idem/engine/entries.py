@@ -22,7 +22,10 @@ STATES = (*(state.name.lower() for state in State), "lapsed")
 WAITING = ("in_doubt", "lapsed")
 """States that wait for a person. ``lapsed`` becomes ``in_doubt`` at the next delivery, which may never come."""
 
-GROUPS = {"waiting": WAITING}
+OPEN = ("accepted", "running", "scheduled", "lapsed", "in_doubt")
+"""States in which a worker or a person has to look at some time: what the index of what is open has."""
+
+GROUPS = {"waiting": WAITING, "open": OPEN}
 """Names of several states together: what alerts, lists, the inbox and exit statuses agree on."""
 
 FILTERS = (*STATES, *GROUPS)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
+from itertools import islice
 from typing import Any
 
 from celery_idem.core import keys, protocol
@@ -40,8 +42,8 @@ from celery_idem.core.results import Codec, NotStorable
 from celery_idem.engine import clock, events
 from celery_idem.engine.claim import Hold, age
 from celery_idem.engine.compare_and_set import DELETED, Decide, change
-from celery_idem.engine.entries import FILTERS, Entry, Tally, states, tallied
-from celery_idem.stores.base import Reply, Store
+from celery_idem.engine.entries import FILTERS, OPEN, Entry, Tally, states, tallied
+from celery_idem.stores.base import Mark, NoIndexError, Reply, Store
 
 SHADOW = "~shadow"
 """What the namespace of shadow records has behind it; a namespace itself ends before the colon."""
@@ -53,6 +55,20 @@ DAY = 86_400.0
 REMEMBERED = 50_000
 """Keys, at least, that a listing remembers: 15 MB at most. Redis repeats a key within the part of its table that it
 is about to merge, so soon; where a cluster moves slots the whole listing is repeated."""
+
+
+MARKS = 100
+"""Corrections of the index that a listing collects before it writes them."""
+
+
+def _nothing() -> None:
+    pass
+
+
+def _ticking(found: Iterator[tuple[str, Stored]], tick: Callable[[], object]) -> Iterator[tuple[str, Stored]]:
+    for one in found:
+        tick()
+        yield one
 
 
 def _each_once(found: Iterator[tuple[str, Stored]]) -> Iterator[tuple[str, Stored]]:
@@ -90,6 +106,7 @@ class Ledger:
         self.store = store
         self.namespace = namespace
         self._prefix = f"{namespace}:"
+        self._is_shadow = False
         self.result_ttl = result_ttl
         self.codec = codec or Codec()
         self.teller: Teller = lambda key, call: None
@@ -99,6 +116,7 @@ class Ledger:
         """The same place, with records of its own that no claim here ever sees."""
         twin = Ledger(self.store, self.namespace, self.codec, self.result_ttl)
         twin._prefix = f"{self.namespace}{SHADOW}:"
+        twin._is_shadow = True
         return twin
 
     # --- for an execution -----------------------------------------------------------
@@ -114,9 +132,11 @@ class Ledger:
         before = clock.elapsed()
         if request.accepted is not None:
             new = protocol.taken_up(request)
-            reply = self.store.replace(name, request.accepted, pack(new))
+            reply = self.store.replace(
+                name, request.accepted, pack(new), None, protocol.due(new, request.policy)
+            )
         else:
-            reply = self.store.create(name, pack(new))
+            reply = self.store.create(name, pack(new), None, protocol.due(new, request.policy))
         if reply.done:
             assert reply.stored is not None
             record = new._replace(
@@ -158,7 +178,7 @@ class Ledger:
             StoreError: whether it was accepted is unknown.
         """
         new, name = protocol.accepted(request, wait), self._prefix + key
-        reply = self.store.create(name, pack(new))
+        reply = self.store.create(name, pack(new), None, protocol.due(new, request.policy))
         decision: Decision | Accepted | None = Accepted(new)
         if not reply.done:
 
@@ -223,8 +243,9 @@ class Ledger:
         among the latest ``REMEMBERED`` keys, which is where such repetitions are.
 
         Args:
-            state: only those in this state (``"in_doubt"``, ``"lapsed"``, …), or one of a group of states
-                (``"waiting"``: for a person).
+            state: only those in this state (``"in_doubt"``, ``"lapsed"``, …), or in one of a group of states:
+                ``"waiting"`` for a person, ``"open"`` for a worker or a person. What is open is read from the index;
+                any other listing reads every record.
             task: only those of this task.
             tick: called for every record that is read, wanted or not. What it raises ends the listing.
 
@@ -234,22 +255,17 @@ class Ledger:
         wanted = state.lower() if isinstance(state, str) else state
         if wanted is not None and wanted not in FILTERS:
             raise IdempotencyError(f"There is no state {state!r}. The states are {', '.join(FILTERS)}.")
-        return self._list(wanted, task, tick)
+        return self._list(wanted, task, tick or _nothing)
 
-    def _list(
-        self, wanted: str | None, task: str | None, tick: Callable[[], object] | None
-    ) -> Iterator[Entry]:
+    def _list(self, wanted: str | None, task: str | None, tick: Callable[[], object]) -> Iterator[Entry]:
         prefix = f"{self._prefix}{task}:" if task else self._prefix
         now = self.store.read(self._prefix).now
         among = () if wanted is None else states(wanted)
-        if wanted is None:
-            found = self.store.scan(prefix)
+        if among and set(among) <= set(OPEN) and not self._is_shadow:
+            found = self._open(prefix, tick)
         else:
-            names = {"RUNNING" if state == "lapsed" else state.upper() for state in among}
-            found = self.store.scan_states(prefix, bytes([s for s in State if s.name in names]))
+            found = _ticking(self.store.scan(prefix), tick)
         for stored_key, stored in _each_once(found):
-            if tick is not None:
-                tick()
             key = stored_key.removeprefix(self._prefix)
             try:
                 entry = Entry(key, _read(key, stored), stored.stamp, now)
@@ -258,9 +274,83 @@ class Ledger:
             if (task is None or entry.task == task) and (wanted is None or entry.state in among):
                 yield entry
 
-    def stats(self) -> dict[tuple[str, str], Tally]:
-        """How many intents stand in which state, by (task, state). Reads every record once, in bounded memory."""
-        return tallied(self.list())
+    def stats(self, state: str | None = None) -> dict[tuple[str, str], Tally]:
+        """How many intents stand in which state, by (task, state), in bounded memory. See ``list``."""
+        return tallied(self.list(state))
+
+    # --- the index of what is open ------------------------------------------------------
+
+    def reindex(self, tick: Callable[[], object] | None = None) -> int:
+        """Rebuild the index of what is open from the records; how many are open. Reads every record.
+
+        Args:
+            tick: called for every record that is read.
+
+        Raises:
+            StoreError: the store did not answer, or does not let this user write.
+        """
+        return sum(1 for _ in self._rebuilt(self._prefix, tick or _nothing, strict=True))
+
+    def _open(self, prefix: str, tick: Callable[[], object]) -> Iterator[tuple[str, Stored]]:
+        """Open records, the earliest due first. Where the index is missing: in no order, while it is rebuilt."""
+        try:
+            for found in self._listed(prefix):
+                tick()
+                yield found
+        except NoIndexError:
+            yield from self._rebuilt(prefix, tick)
+
+    def _listed(self, prefix: str, before: int | None = None) -> Iterator[tuple[str, Stored]]:
+        """Open records as the index has them. The records count: an entry that is wrong is corrected."""
+        marks = []
+        for name, at, stored in self.store.open(prefix, before):
+            try:
+                due = None if stored is None else protocol.due(_read(name, stored))
+            except StoreError:
+                continue  # perhaps of a newer version: another worker needs the entry
+            stamp = 0 if stored is None else stored.stamp
+            if due is None or stamp + due != at:
+                marks.append(Mark(name, stamp, due))
+            if len(marks) >= MARKS:
+                self._mark(marks)
+                marks = []
+            if due is not None and stored is not None:
+                yield name, stored
+        self._mark(marks)
+
+    def _rebuilt(
+        self, prefix: str, tick: Callable[[], object], strict: bool = False
+    ) -> Iterator[tuple[str, Stored]]:
+        """Open records from a scan of all, while the index is built of them.
+
+        Args:
+            strict: raise where the index cannot be written. Otherwise a user who may only read gets the records.
+        """
+        writes = True
+        for name, stored in self.store.scan(self._prefix):
+            tick()
+            try:
+                due = protocol.due(_read(name, stored))
+            except StoreError:
+                continue
+            if due is not None:
+                writes = writes and self._mark([Mark(name, stored.stamp, due)], strict)
+                if name.startswith(prefix):
+                    yield name, stored
+        if writes:
+            with nullcontext() if strict else suppress(StoreError):
+                self.store.indexed(self._prefix)
+
+    def _mark(self, marks: Sequence[Mark], strict: bool = False) -> bool:
+        try:
+            self.store.mark(marks)
+        except StoreError:
+            if strict:
+                raise
+            return False
+        return True
+
+    # --- decisions of operators ---------------------------------------------------------
 
     def resolve(
         self,
@@ -491,11 +581,22 @@ class Ledger:
 
     # --- for recovery -----------------------------------------------------------------
 
-    def overdue(self) -> Iterator[Entry]:
-        """Open intents whose time has come, oldest first."""
-        for entry in self.list():
-            if entry.state in ("lapsed", "scheduled", "accepted") and entry.retry_after <= 0:
-                yield entry
+    def overdue(self, limit: int | None = None) -> Iterator[Entry]:
+        """Open intents that recovery has to look at now, the longest overdue first; None: all of them."""
+        now = self.store.read(self._prefix).now
+        try:
+            yield from islice(self._overdue(now), limit)
+        except NoIndexError:
+            self.reindex()
+            yield from islice(self._overdue(now), limit)
+
+    def _overdue(self, now: int) -> Iterator[Entry]:
+        for name, stored in _each_once(self._listed(self._prefix, now)):
+            key = name.removeprefix(self._prefix)
+            record = _read(key, stored)
+            due = protocol.due(record)
+            if due is not None and stored.stamp + due <= now:
+                yield Entry(key, record, stored.stamp, now)
 
     def recover(self, key: str, publishable: Callable[[Record], bool], policy: Policy) -> Publish | None:
         """Take an overdue intent: its call is then published by this process alone. See ``protocol.recover``."""

@@ -55,7 +55,8 @@ class ShadowRunner(Runner):
 
     def run(self, job: Job) -> Any:
         """The value of the body, run now."""
-        policy = job.options.policy._replace(asks=False)  # a question to the destination is not free
+        # A question to the destination is not free; and an execution that dies concerns no shadow.
+        policy = job.options.policy._replace(asks=False, indexed=False)
         request = Request(owners.mint(), job.task_id, job.fingerprint, policy, (), job.digests, job.scope)
         shadow = self._claim(job, request)
         hold = self._shadow.unwritten(job.key, request)

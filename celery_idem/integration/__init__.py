@@ -10,6 +10,7 @@ __all__ = [
     "delivery",
     "describing",
     "looking",
+    "looks",
     "messages",
     "options",
     "publishing",

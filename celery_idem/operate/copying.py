@@ -74,7 +74,8 @@ def copy(
         if ttl is not None and ttl <= 0:
             outcome = "expired"
         else:
-            outcome = "written" if _write(target, stored_key, pack(record), ttl) else "there"
+            due = protocol.due(record)
+            outcome = "written" if _write(target, stored_key, pack(record), ttl, due) else "there"
         counts = counts._replace(seen=counts.seen + 1, **{outcome: getattr(counts, outcome) + 1})
         if counts.seen % EVERY == 0:
             progress(counts)
@@ -82,11 +83,11 @@ def copy(
     return counts
 
 
-def _write(target: Ledger, stored_key: str, value: bytes, ttl: int | None) -> bool:
-    reply: Reply = target.store.create(stored_key, value, ttl)
+def _write(target: Ledger, stored_key: str, value: bytes, ttl: int | None, due: int | None) -> bool:
+    reply: Reply = target.store.create(stored_key, value, ttl, due)
     while not reply.done and reply.stored is not None:
         there = unpack(reply.stored.value, reply.stored.stamp, stored_key)
         if not protocol.supersedes(unpack(value, 0, stored_key), there):
             return False
-        reply = target.store.replace(stored_key, reply.stored, value, ttl)
+        reply = target.store.replace(stored_key, reply.stored, value, ttl, due)
     return reply.done

@@ -270,9 +270,13 @@ class Operator:
                         return found
         return found
 
-    def stats(self) -> dict[tuple[str, str], Tally]:
-        """Return counts by (task, state) over all ledgers."""
-        return tallied(self.list())
+    def stats(self, state: str | None = None) -> dict[tuple[str, str], Tally]:
+        """Return counts by (task, state) over all ledgers. ``state`` is one of ``entries.FILTERS``."""
+        return tallied(self.list(state))
+
+    def reindex(self, tick: Callable[[], object] | None = None) -> int:
+        """See ``Ledger.reindex``; over all ledgers."""
+        return sum(ledger.reindex(tick) for ledger in self.ledgers())
 
     # --- deciding ---------------------------------------------------------------------
 

@@ -1,7 +1,11 @@
 """The interface of stores: bytes by key, and the store's own clock.
 
 A value is kept with a *stamp*: the store's time of the last write, in microseconds. The stamps of one key only
-grow, so the stamp is also the version. ``celery_idem.testing.StoreConformance`` tests the five primitives.
+grow, so the stamp is also the version. ``celery_idem.testing.StoreConformance`` tests the primitives.
+
+The *index of what is open* has the keys whose record somebody has to look at, by the time to look. A write says so
+with ``due``, and the index changes in the same step. It is a hint: entries may be wrong or missing, and the record
+counts.
 """
 
 from __future__ import annotations
@@ -34,12 +38,43 @@ class Reply(NamedTuple):
 
 
 class Change(NamedTuple):
-    """One replacement of ``old`` at ``key`` by ``value``, kept for ``ttl`` microseconds (None: for ever)."""
+    """One replacement of ``old`` at ``key`` by ``value``. ``ttl`` and ``due`` are as for ``Store.create``."""
 
     key: str
     old: Stored
     value: bytes
     ttl: int | None = None
+    due: int | None = None
+
+
+class Mark(NamedTuple):
+    """A correction of the index: what ``key`` is in it, if its stamp is still ``stamp``.
+
+    Attributes:
+        stamp: of the value that was read; 0 for none.
+        due: as for ``Store.create``.
+    """
+
+    key: str
+    stamp: int
+    due: int | None
+
+
+class Listed(NamedTuple):
+    """An entry of the index.
+
+    Attributes:
+        at: the time to look that the index has, in microseconds.
+        stored: what the key holds now; None when it holds nothing.
+    """
+
+    key: str
+    at: int
+    stored: Stored | None
+
+
+class NoIndexError(StoreError):
+    """The index of what is open was never built, or is lost. The caller rebuilds it: ``mark``, then ``indexed``."""
 
 
 class Announcement(NamedTuple):
@@ -95,11 +130,14 @@ class Store(ABC):
     """``announce`` works here."""
 
     @abstractmethod
-    def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
+    def create(self, key: str, value: bytes, ttl: int | None = None, due: int | None = None) -> Reply:
         """Write ``value`` if ``key`` holds nothing; otherwise return what it holds.
 
         ``ttl`` is how many microseconds to keep the value; a store may round up to milliseconds. None keeps it
         for ever. With 0 the write counts as done and leaves nothing.
+
+        ``due`` is how many microseconds after the stamp of this write somebody has to look: the key is in the index of
+        what is open by then. None takes it out of the index.
         """
 
     @abstractmethod
@@ -111,11 +149,13 @@ class Store(ABC):
         return self.read(key).stored
 
     @abstractmethod
-    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
+    def replace(
+        self, key: str, old: Stored, value: bytes, ttl: int | None = None, due: int | None = None
+    ) -> Reply:
         """Write ``value`` if the stamp and the first ``OWNER`` bytes are still those of ``old``.
 
-        The new stamp is the store's time, or the old stamp plus one if that is later. ``ttl`` is as for
-        ``create`` and counts from this write; 0 deletes.
+        The new stamp is the store's time, or the old stamp plus one if that is later. ``ttl`` and ``due`` are as for
+        ``create`` and count from this write; ``ttl`` 0 deletes.
         """
 
     @abstractmethod
@@ -125,12 +165,27 @@ class Store(ABC):
         Only what is written during the scan may be missing. A key may come twice.
         """
 
-    def scan_states(self, prefix: str, states: bytes) -> Iterator[tuple[str, Stored]]:
-        """As ``scan``, but a store with an index may leave out values in other states.
+    @abstractmethod
+    def open(self, prefix: str, before: int | None = None) -> Iterator[Listed]:
+        """Return the entries of the index whose keys begin with ``prefix``, the earliest first.
 
-        The state is the byte at ``record.STATE_AT``. The caller still has to check each value.
+        Args:
+            prefix: up to the first colon at least: each namespace may have an index of its own.
+            before: only those that are due at this time, in microseconds, or earlier.
+
+        Raises:
+            NoIndexError: entries may be missing that were written.
         """
-        return self.scan(prefix)
+
+    @abstractmethod
+    def mark(self, marks: Sequence[Mark]) -> None:
+        """Correct entries of the index, each unless its key was written since."""
+
+    def indexed(self, prefix: str) -> None:
+        """Note that the index of this prefix is complete, so that ``open`` does not raise.
+
+        Nothing to do where the index cannot be lost apart from the records.
+        """
 
     @abstractmethod
     def purge(self, limit: int) -> int:

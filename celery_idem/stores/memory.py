@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from celery_idem.core.model import Stored
-from celery_idem.stores.base import OWNER, Reply, Store
+from celery_idem.stores.base import OWNER, Listed, Mark, Reply, Store
 
 SCHEMES = ("memory",)
 
@@ -29,14 +29,15 @@ class MemoryStore(Store):
         self._clock = clock
         self._lock = threading.Lock()
         self._values: dict[str, tuple[Stored, int | None]] = {}
+        self._due: dict[str, int] = {}
 
-    def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
+    def create(self, key: str, value: bytes, ttl: int | None = None, due: int | None = None) -> Reply:
         with self._lock:
             now = self._clock()
             held = self._held(key, now)
             if held is not None:
                 return Reply(False, held, now)
-            return Reply(True, self._write(key, value, now, now, ttl), now)
+            return Reply(True, self._list(key, self._write(key, value, now, now, ttl), due), now)
 
     def read(self, key: str) -> Reply:
         with self._lock:
@@ -44,13 +45,16 @@ class MemoryStore(Store):
             held = self._held(key, now)
             return Reply(held is not None, held, now)
 
-    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
+    def replace(
+        self, key: str, old: Stored, value: bytes, ttl: int | None = None, due: int | None = None
+    ) -> Reply:
         with self._lock:
             now = self._clock()
             held = self._held(key, now)
             if held is None or held.stamp != old.stamp or held.value[:OWNER] != old.value[:OWNER]:
                 return Reply(False, held, now)
-            return Reply(True, self._write(key, value, max(now, old.stamp + 1), now, ttl), now)
+            new = self._write(key, value, max(now, old.stamp + 1), now, ttl)
+            return Reply(True, self._list(key, new, due), now)
 
     def scan(self, prefix: str) -> Iterator[tuple[str, Stored]]:
         with self._lock:
@@ -59,6 +63,21 @@ class MemoryStore(Store):
             stored = self.read(key).stored
             if stored is not None:
                 yield key, stored
+
+    def open(self, prefix: str, before: int | None = None) -> Iterator[Listed]:
+        with self._lock:
+            due = sorted((at, key) for key, at in self._due.items() if key.startswith(prefix))
+        for at, key in due:
+            if before is None or at <= before:
+                yield Listed(key, at, self.peek(key))
+
+    def mark(self, marks: Sequence[Mark]) -> None:
+        with self._lock:
+            now = self._clock()
+            for key, stamp, due in marks:
+                held = self._held(key, now)
+                if (0 if held is None else held.stamp) == stamp:
+                    self._list(key, held or Stored(b"", 0), due)
 
     def purge(self, limit: int) -> int:
         with self._lock:
@@ -69,6 +88,13 @@ class MemoryStore(Store):
             for key in expired:
                 del self._values[key]
             return len(expired)
+
+    def _list(self, key: str, stored: Stored, due: int | None) -> Stored:
+        if due is None:
+            self._due.pop(key, None)
+        else:
+            self._due[key] = stored.stamp + due
+        return stored
 
     def _held(self, key: str, now: int) -> Stored | None:
         stored, expires = self._values.get(key, (None, None))

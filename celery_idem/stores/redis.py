@@ -1,23 +1,37 @@
 """The store in Redis or Valkey. A record is one key: 8 bytes of stamp, then the packed record.
 
 Each primitive is one round trip: a small script reads the server's clock and writes with ``SET … NX``, or compares
-and writes. redis-py makes the connections (TLS, authentication, Unix sockets). This module packs the commands itself,
-because packing is most of what a call through redis-py costs.
+and writes. The index of what is open is a sorted set for each namespace, written by the same scripts. redis-py makes
+the connections (TLS, authentication, Unix sockets). This module packs the commands itself, because packing is most of
+what a call through redis-py costs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
 
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.model import Stored
-from celery_idem.stores.base import OWNER, Announcement, Change, PartlyError, Reply, Store, call_after_fork
+from celery_idem.stores.base import (
+    OWNER,
+    Announcement,
+    Change,
+    Listed,
+    Mark,
+    NoIndexError,
+    PartlyError,
+    Reply,
+    Store,
+    call_after_fork,
+)
 
 SCHEMES = ("redis", "rediss", "redis+socket", "unix")
 
@@ -42,6 +56,16 @@ socket timeout, half of that."""
 HIDDEN = "…"
 """Stands for the part of a URL in which a password cannot be told from an address."""
 
+INDEX = "~open"
+"""What the namespace of an index has behind it: the sorted set's key."""
+
+PAGE = 500
+"""Entries of the index per call: at about 80 bytes each, 40 kB."""
+
+COMPLETE = b""
+"""The index has this member, before all others, when it is complete: an empty sorted set does not exist, so without it
+an index that nothing is in would look like one that was deleted."""
+
 _STAMP = struct.Struct(">Q")
 
 NO_STAMP = _STAMP.pack(1 << 53)
@@ -63,8 +87,9 @@ class _Script:
         by_source: the same with the source, for a server that does not know the script yet.
     """
 
-    def __init__(self, name: str, words: int, writes: bool = True, keys: int = 1) -> None:
+    def __init__(self, name: str, words: int, writes: bool = True, keys: int = 2) -> None:
         self.writes = writes
+        self.keys = keys
         self.source = source = files("celery_idem.stores").joinpath(name).read_bytes()
         self.sha = sha = hashlib.sha1(source, usedforsecurity=False).hexdigest().encode()
         start, count = b"*%d\r\n" % (3 + words), b"%d" % keys
@@ -77,11 +102,16 @@ def _pack(words: Sequence[bytes]) -> bytes:
     return b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words])
 
 
-CREATE = _Script("create.lua", 3)
-REPLACE = _Script("replace.lua", 4)
-ANNOUNCE = _Script("replace.lua", 7, keys=2)
-READ = _Script("read.lua", 1, writes=False)
+CREATE = _Script("create.lua", 5)
+REPLACE = _Script("replace.lua", 6)
+ANNOUNCE = _Script("replace.lua", 9, keys=3)
+READ = _Script("read.lua", 1, writes=False, keys=1)
+MARK = _Script("mark.lua", 4, writes=False)
 GET = b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n"
+
+
+_ValuesOf = Callable[[Sequence[bytes]], Sequence[Any]]
+"""Reads the values of names."""
 
 
 class RefusedError(StoreError):
@@ -163,12 +193,14 @@ class RedisStore(Store):
 
     # --- primitives -----------------------------------------------------------------
 
-    def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
-        name, keep = (self.prefix + key).encode(), _milliseconds(ttl)
-        reply = self._run(CREATE, key, (len(name), name, len(value), value, len(keep), keep))
+    def create(self, key: str, value: bytes, ttl: int | None = None, due: int | None = None) -> Reply:
+        name, index = (self.prefix + key).encode(), self._index(key)
+        keep, look = _milliseconds(ttl), b"" if due is None else b"%d" % due
+        words = (len(name), name, len(index), index, len(value), value, len(keep), keep, len(look), look)
+        reply = self._run(CREATE, key, words)
         if type(reply) is int:
             return Reply(True, Stored(value, reply), reply)
-        return self._again(_held(reply, key), key, value, ttl)
+        return self._again(_held(reply, key), key, value, ttl, due)
 
     def read(self, key: str) -> Reply:
         name = (self.prefix + key).encode()
@@ -181,11 +213,13 @@ class RedisStore(Store):
             raise self._error(reply, key)
         return _held((0, reply), key).stored
 
-    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
-        reply = self._run(REPLACE, key, self._replacement(key, old, value, ttl))
+    def replace(
+        self, key: str, old: Stored, value: bytes, ttl: int | None = None, due: int | None = None
+    ) -> Reply:
+        reply = self._run(REPLACE, key, self._replacement(key, old, value, ttl, due))
         if type(reply) is int:
             return Reply(True, Stored(value, reply), reply)
-        return self._again(_held(reply, key), key, value, ttl)
+        return self._again(_held(reply, key), key, value, ttl, due)
 
     def is_at(self, options: Mapping[str, Any]) -> bool:
         own = _address(self._pool.connection_kwargs)
@@ -194,9 +228,9 @@ class RedisStore(Store):
     def announce(self, change: Change, also: Announcement) -> tuple[Reply, bool]:
         if self._one_slot:
             return self.replace(*change), False
-        name, *rest = self._replacement(*change)[1::2]
+        name, index, *rest = self._replacement(*change)[1::2]
         keep = b"" if also.seconds is None else b"%d" % also.seconds
-        words = (name, also.key, *rest, also.value, keep)
+        words = (name, index, also.key, *rest, also.value, keep)
         sized = tuple(part for word in words for part in (len(word), word))  # type: ignore[arg-type]
         try:
             reply = self._run(ANNOUNCE, change.key, sized)
@@ -205,23 +239,29 @@ class RedisStore(Store):
             return self.replace(*change), False
         if type(reply) is int:
             return Reply(True, Stored(change.value, reply), reply), True
-        return self._again(_held(reply, change.key), change.key, change.value, change.ttl), False
+        return self._again(_held(reply, change.key), change.key, change.value, change.ttl, change.due), False
 
     def _replacement(
-        self, key: str, old: Stored, value: bytes, ttl: int | None = None
+        self, key: str, old: Stored, value: bytes, ttl: int | None, due: int | None
     ) -> tuple[int | bytes, ...]:
         """Return the words of REPLACE, each after its length."""
-        name, keep = (self.prefix + key).encode(), _milliseconds(ttl)
+        name, index = (self.prefix + key).encode(), self._index(key)
         expected = _STAMP.pack(old.stamp) + old.value[:OWNER]
-        return len(name), name, len(expected), expected, len(value), value, len(keep), keep
+        keep, look = _milliseconds(ttl), b"" if due is None else b"%d" % due
+        words = len(name), name, len(index), index, len(expected), expected, len(value), value
+        return (*words, len(keep), keep, len(look), look)
 
-    def _again(self, reply: Reply, key: str, value: bytes, ttl: int | None) -> Reply:
+    def _index(self, key: str) -> bytes:
+        """Return the key of the index that has a record's key, or the keys with a prefix."""
+        return f"{self.prefix}{key.partition(':')[0]}{INDEX}".encode()
+
+    def _again(self, reply: Reply, key: str, value: bytes, ttl: int | None, due: int | None) -> Reply:
         """Write once more if the key already holds this value.
 
         It is an earlier write of the same caller, which perhaps did not become durable in time.
         """
         if self._wait and not reply.done and reply.stored is not None and reply.stored.value == value:
-            return self.replace(key, reply.stored, value, ttl)
+            return self.replace(key, reply.stored, value, ttl, due)
         return reply
 
     def replace_many(self, changes: Sequence[Change]) -> list[Reply]:
@@ -249,28 +289,87 @@ class RedisStore(Store):
             return error
 
     def scan(self, prefix: str) -> Iterator[tuple[str, Stored]]:
-        return self._scan(prefix, self.execute, lambda keys: self.execute(b"MGET", *keys))
+        return self._scan(prefix, self.execute, self._values)
 
     def _scan(
-        self, prefix: str, ask: Callable[..., Any], values_of: Callable[[Sequence[bytes]], Sequence[Any]]
+        self, prefix: str, ask: Callable[..., Any], values_of: _ValuesOf
     ) -> Iterator[tuple[str, Stored]]:
         whole = self.prefix + prefix
         pattern = "".join("\\" + c if c in "*?[]^\\" else c for c in whole) + "*"
-        cursor = 0
-        at_once = 1  # the size of the values is not known yet
+
+        def pages() -> Iterator[Sequence[bytes]]:
+            cursor = b"0"
+            while True:
+                cursor, keys = ask(b"SCAN", cursor, b"MATCH", pattern.encode(), b"COUNT", SCAN_COUNT)
+                yield keys
+                if not int(cursor):
+                    return
+
+        for key, stored in _read_all(pages(), values_of):
+            if stored is not None:
+                yield key.decode("utf-8", "replace")[len(self.prefix) :], stored
+
+    def open(self, prefix: str, before: int | None = None) -> Iterator[Listed]:
+        index = self._index(prefix)
+        low: bytes = b"-inf"
+        high = b"+inf" if before is None else b"%d" % before
+        seen: set[bytes] = set()  # those with the score ``low``, where this page begins
         while True:
-            cursor, keys = ask(b"SCAN", cursor, b"MATCH", pattern.encode(), b"COUNT", SCAN_COUNT)
-            while keys:
-                some, keys = keys[:at_once], keys[at_once:]
-                values = values_of(some)
-                size = sum(len(value) for value in values if value is not None)
-                at_once = max(1, min(SCAN_READ, 2 * at_once, SCAN_BYTES * len(some) // (size + 1)))
-                for key, value in zip(some, values, strict=True):
-                    if value is not None and len(value) > _STAMP.size and value[: _STAMP.size] < NO_STAMP:
-                        yield key.decode("utf-8", "replace")[len(self.prefix) :], _stored(value)
-            cursor = int(cursor)
-            if not cursor:
+            limit = PAGE + len(seen)
+            try:
+                found = self.execute(b"ZRANGEBYSCORE", index, low, high, b"WITHSCORES", b"LIMIT", 0, limit)
+            except RefusedError as error:
+                if "WRONGTYPE" in str(error):
+                    self.execute(b"DEL", index)
+                    found = []
+                else:
+                    raise
+            if low == b"-inf" and found[:1] != [COMPLETE]:
+                raise NoIndexError(f"The store {self.url} has no index of what is open, or lost it.")
+            scores = dict(zip(found[::2], found[1::2], strict=True))
+            page = {name: (index, at) for name, at in scores.items() if name not in seen}
+            yield from self._listed(prefix, page)
+            if len(found) < 2 * limit:
                 return
+            latest = found[-1]
+            seen = {name for name, at in scores.items() if at == latest}
+            low = latest
+
+    def _listed(self, prefix: str, page: Mapping[bytes, tuple[bytes, bytes]]) -> Iterator[Listed]:
+        """Read what entries of an index (names, and the index and score of each) point to."""
+        wanted = []
+        for name, (index, _) in page.items():
+            if name.startswith((self.prefix + prefix).encode()):
+                wanted.append(name)
+            elif name != COMPLETE and index != self._index_of(name):  # no record's of this namespace
+                with contextlib.suppress(RefusedError):  # a user who may only read
+                    self._remove(index, name)
+        for name, stored in _read_all([wanted], self._values):
+            yield Listed(name.decode("utf-8", "replace")[len(self.prefix) :], _time(page[name][1]), stored)
+
+    def _index_of(self, name: bytes) -> bytes | None:
+        """Return the index that a name in the server belongs in; None for a name that no record has."""
+        try:
+            key = name.decode()
+        except UnicodeDecodeError:
+            return None
+        return self._index(key[len(self.prefix) :]) if key.startswith(self.prefix) else None
+
+    def _remove(self, index: bytes, name: bytes) -> None:
+        self.execute(b"ZREM", index, name)
+
+    def mark(self, marks: Sequence[Mark]) -> None:
+        for key, stamp, due in marks:
+            name, index = (self.prefix + key).encode(), self._index(key)
+            was, look = _STAMP.pack(stamp) if stamp else b"", b"" if due is None else b"%d" % due
+            self._run(MARK, key, (len(name), name, len(index), index, len(was), was, len(look), look))
+
+    def indexed(self, prefix: str) -> None:
+        self.execute(b"ZADD", self._index(prefix), b"-inf", COMPLETE)
+
+    def _values(self, names: Sequence[bytes]) -> Sequence[Any]:
+        values: Sequence[Any] = self.execute(b"MGET", *names)
+        return values
 
     def purge(self, limit: int) -> int:
         return 0  # the server expires values itself
@@ -299,11 +398,25 @@ class RedisStore(Store):
         if isinstance(replies[0], self._errors.NoScriptError):
             replies = self._call(script.by_source % words + wait, expected)
         reply = replies[0]
+        if isinstance(reply, Exception) and script.keys == 2 and "same slot" in str(reply):
+            replies = self._run_one_key(script, words, wait, expected)
+            reply = replies[0]
         if isinstance(reply, Exception):
             raise self._error(reply, key)
         if wait and type(reply) is int:  # it wrote
             self._check_durable(replies[1])
         return reply
+
+    def _run_one_key(
+        self, script: _Script, words: tuple[int | bytes, ...], wait: bytes, expected: int
+    ) -> list[Any]:
+        """Write the record alone: this server is a node of a cluster, and has no index."""
+        name, _, *rest = words[1::2]
+        for run, by in ((b"EVALSHA", script.sha), (b"EVAL", script.source)):
+            replies = self._call(_command([run, by, b"1", name, *rest]) + wait, expected)  # type: ignore[list-item]
+            if not isinstance(replies[0], self._errors.NoScriptError):
+                break
+        return replies
 
     def _error(self, reply: Exception, key: str) -> StoreError:
         if "WRONGTYPE" in str(reply):  # a list or hash of another program
@@ -468,6 +581,28 @@ def whole(answers: Sequence[Reply | StoreError]) -> list[Reply]:
         if isinstance(answer, StoreError):
             raise PartlyError(answer, replies) from answer
     return [reply for reply in replies if reply is not None]
+
+
+def _read_all(
+    pages: Iterable[Sequence[bytes]], values_of: _ValuesOf
+) -> Iterator[tuple[bytes, Stored | None]]:
+    """Read what names have, in bounded memory: None for nothing, and for what is no record."""
+    at_once = 1  # the size of the values is not known yet
+    for names in pages:
+        while names:
+            some, names = names[:at_once], names[at_once:]
+            values = values_of(some)
+            size = sum(len(value) for value in values if value is not None)
+            at_once = max(1, min(SCAN_READ, 2 * at_once, SCAN_BYTES * len(some) // (size + 1)))
+            for name, value in zip(some, values, strict=True):
+                is_record = value is not None and len(value) > _STAMP.size and value[: _STAMP.size] < NO_STAMP
+                yield name, _stored(value) if is_record else None
+
+
+def _time(score: bytes) -> int:
+    """Return a score as a time; 0 for one that is none."""
+    number = float(score)
+    return int(number) if math.isfinite(number) else 0
 
 
 def _replaced(reply: Any, key: str, value: bytes) -> Reply:

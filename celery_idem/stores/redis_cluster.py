@@ -1,22 +1,26 @@
 """The store in Redis or Valkey Cluster. Each record is on the node that owns its key's slot.
 
 redis-py's cluster client knows the nodes, follows slots that move, and looks the owners up again when a node fails.
-This module adds three things: waiting for durability on the connection that wrote, many replacements in one round
-trip per node, and a complete scan while slots move.
+This module adds four things: waiting for durability on the connection that wrote, many replacements in one round
+trip per node, a complete scan while slots move, and an index of what is open for each slot: a script writes keys of one
+slot only, and the entry has to move with its record.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from binascii import crc_hqx
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
+from importlib.resources import files
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.model import Stored
-from celery_idem.stores.base import Change, Reply
-from celery_idem.stores.redis import REPLACE, RedisStore, _held, _Script, whole
+from celery_idem.stores.base import Change, Listed, NoIndexError, Reply
+from celery_idem.stores.redis import PAGE, REPLACE, RedisStore, _held, _Script, whole
 
 SCHEMES = ("redis-cluster", "rediss-cluster")
 
@@ -25,6 +29,21 @@ Address = tuple[str, int]
 
 TRIES = 3
 """Attempts of a durable write to find the owner of its slot: a slot that is moving takes two."""
+
+SLOTS = 1 << 14
+"""Hash slots of a cluster."""
+
+TAGS = 1000
+"""Slots whose indexes one call reads: 1 ms of the node's time."""
+
+COMPLETE_KEY = b":complete"
+"""Behind an index's key: the key that says that it is complete."""
+
+SLOTS_LUA = files("celery_idem.stores").joinpath("slots.lua").read_bytes()
+
+HOPS = 4
+"""Attempts of one command to find the owner of its slot: one that has moved takes two. While a slot moves, its nodes
+refuse a script with two keys, and redis-py waits 0.05 s before the last two attempts."""
 
 PORT = 6379
 """Redis' default port."""
@@ -51,6 +70,7 @@ class ClusterStore(RedisStore):
         self._silent: set[str] = set()  # nodes that did not answer the last time
         self._known: list[Address] = []  # asked first: the nodes in the URL may not exist any more
         super().__init__(url, durability)
+        self._slot_of = self._redis.crc.key_slot
 
     def _options(self, url: str) -> dict[str, Any]:
         parts = urlsplit(url)
@@ -108,7 +128,9 @@ class ClusterStore(RedisStore):
         return whole([answers[n] for n in range(len(changes))])
 
     def _many_at(self, node: Any, changes: Sequence[Change]) -> list[Reply | StoreError]:
-        commands = [("EVALSHA", REPLACE.sha, 1, *self._replacement(*change)[1::2]) for change in changes]
+        commands = [
+            ("EVALSHA", REPLACE.sha, REPLACE.keys, *self._replacement(*change)[1::2]) for change in changes
+        ]
         answers = self._at(node, [*commands, *self._waits])
         if self._waits and any(type(answer) is int for answer in answers[:-1]):
             self._check_durable(answers[-1])
@@ -129,6 +151,68 @@ class ClusterStore(RedisStore):
     def _scan_all(self, prefix: str) -> Iterator[tuple[str, Stored]]:
         for node in self._client().get_primaries():
             yield from self._scan(prefix, partial(self._one_at, node), partial(self._values_at, node))
+
+    # --- the index of what is open ----------------------------------------------------
+
+    def _index(self, key: str) -> bytes:
+        """Return the key of the index in the slot of a record's key.
+
+        With a hash tag in the namespace all its records have one slot, and one index.
+        """
+        whole = super()._index(key)
+        return (
+            whole if b"{" in whole else _tagged(whole, _tags()[self._slot_of((self.prefix + key).encode())])
+        )
+
+    def open(self, prefix: str, before: int | None = None) -> Iterator[Listed]:
+        """Read the indexes of all slots, and put their entries in order: all names, and then the records in pages."""
+        whole = super()._index(prefix)
+        if not self._ask("EXISTS", whole + COMPLETE_KEY):
+            raise NoIndexError(f"The store {self.url} has no index of what is open, or lost it.")
+        high = b"+inf" if before is None else b"%d" % before
+        entries = {}
+        for index, found in self._entries(whole, high):
+            for name, at in zip(found[::2], found[1::2], strict=True):
+                entries[name] = index, at
+        names = sorted(entries, key=lambda name: (float(entries[name][1]), name))
+        for first in range(0, len(names), PAGE):
+            page = {name: entries[name] for name in names[first : first + PAGE]}
+            yield from self._listed(prefix, page)
+
+    def _entries(self, whole: bytes, high: bytes) -> Iterator[tuple[bytes, list[bytes]]]:
+        """Return each index that has entries, and names and scores in turn."""
+        if b"{" in whole:
+            yield whole, self._ask("ZRANGEBYSCORE", whole, "-inf", high, "WITHSCORES")
+            return
+        by_node: dict[str, tuple[Any, list[bytes]]] = {}
+        for slot, nodes in self._client().nodes_manager.slots_cache.items():
+            by_node.setdefault(nodes[0].name, (nodes[0], []))[1].append(_tags()[slot])
+        for node, tags in by_node.values():
+            for first in range(0, len(tags), TAGS):
+                some = tags[first : first + TAGS]
+                for tag, *found in self._one_at(node, "EVAL", SLOTS_LUA, 0, whole, high, *some):
+                    index = _tagged(whole, tag)
+                    if found:
+                        yield index, found[0]
+                    else:  # the slot is not there any more
+                        yield index, self._ask("ZRANGEBYSCORE", index, "-inf", high, "WITHSCORES")
+
+    def _remove(self, index: bytes, name: bytes) -> None:
+        self._ask("ZREM", index, name)
+
+    def indexed(self, prefix: str) -> None:
+        """One key of the namespace, on any node, says that the slots' indexes are complete."""
+        self._ask("SET", super()._index(prefix) + COMPLETE_KEY, 1)
+
+    def _values(self, names: Sequence[bytes]) -> Sequence[Any]:
+        by_node: dict[str, tuple[Any, list[bytes]]] = {}
+        for name in names:
+            node = self._owner(name.decode())
+            by_node.setdefault(node.name, (node, []))[1].append(name)
+        values: dict[bytes, Any] = {}
+        for node, some in by_node.values():
+            values.update(zip(some, self._values_at(node, some), strict=True))
+        return [values[name] for name in names]
 
     def execute(self, *words: bytes | str | int) -> Any:
         """Run another command on one of the nodes."""
@@ -166,6 +250,7 @@ class ClusterStore(RedisStore):
         nodes.sort(key=lambda node: node.name in self._silent)
         # A slot without an owner is an error for its own keys only.
         client = RedisCluster(startup_nodes=nodes, require_full_coverage=False, **self._how)
+        client.RedisClusterRequestTTL = HOPS
         self._known = [(node.host, node.port) for node in client.get_primaries()]
         return client
 
@@ -186,6 +271,8 @@ class ClusterStore(RedisStore):
             raise self._silence(error) from error
         except errors.ResponseError:
             raise
+        except errors.ClusterError as error:  # after ``HOPS`` attempts
+            raise errors.TryAgainError(str(error)) from error
         except (errors.RedisError, RedisClusterException, OSError) as error:
             self._forget()
             raise self._silence(error) from error
@@ -215,14 +302,35 @@ class ClusterStore(RedisStore):
         return self._safely(lambda: self._client().get_node_from_key(name))
 
     def _run(self, script: _Script, key: str, words: tuple[int | bytes, ...]) -> Any:
-        run = self._write_durably if self._waits and script.writes else self._ask
         try:
-            try:
-                return run("EVALSHA", script.sha, 1, *words[1::2])
-            except self._errors.NoScriptError:
-                return run("EVAL", script.source, 1, *words[1::2])
+            return self._eval(script, script.keys, *words[1::2])
+        except (self._errors.TryAgainError, self._errors.ClusterCrossSlotError) as error:
+            if not script.writes:
+                raise StoreError(f"A slot of {self.url} is moving. Try again.", key) from error
         except self._errors.ResponseError as error:
             raise self._error(error, key) from error
+        return self._run_apart(script, key, *words[1::2])
+
+    def _run_apart(self, script: _Script, key: str, name: Any, index: Any, *rest: Any) -> Any:
+        """Write the record, and then its entry in the index: while a slot moves, each may be on either of two nodes."""
+        try:
+            reply = self._eval(script, 1, name, *rest)
+            if type(reply) is int:  # it wrote
+                with contextlib.suppress(StoreError, self._errors.ResponseError):  # a hint
+                    if rest[-1]:
+                        self._ask("ZADD", index, reply + int(rest[-1]), name)
+                    else:
+                        self._ask("ZREM", index, name)
+        except self._errors.ResponseError as error:
+            raise self._error(error, key) from error
+        return reply
+
+    def _eval(self, script: _Script, keys: int, *words: Any) -> Any:
+        run = self._write_durably if self._waits and script.writes else self._ask
+        try:
+            return run("EVALSHA", script.sha, keys, *words)
+        except self._errors.NoScriptError:
+            return run("EVAL", script.source, keys, *words)
 
     def _write_durably(self, *words: Any) -> Any:
         """Send a write and its WAIT on one connection: WAIT counts only what its own connection wrote."""
@@ -285,6 +393,22 @@ class ClusterStore(RedisStore):
             mine = next(one for one in nodes.values() if "myself" in one["flags"])
             layout[node.name] = mine["slots"], mine["migrations"]
         return layout
+
+
+@lru_cache(maxsize=1)
+def _tags() -> list[bytes]:
+    """Return a hash tag for each slot: the first number that is in it. Takes 60 ms."""
+    tags: dict[int, bytes] = {}
+    n = 0
+    while len(tags) < SLOTS:
+        tag = b"%x" % n
+        tags.setdefault(crc_hqx(tag, 0) % SLOTS, tag)
+        n += 1
+    return [tags[slot] for slot in range(SLOTS)]
+
+
+def _tagged(whole: bytes, tag: bytes) -> bytes:
+    return b"%b:{%b}" % (whole, tag)
 
 
 def _text(value: Any) -> Any:

@@ -4,16 +4,17 @@
 --   stamp    microseconds since 1970, this machine's clock: when the row was last written. Also its version.
 --   value    the packed record: docs/explanation/record.md says how to read it.
 --   expires  microseconds since 1970 after which the row counts as absent; NULL for ever.
+--   due      microseconds since 1970 at which somebody has to look at an open intent; NULL when it is settled.
 CREATE TABLE IF NOT EXISTS celery_idem (
   key     TEXT PRIMARY KEY,
   stamp   INTEGER NOT NULL,
   value   BLOB NOT NULL,
-  expires INTEGER
+  expires INTEGER,
+  due     INTEGER
 );
 
 -- For `celery -A proj idem purge`.
 CREATE INDEX IF NOT EXISTS celery_idem_expires ON celery_idem (expires) WHERE expires IS NOT NULL;
 
--- For `celery -A proj idem list --state …`: byte 14 of a value is its state, and 4 is "succeeded", which nearly all are.
-CREATE INDEX IF NOT EXISTS celery_idem_open ON celery_idem (substr(value, 14, 1), key)
-  WHERE substr(value, 14, 1) <> x'04';
+-- What is open: for recovery, the inbox, the exporter, and `celery -A proj idem list --state in_doubt`.
+CREATE INDEX IF NOT EXISTS celery_idem_open ON celery_idem (due, key) WHERE due IS NOT NULL;

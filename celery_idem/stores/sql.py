@@ -93,6 +93,7 @@ class SqlStore(SqlPrimitives):
                 "owners": [change.old.value[:OWNER] for change in some],
                 "news": [change.value for change in some],
                 "ttls": [change.ttl for change in some],
+                "dues": [change.due for change in some],
                 "length": OWNER,
             }
             for key, was, stamp in self._rows(self._sql.replace_many, parameters):

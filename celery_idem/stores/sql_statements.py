@@ -16,10 +16,13 @@ from typing import Any, NamedTuple
 
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.model import Stored
-from celery_idem.stores.base import OWNER, Reply, Store
+from celery_idem.stores.base import OWNER, Listed, Mark, Reply, Store
 
 PAGE = 500
 """Rows per statement of a scan: at about 300 bytes each, 150 kB."""
+
+LATEST = (1 << 63) - 1
+"""Later than any time, and the last that a column has."""
 
 TRIES = 20
 """Attempts of ``create``. It starts again when the row it met was deleted, or not visible yet, when it looked. Each
@@ -30,7 +33,6 @@ _NOW = {
     "sqlite": "CAST(round((julianday('now') - 2440587.5) * 86400000) AS integer) * 1000",
 }
 _GREATEST = {"postgresql": "greatest", "sqlite": "max"}
-_BYTE_4 = {"postgresql": r"'\x04'::bytea", "sqlite": "x'04'"}
 
 # The key is looked up first, so that a duplicate writes nothing and waits for no lock. The insert then meets no row, an
 # expired row, or a row that is too new for this statement to see: then it writes nothing, and the caller tries again.
@@ -40,10 +42,11 @@ held AS MATERIALIZED (
   SELECT stamp, value FROM celery_idem, clock WHERE key = :key AND (expires IS NULL OR expires > now)
 ),
 written AS (
-  INSERT INTO celery_idem AS there (key, stamp, value, expires)
-  SELECT :key, now, :value, now + :ttl FROM clock WHERE NOT EXISTS (SELECT 1 FROM held)
+  INSERT INTO celery_idem AS there (key, stamp, value, expires, due)
+  SELECT :key, now, :value, now + :ttl, now + :due FROM clock WHERE NOT EXISTS (SELECT 1 FROM held)
   ON CONFLICT (key) DO UPDATE
-  SET stamp = greatest(excluded.stamp, there.stamp + 1), value = excluded.value, expires = excluded.expires
+  SET stamp = greatest(excluded.stamp, there.stamp + 1), value = excluded.value, expires = excluded.expires,
+    due = greatest(excluded.stamp, there.stamp + 1) + :due
   WHERE there.expires <= excluded.stamp
   RETURNING stamp
 )
@@ -52,9 +55,11 @@ FROM clock LEFT JOIN written ON true LEFT JOIN held ON true
 """
 
 _CREATE_SQLITE = """
-INSERT INTO celery_idem AS there (key, stamp, value, expires) VALUES (:key, {now}, :value, {now} + :ttl)
+INSERT INTO celery_idem AS there (key, stamp, value, expires, due)
+VALUES (:key, {now}, :value, {now} + :ttl, {now} + :due)
 ON CONFLICT (key) DO UPDATE
-SET stamp = max(excluded.stamp, there.stamp + 1), value = excluded.value, expires = excluded.expires
+SET stamp = max(excluded.stamp, there.stamp + 1), value = excluded.value, expires = excluded.expires,
+  due = max(excluded.stamp, there.stamp + 1) + :due
 WHERE there.expires <= excluded.stamp
 RETURNING stamp, stamp, NULL, NULL
 """
@@ -67,7 +72,8 @@ LEFT JOIN celery_idem AS held ON held.key = :key AND (held.expires IS NULL OR he
 
 _REPLACE = """
 UPDATE celery_idem
-SET stamp = {greatest}(clock.now, stamp + 1), value = :value, expires = clock.now + :ttl
+SET stamp = {greatest}(clock.now, stamp + 1), value = :value, expires = clock.now + :ttl,
+  due = {greatest}(clock.now, stamp + 1) + :due
 FROM (SELECT {now} AS now) AS clock
 WHERE key = :key AND stamp = :stamp AND substr(value, 1, :length) = :owner
   AND (expires IS NULL OR expires > clock.now)
@@ -79,18 +85,19 @@ RETURNING stamp
 _REPLACE_MANY_POSTGRESQL = """
 WITH clock AS MATERIALIZED (SELECT {now} AS now),
 mine AS MATERIALIZED (
-  SELECT there.key, given.stamp AS was, given.value, given.ttl
+  SELECT there.key, given.stamp AS was, given.value, given.ttl, given.due
   FROM unnest(
     CAST(:keys AS text[]), CAST(:stamps AS bigint[]), CAST(:owners AS bytea[]), CAST(:news AS bytea[]),
-    CAST(:ttls AS bigint[])
-  ) AS given (key, stamp, owner, value, ttl)
+    CAST(:ttls AS bigint[]), CAST(:dues AS bigint[])
+  ) AS given (key, stamp, owner, value, ttl, due)
   JOIN celery_idem AS there ON there.key = given.key AND there.stamp = given.stamp
   WHERE substr(there.value, 1, :length) = given.owner
     AND (there.expires IS NULL OR there.expires > (SELECT now FROM clock))
   FOR UPDATE OF there SKIP LOCKED
 )
 UPDATE celery_idem AS there
-SET stamp = greatest(clock.now, mine.was + 1), value = mine.value, expires = clock.now + mine.ttl
+SET stamp = greatest(clock.now, mine.was + 1), value = mine.value, expires = clock.now + mine.ttl,
+  due = greatest(clock.now, mine.was + 1) + mine.due
 FROM clock, mine
 WHERE there.key = mine.key
 RETURNING there.key, mine.was, there.stamp
@@ -103,13 +110,17 @@ WHERE key >= :after AND (expires IS NULL OR expires > clock.now)
 ORDER BY key LIMIT :page
 """
 
-# The comparison with byte 4 is redundant; it lets the planner use the partial index.
-_SCAN_STATE = """
-SELECT key, stamp, value
+# A row constructor lets the planner use the partial index for the page's beginning, and its order.
+_OPEN = """
+SELECT key, stamp, value, due
 FROM celery_idem, (SELECT {now} AS now) AS clock
-WHERE substr(value, 14, 1) = :state AND substr(value, 14, 1) <> {byte_4}
-  AND key >= :after AND (expires IS NULL OR expires > clock.now)
-ORDER BY key LIMIT :page
+WHERE due IS NOT NULL AND (due, key) > (:at, :after) AND due <= :before
+  AND substr(key, 1, :length) = :prefix AND (expires IS NULL OR expires > clock.now)
+ORDER BY due, key LIMIT :page
+"""
+
+_MARK = """
+UPDATE celery_idem SET due = stamp + :due WHERE key = :key AND stamp = :stamp RETURNING key
 """
 
 _PURGE = """
@@ -136,7 +147,8 @@ class Statements(NamedTuple):
     replace: str
     replace_many: str  # "" for SQLite, which has no round trips
     scan: str
-    scan_state: str
+    open: str
+    mark: str
     purge: str
 
 
@@ -154,10 +166,11 @@ def statements(dialect: str, paramstyle: str) -> Statements:
         _REPLACE,
         _REPLACE_MANY_POSTGRESQL if postgresql else "",
         _SCAN,
-        _SCAN_STATE,
+        _OPEN,
+        _MARK,
         _PURGE_POSTGRESQL if postgresql else _PURGE,
     )
-    names = {"now": _NOW[dialect], "greatest": _GREATEST[dialect], "byte_4": _BYTE_4[dialect]}
+    names = {"now": _NOW[dialect], "greatest": _GREATEST[dialect]}
     spelled = [text.format(**names) for text in texts]
     if paramstyle == "pyformat":
         spelled = [re.sub(r"(?<!:):([a-z]+)", r"%(\1)s", text) for text in spelled]
@@ -188,9 +201,9 @@ class SqlPrimitives(Store):
         """Run a statement and return its rows."""
         raise NotImplementedError
 
-    def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
+    def create(self, key: str, value: bytes, ttl: int | None = None, due: int | None = None) -> Reply:
         for _ in range(TRIES):
-            parameters = {"key": key, "value": value, "ttl": ttl}
+            parameters = {"key": key, "value": value, "ttl": ttl, "due": due}
             for now, written, stamp, held in self._rows(self._sql.create, parameters):
                 if written is not None:
                     return Reply(True, Stored(value, written), now)
@@ -208,29 +221,20 @@ class SqlPrimitives(Store):
             return Reply(False, None, now)
         return Reply(True, Stored(bytes(value), stamp), now)
 
-    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
-        parameters = {"key": key, "value": value, "ttl": ttl, "stamp": old.stamp}
+    def replace(
+        self, key: str, old: Stored, value: bytes, ttl: int | None = None, due: int | None = None
+    ) -> Reply:
+        parameters = {"key": key, "value": value, "ttl": ttl, "due": due, "stamp": old.stamp}
         parameters.update(owner=old.value[:OWNER], length=OWNER)
         for (stamp,) in self._rows(self._sql.replace, parameters):
             return Reply(True, Stored(value, stamp), stamp)
         return self.read(key)._replace(done=False)
 
     def scan(self, prefix: str) -> Iterator[tuple[str, Stored]]:
-        return self._scan(prefix, self._sql.scan, {})
-
-    def scan_states(self, prefix: str, states: bytes) -> Iterator[tuple[str, Stored]]:
-        if b"\x04" in states:  # succeeded: nearly all rows, so an index would not help
-            yield from self.scan(prefix)
-            return
-        for state in states:
-            yield from self._scan(prefix, self._sql.scan_state, {"state": bytes([state])})
-
-    def _scan(self, prefix: str, statement: str, parameters: dict[str, Any]) -> Iterator[tuple[str, Stored]]:
         """Read page by page, each from the last key of the one before, so that no cursor stays open."""
         after, seen = prefix, False
         while True:
-            given = {**parameters, "after": after, "page": PAGE}
-            rows = self._rows(statement, given)
+            rows = self._rows(self._sql.scan, {"after": after, "page": PAGE})
             for key, stamp, value in rows:
                 if not key.startswith(prefix):
                     return
@@ -239,6 +243,21 @@ class SqlPrimitives(Store):
             if len(rows) < PAGE:
                 return
             after, seen = rows[-1][0], True
+
+    def open(self, prefix: str, before: int | None = None) -> Iterator[Listed]:
+        given = {"prefix": prefix, "length": len(prefix), "before": LATEST if before is None else before}
+        at, after = -LATEST, ""
+        while True:
+            rows = self._rows(self._sql.open, {**given, "at": at, "after": after, "page": PAGE})
+            for key, stamp, value, due in rows:
+                yield Listed(key, due, Stored(bytes(value), stamp))
+            if len(rows) < PAGE:
+                return
+            at, after = rows[-1][3], rows[-1][0]
+
+    def mark(self, marks: Sequence[Mark]) -> None:
+        for mark in marks:
+            self._rows(self._sql.mark, mark._asdict())
 
     def purge(self, limit: int) -> int:
         return self._count(self._sql.purge, {"limit": limit})

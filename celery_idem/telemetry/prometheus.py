@@ -8,7 +8,7 @@ state. ``celery -A proj idem metrics`` serves both.
 metric                              type       labels       meaning
 ==================================  =========  ===========  ==============================
 ``celery_idem_events_total``        counter    task, kind   events (``events.KINDS``), from 0
-``celery_idem_intents``             gauge      task, state  intents in that state now
+``celery_idem_intents``             gauge      task, state  open intents in that state now
 ``celery_idem_oldest_seconds``      gauge      task, state  seconds since the oldest change
 ``celery_idem_store_up``            gauge                   1 when the store answered
 ==================================  =========  ===========  ==============================
@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from celery import signals
 
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.engine import events
+from celery_idem.engine.entries import OPEN, Tally
 from celery_idem.operate.background import Background
 from celery_idem.operate.operators import Operator
 
@@ -37,8 +39,8 @@ INTENTS = "celery_idem_intents"
 OLDEST = "celery_idem_oldest_seconds"
 STORE_UP = "celery_idem_store_up"
 
-EVERY = 30.0
-"""Seconds between readings of the store, however often it is scraped: a reading goes through every record."""
+EVERY = 5.0
+"""Seconds between readings of the store, however often it is scraped. A reading costs what is open."""
 
 PATIENCE = 5.0
 """Seconds that a scrape waits for a reading: half of Prometheus' default timeout. A longer reading continues in the
@@ -114,8 +116,8 @@ class Intents:
     """
 
     def __init__(self, app: Celery, every: float = EVERY, patience: float | None = PATIENCE) -> None:
-        operator = Operator(app)
-        self._tallies = Background(lambda: iter([operator.stats()]), every, patience)
+        self._operator = operator = Operator(app)
+        self._tallies = Background(lambda: iter([operator.stats("open")]), every, patience)
         _client()
 
     def describe(self) -> list[GaugeMetricFamily]:
@@ -129,8 +131,10 @@ class Intents:
         if latest.error is not None and not isinstance(latest.error, StoreError):
             raise latest.error
         up = latest.error is None
-        tallies = latest.whole or {} if up else {}
-        intents = GaugeMetricFamily(INTENTS, "Intents by task and state.", labels=("task", "state"))
+        tallies: dict[tuple[str, str], Tally] = {}
+        if latest.whole is not None and up:  # a state that nothing is in is 0, and does not vanish
+            tallies = dict.fromkeys(product(self._operator.tasks(), OPEN), Tally(0, 0.0)) | latest.whole
+        intents = GaugeMetricFamily(INTENTS, "Open intents by task and state.", labels=("task", "state"))
         oldest = GaugeMetricFamily(
             OLDEST, "Seconds since the last change of the oldest intent.", labels=("task", "state")
         )

@@ -10,11 +10,11 @@ from typing import Literal, TypeVar
 from celery_idem.core.errors import StoreError
 from celery_idem.core.model import Stored
 from celery_idem.integration import wiring
-from celery_idem.stores.base import Change, Reply, Store
+from celery_idem.stores.base import Change, Listed, Mark, Reply, Store
 
 T = TypeVar("T")
 
-PRIMITIVES = ("create", "read", "replace", "replace_many", "scan", "purge")
+PRIMITIVES = ("create", "read", "replace", "replace_many", "scan", "open", "mark", "purge")
 
 POINTS = tuple(f"{when} {name}" for name in PRIMITIVES for when in ("before", "after"))
 """Where a ``CrashingStore`` can fail. "before create": nothing is written. "after create": it is written, and the
@@ -61,20 +61,31 @@ class CrashingStore(Store):
         """Stop failing."""
         self._crashes.clear()
 
-    def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
-        return self._pass("create", lambda: self.store.create(key, value, ttl))
+    def create(self, key: str, value: bytes, ttl: int | None = None, due: int | None = None) -> Reply:
+        return self._pass("create", lambda: self.store.create(key, value, ttl, due))
 
     def read(self, key: str) -> Reply:
         return self._pass("read", lambda: self.store.read(key))
 
-    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
-        return self._pass("replace", lambda: self.store.replace(key, old, value, ttl))
+    def replace(
+        self, key: str, old: Stored, value: bytes, ttl: int | None = None, due: int | None = None
+    ) -> Reply:
+        return self._pass("replace", lambda: self.store.replace(key, old, value, ttl, due))
 
     def replace_many(self, changes: Sequence[Change]) -> list[Reply]:
         return self._pass("replace_many", lambda: self.store.replace_many(changes))
 
     def scan(self, prefix: str) -> Iterator[tuple[str, Stored]]:
         return self._pass("scan", lambda: self.store.scan(prefix))
+
+    def open(self, prefix: str, before: int | None = None) -> Iterator[Listed]:
+        return self._pass("open", lambda: self.store.open(prefix, before))
+
+    def mark(self, marks: Sequence[Mark]) -> None:
+        self._pass("mark", lambda: self.store.mark(marks))
+
+    def indexed(self, prefix: str) -> None:
+        self.store.indexed(prefix)
 
     def purge(self, limit: int) -> int:
         return self._pass("purge", lambda: self.store.purge(limit))

@@ -62,7 +62,9 @@ def test_the_first_name_is_the_one_in_keys() -> None:
         "what a worker's log shows"
     )
     assert app.tasks["shop.b"].intent_key(1).startswith("shop.a:")
-    guarded = [task.name for task in doctor.gather(app, ask=False).tasks if task.guarded]
+    seen = doctor.gather(app)
+    assert [store.tasks.count("shop.c") for store in seen.stores] == [1]
+    guarded = [task.name for task in seen.tasks if task.guarded]
     assert "shop.c" in guarded
     assert "shop.a" not in guarded
     assert declared.of_tasks(Operator(app).tasks())["shop.a"]["name"] == "shop.c"

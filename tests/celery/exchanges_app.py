@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def make(broker: str, store: str, folder: Path, prefix: str) -> Celery:
 
 
 if "EXCHANGES_BROKER" in os.environ:
+    logging.getLogger("celery_idem").setLevel(logging.DEBUG)  # then Celery's log has every delivery
     app = make(
         os.environ["EXCHANGES_BROKER"],
         os.environ["EXCHANGES_STORE"],

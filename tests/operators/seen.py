@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 from celery import Celery, signals
 
@@ -55,23 +52,6 @@ def trace(folder: Path) -> None:
     otel.install()
 
 
-def report(folder: Path) -> None:
-    import sentry_sdk
-    from sentry_sdk.transport import Transport
-
-    class ToFile(Transport):
-        def capture_envelope(self, envelope: Any) -> None:
-            with (folder / "sentry").open("a") as out:
-                for item in envelope.items:
-                    out.write(
-                        json.dumps({"type": item.type, **(item.payload.json or {})}, default=str) + "\n"
-                    )
-
-    sentry_sdk.init(dsn="http://key@127.0.0.1:1/1", transport=ToFile)
-
-
 if "SEEN_FOLDER" in os.environ:
     folder = Path(os.environ["SEEN_FOLDER"])
     signals.worker_process_init.connect(lambda **_: trace(folder), weak=False)
-    with contextlib.suppress(ImportError):
-        report(folder)

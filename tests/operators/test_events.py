@@ -30,12 +30,13 @@ from celery_idem import (
     OutcomeUnknown,
     StoreError,
 )
+from celery_idem.core import protocol
 from celery_idem.core.errors import FingerprintMismatch
-from celery_idem.core.model import Raised
+from celery_idem.core.model import Fingerprint, Raised, Request
 from celery_idem.engine import events, owners
 from celery_idem.engine import lease as leases
 from celery_idem.engine.claim import Hold
-from celery_idem.integration import delivery
+from celery_idem.integration import delivery, messages, recovering, submitting
 from celery_idem.integration.deaths import IdempotentRequest
 from tests.celery.test_going_back import NOWHERE, delivered, make, taken
 from tests.celery.test_going_back import run as run_delivery
@@ -239,6 +240,27 @@ def lapsed(stage: Stage) -> None:
         stage.run(task_id="two")
 
 
+def recovered(stage: Stage) -> None:
+    stage.monkeypatch.setattr(submitting, "ACCEPTED_FOR", 0.0)
+    task = guarded()
+    task.submit("a")
+    (found,) = recovering.recover(task.app)
+    assert found.published
+
+
+def given_up_by_recovery(stage: Stage) -> None:
+    stage.monkeypatch.setattr(protocol, "GRACE", 0)
+    stage.monkeypatch.setattr(protocol, "PUBLISHED_WAIT", 0)
+    app = make()
+    task = app.tasks["shop.pay"]
+    call = messages.of_submission(task, ("a",), {}, "one", {})
+    ledger, policy = Ledger.from_app(app), task.guard.options.policy
+    request = Request(owners.mint(), "one", Fingerprint(), policy._replace(lease=0), call=call)
+    ledger.claim(task.intent_key("a"), request)
+    for _ in range(policy.max_attempts + 1):
+        list(recovering.recover(app))
+
+
 def resolved(stage: Stage) -> None:
     stage.ends(Raised.AMBIGUOUS)
     stage.ledger.resolve(KEY, NotHappened(), by="jo")
@@ -264,7 +286,7 @@ PROVOKED: dict[str, list[Callable[[Stage], None]]] = {
     "scheduled": [lambda stage: stage.ends(Raised.RETRY)],
     "released": [lambda stage: stage.ends(Raised.IGNORE), released_after_a_question],
     "mismatch": [mismatch],
-    "in_doubt": [lambda stage: stage.ends(Raised.AMBIGUOUS)],
+    "in_doubt": [lambda stage: stage.ends(Raised.AMBIGUOUS), given_up_by_recovery],
     "still_in_doubt": [still_in_doubt],
     "asked": [asked],
     "lease_lost": [taken_over],
@@ -278,6 +300,7 @@ PROVOKED: dict[str, list[Callable[[Stage], None]]] = {
     "exited": [lambda stage: stage.ends(Raised.EXIT)],
     "died": [died],
     "lapsed": [lapsed],
+    "recovered": [recovered],
     "resolved": [resolved],
     "forgotten": [forgotten],
     "shadow": [shadow],

@@ -273,17 +273,19 @@ class Watching(MemoryStore):
         super().__init__(world.clock)
         self.world = world
 
-    def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
+    def create(self, key: str, value: bytes, ttl: int | None = None, due: int | None = None) -> Reply:
         return self.world.primitive(
-            "create", (value, ttl), lambda: super(Watching, self).create(key, value, ttl)
+            "create", (value, ttl), lambda: super(Watching, self).create(key, value, ttl, due)
         )
 
     def read(self, key: str) -> Reply:
         return self.world.primitive("read", (), lambda: super(Watching, self).read(key))
 
-    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
+    def replace(
+        self, key: str, old: Stored, value: bytes, ttl: int | None = None, due: int | None = None
+    ) -> Reply:
         return self.world.primitive(
-            "replace", (old, value, ttl), lambda: super(Watching, self).replace(key, old, value, ttl)
+            "replace", (old, value, ttl), lambda: super(Watching, self).replace(key, old, value, ttl, due)
         )
 
     def held(self) -> Stored | None:

@@ -46,14 +46,16 @@ class Stopping(MemoryStore):
         super().__init__()
         self.stop: Callable[[str], str] = lambda where: "go"
 
-    def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
-        return self._stopping(lambda: super(Stopping, self).create(key, value, ttl))
+    def create(self, key: str, value: bytes, ttl: int | None = None, due: int | None = None) -> Reply:
+        return self._stopping(lambda: super(Stopping, self).create(key, value, ttl, due))
 
     def read(self, key: str) -> Reply:
         return self._stopping(lambda: super(Stopping, self).read(key))
 
-    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
-        return self._stopping(lambda: super(Stopping, self).replace(key, old, value, ttl))
+    def replace(
+        self, key: str, old: Stored, value: bytes, ttl: int | None = None, due: int | None = None
+    ) -> Reply:
+        return self._stopping(lambda: super(Stopping, self).replace(key, old, value, ttl, due))
 
     def _stopping(self, call: Callable[[], Reply]) -> Reply:
         self.stop("before")

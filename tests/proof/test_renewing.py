@@ -43,8 +43,10 @@ class Hooked(MemoryStore):
     after: Callable[[], None] | None = None
     lose = False
 
-    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
-        reply = super().replace(key, old, value, ttl)
+    def replace(
+        self, key: str, old: Stored, value: bytes, ttl: int | None = None, due: int | None = None
+    ) -> Reply:
+        reply = super().replace(key, old, value, ttl, due)
         hook, self.after = self.after, None
         if hook is not None:
             hook()
@@ -122,11 +124,13 @@ def test_nothing_is_renewed_beside_an_outcome_but_between_two_tries_of_it(
     down = iter([True, False])
 
     class Away(Hooked):
-        def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
+        def replace(
+            self, key: str, old: Stored, value: bytes, ttl: int | None = None, due: int | None = None
+        ) -> Reply:
             offered.append(claim.renewal() is not None)
             if next(down):
                 raise StoreError("the store does not answer")
-            return super().replace(key, old, value, ttl)
+            return super().replace(key, old, value, ttl, due)
 
     class Pause:
         def wait(self, seconds: float) -> None:
@@ -167,10 +171,10 @@ def test_a_claim_whose_reply_got_lost_is_trusted_from_when_it_was_written(clock:
     """A client that sends again after a broken connection meets its own claim."""
 
     class Resending(MemoryStore):
-        def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
-            super().create(key, value, ttl)
+        def create(self, key: str, value: bytes, ttl: int | None = None, due: int | None = None) -> Reply:
+            super().create(key, value, ttl, due)
             clock.now += LEASE // 2  # connecting anew takes its time
-            return super().create(key, value, ttl)
+            return super().create(key, value, ttl, due)
 
     ledger = Ledger(Resending(clock))
     _, claim = ledger.claim(KEY, Request(b"owner-12-byt", "t1", Fingerprint(), POLICY))

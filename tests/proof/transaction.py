@@ -8,11 +8,11 @@ commit is rolled back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from celery_idem.core.model import Stored
-from celery_idem.stores.base import OWNER, Reply, Store
+from celery_idem.stores.base import OWNER, Listed, Mark, Reply, Store
 from celery_idem.stores.memory import MemoryStore
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Inside(Store):
         self.insert = insert
         self._commit: Callable[[], Reply] | None = None
 
-    def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
+    def create(self, key: str, value: bytes, ttl: int | None = None, due: int | None = None) -> Reply:
         raise AssertionError("a transaction settles a record that is there")
 
     def scan(self, prefix: str) -> Iterator[tuple[str, Stored]]:
@@ -56,10 +56,18 @@ class Inside(Store):
     def purge(self, limit: int) -> int:
         raise AssertionError("not here")
 
+    def open(self, prefix: str, before: int | None = None) -> Iterator[Listed]:
+        raise AssertionError("not here")
+
+    def mark(self, marks: Sequence[Mark]) -> None:
+        raise AssertionError("not here")
+
     def read(self, key: str) -> Reply:
         return self.world.store.read(key)
 
-    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
+    def replace(
+        self, key: str, old: Stored, value: bytes, ttl: int | None = None, due: int | None = None
+    ) -> Reply:
         """The lock, and what will be there after the commit."""
         world = self.world
         choice = world.pause_at("lock")
@@ -75,7 +83,7 @@ class Inside(Store):
             def commit() -> Reply:
                 world.lock = None
                 self.insert()
-                return MemoryStore.replace(world.store, key, old, value, ttl)
+                return MemoryStore.replace(world.store, key, old, value, ttl, due)
 
             self._commit = commit
         world.tell(self.actor, reply)

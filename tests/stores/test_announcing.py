@@ -70,7 +70,9 @@ def test_where_another_wrote_neither_is_written(store: RedisStore, client: redis
 def test_who_may_not_write_it_writes_the_first_alone(
     redis_url: str, client: redis.Redis, channels: str
 ) -> None:
-    client.execute_command("ACL", "SETUSER", "narrow", "reset", "on", ">s3cret", "+@all", "~k", channels)
+    client.execute_command(
+        "ACL", "SETUSER", "narrow", "reset", "on", ">s3cret", "+@all", "~k", "~k~open", channels
+    )
     store = open_store(redis_url.replace("redis://", "redis://narrow:s3cret@"))
     assert isinstance(store, RedisStore)
     reply, told = store.announce(Change("k", standing(store), NEW), TOLD)

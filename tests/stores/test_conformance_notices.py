@@ -23,43 +23,51 @@ class Wrong(MemoryStore):
 
 
 class IgnoresTheOwner(Wrong):
-    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
+    def replace(
+        self, key: str, old: Stored, value: bytes, ttl: int | None = None, due: int | None = None
+    ) -> Reply:
         held = self.read(key).stored
         mine = held is not None and held.stamp == old.stamp
-        return super().replace(key, held if mine and held else old, value, ttl)
+        return super().replace(key, held if mine and held else old, value, ttl, due)
 
 
 class IgnoresTheStamp(Wrong):
-    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
+    def replace(
+        self, key: str, old: Stored, value: bytes, ttl: int | None = None, due: int | None = None
+    ) -> Reply:
         held = self.read(key).stored
         return super().replace(key, Stored(old.value, held.stamp if held else 0), value, ttl)
 
 
 class ComparesEverything(Wrong):
-    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
+    def replace(
+        self, key: str, old: Stored, value: bytes, ttl: int | None = None, due: int | None = None
+    ) -> Reply:
         held = self.read(key).stored
         if held is not None and held.value != old.value:
             return Reply(False, held, self._clock())
-        return super().replace(key, old, value, ttl)
+        return super().replace(key, old, value, ttl, due)
 
 
 class CreatesByReplacing(Wrong):
-    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
+    def replace(
+        self, key: str, old: Stored, value: bytes, ttl: int | None = None, due: int | None = None
+    ) -> Reply:
         if self.read(key).stored is None:
-            return self.create(key, value, ttl)
-        return super().replace(key, old, value, ttl)
+            return self.create(key, value, ttl, due)
+        return super().replace(key, old, value, ttl, due)
 
 
 class Overwrites(Wrong):
-    def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
+    def create(self, key: str, value: bytes, ttl: int | None = None, due: int | None = None) -> Reply:
         self._values.pop(key, None)
-        return super().create(key, value, ttl)
+        return super().create(key, value, ttl, due)
 
 
 class LooksBeforeItWrites(Wrong):
     """A race: somebody else may write between the look and the write."""
 
-    def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
+    def create(self, key: str, value: bytes, ttl: int | None = None, due: int | None = None) -> Reply:
         held = self.read(key).stored
         if held is not None:
             return Reply(False, held, self._clock())
@@ -69,23 +77,25 @@ class LooksBeforeItWrites(Wrong):
 
 
 class KeepsTheFirstTimeToLive(Wrong):
-    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
+    def replace(
+        self, key: str, old: Stored, value: bytes, ttl: int | None = None, due: int | None = None
+    ) -> Reply:
         before = self._values.get(key)
-        reply = super().replace(key, old, value, ttl)
+        reply = super().replace(key, old, value, ttl, due)
         if reply.done and before is not None:
             self._values[key] = (self._values[key][0], before[1])
         return reply
 
 
 class NeverExpires(Wrong):
-    def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
+    def create(self, key: str, value: bytes, ttl: int | None = None, due: int | None = None) -> Reply:
         return super().create(key, value)
 
 
 class RoundsDown(Wrong):
     """To milliseconds, and what is less than one is for ever."""
 
-    def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
+    def create(self, key: str, value: bytes, ttl: int | None = None, due: int | None = None) -> Reply:
         return super().create(key, value, None if ttl is None else (ttl // 1000 * 1000) or None)
 
 

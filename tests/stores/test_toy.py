@@ -26,4 +26,4 @@ def test_the_page_shows_it_and_it_is_short() -> None:
     page = (HERE.parents[1] / "docs" / "how-to" / "write-a-store.md").read_text()
     toy = (HERE / "toy.py").read_text()
     assert toy in page
-    assert len([line for line in toy.splitlines() if line.strip()]) < 80
+    assert len([line for line in toy.splitlines() if line.strip()]) < 100

@@ -3,15 +3,17 @@ import hashlib
 import os
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from celery_idem.core.errors import StoreError
 from celery_idem.core.model import Stored
-from celery_idem.stores.base import OWNER, Reply, Store
+from celery_idem.stores.base import OWNER, Listed, Mark, Reply, Store
 
-HEAD = struct.Struct(">QQI")  # stamp, expiry (0: never), length of the key; then key and value
+HEAD = struct.Struct(
+    ">QQQI"
+)  # stamp, expiry and time to look (0: never), length of the key; then key and value
 
 
 class DirectoryStore(Store):
@@ -22,30 +24,48 @@ class DirectoryStore(Store):
         self.folder.mkdir(parents=True, exist_ok=True)
         self.url = f"directory://{self.folder}"
 
-    def create(self, key: str, value: bytes, ttl: int | None = None) -> Reply:
+    def create(self, key: str, value: bytes, ttl: int | None = None, due: int | None = None) -> Reply:
         with self._locked() as now:
             held = self._held(key, now)
-            return (
-                Reply(False, held, now) if held else Reply(True, self._write(key, value, now, now, ttl), now)
-            )
+            return Reply(False, held, now) if held else self._write(key, value, now, now, ttl, due)
 
     def read(self, key: str) -> Reply:
         with self._locked() as now:
             held = self._held(key, now)
             return Reply(held is not None, held, now)
 
-    def replace(self, key: str, old: Stored, value: bytes, ttl: int | None = None) -> Reply:
+    def replace(
+        self, key: str, old: Stored, value: bytes, ttl: int | None = None, due: int | None = None
+    ) -> Reply:
         with self._locked() as now:
             held = self._held(key, now)
             if held is None or (held.stamp, held.value[:OWNER]) != (old.stamp, old.value[:OWNER]):
                 return Reply(False, held, now)
-            return Reply(True, self._write(key, value, max(now, old.stamp + 1), now, ttl), now)
+            return self._write(key, value, max(now, old.stamp + 1), now, ttl, due)
 
     def scan(self, prefix: str) -> Iterator[tuple[str, Stored]]:
         for key in self._keys():
             stored = self.read(key).stored if key.startswith(prefix) else None
             if stored is not None:
                 yield key, stored
+
+    def open(self, prefix: str, before: int | None = None) -> Iterator[Listed]:
+        found = []  # a real store has an index, and reads page by page
+        for key in self._keys():
+            with self._locked() as now:
+                held = self._held(key, now) if key.startswith(prefix) else None
+                at = HEAD.unpack_from(self._path(key).read_bytes())[2] if held else 0
+            if at and (before is None or at <= before):
+                found.append(Listed(key, at, held))
+        yield from sorted(found, key=lambda listed: listed.at)
+
+    def mark(self, marks: Sequence[Mark]) -> None:
+        for key, stamp, due in marks:
+            with self._locked() as now:
+                held = self._held(key, now)
+                if held is not None and held.stamp == stamp:
+                    expires = HEAD.unpack_from(self._path(key).read_bytes())[1]
+                    self._write(key, held.value, stamp, now, expires - now if expires else None, due)
 
     def purge(self, limit: int) -> int:
         deleted = 0
@@ -77,18 +97,18 @@ class DirectoryStore(Store):
 
     def _keys(self) -> list[str]:
         heads = [path.read_bytes() for path in self.folder.glob("*.record")]
-        return [head[HEAD.size :][: HEAD.unpack_from(head)[2]].decode() for head in heads]
+        return [head[HEAD.size :][: HEAD.unpack_from(head)[3]].decode() for head in heads]
 
     def _held(self, key: str, now: int) -> Stored | None:
         if not self._path(key).exists():
             return None
         packed = self._path(key).read_bytes()
-        stamp, expires, length = HEAD.unpack_from(packed)
+        stamp, expires, _, length = HEAD.unpack_from(packed)
         return None if expires and expires <= now else Stored(packed[HEAD.size + length :], stamp)
 
-    def _write(self, key: str, value: bytes, stamp: int, now: int, ttl: int | None) -> Stored:
-        name, expires = key.encode(), 0 if ttl is None else now + ttl
+    def _write(self, key: str, value: bytes, stamp: int, now: int, ttl: int | None, due: int | None) -> Reply:
+        name, expires, look = key.encode(), 0 if ttl is None else now + ttl, 0 if due is None else stamp + due
         new = self._path(key).with_suffix(".new")
-        new.write_bytes(HEAD.pack(stamp, expires, len(name)) + name + value)
+        new.write_bytes(HEAD.pack(stamp, expires, look, len(name)) + name + value)
         new.replace(self._path(key))
-        return Stored(value, stamp)
+        return Reply(True, Stored(value, stamp), now)

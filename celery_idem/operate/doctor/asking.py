@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from celery_idem.core.errors import StoreError
-from celery_idem.core.model import MICROSECONDS, State
+from celery_idem.core.model import MICROSECONDS
 from celery_idem.operate.doctor import kept, servers
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 Info = dict[str, str]
 
-OPEN = bytes(state for state in State if not state.settled)
 LOOKED_AT = 10_000
 """Records read to find one from the future: 0.2 s among those of a Redis that keeps millions."""
 
@@ -64,13 +63,14 @@ class StoreFacts:
 def facts_of(ledger: Ledger, durability: str, guarded: Iterable[IdempotentTask] = ()) -> Iterator[StoreFacts]:
     """Ask a store; of a cluster, each node. The first value says what is true of the whole store."""
     store = ledger.store
-    tasks = tuple(str(task.name) for task in guarded if task.guard.ledger.store is store)
+    names = [str(task.name) for task in guarded if task.guard.ledger.store is store]
+    tasks = tuple(dict.fromkeys(names))  # a renamed task is there under each of its names
     try:
         before = time.time()
         now = store.read(f"{ledger.namespace}:").now / MICROSECONDS
         after = time.time()
-        some = islice(store.scan_states(f"{ledger.namespace}:", OPEN), LOOKED_AT)
-        ahead = max((stored.stamp / MICROSECONDS - now for _, stored in some), default=0.0)
+        some = islice(ledger.list("open"), LOOKED_AT)
+        ahead = max((entry.changed_at - now for entry in some), default=0.0)
         noted = kept.read(ledger, servers.NAME)
     except StoreError as error:
         yield StoreFacts(store.url, durability, tasks, error=str(error))

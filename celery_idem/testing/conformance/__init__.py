@@ -17,11 +17,12 @@ from __future__ import annotations
 from celery_idem.testing.conformance.expiry import Expiry
 from celery_idem.testing.conformance.lost_replies import LostReplies
 from celery_idem.testing.conformance.many import ManyValues
+from celery_idem.testing.conformance.opened import OpenKeys
 from celery_idem.testing.conformance.races import Races
 from celery_idem.testing.conformance.single import SingleValues
 
 
-class StoreConformance(SingleValues, Expiry, ManyValues, Races, LostReplies):
+class StoreConformance(SingleValues, Expiry, ManyValues, OpenKeys, Races, LostReplies):
     """Tests for one kind of store. Each uses keys of its own, so the store need not be empty.
 
     Override ``make_store``; and, where they do not fit, the attributes and ``wait_until``.
