@@ -92,7 +92,7 @@ def test_an_operator_sees_which_action_it_is_and_its_caller_gets_what_happened(o
     form = json.loads(on.idem("show", key, "--json").output)
     assert form["intent"] == {"customer_id": "'ada'", "invoice_id": "7"}
     assert form["place"].startswith(on.worker.name)
-    assert f"'action': '{says}'" in on.worker.log_text()  # the event, in the log
+    assert f"action='{says}'" in on.worker.log_text()  # the event, in the log
 
     assert on.idem("resolve", key, "--happened", '"inv-9"', *SEEN).exit_code == 0
     assert on.answered(result.id) == "inv-9"
