@@ -13,6 +13,7 @@ from kombu.utils import json as kombu_json
 from celery_idem.core.errors import ConfigurationError
 from celery_idem.core.results import Codec
 from celery_idem.engine import ledger as engine
+from celery_idem.integration import messages
 from celery_idem.integration.settings import Settings, of_app
 from celery_idem.stores import Store, open_server, open_store, readable
 
@@ -176,10 +177,8 @@ def _teller(app: weakref.ref[Any]) -> engine.Teller:
     """What publishes the call of an intent that was decided by hand, so that its caller gets the outcome."""
 
     def of_call(key: str, packed: bytes) -> Callable[[], object] | None:
-        from celery_idem.integration import recovering  # which needs this module
-
         alive = app()
-        return None if alive is None else recovering.publisher(alive, key, packed)
+        return None if alive is None else messages.publisher(alive, key, packed)
 
     return of_call
 

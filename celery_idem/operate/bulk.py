@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from celery_idem.core.errors import IdempotencyError, StoreError
 from celery_idem.core.model import Happened, NotHappened
 from celery_idem.engine.entries import Entry
-from celery_idem.integration.recovering import BrokerError
+from celery_idem.integration.messages import BrokerError
 from celery_idem.operate.operators import Operator, check_key
 
 T = TypeVar("T")

@@ -40,7 +40,7 @@ from celery_idem.engine.ledger import Ledger
 from celery_idem.integration import describing, messages
 from celery_idem.integration.declaring import options_of
 from celery_idem.integration.delivery import Delivery, Guard
-from celery_idem.integration.recovering import BrokerError, call_of, publisher, why_not
+from celery_idem.integration.recovering import call_of, why_not
 from celery_idem.integration.task import IdempotentTask
 from celery_idem.integration.wiring import ledger_of
 
@@ -308,7 +308,7 @@ class Operator:
                 "call.",
                 key,
             )
-        publish = publisher(self.app, key, entry.record.call)
+        publish = messages.publisher(self.app, key, entry.record.call)
         assert publish is not None
         return publish
 
@@ -363,11 +363,11 @@ class Operator:
         if isinstance(decision, Replay) and decision.outcome.cancelled:
             return Asked("not_happened", "the destination says it did not happen, and it is cancelled")
         if isinstance(decision, Replay):
-            publish = publisher(self.app, entry.key, entry.record.call)
+            publish = messages.publisher(self.app, entry.key, entry.record.call)
             if publish is not None:
                 try:
                     guard.ledger.tell(entry.key, publish, guard.options.policy)
-                except BrokerError as error:
+                except messages.BrokerError as error:
                     return Asked("happened", f"the destination says it happened. {error}")
             return Asked("happened", "the destination says it happened: settled for every caller")
         if isinstance(decision, Acquired):
