@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from celery_idem.core.errors import (
+    Cancelled,
     ConfigurationError,
     FingerprintMismatch,
     IdempotencyError,
@@ -26,6 +27,7 @@ from celery_idem.integration.wiring import Ledger
 
 __all__ = [
     "ALL_ARGUMENTS",
+    "Cancelled",
     "Claim",
     "ConfigurationError",
     "FingerprintMismatch",

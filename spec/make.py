@@ -401,7 +401,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, State):
         return value.name.lower()
     if hasattr(value, "_asdict"):
-        return {name: plain(item) for name, item in value._asdict().items()}
+        parts = value._asdict().items()
+        return {
+            name: plain(item)
+            for name, item in parts
+            if item is not None or name not in ("late", "resolution")
+        }
     return [plain(item) for item in value] if isinstance(value, tuple) else value
 
 

@@ -22,6 +22,7 @@ SAMPLES: list[errors.IdempotencyError] = [
     errors.LeaseLost("gone", "shop.pay:1"),
     errors.OutcomeUnknown("who knows", "shop.pay:1", "the worker stopped"),
     errors.ResultUnavailable("too large", "shop.pay:1", "2 MB"),
+    errors.Cancelled("never", "shop.pay:1", "cancelled by jo"),
     errors.IntentConflict("conflict", "shop.pay:1"),
     errors.InProgress("wait", "shop.pay:1", 2.5),
     errors.FingerprintMismatch("other cents", "shop.pay:1", ("cents", "currency")),

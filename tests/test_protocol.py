@@ -32,7 +32,9 @@ from celery_idem.core.model import (
     Stored,
 )
 from tests.support.records import (
+    ASKED_TO_STOP,
     ASKING,
+    CANCELLED,
     DEADLINE,
     ERROR,
     FAILURE_TTL,
@@ -86,6 +88,14 @@ def meetings() -> Iterator[Meeting]:
     yield Meeting(None, "none", "other", True, STAMP, "in_doubt", False, 0, "nobody")
     for now, print_ in itertools.product((STAMP, STAMP + FAILURE_TTL - 1, STAMP + FAILURE_TTL), PRINTS):
         yield Meeting(State.FAILED, print_, "other", False, now, "in_doubt", True, 0, "nobody", steps=True)
+    for state, owner, now, on_crash, asks in itertools.product(
+        (State.RUNNING, State.IN_DOUBT),
+        ("carried", "other"),
+        (DEADLINE - 1, DEADLINE),
+        get_args(OnCrash),
+        (True, False),
+    ):
+        yield Meeting(state, "same", owner, True, now, on_crash, asks, 0, "nobody", stopping=True)
     yield from itertools.starmap(
         Meeting,
         itertools.product(
@@ -113,9 +123,12 @@ CONDITIONS: dict[str, Callable[[Meeting], bool]] = {
     "has finished steps, failure_ttl is over": lambda met: met.steps and met.now >= STAMP + FAILURE_TTL,
     "same task id, or past its deadline": lambda met: met.same_task or not live(met),
     "own owner (a lost reply)": lambda met: met.owner == "own",
+    "owner carried by this message, asked to stop": lambda met: met.owner == "carried" and met.stopping,
     "owner carried by this message": lambda met: met.owner == "carried",
     "lease live": live,
     "lapsed, can ask": lambda met: met.asks,
+    "lapsed, asked to stop, in one transaction": lambda met: met.stopping and met.on_crash == "transaction",
+    "lapsed, asked to stop": lambda met: met.stopping,
     "lapsed, on_crash in_doubt": lambda met: met.on_crash == "in_doubt",
     "lapsed, crashes reach max_attempts": lambda met: met.crashes + 1 >= MAX_ATTEMPTS,
     "lapsed, resume, rerun or transaction": lambda met: met.on_crash in ("resume", "rerun", "transaction"),
@@ -323,6 +336,10 @@ def committed(record: Record | None, keep: int = 1) -> Result:
     return protocol.committed(record, Record(State.RUNNING, OWN), OUTCOME, policy)
 
 
+def asked_to_stop(record: Record) -> Record:
+    return record._replace(notes=(ASKED_TO_STOP,)) if record.outcome is None else record
+
+
 APPLY: dict[str, list[Callable[[Record], Result]]] = {
     "accept": [lambda r: protocol.accept(r, STAMP, STAMP, a_request(), LEASE)],
     "sent": [lambda r: (None, protocol.sent(r, OWN, 0))],
@@ -336,8 +353,11 @@ APPLY: dict[str, list[Callable[[Record], Result]]] = {
         lambda r: protocol.settle(r, r._replace(owner=OWN), ERROR),
     ],
     "committed": [committed],
-    "schedule": [lambda r: protocol.schedule(r, OWN, 5)],
-    "release": [lambda r: protocol.release(r, OWN)],
+    "schedule": [
+        lambda r: protocol.schedule(r, OWN, 5),
+        lambda r: protocol.schedule(asked_to_stop(r), OWN, 5),
+    ],
+    "release": [lambda r: protocol.release(r, OWN), lambda r: protocol.release(asked_to_stop(r), OWN)],
     "doubt": [lambda r: protocol.doubt(r, OWN, "why")],
     "renew": [lambda r: protocol.renew(r, OWN, LEASE)],
     "begin_step": [lambda r: protocol.begin_step(r, OWN, "charge", a_request().policy)],
@@ -355,11 +375,13 @@ APPLY: dict[str, list[Callable[[Record], Result]]] = {
         lambda r: protocol.conclude(r, STAMP, a_request(asks=True), OUTCOME, ""),
         lambda r: protocol.conclude(r, STAMP, a_request(asks=True), None, ""),
         lambda r: protocol.conclude(r, STAMP, a_request(asks=True), None, "it cannot tell"),
+        lambda r: protocol.conclude(asked_to_stop(r), STAMP, a_request(asks=True), None, ""),
     ],
     "resolve": [
         lambda r: protocol.resolve(r, STAMP, LAPSED, OUTCOME, NOTE),
         lambda r: protocol.resolve(r, STAMP, LAPSED, None, NOTE),
     ],
+    "cancel": [lambda r: protocol.cancel(r, STAMP, STAMP, ASKED_TO_STOP)],
     "forget": [
         lambda r: (None, protocol.forget(r, STAMP, LAPSED, False)),
         lambda r: (None, protocol.forget(r, STAMP, LAPSED, True)),
@@ -382,7 +404,7 @@ def test_every_transition_of_the_table_is_known_here_and_none_is_left_over() -> 
         assert callable(getattr(protocol, name))
 
 
-@pytest.mark.parametrize("name", sorted(APPLY.keys() - {"committed", "forget"}))
+@pytest.mark.parametrize("name", sorted(APPLY.keys() - {"committed", "cancel", "forget"}))
 def test_a_transition_goes_where_its_row_says_and_from_nowhere_else(name: str) -> None:
     to = TO["exit"] if TO[name].startswith("the same") else TO[name]
     expected = states_in(to)
@@ -422,6 +444,60 @@ def test_whether_a_transaction_settled_it_is_found_out_by_writing() -> None:
     decision, new = committed(None, keep=0)  # then that it is gone says that it was settled
     assert isinstance(decision, Done)
     assert (decision.record.outcome, new) == (OUTCOME, None)
+
+
+def test_what_has_not_begun_is_cancelled_and_what_runs_is_asked_to_stop() -> None:
+    """Row "cancel": the answer never claims more than is known."""
+    for state in State:
+        record = held(state, steps=STEPS, open_steps=("mail",))
+        assert record is not None
+        for now in (STAMP, LAPSED):
+            decision, new = protocol.cancel(record, STAMP, now, ASKED_TO_STOP)
+            lapsed = state is State.RUNNING and now == LAPSED
+            if state.settled or state is State.IN_DOUBT or lapsed:
+                assert (type(decision), new) == (Refused, None)
+            elif state is State.RUNNING:
+                assert isinstance(decision, Done)
+                assert new == record._replace(notes=(ASKED_TO_STOP,))
+                assert protocol.stopping(new)
+                assert protocol.cancel(new, STAMP, now, ASKED_TO_STOP)[1] is None  # no second sign of life
+            else:
+                assert new is not None
+                assert new.outcome is not None
+                assert (new.state, new.steps, new.call) == (State.CANCELLED, STEPS, b"")
+                for said in (
+                    "cancelled by jo",
+                    "done before: step 'charge'",
+                    "not known how it ended: step 'mail'",
+                ):
+                    assert said in new.outcome.missing
+        other_attempt = protocol.cancel(record, STAMP, STAMP, ASKED_TO_STOP, fence=FENCE + 1)
+        assert (type(other_attempt[0]), other_attempt[1]) == (Refused, None)
+
+
+def test_the_wish_to_stop_is_about_one_attempt() -> None:
+    record = held(State.RUNNING, notes=(ASKED_TO_STOP,))
+    assert record is not None
+    assert protocol.stopping(record)
+    _, let_run = protocol.resolve(record, STAMP, LAPSED, None, NOTE)
+    assert let_run is not None
+    assert not protocol.stopping(let_run)
+    ahead = record._replace(fence=STAMP + 5, notes=())  # the store's clock went back since it was claimed
+    _, asked = protocol.cancel(ahead, STAMP, STAMP, ASKED_TO_STOP)
+    assert asked is not None
+    assert protocol.stopping(asked)
+
+
+def test_a_cancelled_action_is_known_for_longer_than_its_retry_takes_to_come() -> None:
+    policy = a_request().policy
+    waiting = held(State.SCHEDULED, lease=1000 * LEASE)
+    assert waiting is not None
+    _, new = protocol.cancel(waiting, STAMP, STAMP, ASKED_TO_STOP)
+    assert new is not None
+    kept = protocol.ttl(new, policy)
+    assert kept is not None
+    assert kept > 1000 * LEASE
+    assert protocol.claim(new, STAMP, STAMP + 1000 * LEASE, a_request())[0] == protocol.Replay(CANCELLED)
 
 
 def test_forgetting_keeps_finished_steps_unless_told() -> None:
@@ -516,7 +592,7 @@ def test_a_write_whose_reply_was_lost_is_done(name: str) -> None:
 
 
 def test_a_settled_outcome_never_changes() -> None:
-    for state in (State.SUCCEEDED, State.FAILED):
+    for state in (State.SUCCEEDED, State.FAILED, State.CANCELLED):
         record = held(state)
         assert record is not None
         for name, ways in APPLY.items():
@@ -602,6 +678,7 @@ def test_evidence_does_not_expire() -> None:
         State.RELEASED: 1,
         State.SUCCEEDED: 1,
         State.FAILED: 2,
+        State.CANCELLED: 1,
     }
 
 

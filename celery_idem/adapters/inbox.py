@@ -36,8 +36,8 @@ from celery_idem.core.errors import ConfigurationError, IdempotencyError, StoreE
 from celery_idem.core.model import Happened, NotHappened
 from celery_idem.engine.entries import Entry
 from celery_idem.operate.background import Background, Latest
-from celery_idem.operate.bulk import Decided, Decision, Line, decide_all
-from celery_idem.operate.operators import Operator
+from celery_idem.operate.bulk import Decided, Decision, Line, decide, decide_all
+from celery_idem.operate.operators import Action, Operator
 
 try:
     from starlette.applications import Starlette
@@ -51,7 +51,9 @@ try:
 
     from celery_idem.adapters.inbox_pages import (
         Overview,
+        Sheet,
         Waiting,
+        actions_of,
         filtered,
         look,
         look_waiting,
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     from celery import Celery
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+T = TypeVar("T")
 Seen = TypeVar("Seen", "Waiting", "Overview")
 
 Authenticate = Callable[[Request], "str | Awaitable[str | None] | None"]
@@ -194,6 +197,7 @@ class _Inbox:
                 Route("/decisions", self._guarded(self._show_decisions)),
                 Route("/intent", self._guarded(self._show_intent)),
                 Route("/resolve", self._guarded(self._resolve), methods=["POST"]),
+                Route("/cancel", self._guarded(self._cancel), methods=["POST"]),
                 Route("/resolve-all", self._guarded(self._resolve_all), methods=["POST"]),
                 Route("/sign-in", self._sign_in, methods=["GET", "POST"]),
                 Route("/sign-out", self._guarded(self._sign_out), methods=["POST"]),
@@ -226,7 +230,7 @@ class _Inbox:
     ) -> Response:
         which = which_of(form)
 
-        def read() -> tuple[Waiting, list[Entry], list[str], list[Entry]]:
+        def read() -> tuple[Waiting, list[Entry], list[str], list[Entry], Sheet[Entry], dict[str, Action]]:
             latest = self._waiting.look()
             seen = _shown(latest, Waiting())
             for key, at in list(self._decided.items()):
@@ -236,9 +240,11 @@ class _Inbox:
             asked = self._operator.as_in_keys(which)
             fitting = [entry for entry in seen.entries if self._operator.fits(entry, asked)]
             tasks = sorted({*self._operator.tasks(), *(entry.task for entry in seen.entries)})
-            return seen, fitting, tasks, _shown(self._figures.look(SOON), Overview()).suspect
+            rows = sheet(fitting, form)
+            suspect = _shown(self._figures.look(SOON), Overview()).suspect
+            return seen, fitting, tasks, suspect, rows, actions_of(self._operator, [*rows.rows, *suspect])
 
-        seen, fitting, tasks, suspect = await run_in_threadpool(read)
+        seen, fitting, tasks, suspect, rows, actions = await run_in_threadpool(read)
         return self._page(
             request,
             "waiting.html",
@@ -252,7 +258,8 @@ class _Inbox:
             fitting=len(fitting) if filtered(which) else seen.total,
             until=seen.read_at - which.older_than,
             tasks=tasks,
-            sheet=sheet(fitting, form),
+            sheet=rows,
+            actions=actions,
             suspect=suspect,
             typed=typed or {},
         )
@@ -302,16 +309,39 @@ class _Inbox:
             problem = INCOMPLETE
         if problem:
             return await self._intent_page(request, key, problem, form)
+        run = form.get("decision") == "run"
+        decision = Decision(key, answer, _user(request), evidence, run, int(fence))
+        decided = await self._changed(decide, self._operator, decision)
+        if decided.why:
+            del form["fence"]  # the page shows what stands there now, and a decision is about that
+            return await self._intent_page(request, key, decided.why, form)
+        self._settled_here(key)
+        return _redirect(request, f"/?settled={quote(key)}")
+
+    async def _cancel(self, request: Request) -> Response:
+        form = await self._form(request)
+        key, evidence, fence = form.get("key", ""), form.get("evidence", "").strip(), form.get("fence", "")
+        if not evidence or not (fence.isdecimal() and len(fence) <= FENCE_DIGITS):
+            return await self._intent_page(request, key, INCOMPLETE if evidence else "Say why.", form)
         try:
-            await run_in_threadpool(self._operator.resolve, key, answer, _user(request), evidence, int(fence))
+            await self._changed(self._operator.cancel, key, _user(request), evidence, int(fence))
+        except IdempotencyError as error:
+            del form["fence"]
+            return await self._intent_page(request, key, str(error), form)
+        self._settled_here(key)
+        return _redirect(request, f"/intent?key={quote(key)}")
+
+    async def _changed(self, change: Callable[..., T], *arguments: Any) -> T:
+        """What a decision comes to.
+
+        Raises:
+            HTTPException: the store does not answer.
+        """
+        try:
+            return await run_in_threadpool(change, *arguments)
         except StoreError as error:
             again = "Go back and send it again: if it was written already, the second one is refused."
             raise HTTPException(503, f"{error} {again}") from None
-        except IdempotencyError as error:
-            del form["fence"]  # the page shows what stands there now, and a decision is about that
-            return await self._intent_page(request, key, str(error), form)
-        self._settled_here(key)
-        return _redirect(request, f"/?settled={quote(key)}")
 
     async def _resolve_all(self, request: Request) -> Response:
         """One decision about all intents that a filter shows, and that have not changed since it was shown."""
@@ -499,7 +529,7 @@ def _answer(form: Mapping[str, str]) -> tuple[Happened | NotHappened, str]:
     """The decision in a form, and what is wrong with it; "" for nothing."""
     if not form.get("evidence", "").strip():
         return NotHappened(), "Say what you saw, and where: the evidence is kept with the decision."
-    if form.get("decision") == "not_happened":
+    if form.get("decision") in ("not_happened", "run"):
         return NotHappened(), ""
     if form.get("decision") != "happened":
         return NotHappened(), INCOMPLETE

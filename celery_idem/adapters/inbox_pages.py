@@ -11,10 +11,13 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from celery_idem.core import keys
+from celery_idem.core.errors import StoreError
 from celery_idem.core.model import NO_OWNER, Record
 from celery_idem.engine.entries import WAITING, Entry, Tally, count
+from celery_idem.operate.bulk import in_threads
 from celery_idem.operate.operators import (
     COMPARE,
+    Action,
     Oldest,
     Operator,
     Resolved,
@@ -113,6 +116,19 @@ def look_waiting(operator: Operator) -> Iterator[Waiting]:
             said = seen.records
             yield replace(seen, entries=oldest.entries(), total=oldest.total)
     yield replace(seen, entries=oldest.entries(), total=oldest.total, whole=True)
+
+
+def actions_of(operator: Operator, entries: Sequence[Entry]) -> dict[str, Action]:
+    """Return which action each intent of a page is, by key: read again, because lists keep no calls."""
+
+    def one(entry: Entry) -> tuple[str, Action]:
+        try:
+            there = operator.ledger_of(entry.key).get(entry.key)
+        except StoreError:
+            there = None
+        return entry.key, operator.action(there or entry)
+
+    return dict(in_threads(one, entries))
 
 
 def slim(entry: Entry) -> Entry:

@@ -27,7 +27,7 @@ WORDS = {
     "already": "settled so before",
     "refused": "refused",
     "not_possible": "not possible",
-    "not_published": "released and not published",
+    "not_published": "decided and not published",
     "invalid": "not understood",
 }
 
@@ -213,6 +213,47 @@ def _report(screen: Screen, number: int, decided: Decided, problems: int) -> Non
 def _summary(counts: Counter[str], dry_run: bool) -> str:
     said = ", ".join(f"{counts[verdict]:,} {word}" for verdict, word in WORDS.items() if counts[verdict])
     return f"{said or 'The file has no lines'}.{' Nothing was changed.' if dry_run else ''}"
+
+
+@command("cancel")
+@click.argument("key")
+@click.option("--by", default=user_and_host, show_default="user@host", help="Your name, for the record.")
+@click.option("--evidence", default="", help="Why, for the record and for its callers.")
+@click.option(
+    "--fence",
+    type=int,
+    help="The fence that `idem show` printed. Refused if it was claimed again since.  [default: the current one]",
+)
+@yes_option
+def cancel(
+    screen: Screen, operator: Operator, key: str, by: str, evidence: str, fence: int | None, yes: bool
+) -> None:
+    """Cancel an action: what has not begun will not run, and what runs is asked to stop.
+
+    Callers of what is cancelled are told so (Cancelled). A body that runs sees self.claim.cancelled; whether it took
+    effect before that, only its end tells. What is in doubt is not cancelled, but resolved.
+    """
+    entry = operator.find(key)
+    screen.confirm(
+        f"{entry.key} is {entry.state}. {operator.action(entry).line}\nIts callers will be told that it was cancelled; "
+        "or, if a worker runs it now, that worker is asked to stop. Go on?",
+        yes,
+    )
+    seen = entry.record.fence if fence is None else fence
+    now = operator.cancel(entry.key, by, evidence, seen)
+    if screen.as_json:
+        screen.json(operator.describe(now))
+        return
+    screen.state(now.state, now.key)
+    if now.record.outcome is not None:
+        screen.line(f"It will not run: {now.record.outcome.missing}.")
+        return
+    lease = now.record.lease / 1e6
+    screen.line(
+        f"It runs on {now.record.place or 'a worker'}, which learns within {lease:g} s that it is to stop, if it "
+        "lives. Whether it stops, and whether it took effect before that, is not known yet: `idem show` tells how it "
+        "ends."
+    )
 
 
 @command("decisions")

@@ -14,7 +14,7 @@ from celery_idem.cli.screen import Screen, command, printable, yes_option
 from celery_idem.core.errors import IdempotencyError, StoreError
 from celery_idem.engine.entries import FILTERS, WAITING, Entry, tallied
 from celery_idem.operate.bulk import in_threads
-from celery_idem.operate.operators import COMPARE, Oldest, Operator, Which, duration
+from celery_idem.operate.operators import COMPARE, Action, Oldest, Operator, Which, duration
 
 NOTHING = 1
 """Exit status of a listing without an entry, as of any answer that is no."""
@@ -87,7 +87,7 @@ def list_(
         oldest.add(entry)
     entries, total = oldest.entries()[lines * (page - 1) :], oldest.total
     for entry in entries:
-        _print_line(screen, entry)
+        _print_line(screen, entry, operator.action(entry))
     if total > len(entries):
         screen.line(
             f"Page {page} of {-(-total // lines):,}, {total:,} intents. --page and --limit show others, --json all."
@@ -107,11 +107,11 @@ def list_(
     raise SystemExit(0 if total else NOTHING)
 
 
-def _print_line(screen: Screen, entry: Entry) -> None:
-    reason = f"  {entry.record.reason}" if entry.record.reason else ""
-    if entry.suspicions:
-        reason += "  MAY HAVE HAPPENED TWICE"
-    screen.state(entry.state, f"{duration(entry.age):>7}  {entry.key}{reason}")
+def _print_line(screen: Screen, entry: Entry, action: Action) -> None:
+    attempt = f"[{action.attempt}]" if entry.record.outcome is None else ""
+    doubled = "MAY HAVE HAPPENED TWICE" if entry.suspicions else ""
+    words = filter(None, (entry.key, action.line, entry.record.reason, doubled, attempt))
+    screen.state(entry.state, f"{duration(entry.age):>7}  {'  '.join(words)}")
 
 
 @command("show")
@@ -125,8 +125,12 @@ def show(screen: Screen, operator: Operator, key: str) -> None:
         return
     screen.line(entry.key, "bold")
     screen.state(entry.state, f"for {duration(entry.age)}, since {form['changed_at']}")
+    if form["action"]:
+        screen.line(f"  {form['action']}")
+    for name, text in form["arguments"].items():
+        screen.line(f"    {name} = {text}")
     for label, value in _facts(form):
-        screen.line(f"  {label:<12} {value}")
+        screen.line(f"  {label:<13} {value}")
     for note in form["notes"]:
         evidence = f" ({note['evidence']})" if note["evidence"] else ""
         screen.line(f"  {note['at']}  {note['by']}: {note['what']}{evidence}")
@@ -144,6 +148,11 @@ def show(screen: Screen, operator: Operator, key: str) -> None:
 def _facts(form: dict[str, Any]) -> list[tuple[str, Any]]:
     """Return the labels and values that are not empty."""
     labels = {
+        "arguments_unknown": "arguments",
+        "not_published": "not run by us",
+        "place": "where",
+        "began_at": "began",
+        "renewed_at": "last heard of",
         "reason": "why",
         "task_id": "task id",
         "attempts": "attempts",
@@ -171,14 +180,17 @@ def advice(entry: Entry) -> str:
         return (
             "It is not known whether it took effect. Check the destination, then record what you saw:\n"
             f"  {this} --happened RESULT --evidence '…'    every caller gets RESULT (JSON)\n"
-            f"  {this} --not-happened --evidence '…'       the next delivery runs it"
+            f"  {this} --not-happened --evidence '…'       the next delivery runs it; with --run at once"
         )
     if entry.state == "running":
-        return "A worker is running it and renews the lease: nothing to do. If it dies, the state becomes lapsed."
+        return (
+            "A worker is running it and renews the lease: nothing to do. If it dies, the state becomes lapsed. "
+            f"`{as_typed()} cancel '{key}'` asks it to stop."
+        )
     if entry.state == "scheduled":
-        return "It waits for its own retry. Nothing to do."
+        return f"It waits for its own retry. Nothing to do. `{as_typed()} cancel '{key}'` cancels it."
     if entry.state == "released":
-        return "It did not take effect. The next delivery runs it."
+        return f"It did not take effect. The next delivery runs it. `{as_typed()} cancel '{key}'` cancels it."
     return f"Its outcome is known and replayed to every caller. `{as_typed()} forget '{key}'` lets it happen again."
 
 

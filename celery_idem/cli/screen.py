@@ -32,6 +32,7 @@ COLOURS = {
     "running": "cyan",
     "scheduled": "cyan",
     "released": "blue",
+    "cancelled": "blue",
     "succeeded": "green",
     "error": "bold red",
     "warning": "yellow",

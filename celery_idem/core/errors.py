@@ -9,6 +9,7 @@
     ├── LeaseLost               another worker took the intent over
     ├── OutcomeUnknown          in doubt; says how to resolve it
     ├── ResultUnavailable       done, but the value was not stored
+    ├── Cancelled               a person cancelled it; it will not run
     └── IntentConflict
         ├── InProgress          another worker is running it (HTTP 409)
         └── FingerprintMismatch same intent, other values   (HTTP 422)
@@ -22,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 __all__ = [
+    "Cancelled",
     "ConfigurationError",
     "FingerprintMismatch",
     "IdempotencyError",
@@ -95,6 +97,18 @@ class ResultUnavailable(IdempotencyError):
 
     Args:
         reason: why the result was not stored.
+    """
+
+    def __init__(self, message: str = "", key: str | None = None, reason: str = "") -> None:
+        super().__init__(message, key, reason)
+        self.reason = reason
+
+
+class Cancelled(IdempotencyError):
+    """A person cancelled the action before it was done, and it will not run.
+
+    Args:
+        reason: who cancelled it and why, and what was done before that.
     """
 
     def __init__(self, message: str = "", key: str | None = None, reason: str = "") -> None:

@@ -49,12 +49,13 @@ class State(IntEnum):
     SUCCEEDED = 4
     FAILED = 5
     IN_DOUBT = 6
+    CANCELLED = 7
     ACCEPTED = 8
 
     @property
     def settled(self) -> bool:
         """The outcome is known and will not change any more."""
-        return self in (State.SUCCEEDED, State.FAILED)
+        return self in (State.SUCCEEDED, State.FAILED, State.CANCELLED)
 
 
 class Outcome(NamedTuple):
@@ -65,6 +66,7 @@ class Outcome(NamedTuple):
         payload: the encoded value or error; None when it could not be stored.
         missing: why there is no payload, for people; empty when there is one.
         replaced_by: id of the task that has the result, where the body handed its action over to one.
+        cancelled: a person cancelled it before it was done; ``missing`` says who, and what is done of it.
         trace: the span in which it was made: 16 bytes of trace id, 8 of span id, 1 of flags; empty where spans are not
             recorded.
     """
@@ -74,6 +76,7 @@ class Outcome(NamedTuple):
     missing: str = ""
     replaced_by: str = ""
     trace: bytes = b""
+    cancelled: bool = False
 
     @property
     def traced(self) -> dict[str, Any]:
@@ -140,6 +143,7 @@ class Resolution(IntEnum):
     HAPPENED = 101
     NOT_HAPPENED = 102
     FORGOTTEN = 103
+    CANCELLED = 104
 
 
 class Note(NamedTuple):

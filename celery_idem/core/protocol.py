@@ -12,6 +12,7 @@ record       condition, first that holds                      decision, and new 
 absent                                                        Acquired, RUNNING      (1)
 any          fingerprint differs                              Mismatch               (2)
 SUCCEEDED                                                     Replay                 (1)
+CANCELLED                                                     Replay                 (1)
 FAILED       has finished steps, failure_ttl is over          Acquired, RUNNING      (10)
 FAILED       otherwise                                        Replay                 (1)
 RELEASED                                                      Acquired, RUNNING      (1)
@@ -19,12 +20,16 @@ ACCEPTED                                                      Acquired, RUNNING 
 SCHEDULED    same task id, or past its deadline               Acquired, RUNNING      (1)
 SCHEDULED    otherwise                                        Busy                   (1)
 RUNNING      own owner (a lost reply)                         Acquired               (7)
+RUNNING      owner carried by this message, asked to stop     Replay, CANCELLED      (13)
 RUNNING      owner carried by this message                    Acquired, RUNNING      (7)
 RUNNING      lease live                                       Busy                   (1)
+RUNNING      lapsed, asked to stop, in one transaction        Replay, CANCELLED      (13)
 RUNNING      lapsed, can ask                                  Ask, IN_DOUBT          (3)
+RUNNING      lapsed, asked to stop                            InDoubt, IN_DOUBT      (13)
 RUNNING      lapsed, on_crash in_doubt                        InDoubt, IN_DOUBT      (3)
 RUNNING      lapsed, crashes reach max_attempts               InDoubt, IN_DOUBT      (8)
 RUNNING      lapsed, resume, rerun or transaction             Acquired, RUNNING      (3)
+IN_DOUBT     owner carried by this message, asked to stop     Replay, CANCELLED      (13)
 IN_DOUBT     owner carried by this message                    Acquired, RUNNING      (7)
 IN_DOUBT     own question (a lost reply)                      Ask                    (7)
 IN_DOUBT     a worker asks under a live lease                 Busy                   (3)
@@ -48,8 +53,8 @@ recover       RUNNING, SCHEDULED, ACCEPTED   same, lease over; not taken: IN_DOU
 revoked       ACCEPTED, SCHEDULED            RELEASED                                    (11)
 settle        RUNNING, IN_DOUBT, absent      SUCCEEDED or FAILED
 committed     SUCCEEDED                      nothing: an author's transaction settled it     (9)
-schedule      RUNNING, IN_DOUBT              SCHEDULED until the retry's ETA and a grace (5)
-release       RUNNING, IN_DOUBT              RELEASED (finished steps stay)              (5)
+schedule      RUNNING, IN_DOUBT              SCHEDULED until the retry's ETA and a grace (5); CANCELLED: asked to stop
+release       RUNNING, IN_DOUBT              RELEASED (finished steps stay)              (5); CANCELLED: asked to stop
 doubt         RUNNING, IN_DOUBT              IN_DOUBT                                    (5)
 renew         RUNNING, own IN_DOUBT          same, new lease (a question is its asker's)
 begin_step    RUNNING                        RUNNING with one more open step
@@ -57,15 +62,17 @@ end_step      RUNNING, IN_DOUBT              same, the step and its result added
 exit          RUNNING                        IN_DOUBT; RUNNING, lease over, where a claim decides (5)
 lapse         RUNNING, IN_DOUBT              same, lease over: its process is dead            (3)
 died          RUNNING of a dead process      the same (says its parent)                      (3)
-conclude      IN_DOUBT, own question         SUCCEEDED, RUNNING or IN_DOUBT              (3)
+conclude      IN_DOUBT, own question         SUCCEEDED, RUNNING or IN_DOUBT              (3); CANCELLED: asked to stop
 resolve       IN_DOUBT, lapsed RUNNING       SUCCEEDED or RELEASED (says a person)
+cancel        open, not IN_DOUBT             CANCELLED; RUNNING, asked to stop (says a person) (13)
 forget        any but a live RUNNING         RELEASED with its finished steps; else nothing is left (10)
 ============  =============================  ==============================================
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from itertools import islice
 from typing import Any
 
 from celery_idem.core import digests
@@ -190,8 +197,10 @@ def ttl(record: Record, policy: Policy) -> int | None:
     state = record.state
     if state is _SUCCEEDED:
         return policy.result_ttl
-    if state is not _FAILED and state is not _RELEASED:
+    if state not in (_FAILED, _RELEASED, State.CANCELLED):
         return None
+    if state is State.CANCELLED:  # longer than the retry that is still to come takes
+        return record.lease + (max(policy.result_ttl, LEAST_STEPS) if record.steps else policy.result_ttl)
     if not record.steps:
         return policy.failure_ttl if state is State.FAILED else policy.result_ttl
     steps = max(policy.result_ttl, LEAST_STEPS)
@@ -498,6 +507,10 @@ def _acquire(record: Record, now: int, request: Request) -> tuple[Acquired, Reco
 def _take_up_again(record: Record, now: int, request: Request) -> tuple[Decision, Record]:
     """Rule 7: the claim of an execution whose body never ran. A new owner all the same,
     so that a second copy of the message that carries the old one finds nothing to take."""
+    if stopping(record):
+        new = _cancelled(record)
+        assert new.outcome is not None
+        return Replay(new.outcome), new
     _, new = _acquire(record, now, request)
     new = replace(new, attempts=record.attempts)
     return Acquired(new), new
@@ -509,6 +522,10 @@ def _claim_lapsed(record: Record, stamp: int, now: int, request: Request) -> tup
     if record.recovery is None:  # else recovery has noted it, before its own write
         record = _with_past(record, stamp)
     record = _one_more_crash(record)
+    if stopping(record) and request.policy.on_crash == "transaction":
+        new = _cancelled(record)
+        assert new.outcome is not None
+        return Replay(new.outcome), new
     decision: Ask | InDoubt | Acquired
     if request.policy.asks:
         decision, new = _ask(replace(record, reason=CRASHED), now, request)
@@ -528,7 +545,7 @@ def _why_in_doubt(record: Record, policy: Policy, reason: str) -> str:
     """Why only a person can decide after this crash; "" where a claim can."""
     if policy.asks:
         return ""
-    if policy.on_crash == "in_doubt":
+    if policy.on_crash == "in_doubt" or (stopping(record) and policy.on_crash != "transaction"):
         return reason
     return TOO_MANY.format(record.crashes) if record.crashes >= policy.max_attempts else ""
 
@@ -587,9 +604,10 @@ def conclude(
         return Replay(record.outcome), None
     if answer is not None and record.state in (State.IN_DOUBT, State.RELEASED):
         # Evidence that it happened counts whichever worker asked, and against a person who said it did not.
-        new = _settled(
-            _noted(record, Note(now, "reconcile", "happened", "", resolution=Resolution.HAPPENED)), answer
-        )
+        note = Note(now, "reconcile", "happened", "", resolution=Resolution.HAPPENED)
+        new = _settled(_noted(record, note), answer)
+        if not request.task_id:  # asked by an operator: the action's own caller has no answer yet
+            new = replace(new, call=record.call)
         return Replay(answer), new
     if record.state is not State.IN_DOUBT or record.asking != request.owner:
         if record.state is State.RUNNING and record.owner == request.owner:
@@ -600,15 +618,21 @@ def conclude(
     if reason:
         return _put_in_doubt(_noted(record, Note(now, "reconcile", "cannot tell", reason)), reason)
     record = _noted(record, Note(now, "reconcile", "did not happen", "", resolution=Resolution.NOT_HAPPENED))
+    record = replace(record, open_steps=())
+    if stopping(record):
+        new = _cancelled(record)
+        assert new.outcome is not None
+        return Replay(new.outcome), new
     if record.crashes >= request.policy.max_attempts:
         return _put_in_doubt(record, TOO_MANY.format(record.crashes))
-    return _acquire(replace(record, open_steps=()), now, request)
+    return _acquire(record, now, request)
 
 
 def _settled(record: Record, outcome: Outcome) -> Record:
     """Only what a replay, a late owner, or the attempt after a failure needs to see stays in a settled record."""
+    state = State.CANCELLED if outcome.cancelled else _SUCCEEDED if outcome.succeeded else _FAILED
     return Record(
-        state=_SUCCEEDED if outcome.succeeded else _FAILED,
+        state=state,
         owner=record.owner,
         task_id=record.task_id,
         fence=record.fence,
@@ -739,13 +763,16 @@ def schedule(
         call: of the retry; empty for the record's own.
     """
     if _holds(record, owner):
+        if stopping(record):
+            new = replace(_cancelled(record), lease=delay)
+            return Done(new), new
         new = replace(
             record, state=State.SCHEDULED, lease=delay, asking=b"", reason="", call=call or record.call
         )
         if task_id:
             new = replace(new, task_id=task_id)
         return Done(new), new
-    if record.owner == owner and record.state is State.SCHEDULED:
+    if record.owner == owner and record.state in (State.SCHEDULED, State.CANCELLED):
         return Done(record), None
     return Refused(record), None
 
@@ -753,9 +780,12 @@ def schedule(
 def release(record: Record, owner: bytes) -> tuple[Done | Refused, Record | None]:
     """Nothing happened (beyond finished steps): any caller may claim it again."""
     if _holds(record, owner):
+        if stopping(record):
+            new = _cancelled(record)
+            return Done(new), new
         new = replace(record, state=State.RELEASED, owner=NO_OWNER, lease=0, asking=b"", reason="")
         return Done(new), new
-    if record.state is State.RELEASED:
+    if record.state is State.RELEASED or (record.owner == owner and record.state is State.CANCELLED):
         return Done(record), None
     return Refused(record), None
 
@@ -977,7 +1007,13 @@ def end_step(
 
 
 def resolve(
-    record: Record, stamp: int, now: int, outcome: Outcome | None, note: Note, fence: int | None = None
+    record: Record,
+    stamp: int,
+    now: int,
+    outcome: Outcome | None,
+    note: Note,
+    fence: int | None = None,
+    owed: bool = False,
 ) -> tuple[Done | Refused, Record | None]:
     """A person decides: ``outcome`` where it happened, None where it did not.
 
@@ -986,6 +1022,7 @@ def resolve(
 
     Args:
         fence: of the record that the person looked at; None: they take what stands there.
+        owed: keep the call of what happened until it was published once more: that answers its caller (see ``told``).
     """
     looked_at_another = fence is not None and fence != record.fence
     open_question = record.state is State.IN_DOUBT or lapsed(record, stamp, now)
@@ -996,8 +1033,58 @@ def resolve(
     if outcome is None:
         new = _let_run(record, now)
         return Done(new), new
-    new = replace(_settled(record, outcome), owner=NO_OWNER)
+    new = replace(_settled(record, outcome), owner=NO_OWNER, call=record.call if owed else b"")
     return Done(new), new
+
+
+def told(record: Record) -> Record | None:
+    """The call of a decided intent was published once more, and need not be kept any longer."""
+    return replace(record, call=b"") if record.outcome is not None and record.call else None
+
+
+def stopping(record: Record) -> bool:
+    """A person asked the present attempt to stop."""
+    return any(note.resolution is Resolution.CANCELLED and note.at >= record.fence for note in record.notes)
+
+
+def cancel(
+    record: Record, stamp: int, now: int, note: Note, fence: int | None = None
+) -> tuple[Done | Refused, Record | None]:
+    """A person cancels. What has not begun gets that as its outcome; what runs is asked to stop, and goes on until
+    it hears of it: whether it had its effect by then, only its end tells.
+
+    Refused where that is unknown already, and where the outcome is known.
+
+    Args:
+        fence: as for ``resolve``.
+    """
+    if fence is not None and fence != record.fence:
+        return Refused(record), None
+    if record.state in (State.ACCEPTED, State.SCHEDULED, State.RELEASED):
+        ahead = max(0, left(record, stamp, now))  # a retry that is to come has to find this
+        new = replace(_cancelled(_noted(record, note)), lease=ahead)
+        return Done(new), new
+    if record.state is not State.RUNNING or lapsed(record, stamp, now):
+        return Refused(record), None
+    if stopping(record):
+        return Done(record), None  # each write is taken for a sign of life
+    new = _noted(record, note._replace(at=max(now, record.fence)))
+    return Done(new), new
+
+
+def _cancelled(record: Record) -> Record:
+    """The outcome of what a person cancelled. It says what is done of it, and what nobody knows."""
+    note = next(note for note in reversed(record.notes) if note.resolution is Resolution.CANCELLED)
+    says = f"cancelled by {note.by}" + (f": {note.evidence}" if note.evidence else "")
+    if record.steps:
+        says += f"; done before: {_named(step.name for step in record.steps)}"
+    if record.open_steps:
+        says += f"; begun before, and not known how it ended: {_named(record.open_steps)}"
+    return _settled(record, Outcome(False, None, says, cancelled=True))
+
+
+def _named(steps: Iterable[str]) -> str:
+    return ", ".join(f"step {name!r}" for name in islice(steps, MAX_NAMED))
 
 
 def forget(record: Record, stamp: int, now: int, steps: bool) -> Record | None:

@@ -246,7 +246,7 @@ def _unpack(value: bytes, stamp: int) -> Record:
     if parts & _REPLACED_BY:
         outcome = Outcome(succeeded, None, "", read.text(), trace)
     elif parts & _MISSING:
-        outcome = Outcome(succeeded, None, read.text(), "", trace)
+        outcome = Outcome(succeeded, None, read.text(), "", trace, state is State.CANCELLED)
     elif parts & _PAYLOAD:
         outcome = Outcome(succeeded, read.rest(), "", "", trace)
     if not read.at_end() or (outcome is not None) != state.settled:

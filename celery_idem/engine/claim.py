@@ -85,6 +85,16 @@ class Claim:
         """
         return self._hold.lost
 
+    @property
+    def cancelled(self) -> bool:
+        """True once this execution knows that a person asked it to stop (``idem cancel``): a third of a lease later at
+        most, or at its next step.
+
+        A body that had no effect yet stops with ``raise Ignore``: then the action is cancelled, and its callers are
+        told. However else it ends, that counts, as ever.
+        """
+        return self._hold.cancelled
+
     def downstream_key(self, name: str) -> str:
         """A key for one call this body makes, such as ``"charge"``: the same in every
         attempt, ASCII, and short enough for an ``Idempotency-Key`` header."""
@@ -230,6 +240,11 @@ class Hold:
     def lost(self) -> bool:
         """See ``Claim.lost``."""
         return self._taken_over or self.ended or clock.elapsed() > self.trusted_until
+
+    @property
+    def cancelled(self) -> bool:
+        """See ``Claim.cancelled``."""
+        return protocol.stopping(self._seen[1])
 
     def __repr__(self) -> str:
         return f"<Hold {self.key} {self._phase.value} fence={self.fence}>"

@@ -1,8 +1,9 @@
 """All events are emitted here, to the log and to listeners; and nothing else in the package writes to a log.
 
-Listeners get no argument values. They run on a thread of their own: what one raises is logged and dropped, and one
-that blocks delays other listeners, but no task for longer than ``PATIENCE``. The package brings some listeners:
-``celery_idem.telemetry`` and ``celery_idem.telemetry.signals``.
+Listeners get no argument values, but for ``action`` of ``in_doubt``, which says which action it is. They run on a
+thread of their own: what one raises is logged and dropped, and one that blocks delays other listeners, but no task for
+longer than ``PATIENCE``. The package brings some listeners: ``celery_idem.telemetry`` and
+``celery_idem.telemetry.signals``.
 
 The log record of an event carries ``idem_event``, ``idem_key``, ``idem_task``, ``idem_task_id``, ``idem_details``, and
 where it happened (``idem_worker``, ``idem_host``, ``idem_pid``), for formatters that write JSON. What is no event of an
@@ -68,7 +69,10 @@ KINDS = {
         says="the intent is known with other values; nothing ran",
     ),
     "in_doubt": Kind(
-        logging.ERROR, {**_TASK, "reason": str}, says="it is not known whether the effect happened"
+        logging.ERROR,
+        {**_TASK, "reason": str},
+        {"action": str},
+        says="it is not known whether the effect happened",
     ),
     "still_in_doubt": Kind(
         logging.INFO, {**_TASK, "reason": str}, says="a repeat found the intent in doubt; nothing ran"
@@ -132,7 +136,7 @@ class Event(NamedTuple):
     Attributes:
         kind: one of ``KINDS``.
         key: the idempotency key.
-        details: the fields of its kind; never an argument's value.
+        details: the fields of its kind; an argument's value only in ``action``, and never a secret one.
     """
 
     kind: str

@@ -76,6 +76,10 @@ def _each_once(found: Iterator[Entry]) -> Iterator[Entry]:
             yield entry
 
 
+Teller = Callable[[str, bytes], Callable[[], object] | None]
+"""From a key and a packed call to what publishes it; None where that cannot be published."""
+
+
 class Ledger:
     """All intents of one namespace in one store.
 
@@ -99,6 +103,8 @@ class Ledger:
         self._is_shadow = False
         self.result_ttl = result_ttl
         self.codec = codec or Codec()
+        self.teller: Teller = lambda key, call: None
+        """How the caller of an intent that was decided by hand gets its answer."""
 
     def shadow(self) -> Ledger:
         """The same place, with records of its own that no claim here ever sees."""
@@ -366,6 +372,9 @@ class Ledger:
     ) -> Entry:
         """Settle an intent in doubt by hand. Audited in the record.
 
+        What happened is also answered to the caller who was told that it is unknown, or nothing: its call is published
+        once more, as a duplicate. Should this end in between, the same decision once more does it.
+
         Args:
             by: who decides.
             evidence: what they saw.
@@ -382,23 +391,27 @@ class Ledger:
             keep = self.result_ttl(keys.task_of(key) or key)
         policy = Policy(lease=0, result_ttl=int(keep * MICROSECONDS), failure_ttl=int(keep * MICROSECONDS))
         outcome = self.outcome_of(answer.result) if isinstance(answer, Happened) else None
+        tell: Callable[[], object] | None = None
         resolution = Resolution.NOT_HAPPENED if outcome is None else Resolution.HAPPENED
         what = "happened" if outcome is not None else "not happened"
 
         def decide(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
-            nonlocal fence
+            nonlocal fence, tell
             if record is None:
                 return Refused(None), None
             if fence is None:
                 fence = record.fence  # not that of an attempt that begins while this decision is written
             note = Note(now, by, what, evidence, resolution=resolution)
-            done, new = protocol.resolve(record, stamp, now, outcome, note, fence)
+            tell = self.teller(key, record.call) if outcome is not None and record.call else None
+            done, new = protocol.resolve(record, stamp, now, outcome, note, fence, tell is not None)
             return done, None if dry_run else new
 
         done, reply = self._change(key, decide, policy)
         if isinstance(done, Refused):
             if done.record is None:
-                raise IdempotencyError(f"There is no intent {key} in {self.store.url}.", key)
+                raise self._no_intent(key)
+            if outcome is not None and done.record.outcome == outcome and tell is not None and not dry_run:
+                self.tell(key, tell, policy)  # decided before, and then it ended
             if fence not in (None, done.record.fence):
                 raise _taken_up(key, fence, done.record)
             mark = done.record.noticed
@@ -418,7 +431,71 @@ class Ledger:
         assert reply.stored is not None
         if not dry_run:
             events.emit("resolved", key, by=by, what=what)
+            if tell is not None:
+                self.tell(key, tell, policy)
         return Entry(key, done.record, reply.stored.stamp, reply.stored.stamp)
+
+    def tell(self, key: str, publish: Callable[[], object], policy: Policy) -> None:
+        """Publish the call of an intent that was decided by hand: its caller gets the outcome. Then it is dropped.
+
+        Raises:
+            IdempotencyError: the broker did not take it. The outcome stands.
+        """
+        publish()
+
+        def decide(record: Record | None, stamp: int, now: int) -> tuple[None, Record | None]:
+            return None, protocol.told(record) if record is not None else None
+
+        self._change(key, decide, policy)
+
+    def cancel(self, key: str, *, by: str, evidence: str = "", fence: int | None = None) -> Entry:
+        """Cancel an action. What has not begun will not run, and its callers are told so. What runs is asked to stop
+        (``self.claim.cancelled``): whether it had its effect by then, only its end tells. Audited in the record.
+
+        Args:
+            by: who cancels.
+            evidence: why.
+            fence: as for ``resolve``.
+
+        Returns:
+            The intent as it is now: ``cancelled``, or still ``running``.
+
+        Raises:
+            IdempotencyError: there is no such intent, it is in doubt, its outcome is known, or its fence is another
+                one.
+        """
+        keep = int(self.result_ttl(keys.task_of(key) or key) * MICROSECONDS)
+        policy = Policy(lease=0, result_ttl=keep, failure_ttl=keep)
+
+        def decide(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
+            if record is None or record.state is State.CANCELLED:
+                return Refused(record), None
+            note = Note(now, by, "cancelled", evidence, resolution=Resolution.CANCELLED)
+            return protocol.cancel(record, stamp, now, note, fence)
+
+        done, reply = self._change(key, decide, policy)
+        if done.record is None:
+            raise self._no_intent(key)
+        assert reply.stored is not None
+        entry = Entry(key, done.record, reply.stored.stamp, reply.now or reply.stored.stamp)
+        if isinstance(done, Done) or done.record.state is State.CANCELLED:
+            if reply.done:
+                events.emit(
+                    "resolved", key, by=by, what="cancelled" if done.record.outcome else "asked to stop"
+                )
+            return entry
+        if fence not in (None, done.record.fence):
+            raise _taken_up(key, fence, done.record)
+        if done.record.outcome is not None:
+            raise IdempotencyError(f"{key} is {entry.state} already: there is nothing to cancel.", key)
+        raise IdempotencyError(
+            f"{key} is {entry.state}: whether it took effect is not known, so it cannot be cancelled. Look at the "
+            "destination, then `idem resolve` it.",
+            key,
+        )
+
+    def _no_intent(self, key: str) -> IdempotencyError:
+        return IdempotencyError(f"There is no intent {key} in {self.store.url}.", key)
 
     def forget(self, key: str, steps: bool = False, fence: int | None = None) -> bool:
         """Let an intent run again, whatever its state: the next call with this key runs.

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar
 
 from celery_idem.core import protocol
 from celery_idem.core.errors import (
+    Cancelled,
     FingerprintMismatch,
     LeaseLost,
     OutcomeUnknown,
@@ -193,6 +194,10 @@ class Job(ABC):
     def announced(self) -> None:
         """It was written and published."""
 
+    def shown(self) -> str:
+        """Which action it is, for people. It never raises."""
+        return ""
+
     def replaying(self, own: bool) -> None:
         """What follows is the answer of an earlier execution; ``own``: of one with the same task id."""
 
@@ -334,16 +339,21 @@ class Runner:
             raise job.answer(mismatch(job.key, decision.differs))
         assert isinstance(decision, InDoubt)
         if decision.first:
-            events.emit("in_doubt", job.key, task_id=job.task_id, reason=decision.reason)
+            self._in_doubt(job, decision.reason)
         else:
             events.emit("still_in_doubt", job.key, task_id=job.task_id, reason=decision.reason)
         raise job.answer(in_doubt(job.key, decision.reason))
+
+    def _in_doubt(self, job: Job, reason: str, cause: BaseException | None = None) -> None:
+        events.emit("in_doubt", job.key, cause=cause, task_id=job.task_id, reason=reason, action=job.shown())
 
     def _replayed(self, job: Job, replay: Replay) -> Any:
         """The stored value, or the stored exception raised."""
         key, codec, outcome = job.key, self.ledger.codec, replay.outcome
         what, why = "was not stored", outcome.missing
         job.replaying(replay.own)
+        if outcome.cancelled:
+            raise job.answer(cancelled(key, outcome))
         if outcome.succeeded and outcome.payload is not None:
             try:
                 return codec.decode(outcome.payload, key)
@@ -618,7 +628,7 @@ class Runner:
         ending = protocol.ending(kind, job.options.policy)
         in_step = next((cause for cause in own if isinstance(cause, OutcomeUnknown)), None)
         if in_step is not None:  # it has said so in the record already
-            events.emit("in_doubt", job.key, cause=error, task_id=job.task_id, reason=in_step.reason)
+            self._in_doubt(job, in_step.reason, error)
             raise job.answer(error)
         patience = EXIT_PATIENCE if kind is Raised.EXIT else job.options.patience
         if kind is Raised.REPLACED:
@@ -640,13 +650,17 @@ class Runner:
             _whatever_comes(lambda p, last: self._settle_error(job, hold, error, p), patience)
             raise error
         reason = f"the body was interrupted by {', '.join(type(cause).__name__ for cause in causes)}"
+        done: Done | Refused | None = None
         try:
             if ending is State.SCHEDULED:
-                hold.schedule(job.retry_delay(error), patience, job.retry_task_id(), job.retry_call())
-                events.emit("scheduled", job.key, task_id=job.task_id)
+                delay = job.retry_delay(error)
+                done = hold.schedule(delay, patience, job.retry_task_id(), job.retry_call())
+                if not _is_cancelled(done):
+                    events.emit("scheduled", job.key, task_id=job.task_id)
             elif ending is State.RELEASED:
-                hold.release(patience)
-                events.emit("released", job.key, task_id=job.task_id, why=type(error).__name__)
+                done = hold.release(patience)
+                if not _is_cancelled(done):
+                    events.emit("released", job.key, task_id=job.task_id, why=type(error).__name__)
             elif kind is Raised.EXIT:
                 done = hold.exit(reason, patience)
                 if overtaken(done, hold):
@@ -657,9 +671,13 @@ class Runner:
                 if overtaken(done, hold):
                     late = self._alarm(job, hold, done)
                     raise error if kind is Raised.DOUBTFUL_RETRY else late  # a retry comes as a duplicate
-                events.emit("in_doubt", job.key, cause=error, task_id=job.task_id, reason=reason)
+                self._in_doubt(job, reason, error)
         except StoreError as silence:
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(silence))
+        if done is not None and _is_cancelled(done):
+            events.emit("settled", job.key, task_id=job.task_id, succeeded=False)
+            if ending is State.RELEASED:  # a retry that is on its way is told
+                raise cancelled(job.key, done.record.outcome) from error
         if ending is not State.IN_DOUBT or kind in (Raised.EXIT, Raised.DOUBTFUL_RETRY):
             raise error  # the retry that is on its way asks the destination, or says that it is in doubt
         if job.options.policy.asks:
@@ -701,6 +719,20 @@ def _whatever_comes(settle: Callable[[float, bool], T], patience: float) -> T:
         if isinstance(interrupt, Exception):
             return shown
         raise
+
+
+def _is_cancelled(done: Done | Refused) -> TypeGuard[Done]:
+    """The body was asked to stop, and what it did is an end."""
+    return isinstance(done, Done) and done.record.state is State.CANCELLED
+
+
+def cancelled(key: str, outcome: Outcome | None) -> Cancelled:
+    reason = outcome.missing if outcome is not None else ""
+    return Cancelled(
+        f"{key} was {reason}. It will not run. `celery -A proj idem forget '{key}'` lets it happen after all.",
+        key,
+        reason,
+    )
 
 
 def in_doubt(key: str, reason: str) -> OutcomeUnknown:

@@ -8,6 +8,7 @@ __all__ = [
     "awaiting",
     "declaring",
     "delivery",
+    "describing",
     "looking",
     "looks",
     "messages",

@@ -35,7 +35,7 @@ from celery_idem.core.model import Again, Coming, InDoubt, Verdict
 from celery_idem.engine import events, owners
 from celery_idem.engine.bounded import Bounded, TooLateError
 from celery_idem.engine.claim import doubt_message
-from celery_idem.integration import publishing, purging, recovering, republishing
+from celery_idem.integration import declaring, describing, publishing, purging, recovering, republishing
 from celery_idem.integration.delivery import WAITS
 from celery_idem.integration.messages import BODY, ENCODING
 
@@ -177,6 +177,10 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             then=type(verdict).__name__,
             redelivered=redelivered,
         )
+        if isinstance(verdict, InDoubt):
+            describe = declaring.options_of(type(self.task)).describe
+            said = describing.said(guard.declaration, describe, self.args, self.kwargs, context.headers or {})
+            events.emit("in_doubt", key, task_id=self.id, reason=verdict.reason, action=said.line)
         if redelivered or self._already_revoked or verdict is None:
             return False
         return self._carry_out(verdict, key, again)

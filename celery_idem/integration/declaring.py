@@ -15,7 +15,7 @@ from celery_idem.core import keys
 from celery_idem.core.errors import ConfigurationError
 from celery_idem.core.pydantic_models import Reader
 from celery_idem.core.signatures import Called, Opaque, called
-from celery_idem.integration import options, placing
+from celery_idem.integration import describing, options, placing
 from celery_idem.integration.settings import Settings, of_app
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _declaration_of(cls: type[Any], app: Celery, asked: bool, in_code: bool) -> 
     settings_of(cls, app)
     known = called_of(cls)
     _check_foreign_secret(cls, known)
-    return keys.declare(
+    declaration = keys.declare(
         task=cls.name,
         signature=known.signature,
         intent=intent,
@@ -75,6 +75,16 @@ def _declaration_of(cls: type[Any], app: Celery, asked: bool, in_code: bool) -> 
         renamed=known.renamed,
         aliases=vars(cls).get("aliases", ()),  # not inherited: a name is one task's
     )
+    described = describing.checked(cls.name, _describe(cls), declaration)
+    setattr(cls, options.KEPT, options_of(cls)._replace(describe=described))
+    return declaration
+
+
+def _describe(cls: type[Any]) -> Any:
+    """``describe=``; not a method of that name, which is its author's own."""
+    given = inspect.getattr_static(cls, "describe", None)
+    given = given.__func__ if isinstance(given, staticmethod) else given
+    return None if _is_method(given, "describe") else given
 
 
 def register_names(cls: type[Any], app: Celery, names: tuple[str, ...]) -> None:
@@ -156,9 +166,9 @@ def _take_signature(cls: type[Any]) -> None:
     """Move the option ``signature=`` to ``_signature_given``: Celery has a method of that name."""
     named = [vars(c)["signature"] for c in cls.__mro__ if "signature" in vars(c)]
     given = named[0]
-    if _is_method(given):
+    if _is_method(given, "signature"):
         return
-    cls.signature = next(filter(_is_method, named))
+    cls.signature = next(one for one in named if _is_method(one, "signature"))
     if isinstance(given, str):
         given = symbol_by_name(given)
     given = given.__func__ if isinstance(given, staticmethod) else given
@@ -173,11 +183,11 @@ def _take_signature(cls: type[Any]) -> None:
     cls._signature_given = given
 
 
-def _is_method(given: Any) -> bool:
-    """Whether it is Celery's method or an override, and not a function that shows the task's parameters."""
+def _is_method(given: Any, name: str) -> bool:
+    """Whether it is a method of that name (Celery's, an override), and not a function that was given as an option."""
     return (
         isinstance(given, FunctionType)
-        and given.__name__ == "signature"
+        and given.__name__ == name
         and given.__code__.co_varnames[: given.__code__.co_argcount][:1] == ("self",)
     )
 

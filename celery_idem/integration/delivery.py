@@ -55,7 +55,7 @@ from celery_idem.engine.ledger import Ledger
 from celery_idem.engine.runner import Job, Options, Runner, Why
 from celery_idem.engine.shadow import ShadowRunner
 from celery_idem.engine.steps import run_step
-from celery_idem.integration import answers, declaring, messages, placing, republishing
+from celery_idem.integration import answers, declaring, describing, messages, placing, republishing
 from celery_idem.integration.guarded import GuardedTask
 from celery_idem.integration.settings import Settings
 from celery_idem.integration.wiring import is_backends, ledger_of
@@ -338,6 +338,11 @@ class Delivery(Job):
 
     def orphaned(self, call: bytes) -> None:
         messages.answer(self.task.app, self.key, call)
+
+    def shown(self) -> str:
+        describe = declaring.options_of(type(self.task)).describe
+        headers = self.request.headers or {}
+        return describing.said(self.guard.declaration, describe, self.args, self.kwargs, headers).line
 
     def said(self) -> Any:
         state, meta = self.request.idem_said

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from celery_idem.core import keys, protocol
 from celery_idem.core.errors import (
+    Cancelled,
     FingerprintMismatch,
     IdempotencyError,
     InProgress,
@@ -138,7 +139,8 @@ def from_record(entry: Entry, key: str, task_id: str, source: Look) -> Receipt |
         assert source.ledger is not None
         result, why = _outcome(outcome, key, source.ledger, source.secret)
         if not outcome.succeeded:
-            return Receipt("failed", key, task_id, None, why, _source=source)
+            said: Code = "cancelled" if outcome.cancelled else ""
+            return Receipt("failed", key, task_id, None, why, said, _source=source)
         status = "executed" if mine else "replayed"
         code = "not_kept" if why else ""
         return Receipt(status, key, task_id, result, why, code, _source=source)
@@ -234,6 +236,8 @@ def from_celery(receipt: Receipt, source: Look, entry: Entry | None) -> Receipt 
         return replace(receipt, status="conflict", differs=tuple(value.differs))
     if isinstance(value, ResultUnavailable):
         return replace(receipt, status="replayed", reason=value.reason, code="not_kept")
+    if isinstance(value, Cancelled):
+        return replace(receipt, status="failed", reason=value.reason, code="cancelled")
     if isinstance(value, InProgress):
         return replace(receipt, status="in_progress", retry_after=value.retry_after)
     if isinstance(value, (OutcomeUnknown, LeaseLost)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from kombu.serialization import dumps, loads, prepare_accept_content, registry
 
 from celery_idem.core import calls, keys
 from celery_idem.core.calls import Call, Why
+from celery_idem.core.errors import IdempotencyError
 from celery_idem.core.keys import Declaration
 from celery_idem.core.model import ACCEPTED_AT, KEY, MESSAGE, Stored
 from celery_idem.engine import events
@@ -344,3 +345,50 @@ def _headers(app: Celery, task: str, key: str, call: Call) -> dict[str, Any]:
         KEY: key,
         MESSAGE: call.task_id,
     }
+
+
+class BrokerError(IdempotencyError):
+    """The broker did not take a call. Recovery goes on later."""
+
+
+def call_in(packed: bytes) -> tuple[Call | None, str]:
+    """Return the call in packed bytes, or None and why it is not there, for people."""
+    if not packed:
+        return None, "its record holds no call"
+    missing = calls.missing(packed)
+    if missing is not None:
+        return None, _WHY[missing]
+    try:
+        return calls.unpack(packed), ""
+    except ValueError as error:
+        return None, f"its call cannot be read ({error})"
+
+
+_WHY = {
+    calls.Why.OFF: "its call was not kept (keep_call=False)",
+    calls.Why.TOO_LARGE: "its call was not kept: it is larger than max_call_bytes",
+    calls.Why.UNWRITABLE: "its call was not kept: its serializer refuses an argument or a header",
+}
+
+
+def publisher(app: Celery, key: str, packed: bytes) -> Callable[[], object] | None:
+    """Return what publishes a packed call; None where it cannot be published.
+
+    That raises ``BrokerError``.
+    """
+    call, _ = call_in(packed)
+    if call is None or not call.publishable:
+        return None
+    found = call
+
+    def again() -> None:
+        try:
+            publish(app, key, found)
+        except Exception as error:  # of any driver
+            raise BrokerError(
+                f"{key} is decided, and the broker did not take its call ({type(error).__name__}): decide it again, "
+                "the same way.",
+                key,
+            ) from error
+
+    return again

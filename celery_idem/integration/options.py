@@ -25,6 +25,7 @@ WORDS = (
     "intent",
     "must_match",
     "secret",
+    "describe",
     "signature",
     "intent_version",
     "aliases",
@@ -73,11 +74,13 @@ class Options(NamedTuple):
         given: settings of its own, checked.
         strays: attributes that may have been meant as settings.
         in_code: its own class declares the intent, not the configuration.
+        describe: as a format string or a function; None: neither.
     """
 
     given: Mapping[str, Any] = {}
     strays: tuple[Stray, ...] = ()
     in_code: bool = False
+    describe: Any = None
 
 
 def declares(cls: type[Any]) -> bool:

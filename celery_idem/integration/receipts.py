@@ -26,6 +26,7 @@ not_kept     executed,    done, but the value was not stored or cannot be read
 undecided    in_doubt     its worker is dead: the next delivery decides
 unsure       failed       no record says so: the body may not have run. Call again once
 invalid      failed       the arguments do not fit the task: correct them
+cancelled    failed       a person cancelled it: it will not run
 partly_done  not_run      the finished steps are kept; the next call continues after them
 store_error  not_run      the store did not answer
 not_sent     accepted     the broker did not take the message: recovery publishes it
@@ -55,7 +56,9 @@ from celery_idem.integration.awaiting import Waker, in_thread, warn_on_loop
 Status = Literal[
     "accepted", "executed", "replayed", "in_progress", "conflict", "in_doubt", "failed", "not_run"
 ]
-Code = Literal["", "not_kept", "undecided", "unsure", "invalid", "partly_done", "store_error", "not_sent"]
+Code = Literal[
+    "", "not_kept", "undecided", "unsure", "invalid", "cancelled", "partly_done", "store_error", "not_sent"
+]
 
 PENDING: tuple[Status, ...] = ("accepted", "in_progress")
 """Non-final statuses."""
@@ -103,6 +106,9 @@ ADVICE: Mapping[tuple[Status, Code], str] = {
     ("failed", "unsure"): (
         "It failed. Safe to call again unchanged, once: it is tried again where nothing was done, else this answer "
         "stays. Then report the failure."
+    ),
+    ("failed", "cancelled"): (
+        "A person cancelled it, and it will not run; calling again unchanged gives this same answer. Report that."
     ),
     ("failed", "invalid"): "Nothing was done. Correct the arguments and call again.",
     ("not_run", ""): "Nothing was done. Safe to call again unchanged.",

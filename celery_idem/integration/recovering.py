@@ -12,9 +12,7 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from celery_idem.core import calls
 from celery_idem.core.calls import Call
-from celery_idem.core.errors import IdempotencyError
 from celery_idem.core.model import Record
 from celery_idem.engine import events
 from celery_idem.engine.entries import Entry
@@ -55,10 +53,6 @@ class Found(NamedTuple):
     why: str = ""
 
 
-class BrokerError(IdempotencyError):
-    """The broker did not take a call. Recovery goes on later."""
-
-
 def ledgers_of(app: Celery) -> list[Ledger]:
     """The ledgers of an application's guarded tasks, each store and namespace once."""
     found: dict[tuple[int, str], Ledger] = {}
@@ -78,7 +72,7 @@ def recover(app: Celery, dry_run: bool = False, ended: threading.Event | None = 
 
     Raises:
         StoreError: a store does not answer.
-        BrokerError: the broker does not take a message.
+        messages.BrokerError: the broker does not take a message.
     """
     ended = ended or threading.Event()
     for ledger in ledgers_of(app):
@@ -114,7 +108,7 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
     except Exception as error:  # of any driver
         ledger.not_published(entry.key, taken)
         events.emit("broker_error", entry.key, task_id=call.task_id, error=type(error).__name__)
-        raise BrokerError(f"the broker did not take {entry.key} ({type(error).__name__})") from error
+        raise messages.BrokerError(f"the broker did not take {entry.key} ({type(error).__name__})") from error
     tries = taken.record.recovery.tries if taken.record.recovery else 0
     events.emit("recovered", entry.key, task_id=call.task_id, tries=tries, state=entry.state)
     return Found(entry, True)
@@ -122,22 +116,7 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
 
 def call_of(record: Record) -> tuple[Call | None, str]:
     """Return the call that a record holds, or None and why it holds none, for people."""
-    if not record.call:
-        return None, "its record holds no call"
-    missing = calls.missing(record.call)
-    if missing is not None:
-        return None, _WHY[missing]
-    try:
-        return calls.unpack(record.call), ""
-    except ValueError as error:
-        return None, f"its call cannot be read ({error})"
-
-
-_WHY = {
-    calls.Why.OFF: "its call was not kept (keep_call=False)",
-    calls.Why.TOO_LARGE: "its call was not kept: it is larger than max_call_bytes",
-    calls.Why.UNWRITABLE: "its call was not kept: its serializer refuses an argument or a header",
-}
+    return messages.call_in(record.call)
 
 
 def why_not(record: Record, recover: bool = True) -> str:
@@ -164,7 +143,7 @@ class Recoverer(Looks):
         try:
             for _ in recover(self._app, ended=ended):
                 self._pause = BROKER_PAUSE
-        except BrokerError as error:
+        except messages.BrokerError as error:
             events.diagnose(logging.WARNING, "recovery: %s; trying again in %g s", error, self._pause)
             ended.wait(self._pause)
             self._pause = min(2 * self._pause, LONGEST_PAUSE)

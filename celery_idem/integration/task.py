@@ -87,6 +87,9 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             included (a message that ``send_task`` publishes by name is Celery's alone). One that is
             part of the intent or of ``must_match`` is in the store as an unkeyed digest: whoever
             reads the store could guess a short one.
+        describe: a sentence for people who have to decide about the action: a format string such as ``"invoice
+            {invoice_id} of customer {customer_id}"``, or a function from the arguments (a dictionary) to text. It
+            sees ``(secret)`` in the place of secret values.
         signature: the parameters as callers give them, without ``self``: a function or an
             ``inspect.Signature``. Needed where a decorator hides them. (On the task itself
             ``signature`` remains Celery's method.)
@@ -117,6 +120,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
     intent: Any = None
     must_match: Any = ()
     secret: Any = ()
+    describe: Any = None
     intent_version: int | str = 1
     aliases: Any = ()
     reconcile: Any = None

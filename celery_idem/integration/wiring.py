@@ -13,6 +13,7 @@ from kombu.utils import json as kombu_json
 from celery_idem.core.errors import ConfigurationError
 from celery_idem.core.results import Codec
 from celery_idem.engine import ledger as engine
+from celery_idem.integration import messages
 from celery_idem.integration.settings import Settings, of_app
 from celery_idem.stores import Store, open_server, open_store, readable
 
@@ -157,16 +158,29 @@ def ledger_of(app: Celery, settings: Settings | None = None) -> Ledger:
     Args:
         settings: of one task, where they differ from the application's.
     """
+    ledger: Ledger | None
     if settings is not None:
         keep = settings.result_ttl
         codec = codec_of(settings, app.conf)
-        return Ledger(store_of(settings, app), settings.namespace, codec, lambda task: keep)
+        ledger = Ledger(store_of(settings, app), settings.namespace, codec, lambda task: keep)
+        ledger.teller = _teller(weakref.ref(app))
+        return ledger
     ledger = _ledgers.get(app)
     if ledger is None:
         settings = of_app(app.conf)
         ledger = _ledgers[app] = ledger_of(app, settings)
         ledger.result_ttl = _result_ttl(weakref.ref(app), settings.result_ttl)
     return ledger
+
+
+def _teller(app: weakref.ref[Any]) -> engine.Teller:
+    """What publishes the call of an intent that was decided by hand, so that its caller gets the outcome."""
+
+    def of_call(key: str, packed: bytes) -> Callable[[], object] | None:
+        alive = app()
+        return None if alive is None else messages.publisher(alive, key, packed)
+
+    return of_call
 
 
 def _result_ttl(app: weakref.ref[Any], default: float) -> Callable[[str], float]:

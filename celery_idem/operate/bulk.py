@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from celery_idem.core.errors import IdempotencyError, StoreError
 from celery_idem.core.model import Happened, NotHappened
 from celery_idem.engine.entries import Entry
+from celery_idem.integration.messages import BrokerError
 from celery_idem.operate.operators import Operator, check_key
 
 T = TypeVar("T")
@@ -68,7 +69,7 @@ class Decided(NamedTuple):
     Attributes:
         verdict: ``settled``; ``already`` (the same decision was made before); ``refused`` (the intent is not in doubt,
             was claimed again, or does not exist); ``not_possible`` (its record does not hold the call that should
-            run); ``not_published`` (released, and the broker did not take its call); ``invalid`` (the line is no
+            run); ``not_published`` (decided, and the broker did not take its call); ``invalid`` (the line is no
             decision).
         why: for people; empty for ``settled`` and ``already``.
         entry: the intent as it is now; None if there is none, or if it was not looked at.
@@ -150,6 +151,8 @@ def decide(operator: Operator, decision: Decision, dry_run: bool = False) -> Dec
         entry = operator.resolve(
             key, decision.answer, decision.by, decision.evidence, decision.fence, dry_run
         )
+    except BrokerError as error:
+        return Decided("not_published", key, str(error), operator.ledger_of(key).get(key))
     except IdempotencyError as error:
         if isinstance(error, StoreError) and not error.key:
             raise  # it concerns the whole store
@@ -160,9 +163,8 @@ def decide(operator: Operator, decision: Decision, dry_run: bool = False) -> Dec
     if publish is not None and not dry_run:
         try:
             publish()  # if it was published before, the second message is a duplicate
-        except Exception as error:  # of any driver
-            why = f"{key} is released, and the broker did not take its call ({type(error).__name__}). Decide it again."
-            return Decided("not_published", key, why, entry)
+        except BrokerError as error:
+            return Decided("not_published", key, str(error), entry)
     return Decided(verdict, key, "", entry)
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import heapq
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from celery.app.task import Context
@@ -20,6 +19,7 @@ from celery.app.task import Context
 from celery_idem.core import digests, keys
 from celery_idem.core.errors import IdempotencyError, StoreError
 from celery_idem.core.model import (
+    MICROSECONDS,
     NO_FINGERPRINT,
     NO_OWNER,
     Acquired,
@@ -32,11 +32,13 @@ from celery_idem.core.model import (
     Outcome,
     Replay,
     Request,
+    State,
     Unknown,
 )
 from celery_idem.engine.entries import Entry, Tally, tallied
 from celery_idem.engine.ledger import Ledger
-from celery_idem.integration import messages
+from celery_idem.integration import describing, messages
+from celery_idem.integration.declaring import options_of
 from celery_idem.integration.delivery import Delivery, Guard
 from celery_idem.integration.recovering import call_of, why_not
 from celery_idem.integration.task import IdempotentTask
@@ -91,6 +93,38 @@ class Arguments(NamedTuple):
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+class Action(NamedTuple):
+    """Which action an intent is, and where and when it was last at work. For people: secret values are hidden.
+
+    Attributes:
+        line: one line: the author's own sentence, or the fields that say what the action is; "" where they are not
+            known.
+        intent: those fields as texts, with scope, occurrence and the caller's key.
+        arguments: all arguments as texts.
+        why: why they are not known; "" where they are.
+        not_published: why the call cannot be published again; "" where it can.
+        place: host and process of the latest attempt.
+        began_at: when that began, by the store's clock, in seconds since the epoch; None: not known.
+        renewed_at: when it was last heard of; None where that is not known, or it does not run.
+    """
+
+    line: str = ""
+    intent: Mapping[str, str] = {}
+    arguments: Mapping[str, str] = {}
+    why: str = ""
+    not_published: str = ""
+    place: str = ""
+    began_at: float | None = None
+    renewed_at: float | None = None
+
+    @property
+    def attempt(self) -> str:
+        """Where and when the latest attempt was at work, in one line; "" where that is not known."""
+        began = "" if self.began_at is None else f"began {iso(self.began_at)}"
+        renewed = "" if self.renewed_at is None else f"last heard of {iso(self.renewed_at)}"
+        return ", ".join(filter(None, (self.place, began, renewed)))
 
 
 class Resolved(NamedTuple):
@@ -274,7 +308,13 @@ class Operator:
                 "call.",
                 key,
             )
-        return partial(messages.publish, self.app, key, call)
+        publish = messages.publisher(self.app, key, entry.record.call)
+        assert publish is not None
+        return publish
+
+    def cancel(self, key: str, by: str, evidence: str, fence: int | None = None) -> Entry:
+        """See ``Ledger.cancel``."""
+        return self.ledger_of(key).cancel(key, by=by, evidence=evidence, fence=fence)
 
     def forget(self, key: str, steps: bool = False, fence: int | None = None) -> bool:
         """See ``Ledger.forget``."""
@@ -307,13 +347,9 @@ class Operator:
         guard = task.guard
         if guard.ask is None:
             return Asked("skipped", f"{entry.task} declares no reconcile=")
-        known = arguments or self.arguments_of(entry)
+        known, why = (arguments, "") if arguments else self.arguments_of(entry)
         if known is None and not without_arguments:
-            return Asked(
-                "skipped",
-                "its arguments are not known (a record has none). Give them in a file, or set result_extended=True, "
-                "so that the result backend keeps those of future calls",
-            )
+            return Asked("skipped", f"its arguments are not known: {why}. Give them in a file")
         if known is not None and not _fit(task, known):
             return Asked("skipped", f"its arguments do not fit the signature of {entry.task}")
         if known is not None and _of_another_call(guard, entry, known):
@@ -324,7 +360,15 @@ class Operator:
         if dry_run:
             return _would(guard, delivery)
         decision = guard.runner.inquire(delivery)
+        if isinstance(decision, Replay) and decision.outcome.cancelled:
+            return Asked("not_happened", "the destination says it did not happen, and it is cancelled")
         if isinstance(decision, Replay):
+            publish = messages.publisher(self.app, entry.key, entry.record.call)
+            if publish is not None:
+                try:
+                    guard.ledger.tell(entry.key, publish, guard.options.policy)
+                except messages.BrokerError as error:
+                    return Asked("happened", f"the destination says it happened. {error}")
             return Asked("happened", "the destination says it happened: settled for every caller")
         if isinstance(decision, Acquired):
             return Asked("not_happened", "the destination says it did not happen: the next delivery runs it")
@@ -332,8 +376,23 @@ class Operator:
             return Asked("unknown", decision.reason)
         return Asked("skipped", "another worker is running it now")
 
-    def arguments_of(self, entry: Entry) -> Arguments | None:
-        """Return the call's arguments from Celery's result backend (``result_extended``), if it has them."""
+    def arguments_of(self, entry: Entry) -> tuple[Arguments | None, str]:
+        """Return the call's arguments, from its record, or from Celery's result backend (``result_extended``).
+
+        None where neither has all of them, and why the record has not.
+        """
+        call, why = call_of(entry.record)
+        if call is not None and call.hidden:
+            why = "its secret values are not in the record"
+        elif call is not None:
+            try:
+                args, kwargs, _ = messages.arguments(self.app, call)
+                return Arguments(tuple(args or ()), dict(kwargs or {})), ""
+            except Exception as error:  # of any serializer
+                why = f"its call cannot be read ({type(error).__name__})"
+        return self._kept_by_backend(entry), why
+
+    def _kept_by_backend(self, entry: Entry) -> Arguments | None:
         try:
             result = self.app.AsyncResult(entry.record.task_id)
             args, kwargs = result.args, result.kwargs
@@ -347,13 +406,50 @@ class Operator:
 
     # --- showing ----------------------------------------------------------------------
 
+    def action(self, entry: Entry) -> Action:
+        """Return which action an intent is, from the call in its record. It never raises."""
+        record, task = entry.record, self.task_of(entry.key)
+        call, why = call_of(record)
+        said = describing.Said()
+        if record.outcome is not None:
+            why = "it is settled"
+        elif call is not None and task is None:
+            why = "this application does not have the task, which says what is secret"
+        elif call is not None and task is not None:
+            try:
+                args, kwargs, _ = messages.arguments(self.app, call)
+                describe = options_of(type(task)).describe
+                said = describing.said(task.guard.declaration, describe, args, kwargs, call.headers)
+            except Exception as error:  # of any serializer
+                why = f"its call cannot be read ({type(error).__name__})"
+        lives = record.state is State.RUNNING and record.lease and record.recovery is None
+        began = record.attempts and record.state is not State.RELEASED  # a person's decision has a fence too
+        return Action(
+            said.line,
+            {**said.intent, **said.labels},
+            said.arguments,
+            why,
+            "" if record.outcome is not None else why_not(record),
+            record.place,
+            record.fence / MICROSECONDS if began else None,
+            entry.changed_at if lives else None,
+        )
+
     def describe(self, entry: Entry) -> dict[str, Any]:
         """Return an intent as JSON values. Times are ISO 8601 in UTC, durations are seconds."""
-        record = entry.record
+        record, action = entry.record, self.action(entry)
         return {
             "key": entry.key,
             "task": entry.task,
             "state": entry.state,
+            "action": action.line,
+            "intent": dict(action.intent),
+            "arguments": dict(action.arguments),
+            "arguments_unknown": action.why,
+            "not_published": action.not_published,
+            "place": action.place,
+            "began_at": None if action.began_at is None else iso(action.began_at),
+            "renewed_at": None if action.renewed_at is None else iso(action.renewed_at),
             "changed_at": iso(entry.changed_at),
             "age": round(entry.age, 3),
             "attempts": record.attempts,
@@ -361,7 +457,9 @@ class Operator:
             "fence": record.fence,
             "task_id": record.task_id,
             "owner": "" if record.owner == NO_OWNER else record.owner.hex(),
-            "lease_left": round(max(0.0, entry.retry_after), 3) if record.lease else 0.0,
+            "lease_left": round(max(0.0, entry.retry_after), 3)
+            if record.lease and record.outcome is None
+            else 0.0,
             "reason": record.reason,
             "steps": [step.name for step in record.steps],
             "open_steps": list(record.open_steps),
@@ -411,7 +509,7 @@ class Operator:
         if outcome.payload is None:
             if outcome.replaced_by:
                 return f"that of task {outcome.replaced_by}, which replaced this one"
-            return f"not stored: {outcome.missing}"
+            return outcome.missing if outcome.cancelled else f"not stored: {outcome.missing}"
         task = self.task_of(entry.key)
         if task is None or (task.idem_declaration is not None and task.idem_declaration.secret):
             why = (

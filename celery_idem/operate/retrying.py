@@ -60,7 +60,7 @@ def retry(
         if not dry_run:
             messages.publish(operator.app, entry.key, call)
         return Retried("" if dry_run else call.task_id)
-    known = given or operator.arguments_of(entry)
+    known = given or operator.arguments_of(entry)[0]
     if known is None:
         return Retried(
             why="its arguments are not known: the record of a failure has none. Give them (--arguments FILE), or set "
@@ -79,6 +79,7 @@ def retry(
 
 _REFUSED = {
     "succeeded": "it succeeded, and a retry would do it twice. `idem forget` lets it happen again",
+    "cancelled": "it was cancelled. `idem forget` lets it happen again",
     "in_doubt": "it is in doubt. `idem resolve` first",
     "lapsed": "it is in doubt. `idem resolve` first",
 }

@@ -123,7 +123,7 @@ def test_what_did_not_happen_runs_at_once_from_its_record(
         broken.setattr(app, "producer_or_acquire", None)
         away = idem("resolve", "--from", file, "--yes")
     assert away.exit_code == 1
-    assert "2 released and not published." in away.stdout
+    assert "2 decided and not published." in away.stdout
     assert "2 settled so before." in idem("resolve", "--from", file, "--yes").stdout
     words = ("--not-happened", "--run", "--evidence", "not there", "--yes")
     assert idem("resolve", key("gone"), *words).exit_code == 0

@@ -15,6 +15,7 @@ import redis as redis_py
 from celery import Celery
 
 from celery_idem import ALL_ARGUMENTS, IdempotentTask, Ledger, StoreError
+from celery_idem.core import calls
 from celery_idem.core.model import Fingerprint, Policy, Request
 from celery_idem.engine import owners
 from celery_idem.integration.settings import Settings
@@ -23,6 +24,7 @@ from celery_idem.operate.doctor import asking, at_start, configuration, snapshot
 from celery_idem.stores.memory import MemoryStore
 from celery_idem.testing import FakeClock
 from tests.operators.conftest import Idem, command_line
+from tests.operators.intents import claimed
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_for
 from tests.support.workers import CeleryWorker
@@ -223,6 +225,16 @@ def test_records_from_the_future() -> None:
     assert found_in(ledger) == set()
     clock.advance(-2 * 3600)
     assert found_in(ledger) == {"clock-back"}
+
+
+def test_calls_that_records_do_not_hold() -> None:
+    ledger = Ledger(MemoryStore())
+    for n, why in enumerate((calls.Why.TOO_LARGE, calls.Why.TOO_LARGE, calls.Why.UNWRITABLE, calls.Why.OFF)):
+        claimed(ledger, f"wrong.a:{n}", call=why.packed)
+    facts = tuple(asking.facts_of(ledger, "none"))
+    said = [finding.wrong for finding in stores.calls_not_kept(doctor.Snapshot(stores=facts))]
+    assert len(said) == 2  # what the author switched off is no finding
+    assert "2 open intents" in next(one for one in said if "max_call_bytes" in one)
 
 
 def found_in(ledger: Ledger) -> set[str]:

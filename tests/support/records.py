@@ -11,6 +11,7 @@ from celery_idem.core.model import (
     Policy,
     Record,
     Request,
+    Resolution,
     State,
     Step,
 )
@@ -27,6 +28,8 @@ OTHER_PRINT = Fingerprint(("cents",), b"tag.VALUEDIG")
 FENCE = 77
 NOTE = Note(STAMP, "jo", "happened", "invoice 7")
 LAPSED = DEADLINE
+CANCELLED = Outcome(False, None, "cancelled by jo", cancelled=True)
+ASKED_TO_STOP = Note(STAMP, "jo", "cancelled", "", resolution=Resolution.CANCELLED)
 STEPS = (Step("charge", b"j1"),)
 FAILURE_TTL = 2
 
@@ -44,12 +47,13 @@ class Meeting(NamedTuple):
     crashes: int
     asking: str
     steps: bool = False
+    stopping: bool = False
 
     @property
     def record(self) -> Record | None:
         if self.state is None:
             return None
-        outcome = {State.SUCCEEDED: OUTCOME, State.FAILED: ERROR}.get(self.state)
+        outcome = {State.SUCCEEDED: OUTCOME, State.FAILED: ERROR, State.CANCELLED: CANCELLED}.get(self.state)
         return Record(
             state=self.state,
             owner=OWNERS[self.owner],
@@ -62,6 +66,7 @@ class Meeting(NamedTuple):
             asking=ASKING[self.asking],
             reason="because",
             steps=STEPS if self.steps else (),
+            notes=(ASKED_TO_STOP,) if self.stopping else (),
             outcome=outcome,
         )
 

@@ -65,6 +65,7 @@ ASKING: tuple[Check, ...] = (
     stores.other_runs,
     stores.clock_skew,
     stores.clock_went_back,
+    stores.calls_not_kept,
 )
 """Checks that look at what the stores said."""
 

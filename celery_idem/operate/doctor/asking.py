@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from celery_idem.core import calls
 from celery_idem.core.errors import StoreError
 from celery_idem.core.model import MICROSECONDS
+from celery_idem.integration.recovering import call_of
 from celery_idem.operate.doctor import kept, servers
 
 if TYPE_CHECKING:
@@ -21,6 +24,9 @@ Info = dict[str, str]
 
 LOOKED_AT = 10_000
 """Records read to find one from the future: 0.2 s among those of a Redis that keeps millions."""
+
+LEFT_OUT = (calls.Why.TOO_LARGE, calls.Why.UNWRITABLE)
+"""Reasons why a call is not kept that nobody asked for."""
 
 PROBE = b"x" * 40
 """What is written to see whether the store takes it: as long as a small record."""
@@ -44,6 +50,7 @@ class StoreFacts:
         now: its time, in seconds.
         skew: seconds between its clock and ours, beyond what the round trip explains.
         ahead: seconds by which the latest of the records looked at was written in the future of its clock.
+        not_kept: how many open records do not hold their call though they should, by the reason.
     """
 
     url: str
@@ -58,6 +65,7 @@ class StoreFacts:
     now: float = 0.0
     skew: float = 0.0
     ahead: float = 0.0
+    not_kept: Mapping[str, int] = field(default_factory=dict)
 
 
 def facts_of(ledger: Ledger, durability: str, guarded: Iterable[IdempotentTask] = ()) -> Iterator[StoreFacts]:
@@ -69,8 +77,11 @@ def facts_of(ledger: Ledger, durability: str, guarded: Iterable[IdempotentTask] 
         before = time.time()
         now = store.read(f"{ledger.namespace}:").now / MICROSECONDS
         after = time.time()
-        some = islice(ledger.list("open"), LOOKED_AT)
-        ahead = max((entry.changed_at - now for entry in some), default=0.0)
+        ahead, not_kept = 0.0, Counter[str]()
+        for entry in islice(ledger.list("open"), LOOKED_AT):
+            ahead = max(ahead, entry.changed_at - now)
+            if calls.missing(entry.record.call) in LEFT_OUT:
+                not_kept[call_of(entry.record)[1]] += 1
         noted = kept.read(ledger, servers.NAME)
     except StoreError as error:
         yield StoreFacts(store.url, durability, tasks, error=str(error))
@@ -94,6 +105,7 @@ def facts_of(ledger: Ledger, durability: str, guarded: Iterable[IdempotentTask] 
         now=now,
         skew=max(0.0, abs(now - (before + after) / 2) - (after - before) / 2),
         ahead=ahead,
+        not_kept=not_kept,
     )
     for name, other in zip([*nodes][1:], others, strict=True):
         yield StoreFacts(f"{store.url} ({name})", durability, info=other, now=now)

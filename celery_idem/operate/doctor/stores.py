@@ -324,6 +324,20 @@ def clock_went_back(s: Snapshot) -> Iterator[Finding]:
             )
 
 
+def calls_not_kept(s: Snapshot) -> Iterator[Finding]:
+    for store in s.stores:
+        for why, number in store.not_kept.items():
+            yield Finding(
+                "warning",
+                "call-not-kept",
+                store.url,
+                f"{number:,} open intents cannot be shown, nor be published again: {why}. If their workers die, their "
+                "callers wait until somebody calls again.",
+                "Pass ids in the place of large values, or raise idem_max_call_bytes; use a serializer that takes the "
+                "arguments.",
+            )
+
+
 def clock_skew(s: Snapshot) -> Iterator[Finding]:
     for store in s.stores:
         if store.skew > SKEW_LIMIT:
