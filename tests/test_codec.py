@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_idem import FingerprintMismatch, StoreError
-from celery_idem.core.model import Note, Outcome, Record, State, Step, Would
-from celery_idem.core.record import STATE_AT, pack, unpack
+from celery_idem.core.model import Late, Note, Outcome, Record, Recovery, Resolution, State, Step, Would
+from celery_idem.core.record import STATE_AT, VERSION, pack, unpack
 from celery_idem.core.results import Codec, NotStorable
 
 # --- records -----------------------------------------------------------------------------
@@ -28,8 +28,14 @@ text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 data = st.binary(max_size=60)
 token = st.binary(min_size=12, max_size=12)
 moment = st.integers(0, 2**64 - 1)
-NOTES = st.builds(
-    Note, moment, text, text, text, st.none() | st.sampled_from(Would), st.lists(text, max_size=2).map(tuple)
+LATE = st.builds(Late, text, moment, text, st.booleans(), data, text, moment, text, moment)
+COMMON = (Note, moment, text, text, text)
+NONE = st.none()
+NO_NAMES = st.just(())
+NOTES = (
+    st.builds(*COMMON, NONE | st.sampled_from(Would), st.lists(text, max_size=2).map(tuple), NONE, NONE)
+    | st.builds(*COMMON, NONE, NO_NAMES, LATE, NONE)
+    | st.builds(*COMMON, NONE, NO_NAMES, NONE, st.sampled_from(Resolution))
 )
 
 
@@ -38,12 +44,11 @@ def records(draw: st.DrawFn) -> Record:
     state = draw(st.sampled_from(State))
     outcome = None
     if state.settled:
-        stored = data.map(lambda payload: Outcome(state is State.SUCCEEDED, payload))
-        missing = text.map(lambda why: Outcome(state is State.SUCCEEDED, None, why))
-        replaced = text.filter(bool).map(
-            lambda task: Outcome(state is State.SUCCEEDED, None, replaced_by=task)
-        )
-        outcome = draw(stored | missing | replaced)
+        succeeded, cancelled = state is State.SUCCEEDED, state is State.CANCELLED
+        stored = data.map(lambda payload: Outcome(succeeded, payload))
+        missing = text.map(lambda why: Outcome(succeeded, None, why, cancelled=cancelled))
+        replaced = text.filter(bool).map(lambda task: Outcome(succeeded, None, replaced_by=task))
+        outcome = draw(missing if cancelled else stored | missing | replaced)
     return Record(
         state=state,
         owner=draw(token),
@@ -59,6 +64,9 @@ def records(draw: st.DrawFn) -> Record:
         reason=draw(text),
         notes=tuple(draw(st.lists(NOTES, max_size=3))),
         digests=draw(data),
+        call=draw(data),
+        place=draw(text),
+        recovery=draw(st.none() | st.builds(Recovery, st.integers(1, 255), moment)),
         outcome=outcome,
     )
 
@@ -115,9 +123,14 @@ def test_a_changed_byte_never_escapes_as_another_error(record: Record, draw: Any
 
 def test_a_later_version_is_refused_and_not_guessed_at() -> None:
     value = bytearray(pack(Record(State.RELEASED)))
-    value[12] = 2
-    with pytest.raises(StoreError, match="version 2"):
-        unpack(bytes(value), 5, "k")
+    for version, says in [
+        (VERSION + 1, "newer celery_idem"),
+        (VERSION - 1, "older celery_idem"),
+        (200, "not a record"),
+    ]:
+        value[12] = version
+        with pytest.raises(StoreError, match=says):
+            unpack(bytes(value), 5, "k")
 
 
 def test_state_and_outcome_must_agree() -> None:
@@ -130,7 +143,7 @@ def test_state_and_outcome_must_agree() -> None:
         unpack(bytes(value), 5, "k")
 
 
-def test_the_format_of_version_1_never_changes() -> None:
+def test_the_format_of_version_2_never_changes() -> None:
     """Records outlive a release: these bytes must be read, and written, for ever."""
     record = Record(
         State.SUCCEEDED,
@@ -142,7 +155,7 @@ def test_the_format_of_version_1_never_changes() -> None:
         fingerprint=b"tag.valuedig",
         outcome=Outcome(True, b"j42"),
     )
-    parts = ["303132333435363738396162", "01", "04", "080a", "0002", "01", "0000000000000007"]
+    parts = ["303132333435363738396162", "02", "04", "080a", "0002", "01", "0000000000000007"]
     parts += ["0000000000000000000000000000002a", "0000000c", "7461672e76616c7565646967", "6a3432"]
     expected = "".join(parts)
     assert pack(record).hex() == expected

@@ -148,6 +148,9 @@ SLIPS = {
     "settle_patience": "setle_patience settle_patients",
     "reconcile_timeout": "reconcile_timout reconcile_time reconciliation_timeout",
     "scope": "scopes scoope scpoe",
+    "keep_call": "keep_calls keepcall keep_cal",
+    "max_call_bytes": "max_calls_bytes max_call_byte max_callbytes",
+    "recover": "recovers recovery recver",
 }
 
 OTHER_THINGS = (
@@ -234,6 +237,9 @@ WRONG: dict[str, list[Any]] = {
     "settle_patience": [-1, None, math.inf],
     "reconcile_timeout": [-1, None, math.inf],
     "scope": ["acme", 5, True, lambda request: "acme"],
+    "keep_call": [1, 0, "yes", None],
+    "max_call_bytes": [0, -1, 1.5, None, 1 << 40],
+    "recover": [1, 0, "yes", None],
 }
 
 
