@@ -361,7 +361,7 @@ APPLY: dict[str, list[Callable[[Record], Result]]] = {
     "doubt": [lambda r: protocol.doubt(r, OWN, "why")],
     "renew": [lambda r: protocol.renew(r, OWN, LEASE)],
     "begin_step": [lambda r: protocol.begin_step(r, OWN, "charge", a_request().policy)],
-    "end_step": [lambda r: protocol.end_step(r, OWN, "charge", b"j1")],
+    "end_step": [lambda r: protocol.end_step(r, OWN, "charge", b"j1", LEASE)],
     "exit": [
         lambda r: protocol.exit(r, OWN, a_request().policy, "why"),
         lambda r: protocol.exit(r, OWN, a_request(on_crash="rerun").policy, "why"),

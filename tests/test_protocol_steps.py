@@ -28,13 +28,13 @@ def test_steps_run_once() -> None:
     assert isinstance(decision, StepOpen)
     decision, _ = protocol.begin_step(begun, OWN, "charge", a_request(on_crash="rerun").policy)
     assert isinstance(decision, Done)  # its destination is idempotent by itself
-    _, ended = protocol.end_step(begun, OWN, "charge", b"j1")
+    _, ended = protocol.end_step(begun, OWN, "charge", b"j1", LEASE)
     assert ended is not None
     assert ended.open_steps == ()
     decision, nothing = protocol.begin_step(ended, OWN, "charge", policy)
     assert decision == StepDone(b"j1")
     assert nothing is None
-    _, without = protocol.end_step(begun, OWN, "charge", None)  # it proved that nothing happened
+    _, without = protocol.end_step(begun, OWN, "charge", None, LEASE)  # it proved that nothing happened
     assert without is not None
     assert (without.steps, without.open_steps) == ((), ())
 
@@ -49,7 +49,7 @@ def test_a_step_whose_error_was_swallowed_stays_open() -> None:
     assert isinstance(decision, Done)
     assert mailing is not None
     assert mailing.open_steps == ("charge", "mail")
-    _, mailed = protocol.end_step(mailing, OWN, "mail", b"j1")
+    _, mailed = protocol.end_step(mailing, OWN, "mail", b"j1", LEASE)
     assert mailed is not None
     assert mailed.open_steps == ("charge",)
     decision, _ = protocol.begin_step(

@@ -132,6 +132,10 @@ one more message for a queue that may only be long."""
 LONGEST_WAIT = 3_600_000_000
 """Microseconds between two publications at most."""
 
+JITTER = 1 << 24
+"""Microseconds added to it at most, 17 s, at random. Two processes that take the same record then write different
+values, and a store tells which of the two it took."""
+
 NEVER = 1 << 50
 """Microseconds, 35 years: no process has to look at the record. Added to a stamp it is still an exact number
 in a sorted set of Redis, which has 53 bits."""
@@ -767,7 +771,13 @@ def schedule(
             new = replace(_cancelled(record), lease=delay)
             return Done(new), new
         new = replace(
-            record, state=State.SCHEDULED, lease=delay, asking=b"", reason="", call=call or record.call
+            record,
+            state=State.SCHEDULED,
+            lease=delay,
+            asking=b"",
+            reason="",
+            call=call or record.call,
+            recovery=None,  # of the attempt that ends here
         )
         if task_id:
             new = replace(new, task_id=task_id)
@@ -816,10 +826,15 @@ def renew(record: Record, owner: bytes, lease: int) -> tuple[Done | Refused, Rec
     asks = record.state is State.IN_DOUBT and record.asking == owner
     if asks or (record.state is State.RUNNING and record.owner == owner):
         new = record if record.noticed is None else replace(record, noticed=None)
-        if not asks and not record.lease:  # recovery, or its parent, took it for dead
-            new = replace(new, lease=lease, recovery=None)
+        new = _alive(new, lease)
         return Done(new), new
     return Refused(record), None
+
+
+def _alive(record: Record, lease: int) -> Record:
+    """Its holder writes, and trusts its lease again: recovery, or its parent, may have taken it for dead."""
+    ended = record.state is State.RUNNING and not record.lease
+    return replace(record, lease=lease, recovery=None) if ended else record
 
 
 def exit(  # noqa: A001  # the transition's name
@@ -906,7 +921,7 @@ def died_unseen(policy: Policy) -> Verdict:
 
 
 def recover(
-    record: Record, stamp: int, now: int, publishable: bool, policy: Policy
+    record: Record, stamp: int, now: int, publishable: bool, policy: Policy, jitter: int = 0
 ) -> tuple[Publish | None, Record | None]:
     """Rule 11: is this open record overdue, so that its call should be published again?
 
@@ -915,6 +930,7 @@ def recover(
 
     Args:
         publishable: the record holds its whole call, and the author has not said ``recover=False``.
+        jitter: microseconds more until the next publication, other ones for each process that tries.
 
     Returns:
         What to do, once the record is written (None: nothing to write).
@@ -931,7 +947,7 @@ def recover(
     if tries >= policy.max_attempts and record.state is not State.ACCEPTED:  # of which nothing has begun
         return None, _put_in_doubt(record, NOT_TAKEN.format(tries))[1]
     pause = min(PUBLISHED_WAIT << 2 * min(tries, 8), LONGEST_WAIT)  # eight of them are past the longest
-    new = replace(ended, recovery=Recovery(min(tries + 1, MAX_CRASHES), pause))
+    new = replace(ended, recovery=Recovery(min(tries + 1, MAX_CRASHES), pause + jitter))
     return Publish(new), new
 
 
@@ -988,21 +1004,21 @@ def begin_step(
     size = sum(len(step.payload) for step in record.steps)
     if len(record.steps) >= MAX_STEPS or size >= policy.max_step_bytes:
         return StepsFull(len(record.steps), size), None
-    new = replace(record, open_steps=(*own, name))
+    new = _alive(replace(record, open_steps=(*own, name)), policy.lease)
     return Done(new), new
 
 
 def end_step(
-    record: Record, owner: bytes, name: str, payload: bytes | None
+    record: Record, owner: bytes, name: str, payload: bytes | None, lease: int
 ) -> tuple[Done | Refused, Record | None]:
-    """Close a step: with its encoded result, or with None when it had no effect."""
+    """Close a step: with its encoded result, or with None when it had no effect. For ``lease`` see ``renew``."""
     if not _holds(record, owner):
         return Refused(record), None
     if any(step.name == name for step in record.steps):
         return Done(record), None
     steps = record.steps if payload is None else (*record.steps, Step(name, payload))
     still_open = tuple(step for step in record.open_steps if step != name)
-    new = replace(record, steps=steps, open_steps=still_open)
+    new = _alive(replace(record, steps=steps, open_steps=still_open), lease)
     return Done(new), new
 
 

@@ -413,7 +413,7 @@ class Hold:
         """
         self._step(
             lambda record, stamp, now: protocol.end_step(
-                self._known(record, stamp), self.owner, name, payload
+                self._known(record, stamp), self.owner, name, payload, self.policy.lease
             ),
             patience,
         )

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from itertools import islice
+from random import randrange
 from typing import Any
 
 from celery_idem.core import keys, protocol
@@ -600,12 +601,13 @@ class Ledger:
     def recover(self, key: str, publishable: Callable[[Record], bool], policy: Policy) -> Publish | None:
         """Take an overdue intent: its call is then published by this process alone. See ``protocol.recover``."""
         new: Record | None = None
+        jitter = randrange(protocol.JITTER)
 
         def decide(record: Record | None, stamp: int, now: int) -> tuple[Publish | None, Record | None]:
             nonlocal new
             taken, new = None, None
             if record is not None:
-                taken, new = protocol.recover(record, stamp, now, publishable(record), policy)
+                taken, new = protocol.recover(record, stamp, now, publishable(record), policy, jitter)
             return taken, new
 
         taken: Publish | None = self._change(key, decide, policy)[0]

@@ -248,8 +248,8 @@ def anybody_doubts(record: Record, owner: bytes, reason: str, *noted: Any) -> An
     return Done(new), new
 
 
-def anybody_ends_a_step(record: Record, owner: bytes, name: str, payload: Any) -> Any:
-    return _end_step(record, record.owner, name, payload)
+def anybody_ends_a_step(record: Record, owner: bytes, name: str, payload: Any, lease: int) -> Any:
+    return _end_step(record, record.owner, name, payload, lease)
 
 
 def a_stale_owner_begins_a_step(record: Record, owner: bytes, name: str, policy: Any, begun: Any = ()) -> Any:
@@ -273,12 +273,14 @@ def a_finished_step_runs_again(record: Record, owner: bytes, name: str, policy: 
     return _begin_step(record._replace(steps=()), owner, name, policy, begun)
 
 
-def a_finished_step_is_not_kept(record: Record, owner: bytes, name: str, payload: Any) -> Any:
-    return _end_step(record, owner, name, None)
+def a_finished_step_is_not_kept(record: Record, owner: bytes, name: str, payload: Any, lease: int) -> Any:
+    return _end_step(record, owner, name, None, lease)
 
 
-def a_step_without_effect_stays_open(record: Record, owner: bytes, name: str, payload: Any) -> Any:
-    done, new = _end_step(record, owner, name, payload)
+def a_step_without_effect_stays_open(
+    record: Record, owner: bytes, name: str, payload: Any, lease: int
+) -> Any:
+    done, new = _end_step(record, owner, name, payload, lease)
     return (
         (done, new._replace(open_steps=(*new.open_steps, name)))
         if new is not None and payload is None

@@ -117,6 +117,66 @@ CI = (
         actors=1,
         hops=1,
     ),
+    # The record holds the call, and recovery publishes it: for a dead worker, a lost message, a dead submitter.
+    Scenario("recovery: crash", recoverers=2, early=True, crashes=1, jump=2.1, actors=1),
+    Scenario("recovery: crash, called again", recoverers=1, early=True, crashes=1, jump=2.1, hops=1),
+    Scenario("recovery: rerun", recoverers=2, early=True, crashes=1, jump=2.1, on_crash="rerun", actors=1),
+    Scenario(
+        "recovery: resume",
+        recoverers=1,
+        early=True,
+        crashes=1,
+        jump=2.1,
+        on_crash="resume",
+        steps=True,
+        actors=1,
+    ),
+    Scenario(
+        "recovery: reconcile", recoverers=1, early=True, crashes=1, jump=2.1, reconcile="truth", actors=1
+    ),
+    Scenario("recovery: silent store", recoverers=2, jump=2.1, late=1, actors=1, hops=1),
+    Scenario(
+        "recovery: a retry is lost",
+        recoverers=2,
+        jump=2.1,
+        endings=("retry",),
+        odd=1,
+        losses=1,
+        unsent=1,
+        max_attempts=1,
+        actors=1,
+    ),
+    Scenario("recovery: renewals", recoverers=2, jump=2.1, renewals=1, on_crash="rerun", actors=1, hops=1),
+    Scenario("recovery: the clock steps", recoverers=1, backs=1, early=True, crashes=1, jump=2.1, actors=1),
+    Scenario("accepted", recoverers=1, submitters=2, losses=1, unsent=1, jump=2.1, actors=0, hops=1),
+    Scenario(
+        "accepted: crash",
+        recoverers=1,
+        submitters=1,
+        crashes=1,
+        early=True,
+        losses=1,
+        jump=2.1,
+        actors=1,
+        hops=1,
+    ),
+    Scenario(
+        "accepted: silent store", recoverers=1, submitters=1, down=1, late=1, jump=2.1, actors=1, hops=1
+    ),
+    Scenario(
+        "accepted: released",
+        submitters=1,
+        recoverers=1,
+        endings=("no_effect",),
+        odd=1,
+        losses=1,
+        jump=2.1,
+        actors=1,
+    ),
+    Scenario(
+        "accepted: revoked", submitters=1, recoverers=1, revocations=1, losses=1, jump=2.1, actors=1, hops=1
+    ),
+    Scenario("revoked: a copy runs", same_message=True, recoverers=1, revocations=1, jump=2.1, hops=1),
     # Three deliveries.
     Scenario("three: in doubt", actors=3, crashes=1, hops=1),
     Scenario("three: rerun", actors=3, on_crash="rerun", lapses=1, hops=1),

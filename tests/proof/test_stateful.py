@@ -276,7 +276,7 @@ class Machine(RuleBasedStateMachine):
         request, held, _ = self.claims[which % len(self.claims)]
 
         def end(record: Record) -> Any:
-            return protocol.end_step(record, request.owner, name, payload)
+            return protocol.end_step(record, request.owner, name, payload, request.policy.lease)
 
         self.same(
             lost(self.pure.act(end)),
