@@ -112,6 +112,16 @@ class Ledger:
         twin._is_shadow = True
         return twin
 
+    def inside(self, connection: Any) -> Ledger:
+        """The same intents, in a transaction of the author's connection.
+
+        Raises:
+            ConfigurationError: that database does not have the records, or no transaction is open.
+        """
+        return Ledger(
+            self.store.inside(connection, first=True), self.namespace, self.codec, self.result_ttl
+        )
+
     # --- for an execution -----------------------------------------------------------
 
     def claim(self, key: str, request: Request) -> tuple[Decision, Hold | None]:

@@ -139,6 +139,19 @@ DELETE FROM celery_idem USING expired WHERE celery_idem.key = expired.key
 """
 
 
+# What tells one database's table from another's: the database, the table that the search path finds first (0: none),
+# and the server's start; or the file. It reads nothing of a SQLite file: a transaction that has read cannot write any
+# more once another one has written.
+_PLACE = {
+    "postgresql": """
+SELECT (SELECT oid FROM pg_database WHERE datname = current_database()),
+  CAST(coalesce(CAST(to_regclass('celery_idem') AS oid), 0) AS bigint),
+  CAST(extract(epoch FROM pg_postmaster_start_time()) * 1000000 AS bigint)
+""",
+    "sqlite": "PRAGMA database_list",
+}
+
+
 class Statements(NamedTuple):
     """The statements for one database and one style of parameters."""
 
@@ -150,6 +163,7 @@ class Statements(NamedTuple):
     open: str
     mark: str
     purge: str
+    place: str
 
 
 def statements(dialect: str, paramstyle: str) -> Statements:
@@ -169,6 +183,7 @@ def statements(dialect: str, paramstyle: str) -> Statements:
         _OPEN,
         _MARK,
         _PURGE_POSTGRESQL if postgresql else _PURGE,
+        _PLACE[dialect],
     )
     names = {"now": _NOW[dialect], "greatest": _GREATEST[dialect]}
     spelled = [text.format(**names) for text in texts]
@@ -189,6 +204,11 @@ def schema(dialect: str) -> str:
     if dialect not in _NOW:
         raise ConfigurationError(f"There is no table for {dialect!r}: use one of {', '.join(_NOW)}.")
     return files("celery_idem.stores").joinpath(f"schema.{dialect}.sql").read_text()
+
+
+def apart(text: str) -> list[str]:
+    """Return the statements of a schema one by one."""
+    return [one for one in re.sub(r"--.*", "", text).split(";") if one.strip()]
 
 
 class SqlPrimitives(Store):
