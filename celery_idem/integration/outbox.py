@@ -12,7 +12,6 @@ from celery_idem.engine import events
 from celery_idem.integration import transactions
 from celery_idem.integration.guarded import GuardedTask
 from celery_idem.integration.looking import undecided
-from celery_idem.integration.messages import recovers
 from celery_idem.integration.publishing import in_scope
 from celery_idem.integration.receipts import Receipt
 from celery_idem.integration.submitting import (
@@ -45,7 +44,7 @@ def submit_in(
             "task.submit_on_commit(connection, …), which does not survive a crash right after the commit."
         )
     call = Submission(task, args, kwargs, own, options, FIRST)
-    if guard.settings.shadow or not recovers(guard, call.call):
+    if guard.settings.shadow or not call.recovers:
         why = "in shadow mode there is no record" if guard.settings.shadow else (
             "recovery must be able to publish the call from its record, which holds no secret values, and nothing "
             "larger than max_call_bytes or with keep_call=False; and recover=False turns it off"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,7 @@ from celery_idem.integration.guarded import GuardedTask
 from celery_idem.integration.looking import PLAIN_POLICY, Look, from_celery, from_record
 from celery_idem.integration.messages import accepted_at, recovers
 from celery_idem.integration.publishing import in_scope
-from celery_idem.integration.receipts import Receipt
+from celery_idem.integration.receipts import Code, Receipt
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -207,6 +206,11 @@ class Submission:
         seconds += 0.0 if due is None else max(0.0, (due - app.now()).total_seconds())
         self.wait = int(seconds * MICROSECONDS)
 
+    @property
+    def recovers(self) -> bool:
+        """Recovery can publish it."""
+        return recovers(self.task.guard, self.call)
+
     def told(self, entry: Entry) -> Receipt:
         """Return what the record says."""
         known = from_record(entry, self.key, "", self.source)
@@ -242,14 +246,12 @@ class Submission:
         try:
             self.publish(entry, **more)
         except Exception as error:
-            if entry is None or not (
-                recovers(self.task.guard, self.call) and _of_the_broker(self.task.app, error)
-            ):
+            if entry is None or not (self.recovers and _of_the_broker(self.task.app, error)):
                 _withdraw(ledger, key, self.request.owner)
                 raise
             events.emit("broker_error", key, task_id=self.task_id, error=type(error).__name__)
             look_again(ledger, key, self.request.owner, 0.0)
-            return replace(accepted(key, self.task_id, self.mine), code="not_sent")
+            return accepted(key, self.task_id, self.mine, "not_sent")
         return accepted(key, self.task_id, self.mine)
 
 
@@ -309,5 +311,5 @@ def look_again(ledger: Ledger, key: str, owner: bytes, seconds: float) -> None:
         events.emit("store_error", key, error=str(error), while_="submitting")
 
 
-def accepted(key: str, task_id: str, source: Look) -> Receipt:
-    return Receipt("accepted", key, task_id, retry_after=1.0, _source=source)
+def accepted(key: str, task_id: str, source: Look, code: Code = "") -> Receipt:
+    return Receipt("accepted", key, task_id, code=code, retry_after=1.0, _source=source)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import copy_context
 from functools import partial
@@ -40,6 +40,7 @@ from celery_idem.engine.claim import Claim, Hold
 from celery_idem.integration import (
     answers,
     declaring,
+    many,
     messages,
     outbox,
     placing,
@@ -247,6 +248,28 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         """
         own = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
         return await in_thread("submit", partial(self.submit, *args, **own, **kwargs))
+
+    def submit_many(
+        self, calls: Iterable[many.Call], *, scope: str | None = None, **options: Any
+    ) -> list[Receipt]:
+        """``submit`` of many calls, several times as fast as one by one; their receipts, in order.
+
+        ::
+
+            charge.submit_many([{"order": 7, "cents": 100}, (8, 250), charge.s(9, cents=1).set(occurrence="2")])
+
+        What is wrong with one call is in its own receipt, and the other calls go on. Of two calls that are the same
+        action, the second is a duplicate.
+
+        Args:
+            calls: each is a mapping of named arguments, a tuple of positional ones, or a signature
+                (``task.s(…)``, with ``scope``, ``occurrence``, ``idempotency_key`` and options of ``apply_async`` in
+                ``set(…)``).
+            scope: as for ``submit``, of all calls that have none.
+            options: of ``apply_async``, for all calls.
+        """
+        self._declared("submit_many")
+        return many.submit_calls(self, calls, scope, options)
 
     def submit_in(
         self,

@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.model import Stored
 from celery_idem.stores import sql_connections
-from celery_idem.stores.base import OWNER, Change, Reply, Store, call_after_fork, elsewhere
+from celery_idem.stores.base import (
+    OWNER,
+    Change,
+    Creation,
+    Reply,
+    Store,
+    call_after_fork,
+    elsewhere,
+)
 from celery_idem.stores.sql_statements import SqlPrimitives, apart, no_table, schema, statements
 from celery_idem.stores.sql_transaction import InsideTransaction
 
@@ -101,6 +109,25 @@ class SqlStore(SqlPrimitives):
             self._place = ours
             return theirs == ours
         return True
+
+    def create_many(self, items: Sequence[Creation]) -> list[Reply | StoreError]:
+        if not self._sql.create_many:
+            return super().create_many(items)
+        found: dict[str, Reply] = {}
+        parameters = {
+            "keys": [item.key for item in items],
+            "news": [item.value for item in items],
+            "ttls": [item.ttl for item in items],
+            "dues": [item.due for item in items],
+        }
+        values = {item.key: item.value for item in items}
+        for key, now, written, stamp, held in self._rows(self._sql.create_many, parameters):
+            if written is not None:
+                found[key] = Reply(True, Stored(values[key], written), now)
+            elif stamp is not None:
+                found[key] = Reply(False, Stored(bytes(held), stamp), now)
+        # Another transaction wrote the missing ones after this statement had looked.
+        return [found.get(item.key) or self.create(*item) for item in items]
 
     def replace_many(self, changes: Sequence[Change]) -> list[Reply]:
         if not self._sql.replace_many:

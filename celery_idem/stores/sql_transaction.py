@@ -96,7 +96,7 @@ def _opened(given: Any) -> _At:
     if "sqlite3" in kinds:
         return _At("sqlite", "named", _by_cursor(given.cursor), lambda: given)
     raise ConfigurationError(
-        f"A {type(given).__name__} is not a supported connection. Give it a SQLAlchemy session or "
+        f"settle_in and submit_in: a {type(given).__name__} is not a supported connection. Give it a SQLAlchemy session or "
         "connection, a psycopg connection, or Django's django.db.connection."
     )
 
