@@ -18,7 +18,16 @@ from kombu.exceptions import OperationalError
 
 from celery_idem.core import keys
 from celery_idem.core.errors import ConfigurationError, StoreError
-from celery_idem.core.model import ACCEPTED_AT, MICROSECONDS, NO_FINGERPRINT, Accepted, Request, State
+from celery_idem.core.model import (
+    ACCEPTED_AT,
+    MICROSECONDS,
+    NO_FINGERPRINT,
+    PART_OF,
+    Accepted,
+    Busy,
+    Request,
+    State,
+)
 from celery_idem.engine import events, owners
 from celery_idem.engine.entries import Entry
 from celery_idem.engine.ledger import Ledger
@@ -230,7 +239,7 @@ class Submission:
         headers = dict(self.options.get("headers") or {})
         if entry is not None:
             headers[ACCEPTED_AT] = accepted_at(self.request.owner, entry.stamp)
-        options = {**self.options, **more, "headers": headers}
+        options = {**self.options, **more, "headers": headers, messages.DECIDED: True}
         return str(self.task.apply_async(self.args, self.kwargs, **self.own, **options).id)
 
     def sent(self, entry: Entry | None, **more: Any) -> Receipt:
@@ -253,6 +262,41 @@ class Submission:
             look_again(ledger, key, self.request.owner, 0.0)
             return accepted(key, self.task_id, self.mine, "not_sent")
         return accepted(key, self.task_id, self.mine)
+
+
+KEEPS_ITS_ID = frozenset({"link", "link_error", "chain", "chord", "group_id", "root_id", "reply_to", "retries"})
+"""Options of a call that something else waits for by its task id: part of a canvas, or a retry."""
+
+
+def accept_published(
+    task: GuardedTask, args: Any, kwargs: Any, options: Mapping[str, Any], its_own_id: bool
+) -> str | None:
+    """Accept a call of ``apply_async`` and publish it, if it is new (``accept_on_publish``).
+
+    Args:
+        options: with the headers that say which intent it is.
+        its_own_id: no other task id will do for the caller.
+
+    Returns:
+        The id of the task that will have the result: its own, or that of the same action which is under way. None:
+        publish it as any other; a worker then gives the stored answer, or decides.
+    """
+    given = options["headers"]
+    if PART_OF in given or any(options.get(name) for name in KEEPS_ITS_ID):
+        return None
+    own = {name: given.get(header) for name, header in keys.LABELS.items()}
+    headers = {name: value for name, value in given.items() if name not in keys.MADE}
+    call = Submission(task, args or (), kwargs or {}, own, {**options, "headers": headers})
+    try:
+        decision, entry = task.guard.ledger.accept(call.key, call.request, call.wait)
+    except StoreError as error:  # a worker decides, as without the setting
+        events.emit("store_error", call.key, error=str(error), while_="submitting", then="published")
+        return None
+    if isinstance(decision, Accepted):
+        return call.sent(entry).task_id
+    if isinstance(decision, Busy) and not its_own_id:
+        return call.told(entry).task_id
+    return None
 
 
 def _without_store(call: Submission, error: StoreError) -> Receipt:

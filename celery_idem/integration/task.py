@@ -381,6 +381,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         same = options.get(retrying.SAME_INTENT)
         given = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
         if self.idem_declaration is not None:
+            decided = options.pop(messages.DECIDED, False) or same or bool(more)
+            its_own_id = options.get("task_id") is not None
             task_id = (more[0] if more else options.get("task_id")) or uuid()
             if more:
                 more = (task_id, *more[1:])
@@ -392,11 +394,20 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             options["headers"][MESSAGE] = task_id
             if not same:
                 warn_if_open(self.name)
+            if not decided and self._accepts:
+                standing = submitting.accept_published(self, args, kwargs, options, its_own_id)
+                if standing is not None:
+                    return self.AsyncResult(standing)
             if same and hasattr(self.request_stack.top, "idem_claim") and not self.app.conf.task_always_eager:
                 return self._continue(args, kwargs, more, options)
         else:
             options = self._without_key(options, given)
         return super().apply_async(args, kwargs, *more, **options)
+
+    @property
+    def _accepts(self) -> bool:
+        settings = self.guard.settings
+        return settings.accept_on_publish and not settings.shadow and not self.app.conf.task_always_eager
 
     def _continue(self, args: Any, kwargs: Any, more: Any, options: dict[str, Any]) -> AsyncResult:
         """Publish a message that continues an intent, and note it for the record of the body that runs here."""

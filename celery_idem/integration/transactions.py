@@ -114,7 +114,7 @@ def warn_if_open(name: str) -> None:
     """Warn, once per process, where a call is published inside a transaction of Django's that is not committed."""
     global _warned  # noqa: PLW0603  # once per process
     django = sys.modules.get("django.db")
-    if django is None or _warned:
+    if django is None or _warned or not sys.modules["django.conf"].settings.configured:
         return
     for connection in django.connections.all(initialized_only=True):
         blocks = getattr(connection, "atomic_blocks", ())
