@@ -19,6 +19,7 @@ from celery_idem.core.keys import ALL_ARGUMENTS
 from celery_idem.core.model import Happened, NotHappened, Unknown
 from celery_idem.engine.claim import Claim
 from celery_idem.integration.looking import look_up
+from celery_idem.integration.many import submit_many
 from celery_idem.integration.receipts import Receipt
 from celery_idem.integration.submitting import asubmit, submit
 from celery_idem.integration.task import IdempotentTask
@@ -49,4 +50,5 @@ __all__ = [
     "idempotent_task",
     "look_up",
     "submit",
+    "submit_many",
 ]

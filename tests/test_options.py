@@ -56,6 +56,7 @@ RIGHT: dict[str, Any] = {
     "reconcile_timeout": 3.0,
     "keep_call": False,
     "max_call_bytes": 1000,
+    "accept_on_publish": True,
     "recover": False,
     "scope": "tests.test_options:pay",
 }

@@ -44,7 +44,7 @@ from celery_idem.engine import clock, events
 from celery_idem.engine.claim import Hold, age
 from celery_idem.engine.compare_and_set import DELETED, Decide, change
 from celery_idem.engine.entries import FILTERS, OPEN, Entry, Tally, states, tallied
-from celery_idem.stores.base import Mark, NoIndexError, Reply, Store
+from celery_idem.stores.base import Creation, Mark, NoIndexError, Reply, Store
 
 SHADOW = "~shadow"
 """What the namespace of shadow records has behind it; a namespace itself ends before the colon."""
@@ -114,6 +114,16 @@ class Ledger:
         twin._is_shadow = True
         return twin
 
+    def inside(self, connection: Any) -> Ledger:
+        """The same intents, in a transaction of the author's connection.
+
+        Raises:
+            ConfigurationError: that database does not have the records, or no transaction is open.
+        """
+        return Ledger(
+            self.store.inside(connection, first=True), self.namespace, self.codec, self.result_ttl
+        )
+
     # --- for an execution -----------------------------------------------------------
 
     def claim(self, key: str, request: Request) -> tuple[Decision, Hold | None]:
@@ -172,8 +182,51 @@ class Ledger:
         Raises:
             StoreError: whether it was accepted is unknown.
         """
-        new, name = protocol.accepted(request, wait), self._prefix + key
-        reply = self.store.create(name, pack(new), None, protocol.due(new, request.policy))
+        new, item = self._accepting(key, request, wait)
+        return self._accepted(key, request, wait, new, self.store.create(*item))
+
+    def accept_many(
+        self, calls: Sequence[tuple[str, Request, int]]
+    ) -> list[tuple[Decision | Accepted | None, Entry] | StoreError]:
+        """As ``accept`` of each, with one write for all that are new.
+
+        Args:
+            calls: key, request and ``wait`` of each.
+
+        Returns:
+            In order, what ``accept`` returns or raises.
+
+        Raises:
+            StoreError: it is unknown which of them were accepted.
+        """
+        firsts = {key: self._accepting(key, request, wait) for key, request, wait in reversed(calls)}
+        replies = dict(
+            zip(firsts, self.store.create_many([item for _, item in firsts.values()]), strict=True)
+        )
+        answers: list[tuple[Decision | Accepted | None, Entry] | StoreError] = []
+        for key, request, wait in calls:
+            new, _ = firsts[key]
+            reply = replies[key]
+            if isinstance(reply, StoreError):
+                answers.append(reply)
+                continue
+            if new.owner != request.owner:  # the same action once more
+                new = protocol.accepted(request, wait)
+                reply = reply._replace(done=False)
+            try:
+                answers.append(self._accepted(key, request, wait, new, reply))
+            except StoreError as error:
+                answers.append(error)
+        return answers
+
+    def _accepting(self, key: str, request: Request, wait: int) -> tuple[Record, Creation]:
+        new = protocol.accepted(request, wait)
+        return new, Creation(self._prefix + key, pack(new), None, protocol.due(new, request.policy))
+
+    def _accepted(
+        self, key: str, request: Request, wait: int, new: Record, reply: Reply
+    ) -> tuple[Decision | Accepted | None, Entry]:
+        """Decide on what stands there after ``new`` was to be created."""
         decision: Decision | Accepted | None = Accepted(new)
         if not reply.done:
 
@@ -184,7 +237,9 @@ class Ledger:
                     return Accepted(record), None
                 return protocol.accept(record, stamp, now, request, wait)
 
-            decision, reply, _ = change(self.store, name, key, decide, request.policy, reply)
+            decision, reply, _ = change(
+                self.store, self._prefix + key, key, decide, request.policy, reply
+            )
         assert reply.stored is not None
         record = decision.record if isinstance(decision, Accepted) else _read(key, reply.stored)
         return decision, Entry(key, record, reply.stored.stamp, reply.now)

@@ -77,7 +77,7 @@ class Look(NamedTuple):
         result = from_celery(receipt, self, entry)
         if result is not None:
             return result
-        return known or (receipt if entry is None else _undecided(entry, receipt, self))
+        return known or (receipt if entry is None else undecided(entry, receipt, self))
 
     def announcements(self, receipt: Receipt) -> Announcements | None:
         """Those of the application, where a result is published for this task."""
@@ -112,7 +112,7 @@ def look_up(app: Celery, key: str, scope: str | None = None) -> Receipt | None:
     source = Look(app, ledger, NO_FINGERPRINT, policy, published=False, secret=secret)
     known = from_record(entry, key, "", source)
     return (
-        known if known is not None else _undecided(entry, Receipt("in_progress", key, _source=source), source)
+        known if known is not None else undecided(entry, Receipt("in_progress", key, _source=source), source)
     )
 
 
@@ -182,7 +182,7 @@ def _replaced(receipt: Receipt, task_id: str, source: Look) -> Receipt:
     return result
 
 
-def _undecided(entry: Entry, receipt: Receipt, source: Look) -> Receipt:
+def undecided(entry: Entry, receipt: Receipt, source: Look) -> Receipt:
     """The receipt of a record that waits for a delivery."""
     state = entry.record.state
     receipt = replace(receipt, task_id=receipt.task_id or entry.record.task_id, retry_after=None)

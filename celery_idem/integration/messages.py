@@ -50,6 +50,9 @@ _NO_LIMITS = [None, None]
 _NOT_KEPT = frozenset({"connection", "producer", "retry", "retry_policy", "add_to_parent", "task_id"})
 """Options of ``apply_async`` that belong to the process that calls, or that the call has already."""
 
+DECIDED = "idem_decided"
+"""Option of our ``apply_async``: what the record says of this call is known already, so publish it."""
+
 _PROPERTIES = ("priority", "delivery_mode", "MessageGroupId")
 """Properties that the author or the sender chose; all others are the broker's."""
 
@@ -291,7 +294,8 @@ def publish(app: Celery, key: str, call: Call, began: bool = True) -> None:
         times = {
             name: maybe_iso8601(call.options[name]) for name in ("eta", "expires") if call.options.get(name)
         }
-        app.tasks[task].apply_async(args, kwargs, task_id=call.task_id, **{**call.options, **times})
+        options = {**call.options, **times, DECIDED: True}
+        app.tasks[task].apply_async(args, kwargs, task_id=call.task_id, **options)
         return
     headers = _headers(app, task, key, call)
     if began:

@@ -59,6 +59,9 @@ class Settings:
             message has them. Without it nothing can be recovered, and operators see no arguments.
         max_call_bytes: a larger call is not kept. 64 KiB: a hundred times a usual message; a thousand open ones
             take 64 MB at most.
+        accept_on_publish: ``delay`` and ``apply_async`` accept the call in its record before they publish it, as
+            ``submit`` does. Off: it costs a write for each, and Celery's callers expect an error when the broker is
+            away.
         recover: publish the call again when its message got lost or its worker died (see docs/how-to/recovery.md).
     """
 
@@ -81,6 +84,7 @@ class Settings:
     scope: Callable[[], Any] | str | None = None
     keep_call: bool = True
     max_call_bytes: int = 65_536
+    accept_on_publish: bool = False
     recover: bool = True
 
     def policy(self, asks: bool) -> Policy:
@@ -110,6 +114,7 @@ _ONE_OF: dict[str, tuple[Any, ...]] = {
     "shadow": (True, False),
     "audit": (True, False),
     "keep_call": (True, False),
+    "accept_on_publish": (True, False),
     "recover": (True, False),
 }
 _SECONDS = ("lease", "result_ttl", "failure_ttl", "settle_patience", "reconcile_timeout")

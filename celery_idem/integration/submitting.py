@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,18 @@ from kombu.exceptions import OperationalError
 
 from celery_idem.core import keys
 from celery_idem.core.errors import ConfigurationError, StoreError
-from celery_idem.core.model import ACCEPTED_AT, MICROSECONDS, NO_FINGERPRINT, Accepted, Request, State
+from celery_idem.core.model import (
+    ACCEPTED_AT,
+    MICROSECONDS,
+    NO_FINGERPRINT,
+    PART_OF,
+    Accepted,
+    Busy,
+    Request,
+    State,
+)
 from celery_idem.engine import events, owners
+from celery_idem.engine.entries import Entry
 from celery_idem.engine.ledger import Ledger
 from celery_idem.integration import messages
 from celery_idem.integration.awaiting import in_thread, warn_on_loop
@@ -28,7 +37,7 @@ from celery_idem.integration.guarded import GuardedTask
 from celery_idem.integration.looking import PLAIN_POLICY, Look, from_celery, from_record
 from celery_idem.integration.messages import accepted_at, recovers
 from celery_idem.integration.publishing import in_scope
-from celery_idem.integration.receipts import Receipt
+from celery_idem.integration.receipts import Code, Receipt
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -102,7 +111,7 @@ def submit(
     own = keys.labelled({"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key})
     headers = {**(options.pop("headers", None) or {}), **own}
     result = app.send_task(name, args=args, kwargs=kwargs, headers=headers, **options)
-    return _accepted("", result.id, Look(app, None, NO_FINGERPRINT, PLAIN_POLICY, published=True))
+    return accepted("", result.id, Look(app, None, NO_FINGERPRINT, PLAIN_POLICY, published=True))
 
 
 async def asubmit(
@@ -131,73 +140,172 @@ def submit_task(
     options: Mapping[str, Any],
 ) -> Receipt:
     """Accept a call in its record and publish it; or say what is known of its intent."""
-    guard = task.guard
-    ledger, policy = guard.ledger, guard.options.policy
-    scope = in_scope(guard.settings.scope, scope)
-    arguments = guard.declaration.bind(args, kwargs)
-    key = guard.declaration.key(ledger.namespace, arguments, scope, occurrence, idempotency_key)
-    fingerprint = guard.declaration.fingerprint(arguments, idempotency_key)
-    secret = bool(guard.declaration.secret)
-    own = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
-    task_id = str(options.get("task_id") or uuid())
-    options = {**options, "task_id": task_id}
+    labels = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
+    call = Submission(task, args, kwargs, labels, options)
+    ledger, key = task.guard.ledger, call.key
     if (
-        guard.settings.shadow
+        task.guard.settings.shadow
     ):  # a record was then written while the guard was on, and does not answer this call
-        source = Look(task.app, None, fingerprint, policy, published=True, secret=secret)
-        task.apply_async(tuple(args), dict(kwargs), **own, **options)
-        return _accepted(key, task_id, source)
-    source = Look(task.app, ledger, fingerprint, policy, published=False, secret=secret)
-    mine = source._replace(published=True)
-    due = _due(task.app, options)
-    call = messages.of_submission(
-        task, args, kwargs, task_id, {**options, **own, "countdown": None, "eta": due}
-    )
-    digest = keys.scope_digest(ledger.namespace, keys.label("scope", scope)) if scope is not None else b""
-    request = Request(owners.mint(), task_id, fingerprint, policy, scope=digest, call=call)
-    seconds = ACCEPTED_FOR + (0.0 if due is None else max(0.0, (due - task.app.now()).total_seconds()))
+        call.publish()
+        return accepted(key, call.task_id, call.mine._replace(ledger=None))
     try:
-        decision, entry = ledger.accept(key, request, int(seconds * MICROSECONDS))
-        if entry.record.state is State.ACCEPTED and entry.record.owner != request.owner:
+        decision, entry = ledger.accept(key, call.request, call.wait)
+        if entry.record.state is State.ACCEPTED and entry.record.owner != call.request.owner:
             queued = Receipt("in_progress", key, entry.record.task_id)
-            ended = from_celery(queued, mine, entry)
+            ended = from_celery(queued, call.mine, entry)
             if (
                 ended is not None and ended.status == "not_run"
             ):  # revoked, and no worker has met its message since
-                ledger.revoked(key, entry.record.task_id, policy)
-                decision, entry = ledger.accept(key, request, int(seconds * MICROSECONDS))
+                ledger.revoked(key, entry.record.task_id, call.request.policy)
+                decision, entry = ledger.accept(key, call.request, call.wait)
     except StoreError as error:
-        return _without_store(task, key, error, args, kwargs, {**options, **own}, source)
+        return _without_store(call, error)
     if decision is not None and not isinstance(decision, Accepted):
-        known = from_record(entry, key, "", source)
+        return call.told(entry)
+    return call.sent(entry if decision is not None else None)
+
+
+class Submission:
+    """One call that is about to be accepted.
+
+    Attributes:
+        own: its scope, occurrence and the caller's own key, by their names.
+        options: of ``apply_async``.
+        key: of its intent.
+        call: as the record holds it.
+        wait: microseconds until recovery publishes it, unless a worker has it by then.
+        source: where its receipt looks, and that of a call that did not publish anything.
+        mine: the same, of a call that was accepted.
+
+    Raises:
+        TypeError, IntentError: as ``IdempotentTask.submit``.
+    """
+
+    def __init__(
+        self,
+        task: GuardedTask,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        own: Mapping[str, Any],
+        options: Mapping[str, Any],
+        seconds: float = ACCEPTED_FOR,
+    ) -> None:
+        guard, app = task.guard, task.app
+        declaration, ledger, policy = guard.declaration, guard.ledger, guard.options.policy
+        scope = in_scope(guard.settings.scope, own["scope"])
+        arguments = declaration.bind(args, kwargs)
+        self.key = declaration.key(
+            ledger.namespace, arguments, scope, own["occurrence"], own["idempotency_key"]
+        )
+        fingerprint = declaration.fingerprint(arguments, own["idempotency_key"])
+        self.task, self.args, self.kwargs, self.own = task, tuple(args), dict(kwargs), own
+        self.task_id = str(options.get("task_id") or uuid())
+        self.options = {**options, "task_id": self.task_id}
+        secret = bool(declaration.secret)
+        self.source = Look(app, ledger, fingerprint, policy, published=False, secret=secret)
+        self.mine = self.source._replace(published=True)
+        due = _due(app, options)
+        self.call = messages.of_submission(
+            task, args, kwargs, self.task_id, {**self.options, **own, "countdown": None, "eta": due}
+        )
+        digest = keys.scope_digest(ledger.namespace, keys.label("scope", scope)) if scope is not None else b""
+        self.request = Request(
+            owners.mint(), self.task_id, fingerprint, policy, scope=digest, call=self.call
+        )
+        seconds += 0.0 if due is None else max(0.0, (due - app.now()).total_seconds())
+        self.wait = int(seconds * MICROSECONDS)
+
+    @property
+    def recovers(self) -> bool:
+        """Recovery can publish it."""
+        return recovers(self.task.guard, self.call)
+
+    def told(self, entry: Entry) -> Receipt:
+        """Return what the record says."""
+        known = from_record(entry, self.key, "", self.source)
         assert known is not None
         outcome = entry.record.outcome
-        events.emit("told", key, status=known.status, **(outcome.traced if outcome is not None else {}))
+        events.emit(
+            "told", self.key, status=known.status, **(outcome.traced if outcome is not None else {})
+        )
         return known
-    headers = dict(options.get("headers") or {})
-    if decision is not None:
-        headers[ACCEPTED_AT] = accepted_at(request.owner, entry.stamp)
-    options["headers"] = headers
+
+    def publish(self, entry: Entry | None = None, **more: Any) -> str:
+        """Publish the call; its task id.
+
+        Args:
+            entry: the record in which it is accepted; None: it is not.
+        """
+        headers = dict(self.options.get("headers") or {})
+        if entry is not None:
+            headers[ACCEPTED_AT] = accepted_at(self.request.owner, entry.stamp)
+        options = {**self.options, **more, "headers": headers, messages.DECIDED: True}
+        return str(self.task.apply_async(self.args, self.kwargs, **self.own, **options).id)
+
+    def sent(self, entry: Entry | None, **more: Any) -> Receipt:
+        """Publish the call; its receipt. Where the broker does not take it, recovery does.
+
+        Args:
+            entry: as for ``publish``.
+
+        Raises:
+            Exception: of ``apply_async``, where recovery cannot publish it.
+        """
+        ledger, key = self.task.guard.ledger, self.key
+        try:
+            self.publish(entry, **more)
+        except Exception as error:
+            if entry is None or not (self.recovers and _of_the_broker(self.task.app, error)):
+                _withdraw(ledger, key, self.request.owner)
+                raise
+            events.emit("broker_error", key, task_id=self.task_id, error=type(error).__name__)
+            look_again(ledger, key, self.request.owner, 0.0)
+            return accepted(key, self.task_id, self.mine, "not_sent")
+        return accepted(key, self.task_id, self.mine)
+
+
+KEEPS_ITS_ID = frozenset({"link", "link_error", "chain", "chord", "group_id", "root_id", "reply_to", "retries"})
+"""Options of a call that something else waits for by its task id: part of a canvas, or a retry."""
+
+
+def accept_published(
+    task: GuardedTask, args: Any, kwargs: Any, options: Mapping[str, Any], its_own_id: bool
+) -> str | None:
+    """Accept a call of ``apply_async`` and publish it, if it is new (``accept_on_publish``).
+
+    Args:
+        options: with the headers that say which intent it is.
+        its_own_id: no other task id will do for the caller.
+
+    Returns:
+        The id of the task that will have the result: its own, or that of the same action which is under way. None:
+        publish it as any other; a worker then gives the stored answer, or decides.
+    """
+    given = options["headers"]
+    if PART_OF in given or any(options.get(name) for name in KEEPS_ITS_ID):
+        return None
+    own = {name: given.get(header) for name, header in keys.LABELS.items()}
+    headers = {name: value for name, value in given.items() if name not in keys.MADE}
+    call = Submission(task, args or (), kwargs or {}, own, {**options, "headers": headers})
     try:
-        task.apply_async(tuple(args), dict(kwargs), **own, **options)
-    except Exception as error:
-        if decision is None or not (recovers(guard, call) and _of_the_broker(task.app, error)):
-            _withdraw(ledger, key, request.owner)
-            raise
-        events.emit("broker_error", key, task_id=task_id, error=type(error).__name__)
-        _sent(ledger, key, request.owner)
-        return replace(_accepted(key, task_id, mine), code="not_sent")
-    return _accepted(key, task_id, mine)
+        decision, entry = task.guard.ledger.accept(call.key, call.request, call.wait)
+    except StoreError as error:  # a worker decides, as without the setting
+        events.emit("store_error", call.key, error=str(error), while_="submitting", then="published")
+        return None
+    if isinstance(decision, Accepted):
+        return call.sent(entry).task_id
+    if isinstance(decision, Busy) and not its_own_id:
+        return call.told(entry).task_id
+    return None
 
 
-def _without_store(
-    task: GuardedTask, key: str, error: StoreError, args: Any, kwargs: Any, options: Any, source: Look
-) -> Receipt:
+def _without_store(call: Submission, error: StoreError) -> Receipt:
     """``on_store_error`` says what becomes of a call whose intent the store cannot tell."""
-    policy = task.guard.options.on_store_error
+    key, guard = call.key, call.task.guard
+    policy = guard.options.on_store_error
     try:  # a store that takes no writes may still know the answer
-        entry = task.guard.ledger.look(key)
-        known = from_record(entry, key, "", source) if entry is not None else None
+        entry = guard.ledger.look(key)
+        known = from_record(entry, key, "", call.source) if entry is not None else None
     except StoreError:
         known = None
     then = "told" if known is not None else "published" if policy == "run" else "refused"
@@ -208,9 +316,8 @@ def _without_store(
     if policy == "raise":
         raise StoreError(f"{error} {key} was not accepted. Call again unchanged.", key) from error
     if policy == "run":
-        task_id = task.apply_async(tuple(args), dict(kwargs), **options).id
-        return _accepted(key, task_id, source._replace(published=True))
-    return Receipt("not_run", key, reason=str(error), code="store_error", _source=source)
+        return accepted(key, call.publish(), call.mine)
+    return Receipt("not_run", key, reason=str(error), code="store_error", _source=call.source)
 
 
 def _due(app: Celery, options: Mapping[str, Any]) -> datetime | None:
@@ -240,13 +347,13 @@ def _withdraw(ledger: Ledger, key: str, owner: bytes) -> None:
         events.emit("unsettled", key, task_id="", error=str(error))
 
 
-def _sent(ledger: Ledger, key: str, owner: bytes) -> None:
-    """Have recovery publish it at once."""
+def look_again(ledger: Ledger, key: str, owner: bytes, seconds: float) -> None:
+    """Say when recovery looks at an accepted call; 0: at once."""
     try:
-        ledger.sent(key, owner, 0)
-    except StoreError as error:  # then in ACCEPTED_FOR
+        ledger.sent(key, owner, int(seconds * MICROSECONDS))
+    except StoreError as error:  # then as it was said before
         events.emit("store_error", key, error=str(error), while_="submitting")
 
 
-def _accepted(key: str, task_id: str, source: Look) -> Receipt:
-    return Receipt("accepted", key, task_id, retry_after=1.0, _source=source)
+def accepted(key: str, task_id: str, source: Look, code: Code = "") -> Receipt:
+    return Receipt("accepted", key, task_id, code=code, retry_after=1.0, _source=source)

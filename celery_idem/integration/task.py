@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import copy_context
 from functools import partial
@@ -40,7 +40,9 @@ from celery_idem.engine.claim import Claim, Hold
 from celery_idem.integration import (
     answers,
     declaring,
+    many,
     messages,
+    outbox,
     placing,
     publishing,
     republishing,
@@ -52,6 +54,7 @@ from celery_idem.integration.delivery import EAGER, HELD, PROPAGATES, Delivery, 
 from celery_idem.integration.options import declares
 from celery_idem.integration.publishing import LOOPS
 from celery_idem.integration.receipts import Receipt
+from celery_idem.integration.transactions import warn_if_open
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -230,11 +233,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             IntentError: an argument cannot be part of a key.
             kombu.exceptions.OperationalError: the broker did not take it; nothing is left behind.
         """
-        declaration = self._declared("submit")
-        if not OWN_WORDS.isdisjoint(declaration.signature.parameters):
-            self._refuse_clash("submit", *OWN_WORDS)
+        options = self._options_of("submit", kwargs)
         warn_on_loop(f"submit() of {self.name}", "await task.asubmit()")
-        options = submitting.options_among(kwargs, declaration.signature)
         return submitting.submit_task(self, args, kwargs, scope, occurrence, idempotency_key, options)
 
     async def asubmit(
@@ -252,6 +252,95 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         """
         own = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
         return await in_thread("submit", partial(self.submit, *args, **own, **kwargs))
+
+    def submit_many(
+        self, calls: Iterable[many.Call], *, scope: str | None = None, **options: Any
+    ) -> list[Receipt]:
+        """``submit`` of many calls, several times as fast as one by one; their receipts, in order.
+
+        ::
+
+            charge.submit_many([{"order": 7, "cents": 100}, (8, 250), charge.s(9, cents=1).set(occurrence="2")])
+
+        What is wrong with one call is in its own receipt, and the other calls go on. Of two calls that are the same
+        action, the second is a duplicate.
+
+        Args:
+            calls: each is a mapping of named arguments, a tuple of positional ones, or a signature
+                (``task.s(…)``, with ``scope``, ``occurrence``, ``idempotency_key`` and options of ``apply_async`` in
+                ``set(…)``).
+            scope: as for ``submit``, of all calls that have none.
+            options: of ``apply_async``, for all calls.
+        """
+        self._declared("submit_many")
+        return many.submit_calls(self, calls, scope, options)
+
+    def submit_in(
+        self,
+        connection: Any,
+        /,
+        *args: Any,
+        scope: str | None = None,
+        occurrence: str | None = None,
+        idempotency_key: str | None = None,
+        **kwargs: Any,
+    ) -> Receipt:
+        """``submit`` in a transaction of your own: the call is accepted exactly if that transaction commits.
+
+        ::
+
+            with Session(engine) as session, session.begin():
+                session.add(Order(number=7))
+                receipt = ship.submit_in(session, 7)
+
+        The record is written in the transaction, in the table that ``idem_store`` names. Rolled back, there is no
+        record and no message. Committed, it is published at once with SQLAlchemy and Django; with drivers' own
+        connections, and where the process dies after the commit, recovery publishes it within about three seconds.
+        Ask the receipt (``wait``, ``refresh``) after the commit.
+
+        Args:
+            connection: as for ``settle_in``.
+
+        Raises:
+            ConfigurationError: another database, no transaction, or a call that recovery could not publish.
+            TypeError, IntentError: as ``submit``.
+        """
+        own = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
+        options = self._options_of("submit_in", kwargs)
+        return outbox.submit_in(self, connection, args, kwargs, own, options)
+
+    def submit_on_commit(
+        self,
+        connection: Any,
+        /,
+        *args: Any,
+        scope: str | None = None,
+        occurrence: str | None = None,
+        idempotency_key: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """``submit`` after the commit of a transaction, and not if it rolls back. For stores outside of its database.
+
+        If the process dies between the commit and the submit, or the store does not answer then, the call is lost:
+        an error in the log is all that tells. ``submit_in`` does not lose it.
+
+        Args:
+            connection: a SQLAlchemy session, or Django's ``connection``.
+
+        Raises:
+            ConfigurationError: another kind of connection.
+            TypeError, IntentError: as ``submit``.
+        """
+        own = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
+        options = self._options_of("submit_on_commit", kwargs)
+        outbox.submit_on_commit(self, connection, args, kwargs, own, options)
+
+    def _options_of(self, method: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Take the options of ``apply_async`` out of a submit's named arguments."""
+        declaration = self._declared(method)
+        if not OWN_WORDS.isdisjoint(declaration.signature.parameters):
+            self._refuse_clash(method, *OWN_WORDS)
+        return submitting.options_among(kwargs, declaration.signature)
 
     def _refuse_clash(self, method: str, *names: str) -> None:
         for name in self._declared(method).signature.parameters:
@@ -296,6 +385,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         same = options.get(retrying.SAME_INTENT)
         given = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
         if self.idem_declaration is not None:
+            decided = options.pop(messages.DECIDED, False) or same or bool(more)
+            its_own_id = options.get("task_id") is not None
             task_id = (more[0] if more else options.get("task_id")) or uuid()
             if more:
                 more = (task_id, *more[1:])
@@ -305,11 +396,22 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
                 options = self._in_a_group(options, given)
             options = self._with_key(args, kwargs, options, given, task_id)
             options["headers"][MESSAGE] = task_id
+            if not same:
+                warn_if_open(self.name)
+            if not decided and self._accepts:
+                standing = submitting.accept_published(self, args, kwargs, options, its_own_id)
+                if standing is not None:
+                    return self.AsyncResult(standing)
             if same and hasattr(self.request_stack.top, "idem_claim") and not self.app.conf.task_always_eager:
                 return self._continue(args, kwargs, more, options)
         else:
             options = self._without_key(options, given)
         return super().apply_async(args, kwargs, *more, **options)
+
+    @property
+    def _accepts(self) -> bool:
+        settings = self.guard.settings
+        return settings.accept_on_publish and not settings.shadow and not self.app.conf.task_always_eager
 
     def _continue(self, args: Any, kwargs: Any, more: Any, options: dict[str, Any]) -> AsyncResult:
         """Publish a message that continues an intent, and note it for the record of the body that runs here."""

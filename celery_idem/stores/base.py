@@ -47,6 +47,15 @@ class Change(NamedTuple):
     due: int | None = None
 
 
+class Creation(NamedTuple):
+    """One value to create; as for ``Store.create``."""
+
+    key: str
+    value: bytes
+    ttl: int | None = None
+    due: int | None = None
+
+
 class Mark(NamedTuple):
     """A correction of the index: what ``key`` is in it, if its stamp is still ``stamp``.
 
@@ -105,8 +114,8 @@ class PartlyError(StoreError):
 def elsewhere(url: str) -> ConfigurationError:
     """Return the error for a connection from which the store's records cannot be reached."""
     return ConfigurationError(
-        f"settle_in: the record of this intent is in {url}, and cannot be seen on your connection. Nothing was "
-        "written. Point idem_store at the database (and, in PostgreSQL, the schema) that your connection uses."
+        f"settle_in and submit_in: the records of intents are in {url}, and cannot be seen on your connection. Nothing "
+        "was written. Point idem_store at the database (and, in PostgreSQL, the schema) that your connection uses."
     )
 
 
@@ -125,6 +134,9 @@ class Store(ABC):
 
     durabilities: ClassVar[tuple[str, ...]] = ()
     """Values of ``idem_durability`` that this store supports besides "none"."""
+
+    transactional: ClassVar[bool] = False
+    """``inside`` works here."""
 
     announces: ClassVar[bool] = False
     """``announce`` works here."""
@@ -212,14 +224,34 @@ class Store(ABC):
         """
         return [self.replace(*change) for change in changes]
 
-    def inside(self, connection: Any) -> Store:
+    def create_many(self, items: Sequence[Creation]) -> list[Reply | StoreError]:
+        """Make several independent creations of different keys, in one round trip where the store can.
+
+        Returns:
+            In order, what ``create`` returns, or the error that concerns one key alone.
+        """
+        replies: list[Reply | StoreError] = []
+        for item in items:
+            try:
+                replies.append(self.create(*item))
+            except StoreError as error:
+                if not error.key:
+                    raise
+                replies.append(error)
+        return replies
+
+    def inside(self, connection: Any, first: bool = False) -> Store:
         """Return the same records, read and written in the transaction of the author's connection.
+
+        Args:
+            first: no record need be there. So nothing else would show that this is another database: ask both.
 
         Raises:
             ConfigurationError: the connection's database does not have the records.
         """
         raise ConfigurationError(
-            f"settle_in: the records are in {self.url}, which cannot take part in a transaction of your database. "
+            f"settle_in: the records of intents are in {self.url}, which cannot take part in a transaction of your "
+            "database. "
             "Point idem_store at that database (postgresql://… or sqlite:///…)."
         )
 

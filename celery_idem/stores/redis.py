@@ -24,6 +24,7 @@ from celery_idem.stores.base import (
     OWNER,
     Announcement,
     Change,
+    Creation,
     Listed,
     Mark,
     NoIndexError,
@@ -198,13 +199,37 @@ class RedisStore(Store):
     # --- primitives -----------------------------------------------------------------
 
     def create(self, key: str, value: bytes, ttl: int | None = None, due: int | None = None) -> Reply:
-        name, index = (self.prefix + key).encode(), self._index(key)
-        keep, look = _milliseconds(ttl), b"" if due is None else b"%d" % due
-        words = (len(name), name, len(index), index, len(value), value, len(keep), keep, len(look), look)
-        reply = self._run(CREATE, key, words)
+        reply = self._run(CREATE, key, self._creation(key, value, ttl, due))
         if type(reply) is int:
             return Reply(True, Stored(value, reply), reply)
         return self._again(_held(reply, key), key, value, ttl, due)
+
+    def _creation(self, key: str, value: bytes, ttl: int | None, due: int | None) -> tuple[int | bytes, ...]:
+        """Return the words of CREATE, each after its length."""
+        name, index = (self.prefix + key).encode(), self._index(key)
+        keep, look = _milliseconds(ttl), b"" if due is None else b"%d" % due
+        return len(name), name, len(index), index, len(value), value, len(keep), keep, len(look), look
+
+    def create_many(self, items: Sequence[Creation]) -> list[Reply | StoreError]:
+        if not items:
+            return []
+        packed = b"".join([CREATE.by_hash % self._creation(*item) for item in items])
+        answers = self._call(packed + self._wait, len(items) + bool(self._wait))
+        if self._wait:
+            waited = answers.pop()
+            if any(type(answer) is int for answer in answers):
+                self._check_durable(waited)
+        return [self._one_created(item, answer) for item, answer in zip(items, answers, strict=True)]
+
+    def _one_created(self, item: Creation, answer: Any) -> Reply | StoreError:
+        try:
+            if isinstance(answer, Exception):  # NOSCRIPT after a restart, for one
+                return self.create(*item)
+            return self._again(_replaced(answer, item.key, item.value), *item)
+        except StoreError as error:
+            if not error.key:
+                raise
+            return error
 
     def read(self, key: str) -> Reply:
         name = (self.prefix + key).encode()

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.model import Stored
-from celery_idem.stores.base import Change, Listed, NoIndexError, Reply
+from celery_idem.stores.base import Change, Listed, NoIndexError, Reply, Store
 from celery_idem.stores.redis import PAGE, REPLACE, RedisStore, _held, _Script, whole
 
 SCHEMES = ("redis-cluster", "rediss-cluster")
@@ -104,6 +104,8 @@ class ClusterStore(RedisStore):
         except self._errors.ResponseError as error:
             raise self._error(error, key) from error
         return _held((0, reply), key).stored
+
+    create_many = Store.create_many
 
     def replace_many(self, changes: Sequence[Change]) -> list[Reply]:
         """Use one round trip per node. A node that did not answer the last time comes last."""

@@ -9,7 +9,7 @@ author's connection.
 
 from __future__ import annotations
 
-import re
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -18,8 +18,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.model import Stored
 from celery_idem.stores import sql_connections
-from celery_idem.stores.base import OWNER, Change, Reply, Store, call_after_fork
-from celery_idem.stores.sql_statements import SqlPrimitives, no_table, schema, statements
+from celery_idem.stores.base import (
+    OWNER,
+    Change,
+    Creation,
+    Reply,
+    Store,
+    call_after_fork,
+    elsewhere,
+)
+from celery_idem.stores.sql_statements import SqlPrimitives, apart, no_table, schema, statements
 from celery_idem.stores.sql_transaction import InsideTransaction
 
 if TYPE_CHECKING:
@@ -49,6 +57,7 @@ class SqlStore(SqlPrimitives):
     """
 
     durabilities: ClassVar[tuple[str, ...]] = ("fsync",)
+    transactional = True
 
     def __init__(self, url: str, durability: str = "none") -> None:
         self._sa = sql_connections.sqlalchemy_module()
@@ -76,10 +85,49 @@ class SqlStore(SqlPrimitives):
         paramstyle = "named" if self.dialect == "sqlite" else "pyformat"
         self._sql = statements(self.dialect, paramstyle)
         self._making = threading.Lock()
+        self._place: Sequence[Any] = ()
         call_after_fork(self)
 
-    def inside(self, connection: Any) -> Store:
-        return InsideTransaction(self, connection)
+    def inside(self, connection: Any, first: bool = False) -> Store:
+        inside = InsideTransaction(self, connection, first)
+        if first and not self._is_there(inside):
+            raise elsewhere(self.url)
+        return inside
+
+    def _is_there(self, inside: InsideTransaction) -> bool:
+        """Tell whether an author's connection sees our table. Creates the table if it does not exist."""
+        theirs = inside.place()
+        if self.dialect == "sqlite":  # without a connection of ours, which would wait for the author's lock
+            file, path = theirs[2], self._engine.url.database or ""
+            path = path.removeprefix("file:").partition("?")[0]
+            return bool(file) and os.path.realpath(file) == os.path.realpath(path)
+        if theirs != self._place:  # the first time, or after another server took over
+            ours = tuple(self._rows(self._sql.place, {})[0])
+            if not ours[1]:
+                self.make_schema()
+                ours, theirs = tuple(self._rows(self._sql.place, {})[0]), inside.place()
+            self._place = ours
+            return theirs == ours
+        return True
+
+    def create_many(self, items: Sequence[Creation]) -> list[Reply | StoreError]:
+        if not self._sql.create_many:
+            return super().create_many(items)
+        found: dict[str, Reply] = {}
+        parameters = {
+            "keys": [item.key for item in items],
+            "news": [item.value for item in items],
+            "ttls": [item.ttl for item in items],
+            "dues": [item.due for item in items],
+        }
+        values = {item.key: item.value for item in items}
+        for key, now, written, stamp, held in self._rows(self._sql.create_many, parameters):
+            if written is not None:
+                found[key] = Reply(True, Stored(values[key], written), now)
+            elif stamp is not None:
+                found[key] = Reply(False, Stored(bytes(held), stamp), now)
+        # Another transaction wrote the missing ones after this statement had looked.
+        return [found.get(item.key) or self.create(*item) for item in items]
 
     def replace_many(self, changes: Sequence[Change]) -> list[Reply]:
         if not self._sql.replace_many:
@@ -126,9 +174,8 @@ class SqlStore(SqlPrimitives):
             self._run(f"SELECT pg_advisory_xact_lock({LOCK}); {text}", None)
             return
         with self._making:
-            for statement in re.sub(r"--.*", "", text).split(";"):
-                if statement.strip():
-                    self._run(statement, None)
+            for statement in apart(text):
+                self._run(statement, None)
 
     def query(self, statement: str) -> Sequence[Any]:
         """Run another statement, for diagnosis, and return its rows."""

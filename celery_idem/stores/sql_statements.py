@@ -54,6 +54,34 @@ SELECT now, written.stamp, held.stamp, held.value
 FROM clock LEFT JOIN written ON true LEFT JOIN held ON true
 """
 
+# In the order of the keys, so that two of these statements never wait for each other.
+_CREATE_MANY_POSTGRESQL = """
+WITH clock AS MATERIALIZED (SELECT {now} AS now),
+given AS MATERIALIZED (
+  SELECT * FROM unnest(
+    CAST(:keys AS text[]), CAST(:news AS bytea[]), CAST(:ttls AS bigint[]), CAST(:dues AS bigint[])
+  ) AS given (key, value, ttl, due)
+),
+held AS MATERIALIZED (
+  SELECT there.key, there.stamp, there.value
+  FROM given JOIN celery_idem AS there ON there.key = given.key, clock
+  WHERE there.expires IS NULL OR there.expires > now
+),
+written AS (
+  INSERT INTO celery_idem AS there (key, stamp, value, expires, due)
+  SELECT key, now, value, now + ttl, now + due FROM given, clock
+  WHERE NOT EXISTS (SELECT 1 FROM held WHERE held.key = given.key)
+  ORDER BY key
+  ON CONFLICT (key) DO UPDATE
+  SET stamp = greatest(excluded.stamp, there.stamp + 1), value = excluded.value, expires = excluded.expires,
+    due = greatest(excluded.stamp, there.stamp + 1) + excluded.due - excluded.stamp
+  WHERE there.expires <= excluded.stamp
+  RETURNING key, stamp
+)
+SELECT given.key, now, written.stamp, held.stamp, held.value
+FROM clock, given LEFT JOIN written ON written.key = given.key LEFT JOIN held ON held.key = given.key
+"""
+
 _CREATE_SQLITE = """
 INSERT INTO celery_idem AS there (key, stamp, value, expires, due)
 VALUES (:key, {now}, :value, {now} + :ttl, {now} + :due)
@@ -139,17 +167,32 @@ DELETE FROM celery_idem USING expired WHERE celery_idem.key = expired.key
 """
 
 
+# What tells one database's table from another's: the database, the table that the search path finds first (0: none),
+# and the server's start; or the file. It reads nothing of a SQLite file: a transaction that has read cannot write any
+# more once another one has written.
+_PLACE = {
+    "postgresql": """
+SELECT (SELECT oid FROM pg_database WHERE datname = current_database()),
+  CAST(coalesce(CAST(to_regclass('celery_idem') AS oid), 0) AS bigint),
+  CAST(extract(epoch FROM pg_postmaster_start_time()) * 1000000 AS bigint)
+""",
+    "sqlite": "PRAGMA database_list",
+}
+
+
 class Statements(NamedTuple):
     """The statements for one database and one style of parameters."""
 
     create: str
+    create_many: str  # "" for SQLite, which has no round trips
     read: str
     replace: str
-    replace_many: str  # "" for SQLite, which has no round trips
+    replace_many: str  # as create_many
     scan: str
     open: str
     mark: str
     purge: str
+    place: str
 
 
 def statements(dialect: str, paramstyle: str) -> Statements:
@@ -162,6 +205,7 @@ def statements(dialect: str, paramstyle: str) -> Statements:
     postgresql = dialect == "postgresql"
     texts = (
         _CREATE_POSTGRESQL if postgresql else _CREATE_SQLITE,
+        _CREATE_MANY_POSTGRESQL if postgresql else "",
         _READ,
         _REPLACE,
         _REPLACE_MANY_POSTGRESQL if postgresql else "",
@@ -169,6 +213,7 @@ def statements(dialect: str, paramstyle: str) -> Statements:
         _OPEN,
         _MARK,
         _PURGE_POSTGRESQL if postgresql else _PURGE,
+        _PLACE[dialect],
     )
     names = {"now": _NOW[dialect], "greatest": _GREATEST[dialect]}
     spelled = [text.format(**names) for text in texts]
@@ -189,6 +234,11 @@ def schema(dialect: str) -> str:
     if dialect not in _NOW:
         raise ConfigurationError(f"There is no table for {dialect!r}: use one of {', '.join(_NOW)}.")
     return files("celery_idem.stores").joinpath(f"schema.{dialect}.sql").read_text()
+
+
+def apart(text: str) -> list[str]:
+    """Return the statements of a schema one by one."""
+    return [one for one in re.sub(r"--.*", "", text).split(";") if one.strip()]
 
 
 class SqlPrimitives(Store):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from celery_idem.core.errors import ConfigurationError
 from celery_idem.stores.base import elsewhere
-from celery_idem.stores.sql_statements import SqlPrimitives, no_table, statements
+from celery_idem.stores.sql_statements import SqlPrimitives, apart, no_table, schema, statements
 
 
 class InsideTransaction(SqlPrimitives):
@@ -20,35 +20,48 @@ class InsideTransaction(SqlPrimitives):
     Args:
         store: the store that keeps the records.
         connection: the author's connection.
+        makes: create the table in SQLite if it does not exist, in the author's transaction: its lock keeps our own
+            connection out.
 
     Raises:
         ConfigurationError: the kind of connection is not supported, or the database is of another kind.
     """
 
-    def __init__(self, store: SqlPrimitives, connection: Any) -> None:
+    def __init__(self, store: SqlPrimitives, connection: Any, makes: bool = False) -> None:
         self.url = store.url
         self._at = _opened(connection)
         self.dialect = self._at.dialect
         if self.dialect != store.dialect:
             raise ConfigurationError(
-                f"settle_in: this connection is to {self.dialect}, and the records are in {store.url}. The outcome can "
-                "only be committed with your rows when both are in one database."
+                f"This connection is to {self.dialect}, and the records of intents are in {store.url}. They can only be "
+                "committed with your rows when both are in one database."
             )
         self._sql = statements(self.dialect, self._at.paramstyle)
+        self._makes = makes and self.dialect == "sqlite"
+
+    def place(self) -> Sequence[Any]:
+        """Return what ``SqlStore`` compares with its own."""
+        place: Sequence[Any] = tuple(self._rows(self._sql.place, {})[0])
+        return place
 
     def _rows(self, statement: str, parameters: dict[str, Any]) -> Sequence[Any]:
         if not _in_transaction(self._at.driver()):
             raise ConfigurationError(
-                "settle_in: this connection has no transaction open and commits every statement by itself, so the "
-                "outcome would not be committed together with your rows. Use settle_in inside a transaction: "
+                "This connection has no transaction open and commits every statement by itself, so the record would not "
+                "be committed together with your rows. Use settle_in and submit_in inside a transaction: "
                 "engine.begin(), connection.transaction(), transaction.atomic()."
             )
         try:
             return self._at.run(statement, parameters)
         except Exception as error:  # any driver's error; the author's code handles it
-            if no_table(getattr(error, "orig", None) or error.__cause__ or error):
+            if not no_table(getattr(error, "orig", None) or error.__cause__ or error):
+                raise
+            if not self._makes:
                 raise elsewhere(self.url) from error
-            raise
+        self._makes = False
+        for one in apart(schema(self.dialect)):
+            self._at.run(one, {})
+        return self._at.run(statement, parameters)
 
 
 class _At(NamedTuple):
@@ -83,7 +96,7 @@ def _opened(given: Any) -> _At:
     if "sqlite3" in kinds:
         return _At("sqlite", "named", _by_cursor(given.cursor), lambda: given)
     raise ConfigurationError(
-        f"settle_in: a {type(given).__name__} is not a supported connection. Give it a SQLAlchemy session or "
+        f"settle_in and submit_in: a {type(given).__name__} is not a supported connection. Give it a SQLAlchemy session or "
         "connection, a psycopg connection, or Django's django.db.connection."
     )
 
@@ -98,10 +111,15 @@ def _of_session(session: Any) -> _At:
 
 
 def _of_sqlalchemy(dialect: Any, connection: Callable[[], Any]) -> _At:
+    def run(statement: str, parameters: dict[str, Any]) -> Sequence[Any]:
+        result = connection().exec_driver_sql(statement, parameters)
+        rows: Sequence[Any] = result.all() if result.returns_rows else ()
+        return rows
+
     return _At(
         dialect.name,
         "named" if dialect.name == "sqlite" else dialect.paramstyle,
-        lambda statement, parameters: connection().exec_driver_sql(statement, parameters).all(),
+        run,
         lambda: connection().connection.dbapi_connection,
     )
 
@@ -111,7 +129,7 @@ def _by_cursor(open_cursor: Callable[[], Any]) -> Callable[[str, dict[str, Any]]
         cursor = open_cursor()
         try:
             cursor.execute(statement, parameters)
-            rows: Sequence[Any] = cursor.fetchall()
+            rows: Sequence[Any] = cursor.fetchall() if cursor.description else ()
             return rows
         finally:
             cursor.close()

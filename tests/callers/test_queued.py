@@ -10,11 +10,14 @@ from typing import Any
 
 import httpx
 import pytest
-from celery import Celery
+from celery import Celery, group
+from kombu.exceptions import OperationalError
 
 from celery_idem import IdempotentTask, Ledger
 from celery_idem.adapters.http import door
 from celery_idem.adapters.tools import tool_of
+from celery_idem.core.model import OCCURRENCE
+from celery_idem.integration import recovering
 
 
 @pytest.fixture
@@ -95,3 +98,48 @@ def test_one_that_could_not_be_published_is_not_remembered(
         broken.setattr(app, "send_task", lambda *args, **kwargs: 1 / 0)
         assert tool.submit({"invoice": "1"}).status == "not_run"
     assert tool.submit({"invoice": "1"}).status == "accepted"
+
+
+def test_two_publishers_are_one_message(app: Celery) -> None:
+    task = app.tasks["shop.pay"]
+    app.conf.idem_accept_on_publish = True
+    first = task.delay("1")
+    assert task.delay("1").id == first.id
+    assert task.s("1").apply_async().id == first.id
+    assert messages(app) == 1
+    assert task.submit("1").task_id == first.id
+    # What the record cannot answer for this id, or something waits for by its own, is a message.
+    others = [
+        task.delay("1", cents=2),
+        task.apply_async(("1",), task_id="mine"),
+        task.apply_async(("1",), link=task.s("2")),
+        *group(task.s("1"), task.s("1")).apply_async(),
+    ]
+    assert len({first.id, *(other.id for other in others)}) == 6
+    assert messages(app) == 6
+    entry = Ledger.from_app(app).get(task.intent_key("1"))
+    assert entry is not None
+    assert (entry.state, entry.record.task_id) == ("accepted", first.id)
+
+
+def test_two_beats_of_one_tick_are_one_message(app: Celery) -> None:
+    app.conf.idem_accept_on_publish = True
+    task = app.tasks["shop.pay"]
+    ids = {task.apply_async(("1",), headers={OCCURRENCE: when}).id for when in ("10:00", "10:00", "11:00")}
+    assert (len(ids), messages(app)) == (2, 2)
+
+
+def test_what_the_broker_does_not_take_is_accepted_with_the_setting(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*args: Any, **kwargs: Any) -> None:
+        raise OperationalError("away")
+
+    app.conf.idem_accept_on_publish = True
+    task = app.tasks["shop.pay"]
+    with monkeypatch.context() as broken:
+        broken.setattr(app, "send_task", away)
+        first = task.delay("1")
+    assert [one.published for one in recovering.recover(app)] == [True]
+    assert messages(app) == 1
+    assert task.delay("1").id == first.id

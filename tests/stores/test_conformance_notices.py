@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from celery_idem.core.errors import StoreError
 from celery_idem.core.model import Stored
-from celery_idem.stores.base import Change, Reply, Store
+from celery_idem.stores.base import Change, Creation, Reply, Store
 from celery_idem.stores.memory import MemoryStore
 from celery_idem.testing import FakeClock
 from tests.stores import test_memory
@@ -138,6 +139,11 @@ class MixesUpReplies(Wrong):
         return super().replace_many(changes)[::-1]
 
 
+class MixesUpCreations(Wrong):
+    def create_many(self, items: list[Creation]) -> list[Reply | StoreError]:  # type: ignore[override]
+        return super().create_many(items)[::-1]
+
+
 NOTICED_BY = {
     IgnoresTheOwner: "test_replace_of_another_owner_is_refused",
     IgnoresTheStamp: "test_replace_of_an_older_stamp_is_refused",
@@ -154,6 +160,7 @@ NOTICED_BY = {
     FoldsCase: "test_keys_do_not_meet",
     CutsLargeValues: "test_any_bytes_come_back",
     PurgesTheLiving: "test_purge_deletes_what_has_expired_and_nothing_else",
+    MixesUpCreations: "test_create_many_answers_each_in_order",
     MixesUpReplies: "test_replace_many_answers_each_in_order",
 }
 

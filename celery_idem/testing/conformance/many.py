@@ -1,16 +1,16 @@
-"""Tests of scan and replace_many."""
+"""Tests of scan, create_many and replace_many."""
 
 from __future__ import annotations
 
 import threading
 
 from celery_idem.core.model import MICROSECONDS, Stored
-from celery_idem.stores.base import Change
+from celery_idem.stores.base import Change, Creation, Reply
 from celery_idem.testing.conformance.base import AWKWARD, MINE, PATIENCE, YOURS, Suite, held_by, stamp_of
 
 
 class ManyValues(Suite):
-    """Scan and replace_many."""
+    """Scan, create_many and replace_many."""
 
     def test_scan_gives_each_key_with_its_value(self) -> None:
         made = {
@@ -87,6 +87,22 @@ class ManyValues(Suite):
         assert self.store.read(self.key("b")).stored == b
         assert self.store.read(self.key("absent")).stored is None
         assert self.store.read(self.key("c")).stored is None
+
+    def test_create_many_answers_each_in_order(self) -> None:
+        held = held_by(self.store.create(self.key("b"), YOURS + b"b"))
+        expired = self.store.create(self.key("expired"), YOURS, 1)
+        self.wait_until(self.store, expired.now + 4000)
+        names = ["c", "b", "a", "expired", *map(str, range(200))]
+        done = self.store.create_many(
+            [Creation(self.key(name), MINE + name.encode(), 3600 * MICROSECONDS, 5) for name in names]
+        )
+        replies = [reply for reply in done if isinstance(reply, Reply)]
+        assert [reply.done for reply in replies] == [name != "b" for name in names]
+        assert replies[1].stored == held
+        for name, reply in zip(names, replies, strict=True):
+            assert self.store.read(self.key(name)).stored == reply.stored
+            assert name == "b" or held_by(reply).value == MINE + name.encode()
+        assert self.store.create_many([]) == []
 
     def test_replace_many_of_nothing_and_of_many(self) -> None:
         assert self.store.replace_many([]) == []

@@ -1,0 +1,156 @@
+"""``submit_many``: many calls, with one write and one broker connection for each hundred of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from celery.canvas import Signature
+
+from celery_idem.core import keys
+from celery_idem.core.errors import ConfigurationError, IntentError, StoreError
+from celery_idem.core.model import Accepted
+from celery_idem.engine import events
+from celery_idem.engine.entries import Entry
+from celery_idem.integration.awaiting import warn_on_loop
+from celery_idem.integration.guarded import GuardedTask
+from celery_idem.integration.receipts import Receipt
+from celery_idem.integration.submitting import OPTIONS, Submission, accepted, look_again
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+BATCH = 100
+"""Calls per write: at about a kilobyte each, a tenth of a megabyte, which no other caller of the store waits for long."""
+
+Call = Mapping[str, Any] | tuple[Any, ...] | list[Any]
+"""One call: ``task.s(…)``, or its named arguments, or its positional ones."""
+
+
+def submit_many(
+    app: Celery, name: str, calls: Iterable[Call], *, scope: str | None = None, **options: Any
+) -> list[Receipt]:
+    """``IdempotentTask.submit_many`` by the task's name, for applications that have the task.
+
+    Raises:
+        ConfigurationError: the task is not known here, or declares no intent.
+        TypeError: there is no such option.
+    """
+    task = app.tasks.get(name)
+    if getattr(task, "idem_declaration", None) is None:
+        raise ConfigurationError(
+            f"{name} is not a task with an intent in this application, so its keys are not known here. Import its "
+            "module, or use submit() for each call."
+        )
+    return submit_calls(task, calls, scope, options)
+
+
+def submit_calls(
+    task: GuardedTask, calls: Iterable[Call], scope: str | None, options: Mapping[str, Any]
+) -> list[Receipt]:
+    """Accept and publish each of many calls; their receipts, in order. A call that is refused is a receipt too."""
+    warn_on_loop(f"submit_many() of {task.name}", "await asyncio.to_thread(task.submit_many, …)")
+    _check_options(task, options)
+    waiting, receipts = iter(calls), []
+    batches = _Batches(task, scope, options)
+    with nullcontext() if task.app.conf.task_always_eager else task.app.producer_or_acquire() as producer:
+        while batch := list(islice(waiting, BATCH)):
+            receipts += batches.submit(batch, producer)
+    return receipts
+
+
+class _Batches:
+    """What the batches of one ``submit_many`` share.
+
+    Attributes:
+        broken: the broker did not take a message: what is accepted from now on is left to recovery.
+    """
+
+    def __init__(self, task: GuardedTask, scope: str | None, options: Mapping[str, Any]) -> None:
+        self.task = task
+        self.scope = scope
+        self.options = options
+        self.broken = False
+
+    def submit(self, batch: list[Call], producer: Any) -> list[Receipt]:
+        made = [self._read(call) for call in batch]
+        found = self._accept([call for call in made if isinstance(call, Submission)])
+        return [
+            one if isinstance(one, Receipt) else self._receipt(one, next(found), producer) for one in made
+        ]
+
+    def _read(self, call: Call) -> Submission | Receipt:
+        try:
+            args, kwargs, given = _parts(self.task, call)
+            own = {"scope": self.scope, "occurrence": None, "idempotency_key": None}
+            own.update((name, given.pop(name)) for name in keys.LABELS.keys() & given.keys())
+            _check_options(self.task, given)
+            return Submission(self.task, args, kwargs, own, {**self.options, **given})
+        except (TypeError, IntentError) as error:
+            return Receipt("failed", "", reason=str(error), code="invalid")
+
+    def _accept(self, made: list[Submission]) -> Iterator[Any]:
+        """What became of each: the decision and the record, None for shadow mode, or an error."""
+        if not made:
+            return iter(())
+        if self.task.guard.settings.shadow:
+            return iter([None] * len(made))
+        try:
+            asked = [(call.key, call.request, 0 if self.broken else call.wait) for call in made]
+            return iter(self.task.guard.ledger.accept_many(asked))
+        except StoreError as error:
+            return iter([error] * len(made))
+
+    def _receipt(self, call: Submission, found: Any, producer: Any) -> Receipt:
+        if isinstance(found, StoreError):
+            runs = self.task.guard.options.on_store_error == "run"
+            then = "published" if runs else "refused"
+            events.emit("store_error", call.key, error=str(found), while_="submitting", then=then)
+            if not runs:
+                return Receipt(
+                    "not_run", call.key, reason=str(found), code="store_error", _source=call.source
+                )
+            found = None
+        if found is not None:
+            decision, entry = found
+            if decision is not None and not isinstance(decision, Accepted):
+                return call.told(entry)
+            found = entry if decision is not None else None
+        return self._sent(call, found, producer)
+
+    def _sent(self, call: Submission, entry: Entry | None, producer: Any) -> Receipt:
+        if self.broken and entry is not None and call.recovers:
+            if entry.record.lease:
+                look_again(self.task.guard.ledger, call.key, call.request.owner, 0.0)
+            return accepted(call.key, call.task_id, call.mine, "not_sent")
+        own = {} if producer is None or {"producer", "connection"} & call.options.keys() else {"producer": producer}
+        try:
+            receipt = call.sent(entry, **own)
+        except Exception as error:  # of any driver; the other calls go on
+            events.diagnose(logging.ERROR, "%s could not be published", call.key, error=error)
+            return Receipt("not_run", call.key, reason=type(error).__name__, code="not_sent")
+        self.broken = self.broken or receipt.code == "not_sent"
+        return receipt
+
+
+def _parts(task: GuardedTask, call: Call) -> tuple[Any, Any, dict[str, Any]]:
+    """Positional and named arguments, and options."""
+    if isinstance(call, Signature):
+        if call.get("subtask_type") or call["task"] != task.name:
+            raise TypeError(f"{task.name}: submit_many() got a signature of {call['task']}.")
+        return call.args, call.kwargs, dict(call.options)
+    if isinstance(call, Mapping):
+        return (), call, {}
+    keys.check_call(task.name, call, None)
+    return call, {}, {}
+
+
+def _check_options(task: GuardedTask, options: Mapping[str, Any]) -> None:
+    unknown = ", ".join(sorted(options.keys() - OPTIONS))
+    if unknown:
+        raise TypeError(
+            f"{task.name}: submit_many() has no option {unknown}. It has scope, {', '.join(sorted(OPTIONS))}."
+        )

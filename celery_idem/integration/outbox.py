@@ -1,0 +1,106 @@
+"""``submit_in`` and ``submit_on_commit``: a call that belongs to a transaction of the author's database."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from celery_idem.core.errors import ConfigurationError
+from celery_idem.core.model import MICROSECONDS, Accepted, State
+from celery_idem.engine import events
+from celery_idem.integration import transactions
+from celery_idem.integration.guarded import GuardedTask
+from celery_idem.integration.looking import undecided
+from celery_idem.integration.publishing import in_scope
+from celery_idem.integration.receipts import Receipt
+from celery_idem.integration.submitting import (
+    ACCEPTED_FOR,
+    Submission,
+    accepted,
+    look_again,
+    submit_task,
+)
+
+FIRST = 1.0
+"""Seconds until recovery publishes a call that was accepted in a transaction: most commit sooner and publish
+themselves; where the process died in between, or has no hook, the caller waits no longer than this and one look."""
+
+
+def submit_in(
+    task: GuardedTask,
+    connection: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    own: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Receipt:
+    """See ``IdempotentTask.submit_in``."""
+    guard, ledger = task.guard, task.guard.ledger
+    if not ledger.store.transactional:
+        raise ConfigurationError(
+            f"{task.name}: submit_in writes the record in your transaction, and the records are in {ledger.store.url}. "
+            "Point idem_store at your database (postgresql://… or sqlite:///…), or use "
+            "task.submit_on_commit(connection, …), which does not survive a crash right after the commit."
+        )
+    call = Submission(task, args, kwargs, own, options, FIRST)
+    if guard.settings.shadow or not call.recovers:
+        why = "in shadow mode there is no record" if guard.settings.shadow else (
+            "recovery must be able to publish the call from its record, which holds no secret values, and nothing "
+            "larger than max_call_bytes or with keep_call=False; and recover=False turns it off"
+        )
+        raise ConfigurationError(f"{task.name}: submit_in does not work here: {why}.")
+    decision, entry = ledger.inside(connection).accept(call.key, call.request, call.wait)
+    if decision is None:
+        return undecided(entry, Receipt("in_progress", call.key, _source=call.source), call.source)
+    if not isinstance(decision, Accepted):
+        return call.told(entry)
+    transactions.after(connection, lambda: _publish_committed(call))
+    return accepted(call.key, call.task_id, call.mine)
+
+
+def _publish_committed(call: Submission) -> None:
+    """The author's transaction is over. If the record is there, it was committed. It never raises."""
+    ledger, key, owner = call.task.guard.ledger, call.key, call.request.owner
+    try:
+        entry = ledger.get(key)
+        if entry is None or entry.record.owner != owner or entry.record.state is not State.ACCEPTED:
+            return
+        if entry.record.recovery is None:  # recovery was not faster
+            call.publish(entry)
+            look_again(ledger, key, owner, ACCEPTED_FOR + call.wait / MICROSECONDS)
+    except Exception as error:  # of a store, or of any broker's driver
+        events.emit("broker_error", key, task_id=call.task_id, error=type(error).__name__)
+
+
+def submit_on_commit(
+    task: GuardedTask,
+    connection: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    own: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> None:
+    """See ``IdempotentTask.submit_on_commit``."""
+    key = Submission(task, args, kwargs, own, options).key  # refuses now what cannot be submitted later
+    scope = in_scope(task.guard.settings.scope, own["scope"])
+
+    def submit() -> None:
+        try:
+            receipt = submit_task(
+                task, args, kwargs, scope, own["occurrence"], own["idempotency_key"], options
+            )
+            if receipt.status != "not_run":
+                return
+            error: object = receipt.reason
+        except Exception as raised:  # of a store, or of any broker's driver
+            error = raised
+        events.diagnose(
+            logging.ERROR, "%s: its transaction is committed, and the call is not accepted: %s", key, error
+        )
+
+    if not transactions.on_commit(connection, submit):
+        raise ConfigurationError(
+            f"{task.name}: submit_on_commit takes a SQLAlchemy session, or Django's connection. With any other "
+            "connection, call submit() after the commit."
+        )
