@@ -120,9 +120,7 @@ class Ledger:
         Raises:
             ConfigurationError: that database does not have the records, or no transaction is open.
         """
-        return Ledger(
-            self.store.inside(connection, first=True), self.namespace, self.codec, self.result_ttl
-        )
+        return Ledger(self.store.inside(connection, first=True), self.namespace, self.codec, self.result_ttl)
 
     # --- for an execution -----------------------------------------------------------
 
@@ -237,9 +235,7 @@ class Ledger:
                     return Accepted(record), None
                 return protocol.accept(record, stamp, now, request, wait)
 
-            decision, reply, _ = change(
-                self.store, self._prefix + key, key, decide, request.policy, reply
-            )
+            decision, reply, _ = change(self.store, self._prefix + key, key, decide, request.policy, reply)
         assert reply.stored is not None
         record = decision.record if isinstance(decision, Accepted) else _read(key, reply.stored)
         return decision, Entry(key, record, reply.stored.stamp, reply.now)

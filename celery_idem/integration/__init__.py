@@ -11,6 +11,7 @@ __all__ = [
     "describing",
     "looking",
     "looks",
+    "many",
     "messages",
     "options",
     "publishing",

@@ -126,7 +126,11 @@ class _Batches:
             if entry.record.lease:
                 look_again(self.task.guard.ledger, call.key, call.request.owner, 0.0)
             return accepted(call.key, call.task_id, call.mine, "not_sent")
-        own = {} if producer is None or {"producer", "connection"} & call.options.keys() else {"producer": producer}
+        own = (
+            {}
+            if producer is None or {"producer", "connection"} & call.options.keys()
+            else {"producer": producer}
+        )
         try:
             receipt = call.sent(entry, **own)
         except Exception as error:  # of any driver; the other calls go on

@@ -45,9 +45,13 @@ def submit_in(
         )
     call = Submission(task, args, kwargs, own, options, FIRST)
     if guard.settings.shadow or not call.recovers:
-        why = "in shadow mode there is no record" if guard.settings.shadow else (
-            "recovery must be able to publish the call from its record, which holds no secret values, and nothing "
-            "larger than max_call_bytes or with keep_call=False; and recover=False turns it off"
+        why = (
+            "in shadow mode there is no record"
+            if guard.settings.shadow
+            else (
+                "recovery must be able to publish the call from its record, which holds no secret values, and nothing "
+                "larger than max_call_bytes or with keep_call=False; and recover=False turns it off"
+            )
         )
         raise ConfigurationError(f"{task.name}: submit_in does not work here: {why}.")
     decision, entry = ledger.inside(connection).accept(call.key, call.request, call.wait)

@@ -209,9 +209,7 @@ class Submission:
             task, args, kwargs, self.task_id, {**self.options, **own, "countdown": None, "eta": due}
         )
         digest = keys.scope_digest(ledger.namespace, keys.label("scope", scope)) if scope is not None else b""
-        self.request = Request(
-            owners.mint(), self.task_id, fingerprint, policy, scope=digest, call=self.call
-        )
+        self.request = Request(owners.mint(), self.task_id, fingerprint, policy, scope=digest, call=self.call)
         seconds += 0.0 if due is None else max(0.0, (due - app.now()).total_seconds())
         self.wait = int(seconds * MICROSECONDS)
 
@@ -225,9 +223,7 @@ class Submission:
         known = from_record(entry, self.key, "", self.source)
         assert known is not None
         outcome = entry.record.outcome
-        events.emit(
-            "told", self.key, status=known.status, **(outcome.traced if outcome is not None else {})
-        )
+        events.emit("told", self.key, status=known.status, **(outcome.traced if outcome is not None else {}))
         return known
 
     def publish(self, entry: Entry | None = None, **more: Any) -> str:
@@ -264,7 +260,9 @@ class Submission:
         return accepted(key, self.task_id, self.mine)
 
 
-KEEPS_ITS_ID = frozenset({"link", "link_error", "chain", "chord", "group_id", "root_id", "reply_to", "retries"})
+KEEPS_ITS_ID = frozenset(
+    {"link", "link_error", "chain", "chord", "group_id", "root_id", "reply_to", "retries"}
+)
 """Options of a call that something else waits for by its task id: part of a canvas, or a retry."""
 
 

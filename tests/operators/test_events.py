@@ -36,7 +36,7 @@ from celery_idem.core.model import Fingerprint, Raised, Request
 from celery_idem.engine import events, owners
 from celery_idem.engine import lease as leases
 from celery_idem.engine.claim import Hold
-from celery_idem.integration import delivery, messages, recovering, submitting
+from celery_idem.integration import delivery, messages, recovering
 from celery_idem.integration.deaths import IdempotentRequest
 from tests.celery.test_going_back import NOWHERE, delivered, make, taken
 from tests.celery.test_going_back import run as run_delivery
@@ -241,9 +241,9 @@ def lapsed(stage: Stage) -> None:
 
 
 def recovered(stage: Stage) -> None:
-    stage.monkeypatch.setattr(submitting, "ACCEPTED_FOR", 0.0)
     task = guarded()
-    task.submit("a")
+    accepted = task.submit("a")
+    task.guard.ledger.sent(accepted.key, task.guard.ledger.get(accepted.key).record.owner, 0)
     (found,) = recovering.recover(task.app)
     assert found.published
 
@@ -251,6 +251,7 @@ def recovered(stage: Stage) -> None:
 def given_up_by_recovery(stage: Stage) -> None:
     stage.monkeypatch.setattr(protocol, "GRACE", 0)
     stage.monkeypatch.setattr(protocol, "PUBLISHED_WAIT", 0)
+    stage.monkeypatch.setattr(protocol, "JITTER", 1)
     app = make()
     task = app.tasks["shop.pay"]
     call = messages.of_submission(task, ("a",), {}, "one", {})
