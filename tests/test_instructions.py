@@ -15,15 +15,16 @@ from benchmarks.instructions import ValgrindMissingError, per_task
 from tests.conftest import missing
 from tests.support.servers import ServerMissingError
 
-# What the guard adds to bare Celery with its store elsewhere, over what the floor adds. Without hiredis, whose absence
-# costs the floor more, 0.62 was measured, and 0.82 with a record read back once more. With hiredis 0.64 to 0.67, 0.82.
-MOST = 0.73 if importlib.util.find_spec("hiredis") else 0.68
+# What the guard adds to bare Celery with its store elsewhere, over what the floor adds: 0.80 was measured without hiredis
+# (0.62 before the record held the call and an index of what is open), and 1.06 with a record read back once more.
+# With hiredis, whose absence costs the floor more, it is a few hundredths above.
+MOST = 0.88 if importlib.util.find_spec("hiredis") else 0.84
 
-# The same over all that a pool's process does for a task: 1.26 was measured, and 1.34 with the needless work.
-MOST_OVER_BARE = 1.29
+# The same over all that a pool's process does for a task: 1.33 was measured.
+MOST_OVER_BARE = 1.36
 
 # With its results in its store, which is the default, a guarded task executes less than an unguarded one: the write of
-# the outcome carries the result. 0.74 was measured.
+# the outcome carries the result. 0.797 was measured (0.74 before the record held the call).
 MOST_IN_ONE_WRITE = 0.80
 
 MEASURED_WITH = (3, 11)
