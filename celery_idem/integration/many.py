@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from celery import Celery
 
 BATCH = 100
-"""Calls per write: at about a kilobyte each, a tenth of a megabyte, which no other caller of the store waits for long."""
+"""Calls per write: at a kilobyte each, a tenth of a megabyte: no other caller of the store waits for it long."""
 
 Call = Mapping[str, Any] | tuple[Any, ...] | list[Any]
 """One call: ``task.s(…)``, or its named arguments, or its positional ones."""

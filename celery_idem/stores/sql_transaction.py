@@ -33,8 +33,8 @@ class InsideTransaction(SqlPrimitives):
         self.dialect = self._at.dialect
         if self.dialect != store.dialect:
             raise ConfigurationError(
-                f"This connection is to {self.dialect}, and the records of intents are in {store.url}. They can only be "
-                "committed with your rows when both are in one database."
+                f"This connection is to {self.dialect}, and the records of intents are in {store.url}. They can only "
+                "be committed with your rows when both are in one database."
             )
         self._sql = statements(self.dialect, self._at.paramstyle)
         self._makes = makes and self.dialect == "sqlite"
@@ -47,8 +47,8 @@ class InsideTransaction(SqlPrimitives):
     def _rows(self, statement: str, parameters: dict[str, Any]) -> Sequence[Any]:
         if not _in_transaction(self._at.driver()):
             raise ConfigurationError(
-                "This connection has no transaction open and commits every statement by itself, so the record would not "
-                "be committed together with your rows. Use settle_in and submit_in inside a transaction: "
+                "This connection has no transaction open and commits every statement by itself, so the record would "
+                "not be committed together with your rows. Use settle_in and submit_in inside a transaction: "
                 "engine.begin(), connection.transaction(), transaction.atomic()."
             )
         try:
@@ -96,8 +96,8 @@ def _opened(given: Any) -> _At:
     if "sqlite3" in kinds:
         return _At("sqlite", "named", _by_cursor(given.cursor), lambda: given)
     raise ConfigurationError(
-        f"settle_in and submit_in: a {type(given).__name__} is not a supported connection. Give it a SQLAlchemy session or "
-        "connection, a psycopg connection, or Django's django.db.connection."
+        f"settle_in and submit_in: a {type(given).__name__} is not a supported connection. Give it a SQLAlchemy "
+        "session or connection, a psycopg connection, or Django's django.db.connection."
     )
 
 

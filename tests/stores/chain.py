@@ -1,4 +1,4 @@
-"""An order and its call in one transaction, the shipment and its outcome in another; a process dies wherever it is told.
+"""An order and its call in one transaction, the shipment and its outcome in another. A process dies where it is told.
 
 A file called "point order" is the order to die there, once.
 """

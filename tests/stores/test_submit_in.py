@@ -83,15 +83,15 @@ def test_it_is_published_after_the_commit(shop: Shop) -> None:
     assert (shop.state(), shop.messages()) == ("accepted", 1)
     entry = shop.entry()
     assert entry is not None
-    assert entry.retry_after is not None and entry.retry_after > 5  # recovery has time again
+    assert entry.retry_after > 5  # recovery has time again
     assert not list(recovering.recover(shop.app))
     assert shop.ship.submit(7).status == "in_progress"
 
 
 def test_rolled_back_there_is_nothing(shop: Shop) -> None:
-    with pytest.raises(ZeroDivisionError), Session(shop.engine) as session, session.begin():
+    with Session(shop.engine) as session:
         shop.place(session)
-        raise ZeroDivisionError
+        session.rollback()
     with Session(shop.engine) as session, session.begin():
         savepoint = session.begin_nested()
         shop.place(session, 8)
@@ -172,7 +172,7 @@ def test_the_broker_is_away_and_recovery_publishes(shop: Shop, monkeypatch: pyte
 
 def test_what_could_not_be_kept_is_refused(shop: Shop, tmp_path: Path) -> None:
     other = sa.create_engine(f"sqlite:///{tmp_path}/other.db")
-    with other.begin() as connection, pytest.raises(ConfigurationError, match="cannot be seen|can only be"):
+    with other.begin() as connection, pytest.raises(ConfigurationError, match=r"cannot be seen|can only be"):
         shop.ship.submit_in(connection, 7)
     with Session(shop.engine) as session, session.begin():
         with pytest.raises(ConfigurationError, match="recovery must be able"):
