@@ -58,6 +58,7 @@ app = Celery("faults", broker=BROKER, backend=os.environ.get("FAULTS_BACKEND"), 
 app.conf.update(
     idem_store=STORE_URL,
     idem_lease=float(os.environ.get("FAULTS_LEASE", LEASE)),
+    idem_recover=os.environ.get("FAULTS_RECOVER", "1") == "1",
     idem_settle_patience=float(os.environ.get("FAULTS_PATIENCE", "30")),
     task_default_queue=os.environ.get("FAULTS_QUEUE", "faults"),
     task_track_started=True,
