@@ -30,7 +30,7 @@ HOW_TO = {
     ],
     "Frameworks": ["django", "flask", "fastapi", "agents", "mcp", "airflow", "beat"],
     "Stores and brokers": ["redis", "redis-that-may-lose-data", "rabbitmq-quorum-queues", "write-a-store"],
-    "In production": ["watch", "resolve-in-doubt", "report-a-double-effect"],
+    "In production": ["watch", "recovery", "resolve-in-doubt", "report-a-double-effect"],
 }
 
 EXPLANATION = ["why-not-a-lock", "state-machine", "exactly-once", "fencing", "endings", "record"]
@@ -62,6 +62,7 @@ TITLES = {
     "how-to/retries": "Retries",
     "how-to/redis": "Redis and Valkey",
     "how-to/redis-that-may-lose-data": "Redis that loses data",
+    "how-to/recovery": "Recovery",
     "how-to/resolve-in-doubt": "Resolve a doubt",
     "explanation/record": "The record",
     "explanation/state-machine": "State machine",

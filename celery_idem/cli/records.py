@@ -13,6 +13,7 @@ from celery_idem.cli.reading import LINES, Reading, filters, within_option
 from celery_idem.cli.screen import Screen, command, printable, yes_option
 from celery_idem.core.errors import IdempotencyError, StoreError
 from celery_idem.engine.entries import FILTERS, WAITING, Entry, tallied
+from celery_idem.integration import recovering
 from celery_idem.operate.bulk import in_threads
 from celery_idem.operate.operators import COMPARE, Action, Oldest, Operator, Which, duration
 
@@ -297,6 +298,26 @@ def reindex(screen: Screen, operator: Operator) -> None:
         screen.json({"open": found})
     else:
         screen.line(f"The index is complete. It has {found} open intents.")
+
+
+@command("recover")
+@click.option("--dry-run", is_flag=True, help="Publish nothing; print what would be published.")
+def recover(screen: Screen, operator: Operator, dry_run: bool) -> None:
+    """Publish the calls of overdue intents again.
+
+    Each worker does that by itself. The delivery decides what becomes of the intent.
+    """
+    published = 0
+    for found in recovering.recover(operator.app, dry_run):
+        published += found.published
+        if screen.as_json:
+            form = {"key": found.entry.key, "state": found.entry.state}
+            screen.json({**form, "published": found.published, "why": found.why})
+        else:
+            why = f"  not published: {found.why}" if found.why else ""
+            screen.state(found.entry.state, f"{duration(found.entry.age):>7}  {found.entry.key}{why}")
+    if not screen.as_json:
+        screen.line(f"{published} calls {'would be ' if dry_run else ''}published again.")
 
 
 @command("stats")

@@ -122,7 +122,7 @@ def warn_if_open(name: str) -> None:
             _warned = True
             warnings.warn(
                 f"{name} is published inside transaction.atomic(): a worker may run it before the transaction commits, "
-                "or although it rolls back. Use task.submit_in(connection, …), or task.submit_on_commit(connection, …).",
+                "or although it rolls back. Use task.submit_in(connection, …) or task.submit_on_commit(connection, …).",
                 RuntimeWarning,
                 stacklevel=4,
             )

@@ -14,7 +14,11 @@ from typing import Any
 
 import pytest
 
+from celery_idem import Ledger
 from celery_idem.adapters.agents import function
+from celery_idem.core import protocol
+from celery_idem.core.model import Accepted, Request
+from celery_idem.engine.entries import Entry
 from tests.callers import shop, test_agents, test_doors
 from tests.callers.conftest import served
 from tests.callers.knocker import DOORS
@@ -79,8 +83,18 @@ def test_without_the_claim_the_check_of_this_door_fails(
 
 @pytest.mark.parametrize("test", RESUMED, ids=["node", "sibling", "sibling call"])
 def test_without_the_claim_resuming_pays_twice(
-    unguarded: Unguarded, name: str, test: Callable[[Any, Effects, str], None]
+    unguarded: Unguarded,
+    name: str,
+    test: Callable[[Any, Effects, str], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def accept(self: Ledger, key: str, request: Request, wait: int) -> tuple[Accepted, Entry]:
+        record = protocol.accepted(request, wait)
+        return Accepted(record), Entry(key, record, 1, 1)
+
+    monkeypatch.setattr(
+        Ledger, "accept", accept
+    )  # else what the first call had accepted would stop the second
     with pytest.raises(AssertionError):
         test(unguarded.pay, unguarded.done, name)
     assert unguarded.count(name) == 2, "it failed, but not because it paid twice"

@@ -16,6 +16,7 @@ from celery import Celery
 from celery.signals import task_prerun
 
 from celery_idem import Happened, IdempotentTask, LeaseLost, NotHappened, Unknown
+from celery_idem.core import protocol
 from celery_idem.stores import open_store
 from celery_idem.testing import CrashingStore, use_store
 from tests.support.effects import Effects, Gate
@@ -28,6 +29,9 @@ BROKER = os.environ.get("FAULTS_BROKER", "memory://")
 EFFECTS = Effects(FOLDER / "effects.jsonl")
 STORE = CrashingStore(open_store(STORE_URL))
 use_store(STORE_URL, STORE)
+
+if "FAULTS_PUBLISHED_WAIT" in os.environ:  # microseconds; a test has no minute
+    protocol.PUBLISHED_WAIT, protocol.JITTER = int(os.environ["FAULTS_PUBLISHED_WAIT"]), 1 << 16
 
 LEASE = 60.0  # seconds
 
@@ -54,6 +58,7 @@ app = Celery("faults", broker=BROKER, backend=os.environ.get("FAULTS_BACKEND"), 
 app.conf.update(
     idem_store=STORE_URL,
     idem_lease=float(os.environ.get("FAULTS_LEASE", LEASE)),
+    idem_recover=os.environ.get("FAULTS_RECOVER", "1") == "1",
     idem_settle_patience=float(os.environ.get("FAULTS_PATIENCE", "30")),
     task_default_queue=os.environ.get("FAULTS_QUEUE", "faults"),
     task_track_started=True,
@@ -138,3 +143,16 @@ for policy in POLICIES:
         app.task(
             base=IdempotentTask, bind=True, name=f"{policy}.{acks}", intent=("intent",), **crashes, **options
         )(body)
+
+
+@app.task(base=IdempotentTask, bind=True, name="retried.early", intent=("intent",))
+def retried(self: IdempotentTask, intent: str, policy: str, at: str = "", how: str = "") -> str:
+    if first(intent, "retry"):
+        raise self.retry(countdown=1)
+    return effect(self, intent, at, how)
+
+
+# Nothing is published again for it.
+app.task(
+    base=IdempotentTask, bind=True, name="stays.early", intent=("intent",), recover=False, reconcile=ask
+)(body)

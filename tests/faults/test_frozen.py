@@ -15,6 +15,9 @@ from tests.support.workers import CeleryWorker
 
 LEASE = 1.0  # seconds: it has to lapse in the test
 
+# What a duplicate does is what these tests are about: nothing else is to come meanwhile.
+ENV = {"FAULTS_LEASE": str(LEASE), "FAULTS_RECOVER": "0"}
+
 
 class Frozen(NamedTuple):
     """Bodies that hang in a worker whose processes are stopped, past their lease."""
@@ -31,7 +34,7 @@ def stage(request: pytest.FixtureRequest, make_stage: Callable[..., Stage], own_
 
 
 def freeze(stage: Stage, at: str) -> Frozen:
-    worker = stage.start_worker(concurrency=4, env={"FAULTS_LEASE": str(LEASE)})
+    worker = stage.start_worker(concurrency=4, env=ENV)
     cases = {policy: stage.call(f"{policy}.late", at=at, how="hang") for policy in POLICIES}
     for case in cases.values():
         case.wait_hanging()
@@ -59,7 +62,7 @@ def test_nobody_took_over(stage: Stage) -> None:
 
 def test_a_duplicate_came_meanwhile(stage: Stage) -> None:
     frozen = freeze(stage, "after effect")
-    stage.start_worker(concurrency=2, env={"FAULTS_LEASE": str(LEASE)})
+    stage.start_worker(concurrency=2, env=ENV)
     # What the duplicate sees; what the first sees, later; effects.
     expected = {
         "in_doubt": ("OutcomeUnknown", "the result", 1),
@@ -99,7 +102,7 @@ def test_a_duplicate_came_meanwhile(stage: Stage) -> None:
 def test_a_duplicate_came_before_the_effect(stage: Stage) -> None:
     """The first body looks at `self.claim.lost` before it acts; a destination that asks for the fence needs no look."""
     frozen = freeze(stage, "before effect")
-    stage.start_worker(concurrency=2, env={"FAULTS_LEASE": str(LEASE)})
+    stage.start_worker(concurrency=2, env=ENV)
     expected = {
         "in_doubt": ("OutcomeUnknown", 0),
         "resume": ("OutcomeUnknown", 0),

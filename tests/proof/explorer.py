@@ -1,8 +1,9 @@
 """Every interleaving of a few deliveries of one intent, on the real runner, ledger, protocol and memory store.
 
 Each delivery runs in a greenlet and stops before every store primitive, before its body, its effect and its
-question to the destination; so do processes that submit or recover it. A scheduler then chooses: let one of them go on, crash it, keep its primitive from
-the store (the reply is an error), let the store apply it later (the reply is an error too), let the clock run
+question to the destination; so do processes that submit or recover the intent. A scheduler then chooses: let one
+of them go on, crash it, keep its primitive from the store (the reply is an error), let the store apply it later (the
+reply is an error too), let the broker lose a message, set the store's clock back, let the clock run
 past the lease. `explore` takes every choice everywhere, depth first, by running the whole world again with
 another choice (greenlets cannot be copied).
 

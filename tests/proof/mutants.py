@@ -28,6 +28,7 @@ from celery_idem.core.model import (
     Request,
     State,
 )
+from celery_idem.core.record import unpack
 from celery_idem.engine import runner as runner_module
 from celery_idem.engine.ledger import Ledger
 
@@ -420,6 +421,65 @@ _release = runner_module.Runner._release
 _inquire = runner_module.Runner.inquire
 _runner_committed = runner_module.Runner._committed
 
+# --- rules 11 and 12: recovery, and what is accepted ------------------------------------
+
+
+def recovered_unwritten(self: Ledger, key: str, publishable: Any, policy: Any) -> Any:
+    reply = self.store.read(f"{self.namespace}:{key}")
+    if reply.stored is None:
+        return None
+    record = unpack(reply.stored.value, reply.stored.stamp, key)
+    return _recover(record, reply.stored.stamp, reply.now, publishable(record), policy)[0]
+
+
+def recovery_is_a_sign_of_life(
+    record: Record, stamp: int, now: int, can: bool, policy: Any, *more: Any
+) -> Any:
+    taken, new = _recover(record, stamp, now, can, policy, *more)
+    return taken, new._replace(lease=policy.lease) if taken is not None and new is not None else new
+
+
+def recovery_takes_what_lives(record: Record, stamp: int, *more: Any) -> Any:
+    return _recover(record, stamp - 10 * record.lease, *more)
+
+
+def two_recoverers_write_the_same(*given: Any) -> Any:
+    return _recover(*given[:5])
+
+
+def a_retry_is_recovered_as_what_asked_for_it(record: Record, *retry: Any) -> Any:
+    done, new = _schedule(record, *retry)
+    return done, new._replace(recovery=record.recovery) if new is not None else None
+
+
+def an_orphan_is_dropped(record: Record, *claim: Any) -> Any:
+    decision, new = _claim_lapsed(record, *claim)
+    return decision._replace(orphan=b""), new
+
+
+def revoked_releases_what_runs(record: Record, task_id: str) -> Record | None:
+    if record.task_id != task_id or record.outcome is not None:
+        return None
+    return record._replace(state=State.RELEASED, owner=NO_OWNER, lease=0)
+
+
+def accepted_over_what_runs(record: Record, stamp: int, now: int, request: Request, wait: int) -> Any:
+    if record.state is State.RUNNING and protocol.lapsed(record, stamp, now):
+        record = record._replace(state=State.RELEASED)
+    return _accept(record, stamp, now, request, wait)
+
+
+def taken_up_uncompared(self: Ledger, key: str, request: Request) -> Any:
+    if request.accepted is not None:
+        stored = self.store.read(f"{self.namespace}:{key}").stored
+        request = request._replace(accepted=stored)
+    return _ledger_claim(self, key, request)
+
+
+_recover = protocol.recover
+_schedule = protocol.schedule
+_accept = protocol.accept
+
 MUTANTS = (
     Mutant("1: a settled intent runs again", "in doubt: crash", {"claim": replay_runs_again}),
     Mutant("1: the lease is ignored", "in doubt: crash", {"claim": lease_ignored}),
@@ -561,5 +621,33 @@ MUTANTS = (
         "two operators who take time",
         {"resolve": evidence_on_another_attempt_counts},
     ),
+    Mutant("11: recovery does not write first", "recovery: crash", {"recover": recovered_unwritten}, Ledger),
+    Mutant("11: recovery is a sign of life", "recovery: crash", {"recover": recovery_is_a_sign_of_life}),
+    Mutant("11: recovery takes what lives", "recovery: renewals", {"recover": recovery_takes_what_lives}),
+    Mutant("11: two write the same", "recovery: crash", {"recover": two_recoverers_write_the_same}),
+    Mutant(
+        "11: a renewal is no sign of life", "recovery: renewals", {"_alive": lambda record, lease: record}
+    ),
+    Mutant("11: nor is a step", "recovery: resume", {"_alive": lambda record, lease: record}),
+    Mutant(
+        "11: a retry keeps what recovery noted",
+        "recovery: a retry is lost",
+        {"schedule": a_retry_is_recovered_as_what_asked_for_it},
+    ),
+    Mutant(
+        "11: a publication that failed counts",
+        "recovery: a retry is lost",
+        {"not_published": lambda record, taken: None},
+    ),
+    Mutant(
+        "11: an orphan is dropped", "recovery: crash, called again", {"_claim_lapsed": an_orphan_is_dropped}
+    ),
+    Mutant(
+        "11: a revoked copy releases what runs",
+        "revoked: a copy runs",
+        {"revoked": revoked_releases_what_runs},
+    ),
+    Mutant("12: accepted over what runs", "accepted: called meanwhile", {"accept": accepted_over_what_runs}),
+    Mutant("12: taken up uncompared", "accepted: called meanwhile", {"claim": taken_up_uncompared}, Ledger),
     Mutant("time: evidence expires", "in doubt: crash", {"ttl": evidence_expires}),
 )

@@ -150,32 +150,14 @@ CI = (
     Scenario("recovery: the clock steps", recoverers=1, backs=1, early=True, crashes=1, jump=2.1, actors=1),
     Scenario("accepted", recoverers=1, submitters=2, losses=1, unsent=1, jump=2.1, actors=0, hops=1),
     Scenario(
-        "accepted: crash",
-        recoverers=1,
-        submitters=1,
-        crashes=1,
-        early=True,
-        losses=1,
-        jump=2.1,
-        actors=1,
-        hops=1,
+        "accepted: crash", recoverers=2, submitters=1, crashes=1, early=True, jump=2.1, actors=0, hops=1
     ),
+    Scenario("accepted: called meanwhile", recoverers=0, submitters=1, jump=2.1, actors=1, hops=1),
+    Scenario("accepted: silent store", recoverers=1, submitters=1, late=1, jump=2.1, actors=0, hops=1),
     Scenario(
-        "accepted: silent store", recoverers=1, submitters=1, down=1, late=1, jump=2.1, actors=1, hops=1
+        "accepted: released", submitters=2, recoverers=1, endings=("no_effect",), odd=1, jump=2.1, actors=0
     ),
-    Scenario(
-        "accepted: released",
-        submitters=1,
-        recoverers=1,
-        endings=("no_effect",),
-        odd=1,
-        losses=1,
-        jump=2.1,
-        actors=1,
-    ),
-    Scenario(
-        "accepted: revoked", submitters=1, recoverers=1, revocations=1, losses=1, jump=2.1, actors=1, hops=1
-    ),
+    Scenario("accepted: revoked", submitters=1, recoverers=1, revocations=1, jump=2.1, actors=0, hops=1),
     Scenario("revoked: a copy runs", same_message=True, recoverers=1, revocations=1, jump=2.1, hops=1),
     # Three deliveries.
     Scenario("three: in doubt", actors=3, crashes=1, hops=1),
