@@ -16,7 +16,7 @@ from tests.conftest import missing
 from tests.support.servers import ServerMissingError
 
 # What the guard adds to bare Celery with its store elsewhere, over what the floor adds: 0.80 was measured without
-# hiredis (0.62 before the record held the call and an index of what is open), and 1.06 with a record read back once more.
+# hiredis (0.62 before the record held the call and an index of what is open), and 1.06 with a record read back again.
 # With hiredis, whose absence costs the floor more, it is a few hundredths above.
 MOST = 0.88 if importlib.util.find_spec("hiredis") else 0.84
 
