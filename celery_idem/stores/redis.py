@@ -423,11 +423,15 @@ class RedisStore(Store):
     def _run(self, script: _Script, key: str, words: tuple[int | bytes, ...]) -> Any:
         wait = self._wait if script.writes else b""
         expected = 2 if wait else 1
-        replies = self._call(script.by_hash % words + wait, expected)
-        if isinstance(replies[0], self._errors.NoScriptError):
-            replies = self._call(script.by_source % words + wait, expected)
-        reply = replies[0]
-        if isinstance(reply, Exception) and script.keys == 2 and "same slot" in str(reply):
+        alone = self._one_slot and script.keys == 2
+        if not alone:
+            replies = self._call(script.by_hash % words + wait, expected)
+            if isinstance(replies[0], self._errors.NoScriptError):
+                replies = self._call(script.by_source % words + wait, expected)
+            reply = replies[0]
+            alone = isinstance(reply, Exception) and script.keys == 2 and "same slot" in str(reply)
+        if alone:
+            self._one_slot = True
             replies = self._run_one_key(script, words, wait, expected)
             reply = replies[0]
         if isinstance(reply, Exception):

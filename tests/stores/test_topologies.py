@@ -137,9 +137,9 @@ def test_a_node_of_a_cluster_by_its_own_address_is_asked_once_for_two_keys(clust
     node = cluster.nodes[0]
     key = next(k for k in map(str, itertools.count()) if owns(node, key_slot(k.encode())))
     store = open_store(cluster.url.replace("redis-cluster", "redis"))
-    standing = store.create(key, MINE.ljust(OWNER)).stored
     with client(node) as one:
         one.config_resetstat()
+        standing = store.create(key, MINE.ljust(OWNER)).stored
         for n in range(3):
             assert standing is not None
             change = Change(key, standing, b"%d" % n * OWNER)
