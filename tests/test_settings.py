@@ -150,6 +150,7 @@ SLIPS = {
     "scope": "scopes scoope scpoe",
     "keep_call": "keep_calls keepcall keep_cal",
     "max_call_bytes": "max_calls_bytes max_call_byte max_callbytes",
+    "accept_on_publish": "accept_on_publsh accepts_on_publish accept_publish",
     "recover": "recovers recovery recver",
 }
 
@@ -239,6 +240,7 @@ WRONG: dict[str, list[Any]] = {
     "scope": ["acme", 5, True, lambda request: "acme"],
     "keep_call": [1, 0, "yes", None],
     "max_call_bytes": [0, -1, 1.5, None, 1 << 40],
+    "accept_on_publish": [1, 0, "yes", None],
     "recover": [1, 0, "yes", None],
 }
 

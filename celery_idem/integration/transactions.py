@@ -121,7 +121,7 @@ def warn_if_open(name: str) -> None:
         if connection.in_atomic_block and not all(getattr(one, "_from_testcase", False) for one in blocks):
             _warned = True
             warnings.warn(
-                f"{name} is published inside transaction.atomic(): a worker may run it before the transaction commits, "
+                f"{name} is published inside transaction.atomic(): a worker may run it before the commit, "
                 "or although it rolls back. Use task.submit_in(connection, …) or task.submit_on_commit(connection, …).",
                 RuntimeWarning,
                 stacklevel=4,
