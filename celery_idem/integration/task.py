@@ -256,7 +256,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
     def submit_many(
         self, calls: Iterable[many.Call], *, scope: str | None = None, **options: Any
     ) -> list[Receipt]:
-        """``submit`` of many calls, several times as fast as one by one; their receipts, in order.
+        """``submit`` of many calls, with one write for each hundred; their receipts, in order.
 
         ::
 

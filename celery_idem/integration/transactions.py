@@ -31,7 +31,7 @@ def after(connection: Any, job: Job) -> None:
     if hasattr(connection, "exec_driver_sql"):
         # SQLAlchemy tells of a connection's commit before it is one. Afterwards the connection goes back to its pool,
         # or begins again.
-        from sqlalchemy import event
+        event = sys.modules["sqlalchemy.event"]  # which is loaded, because the author uses it
 
         engine = connection.engine
         if not event.contains(engine.pool, "checkin", _checked_in):
@@ -64,7 +64,7 @@ def on_commit(connection: Any, job: Job) -> bool:
         return True
     if not _is_session(connection):
         return False
-    from sqlalchemy import event
+    event = sys.modules["sqlalchemy.event"]  # which is loaded, because the author uses it
 
     connection.connection()  # begins, where nothing has begun yet
     if not event.contains(connection, "after_commit", _committed):
