@@ -10,6 +10,7 @@ from celery_idem.core.model import (
     StepOpen,
 )
 from tests.support.records import (
+    LEASE,
     OWN,
     a_request,
     held,

@@ -251,6 +251,7 @@ def recovered(stage: Stage) -> None:
 def given_up_by_recovery(stage: Stage) -> None:
     stage.monkeypatch.setattr(protocol, "GRACE", 0)
     stage.monkeypatch.setattr(protocol, "PUBLISHED_WAIT", 0)
+    stage.monkeypatch.setattr(protocol, "JITTER", 1)
     app = make()
     task = app.tasks["shop.pay"]
     call = messages.of_submission(task, ("a",), {}, "one", {})
