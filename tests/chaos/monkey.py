@@ -13,6 +13,9 @@ from typing import Any
 
 import psutil
 import redis
+from amqp.exceptions import AMQPError
+from kombu import Connection
+from kombu.exceptions import KombuError
 
 from tests.chaos.plan import Fault, Plan
 from tests.chaos.stage import Stage
@@ -96,7 +99,7 @@ class Monkey:
             act = getattr(self, f"_{fault.kind.replace(' ', '_')}")
             try:
                 detail = act(fault)
-            except (OSError, psutil.Error, redis.RedisError, AssertionError) as error:
+            except (OSError, psutil.Error, redis.RedisError, AMQPError, KombuError, AssertionError) as error:
                 detail = {"failed": f"{type(error).__name__}: {error}"}
             self._ledger.add(
                 fault.kind, broker=fault.broker, planned=fault.at, began=began, ended=time.time(), **detail
@@ -158,6 +161,23 @@ class Monkey:
         with redis.Redis.from_url(self._stage.redis.url) as client:
             cut = [client.client_kill_filter(_type=kind, skipme=True) for kind in ("normal", "pubsub")]
             return {"connections": sum(cut)}
+
+    def _kill_host(self, _: Fault) -> dict[str, Any]:
+        """Every worker with all its processes, at once."""
+        workers = [worker for broker in self._stage.plan.brokers if (worker := self._stage.worker(broker))]
+        for worker in workers:
+            worker.kill()
+        return {"victims": [worker.pid for worker in workers]} if workers else {"failed": "no worker"}
+
+    def _empty_broker(self, fault: Fault) -> dict[str, Any]:
+        """It loses every message; on Redis those under way too."""
+        if fault.broker == "redis":
+            with redis.Redis.from_url(self._stage.redis.url_for(0)) as client:
+                lost = int(client.llen("chaos")) + int(client.hlen("unacked"))
+                client.flushdb()
+            return {"lost": lost}
+        with Connection(self._stage.environment(fault.broker)["CHAOS_BROKER"]) as connection:
+            return {"lost": connection.default_channel.queue_purge("chaos") or 0}
 
     def _child(self, fault: Fault) -> int | None:
         worker = self._stage.worker(fault.broker)

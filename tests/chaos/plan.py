@@ -44,6 +44,8 @@ FAULTS = {
     "kill store": 40.0,
     "freeze store": 30.0,
     "cut broker": 20.0,
+    "kill host": 60.0,
+    "empty broker": 30.0,
 }
 
 # Seconds a frozen process sleeps: from within its lease to more than twice as long (see `shop.LEASE`).
@@ -187,7 +189,7 @@ class Plan:
         """All faults, the first first. Spread out, so that even a short run has each kind."""
         found = []
         for kind in self.kinds:
-            for broker in ("",) if kind.endswith("store") else self.brokers:
+            for broker in ("",) if kind.endswith(("store", "host")) else self.brokers:
                 random = Random(f"{self.seed} {kind} {broker}")
                 count = max(1, round(self.seconds / FAULTS[kind]))
                 for n in range(count):

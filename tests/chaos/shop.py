@@ -22,6 +22,8 @@ from typing import Any
 from celery import Celery
 
 from celery_idem import ALL_ARGUMENTS, Happened, IdempotentTask, NotHappened
+from celery_idem.core import protocol
+from celery_idem.integration import submitting
 from tests.chaos import destination
 from tests.chaos.plan import ACKS, POLICIES, Intent, Plan
 
@@ -37,6 +39,10 @@ PLAN = Plan.from_json(os.environ["CHAOS_PLAN"]) if "CHAOS_PLAN" in os.environ el
 LEASE = 2.0
 # Seconds until Redis hands an unacknowledged message out again: soon enough to happen often.
 VISIBILITY = 5.0
+
+# A run has no minutes: recovery publishes what was accepted, and publishes again, after seconds.
+submitting.ACCEPTED_FOR = 5.0
+protocol.PUBLISHED_WAIT, protocol.JITTER = 5_000_000, 1_000_000
 
 app = Celery("chaos", broker=BROKER, backend=BACKEND, set_as_current=False)
 app.conf.update(

@@ -80,6 +80,19 @@ class Case:
             lambda: f"{states} of {self.task} {self.intent}, which is {self.state}",
         )
 
+    def wait_final_answer(self, expected: str) -> str:
+        """The same of a caller that looks again: an answer of a moment may be followed by what is known later."""
+
+        def answer() -> str:
+            self.result = AsyncResult(self.result.id, app=self.stage.publisher)
+            return self.wait_answer()
+
+        return wait_for(
+            lambda: expected if answer() == expected else "",
+            SOON,
+            lambda: f"{expected} of {self.task} {self.intent}: {answer()}",
+        )
+
     def wait_hanging(self, timeout: float = SOON) -> int:
         """Wait until the body hangs where it was told to; the pid of its process."""
         place = self.stage.folder / f"hangs-{self.intent}"
