@@ -516,7 +516,7 @@ class Ledger:
     def recover(self, key: str, publishable: Callable[[Record], bool], policy: Policy) -> Publish | None:
         """Take an overdue intent: its call is then published by this process alone. See ``protocol.recover``."""
         new: Record | None = None
-        jitter = randrange(protocol.JITTER)
+        jitter = randrange(protocol.JITTER)  # noqa: S311  # no secret
 
         def decide(record: Record | None, stamp: int, now: int) -> tuple[Publish | None, Record | None]:
             nonlocal new
