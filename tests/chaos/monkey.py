@@ -159,8 +159,7 @@ class Monkey:
             assert self._stage.proxy is not None
             return {"connections": self._stage.proxy.cut()}
         with redis.Redis.from_url(self._stage.redis.url) as client:
-            cut = [client.client_kill_filter(_type=kind, skipme=True) for kind in ("normal", "pubsub")]
-            return {"connections": sum(cut)}
+            return {"connections": _cut(client)}
 
     def _kill_host(self, _: Fault) -> dict[str, Any]:
         """Every worker with all its processes, at once."""
@@ -170,11 +169,12 @@ class Monkey:
         return {"victims": [worker.pid for worker in workers]} if workers else {"failed": "no worker"}
 
     def _empty_broker(self, fault: Fault) -> dict[str, Any]:
-        """It loses every message; on Redis those under way too."""
+        """It loses every message. On Redis as one that is restarted empty: its clients declare their queues again."""
         if fault.broker == "redis":
             with redis.Redis.from_url(self._stage.redis.url_for(0)) as client:
                 lost = int(client.llen("chaos")) + int(client.hlen("unacked"))
                 client.flushdb()
+                _cut(client)
             return {"lost": lost}
         with Connection(self._stage.environment(fault.broker)["CHAOS_BROKER"]) as connection:
             return {"lost": connection.default_channel.queue_purge("chaos") or 0}
@@ -183,3 +183,8 @@ class Monkey:
         worker = self._stage.worker(fault.broker)
         children = worker.child_pids() if worker is not None else []
         return children[fault.child % len(children)] if children else None
+
+
+def _cut(client: redis.Redis) -> int:
+    """Close all connections but this one's; how many."""
+    return sum(client.client_kill_filter(_type=kind, skipme=True) for kind in ("normal", "pubsub"))

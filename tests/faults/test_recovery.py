@@ -10,6 +10,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 from celery import Celery, chain, chord, signature
@@ -57,6 +58,10 @@ def lose_everything(stage: Stage) -> None:
     """The broker's database is empty. Records and results are in others."""
     with stage.publisher.connection_for_write() as connection:
         connection.default_channel.client.flushdb()
+
+
+def more_than(stage: Stage, effects: int) -> bool:
+    return len(stage.effects.all()) > effects
 
 
 def recover(stage: Stage, *options: str) -> str:
@@ -147,7 +152,7 @@ def test_everything_dies_twice(stage: Stage) -> None:
         for n in range(third, number, 3):
             receipts[f"action-{n}"] = producer.submit("reconcile.early", f"action-{n}")
         if third < 2:
-            wait_for(lambda seen=seen: len(stage.effects.all()) > seen, ANSWERED_WITHIN, "the first effects")
+            wait_for(partial(more_than, stage, seen), ANSWERED_WITHIN, "the first effects")
             for worker in workers:
                 worker.kill()
             lose_everything(stage)

@@ -410,9 +410,9 @@ def an_inquiry_takes_the_jobs_place(self: Any, job: Any) -> Any:
 
 
 def evidence_on_another_attempt_counts(
-    record: Record, stamp: int, now: int, outcome: Any, note: Any, fence: Any = None
+    record: Record, stamp: int, now: int, outcome: Any, note: Any, fence: Any = None, owed: bool = False
 ) -> Any:
-    return _resolve(record, stamp, now, outcome, note, None)
+    return _resolve(record, stamp, now, outcome, note, None, owed)
 
 
 _store_is_down = runner_module.Runner._store_is_down
