@@ -300,6 +300,8 @@ def test_what_is_accepted_happens_without_its_callers() -> None:
         told = protocol.standing(record, STAMP, now, PRINT, a_request().policy)
         assert isinstance(told, Busy)
         assert protocol.accept(record, STAMP, now, a_request(), LEASE) == (told, None)
+    forgotten = LAPSED + protocol.OVERDUE + 1  # nobody has recovered it: the next call publishes a message
+    assert protocol.accept(record, STAMP, forgotten, a_request(), LEASE) == (None, None)
 
 
 def test_a_worker_takes_an_accepted_call_up_without_reading_it() -> None:

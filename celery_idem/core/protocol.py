@@ -125,6 +125,9 @@ later. More is no adjustment, but a clock that was set, or another machine's."""
 GRACE = 1_000_000
 """Microseconds past its deadline after which recovery takes an open record: whoever is a little late comes first."""
 
+OVERDUE = 10_000_000
+"""Microseconds past its time after which an accepted call is taken for forgotten: several looks of recovery."""
+
 PUBLISHED_WAIT = 60_000_000
 """Microseconds until recovery publishes a call for the second time, four times that for the third, and so on: each is
 one more message for a queue that may only be long."""
@@ -453,7 +456,9 @@ def standing(
     """
     decision, new = claim(record, stamp, now, Request(NO_OWNER, "", fingerprint, policy))
     if record.state is State.ACCEPTED and isinstance(decision, Acquired):
-        return Busy(max(0, left(record, stamp, now)))
+        # Overdue, and nobody has recovered it: perhaps no worker reads this store. Then publish again.
+        overdue = (record.lease or record.recovery) and _waited(record, stamp, now) > _wait(record) + OVERDUE
+        return None if overdue else Busy(max(0, left(record, stamp, now)))
     return decision if new is None or isinstance(decision, Busy) else None
 
 

@@ -315,7 +315,8 @@ def _without_store(call: Submission, error: StoreError) -> Receipt:
         raise StoreError(f"{error} {key} was not accepted. Call again unchanged.", key) from error
     if policy == "run":
         return accepted(key, call.publish(), call.mine)
-    return Receipt("not_run", key, reason=str(error), code="store_error", _source=call.source)
+    why = f"{type(error).__name__}: {error}"
+    return Receipt("not_run", key, reason=why, code="store_error", _source=call.source)
 
 
 def _due(app: Celery, options: Mapping[str, Any]) -> datetime | None:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from celery_idem.engine.runner import Runner
-from tests.celery import unguarded  # importing it takes the claim out
+from typing import Any
+
+from celery_idem.engine.runner import Job, Runner
+from tests.celery import unguarded
 from tests.chaos import shop
 
-assert Runner.run is unguarded.run
+
+def run(self: Runner, job: Job) -> Any:
+    """Leave no record of what `submit` had accepted either: its callers would wait for ever."""
+    try:
+        return unguarded.run(self, job)
+    finally:
+        self.ledger.forget(job.key)
+
+
+Runner.run = run  # type: ignore[method-assign]
 
 app = shop.app

@@ -42,6 +42,7 @@ from celery_idem.core.model import (
     Record,
     Replay,
     Request,
+    Resolution,
     State,
     Unknown,
 )
@@ -308,7 +309,8 @@ class Machine(RuleBasedStateMachine):
     def resolve(self, happened: bool, attempt: str) -> None:
         outcome = Outcome(True, b"j1") if happened else None
         answer = Happened(1) if happened else NotHappened()
-        note = Note(0, "me", "happened" if happened else "not happened", "seen")
+        decided = Resolution.HAPPENED if happened else Resolution.NOT_HAPPENED
+        note = Note(0, "me", "happened" if happened else "not happened", "seen", resolution=decided)
         pure = self.pure
 
         def fence(record: Record) -> int | None:
