@@ -16,6 +16,7 @@ import pytest
 from celery_idem.core import protocol
 from celery_idem.core.model import (
     NO_OWNER,
+    Accepted,
     Acquired,
     Busy,
     Done,
@@ -308,6 +309,17 @@ def test_a_worker_takes_an_accepted_call_up_without_reading_it() -> None:
     request = a_request()._replace(accepted=Stored(OTHER, STAMP), call=b"the message")
     new = protocol.taken_up(request)
     assert (new.state, new.fence, new.attempts, new.call) == (State.RUNNING, STAMP + 1, 1, b"the message")
+
+
+def test_finished_steps_are_not_replaced_unread() -> None:
+    released = held(State.RELEASED, steps=STEPS)
+    assert released is not None
+    decision, new = protocol.accept(released, STAMP, STAMP, a_request(), LEASE)
+    assert isinstance(decision, Accepted)
+    assert new is not None
+    assert new.steps == STEPS
+    assert not protocol.untouched(new)
+    assert protocol.untouched(protocol.accepted(a_request(), LEASE))
 
 
 def test_another_call_that_is_quicker_has_the_accepted_one_answered() -> None:

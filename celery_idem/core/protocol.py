@@ -287,8 +287,13 @@ def fresh(request: Request) -> Record:
     )
 
 
+def untouched(record: Record) -> bool:
+    """Nothing of an accepted action has ever begun, so ``taken_up`` may replace its record without reading it."""
+    return record.attempts == 0 and not (record.steps or record.notes)
+
+
 def taken_up(request: Request) -> Record:
-    """The record of an execution that replaces the very write in which its call was accepted."""
+    """The record of an execution that replaces the very write in which its call was accepted. See ``untouched``."""
     assert request.accepted is not None
     return replace(fresh(request), fence=request.accepted.stamp + 1)
 

@@ -16,7 +16,7 @@ from celery.utils import uuid
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu.exceptions import OperationalError
 
-from celery_idem.core import keys
+from celery_idem.core import keys, protocol
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.model import (
     ACCEPTED_AT,
@@ -233,7 +233,7 @@ class Submission:
             entry: the record in which it is accepted; None: it is not.
         """
         headers = dict(self.options.get("headers") or {})
-        if entry is not None:
+        if entry is not None and protocol.untouched(entry.record):
             headers[ACCEPTED_AT] = accepted_at(self.request.owner, entry.stamp)
         options = {**self.options, **more, "headers": headers, messages.DECIDED: True}
         return str(self.task.apply_async(self.args, self.kwargs, **self.own, **options).id)

@@ -38,7 +38,7 @@ LOOK_EVERY = (0.02, 0.5)  # seconds between two looks at a Celery result: at fir
 URL = os.environ.get("CHAOS_DOOR", "")
 TOKEN = "chaos"  # of the HTTP door, which is on loopback for one run
 
-# An orchestrator of its own. Celery shares task classes among the applications of a process, so it has them as well, and
+# An orchestrator of its own. Celery shares task classes among the applications of a process, so it has them too, and
 # `submit` accepts its calls: in the workers' store.
 stranger = Celery("stranger", broker=shop.BROKER, backend=shop.BACKEND, set_as_current=False)
 stranger.conf.update(
