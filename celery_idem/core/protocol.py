@@ -128,7 +128,7 @@ GRACE = 1_000_000
 OVERDUE = 10_000_000
 """Microseconds past its time after which an accepted call is taken for forgotten: several looks of recovery."""
 
-PUBLISHED_WAIT = 60_000_000
+PUBLISHED_WAIT = 20_000_000
 """Microseconds until recovery publishes a call for the second time, four times that for the third, and so on: each is
 one more message for a queue that may only be long."""
 
