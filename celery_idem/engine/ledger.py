@@ -142,9 +142,8 @@ class Ledger:
             reply = self.store.create(name, pack(new), None, protocol.due(new, request.policy))
         if reply.done:
             assert reply.stored is not None
-            record = new._replace(
-                fence=new.fence or reply.stored.stamp
-            )  # a first claim's fence is its creation
+            # A first claim's fence is its creation.
+            record = new._replace(fence=new.fence or reply.stored.stamp)
             return Acquired(record), Hold(self.store, name, key, request, reply.stored, record, before)
 
         def decide(record: Record | None, stamp: int, now: int) -> tuple[Decision, Record | None]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery.app.task import Context
 from celery.utils.time import maybe_iso8601
+from kombu.exceptions import OperationalError
 from kombu.serialization import dumps, loads, prepare_accept_content, registry
 
 from celery_idem.core import calls, keys
@@ -349,6 +350,14 @@ def _headers(app: Celery, task: str, key: str, call: Call) -> dict[str, Any]:
         KEY: key,
         MESSAGE: call.task_id,
     }
+
+
+def of_the_broker(app: Celery, error: Exception) -> bool:
+    """Whether the broker did not take a message. Any other error is about the call."""
+    transport = app.connection_for_write().transport
+    return isinstance(
+        error, (OperationalError, OSError, *transport.connection_errors, *transport.channel_errors)
+    )
 
 
 class BrokerError(IdempotencyError):

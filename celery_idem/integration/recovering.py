@@ -105,7 +105,11 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
         return None
     try:
         messages.publish(app, entry.key, call)
-    except Exception as error:  # of any driver
+    except Exception as error:  # of any driver, router or serializer
+        if not messages.of_the_broker(app, error):  # then the next try is as far off as after a publication
+            why = f"no message can be made of its call ({type(error).__name__}: {error})"
+            events.diagnose(logging.WARNING, "recovery: %s: %s", entry.key, why)
+            return Found(entry, False, why)
         ledger.not_published(entry.key, taken)
         events.emit("broker_error", entry.key, task_id=call.task_id, error=type(error).__name__)
         raise messages.BrokerError(f"the broker did not take {entry.key} ({type(error).__name__})") from error

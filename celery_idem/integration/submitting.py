@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from celery.utils import uuid
 from celery.utils.time import maybe_iso8601, maybe_make_aware
-from kombu.exceptions import OperationalError
 
 from celery_idem.core import keys, protocol
 from celery_idem.core.errors import ConfigurationError, StoreError
@@ -143,9 +142,8 @@ def submit_task(
     labels = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
     call = Submission(task, args, kwargs, labels, options)
     ledger, key = task.guard.ledger, call.key
-    if (
-        task.guard.settings.shadow
-    ):  # a record was then written while the guard was on, and does not answer this call
+    if task.guard.settings.shadow:
+        # A record was then written while the guard was on, and does not answer this call.
         call.publish()
         return accepted(key, call.task_id, call.mine._replace(ledger=None))
     try:
@@ -153,9 +151,8 @@ def submit_task(
         if entry.record.state is State.ACCEPTED and entry.record.owner != call.request.owner:
             queued = Receipt("in_progress", key, entry.record.task_id)
             ended = from_celery(queued, call.mine, entry)
-            if (
-                ended is not None and ended.status == "not_run"
-            ):  # revoked, and no worker has met its message since
+            if ended is not None and ended.status == "not_run":
+                # Revoked, and no worker has met its message since.
                 ledger.revoked(key, entry.record.task_id, call.request.policy)
                 decision, entry = ledger.accept(key, call.request, call.wait)
     except StoreError as error:
@@ -251,7 +248,7 @@ class Submission:
         try:
             self.publish(entry, **more)
         except Exception as error:
-            if entry is None or not (self.recovers and _of_the_broker(self.task.app, error)):
+            if entry is None or not (self.recovers and messages.of_the_broker(self.task.app, error)):
                 _withdraw(ledger, key, self.request.owner)
                 raise
             events.emit("broker_error", key, task_id=self.task_id, error=type(error).__name__)
@@ -331,14 +328,6 @@ def _due(app: Celery, options: Mapping[str, Any]) -> datetime | None:
     return aware
 
 
-def _of_the_broker(app: Celery, error: Exception) -> bool:
-    """The broker did not take the message. Anything else is the caller's mistake."""
-    transport = app.connection_for_write().transport
-    return isinstance(
-        error, (OperationalError, OSError, *transport.connection_errors, *transport.channel_errors)
-    )
-
-
 def _withdraw(ledger: Ledger, key: str, owner: bytes) -> None:
     try:
         ledger.withdraw(key, owner)
@@ -355,4 +344,5 @@ def look_again(ledger: Ledger, key: str, owner: bytes, seconds: float) -> None:
 
 
 def accepted(key: str, task_id: str, source: Look, code: Code = "") -> Receipt:
+    """The receipt of a call that will be done."""
     return Receipt("accepted", key, task_id, code=code, retry_after=1.0, _source=source)

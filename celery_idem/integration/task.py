@@ -215,7 +215,9 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         idempotency_key: str | None = None,
         **kwargs: Any,
     ) -> Receipt:
-        """Look the intent up, publish it only when it is new, and return a receipt with its status.
+        """Accept a call that is new, in its record, then publish it; return a receipt with the intent's status.
+
+        What is accepted happens, also where the broker does not take its message, or loses it.
 
         For agents and orchestrators: what is known already (done, in progress, in doubt, known with
         other values) is a value of the receipt and never an exception.
@@ -231,7 +233,9 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         Raises:
             TypeError: the call does not fit the task's signature.
             IntentError: an argument cannot be part of a key.
-            kombu.exceptions.OperationalError: the broker did not take it; nothing is left behind.
+            StoreError: the store did not answer, with ``on_store_error="raise"``; else that is a receipt ``not_run``.
+            kombu.exceptions.OperationalError: the broker did not take it, and recovery could not publish it later (its
+                record does not hold the whole call, or ``recover=False``). It is not accepted.
         """
         options = self._options_of("submit", kwargs)
         warn_on_loop(f"submit() of {self.name}", "await task.asubmit()")

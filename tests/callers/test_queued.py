@@ -16,8 +16,11 @@ from kombu.exceptions import OperationalError
 from celery_idem import IdempotentTask, Ledger
 from celery_idem.adapters.http import door
 from celery_idem.adapters.tools import tool_of
-from celery_idem.core.model import OCCURRENCE
+from celery_idem.core.model import OCCURRENCE, Fingerprint, Request
+from celery_idem.engine import owners
 from celery_idem.integration import recovering
+from celery_idem.integration.messages import of_submission
+from celery_idem.integration.recovering import recover
 
 
 @pytest.fixture
@@ -143,3 +146,16 @@ def test_what_the_broker_does_not_take_is_accepted_with_the_setting(
     assert [one.published for one in recovering.recover(app)] == [True]
     assert messages(app) == 1
     assert task.delay("1").id == first.id
+
+
+def test_a_call_of_which_no_message_can_be_made_holds_up_no_other(app: Celery) -> None:
+    app.conf.task_create_missing_queues = False
+    ledger, task = Ledger.from_app(app), app.tasks["shop.pay"]
+    for invoice, options in (("bad", {"queue": "nowhere"}), ("good", {})):
+        call = of_submission(task, (invoice,), {}, invoice, options)
+        request = Request(owners.mint(), invoice, Fingerprint(), task.guard.options.policy, call=call)
+        ledger.accept(task.intent_key(invoice), request, 0)
+    found = {each.entry.key: each.published for each in recover(app)}
+    assert found == {task.intent_key("bad"): False, task.intent_key("good"): True}
+    assert messages(app) == 1
+    assert not list(recover(app))  # the bad one waits for its next turn
