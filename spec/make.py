@@ -378,6 +378,7 @@ CALL_OF_A_MESSAGE = calls.Call(
     content_encoding="utf-8",
     exchange="",
     routing_key="celery",
+    broker="5d41402a",
     hidden=False,
     options=None,
     body=b'[["42", 7], {}, {}]',

@@ -25,6 +25,7 @@ from celery_idem.core.model import (
     Note,
     OnCrash,
     Policy,
+    Publish,
     Raised,
     Record,
     Refused,
@@ -309,6 +310,17 @@ def test_a_worker_takes_an_accepted_call_up_without_reading_it() -> None:
     request = a_request()._replace(accepted=Stored(OTHER, STAMP), call=b"the message")
     new = protocol.taken_up(request)
     assert (new.state, new.fence, new.attempts, new.call) == (State.RUNNING, STAMP + 1, 1, b"the message")
+
+
+def test_the_workers_of_the_broker_that_it_came_from_recover_first() -> None:
+    record = held(State.RUNNING)
+    assert record is not None
+    policy = a_request().policy
+    overdue = LAPSED + protocol.GRACE
+    assert isinstance(protocol.recover(record, STAMP, overdue, True, policy)[0], Publish)
+    assert protocol.recover(record, STAMP, overdue, True, policy, elsewhere=True) == (None, None)
+    later = overdue + protocol.ELSEWHERE  # there are none any more
+    assert isinstance(protocol.recover(record, STAMP, later, True, policy, elsewhere=True)[0], Publish)
 
 
 def test_finished_steps_are_not_replaced_unread() -> None:

@@ -48,6 +48,7 @@ class Call(NamedTuple):
         content_encoding: of the body.
         exchange: that the message came through.
         routing_key: with an empty exchange, the name of its queue.
+        broker: which broker the message came from, as a digest of its address; "" where any may take it.
         hidden: values of ``secret`` parameters are hidden in the body, so it can be shown and not be published.
         options: of ``apply_async``, of a call that was accepted before any message was made of it; None: a message.
         body: arguments and canvas, as they were on the wire.
@@ -60,6 +61,7 @@ class Call(NamedTuple):
     content_encoding: str
     exchange: str
     routing_key: str
+    broker: str
     hidden: bool
     options: dict[str, Any] | None
     body: bytes

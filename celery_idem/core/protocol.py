@@ -132,6 +132,10 @@ PUBLISHED_WAIT = 20_000_000
 """Microseconds until recovery publishes a call for the second time, four times that for the third, and so on: each is
 one more message for a queue that may only be long."""
 
+ELSEWHERE = 60_000_000
+"""Microseconds that the workers of another broker get to take a call that came from there. Then there are none, or
+the broker has another address now."""
+
 LONGEST_WAIT = 3_600_000_000
 """Microseconds between two publications at most."""
 
@@ -931,7 +935,13 @@ def died_unseen(policy: Policy) -> Verdict:
 
 
 def recover(
-    record: Record, stamp: int, now: int, publishable: bool, policy: Policy, jitter: int = 0
+    record: Record,
+    stamp: int,
+    now: int,
+    publishable: bool,
+    policy: Policy,
+    jitter: int = 0,
+    elsewhere: bool = False,
 ) -> tuple[Publish | None, Record | None]:
     """Rule 11: is this open record overdue, so that its call should be published again?
 
@@ -940,6 +950,7 @@ def recover(
 
     Args:
         publishable: the record holds its whole call, and the author has not said ``recover=False``.
+        elsewhere: its message came from another broker than this worker's: that one's workers come first.
         jitter: microseconds more until the next publication, other ones for each process that tries.
 
     Returns:
@@ -947,7 +958,8 @@ def recover(
     """
     overdue = record.state in (State.RUNNING, State.SCHEDULED, State.ACCEPTED)
     tries = 0 if record.recovery is None else record.recovery.tries
-    if not overdue or _waited(record, stamp, now) < _wait(record):
+    wait = _wait(record) + (ELSEWHERE if elsewhere else 0)
+    if not overdue or _waited(record, stamp, now) < wait:
         return None, noticed(record, stamp, now) if overdue else None
     if record.recovery is None and record.state is State.RUNNING:
         record = _with_past(record, stamp)

@@ -648,7 +648,13 @@ class Ledger:
             self.reindex()
             yield from islice(_each_once(self._listed(self._prefix, now, now)), limit)
 
-    def recover(self, key: str, publishable: Callable[[Record], bool], policy: Policy) -> Publish | None:
+    def recover(
+        self,
+        key: str,
+        publishable: Callable[[Record], bool],
+        policy: Policy,
+        elsewhere: Callable[[Record], bool] = lambda record: False,
+    ) -> Publish | None:
         """Take an overdue intent: its call is then published by this process alone. See ``protocol.recover``."""
         new: Record | None = None
         jitter = randrange(protocol.JITTER)  # noqa: S311  # to tell two processes apart
@@ -657,7 +663,9 @@ class Ledger:
             nonlocal new
             taken, new = None, None
             if record is not None:
-                taken, new = protocol.recover(record, stamp, now, publishable(record), policy, jitter)
+                taken, new = protocol.recover(
+                    record, stamp, now, publishable(record), policy, jitter, elsewhere(record)
+                )
             return taken, new
 
         taken: Publish | None = self._change(key, decide, policy)[0]

@@ -122,6 +122,9 @@ class Guard(NamedTuple):
     answers: bool = False
     """The store is the result backend's own database, so the outcome's write can carry the result."""
 
+    broker: str = ""
+    """Which broker its messages come from (see ``calls``)."""
+
     unusable: str = ""
     """Why results could not be read again, as it was when this was made."""
 
@@ -150,6 +153,7 @@ class Guard(NamedTuple):
             net=net,
             body=body,
             answers=ledger.store.announces and is_backends(ledger.store, task.app),
+            broker=messages.broker_of(task.app),
             unusable=ledger.codec.unusable(),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -63,13 +64,17 @@ def of_delivery(app: Celery, guard: Guarding, request: Context, args: Any, kwarg
     if not guard.settings.keep_call:
         return Why.OFF.packed
     try:
-        return _bounded(_of_delivery(app, guard.declaration, request, args, kwargs), guard.settings)
+        return _bounded(
+            _of_delivery(app, guard.declaration, guard.broker, request, args, kwargs), guard.settings
+        )
     except Exception as error:  # of any serializer
         events.diagnose(logging.DEBUG, "%s: its call is not kept", key, error=error)
         return Why.UNWRITABLE.packed
 
 
-def _of_delivery(app: Celery, declaration: Declaration, request: Context, args: Any, kwargs: Any) -> Call:
+def _of_delivery(
+    app: Celery, declaration: Declaration, broker: str, request: Context, args: Any, kwargs: Any
+) -> Call:
     known = vars(request)
     task_id = request.id or ""
     properties = request.properties or {}
@@ -98,6 +103,7 @@ def _of_delivery(app: Celery, declaration: Declaration, request: Context, args: 
         encoding,
         info.get("exchange") or "",
         info.get("routing_key") or "",
+        broker,
         hidden,
         None,
         body,
@@ -140,6 +146,13 @@ def _tasks_in(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for one in value:
             yield from _tasks_in(one)
+
+
+def broker_of(app: Celery) -> str:
+    """Return a digest of the broker's address, without user and password: 32 bits tell the few of a company apart."""
+    at = app.connection_for_write()
+    parts = (at.transport_cls, at.hostname, at.port, at.virtual_host)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
 
 
 @lru_cache(maxsize=16)  # a process has one worker's name, or a handful
@@ -201,6 +214,7 @@ def of_message(
             encoding,
             getattr(exchange, "name", exchange) or "",
             routing_key or "",
+            task.guard.broker,
             hidden,
             None,
             written.encode() if isinstance(written, str) else written,
@@ -256,7 +270,7 @@ def of_submission(
         if isinstance(body, str):
             body = body.encode()
         hidden = bool(declaration.secret)
-        call = Call(task_id, {}, {}, content_type, encoding, "", "", hidden, kept, body)
+        call = Call(task_id, {}, {}, content_type, encoding, "", "", "", hidden, kept, body)
         return _bounded(call, settings)
     except Exception as error:  # of any serializer
         events.diagnose(logging.DEBUG, "%s: its call is not kept", task_id, error=error)

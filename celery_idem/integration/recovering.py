@@ -97,10 +97,13 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
         call, _ = call_of(record)
         return bool(guard.settings.recover and call is not None and call.publishable)
 
+    def elsewhere(record: Record) -> bool:
+        return call is not None and call.broker not in ("", guard.broker)
+
     if dry_run:
         can = publishable(entry.record)
         return Found(entry, can, "" if can else why_not(entry.record, guard.settings.recover))
-    taken = ledger.recover(entry.key, publishable, guard.options.policy)
+    taken = ledger.recover(entry.key, publishable, guard.options.policy, elsewhere)
     if taken is None or call is None:
         return None
     try:
