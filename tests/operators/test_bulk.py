@@ -116,7 +116,7 @@ def test_what_did_not_happen_runs_at_once_from_its_record(
     """By a file and by key; a call that the broker did not take is published by a second run."""
     for customer in ("a", "b", "gone"):
         body = json.dumps([[customer, 7], {}, {}]).encode()
-        call = Call(f"id-{customer}", {}, {}, "application/json", "utf-8", "", "again", False, None, body)
+        call = Call(f"id-{customer}", {}, {}, "application/json", "utf-8", "", "again", "", False, None, body)
         claimed(ledger, key(customer), call=calls.pack(call)).doubt("it stopped", 0.0)
     file = decisions(tmp_path, *({"key": key(c), "not_happened": True, "run": True, **SEEN} for c in "ab"))
     with monkeypatch.context() as broken:

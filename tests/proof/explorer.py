@@ -269,6 +269,14 @@ class Actor:
     def carried(self) -> tuple[bytes, ...]:
         return self.message.carried if self.message else ()
 
+    @property
+    def kind(self) -> tuple[Any, ...] | None:
+        """Those of one kind differ in their names alone, until they begin. None: like no other."""
+        if self.message is not None:
+            first = len(self.message.lineage) == 1
+            return (self.told, self.message._replace(lineage=(), task_id="")) if first else None
+        return (self.told, self.name[0]) if self.name[0] in ("operator", "inquirer", "submitter") else None
+
 
 class Clock:
     """Time: microseconds for the store, whose clock may be set back; seconds for the worker."""
@@ -500,6 +508,8 @@ class World:
         left = self.left
         for actor in self.actors:
             point = actor.at
+            if self.has_a_twin(actor):
+                continue
             if point is not None and actor.message is not None and actor.pauses == 1:
                 choices += [
                     (actor, what) for what, of in (("lose", "losses"), ("revoke", "revocations")) if left[of]
@@ -532,6 +542,13 @@ class World:
         if left["backs"] and self.actors:
             choices.append((None, "back"))
         return choices
+
+    def has_a_twin(self, actor: Actor) -> bool:
+        """Another that has not begun either stands before it: which of the two begins makes no difference."""
+        return actor.pauses == 1 and any(
+            other.pauses == 1 and other.kind is not None and other.kind == actor.kind
+            for other in self.actors[: self.actors.index(actor)]
+        )
 
     def waits_for_the_lock(self, actor: Actor) -> bool:
         """A transaction has rewritten the record, and has not ended: nobody else writes it."""
