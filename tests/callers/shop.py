@@ -8,11 +8,14 @@ from typing import Any
 
 from celery import Celery
 
-from celery_idem import IdempotentTask
+from celery_idem import IdempotentTask, Ledger
+from tests.callers import forgetful
 from tests.support.effects import Effects, Gate
 
 URL = os.environ.get("CALLERS_URL", "memory://")
 FOLDER = Path(os.environ.get("CALLERS_FOLDER", "."))
+if os.environ.get("CALLERS_FORGET"):
+    Ledger.accept = forgetful.accept  # type: ignore[method-assign,assignment]
 
 
 NO_BROKER = {"task_publish_retry": False, "broker_transport_options": {"max_retries": 1, "interval_start": 0}}

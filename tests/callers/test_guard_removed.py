@@ -16,10 +16,7 @@ import pytest
 
 from celery_idem import Ledger
 from celery_idem.adapters.agents import function
-from celery_idem.core import protocol
-from celery_idem.core.model import Accepted, Request
-from celery_idem.engine.entries import Entry
-from tests.callers import shop, test_agents, test_doors
+from tests.callers import forgetful, shop, test_agents, test_doors
 from tests.callers.conftest import served
 from tests.callers.knocker import DOORS
 from tests.support.effects import Effects
@@ -52,7 +49,7 @@ class Unguarded:
 def unguarded(redis: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Unguarded]:
     folder = tmp_path_factory.mktemp("unguarded")
     url = redis.url_for(1)
-    env = {"CALLERS_URL": url, "CALLERS_FOLDER": str(folder)}
+    env = {"CALLERS_URL": url, "CALLERS_FOLDER": str(folder), "CALLERS_FORGET": "1"}
     with contextlib.ExitStack() as ends:
         worker = CeleryWorker("tests.callers.unguarded:app", folder, concurrency=4, env=env)
         ends.callback(worker.kill)
@@ -88,13 +85,8 @@ def test_without_the_claim_resuming_pays_twice(
     test: Callable[[Any, Effects, str], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def accept(self: Ledger, key: str, request: Request, wait: int) -> tuple[Accepted, Entry]:
-        record = protocol.accepted(request, wait)
-        return Accepted(record), Entry(key, record, 1, 1)
-
-    monkeypatch.setattr(
-        Ledger, "accept", accept
-    )  # else what the first call had accepted would stop the second
+    # Else what the first call had accepted would stop the second.
+    monkeypatch.setattr(Ledger, "accept", forgetful.accept)
     with pytest.raises(AssertionError):
         test(unguarded.pay, unguarded.done, name)
     assert unguarded.count(name) == 2, "it failed, but not because it paid twice"
