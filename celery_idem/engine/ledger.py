@@ -133,21 +133,26 @@ class Ledger:
         """
         new, name = protocol.fresh(request), self._prefix + key
         before = clock.elapsed()
-        if request.accepted is not None:
+        late = request.age and protocol.too_late(request)
+        if late:
+            reply = self.store.read(name)
+        elif request.accepted is not None:
             new = protocol.taken_up(request)
             reply = self.store.replace(
                 name, request.accepted, pack(new), None, protocol.due(new, request.policy)
             )
         else:
             reply = self.store.create(name, pack(new), None, protocol.due(new, request.policy))
-        if reply.done:
+        if reply.done and not late:
             assert reply.stored is not None
             # A first claim's fence is its creation.
             record = new._replace(fence=new.fence or reply.stored.stamp)
             return Acquired(record), Hold(self.store, name, key, request, reply.stored, record, before)
 
         def decide(record: Record | None, stamp: int, now: int) -> tuple[Decision, Record | None]:
-            return (Acquired(new), new) if record is None else protocol.claim(record, stamp, now, request)
+            if record is not None:
+                return protocol.claim(record, stamp, now, request)
+            return protocol.absent(request, now) if late else (Acquired(new), new)
 
         decision: Decision
         decision, reply, before = change(self.store, name, key, decide, request.policy, reply, before=before)

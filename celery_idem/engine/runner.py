@@ -125,6 +125,7 @@ class Job(ABC):
     call: bytes = b""
     place: str = ""
     accepted: Stored | None = None
+    age: int = 0
     waited = 0
     entered = False
     """Set by ``body`` just before the author's code: until then, nothing ran."""
@@ -258,6 +259,7 @@ class Runner:
                 job.call,
                 job.place,
                 job.accepted,
+                job.age,
             )
             try:
                 decision, hold = self.ledger.claim(job.key, request)

@@ -15,7 +15,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from copy import deepcopy
 from datetime import datetime, timezone
@@ -43,7 +43,9 @@ from celery_idem.core.model import (
     FINGERPRINT,
     KEY,
     MESSAGE,
+    MICROSECONDS,
     NO_FINGERPRINT,
+    PUBLISHED,
     Answer,
     Busy,
     Fingerprint,
@@ -57,14 +59,14 @@ from celery_idem.engine.shadow import ShadowRunner
 from celery_idem.engine.steps import run_step
 from celery_idem.integration import answers, declaring, describing, messages, placing, republishing
 from celery_idem.integration.guarded import GuardedTask
-from celery_idem.integration.settings import Settings
+from celery_idem.integration.messages import CARRIED
+from celery_idem.integration.settings import LONGEST, Settings
 from celery_idem.integration.wiring import is_backends, ledger_of
 from celery_idem.stores.base import Announcement
 
 T = TypeVar("T")
 
 # Message headers between one delivery of a message and the next.
-CARRIED = "idem-carried"
 WAITS = "idem-waits"
 
 PROPAGATES = "idem-propagates"
@@ -322,7 +324,12 @@ class Delivery(Job):
         self.args = args
         self.kwargs = kwargs
         headers = request.headers or {}
-        carried = _unhex(headers[CARRIED]) if CARRIED in headers else ()
+        carried: tuple[bytes, ...] = ()
+        if CARRIED in headers:
+            carried = _unhex(headers[CARRIED])
+            again = True
+        else:
+            again = (request.delivery_info or {}).get("redelivered")
         super().__init__(key, request.id or "", fingerprint, guard.options, carried)
         labels = None
         if not keys.IDENTITY.isdisjoint(headers):
@@ -339,6 +346,9 @@ class Delivery(Job):
             self.place = messages.place(request)
             if ACCEPTED_AT in headers and headers.get(MESSAGE) == request.id:
                 self.accepted = messages.accepted_in(headers[ACCEPTED_AT])
+                again = True  # an accepted call has a record, until it was claimed
+            if again:
+                self.age = _age(headers, request.id)
 
     def orphaned(self, call: bytes) -> None:
         messages.answer(self.task.app, self.key, call)
@@ -696,6 +706,14 @@ def backoff(waits: int, at_most: float) -> float:
     if at_most > 0:
         delay = min(delay, at_most + FIRST_WAIT)
     return delay * random.uniform(0.9, 1.1)  # noqa: S311  # so that a hundred do not come back at once
+
+
+def _age(headers: Mapping[str, Any], message: str | None) -> int:
+    """Microseconds since a call was due, by the clocks of its producer and of this worker; 0: not known."""
+    due = headers.get(PUBLISHED)
+    if headers.get(MESSAGE) != message or not isinstance(due, (int, float)) or not 0 < due < LONGEST:
+        return 0
+    return max(0, int((time.time() - due) * MICROSECONDS))
 
 
 def _unhex(carried: Any) -> tuple[bytes, ...]:
