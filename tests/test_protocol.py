@@ -170,7 +170,9 @@ def test_every_claim_ends_as_its_row_says() -> None:
         states = states_in(rest)
         if met.record is None:  # an absent one is created, and acquired by having been
             late = protocol.too_late(met.request)
-            decision, new = protocol.absent(met.request, met.now) if late else (None, protocol.fresh(met.request))
+            decision, new = (
+                protocol.absent(met.request, met.now) if late else (None, protocol.fresh(met.request))
+            )
             name = type(decision).__name__ if decision is not None else "Acquired"
         else:
             decision, new = protocol.claim(met.record, STAMP, met.now, met.request)

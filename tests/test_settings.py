@@ -152,7 +152,6 @@ SLIPS = {
     "max_call_bytes": "max_calls_bytes max_call_byte max_callbytes",
     "accept_on_publish": "accept_on_publsh accepts_on_publish accept_publish",
     "recover": "recovers recovery recver",
-    "accept_on_publish": "accept_publish accept_on_publsh",
     "late": "lates laet latee",
 }
 
@@ -229,7 +228,6 @@ WRONG: dict[str, list[Any]] = {
     "result_ttl": [-1, "day", None, math.nan, math.inf],
     "failure_ttl": [-1, "day", math.inf],
     "on_duplicate": ["waits", None, True],
-    "accept_on_publish": ["yes", None, 1],
     "late": ["runs", None, True],
     "on_crash": ["retry", None],
     "on_store_error": ["ignore", None],

@@ -37,7 +37,7 @@ ACCEPTED_AT = "idem-accepted"
 one round trip; where the record has changed, it decides on what stands there."""
 
 PUBLISHED = "idem-published"
-"""When the first message of the call was due (its publication, or its ETA): seconds since 1970, by its producer's clock."""
+"""When the call was first due (published, or its ETA): seconds since 1970, by its producer's clock."""
 
 MESSAGE = "idem-message"
 """Id of the message that the headers above were made for; "" for one that is still to be made of them.

@@ -310,7 +310,7 @@ def too_late(request: Request) -> bool:
 
 def absent(request: Request, now: int) -> tuple[Decision, Record]:
     """Decide on a claim that comes too late, and finds no record."""
-    new = replace(fresh(request), owner=NO_OWNER, attempts=0, fence=now, place="")
+    new = replace(fresh(request), owner=NO_OWNER, attempts=0, fence=now, place="", reason=TOO_LATE)
     return _ask(new, now, request) if request.policy.asks else _put_in_doubt(new, TOO_LATE)
 
 

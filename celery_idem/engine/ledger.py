@@ -133,9 +133,9 @@ class Ledger:
         """
         new, name = protocol.fresh(request), self._prefix + key
         before = clock.elapsed()
-        late = request.age and protocol.too_late(request)
+        late = request.age > 0 and protocol.too_late(request)
         if late:
-            reply = self.store.read(name)
+            reply = self.store.read(name)._replace(done=False)  # it wrote nothing
         elif request.accepted is not None:
             new = protocol.taken_up(request)
             reply = self.store.replace(
@@ -143,7 +143,7 @@ class Ledger:
             )
         else:
             reply = self.store.create(name, pack(new), None, protocol.due(new, request.policy))
-        if reply.done and not late:
+        if reply.done:
             assert reply.stored is not None
             # A first claim's fence is its creation.
             record = new._replace(fence=new.fence or reply.stored.stamp)

@@ -37,8 +37,7 @@ from celery_idem.engine.bounded import Bounded, TooLateError
 from celery_idem.engine.claim import doubt_message
 from celery_idem.integration import declaring, describing, publishing, purging, recovering, republishing
 from celery_idem.integration.delivery import WAITS
-from celery_idem.integration.messages import CARRIED
-from celery_idem.integration.messages import BODY, ENCODING
+from celery_idem.integration.messages import BODY, CARRIED, ENCODING
 
 DEATHS = "idem-deaths"
 """Header: how often this message was published anew after a death."""

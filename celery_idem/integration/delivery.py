@@ -43,7 +43,6 @@ from celery_idem.core.model import (
     FINGERPRINT,
     KEY,
     MESSAGE,
-    MICROSECONDS,
     NO_FINGERPRINT,
     PUBLISHED,
     Answer,
@@ -348,7 +347,7 @@ class Delivery(Job):
                 self.accepted = messages.accepted_in(headers[ACCEPTED_AT])
                 again = True  # an accepted call has a record, until it was claimed
             if again:
-                self.age = _age(headers, request.id)
+                self.due = _due(headers, request.id)
 
     def orphaned(self, call: bytes) -> None:
         messages.answer(self.task.app, self.key, call)
@@ -708,12 +707,11 @@ def backoff(waits: int, at_most: float) -> float:
     return delay * random.uniform(0.9, 1.1)  # noqa: S311  # so that a hundred do not come back at once
 
 
-def _age(headers: Mapping[str, Any], message: str | None) -> int:
-    """Microseconds since a call was due, by the clocks of its producer and of this worker; 0: not known."""
+def _due(headers: Mapping[str, Any], message: str | None) -> float:
+    """Seconds since 1970 at which a call was due, by its producer's clock; 0: not known."""
     due = headers.get(PUBLISHED)
-    if headers.get(MESSAGE) != message or not isinstance(due, (int, float)) or not 0 < due < LONGEST:
-        return 0
-    return max(0, int((time.time() - due) * MICROSECONDS))
+    known = headers.get(MESSAGE) == message and isinstance(due, (int, float)) and 0 < due < LONGEST
+    return due if known else 0.0
 
 
 def _unhex(carried: Any) -> tuple[bytes, ...]:

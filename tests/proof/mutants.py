@@ -476,6 +476,11 @@ def taken_up_uncompared(self: Ledger, key: str, request: Request) -> Any:
     return _ledger_claim(self, key, request)
 
 
+def too_late_runs(request: Request, now: int) -> Any:
+    new = protocol.fresh(request)
+    return Acquired(new), new
+
+
 _recover = protocol.recover
 _schedule = protocol.schedule
 _accept = protocol.accept
@@ -649,5 +654,9 @@ MUTANTS = (
     ),
     Mutant("12: accepted over what runs", "accepted: called meanwhile", {"accept": accepted_over_what_runs}),
     Mutant("12: taken up uncompared", "accepted: called meanwhile", {"claim": taken_up_uncompared}, Ledger),
+    Mutant("15: too late runs", "late: in doubt", {"absent": too_late_runs}),
+    Mutant("15: too late runs, unasked", "late: reconcile", {"absent": too_late_runs}),
+    Mutant("15: an accepted call that is too late runs", "late: accepted", {"absent": too_late_runs}),
+    Mutant("15: nothing is too late", "late: a retry", {"too_late": lambda request: False}),
     Mutant("time: evidence expires", "in doubt: crash", {"ttl": evidence_expires}),
 )
