@@ -328,7 +328,7 @@ class Delivery(Job):
             carried = _unhex(headers[CARRIED])
             again = True
         else:
-            again = (request.delivery_info or {}).get("redelivered")
+            again = bool((request.delivery_info or {}).get("redelivered"))
         super().__init__(key, request.id or "", fingerprint, guard.options, carried)
         labels = None
         if not keys.IDENTITY.isdisjoint(headers):
@@ -710,8 +710,9 @@ def backoff(waits: int, at_most: float) -> float:
 def _due(headers: Mapping[str, Any], message: str | None) -> float:
     """Seconds since 1970 at which a call was due, by its producer's clock; 0: not known."""
     due = headers.get(PUBLISHED)
-    known = headers.get(MESSAGE) == message and isinstance(due, (int, float)) and 0 < due < LONGEST
-    return due if known else 0.0
+    if headers.get(MESSAGE) != message or not isinstance(due, (int, float)) or not 0 < due < LONGEST:
+        return 0.0
+    return due
 
 
 def _unhex(carried: Any) -> tuple[bytes, ...]:
