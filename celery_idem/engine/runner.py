@@ -126,6 +126,9 @@ class Job(ABC):
     call: bytes = b""
     place: str = ""
     accepted: Stored | None = None
+    starting: Announcement | None = None
+    """What to write and publish together with the claim."""
+
     due = 0.0
     """When the call was due, of a message that may have been here before: seconds since 1970; 0: as ``Request.age``."""
 
@@ -270,7 +273,7 @@ class Runner:
                 job.age,
             )
             try:
-                decision, hold = self.ledger.claim(job.key, request)
+                decision, hold = self.ledger.claim(job.key, request, job.starting)
                 if isinstance(decision, (Acquired, Ask, InDoubt)) and decision.orphan:
                     job.orphaned(decision.orphan)
                 if isinstance(decision, Ask):

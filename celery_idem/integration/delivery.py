@@ -340,6 +340,8 @@ class Delivery(Job):
                 self.digests = guard.digester.of(args, kwargs, labels)
             except Exception as error:  # they decide nothing, so they may stop nothing
                 events.diagnose(logging.ERROR, "%s: no digests of its arguments are kept", key, error=error)
+        if answers.STARTING in vars(request) and not again and not request.retries:
+            self.starting = answers.starting(task.backend, request)
         if not guard.settings.shadow:
             self.call = messages.of_delivery(task.app, guard, request, args, kwargs, key)
             self.place = messages.place(request)
@@ -429,6 +431,8 @@ class Delivery(Job):
         if guard.ask is not None:  # any other runs once
             self._as_received()
         try:
+            if answers.STARTING in vars(self.request):
+                self._start(hold)
             if guard.around is not None:
                 self.request.idem_opened = self.entered = True
                 return guard.around(*self.args, **self.kwargs)
@@ -442,6 +446,12 @@ class Delivery(Job):
                 self.request.idem_opened = False
             HELD.set(self.outer)  # not reset(), which raises in another context: the outcome is known
             hold.ended = True
+
+    def _start(self, hold: Hold) -> None:
+        """The state is STARTED now: the claim wrote it, or Celery's own way is left."""
+        written, hold.announced = hold.announced, False
+        if not written:
+            answers.start(self.task.backend, self.request)
 
     def ask(self, hold: Hold) -> Answer:
         """On the runner's side thread: it gets this request, so that ``task.request`` and ``task.claim`` work."""

@@ -330,7 +330,7 @@ def claim_is_not_carried(self: Any, job: Any, error: Any, carried: Any) -> None:
     _store_is_down(self, job, error, ())
 
 
-def every_owner_is_carried(self: Ledger, key: str, request: Request) -> Any:
+def every_owner_is_carried(self: Ledger, key: str, request: Request, *also: Any) -> Any:
     """Whoever comes takes up whatever runs."""
     entry = self.get(key)
     owners = (entry.record.owner,) if entry is not None else ()
@@ -469,7 +469,7 @@ def accepted_over_what_runs(record: Record, stamp: int, now: int, request: Reque
     return _accept(record, stamp, now, request, wait)
 
 
-def taken_up_uncompared(self: Ledger, key: str, request: Request) -> Any:
+def taken_up_uncompared(self: Ledger, key: str, request: Request, *also: Any) -> Any:
     if request.accepted is not None:
         stored = self.store.read(f"{self.namespace}:{key}").stored
         request = request._replace(accepted=stored)
