@@ -58,6 +58,7 @@ RIGHT: dict[str, Any] = {
     "max_call_bytes": 1000,
     "accept_on_publish": True,
     "recover": False,
+    "late": "run",
     "scope": "tests.test_options:pay",
 }
 

@@ -87,7 +87,8 @@ def states_in(text: str) -> set[State]:
 
 
 def meetings() -> Iterator[Meeting]:
-    yield Meeting(None, "none", "other", True, STAMP, "in_doubt", False, 0, "nobody")
+    for asks, late in itertools.product((True, False), repeat=2):
+        yield Meeting(None, "none", "other", True, STAMP, "in_doubt", asks, 0, "nobody", late=late)
     for now, print_ in itertools.product((STAMP, STAMP + FAILURE_TTL - 1, STAMP + FAILURE_TTL), PRINTS):
         yield Meeting(State.FAILED, print_, "other", False, now, "in_doubt", True, 0, "nobody", steps=True)
     for state, owner, now, on_crash, asks in itertools.product(
@@ -137,6 +138,8 @@ CONDITIONS: dict[str, Callable[[Meeting], bool]] = {
     "own question (a lost reply)": lambda met: met.asking == "own",
     "a worker asks under a live lease": lambda met: met.asking != "nobody" and live(met),
     "can ask": lambda met: met.asks,
+    "came too late, can ask": lambda met: met.late and met.asks,
+    "came too late": lambda met: met.late,
 }
 """Conditions by their words in the table. "First that holds": those above it need not be repeated."""
 
@@ -166,8 +169,11 @@ def test_every_claim_ends_as_its_row_says() -> None:
         decision_name = decision_name.split()[0]
         states = states_in(rest)
         if met.record is None:  # an absent one is created, and acquired by having been
-            new: Record | None = protocol.fresh(met.request)
-            name = "Acquired"
+            late = protocol.too_late(met.request)
+            decision, new = (
+                protocol.absent(met.request, met.now) if late else (None, protocol.fresh(met.request))
+            )
+            name = type(decision).__name__ if decision is not None else "Acquired"
         else:
             decision, new = protocol.claim(met.record, STAMP, met.now, met.request)
             name = type(decision).__name__
@@ -177,6 +183,15 @@ def test_every_claim_ends_as_its_row_says() -> None:
         else:
             assert states == {new.state}, (met, CLAIM[row])
     assert used == set(range(len(CLAIM))), "a row that nothing can meet"
+
+
+def test_what_counts_as_too_late() -> None:
+    """`late="run"` runs it, and a failure that may be repeated is no reason for doubt."""
+    met = Meeting(None, "none", "other", True, STAMP, "in_doubt", False, 0, "nobody")
+    policy = met.request.policy._replace(result_ttl=10, failure_ttl=0)
+    ages = {age: protocol.too_late(met.request._replace(age=age, policy=policy)) for age in (0, 1, 10, 11)}
+    assert ages == {0: False, 1: False, 10: False, 11: True}
+    assert not protocol.too_late(met.request._replace(age=11, policy=policy._replace(late="run")))
 
 
 def test_a_new_owner_always_gets_a_larger_fence_and_nothing_else_moves_it_back() -> None:

@@ -152,6 +152,7 @@ SLIPS = {
     "max_call_bytes": "max_calls_bytes max_call_byte max_callbytes",
     "accept_on_publish": "accept_on_publsh accepts_on_publish accept_publish",
     "recover": "recovers recovery recver",
+    "late": "lates laet latee",
 }
 
 OTHER_THINGS = (
@@ -227,6 +228,7 @@ WRONG: dict[str, list[Any]] = {
     "result_ttl": [-1, "day", None, math.nan, math.inf],
     "failure_ttl": [-1, "day", math.inf],
     "on_duplicate": ["waits", None, True],
+    "late": ["runs", None, True],
     "on_crash": ["retry", None],
     "on_store_error": ["ignore", None],
     "max_attempts": [0, -1, 1.5, 256, None, True],

@@ -17,6 +17,7 @@ NO_OWNER = bytes(12)
 """The owner of a record without a holder; a minted owner is never all zero."""
 
 OnCrash = Literal["in_doubt", "resume", "rerun", "transaction"]
+OnLate = Literal["in_doubt", "run"]
 
 # Message headers. Everything that gives an intent its key travels, so that a worker can
 # derive the key itself; the key travels too, so that it is derived once.
@@ -34,6 +35,9 @@ PART_OF = "idem-part-of"
 ACCEPTED_AT = "idem-accepted"
 """Which record the call was accepted in: its stamp and its owner, in hex. A claim that replaces that very write needs
 one round trip; where the record has changed, it decides on what stands there."""
+
+PUBLISHED = "idem-published"
+"""When the call was first due (published, or its ETA): seconds since 1970, by its producer's clock."""
 
 MESSAGE = "idem-message"
 """Id of the message that the headers above were made for; "" for one that is still to be made of them.
@@ -283,6 +287,7 @@ class Policy(NamedTuple):
     max_attempts: int = 3
     max_step_bytes: int = 1 << 20
     indexed: bool = True  # False for shadow records: nobody looks at those when a lease lapses
+    late: OnLate = "in_doubt"
 
 
 class Request(NamedTuple):
@@ -297,6 +302,8 @@ class Request(NamedTuple):
         place: host and process of this execution.
         accepted: the write in which the call was accepted, with its owner in the place of the value; None where it
             was not, or where that is not known.
+        age: microseconds since the call was due, of a message that may have been here before; 0: it was not, or that
+            is not known.
     """
 
     owner: bytes
@@ -309,6 +316,7 @@ class Request(NamedTuple):
     call: bytes = b""
     place: str = ""
     accepted: Stored | None = None
+    age: int = 0
 
 
 # --- decisions: a closed set ---------------------------------------------------------

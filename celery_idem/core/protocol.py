@@ -9,7 +9,9 @@ Claim (rule numbers are those of ``docs/explanation/state-machine.md``):
 ===========  ===============================================  =========================
 record       condition, first that holds                      decision, and new state
 ===========  ===============================================  =========================
-absent                                                        Acquired, RUNNING      (1)
+absent       came too late, can ask                           Ask, IN_DOUBT          (15)
+absent       came too late                                    InDoubt, IN_DOUBT      (15)
+absent       otherwise                                        Acquired, RUNNING      (1)
 any          fingerprint differs                              Mismatch               (2)
 SUCCEEDED                                                     Replay                 (1)
 CANCELLED                                                     Replay                 (1)
@@ -296,6 +298,22 @@ def untouched(record: Record) -> bool:
     return record.attempts == 0 and not (record.steps or record.notes)
 
 
+def too_late(request: Request) -> bool:
+    """Rule 15: its message was here before, so long ago that a record of what became of it may have expired.
+
+    ``result_ttl`` alone counts. A failed action may run again when ``failure_ttl`` is over, so the loss of that record
+    hides nothing.
+    """
+    policy = request.policy
+    return request.age > policy.result_ttl and policy.late == "in_doubt"
+
+
+def absent(request: Request, now: int) -> tuple[Decision, Record]:
+    """Decide on a claim that comes too late, and finds no record."""
+    new = replace(fresh(request), owner=NO_OWNER, attempts=0, fence=now, place="", reason=TOO_LATE)
+    return _ask(new, now, request) if request.policy.asks else _put_in_doubt(new, TOO_LATE)
+
+
 def taken_up(request: Request) -> Record:
     """The record of an execution that replaces the very write in which its call was accepted. See ``untouched``."""
     assert request.accepted is not None
@@ -571,6 +589,7 @@ def _why_in_doubt(record: Record, policy: Policy, reason: str) -> str:
 NOT_TAKEN = "its call was published again {} times, and no worker took it"
 CRASHED = "the worker stopped without reporting an outcome"
 CRASHED_UNSEEN = "the worker stopped, and the store did not say whether it had begun"
+TOO_LATE = "its message came again, so late that a record of what became of it may have expired"
 TOO_MANY = "the worker stopped without reporting an outcome, {} times"
 
 

@@ -44,7 +44,7 @@ from celery_idem.engine import clock, events
 from celery_idem.engine.claim import Hold, age
 from celery_idem.engine.compare_and_set import DELETED, Decide, change
 from celery_idem.engine.entries import FILTERS, OPEN, Entry, Tally, states, tallied
-from celery_idem.stores.base import Creation, Mark, NoIndexError, Reply, Store
+from celery_idem.stores.base import Announcement, Change, Creation, Mark, NoIndexError, Reply, Store
 
 SHADOW = "~shadow"
 """What the namespace of shadow records has behind it; a namespace itself ends before the colon."""
@@ -124,30 +124,50 @@ class Ledger:
 
     # --- for an execution -----------------------------------------------------------
 
-    def claim(self, key: str, request: Request) -> tuple[Decision, Hold | None]:
+    def claim(
+        self, key: str, request: Request, also: Announcement | None = None
+    ) -> tuple[Decision, Hold | None]:
         """Claim an intent; the second part is there for ``Acquired`` and ``Ask``.
+
+        Args:
+            also: what to write and publish in the same step. The hold's ``announced`` says whether that was done.
 
         Raises:
             StoreError: whether the claim was written is unknown. The owner in
                 ``request`` tells: carry it along.
         """
         new, name = protocol.fresh(request), self._prefix + key
-        before = clock.elapsed()
-        if request.accepted is not None:
-            new = protocol.taken_up(request)
-            reply = self.store.replace(
-                name, request.accepted, pack(new), None, protocol.due(new, request.policy)
-            )
+        before, announced = clock.elapsed(), False
+        late = request.age > 0 and protocol.too_late(request)
+        if late:
+            reply = self.store.read(name)._replace(done=False)  # it wrote nothing
         else:
-            reply = self.store.create(name, pack(new), None, protocol.due(new, request.policy))
+            old = request.accepted
+            if old is not None:
+                new = protocol.taken_up(request)
+            value, due = pack(new), protocol.due(new, request.policy)
+            if also is not None:
+                item = (
+                    Creation(name, value, None, due) if old is None else Change(name, old, value, None, due)
+                )
+                reply, announced = self.store.announce(item, also)
+            elif old is not None:
+                reply = self.store.replace(name, old, value, None, due)
+            else:
+                reply = self.store.create(name, value, None, due)
         if reply.done:
             assert reply.stored is not None
             # A first claim's fence is its creation.
             record = new._replace(fence=new.fence or reply.stored.stamp)
-            return Acquired(record), Hold(self.store, name, key, request, reply.stored, record, before)
+            hold = Hold(self.store, name, key, request, reply.stored, record, before)
+            if announced:
+                hold.announced = True
+            return Acquired(record), hold
 
         def decide(record: Record | None, stamp: int, now: int) -> tuple[Decision, Record | None]:
-            return (Acquired(new), new) if record is None else protocol.claim(record, stamp, now, request)
+            if record is not None:
+                return protocol.claim(record, stamp, now, request)
+            return protocol.absent(request, now) if late else (Acquired(new), new)
 
         decision: Decision
         decision, reply, before = change(self.store, name, key, decide, request.policy, reply, before=before)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,9 +126,20 @@ class Job(ABC):
     call: bytes = b""
     place: str = ""
     accepted: Stored | None = None
+    starting: Announcement | None = None
+    """What to write and publish together with the claim."""
+
+    due = 0.0
+    """When the call was due, of a message that may have been here before: seconds since 1970; 0: as ``Request.age``."""
+
     waited = 0
     entered = False
     """Set by ``body`` just before the author's code: until then, nothing ran."""
+
+    @property
+    def age(self) -> int:
+        """See ``Request.age``; by the clocks of the producer and of this worker."""
+        return max(0, int((time.time() - self.due) * MICROSECONDS)) if self.due else 0
 
     @abstractmethod
     def body(self, hold: Hold) -> Any:
@@ -258,9 +270,10 @@ class Runner:
                 job.call,
                 job.place,
                 job.accepted,
+                job.age,
             )
             try:
-                decision, hold = self.ledger.claim(job.key, request)
+                decision, hold = self.ledger.claim(job.key, request, job.starting)
                 if isinstance(decision, (Acquired, Ask, InDoubt)) and decision.orphan:
                     job.orphaned(decision.orphan)
                 if isinstance(decision, Ask):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from celery.states import PENDING, SUCCESS
+from celery.states import PENDING, STARTED, SUCCESS
 
 from celery_idem.stores.base import Announcement
 
@@ -21,6 +21,9 @@ ANSWERED = "idem_answered"
 
 FIRST = "idem_first"
 """Attribute of a request whose task id has no result yet that Celery would have to keep."""
+
+STARTING = "idem_starting"
+"""Attribute of a request: what Celery wanted to write as the meta of STARTED, before the claim."""
 
 _TWIN = "_idem_twin"
 
@@ -36,11 +39,27 @@ def announcement(backend: Any, request: Context, value: Any) -> Announcement | N
     The bytes come from the backend's own methods. Links and chains publish their messages before the result is
     stored, because they are its children: there Celery's order is kept.
     """
-    if request.callbacks or request.chain or vars(request).get("ignore_result") or not may_answer(backend):
+    if request.callbacks or request.chain or vars(request).get("ignore_result"):
+        return None
+    return _announcement(backend, request, value, SUCCESS)
+
+
+def starting(backend: Any, request: Context) -> Announcement | None:
+    """The same of a task that begins, under ``task_track_started``."""
+    return _announcement(backend, request, vars(request)[STARTING], STARTED)
+
+
+def start(backend: Any, request: Context) -> None:
+    """Write STARTED in Celery's own way."""
+    _plain(backend).store_result(request.id, vars(request)[STARTING], STARTED, request=request)
+
+
+def _announcement(backend: Any, request: Context, value: Any, state: str) -> Announcement | None:
+    if not may_answer(backend):
         return None
     try:
         meta = backend._get_result_meta(
-            result=backend.encode_result(value, SUCCESS), state=SUCCESS, traceback=None, request=request
+            result=backend.encode_result(value, state), state=state, traceback=None, request=request
         )
         meta["task_id"] = request.id
         encoded = backend.encode(meta)
@@ -71,6 +90,24 @@ def aware(backend: Any) -> Any:
     return twin
 
 
+def _plain(backend: Any) -> Any:
+    return _seen_as(type(backend).__mro__[1], backend) if may_answer(backend) else backend
+
+
+def _left_to_the_claim(backend: Any, request: Any, state: str) -> bool:
+    """Whether a state need not be written now: it is STARTED, and the claim that is still to come can carry it."""
+    known = vars(request)
+    if state != STARTED or "idem_claim" in known or request.is_eager:
+        if STARTING in known and "idem_claim" not in known:
+            del known[STARTING]  # the later state counts
+        return False
+    try:
+        guard = backend.app.tasks[request.task].guard
+        return bool(guard.answers and not guard.settings.shadow)
+    except Exception:  # the delivery meets it again, and says so
+        return False
+
+
 def _seen_as(cls: type[Any], backend: Any) -> Any:
     """An instance of another class with the same state."""
     other = object.__new__(cls)
@@ -98,7 +135,21 @@ def _aware_class(cls: Any) -> type[Any]:
                 store_result = False  # what is left: this task's part of a chord
             cls.mark_as_done(self, task_id, result, request, store_result, state)
 
-        def store_result(self: Any, *args: Any, request: Any = None, **kwargs: Any) -> Any:
+        def store_result(
+            self: Any,
+            task_id: str,
+            result: Any,
+            state: str,
+            traceback: Any = None,
+            request: Any = None,
+            **kwargs: Any,
+        ) -> Any:
+            if getattr(request, "id", None) == task_id and _left_to_the_claim(self, request, state):
+                vars(request)[STARTING] = result
+                return result
+            return cls.store_result(self, task_id, result, state, traceback, request, **kwargs)
+
+        def _store_result(self: Any, *args: Any, request: Any = None, **kwargs: Any) -> Any:
             first = request is not None and vars(request).pop(FIRST, False)
             return cls._store_result(
                 _seen_as(unread, self) if first else self, *args, request=request, **kwargs
@@ -107,7 +158,12 @@ def _aware_class(cls: Any) -> type[Any]:
         def reduced(self: Any) -> Any:  # an AsyncResult is pickled with its backend
             return _seen_as(cls, self).__reduce__()
 
-        methods = {"mark_as_done": mark_as_done, "_store_result": store_result, "__reduce__": reduced}
+        methods = {
+            "mark_as_done": mark_as_done,
+            "store_result": store_result,
+            "_store_result": _store_result,
+            "__reduce__": reduced,
+        }
         # Threads may begin together, and a class that is not kept here would answer nothing.
         _classes.setdefault(cls, type(cls.__name__, (cls,), {"__module__": __name__, **methods}))
     return _classes[cls]

@@ -37,7 +37,7 @@ from celery_idem.engine.bounded import Bounded, TooLateError
 from celery_idem.engine.claim import doubt_message
 from celery_idem.integration import declaring, describing, publishing, purging, recovering, republishing
 from celery_idem.integration.delivery import WAITS
-from celery_idem.integration.messages import BODY, ENCODING
+from celery_idem.integration.messages import BODY, CARRIED, ENCODING
 
 DEATHS = "idem-deaths"
 """Header: how often this message was published anew after a death."""
@@ -224,6 +224,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         signature = self.task.signature_from_request(context, retries=context.retries)
         signature.options.update(republishing.to_its_queue(self.task.app, context) or {})
         signature.options["headers"][DEATHS] = again
+        signature.options["headers"].setdefault(CARRIED, [])
         # On a connection of its own: those in the application's pool are shared with the children
         # forked since, and a child that drops its copy shuts the socket down for all of them.
         with self.task.app.connection_for_write() as connection:

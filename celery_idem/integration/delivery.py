@@ -15,7 +15,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from copy import deepcopy
 from datetime import datetime, timezone
@@ -44,6 +44,7 @@ from celery_idem.core.model import (
     KEY,
     MESSAGE,
     NO_FINGERPRINT,
+    PUBLISHED,
     Answer,
     Busy,
     Fingerprint,
@@ -57,14 +58,14 @@ from celery_idem.engine.shadow import ShadowRunner
 from celery_idem.engine.steps import run_step
 from celery_idem.integration import answers, declaring, describing, messages, placing, republishing
 from celery_idem.integration.guarded import GuardedTask
-from celery_idem.integration.settings import Settings
+from celery_idem.integration.messages import CARRIED
+from celery_idem.integration.settings import LONGEST, Settings
 from celery_idem.integration.wiring import is_backends, ledger_of
 from celery_idem.stores.base import Announcement
 
 T = TypeVar("T")
 
 # Message headers between one delivery of a message and the next.
-CARRIED = "idem-carried"
 WAITS = "idem-waits"
 
 PROPAGATES = "idem-propagates"
@@ -322,7 +323,12 @@ class Delivery(Job):
         self.args = args
         self.kwargs = kwargs
         headers = request.headers or {}
-        carried = _unhex(headers[CARRIED]) if CARRIED in headers else ()
+        carried: tuple[bytes, ...] = ()
+        if CARRIED in headers:
+            carried = _unhex(headers[CARRIED])
+            again = True
+        else:
+            again = bool((request.delivery_info or {}).get("redelivered"))
         super().__init__(key, request.id or "", fingerprint, guard.options, carried)
         labels = None
         if not keys.IDENTITY.isdisjoint(headers):
@@ -334,11 +340,16 @@ class Delivery(Job):
                 self.digests = guard.digester.of(args, kwargs, labels)
             except Exception as error:  # they decide nothing, so they may stop nothing
                 events.diagnose(logging.ERROR, "%s: no digests of its arguments are kept", key, error=error)
+        if answers.STARTING in vars(request) and not again and not request.retries:
+            self.starting = answers.starting(task.backend, request)
         if not guard.settings.shadow:
             self.call = messages.of_delivery(task.app, guard, request, args, kwargs, key)
             self.place = messages.place(request)
             if ACCEPTED_AT in headers and headers.get(MESSAGE) == request.id:
                 self.accepted = messages.accepted_in(headers[ACCEPTED_AT])
+                again = True  # an accepted call has a record, until it was claimed
+            if again:
+                self.due = _due(headers, request.id)
 
     def orphaned(self, call: bytes) -> None:
         messages.answer(self.task.app, self.key, call)
@@ -420,6 +431,8 @@ class Delivery(Job):
         if guard.ask is not None:  # any other runs once
             self._as_received()
         try:
+            if answers.STARTING in vars(self.request):
+                self._start(hold)
             if guard.around is not None:
                 self.request.idem_opened = self.entered = True
                 return guard.around(*self.args, **self.kwargs)
@@ -433,6 +446,12 @@ class Delivery(Job):
                 self.request.idem_opened = False
             HELD.set(self.outer)  # not reset(), which raises in another context: the outcome is known
             hold.ended = True
+
+    def _start(self, hold: Hold) -> None:
+        """The state is STARTED now: the claim wrote it, or Celery's own way is left."""
+        written, hold.announced = hold.announced, False
+        if not written:
+            answers.start(self.task.backend, self.request)
 
     def ask(self, hold: Hold) -> Answer:
         """On the runner's side thread: it gets this request, so that ``task.request`` and ``task.claim`` work."""
@@ -696,6 +715,14 @@ def backoff(waits: int, at_most: float) -> float:
     if at_most > 0:
         delay = min(delay, at_most + FIRST_WAIT)
     return delay * random.uniform(0.9, 1.1)  # noqa: S311  # so that a hundred do not come back at once
+
+
+def _due(headers: Mapping[str, Any], message: str | None) -> float:
+    """Seconds since 1970 at which a call was due, by its producer's clock; 0: not known."""
+    due = headers.get(PUBLISHED)
+    if headers.get(MESSAGE) != message or not isinstance(due, (int, float)) or not 0 < due < LONGEST:
+        return 0.0
+    return due
 
 
 def _unhex(carried: Any) -> tuple[bytes, ...]:

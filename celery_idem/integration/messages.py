@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from functools import lru_cache
@@ -19,7 +20,7 @@ from celery_idem.core import calls, keys
 from celery_idem.core.calls import Call, Why
 from celery_idem.core.errors import IdempotencyError
 from celery_idem.core.keys import Declaration
-from celery_idem.core.model import ACCEPTED_AT, KEY, MESSAGE, Stored
+from celery_idem.core.model import ACCEPTED_AT, KEY, MESSAGE, PUBLISHED, Stored
 from celery_idem.engine import events
 from celery_idem.integration import publishing, republishing
 from celery_idem.integration.guarded import GuardedTask, Guarding
@@ -43,7 +44,10 @@ _HEADERS = (
 )  # fmt: skip
 """Celery's own headers that say more than the rest of the call does. Where they are missing, they are None or 0."""
 
-_OURS = frozenset({KEY, MESSAGE, ACCEPTED_AT, "idem-waits", "idem-carried"})
+CARRIED = "idem-carried"
+"""Header of a message that was published again, as it was: owners of its claims whose reply got lost, if any."""
+
+_OURS = frozenset({KEY, MESSAGE, ACCEPTED_AT, PUBLISHED, "idem-waits", CARRIED})
 """Headers of ours that follow from the rest of the call, or belong to one delivery."""
 
 _NO_LIMITS = [None, None]
@@ -310,6 +314,7 @@ def publish(app: Celery, key: str, call: Call, began: bool = True) -> None:
             name: maybe_iso8601(call.options[name]) for name in ("eta", "expires") if call.options.get(name)
         }
         options = {**call.options, **times, DECIDED: True}
+        options["headers"] = {**(options.get("headers") or {}), CARRIED: []}
         app.tasks[task].apply_async(args, kwargs, task_id=call.task_id, **options)
         return
     headers = _headers(app, task, key, call)
@@ -363,6 +368,10 @@ def _headers(app: Celery, task: str, key: str, call: Call) -> dict[str, Any]:
         **call.headers,
         KEY: key,
         MESSAGE: call.task_id,
+        CARRIED: [],
+        PUBLISHED: int(
+            time.time()
+        ),  # its intent is open, so no record of how it ended can have expired before
     }
 
 

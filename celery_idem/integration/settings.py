@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from celery_idem.core.errors import ConfigurationError
-from celery_idem.core.model import MICROSECONDS, OnCrash, Policy
+from celery_idem.core.model import MICROSECONDS, OnCrash, OnLate, Policy
 from celery_idem.core.protocol import MAX_CRASHES
 
 PREFIX = "idem_"
@@ -63,6 +63,8 @@ class Settings:
             ``submit`` does. Off: it costs a write for each, and Celery's callers expect an error when the broker is
             away.
         recover: publish the call again when its message got lost or its worker died (see docs/how-to/recovery.md).
+        late: of a message that is delivered again after more than ``result_ttl`` and finds no record: "in_doubt", or
+            "run". In doubt: the action may be done, and its record expired.
     """
 
     store: str = field(default="", repr=False)  # error trackers keep the repr of local variables
@@ -86,6 +88,7 @@ class Settings:
     max_call_bytes: int = 65_536
     accept_on_publish: bool = False
     recover: bool = True
+    late: OnLate = "in_doubt"
 
     def policy(self, asks: bool) -> Policy:
         """The part the protocol needs.
@@ -102,6 +105,7 @@ class Settings:
             asks=asks,
             max_attempts=self.max_attempts,
             max_step_bytes=self.max_result_bytes,
+            late=self.late,
         )
 
 
@@ -116,6 +120,7 @@ _ONE_OF: dict[str, tuple[Any, ...]] = {
     "keep_call": (True, False),
     "accept_on_publish": (True, False),
     "recover": (True, False),
+    "late": get_args(OnLate),
 }
 _SECONDS = ("lease", "result_ttl", "failure_ttl", "settle_patience", "reconcile_timeout")
 LONGEST = 3e9  # seconds, about a century: in microseconds it still fits what every store keeps

@@ -7,7 +7,9 @@ take the message, or loses it, recovery publishes it from the record.
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -314,6 +316,16 @@ def _without_store(call: Submission, error: StoreError) -> Receipt:
         return accepted(key, call.publish(), call.mine)
     why = f"{type(error).__name__}: {error}"
     return Receipt("not_run", key, reason=why, code="store_error", _source=call.source)
+
+
+def first_due(app: Celery, options: Mapping[str, Any]) -> int:
+    """Seconds since 1970 at which a call wants to run first, by this machine's clock."""
+    if options.get("countdown") or options.get("eta"):
+        with suppress(TypeError, ValueError, OverflowError):  # Celery says what is wrong with it
+            due = _due(app, options)
+            if due is not None:
+                return int(due.timestamp())
+    return int(time.time())
 
 
 def _due(app: Celery, options: Mapping[str, Any]) -> datetime | None:

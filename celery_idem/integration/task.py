@@ -31,6 +31,7 @@ from celery_idem.core.model import (
     KEY,
     MESSAGE,
     NO_FINGERPRINT,
+    PUBLISHED,
     SCOPE,
     Answer,
     Request,
@@ -638,6 +639,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
                     raise
                 arguments = None
             headers = self._identified(headers, given, message, same)
+            if not same:
+                headers[PUBLISHED] = submitting.first_due(self.app, options)
             if arguments is not None:
                 try:
                     headers[KEY] = keys.key_of(declaration, self.guard.ledger.namespace, arguments, headers)

@@ -87,7 +87,7 @@ class NoIndexError(StoreError):
 
 
 class Announcement(NamedTuple):
-    """A second value, written and published together with a replacement.
+    """A second value, written and published together with a record.
 
     Attributes:
         key: where it is written, and the channel that it is published on; nothing is put in front of it.
@@ -207,14 +207,14 @@ class Store(ABC):
         """Whether redis-py's connection pool with these arguments leads to the same database, as the same user."""
         return False
 
-    def announce(self, change: Change, also: Announcement) -> tuple[Reply, bool]:
-        """As ``replace``, and write and publish a second value in the same step.
+    def announce(self, change: Change | Creation, also: Announcement) -> tuple[Reply, bool]:
+        """As ``replace`` or ``create``, and write and publish a second value in the same step.
 
         Returns:
-            The reply of ``replace``, and whether this call wrote the second value: never without the first.
+            The reply of that, and whether this call wrote the second value: never without the first.
             A server that does not allow the second value gets the first alone.
         """
-        return self.replace(*change), False
+        return self.create(*change) if isinstance(change, Creation) else self.replace(*change), False
 
     def replace_many(self, changes: Sequence[Change]) -> list[Reply]:
         """Make several independent replacements, in one round trip where the store can.

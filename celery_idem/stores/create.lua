@@ -1,14 +1,29 @@
--- Create if absent.
+-- Create if absent; with a third key, write and publish a second value in the same step.
 --   KEYS[1]  the record's key
 --   KEYS[2]  the index of what is open; may be left out
+--   KEYS[3]  the second value's key, which is its channel too; may be left out
 --   ARGV[1]  the packed record
 --   ARGV[2]  how long to keep it, in milliseconds; "": for ever; "0": not at all
 --   ARGV[3]  when to look at it, in microseconds from now; "": it is not open
+--   ARGV[4]  the second value
+--   ARGV[5]  how long to keep that, in seconds; "": for ever
 -- Returns the server's time in microseconds when it was written;
 -- else {the server's time, the value that stands there}.
 local call, key, keep, due = redis.call, KEYS[1], ARGV[2], ARGV[3]
 local t = call('TIME')
 local now = t[1] * 1000000 + t[2]
+if KEYS[3] then
+  if call('EXISTS', key) == 1 then
+    return {now, call('GET', key)}
+  end
+  -- Before the record, as in replace.lua: where this is an error, nothing is written.
+  if ARGV[5] == '' then
+    call('SET', KEYS[3], ARGV[4])
+  else
+    call('SETEX', KEYS[3], ARGV[5], ARGV[4])
+  end
+  call('PUBLISH', KEYS[3], ARGV[4])
+end
 local value = struct.pack('>I8', now) .. ARGV[1]
 local written
 if keep == '' then

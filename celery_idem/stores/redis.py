@@ -110,6 +110,7 @@ def _pack(words: Sequence[bytes]) -> bytes:
 CREATE = _Script("create.lua", 5)
 REPLACE = _Script("replace.lua", 6)
 ANNOUNCE = _Script("replace.lua", 9, keys=3)
+ANNOUNCE_NEW = _Script("create.lua", 8, keys=3)
 READ = _Script("read.lua", 1, writes=False, keys=1)
 MARK = _Script("mark.lua", 4, writes=False)
 GET = b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n"
@@ -254,18 +255,19 @@ class RedisStore(Store):
         own = _address(self._pool.connection_kwargs)
         return own is not None and own == _address(options)
 
-    def announce(self, change: Change, also: Announcement) -> tuple[Reply, bool]:
+    def announce(self, change: Change | Creation, also: Announcement) -> tuple[Reply, bool]:
         if self._one_slot:
-            return self.replace(*change), False
-        written = self._replacement(*change)
+            return super().announce(change, also)
+        new = isinstance(change, Creation)
+        written = self._creation(*change) if isinstance(change, Creation) else self._replacement(*change)
         second, value, keep = also.key, also.value, b"" if also.seconds is None else b"%d" % also.seconds
         # After the two keys that every write has.
         words = (*written[:4], len(second), second, *written[4:], len(value), value, len(keep), keep)
         try:
-            reply = self._run(ANNOUNCE, change.key, words)
+            reply = self._run(ANNOUNCE_NEW if new else ANNOUNCE, change.key, words)
         except RefusedError as error:  # a user who may not write there; the first value comes first
             self._one_slot = "same slot" in str(error)
-            return self.replace(*change), False
+            return super().announce(change, also)
         if type(reply) is int:
             return Reply(True, Stored(change.value, reply), reply), True
         return self._again(_held(reply, change.key), change.key, change.value, change.ttl, change.due), False

@@ -29,15 +29,19 @@ class Shop:
     """An application whose worker is this test: each task is traced as a worker does it."""
 
     def __init__(self, url: str, options: dict[str, Any], **conf: Any) -> None:
+        self_ = self
         self.app = Celery("answers", broker="memory://", backend=url, set_as_current=False)
         self.app.conf.update(conf)
         self.app.now = lambda: NOON  # type: ignore[method-assign]
         self.client = redis_py.Redis.from_url(url)
+        self.seen: list[Any] | None = None  # what the body finds in its place
 
         @self.app.task(
             base=IdempotentTask, name="shop.pay", shared=False, bind=True, **{"intent": ("order",), **options}
         )
         def pay(self: Any, order: Any, result: Any = None) -> Any:
+            if self_.seen is not None:
+                self_.seen.append(self_.stored(self.request.id))
             if isinstance(result, Exception):
                 raise result
             return result
@@ -192,6 +196,76 @@ def test_a_task_that_succeeds_is_two_exchanges(shop: Callable[..., Shop]) -> Non
     with commands(there.client) as executed:
         there.run("o1")
         assert executed() == ["EVALSHA", "EVALSHA"]
+
+
+@pytest.mark.parametrize("conf", CONFS.values(), ids=CONFS)
+def test_started_is_celerys_to_the_byte(
+    shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch, conf: dict[str, Any]
+) -> None:
+    found: list[Any] = []
+    for ours in (False, True):
+        with monkeypatch.context() as patch:
+            there = shop(**conf, task_track_started=True)
+            there.client.flushdb()
+            there.seen = found
+            if not ours:
+                patch.setattr(answers, "_left_to_the_claim", lambda *_: False)
+            for name, request in REQUESTS.items():
+                if name != "retried":
+                    there.run(name, [1], f"of {name}", **request)
+    half = len(found) // 2
+    assert found[:half] == found[half:]
+    assert all(b"STARTED" in there.app.backend.decode(value)["status"].encode() for value, _ in found)
+
+
+def test_started_rides_with_the_claim(shop: Callable[..., Shop]) -> None:
+    there = shop(task_track_started=True)
+    there.run("warm")
+    with commands(there.client) as executed:
+        there.run("o1")
+        assert executed() == ["EVALSHA", "EVALSHA"]
+
+
+WRITTEN = ["MULTI", "SETEX", "PUBLISH", "EXEC"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "before"),
+    [
+        ({"delivery_info": {"redelivered": True}}, ["EVALSHA", "GET", *WRITTEN]),
+        ({"retries": 1}, ["EVALSHA", "GET", *WRITTEN]),
+    ],
+    ids=["redelivered", "retried"],
+)
+def test_where_a_state_may_stand_celery_writes_started(
+    shop: Callable[..., Shop], request_: dict[str, Any], before: list[str]
+) -> None:
+    """It reads first, and keeps a success. The claim has been made by then: a duplicate has not started."""
+    there = shop(task_track_started=True)
+    there.run("warm")
+    with commands(there.client) as executed:
+        there.run("o1", **request_)
+        assert executed() == [*before, "EVALSHA"]
+    with commands(there.client) as executed:
+        there.run("o1", **request_)
+        assert executed()[0] == "EVALSHA"
+        assert executed().count("PUBLISH") == 1, "of its answer"
+
+
+def test_a_state_of_the_authors_own_is_not_put_off(shop: Callable[..., Shop]) -> None:
+    there = shop()
+
+    @there.app.task(base=IdempotentTask, name="shop.say", shared=False, bind=True, intent=("when",))
+    def say(self: Any, when: str) -> Any:
+        self.update_state(state="STARTED", meta={"by": "the body"})
+        return there.app.backend.get_task_meta(self.request.id, cache=False)["result"]
+
+    request = {"id": "s1", "task": "shop.say", "headers": {}, "delivery_info": {}, "called_directly": False}
+    for track in (False, True):
+        say.track_started = track
+        there.client.flushdb()
+        build_tracer("shop.say", say, app=there.app)("s1", ("now",), {}, {**request, "id": "s1"})
+        assert there.app.backend.get_task_meta("s1", cache=False)["result"] == {"by": "the body"}
 
 
 def test_a_caller_who_listens_is_told(shop: Callable[..., Shop]) -> None:

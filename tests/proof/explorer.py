@@ -4,8 +4,8 @@ Each delivery runs in a greenlet and stops before every store primitive, before 
 question to the destination; so do processes that submit or recover the intent. A scheduler then chooses: let one
 of them go on, crash it, keep its primitive from the store (the reply is an error), let the store apply it later (the
 reply is an error too), let the broker lose a message, set the store's clock back, let the clock run
-past the lease. `explore` takes every choice everywhere, depth first, by running the whole world again with
-another choice (greenlets cannot be copied).
+past the lease, or past the time that an outcome is kept. `explore` takes every choice everywhere, depth first, by
+running the whole world again with another choice (greenlets cannot be copied).
 
 Two ways that lead to the same state have the same futures, so the second is cut off. *Same* is exact: store,
 clock, destination, what is still under way, the faults left, what the invariants remember, and for each
@@ -15,7 +15,8 @@ What is modelled: a body starts no effect once `claim.lost` is true, and the che
 Without that, or a destination that checks the fence, a process that sleeps between the two does the effect
 whatever a lock says. A destination that says "did not happen" has nothing under way for the same reason. A
 person who resolves looks at the destination and at the record in one step; an unhurried one writes the answer
-later, and names the attempt that was looked at. A soft time limit's exception comes at a stop: before a
+later, and names the attempt that was looked at. No worker sleeps in the middle of a claim, or of
+a recovery, for as long as an outcome is kept. A soft time limit's exception comes at a stop: before a
 primitive reached the store, after it was applied, or while it is still under way.
 """
 
@@ -171,6 +172,7 @@ class Scenario:
         unsent: publications that the broker does not take.
         revocations: messages that Celery drops because their task was revoked.
         backs: how often the store's clock is set back, by ``BACK``.
+        expiries: how often an outcome's time is over; then the broker delivers the first message again.
     """
 
     name: str
@@ -207,6 +209,7 @@ class Scenario:
     unsent: int = 0
     revocations: int = 0
     backs: int = 0
+    expiries: int = 0
 
 
 class Message(NamedTuple):
@@ -218,6 +221,8 @@ class Message(NamedTuple):
     carried: tuple[bytes, ...] = ()
     waits_for: tuple[Any, int] | None = None
     accepted: Stored | None = None
+    again: bool = False
+    published: int = START
 
     @property
     def call(self) -> bytes:
@@ -359,6 +364,12 @@ class ModelJob(Job):
         if world.scenario.recoverers:
             self.call = message.call
 
+    @property
+    def age(self) -> int:
+        message = self.actor.message
+        seen = message is not None and (message.again or message.accepted is not None)
+        return self.world.clock.now - message.published if message is not None and seen else 0
+
     def orphaned(self, call: bytes) -> None:
         self.world.publish(call, (*self.actor.name, 3))
 
@@ -435,6 +446,7 @@ class World:
             "unsent": scenario.unsent,
             "revocations": scenario.revocations,
             "backs": scenario.backs,
+            "expiries": scenario.expiries,
         }
         self.actors: list[Actor] = []
         self.graveyard: list[greenlet] = []
@@ -453,6 +465,7 @@ class World:
         self.dead_owners: set[bytes] = set()
         self.asked_to_stop = False
         self.excused = False
+        self.expired = False
         self.closing = False
         self.violation = ""
         self.replaying = False  # what happens has been judged before
@@ -541,6 +554,8 @@ class World:
             choices.append((None, "lapse"))
         if left["backs"] and self.actors:
             choices.append((None, "back"))
+        if left["expiries"] and not any(self.amid(actor) for actor in self.actors):
+            choices.append((None, "expire"))
         return choices
 
     def has_a_twin(self, actor: Actor) -> bool:
@@ -549,6 +564,10 @@ class World:
             other.pauses == 1 and other.kind is not None and other.kind == actor.kind
             for other in self.actors[: self.actors.index(actor)]
         )
+
+    def amid(self, actor: Actor) -> bool:
+        """In the middle of a claim, or about to publish what recovery took: that takes no time, as results are kept."""
+        return actor.pauses > 1 and actor.claim is None and actor.name[0] != "submitter"
 
     def waits_for_the_lock(self, actor: Actor) -> bool:
         """A transaction has rewritten the record, and has not ended: nobody else writes it."""
@@ -597,6 +616,8 @@ class World:
         elif what == "back":
             self.left["backs"] -= 1
             self.clock.behind += BACK
+        elif what == "expire":
+            self.expire()
         elif what in ("lose", "revoke"):
             self.left["losses" if what == "lose" else "revocations"] -= 1
             self.drop(actor, what == "revoke")
@@ -639,9 +660,21 @@ class World:
             tuple(sorted(self.bodies.items())),
             self.highest_fence,
             self.excused,
+            self.expired,
             self.lock,
             frozenset(self.dead_owners),
         )
+
+    def expire(self) -> None:
+        """Nothing is left of an outcome, and the broker delivers the first message again."""
+        self.left["expiries"] -= 1
+        self.expired = self.excused = True
+        self.clock.now += AGES + 1
+        for actor in [a for a in self.actors if a.message and a.pauses == 1]:
+            self.kill(actor)  # it has not arrived yet, and does so now
+            self.deliver(actor.message)
+        if self.scenario.actors:
+            self.deliver(Message((0, 3), "task-0", "1", again=True))
 
     def crash(self, actor: Actor) -> None:
         """The process dies at once."""
@@ -658,7 +691,8 @@ class World:
         if actor.message is None:
             return
         if not self.scenario.early:
-            self.deliver(actor.message._replace(lineage=(*actor.message.lineage, 0), waits_for=None))
+            again = (*actor.message.lineage, 0)
+            self.deliver(actor.message._replace(lineage=again, waits_for=None, again=True))
         if self.scenario.parent and actor.minted:
             prefix = actor.minted[0][:7]
             self.begin(Actor(("parent", actor.name), self.report_death, knows_dead=prefix, parent=actor))
@@ -775,12 +809,11 @@ class World:
         message = actor.message
         assert message is not None
         waits_for = (self.store.held(), self.clock.now) if busy else None
-        self.deliver(message._replace(lineage=(*message.lineage, 1), carried=carried, waits_for=waits_for))
+        message = message._replace(carried=carried, waits_for=waits_for, again=True)
+        self.deliver(message._replace(lineage=(*message.lineage, 1)))
         if self.left["copies"] and carried:
             self.left["copies"] -= 1
-            self.deliver(
-                message._replace(lineage=(*message.lineage, 2), carried=carried, waits_for=waits_for)
-            )
+            self.deliver(message._replace(lineage=(*message.lineage, 2)))
 
     def execute(self, actor: Actor) -> None:
         """A delivery, from its arrival to its answer."""
@@ -1000,13 +1033,13 @@ class World:
     def publish(self, call: bytes, lineage: tuple[int, ...]) -> None:
         """Publish a message from the call in a record."""
         task_id, value = call.decode().split("|")
-        self.deliver(Message(lineage, task_id, value))
+        self.deliver(Message(lineage, task_id, value, again=True, published=self.clock.now))
 
     def submit(self, actor: Actor) -> None:
         """As `submit`: accept, then publish."""
         number = actor.name[1]
-        message = Message((60 + number,), f"task-submitted-{number}", "1")
         self.pause(Point("submitter"))
+        message = Message((60 + number,), f"task-submitted-{number}", "1", published=self.clock.now)
         request = Request(
             self.mint(), message.task_id, _fingerprint(message), self.options.policy, call=message.call
         )
@@ -1206,6 +1239,8 @@ class World:
         self.drain()
         if self.scenario.recoverers:
             self.recover_all()
+        if self.expired:
+            return  # a new call may rightly run again
         self.clock.now += 3 * LEASE
         for number, value in enumerate(("1", "2") if self.scenario.mismatch else ("1",)):
             self.deliver(Message((99, number), "task-last", value))

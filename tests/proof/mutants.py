@@ -330,7 +330,7 @@ def claim_is_not_carried(self: Any, job: Any, error: Any, carried: Any) -> None:
     _store_is_down(self, job, error, ())
 
 
-def every_owner_is_carried(self: Ledger, key: str, request: Request) -> Any:
+def every_owner_is_carried(self: Ledger, key: str, request: Request, *also: Any) -> Any:
     """Whoever comes takes up whatever runs."""
     entry = self.get(key)
     owners = (entry.record.owner,) if entry is not None else ()
@@ -469,11 +469,16 @@ def accepted_over_what_runs(record: Record, stamp: int, now: int, request: Reque
     return _accept(record, stamp, now, request, wait)
 
 
-def taken_up_uncompared(self: Ledger, key: str, request: Request) -> Any:
+def taken_up_uncompared(self: Ledger, key: str, request: Request, *also: Any) -> Any:
     if request.accepted is not None:
         stored = self.store.read(f"{self.namespace}:{key}").stored
         request = request._replace(accepted=stored)
     return _ledger_claim(self, key, request)
+
+
+def too_late_runs(request: Request, now: int) -> Any:
+    new = protocol.fresh(request)
+    return Acquired(new), new
 
 
 _recover = protocol.recover
@@ -649,5 +654,9 @@ MUTANTS = (
     ),
     Mutant("12: accepted over what runs", "accepted: called meanwhile", {"accept": accepted_over_what_runs}),
     Mutant("12: taken up uncompared", "accepted: called meanwhile", {"claim": taken_up_uncompared}, Ledger),
+    Mutant("15: too late runs", "late: in doubt", {"absent": too_late_runs}),
+    Mutant("15: too late runs, unasked", "late: reconcile", {"absent": too_late_runs}),
+    Mutant("15: an accepted call that is too late runs", "late: accepted", {"absent": too_late_runs}),
+    Mutant("15: nothing is too late", "late: a retry", {"too_late": lambda request: False}),
     Mutant("time: evidence expires", "in doubt: crash", {"ttl": evidence_expires}),
 )

@@ -159,6 +159,12 @@ CI = (
     ),
     Scenario("accepted: revoked", submitters=1, recoverers=1, revocations=1, jump=2.1, actors=0, hops=1),
     Scenario("revoked: a copy runs", same_message=True, recoverers=1, revocations=1, jump=2.1, hops=1),
+    # An outcome's time is over, and a message of its call is still there.
+    Scenario("late: in doubt", expiries=1, crashes=1, actors=1, hops=1),
+    Scenario("late: reconcile", expiries=1, crashes=1, reconcile="truth", actors=1, hops=1),
+    Scenario("late: a retry", expiries=1, endings=("retry",), odd=1, actors=1),
+    Scenario("late: silent store", expiries=1, late=1, actors=1, hops=1),
+    Scenario("late: accepted", expiries=1, submitters=1, recoverers=1, jump=2.1, actors=0, hops=1),
     # Three deliveries.
     Scenario("three: in doubt", actors=3, crashes=1, hops=1),
     Scenario("three: rerun", actors=3, on_crash="rerun", lapses=1, hops=1),

@@ -10,7 +10,7 @@ import redis
 from celery_idem.core.errors import StoreError
 from celery_idem.core.model import Stored
 from celery_idem.stores import open_store
-from celery_idem.stores.base import Announcement, Change
+from celery_idem.stores.base import Announcement, Change, Creation
 from celery_idem.stores.redis import RedisStore
 
 pytestmark = pytest.mark.redis
@@ -51,6 +51,18 @@ def test_both_are_written_and_the_channel_is_told(store: RedisStore, client: red
     assert store.read("k").stored == reply.stored
     assert reply.stored is not None
     assert reply.stored.value == NEW
+
+
+def test_a_creation_writes_both_or_finds_another(store: RedisStore, client: redis.Redis) -> None:
+    reply, told = store.announce(Creation("k", OLD), TOLD)
+    assert (reply.done, told, store.read("k").stored) == (True, True, reply.stored)
+    assert client.get(TOLD.key) == b"paid"
+    client.delete(TOLD.key)
+    again, told = store.announce(Creation("k", NEW), TOLD)
+    assert (again.done, told, again.stored) == (False, False, reply.stored)
+    assert client.get(TOLD.key) is None
+    store.announce(Creation("other", OLD), TOLD._replace(seconds=None))
+    assert client.ttl(TOLD.key) == -1
 
 
 def test_for_ever_is_for_ever(store: RedisStore, client: redis.Redis) -> None:

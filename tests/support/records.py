@@ -48,6 +48,7 @@ class Meeting(NamedTuple):
     asking: str
     steps: bool = False
     stopping: bool = False
+    late: bool = False
 
     @property
     def record(self) -> Record | None:
@@ -73,7 +74,8 @@ class Meeting(NamedTuple):
     @property
     def request(self) -> Request:
         policy = Policy(LEASE, 1, FAILURE_TTL, self.on_crash, self.asks, MAX_ATTEMPTS)  # type: ignore[arg-type]
-        return Request(OWN, "task", PRINT, policy, (b"first-owner-", CARRIED))
+        age = policy.result_ttl + 1 if self.late else 0
+        return Request(OWN, "task", PRINT, policy, (b"first-owner-", CARRIED), age=age)
 
 
 OWNERS = {"own": OWN, "carried": CARRIED, "other": OTHER}

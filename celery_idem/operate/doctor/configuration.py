@@ -313,7 +313,7 @@ def retention(s: Snapshot) -> Iterator[Finding]:
                     "retention",
                     task.name,
                     f"An outcome is kept {duration(keep)}, and {duration(seconds)} later {what} ({name}): by then it "
-                    "is forgotten, and the task runs again.",
+                    "is forgotten, and the task runs again, or is in doubt where the message is known to be old.",
                     f"Set idem_result_ttl (and idem_failure_ttl) to {int(2 * seconds)} or more.",
                 )
         if s.result_expires is not None and keep < s.result_expires:
