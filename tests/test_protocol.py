@@ -18,6 +18,7 @@ from celery_idem.core.model import (
     NO_OWNER,
     Accepted,
     Acquired,
+    Ask,
     Busy,
     Done,
     Fingerprint,
@@ -28,10 +29,12 @@ from celery_idem.core.model import (
     Publish,
     Raised,
     Record,
+    Recovery,
     Refused,
     Request,
     State,
     Stored,
+    Tell,
 )
 from tests.support.records import (
     ASKED_TO_STOP,
@@ -338,6 +341,51 @@ def test_the_workers_of_the_broker_that_it_came_from_recover_first() -> None:
     assert isinstance(protocol.recover(record, STAMP, later, True, policy, elsewhere=True)[0], Publish)
 
 
+def test_what_recovery_gives_up_is_told_until_that_is_known() -> None:
+    policy = a_request().policy
+    record = held(State.RUNNING, lease=0, recovery=Recovery(policy.max_attempts, 0))
+    assert record is not None
+    tell, new = protocol.recover(record, STAMP, STAMP, True, policy)
+    assert isinstance(tell, Tell)
+    assert new is not None
+    assert (tell.first, new.state, protocol.due(new)) == (True, State.IN_DOUBT, protocol.PUBLISHED_WAIT)
+    later = STAMP + protocol.PUBLISHED_WAIT  # whoever was to tell it may be dead
+    assert protocol.recover(new, STAMP, later - 1, True, policy) == (None, None)
+    again, newer = protocol.recover(new, STAMP, later, False, policy)
+    assert isinstance(again, Tell)
+    assert newer is not None
+    assert (again.first, newer._replace(recovery=None)) == (False, new._replace(recovery=None))
+    told = protocol.answered(newer, again.record)
+    assert told is not None
+    assert protocol.due(told) == protocol.NEVER
+    assert protocol.answered(newer, tell.record) is None  # another process has taken that over
+
+
+def test_a_question_whose_asker_died_is_published_again_and_not_for_ever() -> None:
+    record = held(State.IN_DOUBT, asking=b"asker -01...", lease=LEASE)
+    assert record is not None
+    now = LAPSED + protocol.GRACE
+    for tries in range(a_request().policy.max_attempts):
+        request = a_request(b"asker %03d..." % tries, asks=True)
+        assert protocol.due(record) == LEASE + protocol.GRACE
+        assert protocol.recover(record, STAMP, now - 1, True, request.policy) == (None, None)
+        publish, taken = protocol.recover(record, STAMP, now, True, request.policy)
+        assert isinstance(publish, Publish)
+        assert taken is not None
+        assert (taken.lease, taken.recovery is not None and taken.recovery.tries) == (0, tries + 1)
+        ask, asked = protocol.claim(taken, STAMP, STAMP, request)
+        assert isinstance(ask, Ask)
+        assert asked is not None
+        _, record = protocol.renew(asked._replace(lease=0), request.owner, LEASE)  # taken for dead, and alive
+        assert record is not None
+        assert record == asked
+    tell, given_up = protocol.recover(record, STAMP, now, True, request.policy)
+    assert isinstance(tell, Tell)
+    assert given_up is not None
+    assert (tell.first, given_up.asking) == (True, b"")
+    assert isinstance(protocol.claim(given_up, STAMP, STAMP, request)[0], Ask)  # whoever calls may ask
+
+
 def test_finished_steps_are_not_replaced_unread() -> None:
     released = held(State.RELEASED, steps=STEPS)
     assert released is not None
@@ -381,6 +429,15 @@ def asked_to_stop(record: Record) -> Record:
     return record._replace(notes=(ASKED_TO_STOP,)) if record.outcome is None else record
 
 
+GIVEN_UP = Recovery(1, LEASE)
+
+
+def held_with(recovery: Recovery) -> Record:
+    record = held(State.IN_DOUBT)
+    assert record is not None
+    return record._replace(recovery=recovery)
+
+
 APPLY: dict[str, list[Callable[[Record], Result]]] = {
     "accept": [lambda r: protocol.accept(r, STAMP, STAMP, a_request(), LEASE)],
     "sent": [lambda r: (None, protocol.sent(r, OWN, 0))],
@@ -388,6 +445,7 @@ APPLY: dict[str, list[Callable[[Record], Result]]] = {
         lambda r: protocol.recover(r, STAMP, LAPSED + protocol.GRACE, True, a_request().policy),
         lambda r: protocol.recover(r, STAMP, LAPSED + protocol.GRACE, False, a_request().policy),
     ],
+    "answered": [lambda r: (None, protocol.answered(r._replace(recovery=GIVEN_UP), held_with(GIVEN_UP)))],
     "revoked": [lambda r: (None, protocol.revoked(r, "task"))],
     "settle": [
         lambda r: protocol.settle(r, r._replace(owner=OWN), OUTCOME),
@@ -430,8 +488,11 @@ APPLY: dict[str, list[Callable[[Record], Result]]] = {
 }
 """Each transition by its name in the table, in each of its ways."""
 
-TO = {name: to for name, _, to in TRANSITIONS}
-FROM = {name: states_in(text) for name, text, _ in TRANSITIONS}
+TO: dict[str, str] = {}
+FROM: dict[str, set[State]] = {}
+for row_name, row_from, row_to in TRANSITIONS:  # one may have several rows
+    TO.setdefault(row_name, row_to)
+    FROM.setdefault(row_name, set()).update(states_in(row_from))
 
 
 def reached_by(name: str, record: Record) -> set[State]:
@@ -440,7 +501,7 @@ def reached_by(name: str, record: Record) -> set[State]:
 
 
 def test_every_transition_of_the_table_is_known_here_and_none_is_left_over() -> None:
-    assert [name for name, _, _ in TRANSITIONS] == list(APPLY)
+    assert list(TO) == list(APPLY)
     for name in APPLY:
         assert callable(getattr(protocol, name))
 
@@ -451,7 +512,8 @@ def test_a_transition_goes_where_its_row_says_and_from_nowhere_else(name: str) -
     expected = states_in(to)
     reached = set()
     for state in State:
-        asking = OWN if name in ("conclude", "lapse", "renew") and state is State.IN_DOUBT else b""
+        asked = name in ("conclude", "lapse", "renew", "recover") and state is State.IN_DOUBT
+        asking = OWN if asked else b""
         record = held(state, asking=asking)
         assert record is not None
         there = reached_by(name, record)

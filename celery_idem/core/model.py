@@ -439,6 +439,17 @@ class Publish(NamedTuple):
     record: Record
 
 
+class Tell(NamedTuple):
+    """Nobody works on the record any more: tell its caller that it is in doubt. ``record`` must be written first.
+
+    Attributes:
+        first: it was not given up before.
+    """
+
+    record: Record
+    first: bool = False
+
+
 class Again(NamedTuple):
     """Deliver the message once more: that delivery finds in the record what to do."""
 

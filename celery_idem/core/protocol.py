@@ -52,6 +52,8 @@ transition    from                           to
 accept        absent, RELEASED               ACCEPTED                                    (12)
 sent          ACCEPTED                       same, with another time to look at it       (12)
 recover       RUNNING, SCHEDULED, ACCEPTED   same, lease over; not taken: IN_DOUBT         (11)
+recover       IN_DOUBT, asked or given up    same, question over                           (11)
+answered      IN_DOUBT, given up             same, and nobody looks at it any more         (11)
 revoked       ACCEPTED, SCHEDULED            RELEASED                                    (11)
 settle        RUNNING, IN_DOUBT, absent      SUCCEEDED or FAILED
 committed     SUCCEEDED                      nothing: an author's transaction settled it     (9)
@@ -113,6 +115,7 @@ from celery_idem.core.model import (
     StepDone,
     StepOpen,
     StepsFull,
+    Tell,
     Verdict,
 )
 
@@ -232,13 +235,13 @@ def ttl_left(ttl: int, age: int) -> int:
 def due(record: Record, policy: Policy | None = None) -> int | None:
     """When somebody has to look at an open record, in microseconds after the stamp of its write; None: never.
 
-    A process has to when the hold is over, which is what ``recover`` is for. A record in doubt waits for a person: it
-    is open, and behind all that a process looks for.
+    A process has to when the hold is over, which is what ``recover`` is for. A record in doubt that nobody asks about
+    waits for a person: it is open, and behind all that a process looks for.
     """
     state = record.state
     if record.outcome is not None or (policy is not None and not policy.indexed) or state is _RELEASED:
         return None
-    if state is _IN_DOUBT:
+    if state is _IN_DOUBT and not record.asking and record.recovery is None:
         return NEVER
     mark = record.noticed
     return _wait(record) if mark is None else _wait(record) + mark.at - mark.stamp
@@ -246,7 +249,9 @@ def due(record: Record, policy: Policy | None = None) -> int | None:
 
 def _wait(record: Record) -> int:
     """Microseconds after its write at which recovery takes a record."""
-    if record.recovery is not None:
+    if record.recovery is not None and not (
+        record.asking and record.lease
+    ):  # a question that recovery brought about
         return record.recovery.wait
     return record.lease if record.state is _ACCEPTED else record.lease + GRACE
 
@@ -587,6 +592,9 @@ def _why_in_doubt(record: Record, policy: Policy, reason: str) -> str:
 
 
 NOT_TAKEN = "its call was published again {} times, and no worker took it"
+NOT_ASKED = (
+    "its call was published again {} times, and no worker that asked the destination received an answer"
+)
 CRASHED = "the worker stopped without reporting an outcome"
 CRASHED_UNSEEN = "the worker stopped, and the store did not say whether it had begun"
 TOO_LATE = "its message came again, so late that a record of what became of it may have expired"
@@ -619,7 +627,9 @@ def _with_past(record: Record, stamp: int) -> Record:
 def _ask(record: Record, now: int, request: Request) -> tuple[Ask, Record]:
     """One worker at a time may ask. The owner stays, so its late outcome is still heard."""
     record = _noted(record, Note(now, request.owner.hex(), "asks the destination", ""))
-    new = replace(record, state=State.IN_DOUBT, asking=request.owner, lease=request.policy.lease)
+    new = replace(
+        record, state=State.IN_DOUBT, asking=request.owner, lease=request.policy.lease, noticed=None
+    )
     return Ask(new, first=record.state is not State.IN_DOUBT), new
 
 
@@ -865,9 +875,14 @@ def renew(record: Record, owner: bytes, lease: int) -> tuple[Done | Refused, Rec
 
 
 def _alive(record: Record, lease: int) -> Record:
-    """Its holder writes, and trusts its lease again: recovery, or its parent, may have taken it for dead."""
-    ended = record.state is State.RUNNING and not record.lease
-    return replace(record, lease=lease, recovery=None) if ended else record
+    """Its holder writes, and trusts its lease again: recovery, or its parent, may have taken it for dead.
+
+    What recovery has counted of a question stays: nothing else bounds how often one is asked.
+    """
+    runs = record.state is State.RUNNING
+    if record.lease or not (runs or record.asking):
+        return record
+    return replace(record, lease=lease, recovery=None if runs else record.recovery)
 
 
 def exit(  # noqa: A001  # the transition's name
@@ -961,11 +976,12 @@ def recover(
     policy: Policy,
     jitter: int = 0,
     elsewhere: bool = False,
-) -> tuple[Publish | None, Record | None]:
+) -> tuple[Publish | Tell | None, Record | None]:
     """Rule 11: is this open record overdue, so that its call should be published again?
 
     Its delivery decides what becomes of it, as any other. Nothing here runs or ends an action, but for one that
-    had begun, was published ``max_attempts`` times, and that no worker took.
+    had begun, was published ``max_attempts`` times, and that no worker took, or none asked to an end. That is given
+    up: its caller is told that it is in doubt, until ``answered`` says so.
 
     Args:
         publishable: the record holds its whole call, and the author has not said ``recover=False``.
@@ -975,21 +991,36 @@ def recover(
     Returns:
         What to do, once the record is written (None: nothing to write).
     """
-    overdue = record.state in (State.RUNNING, State.SCHEDULED, State.ACCEPTED)
+    given_up = record.state is State.IN_DOUBT and not record.asking
+    if record.outcome is not None or record.state is State.RELEASED or (given_up and record.recovery is None):
+        return None, None
     tries = 0 if record.recovery is None else record.recovery.tries
-    wait = _wait(record) + (ELSEWHERE if elsewhere else 0)
-    if not overdue or _waited(record, stamp, now) < wait:
-        return None, noticed(record, stamp, now) if overdue else None
+    if _waited(record, stamp, now) < _wait(record) + (ELSEWHERE if elsewhere else 0):
+        return None, noticed(record, stamp, now)
     if record.recovery is None and record.state is State.RUNNING:
         record = _with_past(record, stamp)
     ended = replace(record, lease=0)  # the stamp of this write is no sign of life
-    if not publishable:
+    if not (publishable or given_up):
         return None, replace(ended, recovery=Recovery(0, NEVER))
-    if tries >= policy.max_attempts and record.state is not State.ACCEPTED:  # of which nothing has begun
-        return None, _put_in_doubt(record, NOT_TAKEN.format(tries))[1]
+    first = (
+        not given_up and tries >= policy.max_attempts and record.state is not State.ACCEPTED
+    )  # it has not begun
+    if first:
+        _, ended = _put_in_doubt(record, (NOT_ASKED if record.asking else NOT_TAKEN).format(tries))
+        tries = 0
     pause = min(PUBLISHED_WAIT << 2 * min(tries, 8), LONGEST_WAIT)  # eight of them are past the longest
     new = replace(ended, recovery=Recovery(min(tries + 1, MAX_CRASHES), pause + jitter))
-    return Publish(new), new
+    return Tell(new, first) if first or given_up else Publish(new), new
+
+
+def answered(record: Record, taken: Record) -> Record | None:
+    """The caller of an intent that recovery has given up was told so: nobody has to look at it any more.
+
+    Args:
+        taken: the record as recovery wrote it.
+    """
+    same = record.state is State.IN_DOUBT and not record.asking and record.recovery == taken.recovery
+    return replace(record, recovery=None) if same else None
 
 
 def revoked(record: Record, task_id: str) -> Record | None:
@@ -1006,7 +1037,7 @@ def revoked(record: Record, task_id: str) -> Record | None:
         return None
     if record.state in (State.ACCEPTED, State.SCHEDULED):
         return replace(record, state=State.RELEASED, owner=NO_OWNER, lease=0, recovery=None)
-    if record.state is State.RUNNING and record.recovery is not None:
+    if record.recovery is not None and (record.state is State.RUNNING or record.asking):
         return replace(record, recovery=Recovery(record.recovery.tries, NEVER))
     return None
 

@@ -35,6 +35,7 @@ from celery_idem.core.model import (
     Resolution,
     State,
     Stored,
+    Tell,
     Verdict,
     Would,
 )
@@ -674,24 +675,31 @@ class Ledger:
         publishable: Callable[[Record], bool],
         policy: Policy,
         elsewhere: Callable[[Record], bool] = lambda record: False,
-    ) -> Publish | None:
-        """Take an overdue intent: its call is then published by this process alone. See ``protocol.recover``."""
-        new: Record | None = None
+    ) -> Publish | Tell | None:
+        """Take an overdue intent: its call is then published, or its caller told, by this process alone. See
+        ``protocol.recover``."""
         jitter = randrange(protocol.JITTER)  # noqa: S311  # to tell two processes apart
 
-        def decide(record: Record | None, stamp: int, now: int) -> tuple[Publish | None, Record | None]:
-            nonlocal new
-            taken, new = None, None
-            if record is not None:
-                taken, new = protocol.recover(
-                    record, stamp, now, publishable(record), policy, jitter, elsewhere(record)
-                )
-            return taken, new
+        def decide(
+            record: Record | None, stamp: int, now: int
+        ) -> tuple[Publish | Tell | None, Record | None]:
+            if record is None:
+                return None, None
+            can = publishable(record)
+            return protocol.recover(record, stamp, now, can, policy, jitter, elsewhere(record))
 
-        taken: Publish | None = self._change(key, decide, policy)[0]
-        if new is not None and new.state is State.IN_DOUBT:
-            events.emit("in_doubt", key, task_id=new.task_id, reason=new.reason)
+        taken: Publish | Tell | None = self._change(key, decide, policy)[0]
+        if isinstance(taken, Tell) and taken.first:
+            events.emit("in_doubt", key, task_id=taken.record.task_id, reason=taken.record.reason)
         return taken
+
+    def answered(self, key: str, taken: Tell) -> None:
+        """The caller of an intent that ``recover`` had given up was told so."""
+
+        def decide(record: Record | None, stamp: int, now: int) -> tuple[None, Record | None]:
+            return None, protocol.answered(record, taken.record) if record is not None else None
+
+        self._change(key, decide, None)
 
     def not_published(self, key: str, taken: Publish) -> None:
         """The broker did not take the call of an intent that ``recover`` had taken."""

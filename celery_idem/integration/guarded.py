@@ -36,6 +36,7 @@ class GuardedTask(Protocol):
     acks_late: Any
     serializer: Any
     ignore_result: Any
+    store_errors_even_if_ignored: Any
     no_effect_errors: tuple[type[BaseException], ...]
     ambiguous_errors: tuple[type[BaseException], ...]
 

@@ -375,6 +375,16 @@ def _headers(app: Celery, task: str, key: str, call: Call) -> dict[str, Any]:
     }
 
 
+def request_of(app: Celery, key: str, call: Call) -> Context:
+    """Return a call as Celery's request of its delivery: what it takes to answer its caller.
+
+    Raises:
+        Exception: of the serializer.
+    """
+    args, kwargs, canvas = arguments(app, call)
+    return Context({**_headers(app, keys.task_of(key) or "", key, call), **canvas}, args=args, kwargs=kwargs)
+
+
 def of_the_broker(app: Celery, error: Exception) -> bool:
     """Whether the broker did not take a message. Any other error is about the call."""
     transport = app.connection_for_write().transport

@@ -7,17 +7,22 @@ caller gets the answer, because it is the same message with the same task id.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from celery.app.task import Context
+from celery.states import READY_STATES
+
 from celery_idem.core.calls import Call
-from celery_idem.core.model import Record
-from celery_idem.engine import events
+from celery_idem.core.model import Record, Tell
+from celery_idem.engine import events, runner
 from celery_idem.engine.entries import Entry
 from celery_idem.engine.ledger import Ledger
 from celery_idem.integration import messages
+from celery_idem.integration.guarded import GuardedTask
 from celery_idem.integration.looks import FORKS, Looks
 
 if TYPE_CHECKING:
@@ -101,9 +106,20 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
         return call is not None and call.broker not in ("", guard.broker)
 
     if dry_run:
+        if entry.state == "in_doubt" and not entry.record.asking:
+            return Found(entry, False, GIVEN_UP)
         can = publishable(entry.record)
         return Found(entry, can, "" if can else why_not(entry.record, guard.settings.recover))
     taken = ledger.recover(entry.key, publishable, guard.options.policy, elsewhere)
+    if isinstance(taken, Tell):
+        try:
+            _tell(app, task, entry.key, taken.record, call)
+        except Exception as error:  # of any result backend; it is tried again later
+            why = f"its caller could not be told that it is in doubt ({type(error).__name__}: {error})"
+            events.diagnose(logging.WARNING, "recovery: %s: %s", entry.key, why)
+            return Found(entry, False, why)
+        ledger.answered(entry.key, taken)
+        return Found(entry, False, GIVEN_UP)
     if taken is None or call is None:
         return None
     try:
@@ -119,6 +135,24 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
     tries = taken.record.recovery.tries if taken.record.recovery else 0
     events.emit("recovered", entry.key, task_id=call.task_id, tries=tries, state=entry.state)
     return Found(entry, True)
+
+
+GIVEN_UP = "it was published often enough: it is in doubt, and its caller is told"
+
+
+def _tell(app: Celery, task: GuardedTask, key: str, record: Record, call: Call | None) -> None:
+    """Give a caller who waits the answer that no delivery will give, and with it its chain, chord and errbacks."""
+    try:
+        request = messages.request_of(app, key, call) if call is not None else Context(id=record.task_id)
+    except Exception as error:  # of any serializer
+        events.diagnose(logging.WARNING, "%s: only its own caller is told: %s", key, error)
+        request = Context(id=record.task_id)
+    with contextlib.suppress(NotImplementedError):  # there is no result backend
+        if task.backend.get_state(record.task_id) in READY_STATES:
+            return
+    stored = not request.ignore_result or task.store_errors_even_if_ignored
+    unknown = runner.in_doubt(key, record.reason)
+    task.backend.mark_as_failure(record.task_id, unknown, request=request, store_result=stored)
 
 
 def call_of(record: Record) -> tuple[Call | None, str]:

@@ -52,11 +52,13 @@ from celery_idem.core.model import (
     NotHappened,
     OnCrash,
     Policy,
+    Publish,
     Raised,
     Record,
     Request,
     State,
     Stored,
+    Tell,
     Unknown,
 )
 from celery_idem.core.record import pack, unpack
@@ -1074,10 +1076,16 @@ class World:
         if taken is None:
             return
         if self.pause(Point("publish")) == "unsent":
-            with contextlib.suppress(StoreError):
-                self.ledger.not_published(KEY, taken)
+            if isinstance(taken, Publish):  # else the result backend is away: it is told later
+                with contextlib.suppress(StoreError):
+                    self.ledger.not_published(KEY, taken)
             return
         record = taken.record
+        if isinstance(taken, Tell):
+            self.told.add(record.task_id)
+            with contextlib.suppress(StoreError):
+                self.ledger.answered(KEY, taken)
+            return
         which = (record.task_id, record.fence, record.recovery)
         if which in self.published:
             self.broken("recovery published the same call twice at once")
@@ -1260,7 +1268,7 @@ class World:
         record = self.record()
         if record is None or self.revoked:
             return
-        if record.state in HOLDS_CALL:
+        if record.state in HOLDS_CALL or record.asking:
             self.broken(f"recovery left it {record.state.name}")
         if self.begun - self.told:
             self.broken(f"left without an answer: {self.begun - self.told}")

@@ -27,6 +27,7 @@ from celery_idem.core.model import (
     Replay,
     Request,
     State,
+    Tell,
 )
 from celery_idem.core.record import unpack
 from celery_idem.engine import runner as runner_module
@@ -443,6 +444,15 @@ def recovery_takes_what_lives(record: Record, stamp: int, *more: Any) -> Any:
     return _recover(record, stamp - 10 * record.lease, *more)
 
 
+def a_question_is_nobodys(record: Record, policy: Any = None) -> int | None:
+    return protocol.NEVER if record.state is State.IN_DOUBT else _due(record, policy)
+
+
+def given_up_in_silence(*given: Any) -> Any:
+    taken, new = _recover(*given)
+    return (None, new._replace(recovery=None)) if isinstance(taken, Tell) else (taken, new)
+
+
 def two_recoverers_write_the_same(*given: Any) -> Any:
     return _recover(*given[:5])
 
@@ -482,6 +492,7 @@ def too_late_runs(request: Request, now: int) -> Any:
 
 
 _recover = protocol.recover
+_due = protocol.due
 _schedule = protocol.schedule
 _accept = protocol.accept
 
@@ -630,6 +641,8 @@ MUTANTS = (
     Mutant("11: recovery is a sign of life", "recovery: crash", {"recover": recovery_is_a_sign_of_life}),
     Mutant("11: recovery takes what lives", "recovery: renewals", {"recover": recovery_takes_what_lives}),
     Mutant("11: two write the same", "recovery: crash", {"recover": two_recoverers_write_the_same}),
+    Mutant("11: a question is nobody's", "recovery: askers die", {"due": a_question_is_nobodys}),
+    Mutant("11: given up in silence", "recovery: given up", {"recover": given_up_in_silence}),
     Mutant(
         "11: a renewal is no sign of life", "recovery: renewals", {"_alive": lambda record, lease: record}
     ),

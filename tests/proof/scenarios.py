@@ -134,6 +134,19 @@ CI = (
     Scenario(
         "recovery: reconcile", recoverers=1, early=True, crashes=1, jump=2.1, reconcile="truth", actors=1
     ),
+    Scenario(
+        "recovery: askers die", recoverers=1, early=True, crashes=2, jump=2.1, reconcile="truth", actors=1
+    ),
+    Scenario(
+        "recovery: given up",
+        recoverers=2,
+        jump=2.1,
+        crashes=1,
+        early=True,
+        losses=1,
+        max_attempts=1,
+        actors=1,
+    ),
     Scenario("recovery: silent store", recoverers=2, jump=2.1, late=1, actors=1, hops=1),
     Scenario(
         "recovery: a retry is lost",
