@@ -138,24 +138,20 @@ class Ledger:
                 ``request`` tells: carry it along.
         """
         new, name = protocol.fresh(request), self._prefix + key
-        before, announced = clock.elapsed(), False
-        late = request.age > 0 and protocol.too_late(request)
-        if late:
+        before, late, announced = clock.elapsed(), False, False
+        if request.accepted is not None:
+            new = protocol.taken_up(request)
+        if request.age and protocol.too_late(request):
+            late = True
             reply = self.store.read(name)._replace(done=False)  # it wrote nothing
+        elif also is not None:
+            reply, announced = self.store.announce(_first(name, new, request), also)
+        elif request.accepted is not None:
+            reply = self.store.replace(
+                name, request.accepted, pack(new), None, protocol.due(new, request.policy)
+            )
         else:
-            old = request.accepted
-            if old is not None:
-                new = protocol.taken_up(request)
-            value, due = pack(new), protocol.due(new, request.policy)
-            if also is not None:
-                item = (
-                    Creation(name, value, None, due) if old is None else Change(name, old, value, None, due)
-                )
-                reply, announced = self.store.announce(item, also)
-            elif old is not None:
-                reply = self.store.replace(name, old, value, None, due)
-            else:
-                reply = self.store.create(name, value, None, due)
+            reply = self.store.create(name, pack(new), None, protocol.due(new, request.policy))
         if reply.done:
             assert reply.stored is not None
             # A first claim's fence is its creation.
@@ -728,6 +724,12 @@ class Ledger:
         except NotStorable as why:
             return Outcome(True, None, str(why)), value
         return Outcome(True, payload), shown
+
+
+def _first(name: str, new: Record, request: Request) -> Change | Creation:
+    """Return the write of a claim that has read nothing."""
+    value, due, old = pack(new), protocol.due(new, request.policy), request.accepted
+    return Creation(name, value, None, due) if old is None else Change(name, old, value, None, due)
 
 
 def _read(key: str, stored: Stored) -> Record:

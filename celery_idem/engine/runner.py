@@ -130,16 +130,12 @@ class Job(ABC):
     """What to write and publish together with the claim."""
 
     due = 0.0
-    """When the call was due, of a message that may have been here before: seconds since 1970; 0: as ``Request.age``."""
+    """When the call was due, of a message that may have been here before: seconds since 1970; 0: it was not, or that is
+    not known."""
 
     waited = 0
     entered = False
     """Set by ``body`` just before the author's code: until then, nothing ran."""
-
-    @property
-    def age(self) -> int:
-        """See ``Request.age``; by the clocks of the producer and of this worker."""
-        return max(0, int((time.time() - self.due) * MICROSECONDS)) if self.due else 0
 
     @abstractmethod
     def body(self, hold: Hold) -> Any:
@@ -270,7 +266,7 @@ class Runner:
                 job.call,
                 job.place,
                 job.accepted,
-                job.age,
+                max(0, int((time.time() - job.due) * MICROSECONDS)) if job.due else 0,
             )
             try:
                 decision, hold = self.ledger.claim(job.key, request, job.starting)

@@ -37,6 +37,7 @@ class GuardedTask(Protocol):
     serializer: Any
     ignore_result: Any
     store_errors_even_if_ignored: Any
+    _backend: Any  # of its own; None: the application's
     no_effect_errors: tuple[type[BaseException], ...]
     ambiguous_errors: tuple[type[BaseException], ...]
 

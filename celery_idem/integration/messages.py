@@ -84,10 +84,10 @@ def _of_delivery(
     properties = request.properties or {}
     headers = _kept(known, request.headers or {}, task_id)
     info = request.delivery_info or {}
-    kept = {name: properties[name] for name in _PROPERTIES if properties.get(name)}
+    kept = {name: properties[name] for name in filter(properties.get, _PROPERTIES)}
     if request.reply_to:
         kept["reply_to"] = request.reply_to
-    canvas = {name: known[name] for name in _CANVAS if known.get(name)}
+    canvas = {name: known[name] for name in filter(known.get, _CANVAS)}
     body = properties.get(BODY)
     content_type, encoding = properties.get("content_type") or "", properties.get(ENCODING) or "utf-8"
     hidden = bool(declaration.secret or (canvas and _has_secrets(app, canvas)))
@@ -121,7 +121,7 @@ def _kept(known: Mapping[str, Any], others: Mapping[str, Any], task_id: str) -> 
         known: Celery's headers, among other things.
         others: the author's, and ours.
     """
-    headers = {name: known[name] for name in _HEADERS if known.get(name)}
+    headers = {name: known[name] for name in filter(known.get, _HEADERS)}
     if headers.get("timelimit") == _NO_LIMITS:
         del headers["timelimit"]
     if headers.get("root_id") == task_id:
