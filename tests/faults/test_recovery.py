@@ -246,8 +246,8 @@ def test_hosts_on_rabbitmq(
 
 
 def test_everything_dies_twice(stage: Stage) -> None:
-    """`RECOVERY_ACTIONS=300` for the large one."""
-    number = int(os.environ.get("RECOVERY_ACTIONS", "60"))
+    """`RECOVERY_ACTIONS` says how many actions there are."""
+    number = int(os.environ.get("RECOVERY_ACTIONS", "300"))
     producer = Producer(stage)
     receipts = {}
     for third in range(3):
