@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from celery.app.task import Context
 from celery.utils.time import maybe_iso8601
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from celery import Celery
 
     from celery_idem.integration.settings import Settings
+
+Published = TypeVar("Published")
 
 BODY = "idem-body"
 ENCODING = "idem-encoding"
@@ -58,6 +60,13 @@ _NOT_KEPT = frozenset({"connection", "producer", "retry", "retry_policy", "add_t
 
 DECIDED = "idem_decided"
 """Option of our ``apply_async``: what the record says of this call is known already, so publish it."""
+
+PATIENCE = 3.0
+"""Seconds that the broker gets to take a message that recovery can publish later. RabbitMQ stops reading from
+publishers while it is short of memory or disk, and one that waits for its confirmation would wait for ever."""
+
+_AGAIN = {"max_retries": 1}
+"""For a connection that has died unnoticed. Any later try is recovery's."""
 
 _PROPERTIES = ("priority", "delivery_mode", "MessageGroupId")
 """Properties that the author or the sender chose; all others are the broker's."""
@@ -315,7 +324,12 @@ def publish(app: Celery, key: str, call: Call, began: bool = True) -> None:
         }
         options = {**call.options, **times, DECIDED: True}
         options["headers"] = {**(options.get("headers") or {}), CARRIED: []}
-        app.tasks[task].apply_async(args, kwargs, task_id=call.task_id, **options)
+        in_time(
+            app,
+            lambda **more: app.tasks[task].apply_async(
+                args, kwargs, task_id=call.task_id, **{**options, **more}
+            ),
+        )
         return
     headers = _headers(app, task, key, call)
     if began:
@@ -323,8 +337,9 @@ def publish(app: Celery, key: str, call: Call, began: bool = True) -> None:
     compression = headers.pop("compression", None)
     context = Context({"delivery_info": {"exchange": call.exchange, "routing_key": call.routing_key}})
     route = republishing.to_its_queue(app, context) or {}
-    with app.producer_or_acquire() as producer:
-        producer.publish(
+    in_time(
+        app,
+        lambda producer, retry_policy, **more: producer.publish(
             call.body,
             content_type=call.content_type,
             content_encoding=call.content_encoding,
@@ -334,9 +349,25 @@ def publish(app: Celery, key: str, call: Call, began: bool = True) -> None:
             routing_key=route.get("routing_key", call.routing_key),
             correlation_id=call.task_id,
             retry=True,
-            retry_policy=app.conf.task_publish_retry_policy,
-            **{"delivery_mode": app.conf.task_default_delivery_mode, **call.properties},
-        )
+            retry_policy={**app.conf.task_publish_retry_policy, **retry_policy},
+            **{"delivery_mode": app.conf.task_default_delivery_mode, **call.properties, **more},
+        ),
+    )
+
+
+def in_time(app: Celery, publish: Callable[..., Published], producer: Any = None) -> Published:
+    """Publish a message that recovery can publish later, and do not wait long for a broker that does not read.
+
+    Args:
+        publish: gets named arguments: a producer, a retry policy and a timeout.
+        producer: the caller's own; None: one of the application's.
+    """
+    with app.producer_or_acquire(producer) as real:
+        try:
+            return publish(producer=real, retry_policy=_AGAIN, timeout=PATIENCE)
+        except Exception:
+            real.connection.collect()  # its pool would wait until the broker agrees to close it
+            raise
 
 
 def answer(app: Celery, key: str, packed: bytes) -> None:

@@ -17,7 +17,7 @@ from celery.app.task import Context
 from celery.states import READY_STATES
 
 from celery_idem.core.calls import Call
-from celery_idem.core.model import Record, Tell
+from celery_idem.core.model import Publish, Record, Tell
 from celery_idem.engine import events, runner
 from celery_idem.engine.entries import Entry
 from celery_idem.engine.ledger import Ledger
@@ -106,10 +106,12 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
         return call is not None and call.broker not in ("", guard.broker)
 
     if dry_run:
-        if entry.state == "in_doubt" and not entry.record.asking:
-            return Found(entry, False, GIVEN_UP)
         can = publishable(entry.record)
-        return Found(entry, can, "" if can else why_not(entry.record, guard.settings.recover))
+        then = entry.overdue(can, guard.options.policy, elsewhere(entry.record))
+        why = (
+            GIVEN_UP if isinstance(then, Tell) else why_not(entry.record, guard.settings.recover) or ELSEWHERE
+        )
+        return Found(entry, isinstance(then, Publish), "" if isinstance(then, Publish) else why)
     taken = ledger.recover(entry.key, publishable, guard.options.policy, elsewhere)
     if isinstance(taken, Tell):
         try:
@@ -137,6 +139,7 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
     return Found(entry, True)
 
 
+ELSEWHERE = "it came from another broker, whose workers come first"
 GIVEN_UP = "it was published often enough: it is in doubt, and its caller is told"
 
 

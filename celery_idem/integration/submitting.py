@@ -235,7 +235,14 @@ class Submission:
         if entry is not None and protocol.untouched(entry.record):
             headers[ACCEPTED_AT] = accepted_at(self.request.owner, entry.stamp)
         options = {**self.options, **more, "headers": headers, messages.DECIDED: True}
-        return str(self.task.apply_async(self.args, self.kwargs, **self.own, **options).id)
+
+        def publish(**more: Any) -> Any:
+            return self.task.apply_async(self.args, self.kwargs, **self.own, **{**more, **options})
+
+        app = self.task.app
+        if entry is None or app.conf.task_always_eager or not self.recovers:
+            return str(publish().id)
+        return str(messages.in_time(app, publish, options.pop("producer", None)).id)
 
     def sent(self, entry: Entry | None, **more: Any) -> Receipt:
         """Publish the call; its receipt. Where the broker does not take it, recovery does.
