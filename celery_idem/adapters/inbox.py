@@ -332,11 +332,7 @@ class _Inbox:
         return _redirect(request, f"/intent?key={quote(key)}")
 
     async def _changed(self, change: Callable[..., T], *arguments: Any) -> T:
-        """What a decision comes to.
-
-        Raises:
-            HTTPException: the store does not answer.
-        """
+        """What a decision comes to. Raises ``HTTPException``: the store does not answer."""
         try:
             return await run_in_threadpool(change, *arguments)
         except StoreError as error:
@@ -512,11 +508,7 @@ class _Inbox:
 
 
 def _shown(latest: Latest[Seen], nothing: Seen) -> Seen:
-    """What is known.
-
-    Raises:
-        Exception: the latest reading ended with it.
-    """
+    """What is known. Raises ``Exception``: the latest reading ended with it."""
     if latest.error is not None:
         raise latest.error
     shown = latest.whole or latest.unfinished or nothing

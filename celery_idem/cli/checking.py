@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import click
 
-from celery_idem.cli.screen import Screen, command, yes_option
-from celery_idem.core.errors import ConfigurationError
+from celery_idem.cli.screen import Screen, cannot_listen, command, yes_option
 from celery_idem.engine.ledger import Ledger
 from celery_idem.operate import copying
 from celery_idem.operate.copying import Copied
@@ -110,10 +109,7 @@ def shadow(screen: Screen, operator: Operator, clear: bool, yes: bool) -> None:
     if clear:
         screen.confirm("All shadow records will be removed. Records of real guards stay. Go on?", yes)
         removed = sum(ledger.forget(entry.key) for ledger in ledgers for entry in ledger.list())
-        if screen.as_json:
-            screen.json({"removed": removed})
-        else:
-            screen.line(f"{removed} shadow records removed.")
+        screen.answer({"removed": removed}, f"{removed} shadow records removed.")
         return
     report = readiness((entry for ledger in ledgers for entry in ledger.list()), operator.tasks())
     if screen.as_json:
@@ -133,13 +129,10 @@ def shadow(screen: Screen, operator: Operator, clear: bool, yes: bool) -> None:
         )
         return
     for task in report:
-        would = (
-            ", ".join(f"{number} {what.name.lower()}" for what, number in sorted(task.would.items()))
-            or "nothing"
-        )
-        screen.state(
-            task.verdict, f"{task.task}: {task.calls} calls of {task.intents} intents; would: {would}"
-        )
+        counts = (f"{number} {what.name.lower()}" for what, number in sorted(task.would.items()))
+        would = ", ".join(counts) or "nothing"
+        said = f"{task.task}: {task.calls} calls of {task.intents} intents; would: {would}"
+        screen.state(task.verdict, said)
         screen.line(f"    {task.why}")
     if not report:
         screen.line(
@@ -174,9 +167,7 @@ def metrics(screen: Screen, operator: Operator, port: int, address: str, every: 
     try:
         _, thread = prometheus_client.start_http_server(port, address, registry)
     except OSError as error:
-        raise ConfigurationError(
-            f"Cannot listen on {address}:{port} ({error.strerror}). Give another --port or --address."
-        ) from None
+        raise cannot_listen(address, port, error) from None
     click.echo(f"http://{address}:{port}/metrics", err=True)
     thread.join()
 
@@ -186,10 +177,7 @@ def metrics(screen: Screen, operator: Operator, port: int, address: str, every: 
 def schema(screen: Screen, operator: Operator, dialect: str) -> None:
     """Print the SQL that creates the SQL store's table, for postgresql or sqlite."""
     text = sql_statements.schema(dialect)
-    if screen.as_json:
-        screen.json({"dialect": dialect, "sql": text})
-    else:
-        screen.line(text)
+    screen.answer({"dialect": dialect, "sql": text}, text)
 
 
 @command("copy")
@@ -213,11 +201,10 @@ def copy(screen: Screen, operator: Operator, source: str, target: str, yes: bool
         old = Ledger(open_store(source), namespace, ledger.codec, ledger.result_ttl)
         new = Ledger(open_store(target), namespace, ledger.codec, ledger.result_ttl)
         total = Copied(*map(sum, zip(total, copying.copy(old, new, progress), strict=True)))
-    if screen.as_json:
-        screen.json(total._asdict())
-    else:
+    if not screen.as_json:
         click.echo(err=True)
-        screen.line(
-            f"{total.seen} records seen: {total.written} written, {total.there} there already, "
-            f"{total.expired} expired, {total.unreadable} unreadable."
-        )
+    screen.answer(
+        total._asdict(),
+        f"{total.seen} records seen: {total.written} written, {total.there} there already, "
+        f"{total.expired} expired, {total.unreadable} unreadable.",
+    )

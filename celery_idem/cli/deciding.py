@@ -42,6 +42,16 @@ def user_and_host() -> str:
         return f"unknown@{socket.gethostname()}"
 
 
+by_option = click.option(
+    "--by", default=user_and_host, show_default="user@host", help="Your name, for the record."
+)
+fence_option = click.option(
+    "--fence",
+    type=int,
+    help="The fence that `idem show` printed. Refused if it was claimed again since.  [default: the current one]",
+)
+
+
 @command("resolve")
 @click.argument("keys", metavar="[KEY]...", nargs=-1)
 @click.option(
@@ -51,13 +61,9 @@ def user_and_host() -> str:
     "--not-happened", is_flag=True, help="It did not take effect, and no request for it is in flight."
 )
 @click.option("--run", is_flag=True, help="With --not-happened: publish it again at once, from its record.")
-@click.option("--by", default=user_and_host, show_default="user@host", help="Your name, for the record.")
+@by_option
 @click.option("--evidence", help="What you saw, and where. The command asks for it.")
-@click.option(
-    "--fence",
-    type=int,
-    help="The fence that `idem show` printed. Refused if it was claimed again since.  [default: the current one]",
-)
+@fence_option
 @click.option(
     "--from",
     "file",
@@ -197,15 +203,8 @@ def _by_file(screen: Screen, operator: Operator, lines: list[Line], dry_run: boo
 def _report(screen: Screen, number: int, decided: Decided, problems: int) -> None:
     state = "" if decided.entry is None else decided.entry.state
     if screen.as_json:
-        screen.json(
-            {
-                "line": number,
-                "key": decided.key,
-                "verdict": decided.verdict,
-                "state": state,
-                "why": decided.why,
-            }
-        )
+        verdict, key, why, _ = decided
+        screen.json({"line": number, "key": key, "verdict": verdict, "state": state, "why": why})
     elif decided.why and problems <= SAMPLES:
         screen.line(f"line {number}: {WORDS[decided.verdict]}: {decided.why}")
 
@@ -217,13 +216,9 @@ def _summary(counts: Counter[str], dry_run: bool) -> str:
 
 @command("cancel")
 @click.argument("key")
-@click.option("--by", default=user_and_host, show_default="user@host", help="Your name, for the record.")
+@by_option
 @click.option("--evidence", default="", help="Why, for the record and for its callers.")
-@click.option(
-    "--fence",
-    type=int,
-    help="The fence that `idem show` printed. Refused if it was claimed again since.  [default: the current one]",
-)
+@fence_option
 @yes_option
 def cancel(
     screen: Screen, operator: Operator, key: str, by: str, evidence: str, fence: int | None, yes: bool

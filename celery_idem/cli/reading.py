@@ -107,6 +107,16 @@ def filters(function: F) -> F:
     return made  # type: ignore[no-any-return]
 
 
+def arguments_option(*sources: str) -> Callable[[F], F]:
+    """The option ``--arguments``; ``sources`` says where they are read from without it."""
+    return click.option(
+        "--arguments",
+        type=click.File("r"),
+        help='Arguments of the calls, as JSON lines {"key": …, "args": […], "kwargs": {…}}; "-" for standard input. '
+        f"Without it they are read from {' or from '.join(sources)} (with result_extended=True).",
+    )
+
+
 within_option = click.option(
     "--within",
     type=click.FloatRange(min=0.0),

@@ -165,12 +165,8 @@ def _facts(form: dict[str, Any]) -> list[tuple[str, Any]]:
         "steps": "steps done",
         "result": "result",
     }
-    facts = []
-    for name, label in labels.items():
-        value = form[name]
-        if value not in (None, "", 0, 0.0, []):
-            facts.append((label, ", ".join(value) if isinstance(value, list) else value))
-    return facts
+    given = ((label, form[name]) for name, label in labels.items() if form[name])
+    return [(label, ", ".join(value) if isinstance(value, list) else value) for label, value in given]
 
 
 def advice(entry: Entry) -> str:
@@ -246,10 +242,9 @@ def forget(
     for key, done in in_threads(one, fences):
         if isinstance(done, IdempotencyError):
             refused.append(str(done))
-        elif screen.as_json:
-            screen.json({"key": key, "forgotten": done})
-        elif keys:
-            screen.line(f"Forgotten: {key}" if done else "There was no record any more.")
+        elif screen.as_json or keys:
+            said = f"Forgotten: {key}" if done else "There was no record any more."
+            screen.answer({"key": key, "forgotten": done}, said)
         forgotten += done is True
     if not keys and not screen.as_json:
         screen.line(f"{forgotten:,} intents forgotten.")
@@ -281,10 +276,7 @@ def purge(screen: Screen, operator: Operator, yes: bool) -> None:
         yes,
     )
     purged = operator.purge()
-    if screen.as_json:
-        screen.json({"purged": purged})
-    else:
-        screen.line(f"{purged} expired records deleted.")
+    screen.answer({"purged": purged}, f"{purged} expired records deleted.")
 
 
 @command("reindex")
@@ -294,10 +286,7 @@ def reindex(screen: Screen, operator: Operator) -> None:
     It is rebuilt by itself where it is missing. Reads every record.
     """
     found = operator.reindex()
-    if screen.as_json:
-        screen.json({"open": found})
-    else:
-        screen.line(f"The index is complete. It has {found} open intents.")
+    screen.answer({"open": found}, f"The index is complete. It has {found} open intents.")
 
 
 @command("recover")

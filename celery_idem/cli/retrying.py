@@ -6,7 +6,7 @@ from typing import Any, TextIO
 
 import click
 
-from celery_idem.cli.reading import Time
+from celery_idem.cli.reading import Time, arguments_option
 from celery_idem.cli.screen import Screen, command, yes_option
 from celery_idem.core.errors import IdempotencyError
 from celery_idem.core.keys import label
@@ -21,12 +21,7 @@ from celery_idem.operate.retrying import retry as run_again
 @click.option(
     "--since", type=Time(), default=0.0, help="Only what failed since: 2026-11-28T14:03, or 2h, 1d."
 )
-@click.option(
-    "--arguments",
-    type=click.File("r"),
-    help='Arguments of the calls, as JSON lines {"key": …, "args": […], "kwargs": {…}}; "-" for standard input. '
-    "Without it they are read from the record or from the result backend (with result_extended=True).",
-)
+@arguments_option("the record", "the result backend")
 @click.option("--scope", help="Scope of the calls.")
 @click.option("--occurrence", help="Occurrence of the calls.")
 @click.option("--idempotency-key", help="The caller's own key.")
@@ -73,9 +68,6 @@ def retry(
 
 
 def _print(screen: Screen, key: str, done: Retried) -> None:
-    if screen.as_json:
-        screen.json({"key": key, "task_id": done.task_id, "why": done.why})
-    elif done.why:
-        screen.line(f"not published  {key}: {done.why}.")
-    else:
-        screen.line(f"published      {key}" + (f"  task {done.task_id}" if done.task_id else ""))
+    said = f"published      {key}" + (f"  task {done.task_id}" if done.task_id else "")
+    said = f"not published  {key}: {done.why}." if done.why else said
+    screen.answer({"key": key, "task_id": done.task_id, "why": done.why}, said)

@@ -46,6 +46,13 @@ COLOURS = {
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Control characters but tab and newline: ESC, and the one-byte forms of terminal commands."""
 
+
+def cannot_listen(address: str, port: int, error: OSError) -> ConfigurationError:
+    return ConfigurationError(
+        f"Cannot listen on {address}:{port} ({error.strerror}). Give another --port or --address."
+    )
+
+
 yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 
 PIPE_WIDTH = 200
@@ -53,11 +60,7 @@ PIPE_WIDTH = 200
 
 
 class Screen:
-    """One command's output.
-
-    Args:
-        as_json: write only JSON to standard output.
-    """
+    """One command's output. ``as_json``: write only JSON to standard output."""
 
     def __init__(self, as_json: bool, no_color: bool = False) -> None:
         self.as_json = as_json
@@ -66,11 +69,7 @@ class Screen:
 
     @property
     def console(self) -> Console:
-        """Standard output for people.
-
-        Raises:
-            ConfigurationError: rich is not installed.
-        """
+        """Standard output for people. Raises ``ConfigurationError``: rich is not installed."""
         if self._console is None:
             try:
                 from rich.console import Console
@@ -97,10 +96,17 @@ class Screen:
 
     def json(self, value: Any) -> None:
         """Print one JSON document on one line."""
-        text = json.dumps(value, ensure_ascii=False, default=str)
-        click.echo(
-            _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
-        )  # those that JSON does not escape
+        text = json.dumps(
+            value, ensure_ascii=False, default=str
+        )  # leaves some control characters as they are
+        click.echo(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+
+    def answer(self, value: Any, text: str) -> None:
+        """Print one document for programs, or one line for people."""
+        if self.as_json:
+            self.json(value)
+        else:
+            self.line(text)
 
     def confirm(self, question: str, yes: bool) -> None:
         """Return only if the operator agrees.
@@ -179,12 +185,9 @@ def command(name: str) -> Callable[[F], click.Command]:
             except IdempotencyError as error:
                 raise click.ClickException(printable(f"{error}{_next(error, app)}")) from error
 
-        option = click.option(
-            "--json", "as_json", is_flag=True, cls=CeleryOption, help="Print JSON for programs."
-        )
-        register: Any = idem.command(name, cls=CeleryCommand)
-        body: Any = option(run)
-        made: click.Command = register(click.pass_context(body))
+        words = "Print JSON for programs."
+        body: Any = click.option("--json", "as_json", is_flag=True, cls=CeleryOption, help=words)(run)
+        made: click.Command = idem.command(name, cls=CeleryCommand)(click.pass_context(body))
         return made
 
     return decorate

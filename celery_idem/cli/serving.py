@@ -9,7 +9,7 @@ import socket
 
 import click
 
-from celery_idem.cli.screen import Screen, command
+from celery_idem.cli.screen import Screen, cannot_listen, command
 from celery_idem.core.errors import ConfigurationError
 from celery_idem.operate.operators import Operator
 
@@ -38,9 +38,7 @@ def inbox(screen: Screen, operator: Operator, port: int, address: str) -> None:
     try:
         listening = socket.create_server((address, port))
     except OSError as error:
-        raise ConfigurationError(
-            f"Cannot listen on {address}:{port} ({error.strerror}). Give another --port or --address."
-        ) from None
+        raise cannot_listen(address, port, error) from None
     url = f"http://{address}:{listening.getsockname()[1]}/"
     if screen.as_json:
         screen.json({"url": url, "token": None if given else token})

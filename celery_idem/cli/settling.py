@@ -8,7 +8,7 @@ from typing import TextIO
 
 import click
 
-from celery_idem.cli.reading import Progress, filters
+from celery_idem.cli.reading import Progress, arguments_option, filters
 from celery_idem.cli.screen import Screen, command, yes_option
 from celery_idem.core.errors import StoreError
 from celery_idem.operate.operators import Operator, Which, read_arguments
@@ -24,12 +24,7 @@ WORDS = {
 @command("reconcile")
 @filters
 @click.option("--limit", type=click.IntRange(min=1), default=None, help="Ask about at most that many.")
-@click.option(
-    "--arguments",
-    type=click.File("r"),
-    help='Arguments of the calls, as JSON lines {"key": …, "args": […], "kwargs": {…}}; "-" for standard input. '
-    "Without it they are read from the result backend (with result_extended=True).",
-)
+@arguments_option("the result backend")
 @click.option(
     "--without-arguments",
     is_flag=True,

@@ -74,11 +74,7 @@ class Call(NamedTuple):
 
 
 def pack(call: Call) -> bytes:
-    """Return a call as bytes.
-
-    Raises:
-        TypeError, ValueError: a header has a value that JSON does not know.
-    """
+    """Return a call as bytes. Raises ``TypeError, ValueError``: a header has a value that JSON does not know."""
     task_id, headers, properties, *rest, body = call
     try:
         head = _head(tuple(headers.items()), tuple(properties.items()), *rest)
@@ -94,11 +90,7 @@ def _head(headers: tuple[tuple[str, Any], ...], properties: tuple[tuple[str, Any
 
 
 def unpack(packed: bytes) -> Call:
-    """Return the call in bytes that are kept in clear.
-
-    Raises:
-        ValueError: they are something else.
-    """
+    """Return the call in bytes that are kept in clear. Raises ``ValueError``: they are something else."""
     if packed[:1] != b"\x01" or len(packed) < 3:
         raise ValueError(f"a call of kind {packed[:1].hex() or 'nothing'}")
     end = 3 + int.from_bytes(packed[1:3], "big")

@@ -43,11 +43,7 @@ def label_tag(name: str) -> bytes:
 
 
 class Digester:
-    """Makes the digests of one task's calls.
-
-    Args:
-        key: ``idem_audit_key``; "" for none.
-    """
+    """Makes the digests of one task's calls. ``key``: ``idem_audit_key``; "" for none."""
 
     def __init__(self, declaration: Declaration, namespace: str, key: str = "") -> None:
         secret = hashlib.sha256(f"{namespace}\0{key}".encode()).digest()

@@ -309,11 +309,7 @@ class Declaration(NamedTuple):
         return arguments
 
     def intent(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Return the canonical fields of the intent.
-
-        Raises:
-            IntentError: a value cannot be part of a key.
-        """
+        """Return the canonical fields of the intent. Raises ``IntentError``: a value cannot be part of a key."""
         if self.compute is not None:
             forms = self._computed(self.compute, arguments)
             if any(reader.runs_code for reader in self.readers.values()):
@@ -520,11 +516,7 @@ def key_of(
 
 
 def scope_digest(namespace: str, scope: str | None) -> bytes:
-    """Return the digest of a scope for the record; empty for none.
-
-    Args:
-        scope: in normal form.
-    """
+    """Return the digest of a scope for the record; empty for none. ``scope``: in normal form."""
     return b"" if scope is None else _hash([SCHEME, namespace, scope]).digest()[:SCOPE_SIZE]
 
 

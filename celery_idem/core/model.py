@@ -341,11 +341,7 @@ class Accepted(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """Do nothing: here is the outcome.
-
-    Attributes:
-        own: it is that of the same task id, whose message was redelivered.
-    """
+    """Do nothing: here is the outcome. ``own``: it is that of the same task id, whose message was redelivered."""
 
     outcome: Outcome
     own: bool = True

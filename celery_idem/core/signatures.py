@@ -56,11 +56,7 @@ class Called(NamedTuple):
 
 
 def called(fun: Any) -> Called:
-    """Return the parameters that callers of ``fun`` give.
-
-    Raises:
-        Opaque: they cannot be determined.
-    """
+    """Return the parameters that callers of ``fun`` give. Raises ``Opaque``: they cannot be determined."""
     if isinstance(fun, functools.partial):
         return _partial(fun)
     real = type(fun)  # a proxy (wrapt, mock) pretends to have the class of its target

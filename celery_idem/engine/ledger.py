@@ -258,20 +258,15 @@ class Ledger:
 
     def sent(self, key: str, owner: bytes, wait: int) -> None:
         """Say when recovery has to look at an accepted call, now that it is known what became of its message."""
-
-        def decide(record: Record | None, stamp: int, now: int) -> tuple[None, Record | None]:
-            return None, protocol.sent(record, owner, wait) if record is not None else None
-
-        self._change(key, decide, None)
+        self._write(key, lambda record: protocol.sent(record, owner, wait))
 
     def withdraw(self, key: str, owner: bytes) -> None:
         """Nothing was published of a call that had been accepted, and nothing will be: it was never there."""
 
-        def decide(record: Record | None, stamp: int, now: int) -> tuple[None, Record | None]:
-            mine = record is not None and record.owner == owner and record.state is State.ACCEPTED
-            return None, DELETED if mine else None
+        def gone(record: Record) -> Record | None:
+            return DELETED if record.owner == owner and record.state is State.ACCEPTED else None
 
-        self._change(key, decide, Policy(0, 0, 0))
+        self._write(key, gone, Policy(0, 0, 0))
 
     def unwritten(self, key: str, request: Request) -> Hold:
         """A hold that was not written, or may not have been: for a body that runs without a store,
@@ -510,11 +505,7 @@ class Ledger:
             IdempotencyError: the broker did not take it. The outcome stands.
         """
         publish()
-
-        def decide(record: Record | None, stamp: int, now: int) -> tuple[None, Record | None]:
-            return None, protocol.told(record) if record is not None else None
-
-        self._change(key, decide, policy)
+        self._write(key, protocol.told, policy)
 
     def cancel(self, key: str, *, by: str, evidence: str = "", fence: int | None = None) -> Entry:
         """Cancel an action. What has not begun will not run, and its callers are told so. What runs is asked to stop
@@ -624,19 +615,11 @@ class Ledger:
 
     def lapse(self, key: str, holder: bytes) -> None:
         """The process that minted this owner is known to be dead: end what it holds."""
-
-        def decide(record: Record | None, stamp: int, now: int) -> tuple[None, Record | None]:
-            return None, protocol.lapse(record, holder) if record is not None else None
-
-        self._change(key, decide, None)
+        self._write(key, lambda record: protocol.lapse(record, holder))
 
     def revoked(self, key: str, task_id: str, policy: Policy) -> None:
         """Celery has dropped the message of this task. See ``protocol.revoked``."""
-
-        def decide(record: Record | None, stamp: int, now: int) -> tuple[None, Record | None]:
-            return None, protocol.revoked(record, task_id) if record is not None else None
-
-        self._change(key, decide, policy)
+        self._write(key, lambda record: protocol.revoked(record, task_id), policy)
 
     def died(
         self, key: str, owner_prefix: bytes, task_id: str, policy: Policy, again: int
@@ -691,25 +674,21 @@ class Ledger:
 
     def answered(self, key: str, taken: Tell) -> None:
         """The caller of an intent that ``recover`` had given up was told so."""
-
-        def decide(record: Record | None, stamp: int, now: int) -> tuple[None, Record | None]:
-            return None, protocol.answered(record, taken.record) if record is not None else None
-
-        self._change(key, decide, None)
+        self._write(key, lambda record: protocol.answered(record, taken.record))
 
     def not_published(self, key: str, taken: Publish) -> None:
         """The broker did not take the call of an intent that ``recover`` had taken."""
-
-        def decide(record: Record | None, stamp: int, now: int) -> tuple[None, Record | None]:
-            return None, protocol.not_published(record, taken.record) if record is not None else None
-
-        self._change(key, decide, None)
+        self._write(key, lambda record: protocol.not_published(record, taken.record))
 
     def _change(
         self, key: str, decide: Decide, policy: Policy | None, lenient: bool = False
     ) -> tuple[Any, Reply]:
         decision, reply, _ = change(self.store, self._prefix + key, key, decide, policy, lenient=lenient)
         return decision, reply
+
+    def _write(self, key: str, new: Callable[[Record], Record | None], policy: Policy | None = None) -> None:
+        """Replace what stands there by what ``new`` makes of it; nothing where it is None, or where nothing stands."""
+        self._change(key, lambda record, stamp, now: (None, record and new(record)), policy)
 
     # --- values -----------------------------------------------------------------------
 

@@ -162,11 +162,7 @@ class Guard(NamedTuple):
         )
 
     def check_serializer(self) -> None:
-        """Before anything runs.
-
-        Raises:
-            ConfigurationError: results could not be read again.
-        """
+        """Before anything runs. Raises ``ConfigurationError``: results could not be read again."""
         why = self.ledger.codec.unusable()  # it may have been registered since
         if why:
             raise ConfigurationError(

@@ -38,11 +38,7 @@ REST = 4.0
 
 
 class Purger(Looks):
-    """The purging thread of a process.
-
-    Args:
-        stores: gives the stores to look after; asked anew at each look.
-    """
+    """The purging thread of a process. ``stores``: gives the stores to look after; asked anew at each look."""
 
     def __init__(self, stores: Callable[[], Iterable[Store]]) -> None:
         super().__init__("purging", self._look_at_all, FIRST, EVERY)

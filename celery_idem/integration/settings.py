@@ -91,11 +91,7 @@ class Settings:
     late: OnLate = "in_doubt"
 
     def policy(self, asks: bool) -> Policy:
-        """The part the protocol needs.
-
-        Args:
-            asks: the task has a ``reconcile``.
-        """
+        """The part the protocol needs. ``asks``: the task has a ``reconcile``."""
         keep_failed = self.result_ttl if self.failure_ttl is None else self.failure_ttl
         return Policy(
             lease=int(self.lease * MICROSECONDS),
@@ -133,11 +129,7 @@ _ALIKE = 0.75
 
 
 def of_app(conf: Mapping[str, Any]) -> Settings:
-    """The settings in an application's configuration.
-
-    Raises:
-        ConfigurationError: a name or a value is wrong.
-    """
+    """The settings in an application's configuration. Raises ``ConfigurationError``: a name or a value is wrong."""
     given = {_known(key): conf[key] for key in _ours(conf)}
     for name, value in given.items():
         why = not_allowed(name, value)

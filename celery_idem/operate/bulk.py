@@ -82,11 +82,7 @@ class Decided(NamedTuple):
 
 
 def read_decisions(lines: Iterable[bytes], by: str, evidence: str) -> Iterator[Line]:
-    """Read decisions from JSON lines.
-
-    Args:
-        by, evidence: those of a line that has none.
-    """
+    """Read decisions from JSON lines. ``by, evidence``: those of a line that has none."""
     seen: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -132,11 +128,7 @@ def _decision(line: bytes, by: str, evidence: str) -> Decision:
 
 
 def decide(operator: Operator, decision: Decision, dry_run: bool = False) -> Decided:
-    """Carry out one decision.
-
-    Raises:
-        StoreError: the store does not answer.
-    """
+    """Carry out one decision. Raises ``StoreError``: the store does not answer."""
     key = decision.key
     verdict: Verdict = "settled"
     publish: Callable[[], object] | None = None

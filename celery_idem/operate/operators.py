@@ -212,11 +212,7 @@ class Operator:
         return self.select(Which(state, task, older_than=older_than, suspect=suspect), tick)
 
     def select(self, which: Which, tick: Callable[[], object] | None = None) -> Iterator[Entry]:
-        """Return intents, in no order and in bounded memory.
-
-        Args:
-            tick: see ``Ledger.list``.
-        """
+        """Return intents, in no order and in bounded memory. ``tick``: see ``Ledger.list``."""
         which = self.as_in_keys(which)
         for ledger in self.ledgers():
             for entry in ledger.list(which.state, which.task, tick):
@@ -582,11 +578,7 @@ def duration(seconds: float) -> str:
 
 
 def check_key(key: str) -> None:
-    """Refuse what cannot be a key.
-
-    Raises:
-        IdempotencyError: it is empty, or no valid text.
-    """
+    """Refuse what cannot be a key. Raises ``IdempotencyError``: it is empty, or no valid text."""
     if not key:
         raise IdempotencyError("The key is empty. Give a key, or the beginning of one.")
     if "\0" in key or key != key.encode("utf-8", "replace").decode():

@@ -17,11 +17,7 @@ def _system_clock() -> int:
 
 
 class MemoryStore(Store):
-    """Records in a dictionary under a lock.
-
-    Args:
-        clock: returns the time in microseconds.
-    """
+    """Records in a dictionary under a lock. ``clock``: returns the time in microseconds."""
 
     url = "memory://"
 

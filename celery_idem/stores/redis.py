@@ -608,11 +608,7 @@ def _command(words: Sequence[bytes]) -> bytes:
 
 
 def whole(answers: Sequence[Reply | StoreError]) -> list[Reply]:
-    """Return the answers, if none of them is an error.
-
-    Raises:
-        PartlyError: an answer is an error.
-    """
+    """Return the answers, if none of them is an error. Raises ``PartlyError``: an answer is an error."""
     replies = [answer if isinstance(answer, Reply) else None for answer in answers]
     for answer in answers:
         if isinstance(answer, StoreError):

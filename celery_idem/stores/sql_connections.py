@@ -24,11 +24,7 @@ READ_ONLY = "25006"
 
 
 def sqlalchemy_module() -> Any:
-    """Import SQLAlchemy.
-
-    Raises:
-        ConfigurationError: it is not installed.
-    """
+    """Import SQLAlchemy. Raises ``ConfigurationError``: it is not installed."""
     try:
         import sqlalchemy
     except ImportError as error:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from celery_idem.core.model import MICROSECONDS
 from celery_idem.integration.options import Stray
 from celery_idem.integration.settings import PREFIX, Settings
-from celery_idem.operate.doctor.snapshot import Finding, Snapshot
+from celery_idem.operate.doctor.snapshot import Finding, Snapshot, error, note, warning
 from celery_idem.operate.operators import duration
 
 VOLATILE = re.compile(
@@ -52,10 +52,8 @@ def minted_anew(name: str, annotation: str) -> bool:
 
 def no_intent(s: Snapshot) -> Iterator[Finding]:
     plain = [t.name for t in s.tasks if not t.guarded and not t.name.startswith("celery.")]
-    guarded = [t for t in s.tasks if t.guarded]
-    if not guarded:
-        yield Finding(
-            "warning",
+    if not s.guarded:
+        yield warning(
             "no-intent",
             "the application",
             f"No task declares an intent, so nothing is guarded ({', '.join(plain[:5]) or 'there are no tasks'}).",
@@ -64,13 +62,10 @@ def no_intent(s: Snapshot) -> Iterator[Finding]:
 
 
 def volatile_intent(s: Snapshot) -> Iterator[Finding]:
-    for task in s.tasks:
-        if not task.guarded or task.all_arguments:
-            continue
-        for name in task.intent or ():
+    for task in s.guarded:
+        for name in () if task.all_arguments else task.intent or ():
             if minted_anew(name, task.parameters.get(name, "")):
-                yield Finding(
-                    "warning",
+                yield warning(
                     "volatile-intent",
                     task.name,
                     f"{name!r} is part of the intent and looks as if each try brought its own value: then every "
@@ -78,8 +73,7 @@ def volatile_intent(s: Snapshot) -> Iterator[Finding]:
                     f"Take {name!r} out of intent=. `idem audit` shows whether it really varies.",
                 )
             elif FREE_TEXT.search(name):
-                yield Finding(
-                    "warning",
+                yield warning(
                     "text-intent",
                     task.name,
                     f"{name!r} is part of the intent and looks like free text: reworded, it is another action.",
@@ -88,14 +82,11 @@ def volatile_intent(s: Snapshot) -> Iterator[Finding]:
 
 
 def all_arguments(s: Snapshot) -> Iterator[Finding]:
-    for task in s.tasks:
-        if not task.guarded or not task.all_arguments:
-            continue
+    for task in s.guarded:
         names = [n for n in task.parameters if FREE_TEXT.search(n) or VOLATILE.search(n)]
-        if names:
+        if task.all_arguments and names:
             others = ", ".join(repr(n) for n in task.parameters if n not in names)
-            yield Finding(
-                "warning",
+            yield warning(
                 "all-arguments",
                 task.name,
                 f"intent=ALL_ARGUMENTS makes {', '.join(map(repr, names))} part of what the action is, and that looks "
@@ -112,8 +103,7 @@ def strays(s: Snapshot) -> Iterator[Finding]:
         for stray in task.strays:
             found.setdefault(stray, []).append(task.name)
     for stray, tasks in found.items():
-        yield Finding(
-            "note",
+        yield note(
             NOT_A_SETTING,
             stray.where,
             "It has a setting's name and is not read as one, because its class does not declare the intent of "
@@ -123,11 +113,10 @@ def strays(s: Snapshot) -> Iterator[Finding]:
 
 
 def beat_without_occurrence(s: Snapshot) -> Iterator[Finding]:
-    for task in s.tasks:
+    for task in s.guarded:
         names = ", ".join(repr(entry.name) for entry in task.scheduled)
-        if task.guarded and task.scheduled and not s.ticks:
-            yield Finding(
-                "error",
+        if task.scheduled and not s.ticks:
+            yield error(
                 "beat",
                 task.name,
                 f"Beat sends it with the same arguments at every tick ({names}). That is one action, so it runs once "
@@ -135,10 +124,9 @@ def beat_without_occurrence(s: Snapshot) -> Iterator[Finding]:
                 'Set beat_scheduler = "celery_idem.adapters.beat:Scheduler", which makes each tick an occurrence; with '
                 "entries in a database a class of your own, Scheduler(Ticks, DatabaseScheduler).",
             )
-        elif task.guarded and any(entry.interval for entry in task.scheduled):
+        elif any(entry.interval for entry in task.scheduled):
             names = ", ".join(repr(entry.name) for entry in task.scheduled if entry.interval)
-            yield Finding(
-                "note",
+            yield note(
                 "beat-interval",
                 task.name,
                 f"The entries {names} of beat's database have a plain interval, which two beats count apart: each has "
@@ -146,8 +134,7 @@ def beat_without_occurrence(s: Snapshot) -> Iterator[Finding]:
                 "Run one beat, or give them a crontab.",
             )
     if s.unread_schedule:
-        yield Finding(
-            "note",
+        yield note(
             "not-looked-at",
             "django_celery_beat",
             f"Beat's entries in the database were not looked at: {s.unread_schedule}",
@@ -161,8 +148,7 @@ def beat_without_occurrence(s: Snapshot) -> Iterator[Finding]:
 def unread(s: Snapshot) -> Iterator[Finding]:
     for task in s.tasks:
         if task.unread:
-            yield Finding(
-                "warning",
+            yield warning(
                 "not-looked-at",
                 task.name,
                 f"Its options could not be read, so nothing about it was checked ({task.unread}).",
@@ -171,13 +157,12 @@ def unread(s: Snapshot) -> Iterator[Finding]:
 
 
 def time_limits(s: Snapshot) -> Iterator[Finding]:
-    for task in s.tasks:
+    for task in s.guarded:
         limit = task.time_limit or task.soft_time_limit
-        if not task.guarded or not limit:
+        if not limit:
             continue
         if s.pool in NO_LIMITS:
-            yield Finding(
-                "error",
+            yield error(
                 "limits-ignored",
                 task.name,
                 f"The {s.pool} pool enforces no time limit, so a body that hangs keeps its lease for ever, and every "
@@ -185,16 +170,14 @@ def time_limits(s: Snapshot) -> Iterator[Finding]:
                 "Run it with --pool prefork, or give every call in the body a timeout of its own.",
             )
         if task.time_limit and not task.soft_time_limit:
-            yield Finding(
-                "note",
+            yield note(
                 "hard-limit",
                 task.name,
                 f"Past {task.time_limit:g} s its process is killed, and what it was doing is in doubt.",
                 "Set soft_time_limit a little lower, and handle SoftTimeLimitExceeded where the effect can be undone.",
             )
         if task.asks and limit < task.settings.reconcile_timeout:
-            yield Finding(
-                "warning",
+            yield warning(
                 "reconcile-limit",
                 task.name,
                 f"Its time limit ({limit:g} s) is shorter than the destination may take to answer "
@@ -207,19 +190,15 @@ def acknowledgement(s: Snapshot) -> Iterator[Finding]:
     twice = [t.name for t in s.tasks if t.acks_late and not t.guarded and not t.name.startswith("celery.")]
     if twice:
         more = f" and {len(twice) - 5} more" if len(twice) > 5 else ""
-        yield Finding(
-            "note",
+        yield note(
             "unguarded-acks-late",
             ", ".join(twice[:5]) + more,
             "Delivered again after a crash (acks_late), without a guard: what it did, it does twice.",
             "Declare intent=(…) with base=IdempotentTask where it writes anything.",
         )
-    for task in s.tasks:
-        if not task.guarded:
-            continue
+    for task in s.guarded:
         if not task.acks_late:
-            yield Finding(
-                "warning",
+            yield warning(
                 "acks-early",
                 task.name,
                 "Its message is acknowledged as soon as a worker has it. When the whole worker dies it is not "
@@ -227,8 +206,7 @@ def acknowledgement(s: Snapshot) -> Iterator[Finding]:
                 "Set task_acks_late = True and task_reject_on_worker_lost = True: the guard makes redelivery safe.",
             )
         elif not task.reject_on_worker_lost:
-            yield Finding(
-                "warning",
+            yield warning(
                 "worker-lost",
                 task.name,
                 "When its process is killed (memory, for one) Celery acknowledges the message although acks_late is "
@@ -240,8 +218,7 @@ def acknowledgement(s: Snapshot) -> Iterator[Finding]:
 
 def publishing(s: Snapshot) -> Iterator[Finding]:
     if not s.confirmed:
-        yield Finding(
-            "note",
+        yield note(
             "unconfirmed",
             "broker_transport_options",
             "Publishing does not wait until RabbitMQ has the message: one that is on its way while the connection or "
@@ -252,8 +229,7 @@ def publishing(s: Snapshot) -> Iterator[Finding]:
 
 def results(s: Snapshot) -> Iterator[Finding]:
     if s.unusable:
-        yield Finding(
-            "error",
+        yield error(
             "serializer",
             "result_serializer",
             f"Guarded tasks refuse to run: {s.unusable}.",
@@ -263,28 +239,23 @@ def results(s: Snapshot) -> Iterator[Finding]:
 
 
 def choices(s: Snapshot) -> Iterator[Finding]:
-    for task in s.tasks:
-        if not task.guarded:
-            continue
+    for task in s.guarded:
         if task.settings.shadow:
-            yield Finding(
-                "note",
+            yield note(
                 "shadow",
                 task.name,
                 "Shadow mode: duplicates are counted and run all the same.",
                 "Set idem_shadow = False when `idem shadow` says it is ready.",
             )
         if task.settings.on_store_error == "run":
-            yield Finding(
-                "warning",
+            yield warning(
                 "fail-open",
                 task.name,
                 "While the store does not answer it runs without a guard, as often as it is delivered.",
                 'Set idem_on_store_error = "retry", unless running twice is better than running late.',
             )
     if s.pickled:
-        yield Finding(
-            "warning",
+        yield warning(
             "pickle",
             "result_accept_content",
             "Stored results may be pickled: anybody who can write to the store can run code in your workers.",
@@ -296,9 +267,7 @@ def choices(s: Snapshot) -> Iterator[Finding]:
 
 
 def retention(s: Snapshot) -> Iterator[Finding]:
-    for task in s.tasks:
-        if not task.guarded:
-            continue
+    for task in s.guarded:
         policy = task.settings.policy(task.asks)
         keep = min(policy.result_ttl, policy.failure_ttl) / MICROSECONDS
         horizons = [
@@ -308,8 +277,7 @@ def retention(s: Snapshot) -> Iterator[Finding]:
         ]
         for seconds, what, name in horizons:
             if seconds is not None and keep < seconds:
-                yield Finding(
-                    "error",
+                yield error(
                     "retention",
                     task.name,
                     f"An outcome is kept {duration(keep)}, and {duration(seconds)} later {what} ({name}): by then it "
@@ -317,8 +285,7 @@ def retention(s: Snapshot) -> Iterator[Finding]:
                     f"Set idem_result_ttl (and idem_failure_ttl) to {int(2 * seconds)} or more.",
                 )
         if s.result_expires is not None and keep < s.result_expires:
-            yield Finding(
-                "note",
+            yield note(
                 "retention-result",
                 task.name,
                 f"The result backend shows results for {duration(s.result_expires)}, an outcome is replayed for "
@@ -329,8 +296,7 @@ def retention(s: Snapshot) -> Iterator[Finding]:
 
 def eta_beyond_visibility(s: Snapshot) -> Iterator[Finding]:
     if s.visibility is not None and s.longest_delay > s.visibility:
-        yield Finding(
-            "warning",
+        yield warning(
             "eta",
             "broker_transport_options",
             f"Messages wait {duration(s.longest_delay)} for their ETA in a worker, and the broker delivers them again "
@@ -342,8 +308,7 @@ def eta_beyond_visibility(s: Snapshot) -> Iterator[Finding]:
 def leases(s: Snapshot) -> Iterator[Finding]:
     for settings, where in _distinct(s):
         if settings.lease < SHORT_LEASE:
-            yield Finding(
-                "warning",
+            yield warning(
                 "short-lease",
                 where,
                 f"A lease of {settings.lease:g} s lapses in an ordinary pause (garbage collection, a store that fails "
@@ -351,8 +316,7 @@ def leases(s: Snapshot) -> Iterator[Finding]:
                 "Set idem_lease = 30.",
             )
         if settings.lease > LONG_LEASE:
-            yield Finding(
-                "warning",
+            yield warning(
                 "long-lease",
                 where,
                 f"A lease of {duration(settings.lease)}: what a dead host left behind is decided only after that. "
@@ -360,8 +324,7 @@ def leases(s: Snapshot) -> Iterator[Finding]:
                 "Set idem_lease = 30.",
             )
         if s.visibility is not None and settings.lease > s.visibility:
-            yield Finding(
-                "warning",
+            yield warning(
                 "lease-visibility",
                 where,
                 f"The broker redelivers after {duration(s.visibility)} and the lease is {duration(settings.lease)}: "
@@ -371,10 +334,6 @@ def leases(s: Snapshot) -> Iterator[Finding]:
 
 
 def _distinct(s: Snapshot) -> Iterator[tuple[Settings, str]]:
-    """Each setting once: of the task where it differs from the first one's, else for all."""
-    guarded = [task for task in s.tasks if task.guarded]
-    seen: set[float] = set()
-    for task in guarded:
-        if task.settings.lease not in seen:
-            seen.add(task.settings.lease)
-            yield task.settings, task.name
+    """The settings of the first task with each lease, and its name."""
+    first = {task.settings.lease: task for task in reversed(s.guarded)}
+    yield from ((task.settings, task.name) for task in s.guarded if first[task.settings.lease] is task)

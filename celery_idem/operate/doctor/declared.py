@@ -19,7 +19,7 @@ from celery_idem.engine.ledger import Ledger
 from celery_idem.integration.task import IdempotentTask
 from celery_idem.operate.doctor import kept
 from celery_idem.operate.doctor.kept import Json
-from celery_idem.operate.doctor.snapshot import Finding, Severity
+from celery_idem.operate.doctor.snapshot import Finding, Severity, note
 from celery_idem.operate.operators import Operator, duration
 
 NAME = "declared"
@@ -158,11 +158,7 @@ def read_file(path: str) -> dict[str, Json]:
 
 
 def write_file(path: str, operator: Operator) -> None:
-    """Write the declarations of an application to a file.
-
-    Raises:
-        ConfigurationError: it cannot be written.
-    """
+    """Write the declarations of an application to a file. Raises ``ConfigurationError``: it cannot be written."""
     try:
         text = json.dumps(of_tasks(operator.tasks()), indent=2, sort_keys=True)
         Path(path).write_text(f"{text}\n", "utf-8")
@@ -335,8 +331,7 @@ def _call_changes(name: str, old: Json, new: Json, there: Counts) -> Iterator[Fi
             else "Give it a default.",
         )
     if old["must_match"] != new["must_match"]:
-        yield Finding(
-            "note",
+        yield note(
             "must-match-changed",
             new["name"],
             f"must_match was ({', '.join(old['must_match'])}) and is ({', '.join(new['must_match'])}). A parameter is "

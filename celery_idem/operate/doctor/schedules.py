@@ -31,11 +31,7 @@ class Entry(NamedTuple):
 
 
 def entries(app: Celery, ask: bool) -> Iterator[Entry]:
-    """The entries of an application that are not occurrences of their own.
-
-    Args:
-        ask: read the database too.
-    """
+    """The entries of an application that are not occurrences of their own. ``ask``: read the database too."""
     schedule = app.conf.beat_schedule
     for name, entry in schedule.items() if isinstance(schedule, Mapping) else ():
         if isinstance(entry, Mapping):

@@ -72,11 +72,7 @@ def _differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def unchanged(ledger: Ledger, born: str) -> bool:
-    """Whether the note that a worker remembers is still there.
-
-    Raises:
-        StoreError: the store did not answer.
-    """
+    """Whether the note that a worker remembers is still there. Raises ``StoreError``: the store did not answer."""
     return bool(kept.read(ledger, NAME).get("born") == born)
 
 

@@ -6,7 +6,8 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 from urllib.parse import urlsplit
 
 from celery_idem.core.errors import ConfigurationError
@@ -42,6 +43,9 @@ class Finding(NamedTuple):
     where: str
     wrong: str
     change: str
+
+
+error, warning, note = (partial(Finding, severity) for severity in get_args(Severity))
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,11 @@ class Snapshot:
     store_scheme: str = "redis"
     tasks: tuple[TaskFacts, ...] = ()
     stores: tuple[StoreFacts, ...] = ()
+
+    @property
+    def guarded(self) -> list[TaskFacts]:
+        """Those of the tasks that are guarded."""
+        return [task for task in self.tasks if task.guarded]
 
 
 Check = Callable[[Snapshot], Iterator[Finding]]

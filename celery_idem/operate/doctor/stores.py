@@ -8,7 +8,7 @@ from celery_idem.core.model import MICROSECONDS
 from celery_idem.integration.settings import Settings
 from celery_idem.operate.doctor import servers
 from celery_idem.operate.doctor.asking import StoreFacts
-from celery_idem.operate.doctor.snapshot import Finding, Snapshot
+from celery_idem.operate.doctor.snapshot import Finding, Snapshot, error, note, warning
 from celery_idem.operate.operators import duration, iso
 
 SKEW_LIMIT = 1.0
@@ -24,6 +24,10 @@ SILENT_REPLICA = 3
 
 NAMED = 3
 """Tasks that a sentence names before it only counts them."""
+
+
+def _meanwhile(s: Snapshot, store: StoreFacts) -> str:
+    return meanwhile({task.name: task.settings for task in s.tasks if task.name in store.tasks})
 
 
 def meanwhile(tasks: Mapping[str, Settings]) -> str:
@@ -47,20 +51,16 @@ WITHOUT_STORE = {
 
 
 def store_answers(s: Snapshot) -> Iterator[Finding]:
-    settings = {task.name: task.settings for task in s.tasks}
     for store in s.stores:
         if store.error:
-            its = {name: settings[name] for name in store.tasks}
-            yield Finding(
-                "error",
+            yield error(
                 "store-down",
                 store.url,
-                f"{store.error} {meanwhile(its)}".strip(),
+                f"{store.error} {_meanwhile(s, store)}".strip(),
                 "Start it, or set idem_store to where it is.",
             )
         elif store.unseen:
-            yield Finding(
-                "note",
+            yield note(
                 "not-looked-at",
                 store.url,
                 f"The store works, but eviction, persistence and replicas were not looked at: {store.unseen}",
@@ -72,8 +72,7 @@ def store_answers(s: Snapshot) -> Iterator[Finding]:
 
 def memory_store(s: Snapshot) -> Iterator[Finding]:
     if s.store_scheme == "memory":
-        yield Finding(
-            "error",
+        yield error(
             "memory-store",
             "idem_store",
             "memory:// lives in one process: two workers, or two children of one, do not see each other's claims, and "
@@ -85,13 +84,10 @@ def memory_store(s: Snapshot) -> Iterator[Finding]:
 def writing(s: Snapshot) -> Iterator[Finding]:
     for store in s.stores:
         if store.unwritable and store.info.get("role") != "slave":
-            settings = {task.name: task.settings for task in s.tasks}
-            its = {name: settings[name] for name in store.tasks}
-            yield Finding(
-                "error",
+            yield error(
                 "not-writable",
                 store.url,
-                f"It answers, and does not take a write: {store.unwritable} {meanwhile(its)}".strip(),
+                f"It answers, and does not take a write: {store.unwritable} {_meanwhile(s, store)}".strip(),
                 _how_to_write(store),
             )
 
@@ -160,8 +156,7 @@ def eviction(s: Snapshot) -> Iterator[Finding]:
         if not _evicts(store):
             continue
         what = "every record" if policy.startswith("allkeys") else "every finished outcome"
-        yield Finding(
-            "error",
+        yield error(
             "eviction",
             store.url,
             f"When its memory is full this Redis drops {what} it likes (maxmemory-policy {policy}): a call whose "
@@ -193,16 +188,14 @@ def replicas(s: Snapshot) -> Iterator[Finding]:
         if store.durability.startswith("replicas:"):
             wanted = int(store.durability.partition(":")[2])
             if connected < wanted:
-                yield Finding(
-                    "error",
+                yield error(
                     "replicas",
                     store.url,
                     f"Every write waits for {wanted} replicas and {connected} are connected, so no claim succeeds.",
                     f'Connect {wanted} replicas, or set idem_durability = "replicas:{connected}" ("none" for 0).',
                 )
         elif connected:
-            yield Finding(
-                "warning",
+            yield warning(
                 "replicas",
                 store.url,
                 "This Redis has replicas, and writes do not wait for them: a failover forgets the last claims, and "
@@ -215,8 +208,7 @@ def silent_replicas(s: Snapshot) -> Iterator[Finding]:
     for store in s.stores:
         behind = [(name, lag, bytes_) for name, lag, bytes_ in _replicas(store) if lag >= SILENT_REPLICA]
         for name, lag, missing in behind:
-            yield Finding(
-                "warning",
+            yield warning(
                 "replica-lags",
                 store.url,
                 f"Its replica {name} sent its last sign {lag} s ago, and is {missing:,} bytes behind. If it takes "
@@ -243,8 +235,7 @@ def other_runs(s: Snapshot) -> Iterator[Finding]:
         oldest = store.now - max(kept, default=0) / MICROSECONDS
         lost = store.noted.get("lost")
         if lost and lost > oldest:
-            yield Finding(
-                "error",
+            yield error(
                 "data-lost",
                 store.url,
                 f"A worker found at {iso(lost)} that its note in the store was gone: the server had lost its data, or "
@@ -300,8 +291,7 @@ def _is_redis(store: StoreFacts) -> bool:
 def replica_as_store(s: Snapshot) -> Iterator[Finding]:
     for store in s.stores:
         if store.info.get("role") == "slave":
-            yield Finding(
-                "error",
+            yield error(
                 "read-only",
                 store.url,
                 "This Redis is a replica: it refuses every claim.",
@@ -312,8 +302,7 @@ def replica_as_store(s: Snapshot) -> Iterator[Finding]:
 def clock_went_back(s: Snapshot) -> Iterator[Finding]:
     for store in s.stores:
         if store.ahead > SKEW_LIMIT:
-            yield Finding(
-                "warning",
+            yield warning(
                 "clock-back",
                 store.url,
                 f"Records were written up to {duration(store.ahead)} ahead of the store's clock: it was set back, or "
@@ -327,8 +316,7 @@ def clock_went_back(s: Snapshot) -> Iterator[Finding]:
 def calls_not_kept(s: Snapshot) -> Iterator[Finding]:
     for store in s.stores:
         for why, number in store.not_kept.items():
-            yield Finding(
-                "warning",
+            yield warning(
                 "call-not-kept",
                 store.url,
                 f"{number:,} open intents cannot be shown, nor be published again: {why}. If their workers die, their "
@@ -341,8 +329,7 @@ def calls_not_kept(s: Snapshot) -> Iterator[Finding]:
 def clock_skew(s: Snapshot) -> Iterator[Finding]:
     for store in s.stores:
         if store.skew > SKEW_LIMIT:
-            yield Finding(
-                "warning",
+            yield warning(
                 "clock-skew",
                 store.url,
                 f"This machine's clock and the store's are {store.skew:.1f} s apart. Leases are not affected, "
