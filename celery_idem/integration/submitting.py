@@ -212,7 +212,11 @@ class Submission:
         if isinstance(expires, Real):
             expires = app.now() + timedelta(seconds=float(expires))
         self.call = messages.of_submission(
-            task, args, kwargs, self.task_id, {**self.options, **own, "countdown": None, "eta": due, "expires": expires}
+            task,
+            args,
+            kwargs,
+            self.task_id,
+            {**self.options, **own, "countdown": None, "eta": due, "expires": expires},
         )
         digest = keys.scope_digest(ledger.namespace, scope)
         self.request = Request(owners.mint(), self.task_id, fingerprint, policy, scope=digest, call=self.call)

@@ -64,7 +64,9 @@ def on_commit(connection: Any, job: Job) -> bool:
         return True
     if not _is_session(connection):
         return False
-    connection = getattr(connection, "registry", lambda: connection)()  # of a scoped_session: this thread's session
+    connection = getattr(
+        connection, "registry", lambda: connection
+    )()  # of a scoped_session: this thread's session
     event = sys.modules["sqlalchemy.event"]  # which is loaded, because the author uses it
 
     connection.connection()  # begins, where nothing has begun yet

@@ -232,6 +232,8 @@ def _finite(text: str) -> float:
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     form = dict(pairs)
-    if len(form) < len(pairs):  # a settled outcome cannot be changed, so which one was meant is no guess of ours
+    if len(form) < len(
+        pairs
+    ):  # a settled outcome cannot be changed, so which one was meant is no guess of ours
         raise ValueError("a field is given twice")
     return form

@@ -193,7 +193,10 @@ def broker_away(app: Celery) -> Iterator[None]:
 def taken(app: Celery) -> list[Any]:
     """The headers and the body of each message in the queue."""
     found = []
-    with app.connection_for_read() as connection, connection.SimpleQueue(app.conf.task_default_queue) as queue:
+    with (
+        app.connection_for_read() as connection,
+        connection.SimpleQueue(app.conf.task_default_queue) as queue,
+    ):
         while queue.qsize():
             message = queue.get()
             found.append((message.headers, message.payload))
