@@ -35,6 +35,7 @@ class GuardedTask(Protocol):
     app: Any
     acks_late: Any
     serializer: Any
+    expires: Any
     ignore_result: Any
     store_errors_even_if_ignored: Any
     _backend: Any  # of its own; None: the application's

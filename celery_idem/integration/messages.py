@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from celery.app.task import Context
-from celery.utils.time import maybe_iso8601
+from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu.exceptions import OperationalError
 from kombu.serialization import dumps, loads, prepare_accept_content, registry
 
@@ -276,13 +276,18 @@ def of_submission(
         for name, value in kept.items():
             if isinstance(value, datetime):
                 kept[name] = value.isoformat()
-        if declaration.secret:
-            args, kwargs = publishing.without_secrets(declaration, args, kwargs)
+        links = {name: kept[name] for name in ("link", "link_error") if name in kept}
+        hidden = bool(declaration.secret) or _has_secrets(task.app, links)
         serializer = kept.get("serializer") or task.serializer
+        dump = getattr(task, "_dump_pydantic_arguments", None)  # since Celery 5.7
+        if dump is not None and serializer != "pickle":
+            args, kwargs = dump(args, kwargs)
+        if hidden:
+            args, kwargs = publishing.without_secrets(declaration, args, kwargs)
+            kept = {name: value for name, value in kept.items() if name not in links}
         content_type, encoding, body = dumps((args, kwargs, {}), serializer=serializer)
         if isinstance(body, str):
             body = body.encode()
-        hidden = bool(declaration.secret)
         call = Call(task_id, {}, {}, content_type, encoding, "", "", "", hidden, kept, body)
         return _bounded(call, settings)
     except Exception as error:  # of any serializer
@@ -323,7 +328,7 @@ def publish(app: Celery, key: str, call: Call, began: bool = True) -> None:
             name: maybe_iso8601(call.options[name]) for name in ("eta", "expires") if call.options.get(name)
         }
         options = {**call.options, **times, DECIDED: True}
-        options["headers"] = {**(options.get("headers") or {}), CARRIED: []}
+        options["headers"] = {**(options.get("headers") or {}), CARRIED: [], MESSAGE: call.task_id}
         in_time(
             app,
             lambda **more: app.tasks[task].apply_async(
@@ -368,6 +373,12 @@ def in_time(app: Celery, publish: Callable[..., Published], producer: Any = None
         except Exception:
             real.connection.collect()  # its pool would wait until the broker agrees to close it
             raise
+
+
+def expired(app: Celery, call: Call) -> bool:
+    """Tell whether a call has expired of which no execution had begun."""
+    expires = (call.options or {}).get("expires")
+    return expires is not None and bool(maybe_make_aware(maybe_iso8601(expires), app.timezone) <= app.now())
 
 
 def answer(app: Celery, key: str, packed: bytes) -> None:

@@ -124,6 +124,11 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
         return Found(entry, False, GIVEN_UP)
     if taken is None or call is None:
         return None
+    if messages.expired(app, call):  # some brokers drop it themselves, and then no worker says so
+        ledger.revoked(entry.key, call.task_id, guard.options.policy)
+        if not task.ignore_result:
+            task.backend.mark_as_revoked(call.task_id, "expired")
+        return Found(entry, False, "it expired before a worker began it")
     try:
         messages.publish(app, entry.key, call)
     except Exception as error:  # of any driver, router or serializer

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from difflib import get_close_matches
+from math import isinf
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from celery_idem.core.errors import IdempotencyError, StoreError
@@ -99,7 +100,12 @@ def read_decisions(lines: Iterable[bytes], by: str, evidence: str) -> Iterator[L
 
 def _decision(line: bytes, by: str, evidence: str) -> Decision:
     try:
-        form: Any = json.loads(line.decode("utf-8-sig"), parse_constant=_no_number)
+        form: Any = json.loads(
+            line.decode("utf-8-sig"),
+            parse_constant=_no_number,
+            parse_float=_finite,
+            object_pairs_hook=_each_once,
+        )
     except ValueError as error:
         raise ValueError(f"it is not JSON: {error}") from None
     if not isinstance(form, dict):
@@ -207,3 +213,19 @@ def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
 def _no_number(name: str) -> Any:
     raise ValueError(f"JSON has no {name}")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if isinf(number):
+        raise ValueError(f"{text} is too large")
+    return number
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    form = dict(pairs)
+    if len(form) < len(
+        pairs
+    ):  # a settled outcome cannot be changed, so which one was meant is no guess of ours
+        raise ValueError("a field is given twice")
+    return form
