@@ -18,17 +18,16 @@ from kombu.serialization import dumps, loads, prepare_accept_content, registry
 
 from celery_idem.core import calls, keys
 from celery_idem.core.calls import Call, Why
-from celery_idem.core.errors import IdempotencyError
-from celery_idem.core.keys import Declaration
+from celery_idem.core.errors import IdempotencyError, StoreError
 from celery_idem.core.model import ACCEPTED_AT, KEY, MESSAGE, PUBLISHED, Stored
+from celery_idem.core.sealing import Seal, opened, seal_of
 from celery_idem.engine import events
 from celery_idem.integration import publishing, republishing
 from celery_idem.integration.guarded import GuardedTask, Guarding
+from celery_idem.integration.settings import of_app
 
 if TYPE_CHECKING:
     from celery import Celery
-
-    from celery_idem.integration.settings import Settings
 
 BODY = "idem-body"
 ENCODING = "idem-encoding"
@@ -68,17 +67,13 @@ def of_delivery(app: Celery, guard: Guarding, request: Context, args: Any, kwarg
     if not guard.settings.keep_call:
         return Why.OFF.packed
     try:
-        return _bounded(
-            _of_delivery(app, guard.declaration, guard.broker, request, args, kwargs), guard.settings
-        )
+        return _kept_as(guard, key, _of_delivery(app, guard, request, args, kwargs))
     except Exception as error:  # of any serializer
         events.diagnose(logging.DEBUG, "%s: its call is not kept", key, error=error)
         return Why.UNWRITABLE.packed
 
 
-def _of_delivery(
-    app: Celery, declaration: Declaration, broker: str, request: Context, args: Any, kwargs: Any
-) -> Call:
+def _of_delivery(app: Celery, guard: Guarding, request: Context, args: Any, kwargs: Any) -> Call:
     known = vars(request)
     task_id = request.id or ""
     properties = request.properties or {}
@@ -90,10 +85,10 @@ def _of_delivery(
     canvas = {name: known[name] for name in _CANVAS if known.get(name)}
     body = properties.get(BODY)
     content_type, encoding = properties.get("content_type") or "", properties.get(ENCODING) or "utf-8"
-    hidden = bool(declaration.secret or (canvas and _has_secrets(app, canvas)))
+    hidden = _hides(app, guard, canvas)
     if hidden or not isinstance(body, (bytes, str)):
         if hidden:
-            args, kwargs, canvas = *publishing.without_secrets(declaration, args, kwargs), {}
+            args, kwargs, canvas = *publishing.without_secrets(guard.declaration, args, kwargs), {}
         name = registry.type_to_name.get(content_type) or app.conf.task_serializer
         written, encoding, body = dumps((args, kwargs, canvas), serializer=name)
         content_type = "" if request.is_eager or request.called_directly else written
@@ -107,7 +102,7 @@ def _of_delivery(
         encoding,
         info.get("exchange") or "",
         info.get("routing_key") or "",
-        broker,
+        guard.broker,
         hidden,
         None,
         body,
@@ -131,9 +126,18 @@ def _kept(known: Mapping[str, Any], others: Mapping[str, Any], task_id: str) -> 
     return headers
 
 
-def _bounded(call: Call, settings: Settings) -> bytes:
-    packed = calls.pack(call)
-    return packed if len(packed) <= settings.max_call_bytes else Why.TOO_LARGE.packed
+def _kept_as(guard: Guarding, key: str, call: Call) -> bytes:
+    packed, seal = calls.pack(call), guard.ledger.codec.seal
+    if len(packed) > guard.settings.max_call_bytes:
+        return Why.TOO_LARGE.packed
+    return packed if seal is None else seal.close(packed, key)
+
+
+def _hides(app: Celery, guard: Guarding, canvas: Any) -> bool:
+    """Whether secret values are in a call that would be kept in clear: then they are left out of it."""
+    if guard.ledger.codec.seal is not None:
+        return False
+    return bool(guard.declaration.secret or (canvas and _has_secrets(app, canvas)))
 
 
 def _has_secrets(app: Celery, canvas: Any) -> bool:
@@ -206,7 +210,7 @@ def of_message(
     try:
         args, kwargs, canvas = body
         kept = {"priority": priority, "reply_to": reply_to, "delivery_mode": delivery_mode}
-        hidden = bool(task.guard.declaration.secret) or _has_secrets(task.app, canvas)
+        hidden = _hides(task.app, task.guard, canvas)
         if hidden:
             args, kwargs, canvas = *publishing.without_secrets(task.guard.declaration, args, kwargs), {}
         content_type, encoding, written = dumps((args, kwargs, canvas), serializer=serializer)
@@ -223,7 +227,7 @@ def of_message(
             None,
             written.encode() if isinstance(written, str) else written,
         )
-        return _bounded(call, settings)
+        return _kept_as(task.guard, headers[KEY], call)
     except Exception as error:
         events.diagnose(logging.DEBUG, "%s: the call of its retry is not kept", task.name, error=error)
         return Why.UNWRITABLE.packed
@@ -250,13 +254,15 @@ def accepted_in(header: Any) -> Stored | None:
         return None
 
 
-def recovers(guard: Guarding, packed: bytes) -> bool:
+def recovers(guard: Guarding, key: str, packed: bytes) -> bool:
     """Whether recovery can publish a call that was packed here."""
-    return guard.settings.recover and calls.missing(packed) is None and calls.unpack(packed).publishable
+    if not guard.settings.recover or calls.missing(packed) is not None:
+        return False
+    return calls.unpack(opened(guard.ledger.codec.seal, packed, key)).publishable
 
 
 def of_submission(
-    task: GuardedTask, args: Any, kwargs: Any, task_id: str, options: Mapping[str, Any]
+    task: GuardedTask, key: str, args: Any, kwargs: Any, task_id: str, options: Mapping[str, Any]
 ) -> bytes:
     """Return the call that ``submit`` accepts before it makes a message of it, packed. It never raises."""
     settings, declaration = task.guard.settings, task.guard.declaration
@@ -267,15 +273,15 @@ def of_submission(
         for name, value in kept.items():
             if isinstance(value, datetime):
                 kept[name] = value.isoformat()
-        if declaration.secret:
+        hidden = _hides(task.app, task.guard, {})
+        if hidden:
             args, kwargs = publishing.without_secrets(declaration, args, kwargs)
         serializer = kept.get("serializer") or task.serializer
         content_type, encoding, body = dumps((args, kwargs, {}), serializer=serializer)
         if isinstance(body, str):
             body = body.encode()
-        hidden = bool(declaration.secret)
         call = Call(task_id, {}, {}, content_type, encoding, "", "", "", hidden, kept, body)
-        return _bounded(call, settings)
+        return _kept_as(task.guard, key, call)
     except Exception as error:  # of any serializer
         events.diagnose(logging.DEBUG, "%s: its call is not kept", task_id, error=error)
         return Why.UNWRITABLE.packed
@@ -342,7 +348,7 @@ def publish(app: Celery, key: str, call: Call, began: bool = True) -> None:
 def answer(app: Celery, key: str, packed: bytes) -> None:
     """Publish the call of a dead execution, whose caller waits: it is a duplicate by now. It never raises."""
     try:
-        call = calls.unpack(packed)
+        call = calls.unpack(opened(_seal(app, key), packed, key))
         if call.publishable:
             publish(app, key, call)
     except Exception as error:
@@ -397,20 +403,31 @@ class BrokerError(IdempotencyError):
     """The broker did not take a call. Recovery goes on later."""
 
 
-def call_in(packed: bytes) -> tuple[Call | None, str]:
+def call_in(app: Celery, key: str, packed: bytes) -> tuple[Call | None, str]:
     """Return the call in packed bytes, or None and why it is not there, for people."""
     if not packed:
         return None, "its record holds no call"
     missing = calls.missing(packed)
     if missing is not None:
-        return None, _WHY[missing]
+        return None, WHY_NOT_KEPT[missing]
     try:
-        return calls.unpack(packed), ""
+        return calls.unpack(opened(_seal(app, key), packed, key)), ""
     except ValueError as error:
         return None, f"its call cannot be read ({error})"
+    except StoreError as error:
+        return None, str(error).removesuffix(".")
 
 
-_WHY = {
+def _seal(app: Celery, key: str) -> Seal | None:
+    """What seals the records of an intent's task."""
+    task = app.tasks.get(keys.task_of(key) or key)
+    if getattr(task, "idem_declaration", None) is not None:
+        seal: Seal | None = task.guard.ledger.codec.seal
+        return seal
+    return seal_of(tuple(of_app(app.conf).seal_keys))
+
+
+WHY_NOT_KEPT = {
     calls.Why.OFF: "its call was not kept (keep_call=False)",
     calls.Why.TOO_LARGE: "its call was not kept: it is larger than max_call_bytes",
     calls.Why.UNWRITABLE: "its call was not kept: its serializer refuses an argument or a header",
@@ -422,7 +439,7 @@ def publisher(app: Celery, key: str, packed: bytes) -> Callable[[], object] | No
 
     That raises ``BrokerError``.
     """
-    call, _ = call_in(packed)
+    call, _ = call_in(app, key, packed)
     if call is None or not call.publishable:
         return None
     found = call

@@ -17,6 +17,7 @@ from celery.app.task import Context
 from celery.states import READY_STATES
 
 from celery_idem.core.calls import Call
+from celery_idem.core.errors import StoreError
 from celery_idem.core.model import Record, Tell
 from celery_idem.engine import events, runner
 from celery_idem.engine.entries import Entry
@@ -99,7 +100,7 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
 
     def publishable(record: Record) -> bool:
         nonlocal call
-        call, _ = call_of(record)
+        call, _ = call_of(app, entry.key, record)
         return bool(guard.settings.recover and call is not None and call.publishable)
 
     def elsewhere(record: Record) -> bool:
@@ -109,8 +110,13 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
         if entry.state == "in_doubt" and not entry.record.asking:
             return Found(entry, False, GIVEN_UP)
         can = publishable(entry.record)
-        return Found(entry, can, "" if can else why_not(entry.record, guard.settings.recover))
-    taken = ledger.recover(entry.key, publishable, guard.options.policy, elsewhere)
+        return Found(entry, can, "" if can else why_not(app, entry.key, entry.record, guard.settings.recover))
+    try:
+        taken = ledger.recover(entry.key, publishable, guard.options.policy, elsewhere)
+    except StoreError as error:
+        if not error.key:
+            raise
+        return Found(entry, False, str(error))  # sealed with a key that is not here: it holds up no other
     if isinstance(taken, Tell):
         try:
             _tell(app, task, entry.key, taken.record, call)
@@ -155,14 +161,14 @@ def _tell(app: Celery, task: GuardedTask, key: str, record: Record, call: Call |
     task.backend.mark_as_failure(record.task_id, unknown, request=request, store_result=stored)
 
 
-def call_of(record: Record) -> tuple[Call | None, str]:
+def call_of(app: Celery, key: str, record: Record) -> tuple[Call | None, str]:
     """Return the call that a record holds, or None and why it holds none, for people."""
-    return messages.call_in(record.call)
+    return messages.call_in(app, key, record.call)
 
 
-def why_not(record: Record, recover: bool = True) -> str:
+def why_not(app: Celery, key: str, record: Record, recover: bool = True) -> str:
     """Return why a record's call cannot be published again, for people; "" where it can."""
-    call, why = call_of(record)
+    call, why = call_of(app, key, record)
     if call is None:
         return why
     if call.hidden:

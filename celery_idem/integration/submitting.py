@@ -205,7 +205,7 @@ class Submission:
         self.mine = self.source._replace(published=True)
         due = _due(app, options)
         self.call = messages.of_submission(
-            task, args, kwargs, self.task_id, {**self.options, **own, "countdown": None, "eta": due}
+            task, self.key, args, kwargs, self.task_id, {**self.options, **own, "countdown": None, "eta": due}
         )
         digest = keys.scope_digest(ledger.namespace, keys.label("scope", scope)) if scope is not None else b""
         self.request = Request(owners.mint(), self.task_id, fingerprint, policy, scope=digest, call=self.call)
@@ -215,7 +215,7 @@ class Submission:
     @property
     def recovers(self) -> bool:
         """Recovery can publish it."""
-        return recovers(self.task.guard, self.call)
+        return recovers(self.task.guard, self.key, self.call)
 
     def told(self, entry: Entry) -> Receipt:
         """Return what the record says."""

@@ -300,9 +300,9 @@ class Operator:
             IdempotencyError: the record does not hold all of the call, or there is none.
         """
         entry = self.ledger_of(key).get(key)
-        call, why = (None, "there is no record") if entry is None else call_of(entry.record)
+        call, why = (None, "there is no record") if entry is None else call_of(self.app, key, entry.record)
         if entry is None or call is None or not call.publishable:
-            why = why if entry is None else why_not(entry.record)
+            why = why if entry is None else why_not(self.app, key, entry.record)
             raise IdempotencyError(
                 f"{key} cannot be run again from its record: {why}. Decide that it did not happen, then repeat the "
                 "call.",
@@ -381,7 +381,7 @@ class Operator:
 
         None where neither has all of them, and why the record has not.
         """
-        call, why = call_of(entry.record)
+        call, why = call_of(self.app, entry.key, entry.record)
         if call is not None and call.hidden:
             why = "its secret values are not in the record"
         elif call is not None:
@@ -409,7 +409,7 @@ class Operator:
     def action(self, entry: Entry) -> Action:
         """Return which action an intent is, from the call in its record. It never raises."""
         record, task = entry.record, self.task_of(entry.key)
-        call, why = call_of(record)
+        call, why = call_of(self.app, entry.key, record)
         said = describing.Said()
         if record.outcome is not None:
             why = "it is settled"
@@ -429,7 +429,7 @@ class Operator:
             {**said.intent, **said.labels},
             said.arguments,
             why,
-            "" if record.outcome is not None else why_not(record),
+            "" if record.outcome is not None else why_not(self.app, entry.key, record),
             record.place,
             record.fence / MICROSECONDS if began else None,
             entry.changed_at if lives else None,

@@ -55,7 +55,7 @@ def retry(
         return Retried(why=f"this application has no task {entry.task}")
     if entry.record.state not in (State.FAILED, State.RELEASED):
         return Retried(why=_REFUSED.get(entry.state, f"it is {entry.state}"))
-    call, _ = call_of(entry.record)
+    call, _ = call_of(operator.app, entry.key, entry.record)
     if given is None and call is not None and call.publishable:
         if not dry_run:
             messages.publish(operator.app, entry.key, call)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from celery_idem.core import calls
 from celery_idem.core.errors import StoreError
 from celery_idem.core.model import MICROSECONDS
-from celery_idem.integration.recovering import call_of
+from celery_idem.integration import messages
 from celery_idem.operate.doctor import kept, servers
 
 if TYPE_CHECKING:
@@ -80,8 +80,9 @@ def facts_of(ledger: Ledger, durability: str, guarded: Iterable[IdempotentTask] 
         ahead, not_kept = 0.0, Counter[str]()
         for entry in islice(ledger.list("open"), LOOKED_AT):
             ahead = max(ahead, entry.changed_at - now)
-            if calls.missing(entry.record.call) in LEFT_OUT:
-                not_kept[call_of(entry.record)[1]] += 1
+            why = calls.missing(entry.record.call)
+            if why in LEFT_OUT:
+                not_kept[messages.WHY_NOT_KEPT[why]] += 1
         noted = kept.read(ledger, servers.NAME)
     except StoreError as error:
         yield StoreFacts(store.url, durability, tasks, error=str(error))

@@ -1,0 +1,230 @@
+"""Records with sealed values: what the bytes in the store show, and what happens without the right key."""
+
+from __future__ import annotations
+
+import base64
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery
+
+from celery_idem import ConfigurationError, IdempotentTask, Ledger, StoreError, look_up
+from celery_idem.core import sealing
+from celery_idem.core.sealing import Seal
+from celery_idem.integration import recovering
+from celery_idem.stores import open_store
+from tests.security.conftest import command_line
+from tests.support import hand
+
+OLD, NEW, OTHER = (base64.b64encode(bytes([n]) * 32).decode() for n in (1, 2, 3))
+CARD, PIN = "4111-1111-1111-1111", "pin-of-the-customer"
+
+
+def shop(url: str, *keys: str, **conf: Any) -> Celery:
+    """An application whose every kind of stored value has the card's number in it. ``app.ran`` has its effects."""
+    app = hand.application(idem_store=url, idem_seal_keys=list(keys), idem_lease=0.1, **conf)
+    app.ran = []
+
+    def pay(self: Any, order: str, card: str, pin: str = "") -> str:
+        app.ran.append((order, pin))
+        reference = self.step("bank", lambda: f"bank says {card}")
+        if order == "refused":
+            raise ValueError(f"no money on {card}")
+        if order == "in doubt":
+            raise TimeoutError
+        return f"paid with {reference}"
+
+    options: dict[str, Any] = {"base": IdempotentTask, "bind": True, "shared": False, "lazy": False}
+    doubtful = {"ambiguous_errors": (TimeoutError,), "describe": "{order} with {card}"}
+    app.task(name="shop.pay", intent=("order",), secret=("pin",), **doubtful, **options)(pay)
+    return app
+
+
+@pytest.fixture(params=["redis", "sqlite", "postgres"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/idem.db"
+    return str(request.getfixturevalue(f"{request.param}_url"))
+
+
+@pytest.fixture
+def memory() -> str:
+    return f"memory://{uuid.uuid4().hex}"
+
+
+def stored_bytes(url: str, tmp_path: Path) -> bytes:
+    """Everything that the store holds: keys, values, index."""
+    if url.startswith("sqlite"):
+        return b"".join(path.read_bytes() for path in tmp_path.glob("idem.db*"))
+    if url.startswith("redis"):
+        client = redis.Redis.from_url(url)
+        read = {b"string": client.get, b"zset": lambda key: repr(client.zrange(key, 0, -1)).encode()}
+        return b"".join(b"%b %b" % (key, read[client.type(key)](key)) for key in client.keys("*"))
+    import psycopg
+
+    with psycopg.connect(url) as connection:
+        tables = connection.execute("SELECT tablename FROM pg_tables WHERE tablename LIKE 'celery_idem%'").fetchall()
+        assert tables
+        rows = [row for (name,) in tables for row in connection.execute(f'SELECT * FROM "{name}"', binary=True)]
+    return b"".join(value if isinstance(value, bytes) else str(value).encode() for row in rows for value in row)
+
+
+def run_all_kinds(app: Celery) -> Any:
+    """A success, an error, one in doubt, and one that is accepted and not begun."""
+    pay = app.tasks["shop.pay"]
+    for order in ("fine", "refused", "in doubt"):
+        pay.submit(order, CARD, PIN)
+        hand.drain(app)
+    pay.submit("accepted", CARD, PIN)
+    assert hand.take(app) is not None  # its message is lost
+    return pay
+
+
+def test_no_value_is_in_the_store_and_each_is_given_back(url: str, tmp_path: Path) -> None:
+    app = shop(url, NEW)
+    pay = run_all_kinds(app)
+    found = stored_bytes(url, tmp_path)
+    assert b"shop.pay" in found
+    for value in (CARD, PIN, "bank says", "no money", "ValueError"):
+        assert value.encode() not in found
+        assert value.encode().hex().encode() not in found
+    # The order is in the records of the calls that are open, and nowhere in clear.
+    states = {entry.state: entry for entry in Ledger.from_app(app).list()}
+    assert set(states) == {"succeeded", "failed", "in_doubt", "accepted"}
+    assert all(sealing.sealed_with(entry.record) == {Seal([NEW]).newest} for entry in states.values())
+
+    assert pay.submit("fine", CARD, PIN).result == f"paid with bank says {CARD}"
+    hand.drain(app)
+    assert pay.delay("fine", CARD, PIN).id
+    (message,) = [hand.take(app)]
+    assert hand.deliver(app, message) == f"paid with bank says {CARD}"
+    assert pay.submit("refused", CARD, PIN).status == "failed"
+    shown = command_line(app, "show", states["in_doubt"].key)
+    assert f"in doubt with {CARD}" in shown
+    assert PIN not in shown
+
+
+def test_without_keys_the_same_search_finds_them(url: str, tmp_path: Path) -> None:
+    """The control of the test above; and the secret value is not there all the same."""
+    app = shop(url)
+    run_all_kinds(app)
+    found = stored_bytes(url, tmp_path)
+    for value in (CARD, "bank says", "no money", "ValueError"):
+        assert value.encode() in found
+    assert PIN.encode() not in found
+
+
+def test_a_call_with_secrets_is_recovered_and_run_again_by_hand(memory: str) -> None:
+    app = shop(memory, NEW)
+    pay = run_all_kinds(app)
+    app.ran.clear()
+    doubtful, lost = pay.intent_key("in doubt", ""), pay.intent_key("accepted", "")
+    assert "released" in command_line(
+        app, "resolve", doubtful, "--not-happened", "--run", "--evidence", "nothing at the bank", "--yes"
+    )
+    hand.drain(app)
+    assert app.ran == [("in doubt", PIN)]
+    Ledger.from_app(app).sent(lost, Ledger.from_app(app).get(lost).record.owner, 0)  # type: ignore[union-attr]
+    assert [(found.entry.key, found.published) for found in recovering.recover(app)] == [(lost, True)]
+    hand.drain(app)
+    assert app.ran == [("in doubt", PIN), ("accepted", PIN)]
+
+
+# --- keys ------------------------------------------------------------------------------------------
+
+
+def test_a_box_opens_with_its_key_for_its_intent_and_unchanged() -> None:
+    seal = Seal([NEW, OLD])
+    box = seal.close(b"a value", "shop.pay:1")
+    assert b"value" not in box
+    assert seal.open(box, "shop.pay:1") == Seal([OTHER, NEW]).open(box, "shop.pay:1") == b"a value"
+    assert Seal([OLD]).close(b"a value", "shop.pay:1") != box
+    assert NEW not in repr(seal)
+    for changed, key in ((box, "shop.pay:2"), (box[:-1] + bytes([box[-1] ^ 1]), "shop.pay:1"), (box[:9], "shop.pay:1")):
+        with pytest.raises(StoreError, match="does not open with its key"):
+            seal.open(changed, key)
+    with pytest.raises(StoreError, match=f"sealed with the key {seal.newest}, which idem_seal_keys of this process"):
+        Seal([OLD]).open(box, "shop.pay:1")
+
+
+@pytest.mark.parametrize("wrong", ["hunter2", [""], ["hunter2"], [base64.b64encode(b"short").decode()], [5], NEW])
+def test_what_is_no_key_is_refused_and_not_shown(wrong: Any) -> None:
+    app = hand.application(idem_seal_keys=wrong)
+    with pytest.raises(ConfigurationError, match="idem_seal_keys cannot be this value: use a list of keys") as caught:
+        Ledger.from_app(app)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_without_the_package_the_error_names_the_extra(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "cryptography.hazmat.primitives.ciphers.aead", None)
+    sealing.seal_of.cache_clear()
+    app = hand.application(idem_store=memory, idem_seal_keys=[OTHER])
+    with pytest.raises(ConfigurationError, match=r"pip install 'celery_idem\[seal\]'"):
+        Ledger.from_app(app)
+
+
+@pytest.mark.parametrize("keys", [(), (OTHER,)], ids=["none", "another"])
+@pytest.mark.parametrize("policy", ["retry", "raise", "run"])
+def test_without_the_key_a_worker_runs_nothing_and_loses_nothing(memory: str, keys: tuple[str, ...], policy: str) -> None:
+    run_all_kinds(shop(memory, NEW))
+    store = open_store(memory)
+    before = dict(store.scan(""))
+    app = shop(memory, *keys, idem_on_store_error=policy)
+    pay = app.tasks["shop.pay"]
+    for order in ("fine", "refused", "in doubt", "accepted"):
+        result = pay.delay(order, CARD, PIN)
+        hand.deliver(app, hand.take(app))
+        if policy == "retry":
+            assert hand.take(app).headers["id"] == result.id  # it comes back
+        else:
+            with pytest.raises(StoreError, match=f"sealed with the key {Seal([NEW]).newest}.*Nothing was run"):
+                result.get(timeout=5)
+    assert app.ran == []
+    assert dict(store.scan("")) == before
+
+
+@pytest.fixture
+def locked(memory: str) -> Iterator[tuple[Celery, Any]]:
+    """An application without the key of what is there, and its task."""
+    run_all_kinds(shop(memory, NEW))
+    store = open_store(memory)
+    before = dict(store.scan(""))
+    app = shop(memory, OTHER)
+    yield app, app.tasks["shop.pay"]
+    assert dict(store.scan("")) == before
+    assert app.ran == []
+
+
+SAYS = f"sealed with the key {Seal([NEW]).newest}, which idem_seal_keys of this process does not have"
+
+
+def test_without_the_key_callers_are_told(locked: tuple[Celery, Any]) -> None:
+    app, pay = locked
+    for order, status in (("fine", "replayed"), ("refused", "failed"), ("in doubt", "not_run"), ("accepted", "not_run")):
+        receipt = pay.submit(order, CARD, PIN)
+        if order in ("fine", "refused"):
+            assert (receipt.status, receipt.result) == (status, None)
+            assert SAYS in receipt.reason
+            found = look_up(app, receipt.key)
+            assert found is not None
+            assert SAYS in found.reason
+    (many,) = pay.submit_many([("refused", CARD, PIN)])
+    assert SAYS in many.reason
+
+
+def test_without_the_key_commands_say_so(locked: tuple[Celery, Any]) -> None:
+    app, pay = locked
+    doubtful = pay.intent_key("in doubt", "")
+    evidence = ("--evidence", "seen", "--yes")
+    for words in (
+        ("show", doubtful),
+        ("resolve", doubtful, "--happened", "1", *evidence),
+        ("resolve", doubtful, "--not-happened", "--run", *evidence),
+    ):
+        said = " ".join(command_line(app, *words).split())
+        assert SAYS in said.replace("│ ", ""), (words, said)
+    assert doubtful in command_line(app, "list", "--json")
