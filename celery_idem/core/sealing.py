@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
+from celery_idem.core.calls import Why
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.model import Record
 
@@ -144,11 +145,25 @@ def check(seal: Seal | None, record: Record, key: str) -> None:
             opened(seal, field, key)
 
 
-def changed(record: Record, change: Callable[[bytes], bytes]) -> Record:
-    """Return a record with each of the fields changed that hold values of the application."""
+def resealed(record: Record, seal: Seal, key: str, lost: bool) -> Record:
+    """Return a record with each field sealed with the newest key.
+
+    Args:
+        lost: keys that are not here are lost: what was sealed with them is given up. What was done stays done.
+
+    Raises:
+        StoreError: a field cannot be opened, and that is no lost key's.
+    """
+
+    def change(field: bytes) -> bytes:
+        if lost and field.startswith(MARK) and field[_ID].hex() not in seal.ids:
+            return b""
+        return seal.close(opened(seal, field, key), key)
+
     outcome, notes = record.outcome, record.notes
     if outcome is not None and outcome.payload:
-        outcome = outcome._replace(payload=change(outcome.payload))
+        payload = change(outcome.payload)
+        outcome = outcome._replace(payload=payload or None, missing="" if payload else KEY_LOST)
     if any(note.late is not None for note in notes):
         notes = tuple(
             note._replace(late=note.late._replace(payload=change(note.late.payload)))
@@ -159,8 +174,11 @@ def changed(record: Record, change: Callable[[bytes], bytes]) -> Record:
     steps = tuple(
         step._replace(payload=change(step.payload)) if step.payload else step for step in record.steps
     )
-    call = change(record.call) if len(record.call) > 2 else record.call
+    call = (change(record.call) or Why.KEY_LOST.packed) if len(record.call) > 2 else record.call
     return record._replace(outcome=outcome, notes=notes, steps=steps, call=call)
+
+
+KEY_LOST = "the key that it was sealed with is lost"
 
 
 def _fields(record: Record) -> Iterator[bytes]:

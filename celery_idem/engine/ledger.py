@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from itertools import islice
 from random import randrange
-from typing import Any
+from typing import Any, Literal
 
 from celery_idem.core import keys, protocol, sealing
-from celery_idem.core.errors import IdempotencyError, StoreError
+from celery_idem.core.errors import ConfigurationError, IdempotencyError, StoreError
 from celery_idem.core.model import (
     MICROSECONDS,
     Accepted,
@@ -76,6 +76,10 @@ def _each_once(found: Iterator[Entry]) -> Iterator[Entry]:
                 recent, older = set(), recent
             recent.add(entry.key)
             yield entry
+
+
+Resealed = Literal["current", "resealed", "running"]
+"""What became of a record: all of it is sealed with the newest key, now it is, or its execution writes it itself."""
 
 
 Teller = Callable[[str, bytes], Callable[[], object] | None]
@@ -621,6 +625,38 @@ class Ledger:
             return None, protocol.shadowed(record, note, request)
 
         self._change(key, decide, request.policy)
+
+    def reseal(self, entry: Entry, policy: Policy, dry_run: bool = False, lost: bool = False) -> Resealed:
+        """Seal an intent's record with the newest key.
+
+        Args:
+            entry: as it was read.
+            policy: says how long an outcome is kept.
+            dry_run: write nothing.
+            lost: see ``sealing.resealed``.
+
+        Raises:
+            StoreError: the store did not answer; with a key: the record is sealed with a key that is not here.
+        """
+        seal = self.codec.seal
+        if seal is None:
+            raise ConfigurationError("idem_seal_keys is not set, so there is no key to seal with.")
+        key, newest = entry.key, {seal.newest}
+        verdict: Resealed = "current"
+        if sealing.sealed_with(entry.record) <= newest:
+            return verdict
+
+        def decide(record: Record | None, stamp: int, now: int) -> tuple[Refused, Record | None]:
+            nonlocal verdict
+            verdict = "current"
+            if record is None or sealing.sealed_with(record) <= newest:
+                return Refused(record), None
+            new = protocol.rewritten(sealing.resealed(record, seal, key, lost), stamp, now)
+            verdict = "running" if new is None else "resealed"
+            return Refused(new), None if dry_run else new  # refused: what is left of its time stays
+
+        self._change(key, decide, policy)
+        return verdict
 
     def purge(self, batch: int = 1000) -> int:
         """Delete what has expired, in batches; how many. Redis expires by itself: 0."""

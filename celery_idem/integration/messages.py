@@ -240,15 +240,19 @@ def _custom(headers: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in headers.items() if name not in _CELERYS}
 
 
-def accepted_at(owner: bytes, stamp: int) -> str:
+def accepted_at(owner: bytes, stamp: int, seal: Seal | None) -> str:
     """The header of a message whose call is accepted."""
-    return f"{stamp:x}.{owner.hex()}"
+    named = f"{stamp:x}.{owner.hex()}"
+    return named if seal is None else f"{named}.{seal.newest}"
 
 
-def accepted_in(header: Any) -> Stored | None:
-    """The write that such a header names; nonsense in it names none."""
+def accepted_in(header: Any, seal: Seal | None) -> Stored | None:
+    """The write that such a header names; nonsense in it names none. Neither does a record sealed with a key that is
+    not here: it must be read, and refused."""
     try:
-        stamp, owner = header.split(".")
+        stamp, owner, *sealed = header.split(".")
+        if sealed and (seal is None or sealed[0] not in seal.ids):
+            return None
         return Stored(bytes.fromhex(owner), int(stamp, 16))
     except (AttributeError, ValueError):
         return None
@@ -403,6 +407,10 @@ class BrokerError(IdempotencyError):
     """The broker did not take a call. Recovery goes on later."""
 
 
+NO_SECRETS = "its secret values are not in the record (idem_seal_keys would keep them, sealed)"
+"""Why a call that can be shown cannot be published, for people."""
+
+
 def call_in(app: Celery, key: str, packed: bytes) -> tuple[Call | None, str]:
     """Return the call in packed bytes, or None and why it is not there, for people."""
     if not packed:
@@ -431,6 +439,7 @@ WHY_NOT_KEPT = {
     calls.Why.OFF: "its call was not kept (keep_call=False)",
     calls.Why.TOO_LARGE: "its call was not kept: it is larger than max_call_bytes",
     calls.Why.UNWRITABLE: "its call was not kept: its serializer refuses an argument or a header",
+    calls.Why.KEY_LOST: "the key that it was sealed with is lost",
 }
 
 

@@ -172,7 +172,7 @@ def why_not(app: Celery, key: str, record: Record, recover: bool = True) -> str:
     if call is None:
         return why
     if call.hidden:
-        return "its secret values are not in the record"
+        return messages.NO_SECRETS
     if not call.publishable:
         return "it was called directly, without a message"
     return "" if recover else "its task says recover=False"

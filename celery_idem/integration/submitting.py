@@ -233,7 +233,8 @@ class Submission:
         """
         headers = dict(self.options.get("headers") or {})
         if entry is not None and protocol.untouched(entry.record):
-            headers[ACCEPTED_AT] = accepted_at(self.request.owner, entry.stamp)
+            seal = self.task.guard.ledger.codec.seal
+            headers[ACCEPTED_AT] = accepted_at(self.request.owner, entry.stamp, seal)
         options = {**self.options, **more, "headers": headers, messages.DECIDED: True}
         return str(self.task.apply_async(self.args, self.kwargs, **self.own, **options).id)
 

@@ -30,6 +30,7 @@ from celery_idem.core.model import (
     Note,
     NotHappened,
     Outcome,
+    Policy,
     Replay,
     Request,
     State,
@@ -278,6 +279,22 @@ class Operator:
         """See ``Ledger.reindex``; over all ledgers."""
         return sum(ledger.reindex(tick) for ledger in self.ledgers())
 
+    def reseal(self, entry: Entry, dry_run: bool = False, lost: bool = False) -> str:
+        """See ``Ledger.reseal``; ``locked`` where the record is sealed with a key that is not here.
+
+        Raises:
+            StoreError: the store did not answer.
+        """
+        task, ledger = self.task_of(entry.key), self.ledger_of(entry.key)
+        keep = int(ledger.result_ttl(entry.task) * MICROSECONDS)
+        policy = Policy(0, keep, keep) if task is None else task.guard.options.policy
+        try:
+            return ledger.reseal(entry, policy, dry_run, lost)
+        except StoreError as error:
+            if not error.key:
+                raise
+            return "locked"
+
     # --- deciding ---------------------------------------------------------------------
 
     def resolve(
@@ -383,7 +400,7 @@ class Operator:
         """
         call, why = call_of(self.app, entry.key, entry.record)
         if call is not None and call.hidden:
-            why = "its secret values are not in the record"
+            why = messages.NO_SECRETS
         elif call is not None:
             try:
                 args, kwargs, _ = messages.arguments(self.app, call)

@@ -67,10 +67,16 @@ def stored_bytes(url: str, tmp_path: Path) -> bytes:
     import psycopg
 
     with psycopg.connect(url) as connection:
-        tables = connection.execute("SELECT tablename FROM pg_tables WHERE tablename LIKE 'celery_idem%'").fetchall()
+        tables = connection.execute(
+            "SELECT tablename FROM pg_tables WHERE tablename LIKE 'celery_idem%'"
+        ).fetchall()
         assert tables
-        rows = [row for (name,) in tables for row in connection.execute(f'SELECT * FROM "{name}"', binary=True)]
-    return b"".join(value if isinstance(value, bytes) else str(value).encode() for row in rows for value in row)
+        rows = [
+            row for (name,) in tables for row in connection.execute(f'SELECT * FROM "{name}"', binary=True)
+        ]
+    return b"".join(
+        value if isinstance(value, bytes) else str(value).encode() for row in rows for value in row
+    )
 
 
 def run_all_kinds(app: Celery) -> Any:
@@ -144,17 +150,27 @@ def test_a_box_opens_with_its_key_for_its_intent_and_unchanged() -> None:
     assert seal.open(box, "shop.pay:1") == Seal([OTHER, NEW]).open(box, "shop.pay:1") == b"a value"
     assert Seal([OLD]).close(b"a value", "shop.pay:1") != box
     assert NEW not in repr(seal)
-    for changed, key in ((box, "shop.pay:2"), (box[:-1] + bytes([box[-1] ^ 1]), "shop.pay:1"), (box[:9], "shop.pay:1")):
+    for changed, key in (
+        (box, "shop.pay:2"),
+        (box[:-1] + bytes([box[-1] ^ 1]), "shop.pay:1"),
+        (box[:9], "shop.pay:1"),
+    ):
         with pytest.raises(StoreError, match="does not open with its key"):
             seal.open(changed, key)
-    with pytest.raises(StoreError, match=f"sealed with the key {seal.newest}, which idem_seal_keys of this process"):
+    with pytest.raises(
+        StoreError, match=f"sealed with the key {seal.newest}, which idem_seal_keys of this process"
+    ):
         Seal([OLD]).open(box, "shop.pay:1")
 
 
-@pytest.mark.parametrize("wrong", ["hunter2", [""], ["hunter2"], [base64.b64encode(b"short").decode()], [5], NEW])
+@pytest.mark.parametrize(
+    "wrong", ["hunter2", [""], ["hunter2"], [base64.b64encode(b"short").decode()], [5], NEW]
+)
 def test_what_is_no_key_is_refused_and_not_shown(wrong: Any) -> None:
     app = hand.application(idem_seal_keys=wrong)
-    with pytest.raises(ConfigurationError, match="idem_seal_keys cannot be this value: use a list of keys") as caught:
+    with pytest.raises(
+        ConfigurationError, match="idem_seal_keys cannot be this value: use a list of keys"
+    ) as caught:
         Ledger.from_app(app)
     assert "hunter2" not in str(caught.value)
 
@@ -169,7 +185,9 @@ def test_without_the_package_the_error_names_the_extra(memory: str, monkeypatch:
 
 @pytest.mark.parametrize("keys", [(), (OTHER,)], ids=["none", "another"])
 @pytest.mark.parametrize("policy", ["retry", "raise", "run"])
-def test_without_the_key_a_worker_runs_nothing_and_loses_nothing(memory: str, keys: tuple[str, ...], policy: str) -> None:
+def test_without_the_key_a_worker_runs_nothing_and_loses_nothing(
+    memory: str, keys: tuple[str, ...], policy: str
+) -> None:
     run_all_kinds(shop(memory, NEW))
     store = open_store(memory)
     before = dict(store.scan(""))
@@ -181,7 +199,9 @@ def test_without_the_key_a_worker_runs_nothing_and_loses_nothing(memory: str, ke
         if policy == "retry":
             assert hand.take(app).headers["id"] == result.id  # it comes back
         else:
-            with pytest.raises(StoreError, match=f"sealed with the key {Seal([NEW]).newest}.*Nothing was run"):
+            with pytest.raises(
+                StoreError, match=f"sealed with the key {Seal([NEW]).newest}.*Nothing was run"
+            ):
                 result.get(timeout=5)
     assert app.ran == []
     assert dict(store.scan("")) == before
@@ -204,7 +224,12 @@ SAYS = f"sealed with the key {Seal([NEW]).newest}, which idem_seal_keys of this 
 
 def test_without_the_key_callers_are_told(locked: tuple[Celery, Any]) -> None:
     app, pay = locked
-    for order, status in (("fine", "replayed"), ("refused", "failed"), ("in doubt", "not_run"), ("accepted", "not_run")):
+    for order, status in (
+        ("fine", "replayed"),
+        ("refused", "failed"),
+        ("in doubt", "not_run"),
+        ("accepted", "not_run"),
+    ):
         receipt = pay.submit(order, CARD, PIN)
         if order in ("fine", "refused"):
             assert (receipt.status, receipt.result) == (status, None)
