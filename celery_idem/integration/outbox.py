@@ -50,8 +50,8 @@ def submit_in(
             if guard.settings.shadow
             else (
                 "recovery must be able to publish the call from its record, which holds secret values only with "
-                "idem_seal_keys, and nothing larger than max_call_bytes or with keep_call=False; and recover=False turns "
-                "it off"
+                "idem_seal_keys, and nothing larger than max_call_bytes or with keep_call=False; and recover=False "
+                "turns it off"
             )
         )
         raise ConfigurationError(f"{task.name}: submit_in does not work here: {why}.")

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import base64
+import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 from celery import Celery
+from starlette.testclient import TestClient
 
 from celery_idem import ConfigurationError, IdempotentTask, Ledger, StoreError, look_up
+from celery_idem.adapters.inbox import inbox
 from celery_idem.core import sealing
+from celery_idem.core.model import NO_FINGERPRINT, Request, State
 from celery_idem.core.sealing import Seal
+from celery_idem.engine import owners
 from celery_idem.integration import recovering
+from celery_idem.operate import doctor
 from celery_idem.stores import open_store
+from tests.security import sealed_app
 from tests.security.conftest import command_line
 from tests.support import hand
+from tests.support.waiting import wait_for
+from tests.support.workers import CeleryWorker
 
 OLD, NEW, OTHER = (base64.b64encode(bytes([n]) * 32).decode() for n in (1, 2, 3))
 CARD, PIN = "4111-1111-1111-1111", "pin-of-the-customer"
@@ -72,7 +81,9 @@ def stored_bytes(url: str, tmp_path: Path) -> bytes:
         ).fetchall()
         assert tables
         rows = [
-            row for (name,) in tables for row in connection.execute(f'SELECT * FROM "{name}"', binary=True)
+            row
+            for (name,) in tables
+            for row in connection.execute(f'SELECT * FROM "{name}"', binary=True)  # noqa: S608
         ]
     return b"".join(
         value if isinstance(value, bytes) else str(value).encode() for row in rows for value in row
@@ -85,8 +96,11 @@ def run_all_kinds(app: Celery) -> Any:
     for order in ("fine", "refused", "in doubt"):
         pay.submit(order, CARD, PIN)
         hand.drain(app)
-    pay.submit("accepted", CARD, PIN)
+    lost, ledger = pay.submit("accepted", CARD, PIN).key, Ledger.from_app(app)
     assert hand.take(app) is not None  # its message is lost
+    entry = ledger.get(lost)
+    assert entry is not None
+    ledger.sent(lost, entry.record.owner, 0)  # recovery need not wait
     return pay
 
 
@@ -134,7 +148,6 @@ def test_a_call_with_secrets_is_recovered_and_run_again_by_hand(memory: str) -> 
     )
     hand.drain(app)
     assert app.ran == [("in doubt", PIN)]
-    Ledger.from_app(app).sent(lost, Ledger.from_app(app).get(lost).record.owner, 0)  # type: ignore[union-attr]
     assert [(found.entry.key, found.published) for found in recovering.recover(app)] == [(lost, True)]
     hand.drain(app)
     assert app.ran == [("in doubt", PIN), ("accepted", PIN)]
@@ -163,16 +176,13 @@ def test_a_box_opens_with_its_key_for_its_intent_and_unchanged() -> None:
         Seal([OLD]).open(box, "shop.pay:1")
 
 
-@pytest.mark.parametrize(
-    "wrong", ["hunter2", [""], ["hunter2"], [base64.b64encode(b"short").decode()], [5], NEW]
-)
-def test_what_is_no_key_is_refused_and_not_shown(wrong: Any) -> None:
-    app = hand.application(idem_seal_keys=wrong)
+def test_keys_are_the_applications_and_are_not_shown() -> None:
+    app = hand.application(idem_seal_keys=[NEW])
+    assert NEW not in str(app.conf.table(censored=True)) + repr(Ledger.from_app(app).codec)
     with pytest.raises(
-        ConfigurationError, match="idem_seal_keys cannot be this value: use a list of keys"
-    ) as caught:
-        Ledger.from_app(app)
-    assert "hunter2" not in str(caught.value)
+        ConfigurationError, match=r"seal_keys is no option of a task. Set app.conf.idem_seal_keys"
+    ):
+        app.task(base=IdempotentTask, shared=False, lazy=False, seal_keys=[OLD], intent=())(shop)
 
 
 def test_without_the_package_the_error_names_the_extra(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,3 +263,150 @@ def test_without_the_key_commands_say_so(locked: tuple[Celery, Any]) -> None:
         said = " ".join(command_line(app, *words).split())
         assert SAYS in said.replace("│ ", ""), (words, said)
     assert doubtful in command_line(app, "list", "--json")
+
+
+def test_recovery_leaves_what_it_cannot_open(locked: tuple[Celery, Any]) -> None:
+    app, pay = locked
+    (found,) = recovering.recover(app)
+    assert (found.entry.key, found.published, SAYS in found.why) == (
+        pay.intent_key("accepted", ""),
+        False,
+        True,
+    )
+    assert SAYS in command_line(app, "recover", "--dry-run", "--json")
+
+
+def test_a_message_names_the_key_of_the_record_that_it_continues(memory: str) -> None:
+    """Its claim does not read the record, so without the key it would write over what others can open."""
+    caller = shop(memory, NEW)
+    caller.tasks["shop.pay"].submit("fine", CARD, PIN)
+    message = hand.take(caller)
+    for worker in (shop(memory), shop(memory, OTHER)):
+        hand.deliver(caller, message, by=worker)
+        assert worker.ran == []
+        assert hand.take(worker).headers["id"] == message.headers["id"]
+    worker = shop(memory, OLD, NEW)
+    assert hand.deliver(caller, message, by=worker) == f"paid with bank says {CARD}"
+
+
+def test_pages_hide_what_is_secret_and_say_what_is_not_readable(
+    locked: tuple[Celery, Any], memory: str
+) -> None:
+    app, pay = locked
+    page = {"key": pay.intent_key("in doubt", "")}
+    for each, text in ((app, SAYS), (shop(memory, NEW), f"in doubt with {CARD}")):
+        shown = TestClient(inbox(each, authenticate=lambda request: "ann")).get("/intent", params=page).text
+        assert text in shown
+        assert PIN not in shown
+
+
+# --- other keys ------------------------------------------------------------------------------------
+
+
+def used(app: Celery) -> set[str]:
+    return set().union(*(sealing.sealed_with(entry.record) for entry in Ledger.from_app(app).list()))
+
+
+def resealed(app: Celery, *options: str) -> dict[str, int]:
+    found: dict[str, int] = json.loads(command_line(app, "reseal", "--json", *options))
+    return found
+
+
+def codes(app: Celery) -> dict[str, str]:
+    snapshot = doctor.gather(app)
+    return {finding.code: finding.wrong for finding in doctor.examine(snapshot)}
+
+
+def test_a_rotation(url: str) -> None:
+    run_all_kinds(shop(url))  # before there were keys
+    assert "not-sealed" in codes(shop(url))
+    assert "in-clear" in codes(shop(url, OLD))
+    assert resealed(shop(url, OLD))["resealed"] == 4
+    app = shop(url, NEW, OLD)
+    app.tasks["shop.pay"].delay("second", CARD, PIN)
+    hand.drain(app)
+    old, new = Seal([OLD]).newest, Seal([NEW]).newest
+    assert used(app) == {old, new}
+    assert old in codes(app)["old-key"]
+    counts = {"current": 1, "running": 0, "locked": 0}
+    assert resealed(app, "--dry-run") == {"resealed": 4, **counts, "dry_run": True}
+    assert used(app) == {old, new}
+    before = {entry.key: entry.record for entry in Ledger.from_app(app).list()}
+    assert resealed(app) == {"resealed": 4, **counts, "dry_run": False}
+    assert resealed(app) == {"resealed": 0, **counts, "current": 5, "dry_run": False}
+    assert used(app) == {new}
+    assert not {"old-key", "in-clear", "key-missing", "not-sealed"} & set(codes(app))
+    for entry in Ledger.from_app(app).list():  # nothing but the fields was changed
+        then, now = before[entry.key], entry.record
+        assert (now.state, now.owner, now.fence) == (then.state, then.owner, then.fence)
+        assert now.lease <= then.lease
+    rotated = shop(url, NEW)
+    assert rotated.tasks["shop.pay"].submit("fine", CARD, PIN).result == f"paid with bank says {CARD}"
+
+
+def test_a_record_that_changes_meanwhile_is_decided_on_as_it_is_then(memory: str) -> None:
+    run_all_kinds(shop(memory, OLD))
+    app = shop(memory, NEW, OLD)
+    ledger, policy = Ledger.from_app(app), app.tasks["shop.pay"].guard.options.policy
+    (entry,) = ledger.list("in_doubt")
+    ledger.forget(entry.key)
+    assert ledger.reseal(entry, policy) == "resealed"
+    found = ledger.get(entry.key)
+    assert found is not None
+    assert found.record.state is State.RELEASED
+    assert [step.name for step in found.record.steps] == ["bank"]
+    assert sealing.sealed_with(found.record) == {Seal([NEW]).newest}
+
+
+def test_what_runs_is_left_to_its_execution(memory: str) -> None:
+    app, key = shop(memory, NEW, OLD), "shop.pay:1"
+    ledger, policy = Ledger.from_app(app), app.tasks["shop.pay"].guard.options.policy
+    call = Seal([OLD]).close(b"a call", key)
+    _, held = ledger.claim(key, Request(owners.mint(), "task", NO_FINGERPRINT, policy, call=call))
+    assert held is not None
+    before = held.written
+    assert resealed(app)["running"] == 1
+    assert ledger.store.read(f"{ledger.namespace}:{key}").stored == before
+    held.settle(ledger.outcome_of("done", key), 0.0)
+    assert resealed(app)["current"] == 1
+
+
+def test_a_lost_key(memory: str) -> None:
+    """What was done stays done, what is in doubt stays so, and what was not begun waits for a call."""
+    run_all_kinds(shop(memory, OLD))
+    app = shop(memory, NEW)
+    pay = app.tasks["shop.pay"]
+    assert Seal([OLD]).newest in codes(app)["key-missing"]
+    assert resealed(app, "--dry-run", "--lost")["resealed"] == resealed(app)["locked"] == 4
+    assert resealed(app, "--lost", "--yes")["resealed"] == 4
+    assert "key-missing" not in codes(app)
+    receipt = pay.submit("fine", CARD, PIN)
+    assert (receipt.status, receipt.code) == ("replayed", "not_kept")
+    assert "the key that it was sealed with is lost" in receipt.reason
+    assert pay.submit("refused", CARD, PIN).status == "failed"
+    assert pay.submit("in doubt", CARD, PIN).status == "in_doubt"
+    shown = command_line(app, "show", pay.intent_key("in doubt", ""))
+    assert "the key that it was sealed with is lost" in " ".join(shown.split())
+    assert app.ran == []
+    pay.delay("accepted", CARD, PIN)
+    hand.drain(app)
+    assert app.ran == [("accepted", PIN)]
+
+
+def test_a_killed_workers_call_with_secrets_runs_in_a_worker_with_new_keys(
+    redis_url: str, start_worker: Callable[..., CeleryWorker], tmp_path: Path, queue_name: str
+) -> None:
+    env = {"SEALED_URL": redis_url, "SEALED_QUEUE": queue_name, "SEALED_FOLDER": str(tmp_path)}
+    effects = tmp_path / "effects"
+    first = start_worker("tests.security.sealed_app", env={**env, "SEALED_KEYS": OLD})
+    producer = sealed_app.make(redis_url, queue_name, tmp_path, [OLD])
+    result = producer.tasks["sealed.pay"].delay("rent", PIN)
+    wait_for(effects.exists)
+    first.kill()
+    (entry,) = Ledger.from_app(producer).list()
+    assert sealing.sealed_with(entry.record) == {Seal([OLD]).newest}
+    start_worker("tests.security.sealed_app", env={**env, "SEALED_KEYS": f"{NEW},{OLD}"})
+    assert result.get(timeout=60) == f"paid rent with {PIN}"
+    assert effects.read_text().splitlines() == [f"began rent {PIN}", f"paid rent {PIN}"]
+    rotated = sealed_app.make(redis_url, queue_name, tmp_path, [NEW])
+    assert rotated.tasks["sealed.pay"].submit("rent", PIN).result == f"paid rent with {PIN}"
