@@ -376,7 +376,12 @@ class Operator:
         delivery = Delivery(guard, task, request, known.args, known.kwargs, entry.key, NO_FINGERPRINT)
         if dry_run:
             return _would(guard, delivery)
-        decision = guard.runner.inquire(delivery)
+        try:
+            decision = guard.runner.inquire(delivery)
+        except StoreError as error:
+            if not error.key:
+                raise
+            return Asked("skipped", str(error))  # sealed with a key that is not here
         if isinstance(decision, Replay) and decision.outcome.cancelled:
             return Asked("not_happened", "the destination says it did not happen, and it is cancelled")
         if isinstance(decision, Replay):

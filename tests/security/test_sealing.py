@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,18 +12,22 @@ from typing import Any
 
 import pytest
 import redis
+import sqlalchemy
 from celery import Celery
 from starlette.testclient import TestClient
 
-from celery_idem import ConfigurationError, IdempotentTask, Ledger, StoreError, look_up
+from celery_idem import ConfigurationError, IdempotentTask, Ledger, StoreError, Unknown, look_up
 from celery_idem.adapters.inbox import inbox
 from celery_idem.core import sealing
-from celery_idem.core.model import NO_FINGERPRINT, Request, State
+from celery_idem.core.model import NO_FINGERPRINT, Policy, Request, State
+from celery_idem.core.results import Codec
 from celery_idem.core.sealing import Seal
 from celery_idem.engine import owners
 from celery_idem.integration import recovering
 from celery_idem.operate import doctor
 from celery_idem.stores import open_store
+from celery_idem.stores.memory import MemoryStore
+from celery_idem.testing import FakeClock
 from tests.security import sealed_app
 from tests.security.conftest import command_line
 from tests.support import hand
@@ -45,10 +50,16 @@ def shop(url: str, *keys: str, **conf: Any) -> Celery:
             raise ValueError(f"no money on {card}")
         if order == "in doubt":
             raise TimeoutError
+        if order == "later":
+            raise self.retry(countdown=60)
         return f"paid with {reference}"
 
     options: dict[str, Any] = {"base": IdempotentTask, "bind": True, "shared": False, "lazy": False}
-    doubtful = {"ambiguous_errors": (TimeoutError,), "describe": "{order} with {card}"}
+    doubtful = {
+        "ambiguous_errors": (TimeoutError,),
+        "describe": "{order} with {card}",
+        "reconcile": lambda task, *args, **kwargs: Unknown("it cannot tell"),
+    }
     app.task(name="shop.pay", intent=("order",), secret=("pin",), **doubtful, **options)(pay)
     return app
 
@@ -153,6 +164,25 @@ def test_a_call_with_secrets_is_recovered_and_run_again_by_hand(memory: str) -> 
     assert app.ran == [("in doubt", PIN), ("accepted", PIN)]
 
 
+def test_a_retry_and_a_call_of_a_transaction_keep_their_secrets_sealed(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/idem.db"
+    app = shop(url, NEW)
+    pay, ledger = app.tasks["shop.pay"], Ledger.from_app(app)
+    pay.delay("later", CARD, PIN)
+    hand.deliver(app, hand.take(app))
+    with sqlalchemy.create_engine(url).begin() as connection:
+        assert pay.submit_in(connection, "in a transaction", CARD, PIN).status == "accepted"
+    entries = {entry.state: entry for entry in ledger.list()}
+    assert set(entries) == {"scheduled", "accepted"}
+    found = stored_bytes(url, tmp_path)
+    assert not [value for value in (CARD, PIN) if value.encode() in found]
+    for entry in entries.values():
+        call, _ = recovering.call_of(app, entry.key, entry.record)
+        assert call is not None
+        assert call.publishable
+        assert PIN.encode() in call.body
+
+
 # --- keys ------------------------------------------------------------------------------------------
 
 
@@ -189,8 +219,10 @@ def test_without_the_package_the_error_names_the_extra(memory: str, monkeypatch:
     monkeypatch.setitem(__import__("sys").modules, "cryptography.hazmat.primitives.ciphers.aead", None)
     sealing.seal_of.cache_clear()
     app = hand.application(idem_store=memory, idem_seal_keys=[OTHER])
-    with pytest.raises(ConfigurationError, match=r"pip install 'celery_idem\[seal\]'"):
+    says = "pip install 'celery_idem[seal]'"
+    with pytest.raises(ConfigurationError, match=re.escape(says)):
         Ledger.from_app(app)
+    assert says in " ".join(command_line(app, "doctor").split())
 
 
 @pytest.mark.parametrize("keys", [(), (OTHER,)], ids=["none", "another"])
@@ -259,6 +291,8 @@ def test_without_the_key_commands_say_so(locked: tuple[Celery, Any]) -> None:
         ("show", doubtful),
         ("resolve", doubtful, "--happened", "1", *evidence),
         ("resolve", doubtful, "--not-happened", "--run", *evidence),
+        ("reconcile", "--yes"),
+        ("reconcile", "--yes", "--without-arguments"),
     ):
         said = " ".join(command_line(app, *words).split())
         assert SAYS in said.replace("│ ", ""), (words, said)
@@ -344,6 +378,23 @@ def test_a_rotation(url: str) -> None:
     assert rotated.tasks["shop.pay"].submit("fine", CARD, PIN).result == f"paid with bank says {CARD}"
 
 
+def test_an_outcome_is_kept_no_longer_than_without_it() -> None:
+    clock = FakeClock()
+    ledger = Ledger(MemoryStore(clock), codec=Codec(seal=Seal([OLD])))
+    policy = Policy(10**6, 100 * 10**6, 100 * 10**6)
+    _, hold = ledger.claim("shop.pay:1", Request(owners.mint(), "task", NO_FINGERPRINT, policy))
+    assert hold is not None
+    hold.settle(ledger.outcome_of("done", "shop.pay:1"), 0.0)
+    clock.advance(60)
+    ledger.codec = Codec(seal=Seal([NEW, OLD]))
+    (entry,) = ledger.list()
+    assert ledger.reseal(entry, policy) == "resealed"
+    clock.advance(39)
+    assert ledger.get("shop.pay:1") is not None
+    clock.advance(2)
+    assert ledger.get("shop.pay:1") is None
+
+
 def test_a_record_that_changes_meanwhile_is_decided_on_as_it_is_then(memory: str) -> None:
     run_all_kinds(shop(memory, OLD))
     app = shop(memory, NEW, OLD)
@@ -384,8 +435,10 @@ def test_a_lost_key(memory: str) -> None:
     assert (receipt.status, receipt.code) == ("replayed", "not_kept")
     assert "the key that it was sealed with is lost" in receipt.reason
     assert pay.submit("refused", CARD, PIN).status == "failed"
-    assert pay.submit("in doubt", CARD, PIN).status == "in_doubt"
-    shown = command_line(app, "show", pay.intent_key("in doubt", ""))
+    doubtful = look_up(app, pay.intent_key("in doubt", ""))
+    assert doubtful is not None
+    assert doubtful.status == "in_doubt"
+    shown = command_line(app, "show", doubtful.key)
     assert "the key that it was sealed with is lost" in " ".join(shown.split())
     assert app.ran == []
     pay.delay("accepted", CARD, PIN)
