@@ -283,6 +283,21 @@ def test_without_the_key_callers_are_told(locked: tuple[Celery, Any]) -> None:
     assert SAYS in many.reason
 
 
+def test_without_the_key_what_was_released_is_not_accepted_again(memory: str) -> None:
+    """Its finished step is sealed, so an acceptance would promise what no worker here can go on with."""
+    first = shop(memory, NEW)
+    key = run_all_kinds(first).intent_key("in doubt", "")
+    ledger = Ledger.from_app(first)
+    assert ledger.forget(key)
+    before = ledger.store.read(f"{ledger.namespace}:{key}").stored
+    app = shop(memory, OTHER)
+    receipt = app.tasks["shop.pay"].submit("in doubt", CARD, PIN)
+    assert (receipt.status, receipt.code) == ("not_run", "store_error")
+    assert SAYS in receipt.reason
+    assert hand.take(app) is None
+    assert ledger.store.read(f"{ledger.namespace}:{key}").stored == before
+
+
 def test_without_the_key_commands_say_so(locked: tuple[Celery, Any]) -> None:
     app, pay = locked
     doubtful = pay.intent_key("in doubt", "")
