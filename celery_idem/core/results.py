@@ -72,8 +72,11 @@ class Codec(NamedTuple):
         Raises:
             NotStorable: the serializer refuses it, or it is too large. Errors of the value's own code become this too.
         """
+        return self._sealed(self._payload(value), key)
+
+    def _payload(self, value: Any) -> bytes:
         if value is None and self.serializer == "json" and self.kombus_json and "json" in self.accept:
-            return self._sealed(_NULL, key)  # what most tasks return
+            return _NULL  # what most tasks return
         try:
             payload = self._encoded(value)
         except NotStorable:
@@ -87,7 +90,7 @@ class Codec(NamedTuple):
                 raise NotStorable(f"encoding it raised {type(error).__name__}") from None
         if len(payload) > self.max_bytes:
             raise NotStorable(f"{len(payload)} bytes are more than idem_max_result_bytes = {self.max_bytes}")
-        return self._sealed(payload, key)
+        return payload
 
     def _sealed(self, payload: bytes, key: str) -> bytes:
         return payload if self.seal is None else self.seal.close(payload, key)
@@ -148,12 +151,12 @@ class Codec(NamedTuple):
         Raises:
             NotStorable: it cannot be stored, or not read again.
         """
-        payload = self.encode(value, key)
+        payload = self._payload(value)
         if type(value) in _SIMPLE:
-            return payload, value
+            return self._sealed(payload, key), value
         for last in (False, True):  # as in encode
             try:
-                return payload, self.decode(payload, key)
+                return self._sealed(payload, key), self.decode(payload, key)
             except Exception:
                 if last:  # for example a decoder that does not fit its encoder
                     break
