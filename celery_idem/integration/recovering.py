@@ -127,7 +127,8 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
         ledger.answered(entry.key, taken)
         return Found(entry, False, GIVEN_UP)
     if taken is None or call is None:
-        return None
+        why = why_not(app, entry.key, entry.record, guard.settings.recover)
+        return Found(entry, False, why) if why else None
     try:
         messages.publish(app, entry.key, call)
     except Exception as error:  # of any driver, router or serializer

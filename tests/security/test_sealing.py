@@ -149,6 +149,21 @@ def test_without_keys_the_same_search_finds_them(url: str, tmp_path: Path) -> No
     assert PIN.encode() not in found
 
 
+def test_without_keys_what_needs_the_secrets_says_that_they_are_not_there(memory: str) -> None:
+    app = shop(memory)
+    pay = run_all_kinds(app)
+    app.ran.clear()
+    doubtful, says = pay.intent_key("in doubt", ""), "its secret values are not in the record"
+    run = ("resolve", doubtful, "--not-happened", "--run", "--evidence", "seen", "--yes")
+    for words in (("show", doubtful), run, ("reconcile", "--yes"), ("recover", "--dry-run"), ("recover",)):
+        assert says in " ".join(command_line(app, *words).split()), words
+    page = TestClient(inbox(app, authenticate=lambda request: "ann")).get("/intent", params={"key": doubtful})
+    assert says in page.text
+    command_line(app, "resolve", doubtful, "--not-happened", "--evidence", "seen", "--yes")
+    assert says in " ".join(command_line(app, "retry", doubtful, "--yes").split())
+    assert app.ran == []
+
+
 def test_a_call_with_secrets_is_recovered_and_run_again_by_hand(memory: str) -> None:
     app = shop(memory, NEW)
     pay = run_all_kinds(app)
