@@ -351,7 +351,7 @@ class Delivery(Job):
             self.call = messages.of_delivery(task.app, guard, request, args, kwargs, key)
             self.place = messages.place(request)
             if ACCEPTED_AT in headers and headers.get(MESSAGE) == request.id:
-                self.accepted = messages.accepted_in(headers[ACCEPTED_AT])
+                self.accepted = messages.accepted_in(headers[ACCEPTED_AT], guard.ledger.codec.seal)
                 again = True  # an accepted call has a record, until it was claimed
             if again:
                 self.due = _due(headers, request.id)

@@ -18,17 +18,17 @@ from kombu.serialization import dumps, loads, prepare_accept_content, registry
 
 from celery_idem.core import calls, keys
 from celery_idem.core.calls import Call, Why
-from celery_idem.core.errors import IdempotencyError
-from celery_idem.core.keys import Declaration
+from celery_idem.core.errors import IdempotencyError, StoreError
 from celery_idem.core.model import ACCEPTED_AT, KEY, MESSAGE, PUBLISHED, Stored
+from celery_idem.core.sealing import Seal, opened, seal_of
 from celery_idem.engine import events
 from celery_idem.integration import publishing, republishing
 from celery_idem.integration.guarded import GuardedTask, Guarding
+from celery_idem.integration.settings import of_app
 
 if TYPE_CHECKING:
     from celery import Celery
 
-    from celery_idem.integration.settings import Settings
 
 Published = TypeVar("Published")
 
@@ -77,17 +77,13 @@ def of_delivery(app: Celery, guard: Guarding, request: Context, args: Any, kwarg
     if not guard.settings.keep_call:
         return Why.OFF.packed
     try:
-        return _bounded(
-            _of_delivery(app, guard.declaration, guard.broker, request, args, kwargs), guard.settings
-        )
+        return _kept_as(guard, key, _of_delivery(app, guard, request, args, kwargs))
     except Exception as error:  # of any serializer
         events.diagnose(logging.DEBUG, "%s: its call is not kept", key, error=error)
         return Why.UNWRITABLE.packed
 
 
-def _of_delivery(
-    app: Celery, declaration: Declaration, broker: str, request: Context, args: Any, kwargs: Any
-) -> Call:
+def _of_delivery(app: Celery, guard: Guarding, request: Context, args: Any, kwargs: Any) -> Call:
     known = vars(request)
     task_id = request.id or ""
     properties = request.properties or {}
@@ -99,10 +95,10 @@ def _of_delivery(
     canvas = {name: known[name] for name in filter(known.get, _CANVAS)}
     body = properties.get(BODY)
     content_type, encoding = properties.get("content_type") or "", properties.get(ENCODING) or "utf-8"
-    hidden = bool(declaration.secret or (canvas and _has_secrets(app, canvas)))
+    hidden = _hides(app, guard, canvas)
     if hidden or not isinstance(body, (bytes, str)):
         if hidden:
-            args, kwargs, canvas = *publishing.without_secrets(declaration, args, kwargs), {}
+            args, kwargs, canvas = *publishing.without_secrets(guard.declaration, args, kwargs), {}
         name = registry.type_to_name.get(content_type) or app.conf.task_serializer
         written, encoding, body = dumps((args, kwargs, canvas), serializer=name)
         content_type = "" if request.is_eager or request.called_directly else written
@@ -116,7 +112,7 @@ def _of_delivery(
         encoding,
         info.get("exchange") or "",
         info.get("routing_key") or "",
-        broker,
+        guard.broker,
         hidden,
         None,
         body,
@@ -140,9 +136,18 @@ def _kept(known: Mapping[str, Any], others: Mapping[str, Any], task_id: str) -> 
     return headers
 
 
-def _bounded(call: Call, settings: Settings) -> bytes:
-    packed = calls.pack(call)
-    return packed if len(packed) <= settings.max_call_bytes else Why.TOO_LARGE.packed
+def _kept_as(guard: Guarding, key: str, call: Call) -> bytes:
+    packed, seal = calls.pack(call), guard.ledger.codec.seal
+    if len(packed) > guard.settings.max_call_bytes:
+        return Why.TOO_LARGE.packed
+    return packed if seal is None else seal.close(packed, key)
+
+
+def _hides(app: Celery, guard: Guarding, canvas: Any) -> bool:
+    """Whether secret values are in a call that would be kept in clear: then they are left out of it."""
+    if guard.ledger.codec.seal is not None:
+        return False
+    return bool(guard.declaration.secret or (canvas and _has_secrets(app, canvas)))
 
 
 def _has_secrets(app: Celery, canvas: Any) -> bool:
@@ -215,7 +220,7 @@ def of_message(
     try:
         args, kwargs, canvas = body
         kept = {"priority": priority, "reply_to": reply_to, "delivery_mode": delivery_mode}
-        hidden = bool(task.guard.declaration.secret) or _has_secrets(task.app, canvas)
+        hidden = _hides(task.app, task.guard, canvas)
         if hidden:
             args, kwargs, canvas = *publishing.without_secrets(task.guard.declaration, args, kwargs), {}
         content_type, encoding, written = dumps((args, kwargs, canvas), serializer=serializer)
@@ -232,7 +237,7 @@ def of_message(
             None,
             written.encode() if isinstance(written, str) else written,
         )
-        return _bounded(call, settings)
+        return _kept_as(task.guard, headers[KEY], call)
     except Exception as error:
         events.diagnose(logging.DEBUG, "%s: the call of its retry is not kept", task.name, error=error)
         return Why.UNWRITABLE.packed
@@ -245,27 +250,33 @@ def _custom(headers: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in headers.items() if name not in _CELERYS}
 
 
-def accepted_at(owner: bytes, stamp: int) -> str:
+def accepted_at(owner: bytes, stamp: int, seal: Seal | None) -> str:
     """The header of a message whose call is accepted."""
-    return f"{stamp:x}.{owner.hex()}"
+    named = f"{stamp:x}.{owner.hex()}"
+    return named if seal is None else f"{named}.{seal.newest}"
 
 
-def accepted_in(header: Any) -> Stored | None:
-    """The write that such a header names; nonsense in it names none."""
+def accepted_in(header: Any, seal: Seal | None) -> Stored | None:
+    """The write that such a header names; nonsense in it names none. Neither does a record sealed with a key that is
+    not here: it must be read, and refused."""
     try:
-        stamp, owner = header.split(".")
+        stamp, owner, *sealed = header.split(".")
+        if sealed and (seal is None or sealed[0] not in seal.ids):
+            return None
         return Stored(bytes.fromhex(owner), int(stamp, 16))
     except (AttributeError, ValueError):
         return None
 
 
-def recovers(guard: Guarding, packed: bytes) -> bool:
+def recovers(guard: Guarding, key: str, packed: bytes) -> bool:
     """Whether recovery can publish a call that was packed here."""
-    return guard.settings.recover and calls.missing(packed) is None and calls.unpack(packed).publishable
+    if not guard.settings.recover or calls.missing(packed) is not None:
+        return False
+    return calls.unpack(opened(guard.ledger.codec.seal, packed, key)).publishable
 
 
 def of_submission(
-    task: GuardedTask, args: Any, kwargs: Any, task_id: str, options: Mapping[str, Any]
+    task: GuardedTask, key: str, args: Any, kwargs: Any, task_id: str, options: Mapping[str, Any]
 ) -> bytes:
     """Return the call that ``submit`` accepts before it makes a message of it, packed. It never raises."""
     settings, declaration = task.guard.settings, task.guard.declaration
@@ -277,7 +288,7 @@ def of_submission(
             if isinstance(value, datetime):
                 kept[name] = value.isoformat()
         links = {name: kept[name] for name in ("link", "link_error") if name in kept}
-        hidden = bool(declaration.secret) or _has_secrets(task.app, links)
+        hidden = _hides(task.app, task.guard, links)
         serializer = kept.get("serializer") or task.serializer
         dump = getattr(task, "_dump_pydantic_arguments", None)  # since Celery 5.7
         if dump is not None and serializer != "pickle":
@@ -289,7 +300,7 @@ def of_submission(
         if isinstance(body, str):
             body = body.encode()
         call = Call(task_id, {}, {}, content_type, encoding, "", "", "", hidden, kept, body)
-        return _bounded(call, settings)
+        return _kept_as(task.guard, key, call)
     except Exception as error:  # of any serializer
         events.diagnose(logging.DEBUG, "%s: its call is not kept", task_id, error=error)
         return Why.UNWRITABLE.packed
@@ -384,7 +395,7 @@ def expired(app: Celery, call: Call) -> bool:
 def answer(app: Celery, key: str, packed: bytes) -> None:
     """Publish the call of a dead execution, whose caller waits: it is a duplicate by now. It never raises."""
     try:
-        call = calls.unpack(packed)
+        call = calls.unpack(opened(_seal(app, key), packed, key))
         if call.publishable:
             publish(app, key, call)
     except Exception as error:
@@ -439,23 +450,39 @@ class BrokerError(IdempotencyError):
     """The broker did not take a call. Recovery goes on later."""
 
 
-def call_in(packed: bytes) -> tuple[Call | None, str]:
+NO_SECRETS = "its secret values are not in the record (idem_seal_keys would keep them, sealed)"
+"""Why a call that can be shown cannot be published, for people."""
+
+
+def call_in(app: Celery, key: str, packed: bytes) -> tuple[Call | None, str]:
     """Return the call in packed bytes, or None and why it is not there, for people."""
     if not packed:
         return None, "its record holds no call"
     missing = calls.missing(packed)
     if missing is not None:
-        return None, _WHY[missing]
+        return None, WHY_NOT_KEPT[missing]
     try:
-        return calls.unpack(packed), ""
+        return calls.unpack(opened(_seal(app, key), packed, key)), ""
     except ValueError as error:
         return None, f"its call cannot be read ({error})"
+    except StoreError as error:
+        return None, str(error).removesuffix(".")
 
 
-_WHY = {
+def _seal(app: Celery, key: str) -> Seal | None:
+    """What seals the records of an intent's task."""
+    task = app.tasks.get(keys.task_of(key) or key)
+    if getattr(task, "idem_declaration", None) is not None:
+        seal: Seal | None = task.guard.ledger.codec.seal
+        return seal
+    return seal_of(tuple(of_app(app.conf).seal_keys))
+
+
+WHY_NOT_KEPT = {
     calls.Why.OFF: "its call was not kept (keep_call=False)",
     calls.Why.TOO_LARGE: "its call was not kept: it is larger than max_call_bytes",
     calls.Why.UNWRITABLE: "its call was not kept: its serializer refuses an argument or a header",
+    calls.Why.KEY_LOST: "the key that it was sealed with is lost",
 }
 
 
@@ -464,7 +491,7 @@ def publisher(app: Celery, key: str, packed: bytes) -> Callable[[], object] | No
 
     That raises ``BrokerError``.
     """
-    call, _ = call_in(packed)
+    call, _ = call_in(app, key, packed)
     if call is None or not call.publishable:
         return None
     found = call

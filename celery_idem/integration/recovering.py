@@ -17,6 +17,7 @@ from celery.app.task import Context
 from celery.states import READY_STATES
 
 from celery_idem.core.calls import Call
+from celery_idem.core.errors import StoreError
 from celery_idem.core.model import Publish, Record, Tell
 from celery_idem.engine import events, runner
 from celery_idem.engine.entries import Entry
@@ -99,7 +100,7 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
 
     def publishable(record: Record) -> bool:
         nonlocal call
-        call, _ = call_of(record)
+        call, _ = call_of(app, entry.key, record)
         return bool(guard.settings.recover and call is not None and call.publishable)
 
     def elsewhere(record: Record) -> bool:
@@ -109,10 +110,17 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
         can = publishable(entry.record)
         then = entry.overdue(can, guard.options.policy, elsewhere(entry.record))
         why = (
-            GIVEN_UP if isinstance(then, Tell) else why_not(entry.record, guard.settings.recover) or ELSEWHERE
+            GIVEN_UP
+            if isinstance(then, Tell)
+            else why_not(app, entry.key, entry.record, guard.settings.recover) or ELSEWHERE
         )
         return Found(entry, isinstance(then, Publish), "" if isinstance(then, Publish) else why)
-    taken = ledger.recover(entry.key, publishable, guard.options.policy, elsewhere)
+    try:
+        taken = ledger.recover(entry.key, publishable, guard.options.policy, elsewhere)
+    except StoreError as error:
+        if not error.key:
+            raise
+        return Found(entry, False, str(error))  # sealed with a key that is not here: it holds up no other
     if isinstance(taken, Tell):
         try:
             _tell(app, task, entry.key, taken.record, call)
@@ -123,7 +131,8 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
         ledger.answered(entry.key, taken)
         return Found(entry, False, GIVEN_UP)
     if taken is None or call is None:
-        return None
+        why = why_not(app, entry.key, entry.record, guard.settings.recover)
+        return Found(entry, False, why) if why else None
     if messages.expired(app, call):  # some brokers drop it themselves, and then no worker says so
         ledger.revoked(entry.key, call.task_id, guard.options.policy)
         if not task.ignore_result:
@@ -163,18 +172,18 @@ def _tell(app: Celery, task: GuardedTask, key: str, record: Record, call: Call |
     task.backend.mark_as_failure(record.task_id, unknown, request=request, store_result=stored)
 
 
-def call_of(record: Record) -> tuple[Call | None, str]:
+def call_of(app: Celery, key: str, record: Record) -> tuple[Call | None, str]:
     """Return the call that a record holds, or None and why it holds none, for people."""
-    return messages.call_in(record.call)
+    return messages.call_in(app, key, record.call)
 
 
-def why_not(record: Record, recover: bool = True) -> str:
+def why_not(app: Celery, key: str, record: Record, recover: bool = True) -> str:
     """Return why a record's call cannot be published again, for people; "" where it can."""
-    call, why = call_of(record)
+    call, why = call_of(app, key, record)
     if call is None:
         return why
     if call.hidden:
-        return "its secret values are not in the record"
+        return messages.NO_SECRETS
     if not call.publishable:
         return "it was called directly, without a message"
     return "" if recover else "its task says recover=False"

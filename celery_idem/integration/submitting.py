@@ -213,6 +213,7 @@ class Submission:
             expires = app.now() + timedelta(seconds=float(expires))
         self.call = messages.of_submission(
             task,
+            self.key,
             args,
             kwargs,
             self.task_id,
@@ -227,7 +228,7 @@ class Submission:
     @property
     def recovers(self) -> bool:
         """Recovery can publish it."""
-        return recovers(self.task.guard, self.call)
+        return recovers(self.task.guard, self.key, self.call)
 
     def told(self, entry: Entry) -> Receipt:
         """Return what the record says."""
@@ -245,7 +246,8 @@ class Submission:
         """
         headers = {**(self.options.get("headers") or {}), MESSAGE: self.task_id}
         if entry is not None and protocol.untouched(entry.record):
-            headers[ACCEPTED_AT] = accepted_at(self.request.owner, entry.stamp)
+            seal = self.task.guard.ledger.codec.seal
+            headers[ACCEPTED_AT] = accepted_at(self.request.owner, entry.stamp, seal)
         options = {**self.options, **more, "headers": headers, messages.DECIDED: True}
 
         def publish(**more: Any) -> Any:

@@ -173,7 +173,7 @@ def _decided_so(operator: Operator, entry: Entry, decision: Decision) -> bool:
         return False
     if isinstance(decision.answer, NotHappened):
         return entry.state == "released"
-    return outcome == operator.ledger_of(entry.key).outcome_of(decision.answer.result)
+    return outcome == operator.ledger_of(entry.key).outcome_of(decision.answer.result, entry.key)
 
 
 def decide_all(

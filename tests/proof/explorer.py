@@ -933,7 +933,7 @@ class World:
 
         inside = Inside(self, actor, insert)
         try:
-            claim.settle_within(inside, *self.ledger.encode(receipt))
+            claim.settle_within(inside, *self.ledger.encode(receipt, KEY))
             inside.commit()
         except BaseException:
             inside.rollback()
