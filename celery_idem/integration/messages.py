@@ -287,6 +287,13 @@ def of_submission(
         for name, value in kept.items():
             if isinstance(value, datetime):
                 kept[name] = value.isoformat()
+        if not kept.keys() & {"queue", "exchange"}:  # recovery runs in a worker, which may have other routes
+            routed = task.app.amqp.router.route(
+                {**task._get_exec_options(), **kept}, task.name, args, kwargs, task_type=task
+            )
+            for name in ("queue", "exchange", "routing_key", "priority"):
+                if routed.get(name) is not None:
+                    kept[name] = getattr(routed[name], "name", routed[name])
         links = {name: kept[name] for name in ("link", "link_error") if name in kept}
         hidden = _hides(task.app, task.guard, links)
         serializer = kept.get("serializer") or task.serializer

@@ -217,6 +217,19 @@ def test_what_recovery_publishes_is_the_same_call(app: Celery, monkeypatch: pyte
     assert sorted(headers[KEY] for headers, _ in taken(app)) == sorted(receipt.key for receipt in receipts)
 
 
+def test_recovery_publishes_to_the_queue_that_its_producer_chose(app: Celery) -> None:
+    worker_has, app.conf.task_routes = app.conf.task_default_queue, {"shop.*": f"eu-{uuid.uuid4().hex}"}
+    queue = app.conf.task_routes["shop.*"]
+    with broker_away(app):
+        assert app.tasks["shop.pay"].submit("1").status == "accepted"
+    app.conf.task_routes = None  # of a worker, which takes its queues from the command line
+    del app.amqp.router
+    assert [one.published for one in recover(app)] == [True]
+    assert messages(app) == 0
+    app.conf.task_default_queue = queue
+    assert (worker_has != queue, messages(app)) == (True, 1)
+
+
 def test_models_are_accepted_as_they_are_published(app: Celery) -> None:
     @app.task(base=IdempotentTask, shared=False, name="shop.file", intent=("invoice",), pydantic=True)
     def file(invoice: Invoice) -> int:
