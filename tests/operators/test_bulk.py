@@ -16,11 +16,9 @@ from starlette.testclient import TestClient
 from celery_idem import Ledger, NotHappened, StoreError
 from celery_idem.adapters.inbox import inbox
 from celery_idem.cli import reading
-from celery_idem.core import calls
-from celery_idem.core.calls import Call
 from tests.operators.conftest import Idem, use_store
 from tests.operators.forms import hidden
-from tests.operators.intents import claimed, in_doubt, succeeded
+from tests.operators.intents import claimed, in_doubt, message, succeeded
 from tests.operators.shop import send_invoice
 
 MANY = 5000
@@ -120,9 +118,7 @@ def test_what_did_not_happen_runs_at_once_from_its_record(
 ) -> None:
     """By a file and by key; a call that the broker did not take is published by a second run."""
     for customer in ("a", "b", "gone"):
-        body = json.dumps([[customer, 7], {}, {}]).encode()
-        call = Call(f"id-{customer}", {}, {}, "application/json", "utf-8", "", "again", "", False, None, body)
-        claimed(ledger, key(customer), call=calls.pack(call)).doubt("it stopped", 0.0)
+        in_doubt(ledger, key(customer), call=message(customer, 7, task_id=f"id-{customer}", queue="again"))
     file = decisions(tmp_path, *({"key": key(c), "not_happened": True, "run": True, **SEEN} for c in "ab"))
     with monkeypatch.context() as broken:
         broken.setattr(app, "producer_or_acquire", None)

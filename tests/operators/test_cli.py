@@ -26,7 +26,7 @@ from celery_idem.core.results import Codec
 from celery_idem.core.sealing import Seal
 from tests.operators.conftest import Idem, use_store
 from tests.operators.forms import hidden
-from tests.operators.intents import claimed, in_doubt, succeeded
+from tests.operators.intents import claimed, in_doubt, message, succeeded
 from tests.operators.shop import app as shop
 from tests.operators.shop import remind, send_invoice
 
@@ -446,8 +446,9 @@ def test_reconcile_finds_arguments_in_the_result_backend(
 def test_pictures_of_the_command_line(idem: Idem, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kept in the documentation when IDEM_PICTURES=1, by `make pictures`; made in any case, so that they cannot rot."""
     for n in range(4):
-        in_doubt(ledger, key(f"cus-{n}"), "the body was interrupted by ReadTimeout")
-    claimed(ledger, key("silent"), lease=0)
+        known = {"call": message(f"cus-{n}", 7), "place": f"celery@web-{n % 2 + 1}, process {20411 + n}"}
+        in_doubt(ledger, key(f"cus-{n}"), "the body was interrupted by ReadTimeout", **known)
+    claimed(ledger, key("silent"), lease=0, call=message("silent", 7), place="celery@web-3, process 118")
     monkeypatch.setattr("sys.argv", ["celery", "-A", "shop", "idem"])
     for name, words in (("list", ("list", "--state", "waiting")), ("show", ("show", key("cus-0")))):
         console = Console(record=True, width=130, file=io.StringIO(), force_terminal=True, highlight=False)
