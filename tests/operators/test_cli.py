@@ -20,10 +20,11 @@ from celery import Celery
 from rich.console import Console
 
 from celery_idem import Ledger, NotHappened
-from celery_idem.cli import reading, screen
-from celery_idem.core.model import Outcome
+from celery_idem.cli import reading, records, screen
+from celery_idem.core.model import Outcome, State
 from celery_idem.core.results import Codec
 from celery_idem.core.sealing import Seal
+from celery_idem.engine.entries import WAITING
 from tests.operators.conftest import Idem, use_store
 from tests.operators.forms import hidden
 from tests.operators.intents import claimed, in_doubt, message, succeeded
@@ -438,6 +439,16 @@ def test_reconcile_finds_arguments_in_the_result_backend(
     finally:
         app.conf.result_extended = False
     assert send_invoice.apply(("a", 7)).get() == "inv"
+
+
+def test_show_says_what_can_be_done_in_each_state(idem: Idem, ledger: Ledger) -> None:
+    assert {*records._ADVICE, *WAITING} == {*(state.name.lower() for state in State), "lapsed"}
+    send_invoice.submit("a", 7)
+    assert "It has not begun" in idem("show", key("a")).output
+    claimed(ledger, key("b")).settle(Outcome(False, b"j1"), 0.0)
+    shown = idem("show", key("b")).output
+    assert f"idem retry '{key('b')}'" in shown
+    assert "happen again" not in shown
 
 
 # --- pictures ----------------------------------------------------------------------------
