@@ -50,31 +50,18 @@ ADVICE = (
 )
 
 
-RECEIPT: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "status": {"enum": list(typing.get_args(Status))},
-        "key": {"type": "string"},
-        "task_id": {"type": "string"},
-        "result": {},
-        "reason": {"type": "string"},
-        "code": {"enum": list(typing.get_args(Code))},
-        "differs": {"type": "array", "items": {"type": "string"}},
-        "retry_after": {"type": ["number", "null"]},
-        "next": {"type": "string"},
-    },
-    "required": [
-        "status",
-        "key",
-        "task_id",
-        "result",
-        "reason",
-        "code",
-        "differs",
-        "retry_after",
-        "next",
-    ],
+_FIELDS: dict[str, Any] = {
+    "status": {"enum": list(typing.get_args(Status))},
+    "key": {"type": "string"},
+    "task_id": {"type": "string"},
+    "result": {},
+    "reason": {"type": "string"},
+    "code": {"enum": list(typing.get_args(Code))},
+    "differs": {"type": "array", "items": {"type": "string"}},
+    "retry_after": {"type": ["number", "null"]},
+    "next": {"type": "string"},
 }
+RECEIPT: dict[str, Any] = {"type": "object", "properties": _FIELDS, "required": list(_FIELDS)}
 """JSON schema of ``Receipt.to_dict()``."""
 
 

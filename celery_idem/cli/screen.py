@@ -96,9 +96,8 @@ class Screen:
 
     def json(self, value: Any) -> None:
         """Print one JSON document on one line."""
-        text = json.dumps(
-            value, ensure_ascii=False, default=str
-        )  # leaves some control characters as they are
+        # leaves some control characters as they are
+        text = json.dumps(value, ensure_ascii=False, default=str)
         click.echo(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
     def answer(self, value: Any, text: str) -> None:

@@ -99,7 +99,7 @@ def read_decisions(lines: Iterable[bytes], by: str, evidence: str) -> Iterator[L
 
 def _decision(line: bytes, by: str, evidence: str) -> Decision:
     try:
-        form: Any = json.loads(line.decode("utf-8-sig"), parse_constant=_no_number)
+        form: Any = strict_json(line.decode("utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"it is not JSON: {error}") from None
     if not isinstance(form, dict):
@@ -203,6 +203,11 @@ def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
             yield begun.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def strict_json(text: str) -> Any:
+    """Return what JSON says, which has no NaN and no Infinity. Raises ``ValueError``: it is not JSON."""
+    return json.loads(text, parse_constant=_no_number)
 
 
 def _no_number(name: str) -> Any:
