@@ -38,12 +38,7 @@ WAIT = 30.0
 
 
 def function(
-    app: Celery,
-    task: str,
-    *,
-    scope: Whose = None,
-    occurrences: bool = False,
-    wait: float = WAIT,
+    app: Celery, task: str, *, scope: Whose = None, occurrences: bool = False, wait: float = WAIT
 ) -> Callable[..., dict[str, Any]]:
     """A function that submits the task and waits for its answer.
 
@@ -69,12 +64,7 @@ def function(
 
 
 def async_function(
-    app: Celery,
-    task: str,
-    *,
-    scope: Whose = None,
-    occurrences: bool = False,
-    wait: float = WAIT,
+    app: Celery, task: str, *, scope: Whose = None, occurrences: bool = False, wait: float = WAIT
 ) -> Callable[..., Coroutine[Any, Any, dict[str, Any]]]:
     """``function`` as a coroutine function, which blocks no event loop: the same arguments and errors."""
     tool, submit = _submitting(app, task, scope, occurrences)

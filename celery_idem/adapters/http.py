@@ -151,12 +151,7 @@ class _Problem(Exception):
     """An answer that is no success, as RFC 9457 wants it."""
 
     def __init__(
-        self,
-        status: int,
-        kind: str,
-        detail: str = "",
-        headers: Mapping[str, str] | None = None,
-        **more: Any,
+        self, status: int, kind: str, detail: str = "", headers: Mapping[str, str] | None = None, **more: Any
     ) -> None:
         super().__init__(detail)
         self.status = status

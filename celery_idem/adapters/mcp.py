@@ -110,10 +110,7 @@ def server(
         raise ConfigurationError(f"additive= names {unknown.pop()!r}, which is not among the tasks.")
     handlers = _Handlers(Offer(app, tools, wait), scope, frozenset(additive))
     return Server(
-        name,
-        instructions=INSTRUCTIONS,
-        on_list_tools=handlers.list_tools,
-        on_call_tool=handlers.call_tool,
+        name, instructions=INSTRUCTIONS, on_list_tools=handlers.list_tools, on_call_tool=handlers.call_tool
     )
 
 

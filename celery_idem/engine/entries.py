@@ -6,15 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from celery_idem.core import keys, protocol
-from celery_idem.core.model import (
-    MICROSECONDS,
-    Decision,
-    Fingerprint,
-    Note,
-    Policy,
-    Record,
-    State,
-)
+from celery_idem.core.model import MICROSECONDS, Decision, Fingerprint, Note, Policy, Record, State
 
 STATES = (*(state.name.lower() for state in State), "lapsed")
 """Names of all states an entry can be in."""

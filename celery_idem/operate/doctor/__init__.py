@@ -12,14 +12,7 @@ from collections.abc import Iterable
 
 from celery_idem.operate.doctor import configuration, stores
 from celery_idem.operate.doctor.asking import StoreFacts
-from celery_idem.operate.doctor.snapshot import (
-    Check,
-    Finding,
-    Severity,
-    Snapshot,
-    TaskFacts,
-    gather,
-)
+from celery_idem.operate.doctor.snapshot import Check, Finding, Severity, Snapshot, TaskFacts, gather
 
 __all__ = [
     "ASKING",
