@@ -27,6 +27,7 @@ from celery_idem import ALL_ARGUMENTS, IdempotentTask, IntentError
 from celery_idem.core import calls, keys, model
 from celery_idem.core.model import Note, Noticed, Outcome, Record, Recovery, State, Step, Would
 from celery_idem.core.record import pack
+from celery_idem.core.sealing import SIZES, Seal
 
 FILE = Path(__file__).with_name("vectors.json")
 
@@ -34,7 +35,8 @@ ABOUT = (
     "Test vectors of celery_idem's wire format, made by `python -m spec.make`. docs/reference/wire.md explains them. "
     "`values`: a value, and the canonical form that is hashed. `refused`: values that have none, as text, because "
     "some languages cannot read their JSON. `calls`: a call, and the text that is hashed, the key, the fingerprint, "
-    "the digest of the scope, and the headers of the message. `records`: what a store holds, in hex, and what it says."
+    "the digest of the scope, and the headers of the message. `records`: what a store holds, in hex, and what it says. "
+    "`sealed`: a seal key, an intent's key, and bytes in hex, in clear and as a record holds them."
 )
 
 UTC = timezone.utc
@@ -452,6 +454,17 @@ def records() -> list[dict[str, Any]]:
     return found
 
 
+def sealed() -> list[dict[str, str]]:
+    """Return fields of records that are sealed, with keys of each length."""
+    found = []
+    for size in SIZES:
+        seal_key = base64.b64encode(bytes(range(size))).decode()
+        for key, clear in (("shop.charge:5d41", b"jnull"), ("shop.größe:1", calls.pack(CALL_OF_A_MESSAGE))):
+            box = Seal([seal_key]).close(clear, key)
+            found.append({"seal_key": seal_key, "key": key, "clear": clear.hex(), "sealed": box.hex()})
+    return found
+
+
 # --- the file ------------------------------------------------------------------------
 
 
@@ -469,6 +482,7 @@ def vectors() -> dict[str, Any]:
         "refused": [{"name": name, "json": json.dumps(notation(value))} for name, value in REFUSED],
         "calls": [call(given) for given in CALLS],
         "records": records(),
+        "sealed": sealed(),
     }
 
 

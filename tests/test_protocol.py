@@ -591,6 +591,19 @@ def test_the_wish_to_stop_is_about_one_attempt() -> None:
     assert protocol.stopping(asked)
 
 
+def test_a_write_that_changes_nothing_is_no_sign_of_life() -> None:
+    for state in (State.SCHEDULED, State.ACCEPTED):
+        record = Record(state, owner=OWN, lease=100, recovery=Recovery(1, 70))
+        new = protocol.rewritten(record, STAMP, STAMP + 30)
+        assert new == record._replace(lease=70, recovery=Recovery(1, 40))
+        late = protocol.rewritten(record, STAMP, STAMP + 300)
+        assert late == record._replace(lease=1, recovery=Recovery(1, 1))  # overdue, and not never
+    for record in (Record(State.IN_DOUBT), Record(State.SUCCEEDED, outcome=OUTCOME)):
+        assert protocol.rewritten(record, STAMP, STAMP + 30) == record
+    for held_by_another in (Record(State.RUNNING, lease=100), Record(State.IN_DOUBT, lease=100, asking=OWN)):
+        assert protocol.rewritten(held_by_another, STAMP, STAMP + 300) is None
+
+
 def test_a_cancelled_action_is_known_for_longer_than_its_retry_takes_to_come() -> None:
     policy = a_request().policy
     waiting = held(State.SCHEDULED, lease=1000 * LEASE)

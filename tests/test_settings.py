@@ -153,6 +153,7 @@ SLIPS = {
     "accept_on_publish": "accept_on_publsh accepts_on_publish accept_publish",
     "recover": "recovers recovery recver",
     "late": "lates laet latee",
+    "seal_keys": "seal_key sealkeys sealed_keys",
 }
 
 OTHER_THINGS = (
@@ -244,6 +245,7 @@ WRONG: dict[str, list[Any]] = {
     "max_call_bytes": [0, -1, 1.5, None, 1 << 40],
     "accept_on_publish": [1, 0, "yes", None],
     "recover": [1, 0, "yes", None],
+    "seal_keys": [None, "hunter2", ["hunter2"], [""], [5], 5, [b"x" * 32]],
 }
 
 

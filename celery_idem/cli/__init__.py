@@ -8,10 +8,10 @@ Exit status: 0 success; 1 nothing found, or a check failed; 2 wrong usage; 3 sto
 
 from __future__ import annotations
 
-from celery_idem.cli import checking, deciding, key, records, retrying, serving, settling
+from celery_idem.cli import checking, deciding, key, records, retrying, sealing, serving, settling
 from celery_idem.cli.screen import idem
 
 # Importing them adds the commands to the group.
-_COMMANDS = (records, deciding, serving, settling, retrying, checking, key)
+_COMMANDS = (records, deciding, serving, settling, retrying, sealing, checking, key)
 
 __all__ = ["idem"]

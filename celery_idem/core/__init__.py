@@ -14,5 +14,6 @@ __all__ = [
     "pydantic_models",
     "record",
     "results",
+    "sealing",
     "signatures",
 ]

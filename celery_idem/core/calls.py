@@ -26,6 +26,7 @@ class Why(IntEnum):
     OFF = 1  # keep_call=False
     TOO_LARGE = 2  # max_call_bytes
     UNWRITABLE = 3  # an argument or a header that its serializer refuses
+    KEY_LOST = 4  # it was sealed, and a person gave its key up
 
     @property
     def packed(self) -> bytes:

@@ -1130,6 +1130,21 @@ def told(record: Record) -> Record | None:
     return replace(record, call=b"") if record.outcome is not None and record.call else None
 
 
+def rewritten(record: Record, stamp: int, now: int) -> Record | None:
+    """The same record for one more write, which is no sign of life: its times go on. None: an execution holds it, or
+    asks the destination, and writes it itself."""
+    if record.state is State.RUNNING or record.asking:
+        return None
+    waited = _waited(record, stamp, now)
+    if record.recovery is not None:
+        record = replace(
+            record, recovery=record.recovery._replace(wait=max(1, record.recovery.wait - waited))
+        )
+    if record.lease and record.state in (State.SCHEDULED, State.ACCEPTED):
+        record = replace(record, lease=max(1, record.lease - waited))
+    return record
+
+
 def stopping(record: Record) -> bool:
     """A person asked the present attempt to stop."""
     return any(note.resolution is Resolution.CANCELLED and note.at >= record.fence for note in record.notes)

@@ -1,7 +1,7 @@
 """Encodes the values and errors of outcomes as bytes, and decodes them.
 
-A payload is one byte for the serializer (``_SERIALIZERS``; ``n``: its name follows) and the data. Nothing is unpickled
-unless the application accepts pickle for results.
+A payload is one byte for the serializer (``_SERIALIZERS``; ``n``: its name follows) and the data; it may be sealed.
+Nothing is unpickled unless the application accepts pickle for results.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from kombu.exceptions import KombuError, SerializerNotInstalled
 
 from celery_idem.core.errors import StoreError
 from celery_idem.core.json_values import FROM_JSON, to_json
+from celery_idem.core.sealing import MARK, Seal, opened
 from celery_idem.core.stored_errors import form_of, named, rebuilt, text_of
 
 _SERIALIZERS = {"json": b"j", "pickle": b"p", "yaml": b"y", "msgpack": b"m"}
@@ -39,12 +40,14 @@ class Codec(NamedTuple):
         accept: names of serializers that may be read.
         max_bytes: maximum size of a payload.
         kombus_json: "json" is kombu's own serializer, not one that the application registered.
+        seal: what seals payloads at rest; None: they are kept in clear.
     """
 
     serializer: str = "json"
     accept: Collection[str] = ("json",)
     max_bytes: int = 1 << 20
     kombus_json: bool = True
+    seal: Seal | None = None
 
     def unusable(self) -> str:
         """Return why no result can be written and read again, by kombu's present registry; "" if it can."""
@@ -60,12 +63,18 @@ class Codec(NamedTuple):
             return f"results written with the serializer {self.serializer!r} could not be read again"
         return ""
 
-    def encode(self, value: Any) -> bytes:
+    def encode(self, value: Any, key: str = "") -> bytes:
         """Return the payload of a value.
+
+        Args:
+            key: of the intent, which is sealed with it.
 
         Raises:
             NotStorable: the serializer refuses it, or it is too large. Errors of the value's own code become this too.
         """
+        return self._sealed(self._payload(value), key)
+
+    def _payload(self, value: Any) -> bytes:
         if value is None and self.serializer == "json" and self.kombus_json and "json" in self.accept:
             return _NULL  # what most tasks return
         try:
@@ -82,6 +91,9 @@ class Codec(NamedTuple):
         if len(payload) > self.max_bytes:
             raise NotStorable(f"{len(payload)} bytes are more than idem_max_result_bytes = {self.max_bytes}")
         return payload
+
+    def _sealed(self, payload: bytes, key: str) -> bytes:
+        return payload if self.seal is None else self.seal.close(payload, key)
 
     def _encoded(self, value: Any) -> bytes:
         name = self.serializer
@@ -108,7 +120,7 @@ class Codec(NamedTuple):
         """Return the value of a payload.
 
         Raises:
-            StoreError: the payload cannot be read, or its serializer is not accepted.
+            StoreError: the payload cannot be read or opened, or its serializer is not accepted.
         """
         if payload == _NULL and "json" in self.accept:
             return None
@@ -116,6 +128,8 @@ class Codec(NamedTuple):
         if payload[:1] == _NAMED:
             end = 2 + payload[1] if len(payload) > 1 else 1
             name, data = payload[2:end].decode("utf-8", "replace"), payload[end:]
+        elif payload[:1] == MARK:
+            return self.decode(opened(self.seal, payload, key), key)
         if name is None or name not in self.accept:
             raise StoreError(
                 f"The stored result of {key} was written with the serializer {name or payload[:1]!r}, which "
@@ -130,36 +144,35 @@ class Codec(NamedTuple):
         except Exception as error:
             raise StoreError(f"The stored result of {key} cannot be read: {error}.", key) from error
 
-    def kept(self, value: Any) -> tuple[bytes, Any]:
+    def kept(self, value: Any, key: str = "") -> tuple[bytes, Any]:
         """Return a value's payload and its decoded value, so that the first caller gets the same as a replay.
 
         Raises:
             NotStorable: it cannot be stored, or not read again.
         """
-        payload = self.encode(value)
+        payload = self._payload(value)
         if type(value) in _SIMPLE:
-            return payload, value
+            return self._sealed(payload, key), value
         for last in (False, True):  # as in encode
             try:
-                return payload, self.decode(payload)
+                return self._sealed(payload, key), self.decode(payload, key)
             except Exception:
                 if last:  # for example a decoder that does not fit its encoder
                     break
         raise NotStorable(f"what the {self.serializer} serializer makes of it cannot be read again")
 
-    def encode_error(self, error: BaseException) -> bytes:
-        """Return the payload of an exception: class, arguments and attributes, always in JSON."""
+    def encode_error(self, error: BaseException, key: str = "") -> bytes:
+        """Return the payload of an exception: class, arguments and attributes, always in JSON. See ``encode``."""
         try:
             payload = b"j" + to_json(form_of(error)).encode("utf-8", "surrogatepass")
         # code of the author's exception fails: its class and text still say how the body ended
         except Exception:
             payload = b""
         if payload and len(payload) <= self.max_bytes:
-            return payload
+            return self._sealed(payload, key)
         short = text_of(error)[:1000]
-        return b"j" + to_json({**named(error), "text": short, "args": [short]}).encode(
-            "utf-8", "surrogatepass"
-        )
+        form = to_json({**named(error), "text": short, "args": [short]})
+        return self._sealed(b"j" + form.encode("utf-8", "surrogatepass"), key)
 
     def decode_error(self, payload: bytes, key: str | None = None) -> Exception:
         """Return the exception of a payload, with ``idem_replayed`` set.
@@ -169,6 +182,7 @@ class Codec(NamedTuple):
         class is replaced by a new one of that name. So is a class that Celery or the interpreter treats specially
         (``_SPECIAL``).
         """
+        payload = opened(self.seal, payload, key)
         try:
             return rebuilt(FROM_JSON.decode(payload[1:].decode("utf-8", "surrogatepass")))
         except Exception as error:

@@ -43,6 +43,7 @@ def change(
     before: float = 0.0,
     lenient: bool = False,
     replace: Replace | None = None,
+    check: Callable[[Record], object] | None = None,
 ) -> tuple[Any, Reply, float]:
     """Decide on one record, and write what was decided.
 
@@ -55,6 +56,7 @@ def change(
         record: the same, unpacked; None to unpack it here.
         before: the worker's time before the call that ``reply`` answers.
         replace: replaces the record, in place of the store's own ``replace``.
+        check: refuses a record that this process may not decide on, by raising.
         lenient: give ``decide`` None and a stamp for a value that is no record, and do not raise.
 
     Returns:
@@ -75,6 +77,9 @@ def change(
             except StoreError:
                 if not lenient:
                     raise
+            else:
+                if check is not None:
+                    check(record)
         decision, new = decide(record, stored.stamp if stored is not None else 0, reply.now)
         if new is None:
             if stored is None or reply.now:

@@ -6,7 +6,17 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from celery_idem.core import keys, protocol
-from celery_idem.core.model import MICROSECONDS, Decision, Fingerprint, Note, Policy, Record, State
+from celery_idem.core.model import (
+    MICROSECONDS,
+    Decision,
+    Fingerprint,
+    Note,
+    Policy,
+    Publish,
+    Record,
+    State,
+    Tell,
+)
 
 STATES = (*(state.name.lower() for state in State), "lapsed")
 """Names of all states an entry can be in."""
@@ -90,6 +100,10 @@ class Entry:
     def standing(self, fingerprint: Fingerprint, policy: Policy) -> Decision | None:
         """What a claim would be told; None where it would have something to do (see ``protocol``)."""
         return protocol.standing(self.record, self._stamp, self._now, fingerprint, policy)
+
+    def overdue(self, publishable: bool, policy: Policy, elsewhere: bool) -> Publish | Tell | None:
+        """What recovery would do about it; None: leave it (see ``protocol.recover``)."""
+        return protocol.recover(self.record, self._stamp, self._now, publishable, policy, 0, elsewhere)[0]
 
     def of(self, record: Record) -> Entry:
         """The same intent at the same time, with another record."""

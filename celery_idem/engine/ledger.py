@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from itertools import islice
 from random import randrange
-from typing import Any
+from typing import Any, Literal
 
-from celery_idem.core import keys, protocol
-from celery_idem.core.errors import IdempotencyError, StoreError
+from celery_idem.core import keys, protocol, sealing
+from celery_idem.core.errors import ConfigurationError, IdempotencyError, StoreError
 from celery_idem.core.model import (
     MICROSECONDS,
     Accepted,
@@ -78,6 +78,10 @@ def _each_once(found: Iterator[Entry]) -> Iterator[Entry]:
             yield entry
 
 
+Resealed = Literal["current", "resealed", "running"]
+"""What became of a record: all of it is sealed with the newest key, now it is, or its execution writes it itself."""
+
+
 Teller = Callable[[str, bytes], Callable[[], object] | None]
 """From a key and a packed call to what publishes it; None where that cannot be published."""
 
@@ -138,24 +142,20 @@ class Ledger:
                 ``request`` tells: carry it along.
         """
         new, name = protocol.fresh(request), self._prefix + key
-        before, announced = clock.elapsed(), False
-        late = request.age > 0 and protocol.too_late(request)
-        if late:
+        before, late, announced = clock.elapsed(), False, False
+        if request.accepted is not None:
+            new = protocol.taken_up(request)
+        if request.age and protocol.too_late(request):
+            late = True
             reply = self.store.read(name)._replace(done=False)  # it wrote nothing
+        elif also is not None:
+            reply, announced = self.store.announce(_first(name, new, request), also)
+        elif request.accepted is not None:
+            reply = self.store.replace(
+                name, request.accepted, pack(new), None, protocol.due(new, request.policy)
+            )
         else:
-            old = request.accepted
-            if old is not None:
-                new = protocol.taken_up(request)
-            value, due = pack(new), protocol.due(new, request.policy)
-            if also is not None:
-                item = (
-                    Creation(name, value, None, due) if old is None else Change(name, old, value, None, due)
-                )
-                reply, announced = self.store.announce(item, also)
-            elif old is not None:
-                reply = self.store.replace(name, old, value, None, due)
-            else:
-                reply = self.store.create(name, value, None, due)
+            reply = self.store.create(name, pack(new), None, protocol.due(new, request.policy))
         if reply.done:
             assert reply.stored is not None
             # A first claim's fence is its creation.
@@ -171,7 +171,9 @@ class Ledger:
             return protocol.absent(request, now) if late else (Acquired(new), new)
 
         decision: Decision
-        decision, reply, before = change(self.store, name, key, decide, request.policy, reply, before=before)
+        decision, reply, before = change(
+            self.store, name, key, decide, request.policy, reply, before=before, check=self._check(key)
+        )
         stored = reply.stored
         if isinstance(decision, (Acquired, Ask)):
             assert stored is not None
@@ -255,7 +257,9 @@ class Ledger:
                     return Accepted(record), None
                 return protocol.accept(record, stamp, now, request, wait)
 
-            decision, reply, _ = change(self.store, self._prefix + key, key, decide, request.policy, reply)
+            decision, reply, _ = change(
+                self.store, self._prefix + key, key, decide, request.policy, reply, check=self._check(key)
+            )
         assert reply.stored is not None
         record = decision.record if isinstance(decision, Accepted) else _read(key, reply.stored)
         return decision, Entry(key, record, reply.stored.stamp, reply.now)
@@ -457,7 +461,7 @@ class Ledger:
         if keep is None:
             keep = self.result_ttl(keys.task_of(key) or key)
         policy = Policy(lease=0, result_ttl=int(keep * MICROSECONDS), failure_ttl=int(keep * MICROSECONDS))
-        outcome = self.outcome_of(answer.result) if isinstance(answer, Happened) else None
+        outcome = self.outcome_of(answer.result, key) if isinstance(answer, Happened) else None
         tell: Callable[[], object] | None = None
         resolution = Resolution.NOT_HAPPENED if outcome is None else Resolution.HAPPENED
         what = "happened" if outcome is not None else "not happened"
@@ -473,7 +477,8 @@ class Ledger:
             done, new = protocol.resolve(record, stamp, now, outcome, note, fence, tell is not None)
             return done, None if dry_run else new
 
-        done, reply = self._change(key, decide, policy)
+        # A decision that writes nothing sealed needs no key: a lost key must not keep a person from deciding.
+        done, reply = self._change(key, decide, policy, check=outcome is not None)
         if isinstance(done, Refused):
             if done.record is None:
                 raise self._no_intent(key)
@@ -608,6 +613,38 @@ class Ledger:
 
         self._change(key, decide, request.policy)
 
+    def reseal(self, entry: Entry, policy: Policy, dry_run: bool = False, lost: bool = False) -> Resealed:
+        """Seal an intent's record with the newest key.
+
+        Args:
+            entry: as it was read.
+            policy: says how long an outcome is kept.
+            dry_run: write nothing.
+            lost: see ``sealing.resealed``.
+
+        Raises:
+            StoreError: the store did not answer; with a key: the record is sealed with a key that is not here.
+        """
+        seal = self.codec.seal
+        if seal is None:
+            raise ConfigurationError("idem_seal_keys is not set, so there is no key to seal with.")
+        key, newest = entry.key, {seal.newest}
+        verdict: Resealed = "current"
+        if sealing.sealed_with(entry.record) <= newest:
+            return verdict
+
+        def decide(record: Record | None, stamp: int, now: int) -> tuple[Refused, Record | None]:
+            nonlocal verdict
+            verdict = "current"
+            if record is None or sealing.sealed_with(record) <= newest:
+                return Refused(record), None
+            new = protocol.rewritten(sealing.resealed(record, seal, key, lost), stamp, now)
+            verdict = "running" if new is None else "resealed"
+            return Refused(new), None if dry_run else new  # refused: what is left of its time stays
+
+        self._change(key, decide, policy)
+        return verdict
+
     def purge(self, batch: int = 1000) -> int:
         """Delete what has expired, in batches; how many. Redis expires by itself: 0."""
         total = 0
@@ -660,7 +697,11 @@ class Ledger:
         elsewhere: Callable[[Record], bool] = lambda record: False,
     ) -> Publish | Tell | None:
         """Take an overdue intent: its call is then published, or its caller told, by this process alone. See
-        ``protocol.recover``."""
+        ``protocol.recover``.
+
+        Raises:
+            StoreError: the store did not answer; with a key: what the record holds cannot be read here.
+        """
         jitter = randrange(protocol.JITTER)  # noqa: S311  # to tell two processes apart
 
         def decide(
@@ -671,7 +712,7 @@ class Ledger:
             can = publishable(record)
             return protocol.recover(record, stamp, now, can, policy, jitter, elsewhere(record))
 
-        taken: Publish | Tell | None = self._change(key, decide, policy)[0]
+        taken: Publish | Tell | None = self._change(key, decide, policy, check=True)[0]
         if isinstance(taken, Tell) and taken.first:
             events.emit("in_doubt", key, task_id=taken.record.task_id, reason=taken.record.reason)
         return taken
@@ -685,28 +726,40 @@ class Ledger:
         self._write(key, lambda record: protocol.not_published(record, taken.record))
 
     def _change(
-        self, key: str, decide: Decide, policy: Policy | None, lenient: bool = False
+        self, key: str, decide: Decide, policy: Policy | None, lenient: bool = False, check: bool = False
     ) -> tuple[Any, Reply]:
-        decision, reply, _ = change(self.store, self._prefix + key, key, decide, policy, lenient=lenient)
+        checked = self._check(key) if check else None
+        name = self._prefix + key
+        decision, reply, _ = change(self.store, name, key, decide, policy, lenient=lenient, check=checked)
         return decision, reply
 
     def _write(self, key: str, new: Callable[[Record], Record | None], policy: Policy | None = None) -> None:
         """Replace what stands there by what ``new`` makes of it; nothing where it is None, or where nothing stands."""
         self._change(key, lambda record, stamp, now: (None, record and new(record)), policy)
 
+    def _check(self, key: str) -> Callable[[Record], object]:
+        """What refuses a record that is sealed with a key that is not here."""
+        return lambda record: sealing.check(self.codec.seal, record, key)
+
     # --- values -----------------------------------------------------------------------
 
-    def outcome_of(self, value: Any) -> Outcome:
+    def outcome_of(self, value: Any, key: str) -> Outcome:
         """A value as an outcome; one without payload, and the reason, when it cannot be stored."""
-        return self.encode(value)[0]
+        return self.encode(value, key)[0]
 
-    def encode(self, value: Any) -> tuple[Outcome, Any]:
+    def encode(self, value: Any, key: str) -> tuple[Outcome, Any]:
         """The same, and what every caller gets: what is stored, as it will be read."""
         try:
-            payload, shown = self.codec.kept(value)
+            payload, shown = self.codec.kept(value, key)
         except NotStorable as why:
             return Outcome(True, None, str(why)), value
         return Outcome(True, payload), shown
+
+
+def _first(name: str, new: Record, request: Request) -> Change | Creation:
+    """Return the write of a claim that has read nothing."""
+    value, due, old = pack(new), protocol.due(new, request.policy), request.accepted
+    return Creation(name, value, None, due) if old is None else Change(name, old, value, None, due)
 
 
 def _read(key: str, stored: Stored) -> Record:

@@ -130,16 +130,12 @@ class Job(ABC):
     """What to write and publish together with the claim."""
 
     due = 0.0
-    """When the call was due, of a message that may have been here before: seconds since 1970; 0: as ``Request.age``."""
+    """When the call was due, of a message that may have been here before: seconds since 1970; 0: it was not, or that is
+    not known."""
 
     waited = 0
     entered = False
     """Set by ``body`` just before the author's code: until then, nothing ran."""
-
-    @property
-    def age(self) -> int:
-        """See ``Request.age``; by the clocks of the producer and of this worker."""
-        return max(0, int((time.time() - self.due) * MICROSECONDS)) if self.due else 0
 
     @abstractmethod
     def body(self, hold: Hold) -> Any:
@@ -270,7 +266,7 @@ class Runner:
                 job.call,
                 job.place,
                 job.accepted,
-                job.age,
+                max(0, int((time.time() - job.due) * MICROSECONDS)) if job.due else 0,
             )
             try:
                 decision, hold = self.ledger.claim(job.key, request, job.starting)
@@ -430,7 +426,7 @@ class Runner:
         if hold.retries is not None:
             job.returned(value)
         try:
-            hold.settle(self.ledger.outcome_of(value), EXIT_PATIENCE)
+            hold.settle(self.ledger.outcome_of(value, job.key), EXIT_PATIENCE)
         except Exception as error:
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(error))
         return value
@@ -473,7 +469,7 @@ class Runner:
         finally:
             RENEWER.unwatch(hold)
         events.emit("asked", job.key, task_id=job.task_id, answer=type(answer).__name__)
-        outcome = self.ledger.outcome_of(answer.result) if isinstance(answer, Happened) else None
+        outcome = self.ledger.outcome_of(answer.result, job.key) if isinstance(answer, Happened) else None
         unknown = answer.reason or "the destination could not tell" if isinstance(answer, Unknown) else ""
         decision, running = hold.conclude(outcome, unknown)
         return (decision._replace(first=first) if isinstance(decision, InDoubt) else decision), running
@@ -530,7 +526,7 @@ class Runner:
         self, job: Job, hold: Hold, value: Any, patience: float, last: bool, returned: bool = True
     ) -> Any:
         try:
-            outcome, shown = self.ledger.encode(value)
+            outcome, shown = self.ledger.encode(value, job.key)
         except BaseException as error:
             if not last:
                 raise
@@ -593,7 +589,7 @@ class Runner:
         return hold.promised[1]
 
     def _settle_error(self, job: Job, hold: Hold, error: BaseException, patience: float) -> None:
-        self._settle(job, hold, Outcome(False, self.ledger.codec.encode_error(error)), patience)
+        self._settle(job, hold, Outcome(False, self.ledger.codec.encode_error(error, job.key)), patience)
 
     def _settle(
         self, job: Job, hold: Hold, outcome: Outcome, patience: float, also: Announcement | None = None

@@ -106,7 +106,7 @@ def _check(hold: Hold, name: str) -> None:
 
 def _end(hold: Hold, codec: Codec, name: str, value: Any, patience: float) -> Any:
     try:
-        payload, shown = codec.kept(value)
+        payload, shown = codec.kept(value, hold.key)
     except NotStorable as why:
         hold.end_step(name, _NO_RESULT, patience)  # it has run: no later attempt may run it again
         raise ConfigurationError(

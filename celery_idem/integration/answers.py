@@ -14,6 +14,7 @@ from celery.states import PENDING, STARTED, SUCCESS
 from celery_idem.stores.base import Announcement
 
 if TYPE_CHECKING:
+    from celery import Celery
     from celery.app.task import Context
 
 ANSWERED = "idem_answered"
@@ -28,34 +29,22 @@ STARTING = "idem_starting"
 _TWIN = "_idem_twin"
 
 
-def may_answer(backend: Any) -> bool:
-    """Whether ``aware`` made this backend, of one of Celery's own for Redis and not of a subclass."""
-    return type(backend) in _classes.values()
+def answering(app: Celery) -> Any:
+    """The application's result backend as ``aware`` makes it; None unless it is one of Celery's own for Redis, and not
+    of a subclass. To be asked for bytes only: each thread has a backend of its own."""
+    backend = aware(app.backend)
+    return backend if type(backend) in _classes.values() else None
 
 
-def announcement(backend: Any, request: Context, value: Any) -> Announcement | None:
-    """What the result backend would write for a task that succeeded; None where Celery has to do it.
+def announcement(backend: Any, request: Context, value: Any, state: str = SUCCESS) -> Announcement | None:
+    """What the result backend would write for a task that succeeded, or began; None where Celery has to do it.
 
     The bytes come from the backend's own methods. Links and chains publish their messages before the result is
     stored, because they are its children: there Celery's order is kept.
     """
-    if request.callbacks or request.chain or vars(request).get("ignore_result"):
+    if (request.callbacks or request.chain) and state == SUCCESS:
         return None
-    return _announcement(backend, request, value, SUCCESS)
-
-
-def starting(backend: Any, request: Context) -> Announcement | None:
-    """The same of a task that begins, under ``task_track_started``."""
-    return _announcement(backend, request, vars(request)[STARTING], STARTED)
-
-
-def start(backend: Any, request: Context) -> None:
-    """Write STARTED in Celery's own way."""
-    _plain(backend).store_result(request.id, vars(request)[STARTING], STARTED, request=request)
-
-
-def _announcement(backend: Any, request: Context, value: Any, state: str) -> Announcement | None:
-    if not may_answer(backend):
+    if vars(request).get("ignore_result"):
         return None
     try:
         meta = backend._get_result_meta(
@@ -90,10 +79,6 @@ def aware(backend: Any) -> Any:
     return twin
 
 
-def _plain(backend: Any) -> Any:
-    return _seen_as(type(backend).__mro__[1], backend) if may_answer(backend) else backend
-
-
 def _left_to_the_claim(backend: Any, request: Any, state: str) -> bool:
     """Whether a state need not be written now: it is STARTED, and the claim that is still to come can carry it."""
     known = vars(request)
@@ -103,7 +88,7 @@ def _left_to_the_claim(backend: Any, request: Any, state: str) -> bool:
         return False
     try:
         guard = backend.app.tasks[request.task].guard
-        return bool(guard.answers and not guard.settings.shadow)
+        return guard.answers is not None and not guard.settings.shadow
     except Exception:  # the delivery meets it again, and says so
         return False
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded, TaskError
-from celery.states import FAILURE, PROPAGATE_STATES, SUCCESS
+from celery.states import FAILURE, PROPAGATE_STATES, STARTED, SUCCESS
 from celery.utils.imports import symbol_by_name
 from celery.utils.time import maybe_iso8601
 
@@ -57,6 +57,7 @@ from celery_idem.engine.runner import Job, Options, Runner, Why
 from celery_idem.engine.shadow import ShadowRunner
 from celery_idem.engine.steps import run_step
 from celery_idem.integration import answers, declaring, describing, messages, placing, republishing
+from celery_idem.integration.answers import STARTING
 from celery_idem.integration.guarded import GuardedTask
 from celery_idem.integration.messages import CARRIED
 from celery_idem.integration.settings import LONGEST, Settings
@@ -120,8 +121,8 @@ class Guard(NamedTuple):
     around: Callable[..., Any] | None
     net: Any
     body: Callable[..., Any]
-    answers: bool = False
-    """The store is the result backend's own database, so the outcome's write can carry the result."""
+    answers: Any = None
+    """The result backend, if the store is its own database, so that the outcome's write can carry the result."""
 
     broker: str = ""
     """Which broker its messages come from (see ``calls``)."""
@@ -153,7 +154,9 @@ class Guard(NamedTuple):
             around=placing.around(task),
             net=net,
             body=body,
-            answers=ledger.store.announces and is_backends(ledger.store, task.app),
+            answers=answers.answering(task.app)
+            if ledger.store.announces and is_backends(ledger.store, task.app)
+            else None,
             broker=messages.broker_of(task.app),
             unusable=ledger.codec.unusable(),
         )
@@ -300,6 +303,9 @@ class Delivery(Job):
     pauses = 0
     """How often it waited in place."""
 
+    starts = False
+    """Its state is STARTED when the body begins (``task_track_started``)."""
+
     received: tuple[Any, Any] | None = None
     """A copy of the arguments, for the question and for what runs after it: the body may change its own."""
 
@@ -320,11 +326,11 @@ class Delivery(Job):
         self.kwargs = kwargs
         headers = request.headers or {}
         carried: tuple[bytes, ...] = ()
+        again: Any = True
         if CARRIED in headers:
             carried = _unhex(headers[CARRIED])
-            again = True
         else:
-            again = bool((request.delivery_info or {}).get("redelivered"))
+            again = (request.delivery_info or {}).get("redelivered")
         super().__init__(key, request.id or "", fingerprint, guard.options, carried)
         labels = None
         if not keys.IDENTITY.isdisjoint(headers):
@@ -336,13 +342,16 @@ class Delivery(Job):
                 self.digests = guard.digester.of(args, kwargs, labels)
             except Exception as error:  # they decide nothing, so they may stop nothing
                 events.diagnose(logging.ERROR, "%s: no digests of its arguments are kept", key, error=error)
-        if answers.STARTING in vars(request) and not again and not request.retries:
-            self.starting = answers.starting(task.backend, request)
+        if STARTING in request.__dict__:
+            self.starts = True
+            if not again and not request.retries:
+                meta = request.__dict__[STARTING]
+                self.starting = answers.announcement(guard.answers, request, meta, STARTED)
         if not guard.settings.shadow:
             self.call = messages.of_delivery(task.app, guard, request, args, kwargs, key)
             self.place = messages.place(request)
             if ACCEPTED_AT in headers and headers.get(MESSAGE) == request.id:
-                self.accepted = messages.accepted_in(headers[ACCEPTED_AT])
+                self.accepted = messages.accepted_in(headers[ACCEPTED_AT], guard.ledger.codec.seal)
                 again = True  # an accepted call has a record, until it was claimed
             if again:
                 self.due = _due(headers, request.id)
@@ -377,7 +386,8 @@ class Delivery(Job):
         return bool(self.task.ignore_result if given is None else given)
 
     def announcement(self, value: Any) -> Announcement | None:
-        if not self.guard.answers or self.in_place or self.task.ignore_result:
+        backend = self.guard.answers
+        if backend is None or self.in_place or self.task.ignore_result or self.task._backend is not None:
             return None
         # A call in a body inherits the request of the message, and is not its answer. Code around the guard may
         # make another answer of the value.
@@ -386,7 +396,7 @@ class Delivery(Job):
         # by the body itself: Celery keeps that one
         if getattr(self.request, "idem_said", ("",))[0] == SUCCESS:
             return None
-        return answers.announcement(self.task.backend, self.request, value)
+        return answers.announcement(backend, self.request, value)
 
     def announced(self) -> None:
         vars(self.request)[answers.ANSWERED] = True
@@ -426,7 +436,7 @@ class Delivery(Job):
         if guard.ask is not None:  # any other runs once
             self._as_received()
         try:
-            if answers.STARTING in vars(self.request):
+            if self.starts:
                 self._start(hold)
             if guard.around is not None:
                 self.request.idem_opened = self.entered = True
@@ -446,7 +456,8 @@ class Delivery(Job):
         """The state is STARTED now: the claim wrote it, or Celery's own way is left."""
         written, hold.announced = hold.announced, False
         if not written:
-            answers.start(self.task.backend, self.request)
+            meta = vars(self.request)[STARTING]
+            self.task.backend.store_result(self.task_id, meta, STARTED, request=self.request)
 
     def ask(self, hold: Hold) -> Answer:
         """On the runner's side thread: it gets this request, so that ``task.request`` and ``task.claim`` work."""

@@ -35,8 +35,10 @@ class GuardedTask(Protocol):
     app: Any
     acks_late: Any
     serializer: Any
+    expires: Any
     ignore_result: Any
     store_errors_even_if_ignored: Any
+    _backend: Any  # of its own; None: the application's
     no_effect_errors: tuple[type[BaseException], ...]
     ambiguous_errors: tuple[type[BaseException], ...]
 

@@ -9,26 +9,28 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from celery.app.task import Context
-from celery.utils.time import maybe_iso8601
+from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu.exceptions import OperationalError
 from kombu.serialization import dumps, loads, prepare_accept_content, registry
 
 from celery_idem.core import calls, keys
 from celery_idem.core.calls import Call, Why
-from celery_idem.core.errors import IdempotencyError
-from celery_idem.core.keys import Declaration
+from celery_idem.core.errors import IdempotencyError, StoreError
 from celery_idem.core.model import ACCEPTED_AT, KEY, MESSAGE, PUBLISHED, Stored
+from celery_idem.core.sealing import Seal, opened, seal_of
 from celery_idem.engine import events
 from celery_idem.integration import publishing, republishing
 from celery_idem.integration.guarded import GuardedTask, Guarding
+from celery_idem.integration.settings import of_app
 
 if TYPE_CHECKING:
     from celery import Celery
 
-    from celery_idem.integration.settings import Settings
+
+Published = TypeVar("Published")
 
 BODY = "idem-body"
 ENCODING = "idem-encoding"
@@ -59,6 +61,13 @@ _NOT_KEPT = frozenset({"connection", "producer", "retry", "retry_policy", "add_t
 DECIDED = "idem_decided"
 """Option of our ``apply_async``: what the record says of this call is known already, so publish it."""
 
+PATIENCE = 3.0
+"""Seconds that the broker gets to take a message that recovery can publish later. RabbitMQ stops reading from
+publishers while it is short of memory or disk, and one that waits for its confirmation would wait for ever."""
+
+_AGAIN = {"max_retries": 1}
+"""For a connection that has died unnoticed. Any later try is recovery's."""
+
 _PROPERTIES = ("priority", "delivery_mode", "MessageGroupId")
 """Properties that the author or the sender chose; all others are the broker's."""
 
@@ -68,32 +77,28 @@ def of_delivery(app: Celery, guard: Guarding, request: Context, args: Any, kwarg
     if not guard.settings.keep_call:
         return Why.OFF.packed
     try:
-        return _bounded(
-            _of_delivery(app, guard.declaration, guard.broker, request, args, kwargs), guard.settings
-        )
+        return _kept_as(guard, key, _of_delivery(app, guard, request, args, kwargs))
     except Exception as error:  # of any serializer
         events.diagnose(logging.DEBUG, "%s: its call is not kept", key, error=error)
         return Why.UNWRITABLE.packed
 
 
-def _of_delivery(
-    app: Celery, declaration: Declaration, broker: str, request: Context, args: Any, kwargs: Any
-) -> Call:
+def _of_delivery(app: Celery, guard: Guarding, request: Context, args: Any, kwargs: Any) -> Call:
     known = vars(request)
     task_id = request.id or ""
     properties = request.properties or {}
     headers = _kept(known, request.headers or {}, task_id)
     info = request.delivery_info or {}
-    kept = {name: properties[name] for name in _PROPERTIES if properties.get(name)}
+    kept = {name: properties[name] for name in filter(properties.get, _PROPERTIES)}
     if request.reply_to:
         kept["reply_to"] = request.reply_to
-    canvas = {name: known[name] for name in _CANVAS if known.get(name)}
+    canvas = {name: known[name] for name in filter(known.get, _CANVAS)}
     body = properties.get(BODY)
     content_type, encoding = properties.get("content_type") or "", properties.get(ENCODING) or "utf-8"
-    hidden = bool(declaration.secret or (canvas and _has_secrets(app, canvas)))
+    hidden = _hides(app, guard, canvas)
     if hidden or not isinstance(body, (bytes, str)):
         if hidden:
-            args, kwargs, canvas = *publishing.without_secrets(declaration, args, kwargs), {}
+            args, kwargs, canvas = *publishing.without_secrets(guard.declaration, args, kwargs), {}
         name = registry.type_to_name.get(content_type) or app.conf.task_serializer
         written, encoding, body = dumps((args, kwargs, canvas), serializer=name)
         content_type = "" if request.is_eager or request.called_directly else written
@@ -107,7 +112,7 @@ def _of_delivery(
         encoding,
         info.get("exchange") or "",
         info.get("routing_key") or "",
-        broker,
+        guard.broker,
         hidden,
         None,
         body,
@@ -121,7 +126,7 @@ def _kept(known: Mapping[str, Any], others: Mapping[str, Any], task_id: str) -> 
         known: Celery's headers, among other things.
         others: the author's, and ours.
     """
-    headers = {name: known[name] for name in _HEADERS if known.get(name)}
+    headers = {name: known[name] for name in filter(known.get, _HEADERS)}
     if headers.get("timelimit") == _NO_LIMITS:
         del headers["timelimit"]
     if headers.get("root_id") == task_id:
@@ -131,9 +136,18 @@ def _kept(known: Mapping[str, Any], others: Mapping[str, Any], task_id: str) -> 
     return headers
 
 
-def _bounded(call: Call, settings: Settings) -> bytes:
-    packed = calls.pack(call)
-    return packed if len(packed) <= settings.max_call_bytes else Why.TOO_LARGE.packed
+def _kept_as(guard: Guarding, key: str, call: Call) -> bytes:
+    packed, seal = calls.pack(call), guard.ledger.codec.seal
+    if len(packed) > guard.settings.max_call_bytes:
+        return Why.TOO_LARGE.packed
+    return packed if seal is None else seal.close(packed, key)
+
+
+def _hides(app: Celery, guard: Guarding, canvas: Any) -> bool:
+    """Whether secret values are in a call that would be kept in clear: then they are left out of it."""
+    if guard.ledger.codec.seal is not None:
+        return False
+    return bool(guard.declaration.secret or (canvas and _has_secrets(app, canvas)))
 
 
 def _has_secrets(app: Celery, canvas: Any) -> bool:
@@ -206,7 +220,7 @@ def of_message(
     try:
         args, kwargs, canvas = body
         kept = {"priority": priority, "reply_to": reply_to, "delivery_mode": delivery_mode}
-        hidden = bool(task.guard.declaration.secret) or _has_secrets(task.app, canvas)
+        hidden = _hides(task.app, task.guard, canvas)
         if hidden:
             args, kwargs, canvas = *publishing.without_secrets(task.guard.declaration, args, kwargs), {}
         content_type, encoding, written = dumps((args, kwargs, canvas), serializer=serializer)
@@ -223,7 +237,7 @@ def of_message(
             None,
             written.encode() if isinstance(written, str) else written,
         )
-        return _bounded(call, settings)
+        return _kept_as(task.guard, headers[KEY], call)
     except Exception as error:
         events.diagnose(logging.DEBUG, "%s: the call of its retry is not kept", task.name, error=error)
         return Why.UNWRITABLE.packed
@@ -236,27 +250,33 @@ def _custom(headers: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in headers.items() if name not in _CELERYS}
 
 
-def accepted_at(owner: bytes, stamp: int) -> str:
+def accepted_at(owner: bytes, stamp: int, seal: Seal | None) -> str:
     """The header of a message whose call is accepted."""
-    return f"{stamp:x}.{owner.hex()}"
+    named = f"{stamp:x}.{owner.hex()}"
+    return named if seal is None else f"{named}.{seal.newest}"
 
 
-def accepted_in(header: Any) -> Stored | None:
-    """The write that such a header names; nonsense in it names none."""
+def accepted_in(header: Any, seal: Seal | None) -> Stored | None:
+    """The write that such a header names; nonsense in it names none. Neither does a record sealed with a key that is
+    not here: it must be read, and refused."""
     try:
-        stamp, owner = header.split(".")
+        stamp, owner, *sealed = header.split(".")
+        if sealed and (seal is None or sealed[0] not in seal.ids):
+            return None
         return Stored(bytes.fromhex(owner), int(stamp, 16))
     except (AttributeError, ValueError):
         return None
 
 
-def recovers(guard: Guarding, packed: bytes) -> bool:
+def recovers(guard: Guarding, key: str, packed: bytes) -> bool:
     """Whether recovery can publish a call that was packed here."""
-    return guard.settings.recover and calls.missing(packed) is None and calls.unpack(packed).publishable
+    if not guard.settings.recover or calls.missing(packed) is not None:
+        return False
+    return calls.unpack(opened(guard.ledger.codec.seal, packed, key)).publishable
 
 
 def of_submission(
-    task: GuardedTask, args: Any, kwargs: Any, task_id: str, options: Mapping[str, Any]
+    task: GuardedTask, key: str, args: Any, kwargs: Any, task_id: str, options: Mapping[str, Any]
 ) -> bytes:
     """Return the call that ``submit`` accepts before it makes a message of it, packed. It never raises."""
     settings, declaration = task.guard.settings, task.guard.declaration
@@ -267,15 +287,20 @@ def of_submission(
         for name, value in kept.items():
             if isinstance(value, datetime):
                 kept[name] = value.isoformat()
-        if declaration.secret:
-            args, kwargs = publishing.without_secrets(declaration, args, kwargs)
+        links = {name: kept[name] for name in ("link", "link_error") if name in kept}
+        hidden = _hides(task.app, task.guard, links)
         serializer = kept.get("serializer") or task.serializer
+        dump = getattr(task, "_dump_pydantic_arguments", None)  # since Celery 5.7
+        if dump is not None and serializer != "pickle":
+            args, kwargs = dump(args, kwargs)
+        if hidden:
+            args, kwargs = publishing.without_secrets(declaration, args, kwargs)
+            kept = {name: value for name, value in kept.items() if name not in links}
         content_type, encoding, body = dumps((args, kwargs, {}), serializer=serializer)
         if isinstance(body, str):
             body = body.encode()
-        hidden = bool(declaration.secret)
         call = Call(task_id, {}, {}, content_type, encoding, "", "", "", hidden, kept, body)
-        return _bounded(call, settings)
+        return _kept_as(task.guard, key, call)
     except Exception as error:  # of any serializer
         events.diagnose(logging.DEBUG, "%s: its call is not kept", task_id, error=error)
         return Why.UNWRITABLE.packed
@@ -314,8 +339,13 @@ def publish(app: Celery, key: str, call: Call, began: bool = True) -> None:
             name: maybe_iso8601(call.options[name]) for name in ("eta", "expires") if call.options.get(name)
         }
         options = {**call.options, **times, DECIDED: True}
-        options["headers"] = {**(options.get("headers") or {}), CARRIED: []}
-        app.tasks[task].apply_async(args, kwargs, task_id=call.task_id, **options)
+        options["headers"] = {**(options.get("headers") or {}), CARRIED: [], MESSAGE: call.task_id}
+        in_time(
+            app,
+            lambda **more: app.tasks[task].apply_async(
+                args, kwargs, task_id=call.task_id, **{**options, **more}
+            ),
+        )
         return
     headers = _headers(app, task, key, call)
     if began:
@@ -323,8 +353,9 @@ def publish(app: Celery, key: str, call: Call, began: bool = True) -> None:
     compression = headers.pop("compression", None)
     context = Context({"delivery_info": {"exchange": call.exchange, "routing_key": call.routing_key}})
     route = republishing.to_its_queue(app, context) or {}
-    with app.producer_or_acquire() as producer:
-        producer.publish(
+    in_time(
+        app,
+        lambda producer, retry_policy, **more: producer.publish(
             call.body,
             content_type=call.content_type,
             content_encoding=call.content_encoding,
@@ -334,15 +365,37 @@ def publish(app: Celery, key: str, call: Call, began: bool = True) -> None:
             routing_key=route.get("routing_key", call.routing_key),
             correlation_id=call.task_id,
             retry=True,
-            retry_policy=app.conf.task_publish_retry_policy,
-            **{"delivery_mode": app.conf.task_default_delivery_mode, **call.properties},
-        )
+            retry_policy={**app.conf.task_publish_retry_policy, **retry_policy},
+            **{"delivery_mode": app.conf.task_default_delivery_mode, **call.properties, **more},
+        ),
+    )
+
+
+def in_time(app: Celery, publish: Callable[..., Published], producer: Any = None) -> Published:
+    """Publish a message that recovery can publish later, and do not wait long for a broker that does not read.
+
+    Args:
+        publish: gets named arguments: a producer, a retry policy and a timeout.
+        producer: the caller's own; None: one of the application's.
+    """
+    with app.producer_or_acquire(producer) as real:
+        try:
+            return publish(producer=real, retry_policy=_AGAIN, timeout=PATIENCE)
+        except Exception:
+            real.connection.collect()  # its pool would wait until the broker agrees to close it
+            raise
+
+
+def expired(app: Celery, call: Call) -> bool:
+    """Tell whether a call has expired of which no execution had begun."""
+    expires = (call.options or {}).get("expires")
+    return expires is not None and bool(maybe_make_aware(maybe_iso8601(expires), app.timezone) <= app.now())
 
 
 def answer(app: Celery, key: str, packed: bytes) -> None:
     """Publish the call of a dead execution, whose caller waits: it is a duplicate by now. It never raises."""
     try:
-        call = calls.unpack(packed)
+        call = calls.unpack(opened(_seal(app, key), packed, key))
         if call.publishable:
             publish(app, key, call)
     except Exception as error:
@@ -397,23 +450,39 @@ class BrokerError(IdempotencyError):
     """The broker did not take a call. Recovery goes on later."""
 
 
-def call_in(packed: bytes) -> tuple[Call | None, str]:
+NO_SECRETS = "its secret values are not in the record (idem_seal_keys would keep them, sealed)"
+"""Why a call that can be shown cannot be published, for people."""
+
+
+def call_in(app: Celery, key: str, packed: bytes) -> tuple[Call | None, str]:
     """Return the call in packed bytes, or None and why it is not there, for people."""
     if not packed:
         return None, "its record holds no call"
     missing = calls.missing(packed)
     if missing is not None:
-        return None, _WHY[missing]
+        return None, WHY_NOT_KEPT[missing]
     try:
-        return calls.unpack(packed), ""
+        return calls.unpack(opened(_seal(app, key), packed, key)), ""
     except ValueError as error:
         return None, f"its call cannot be read ({error})"
+    except StoreError as error:
+        return None, str(error).removesuffix(".")
 
 
-_WHY = {
+def _seal(app: Celery, key: str) -> Seal | None:
+    """What seals the records of an intent's task."""
+    task = app.tasks.get(keys.task_of(key) or key)
+    if getattr(task, "idem_declaration", None) is not None:
+        seal: Seal | None = task.guard.ledger.codec.seal
+        return seal
+    return seal_of(tuple(of_app(app.conf).seal_keys))
+
+
+WHY_NOT_KEPT = {
     calls.Why.OFF: "its call was not kept (keep_call=False)",
     calls.Why.TOO_LARGE: "its call was not kept: it is larger than max_call_bytes",
     calls.Why.UNWRITABLE: "its call was not kept: its serializer refuses an argument or a header",
+    calls.Why.KEY_LOST: "the key that it was sealed with is lost",
 }
 
 
@@ -422,7 +491,7 @@ def publisher(app: Celery, key: str, packed: bytes) -> Callable[[], object] | No
 
     That raises ``BrokerError``.
     """
-    call, _ = call_in(packed)
+    call, _ = call_in(app, key, packed)
     if call is None or not call.publishable:
         return None
     found = call

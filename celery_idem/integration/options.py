@@ -175,6 +175,8 @@ def _take(
 
 
 def _checked(task: str, owner: type[Any], name: str, written: str, values: Mapping[str, Any] | None) -> Any:
+    if name == "seal_keys":  # commands and other tasks read the same records
+        raise ConfigurationError(f"{task}: seal_keys is no option of a task. Set app.conf.{PREFIX}{name}.")
     value = getattr(owner, written) if values is None else values[written]
     why = not_allowed(name, value)
     if why:

@@ -43,8 +43,9 @@ def submit_in(
             "in shadow mode there is no record"
             if guard.settings.shadow
             else (
-                "recovery must be able to publish the call from its record, which holds no secret values, and nothing "
-                "larger than max_call_bytes or with keep_call=False; and recover=False turns it off"
+                "recovery must be able to publish the call from its record, which holds secret values only with "
+                "idem_seal_keys, and nothing larger than max_call_bytes or with keep_call=False; and recover=False "
+                "turns it off"
             )
         )
         raise ConfigurationError(f"{task.name}: submit_in does not work here: {why}.")

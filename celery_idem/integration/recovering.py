@@ -17,7 +17,8 @@ from celery.app.task import Context
 from celery.states import READY_STATES
 
 from celery_idem.core.calls import Call
-from celery_idem.core.model import Record, Tell
+from celery_idem.core.errors import StoreError
+from celery_idem.core.model import Publish, Record, Tell
 from celery_idem.engine import events, runner
 from celery_idem.engine.entries import Entry
 from celery_idem.engine.ledger import Ledger
@@ -99,18 +100,27 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
 
     def publishable(record: Record) -> bool:
         nonlocal call
-        call, _ = call_of(record)
+        call, _ = call_of(app, entry.key, record)
         return bool(guard.settings.recover and call is not None and call.publishable)
 
     def elsewhere(record: Record) -> bool:
         return call is not None and call.broker not in ("", guard.broker)
 
     if dry_run:
-        if entry.state == "in_doubt" and not entry.record.asking:
-            return Found(entry, False, GIVEN_UP)
         can = publishable(entry.record)
-        return Found(entry, can, "" if can else why_not(entry.record, guard.settings.recover))
-    taken = ledger.recover(entry.key, publishable, guard.options.policy, elsewhere)
+        then = entry.overdue(can, guard.options.policy, elsewhere(entry.record))
+        why = (
+            GIVEN_UP
+            if isinstance(then, Tell)
+            else why_not(app, entry.key, entry.record, guard.settings.recover) or ELSEWHERE
+        )
+        return Found(entry, isinstance(then, Publish), "" if isinstance(then, Publish) else why)
+    try:
+        taken = ledger.recover(entry.key, publishable, guard.options.policy, elsewhere)
+    except StoreError as error:
+        if not error.key:
+            raise
+        return Found(entry, False, str(error))  # sealed with a key that is not here: it holds up no other
     if isinstance(taken, Tell):
         try:
             _tell(app, task, entry.key, taken.record, call)
@@ -121,7 +131,13 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
         ledger.answered(entry.key, taken)
         return Found(entry, False, GIVEN_UP)
     if taken is None or call is None:
-        return None
+        why = why_not(app, entry.key, entry.record, guard.settings.recover)
+        return Found(entry, False, why) if why else None
+    if messages.expired(app, call):  # some brokers drop it themselves, and then no worker says so
+        ledger.revoked(entry.key, call.task_id, guard.options.policy)
+        if not task.ignore_result:
+            task.backend.mark_as_revoked(call.task_id, "expired")
+        return Found(entry, False, "it expired before a worker began it")
     try:
         messages.publish(app, entry.key, call)
     except Exception as error:  # of any driver, router or serializer
@@ -137,6 +153,7 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
     return Found(entry, True)
 
 
+ELSEWHERE = "it came from another broker, whose workers come first"
 GIVEN_UP = "it was published often enough: it is in doubt, and its caller is told"
 
 
@@ -155,18 +172,18 @@ def _tell(app: Celery, task: GuardedTask, key: str, record: Record, call: Call |
     task.backend.mark_as_failure(record.task_id, unknown, request=request, store_result=stored)
 
 
-def call_of(record: Record) -> tuple[Call | None, str]:
+def call_of(app: Celery, key: str, record: Record) -> tuple[Call | None, str]:
     """Return the call that a record holds, or None and why it holds none, for people."""
-    return messages.call_in(record.call)
+    return messages.call_in(app, key, record.call)
 
 
-def why_not(record: Record, recover: bool = True) -> str:
+def why_not(app: Celery, key: str, record: Record, recover: bool = True) -> str:
     """Return why a record's call cannot be published again, for people; "" where it can."""
-    call, why = call_of(record)
+    call, why = call_of(app, key, record)
     if call is None:
         return why
     if call.hidden:
-        return "its secret values are not in the record"
+        return messages.NO_SECRETS
     if not call.publishable:
         return "it was called directly, without a message"
     return "" if recover else "its task says recover=False"

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from celery_idem.core.errors import ConfigurationError
 from celery_idem.core.model import MICROSECONDS, OnCrash, OnLate, Policy
 from celery_idem.core.protocol import MAX_CRASHES
+from celery_idem.core.sealing import key_bytes
 
 PREFIX = "idem_"
 
@@ -65,6 +66,8 @@ class Settings:
         recover: publish the call again when its message got lost or its worker died (see docs/how-to/recovery.md).
         late: of a message that is delivered again after more than ``result_ttl`` and finds no record: "in_doubt", or
             "run". In doubt: the action may be done, and its record expired.
+        seal_keys: keys that seal calls, results and errors in records, the newest first. None: who can read the store
+            reads them, and secret values are left out of the call (see docs/how-to/sealing.md).
     """
 
     store: str = field(default="", repr=False)  # error trackers keep the repr of local variables
@@ -89,6 +92,7 @@ class Settings:
     accept_on_publish: bool = False
     recover: bool = True
     late: OnLate = "in_doubt"
+    seal_keys: Sequence[str] = field(default=(), repr=False)
 
     def policy(self, asks: bool) -> Policy:
         """The part the protocol needs. ``asks``: the task has a ``reconcile``."""
@@ -185,7 +189,7 @@ def hint(name: str, others: tuple[str, ...] = ()) -> str:
 def not_allowed(name: str, value: Any) -> str:
     """Why a setting cannot have a value, and what it can be; empty when the value is fine."""
     allowed = _allowed(name, value)
-    shown = "this value" if name in ("store", "audit_key") else repr(value)
+    shown = "this value" if name in ("store", "audit_key", "seal_keys") else repr(value)
     return allowed and f"cannot be {shown}: {allowed}"
 
 
@@ -218,9 +222,23 @@ def _allowed(name: str, value: Any) -> str:
     if name == "scope":
         fits = value is None or (isinstance(value, str) and ":" in value) or _takes_nothing(value)
         return "" if fits else 'use a function that takes no arguments, or its path "module:function"'
+    if name == "seal_keys":
+        fits = isinstance(value, (list, tuple)) and all(map(_is_seal_key, value))
+        return (
+            ""
+            if fits
+            else "use a list of keys, each 32, 48 or 64 random bytes in base64 (openssl rand -base64 32)"
+        )
     if name == "audit_key":
         return "" if isinstance(value, str) else "use text that cannot be guessed"
     return "" if isinstance(value, str) else "use a URL such as redis://localhost:6379/1"
+
+
+def _is_seal_key(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(key_bytes(value))
+    except ValueError:
+        return False
 
 
 def _takes_nothing(value: Any) -> bool:

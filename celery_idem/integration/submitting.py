@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import partial
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from celery.utils import uuid
@@ -21,6 +22,7 @@ from celery_idem.core import keys, protocol
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.model import (
     ACCEPTED_AT,
+    MESSAGE,
     MICROSECONDS,
     NO_FINGERPRINT,
     PART_OF,
@@ -187,11 +189,13 @@ class Submission:
         kwargs: Mapping[str, Any],
         own: Mapping[str, Any],
         options: Mapping[str, Any],
-        seconds: float = ACCEPTED_FOR,
+        seconds: float | None = None,
     ) -> None:
         guard, app = task.guard, task.app
         declaration, ledger, policy = guard.declaration, guard.ledger, guard.options.policy
         scope = in_scope(guard.settings.scope, own["scope"])
+        # As it is here and now: recovery publishes elsewhere, where idem_scope says something else.
+        own = {name: keys.label(name, value) for name, value in {**own, "scope": scope}.items()}
         arguments = declaration.bind(args, kwargs)
         self.key = declaration.key(
             ledger.namespace, arguments, scope, own["occurrence"], own["idempotency_key"]
@@ -204,18 +208,27 @@ class Submission:
         self.source = Look(app, ledger, fingerprint, policy, published=False, secret=secret)
         self.mine = self.source._replace(published=True)
         due = _due(app, options)
+        expires = options.get("expires", task.expires)
+        if isinstance(expires, Real):
+            expires = app.now() + timedelta(seconds=float(expires))
         self.call = messages.of_submission(
-            task, args, kwargs, self.task_id, {**self.options, **own, "countdown": None, "eta": due}
+            task,
+            self.key,
+            args,
+            kwargs,
+            self.task_id,
+            {**self.options, **own, "countdown": None, "eta": due, "expires": expires},
         )
-        digest = keys.scope_digest(ledger.namespace, keys.label("scope", scope)) if scope is not None else b""
+        digest = keys.scope_digest(ledger.namespace, scope)
         self.request = Request(owners.mint(), self.task_id, fingerprint, policy, scope=digest, call=self.call)
-        seconds += 0.0 if due is None else max(0.0, (due - app.now()).total_seconds())
-        self.wait = int(seconds * MICROSECONDS)
+        wait = ACCEPTED_FOR if seconds is None else seconds  # read here, so that tests can shorten it
+        wait += 0.0 if due is None else max(0.0, (due - app.now()).total_seconds())
+        self.wait = int(wait * MICROSECONDS)
 
     @property
     def recovers(self) -> bool:
         """Recovery can publish it."""
-        return recovers(self.task.guard, self.call)
+        return recovers(self.task.guard, self.key, self.call)
 
     def told(self, entry: Entry) -> Receipt:
         """Return what the record says."""
@@ -231,11 +244,19 @@ class Submission:
         Args:
             entry: the record in which it is accepted; None: it is not.
         """
-        headers = dict(self.options.get("headers") or {})
+        headers = {**(self.options.get("headers") or {}), MESSAGE: self.task_id}
         if entry is not None and protocol.untouched(entry.record):
-            headers[ACCEPTED_AT] = accepted_at(self.request.owner, entry.stamp)
+            seal = self.task.guard.ledger.codec.seal
+            headers[ACCEPTED_AT] = accepted_at(self.request.owner, entry.stamp, seal)
         options = {**self.options, **more, "headers": headers, messages.DECIDED: True}
-        return str(self.task.apply_async(self.args, self.kwargs, **self.own, **options).id)
+
+        def publish(**more: Any) -> Any:
+            return self.task.apply_async(self.args, self.kwargs, **self.own, **{**more, **options})
+
+        app = self.task.app
+        if entry is None or app.conf.task_always_eager or not self.recovers:
+            return str(publish().id)
+        return str(messages.in_time(app, publish, options.pop("producer", None)).id)
 
     def sent(self, entry: Entry | None, **more: Any) -> Receipt:
         """Publish the call; its receipt. Where the broker does not take it, recovery does.

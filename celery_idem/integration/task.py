@@ -874,7 +874,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         inside = ledger.store.inside(connection)
         settlement = Settlement()
         yield settlement
-        claim.settle_within(inside, *ledger.encode(settlement.result))
+        claim.settle_within(inside, *ledger.encode(settlement.result, claim.key))
 
 
 def _asked(cls: type[Any], app: Celery) -> bool:

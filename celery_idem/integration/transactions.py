@@ -64,6 +64,9 @@ def on_commit(connection: Any, job: Job) -> bool:
         return True
     if not _is_session(connection):
         return False
+    connection = getattr(
+        connection, "registry", lambda: connection
+    )()  # of a scoped_session: this thread's session
     event = sys.modules["sqlalchemy.event"]  # which is loaded, because the author uses it
 
     connection.connection()  # begins, where nothing has begun yet
@@ -104,6 +107,8 @@ def _is_django(given: Any) -> bool:
 
 
 def _is_session(given: Any) -> bool:
+    if hasattr(given, "run_sync"):  # an AsyncSession, whose methods are coroutines
+        return False
     return hasattr(given, "flush") and callable(getattr(given, "connection", None))
 
 

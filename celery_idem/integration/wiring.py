@@ -12,6 +12,7 @@ from kombu.utils import json as kombu_json
 
 from celery_idem.core.errors import ConfigurationError
 from celery_idem.core.results import Codec
+from celery_idem.core.sealing import seal_of
 from celery_idem.engine import ledger as engine
 from celery_idem.integration import messages
 from celery_idem.integration.settings import Settings, of_app
@@ -121,12 +122,17 @@ def _no_store(why: str) -> ConfigurationError:
 
 
 def codec_of(settings: Settings, conf: Mapping[str, Any]) -> Codec:
-    """How results are written: as the application's result backend writes them."""
+    """How results are written: as the application's result backend writes them, and sealed where there are keys.
+
+    Raises:
+        ConfigurationError: there are, and the package ``cryptography`` is missing.
+    """
     serializer = conf.get("result_serializer") or "json"
     accept = conf.get("result_accept_content") or conf.get("accept_content") or ("json",)
     json = getattr(registry, "_encoders", {}).get("json")
     kombus_json = json is None or json.encoder is kombu_json.dumps
-    return Codec(serializer, frozenset(map(_short_name, accept)), settings.max_result_bytes, kombus_json)
+    accepted, seal = frozenset(map(_short_name, accept)), seal_of(tuple(settings.seal_keys))
+    return Codec(serializer, accepted, settings.max_result_bytes, kombus_json, seal)
 
 
 def _short_name(name: str) -> str:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from difflib import get_close_matches
+from math import isinf
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from celery_idem.core.errors import IdempotencyError, StoreError
@@ -99,7 +100,12 @@ def read_decisions(lines: Iterable[bytes], by: str, evidence: str) -> Iterator[L
 
 def _decision(line: bytes, by: str, evidence: str) -> Decision:
     try:
-        form: Any = strict_json(line.decode("utf-8-sig"))
+        form: Any = json.loads(
+            line.decode("utf-8-sig"),
+            parse_constant=no_number,
+            parse_float=_finite,
+            object_pairs_hook=_each_once,
+        )
     except ValueError as error:
         raise ValueError(f"it is not JSON: {error}") from None
     if not isinstance(form, dict):
@@ -167,7 +173,7 @@ def _decided_so(operator: Operator, entry: Entry, decision: Decision) -> bool:
         return False
     if isinstance(decision.answer, NotHappened):
         return entry.state == "released"
-    return outcome == operator.ledger_of(entry.key).outcome_of(decision.answer.result)
+    return outcome == operator.ledger_of(entry.key).outcome_of(decision.answer.result, entry.key)
 
 
 def decide_all(
@@ -205,10 +211,20 @@ def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         pool.shutdown(cancel_futures=True)
 
 
-def strict_json(text: str) -> Any:
-    """Return what JSON says, which has no NaN and no Infinity. Raises ``ValueError``: it is not JSON."""
-    return json.loads(text, parse_constant=_no_number)
-
-
-def _no_number(name: str) -> Any:
+def no_number(name: str) -> Any:
     raise ValueError(f"JSON has no {name}")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if isinf(number):
+        raise ValueError(f"{text} is too large")
+    return number
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    form = dict(pairs)
+    # A settled outcome cannot be changed, so which one was meant is no guess of ours.
+    if len(form) < len(pairs):
+        raise ValueError("a field is given twice")
+    return form

@@ -30,6 +30,7 @@ from celery_idem.core.model import (
     Note,
     NotHappened,
     Outcome,
+    Policy,
     Replay,
     Request,
     State,
@@ -274,6 +275,22 @@ class Operator:
         """See ``Ledger.reindex``; over all ledgers."""
         return sum(ledger.reindex(tick) for ledger in self.ledgers())
 
+    def reseal(self, entry: Entry, dry_run: bool = False, lost: bool = False) -> str:
+        """See ``Ledger.reseal``; ``locked`` where the record is sealed with a key that is not here.
+
+        Raises:
+            StoreError: the store did not answer.
+        """
+        task, ledger = self.task_of(entry.key), self.ledger_of(entry.key)
+        keep = int(ledger.result_ttl(entry.task) * MICROSECONDS)
+        policy = Policy(0, keep, keep) if task is None else task.guard.options.policy
+        try:
+            return ledger.reseal(entry, policy, dry_run, lost)
+        except StoreError as error:
+            if not error.key:
+                raise
+            return "locked"
+
     # --- deciding ---------------------------------------------------------------------
 
     def resolve(
@@ -296,9 +313,9 @@ class Operator:
             IdempotencyError: the record does not hold all of the call, or there is none.
         """
         entry = self.ledger_of(key).get(key)
-        call, why = (None, "there is no record") if entry is None else call_of(entry.record)
+        call, why = (None, "there is no record") if entry is None else call_of(self.app, key, entry.record)
         if entry is None or call is None or not call.publishable:
-            why = why if entry is None else why_not(entry.record)
+            why = why if entry is None else why_not(self.app, key, entry.record)
             raise IdempotencyError(
                 f"{key} cannot be run again from its record: {why}. Decide that it did not happen, then repeat the "
                 "call.",
@@ -355,7 +372,12 @@ class Operator:
         delivery = Delivery(guard, task, request, known.args, known.kwargs, entry.key, NO_FINGERPRINT)
         if dry_run:
             return _would(guard, delivery)
-        decision = guard.runner.inquire(delivery)
+        try:
+            decision = guard.runner.inquire(delivery)
+        except StoreError as error:
+            if not error.key:
+                raise
+            return Asked("skipped", str(error))  # sealed with a key that is not here
         if isinstance(decision, Replay) and decision.outcome.cancelled:
             return Asked("not_happened", "the destination says it did not happen, and it is cancelled")
         if isinstance(decision, Replay):
@@ -377,9 +399,9 @@ class Operator:
 
         None where neither has all of them, and why the record has not.
         """
-        call, why = call_of(entry.record)
+        call, why = call_of(self.app, entry.key, entry.record)
         if call is not None and call.hidden:
-            why = "its secret values are not in the record"
+            why = messages.NO_SECRETS
         elif call is not None:
             try:
                 args, kwargs, _ = messages.arguments(self.app, call)
@@ -405,7 +427,7 @@ class Operator:
     def action(self, entry: Entry) -> Action:
         """Return which action an intent is, from the call in its record. It never raises."""
         record, task = entry.record, self.task_of(entry.key)
-        call, why = call_of(record)
+        call, why = call_of(self.app, entry.key, record)
         said = describing.Said()
         if record.outcome is not None:
             why = "it is settled"
@@ -425,7 +447,7 @@ class Operator:
             {**said.intent, **said.labels},
             said.arguments,
             why,
-            "" if record.outcome is not None else why_not(record),
+            "" if record.outcome is not None else why_not(self.app, entry.key, record),
             record.place,
             record.fence / MICROSECONDS if began else None,
             entry.changed_at if lives else None,

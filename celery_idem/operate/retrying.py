@@ -55,15 +55,17 @@ def retry(
         return Retried(why=f"this application has no task {entry.task}")
     if entry.record.state not in (State.FAILED, State.RELEASED):
         return Retried(why=_REFUSED.get(entry.state, f"it is {entry.state}"))
-    call, _ = call_of(entry.record)
+    call, _ = call_of(operator.app, entry.key, entry.record)
     if given is None and call is not None and call.publishable:
         if not dry_run:
             messages.publish(operator.app, entry.key, call)
         return Retried("" if dry_run else call.task_id)
-    known = given or operator.arguments_of(entry)[0]
+    known, why = (given, "") if given is not None else operator.arguments_of(entry)
     if known is None:
+        if entry.record.outcome is not None:
+            why = "the record of a failure has none"
         return Retried(
-            why="its arguments are not known: the record of a failure has none. Give them (--arguments FILE), or set "
+            why=f"its arguments are not known: {why}. Give them (--arguments FILE), or set "
             "result_extended=True, so that the result backend keeps those of future calls"
         )
     labels = labels or Labels()

@@ -258,13 +258,15 @@ class RedisStore(Store):
     def announce(self, change: Change | Creation, also: Announcement) -> tuple[Reply, bool]:
         if self._one_slot:
             return super().announce(change, also)
-        new = isinstance(change, Creation)
-        written = self._creation(*change) if isinstance(change, Creation) else self._replacement(*change)
+        if isinstance(change, Change):
+            script, written = ANNOUNCE, self._replacement(*change)
+        else:
+            script, written = ANNOUNCE_NEW, self._creation(*change)
         second, value, keep = also.key, also.value, b"" if also.seconds is None else b"%d" % also.seconds
         # After the two keys that every write has.
         words = (*written[:4], len(second), second, *written[4:], len(value), value, len(keep), keep)
         try:
-            reply = self._run(ANNOUNCE_NEW if new else ANNOUNCE, change.key, words)
+            reply = self._run(script, change.key, words)
         except RefusedError as error:  # a user who may not write there; the first value comes first
             self._one_slot = "same slot" in str(error)
             return super().announce(change, also)

@@ -79,26 +79,49 @@ class _At(NamedTuple):
 
 
 def _opened(given: Any) -> _At:
+    if hasattr(given, "run_sync"):
+        raise ConfigurationError(
+            f"settle_in and submit_in: the methods of an {type(given).__name__} are coroutines. Give what it wraps: "
+            "await session.run_sync(lambda session: task.submit_in(session, …))."
+        )
     if hasattr(given, "flush") and callable(getattr(given, "connection", None)):
         return _of_session(given)
     if hasattr(given, "exec_driver_sql"):
         return _of_sqlalchemy(given.dialect, lambda: given)
     if hasattr(given, "vendor") and hasattr(given, "in_atomic_block"):  # Django's
-        return _At(given.vendor, "pyformat", _by_cursor(given.cursor), lambda: given.connection)
+        return _At(given.vendor, "pyformat", _by_cursor(given.cursor), lambda: _djangos(given))
     kinds = {kind.__module__.partition(".")[0] for kind in type(given).__mro__}
     if "psycopg" in kinds and not hasattr(given, "__aenter__"):
+        from psycopg import Cursor
         from psycopg.rows import tuple_row
 
-        by_tuples = _by_cursor(lambda: given.cursor(row_factory=tuple_row))
+        by_tuples = _by_cursor(
+            lambda: Cursor(given, row_factory=tuple_row)
+        )  # whatever the author's cursors are
         return _At("postgresql", "pyformat", by_tuples, lambda: given)
     if "psycopg2" in kinds:
-        return _At("postgresql", "pyformat", _by_cursor(given.cursor), lambda: given)
+        from psycopg2.extensions import cursor
+
+        return _At(
+            "postgresql", "pyformat", _by_cursor(lambda: given.cursor(cursor_factory=cursor)), lambda: given
+        )
     if "sqlite3" in kinds:
-        return _At("sqlite", "named", _by_cursor(given.cursor), lambda: given)
+        return _At("sqlite", "named", _by_cursor(lambda: _by_tuples(given)), lambda: given)
     raise ConfigurationError(
         f"settle_in and submit_in: a {type(given).__name__} is not a supported connection. Give it a SQLAlchemy "
         "session or connection, a psycopg connection, or Django's django.db.connection."
     )
+
+
+def _djangos(connection: Any) -> Any:
+    connection.ensure_connection()  # before the first statement it has none
+    return connection.connection
+
+
+def _by_tuples(connection: Any) -> Any:
+    cursor = connection.cursor()
+    cursor.row_factory = None  # the author's rows may be dictionaries
+    return cursor
 
 
 def _of_session(session: Any) -> _At:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import enum
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import pydantic
 import pytest
 from celery import Celery, group
 from kombu.exceptions import OperationalError
@@ -16,7 +20,7 @@ from kombu.exceptions import OperationalError
 from celery_idem import IdempotentTask, Ledger
 from celery_idem.adapters.http import door
 from celery_idem.adapters.tools import tool_of
-from celery_idem.core.model import OCCURRENCE, Fingerprint, Request
+from celery_idem.core.model import KEY, OCCURRENCE, Fingerprint, Request
 from celery_idem.engine import owners
 from celery_idem.integration import recovering
 from celery_idem.integration.messages import of_submission
@@ -152,10 +156,103 @@ def test_a_call_of_which_no_message_can_be_made_holds_up_no_other(app: Celery) -
     app.conf.task_create_missing_queues = False
     ledger, task = Ledger.from_app(app), app.tasks["shop.pay"]
     for invoice, options in (("bad", {"queue": "nowhere"}), ("good", {})):
-        call = of_submission(task, (invoice,), {}, invoice, options)
+        call = of_submission(task, task.intent_key(invoice), (invoice,), {}, invoice, options)
         request = Request(owners.mint(), invoice, Fingerprint(), task.guard.options.policy, call=call)
         ledger.accept(task.intent_key(invoice), request, 0)
     found = {each.entry.key: each.published for each in recover(app)}
     assert found == {task.intent_key("bad"): False, task.intent_key("good"): True}
     assert messages(app) == 1
     assert not list(recover(app))  # the bad one waits for its next turn
+
+
+class Tenant(enum.Enum):
+    ACME = "acme"
+
+
+class Invoice(pydantic.BaseModel):
+    number: int
+
+
+tenant: str | None = None
+
+
+def current_tenant() -> str | None:
+    return tenant
+
+
+@contextlib.contextmanager
+def broker_away(app: Celery) -> Iterator[None]:
+    def away(*args: Any, **kwargs: Any) -> None:
+        raise OperationalError("away")
+
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(app, "send_task", away)
+        yield
+
+
+def taken(app: Celery) -> list[Any]:
+    """The headers and the body of each message in the queue."""
+    found = []
+    with (
+        app.connection_for_read() as connection,
+        connection.SimpleQueue(app.conf.task_default_queue) as queue,
+    ):
+        while queue.qsize():
+            message = queue.get()
+            found.append((message.headers, message.payload))
+    return found
+
+
+def test_what_recovery_publishes_is_the_same_call(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
+    app.conf.idem_scope = f"{__name__}:current_tenant"
+    task = app.tasks["shop.pay"]
+    monkeypatch.setitem(globals(), "tenant", "acme")
+    with broker_away(app):
+        receipts = [task.submit("1"), task.submit("2", scope=Tenant.ACME)]
+        monkeypatch.setitem(globals(), "tenant", None)
+        receipts.append(task.submit("3"))
+    monkeypatch.setitem(globals(), "tenant", "of another call")
+    assert {receipt.status for receipt in receipts} == {"accepted"}
+    assert [one.published for one in recover(app)] == [True, True, True]
+    assert sorted(headers[KEY] for headers, _ in taken(app)) == sorted(receipt.key for receipt in receipts)
+
+
+def test_models_are_accepted_as_they_are_published(app: Celery) -> None:
+    @app.task(base=IdempotentTask, shared=False, name="shop.file", intent=("invoice",), pydantic=True)
+    def file(invoice: Invoice) -> int:
+        return invoice.number
+
+    with broker_away(app):
+        assert file.submit(Invoice(number=1)).status == "accepted"
+    assert [one.published for one in recover(app)] == [True]
+    assert [body[0] for _, body in taken(app)] == [[{"number": 1}]]
+
+
+def test_an_accepted_call_expires_when_its_caller_said(app: Celery) -> None:
+    task = app.tasks["shop.pay"]
+    with broker_away(app):
+        late, soon = task.submit("1", expires=60), task.submit("2", expires=0.2)
+        task.expires = 0.2  # the task's own
+        own = task.submit("3")
+    time.sleep(0.3)
+    assert {one.entry.key: one.published for one in recover(app)} == {
+        late.key: True,
+        soon.key: False,
+        own.key: False,
+    }
+    assert [headers[KEY] for headers, _ in taken(app)] == [late.key]
+    assert (soon.wait(0).status, own.wait(0).status) == ("not_run", "not_run")
+    assert list(recover(app)) == []
+
+
+def test_secrets_of_a_linked_task_are_not_in_the_record(app: Celery) -> None:
+    @app.task(base=IdempotentTask, shared=False, name="shop.card", intent=("invoice",), secret=("card",))
+    def card(invoice: str, card: str) -> None:
+        """Nothing."""
+
+    task = app.tasks["shop.pay"]
+    receipt = task.submit("1", link=card.si("1", card="4111"))
+    entry = Ledger.from_app(app).get(receipt.key)
+    assert entry is not None
+    assert entry.record.call
+    assert b"4111" not in entry.record.call

@@ -19,6 +19,7 @@ from celery.backends.redis import RedisBackend
 from celery_idem import IdempotentTask
 from celery_idem.integration import answers
 from celery_idem.integration.delivery import Delivery
+from tests.support import hand
 
 pytestmark = pytest.mark.redis
 
@@ -224,6 +225,17 @@ def test_started_rides_with_the_claim(shop: Callable[..., Shop]) -> None:
     with commands(there.client) as executed:
         there.run("o1")
         assert executed() == ["EVALSHA", "EVALSHA"]
+
+
+def test_started_rides_with_the_claim_of_an_accepted_call(shop: Callable[..., Shop]) -> None:
+    there = shop(task_track_started=True, task_default_queue=uuid.uuid4().hex)
+    there.run("warm")
+    receipt = there.task.submit("o1")
+    message = hand.take(there.app)
+    with commands(there.client) as executed:
+        hand.deliver(there.app, message)
+        assert executed() == ["EVALSHA", "EVALSHA"]
+    assert receipt.wait(10).status == "executed"
 
 
 WRITTEN = ["MULTI", "SETEX", "PUBLISH", "EXEC"]

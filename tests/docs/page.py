@@ -6,10 +6,10 @@ Blocks run from top to bottom, in a process and a folder of their own:
   block called ``app`` and its tasks, also those that come later.
 * ``python title="shop.py"``: becomes that file.
 * ``console``: each line ``$ python …`` and ``$ celery …`` runs, and must print what stands below it;
-  ``…`` stands for anything. ``celery … worker`` is started, and ended with the page. Lines with other
-  commands are not run.
+  ``…`` stands for anything. ``celery … worker`` and ``redis-server … &`` are started, and ended with the page.
+  ``$ redis-cli …`` runs too. Lines with other commands are not run.
 
-``localhost:6379`` in a block is replaced by the server's address. What a page cannot show, such as a service
+``localhost:6379`` in a block is replaced by the server's address, and the ports in ``OWN_PORTS`` by free ones. What a page cannot show, such as a service
 to talk to, stands in a comment: ``<!-- setup`` to ``-->`` is Python that runs too. A block below a comment
 ``<!-- not run: reason -->`` is only compiled. ``after/README.py`` runs at the end of README.md.
 """
@@ -32,6 +32,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from tests.docs.billing import Billing
+from tests.support.processes import Program
+from tests.support.servers import free_port
 from tests.support.workers import CeleryWorker
 
 if TYPE_CHECKING:
@@ -41,6 +43,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Seconds that one line of a console block may take: a start of Python and Celery, a lapsed lease, a slow machine.
 PATIENCE = 120.0
+
+OWN_PORTS = ("6390", "6391")
+"""Of servers that a page starts itself, because it breaks them."""
 
 _BLOCK = re.compile(
     r"^<!-- setup\n(?P<setup>.*?)^-->$"
@@ -89,13 +94,14 @@ class Page:
         self.workers: dict[int, TestWorkController] = {}  # in this process, by application
         self.running: list[contextlib.AbstractContextManager[TestWorkController]] = []
         self.started: dict[str, CeleryWorker] = {}  # by a page's own command
+        self.ports: dict[str, str] = {}
         self.module = types.ModuleType("page")
         self.module.__dict__["billing"] = Billing()
         sys.modules["page"] = self.module
         sys.path.insert(0, str(folder))
 
     def run(self, block: Block) -> None:
-        code = block.code.replace("localhost:6379", self.address)
+        code = re.sub("|".join(OWN_PORTS), self.port, block.code.replace("localhost:6379", self.address))
         if block.skip:
             if block.language == "python":
                 compile(code, str(self.path), "exec")
@@ -107,6 +113,11 @@ class Page:
             file.write_text(code)
         else:
             self.python(code, block.line, self.path)
+
+    def port(self, written: re.Match[str]) -> str:
+        if written[0] not in self.ports:
+            self.ports[written[0]] = str(free_port())
+        return self.ports[written[0]]
 
     def python(self, code: str, line: int, source: Path) -> None:
         self.serve()
@@ -142,7 +153,10 @@ class Page:
 
     def command(self, command: str, expected: str, line: int) -> None:
         words = shlex.split(command)
-        if words[0] not in ("python", "celery"):
+        if words[0] == "redis-server":
+            self.redis_server([word for word in words if word != "&"])
+            return
+        if words[0] not in ("python", "celery", "redis-cli"):
             return
         if words[0] == "celery" and "worker" in words:
             app = words[words.index("-A") + 1]
@@ -160,7 +174,8 @@ class Page:
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(self.folder)]),
             "NO_COLOR": "1",
         }
-        words = [sys.executable, *(["-m", "celery", *words[1:]] if words[0] == "celery" else words[1:])]
+        if words[0] != "redis-cli":
+            words = [sys.executable, *(["-m", "celery", *words[1:]] if words[0] == "celery" else words[1:])]
         done = subprocess.run(
             words, cwd=self.folder, env=env, capture_output=True, text=True, timeout=PATIENCE
         )
@@ -168,6 +183,12 @@ class Page:
         assert re.fullmatch(_pattern(expected), printed, re.DOTALL), (
             f"{self.path.name}:{line}: $ {command}\nthe page says:\n{expected}\nit printed:\n{printed}"
         )
+
+    def redis_server(self, words: list[str]) -> None:
+        port = words[words.index("--port") + 1]
+        server = Program(words, log=self.folder / f"redis-{port}.log", cwd=self.folder)
+        self.ending.callback(server.kill)
+        server.wait_until_ready(lambda: "Ready to accept connections" in server.log_text(), PATIENCE)
 
 
 def _pattern(expected: str) -> str:

@@ -32,6 +32,7 @@ use_store(STORE_URL, STORE)
 
 if "FAULTS_PUBLISHED_WAIT" in os.environ:  # microseconds; a test has no minute
     protocol.PUBLISHED_WAIT, protocol.JITTER = int(os.environ["FAULTS_PUBLISHED_WAIT"]), 1 << 16
+protocol.ELSEWHERE = int(os.environ.get("FAULTS_ELSEWHERE", protocol.ELSEWHERE))
 
 LEASE = 60.0  # seconds
 
@@ -59,6 +60,7 @@ app.conf.update(
     idem_store=STORE_URL,
     idem_lease=float(os.environ.get("FAULTS_LEASE", LEASE)),
     idem_recover=os.environ.get("FAULTS_RECOVER", "1") == "1",
+    idem_reconcile_timeout=float(os.environ.get("FAULTS_ASK", "10")),
     idem_settle_patience=float(os.environ.get("FAULTS_PATIENCE", "30")),
     task_default_queue=os.environ.get("FAULTS_QUEUE", "faults"),
     task_track_started=True,
@@ -114,8 +116,8 @@ def set_crash(kwargs: dict[str, str], **_: object) -> None:
 
 
 def effect(self: IdempotentTask, intent: str, at: str, how: str) -> str:
-    crashes = at in ("before effect", "after effect") and first(intent, "crash")
-    if crashes and at == "before effect":
+    crashes = at in ("before effect", "after effect", "asked") and first(intent, "crash")
+    if crashes and at != "after effect":
         crash(intent, how)
         if self.claim.lost:  # what an author does who starts an effect after a long time
             raise LeaseLost("somebody may have taken over", self.claim.key)
@@ -125,8 +127,12 @@ def effect(self: IdempotentTask, intent: str, at: str, how: str) -> str:
     return f"done: {intent}"
 
 
-def ask(_task: object, intent: str, **_: object) -> Happened | NotHappened | Unknown:
+def ask(
+    _task: object, intent: str, at: str = "", how: str = "", **_: object
+) -> Happened | NotHappened | Unknown:
     """What the destination knows."""
+    if at == "asked" and first(intent, "ask"):  # after the crash that it is asked about
+        crash(intent, how)
     return Happened(f"done: {intent}") if EFFECTS.count(intent) else NotHappened()
 
 
@@ -151,6 +157,11 @@ def retried(self: IdempotentTask, intent: str, policy: str, at: str = "", how: s
         raise self.retry(countdown=1)
     return effect(self, intent, at, how)
 
+
+# Given up after one publication.
+app.task(
+    base=IdempotentTask, bind=True, name="untaken.early", intent=("intent",), max_attempts=1, reconcile=ask
+)(body)
 
 # Nothing is published again for it.
 app.task(

@@ -75,6 +75,8 @@ def test_every_line_is_decided_and_a_bad_one_stops_nothing(
         b'{"key": \xff}\n',
         b"[" * 100_000 + b"\n",
         b'{"happened": NaN}\n',
+        b'{"happened": 1e999}\n',
+        b'{"key": "%s", "happened": 1, "happened": 2}\n' % key("d").encode(),
     ]
     file = decisions(tmp_path, *bad[:2], b"\n", *good, *bad[2:])
     done = idem("resolve", "--from", file, "--yes", "--json")
@@ -86,15 +88,16 @@ def test_every_line_is_decided_and_a_bad_one_stops_nothing(
         "refused": 3,
         "not_possible": 1,
         "not_published": 0,
-        "invalid": 10,
+        "invalid": 12,
     }
-    assert [line["line"] for line in lines] == [1, 2, *range(4, 18)]  # line 3 is empty
+    assert [line["line"] for line in lines] == [1, 2, *range(4, 20)]  # line 3 is empty
     assert "its record holds no call" in next(
         line["why"] for line in lines if line["verdict"] == "not_possible"
     )
     assert [line["line"] for line in lines if line["verdict"] == "settled"] == [4, 5]
     assert all(line["why"] for line in lines if line["verdict"] != "settled")
     assert "'evidence'" in next(line["why"] for line in lines if "evidense" in line["why"])
+    assert ["too large" in lines[-2]["why"], "given twice" in lines[-1]["why"]] == [True, True]
     states = [state(ledger, customer) for customer in ("a", "b", "c", "d", "late", "busy")]
     assert states == ["succeeded", "released", *["in_doubt"] * 3, "running"]
     assert send_invoice.apply(("a", 7)).get() == "inv-a"
@@ -107,7 +110,7 @@ def test_every_line_is_decided_and_a_bad_one_stops_nothing(
     assert again.exit_code == 1
     assert "line 4:" not in again.stdout
     assert "line 1: refused:" in again.stdout
-    assert "2 settled so before, 3 refused, 1 not possible, 10 not understood." in again.stdout
+    assert "2 settled so before, 3 refused, 1 not possible, 12 not understood." in again.stdout
 
 
 def test_what_did_not_happen_runs_at_once_from_its_record(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -21,6 +22,8 @@ from rich.console import Console
 from celery_idem import Ledger, NotHappened
 from celery_idem.cli import reading, screen
 from celery_idem.core.model import Outcome
+from celery_idem.core.results import Codec
+from celery_idem.core.sealing import Seal
 from tests.operators.conftest import Idem, use_store
 from tests.operators.forms import hidden
 from tests.operators.intents import claimed, in_doubt, succeeded
@@ -182,6 +185,12 @@ def left(idem: Idem, ledger: Ledger) -> Any:
     return idem("reconcile", "--yes")
 
 
+def not_resealed(idem: Idem, ledger: Ledger) -> Any:
+    claimed(ledger, key("a"), call=b"a call in clear")
+    send_invoice.guard.ledger.codec = Codec(seal=Seal([base64.b64encode(bytes(32)).decode()]))
+    return idem("reseal", "--yes")
+
+
 def unsafe(idem: Idem, ledger: Ledger) -> Any:
     use_store(shop, "redis://127.0.0.1:1/0")  # does not answer
     return idem("doctor")
@@ -212,12 +221,14 @@ STATUSES: dict[tuple[int, str], Any] = {
     (1, "resolve --from"): lambda idem, ledger: idem("resolve", "--from", "-", "--yes", input="{}"),
     (1, "forget"): lambda idem, ledger: idem("forget", key("a"), "--yes"),
     (1, "reconcile"): left,
+    (1, "reseal"): not_resealed,
     (1, "doctor"): unsafe,
     (1, "every command"): lambda idem, ledger: idem("purge", input="n\n"),
     (2, "every command"): lambda idem, ledger: idem("list", "--nonsense"),
     (3, "list"): lambda idem, ledger: idem("list", "--within", "0"),
     (3, "stats"): lambda idem, ledger: idem("stats", "--within", "0"),
     (3, "decisions"): lambda idem, ledger: idem("decisions", "--within", "0"),
+    (3, "reseal"): lambda idem, ledger: idem("reseal", "--within", "0"),
     (3, "resolve --from"): interrupted,
 }
 

@@ -363,14 +363,10 @@ class ModelJob(Job):
         self.world = world
         self.actor = actor
         self.accepted = message.accepted
+        if message.again or message.accepted is not None:
+            self.due = message.published / 1e6
         if world.scenario.recoverers:
             self.call = message.call
-
-    @property
-    def age(self) -> int:
-        message = self.actor.message
-        seen = message is not None and (message.again or message.accepted is not None)
-        return self.world.clock.now - message.published if message is not None and seen else 0
 
     def orphaned(self, call: bytes) -> None:
         self.world.publish(call, (*self.actor.name, 3))
@@ -671,7 +667,7 @@ class World:
         """Nothing is left of an outcome, and the broker delivers the first message again."""
         self.left["expiries"] -= 1
         self.expired = self.excused = True
-        self.clock.now += AGES + 1
+        self.clock.now += AGES + LEASE
         for actor in [a for a in self.actors if a.message and a.pauses == 1]:
             self.kill(actor)  # it has not arrived yet, and does so now
             self.deliver(actor.message)
@@ -937,7 +933,7 @@ class World:
 
         inside = Inside(self, actor, insert)
         try:
-            claim.settle_within(inside, *self.ledger.encode(receipt))
+            claim.settle_within(inside, *self.ledger.encode(receipt, KEY))
             inside.commit()
         except BaseException:
             inside.rollback()
@@ -1360,6 +1356,8 @@ def modelled() -> Iterator[Callable[[World], None]]:
         @staticmethod
         def monotonic() -> float:
             return now[0].clock.monotonic()
+
+        time = monotonic
 
     def elapsed() -> float:
         return now[0].clock.monotonic()

@@ -110,7 +110,7 @@ def test_a_step_that_overtakes_a_renewal_does_not_end_the_renewals(clock: Clock)
 def test_a_renewal_that_overtakes_an_outcome_does_not_undo_it(clock: Clock) -> None:
     store, ledger, claim = begin(clock)
     store.after = claim.renew
-    claim.settle(ledger.outcome_of("done"), 0.0)
+    claim.settle(ledger.outcome_of("done", claim.key), 0.0)
     claim.renew()
     entry = ledger.get(KEY)
     assert entry is not None
@@ -140,7 +140,7 @@ def test_nothing_is_renewed_beside_an_outcome_but_between_two_tries_of_it(
     _, claim = ledger.claim(KEY, Request(b"owner-12-byt", "t1", Fingerprint(), POLICY))
     assert claim is not None
     monkeypatch.setattr(threading, "Event", Pause)
-    assert isinstance(claim.settle(ledger.outcome_of("done"), 1.0), Done)
+    assert isinstance(claim.settle(ledger.outcome_of("done", claim.key), 1.0), Done)
     assert offered == [False, True, False]
     assert claim.renewal() is None
 

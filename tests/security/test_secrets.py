@@ -397,7 +397,7 @@ URLS = [
 def test_no_part_of_a_password_is_shown(url: str) -> None:
     for password in PASSWORDS:
         given = url.format(password)
-        shown = [repr(Settings(store=given, audit_key=password))]
+        shown = [repr(Settings(store=given, audit_key=password, seal_keys=[password]))]
         try:
             store = open_store(given)
             shown.append(store.url)
@@ -419,7 +419,7 @@ def test_a_password_that_was_not_encoded_is_explained() -> None:
 
 
 def test_a_wrong_setting_does_not_quote_the_password() -> None:
-    for name in ("idem_store", "idem_audit_key"):
+    for name in ("idem_store", "idem_audit_key", "idem_seal_keys"):
         with pytest.raises(ConfigurationError) as refused:
             of_app({name: ["hunterhunter"]})
         assert "hunter" not in str(refused.value)

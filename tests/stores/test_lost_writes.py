@@ -111,7 +111,7 @@ def test_a_retry_that_runs_keeps_its_hold(store: RedisStore, next_write: str) ->
         assert stored(ledger).owner == claim.owner
         assert not claim.lost
     else:
-        assert isinstance(claim.settle(ledger.outcome_of(1), 0.0), Done)
+        assert isinstance(claim.settle(ledger.outcome_of(1, claim.key), 0.0), Done)
         assert stored(ledger).state is State.SUCCEEDED
 
 
@@ -127,7 +127,7 @@ def test_who_claimed_since_then_has_it(store: RedisStore) -> None:
 
     assert claim.lost
     assert stored(ledger).owner == other.owner
-    assert isinstance(claim.settle(ledger.outcome_of(1), 0.0), Refused)
+    assert isinstance(claim.settle(ledger.outcome_of(1, claim.key), 0.0), Refused)
 
 
 @pytest.mark.parametrize("strange", [("SET", "x"), ("RPUSH", "x")], ids=["text", "list"])

@@ -15,7 +15,9 @@ import pytest
 import sqlalchemy as sa
 from celery import Celery
 from kombu.exceptions import OperationalError
-from sqlalchemy.orm import Session
+from psycopg.rows import dict_row
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import NullPool
 
 from celery_idem import ConfigurationError, IdempotentTask, Ledger, Receipt
@@ -109,13 +111,14 @@ def by_connection(shop: Shop, ends: Callable[[], None]) -> None:
 def by_driver(shop: Shop, ends: Callable[[], None]) -> None:
     if shop.url.startswith("sqlite"):
         sqlite = sqlite3.connect(shop.url.removeprefix("sqlite:///"))
+        sqlite.row_factory = lambda cursor, row: dict(zip(cursor.description, row, strict=True))
         with sqlite:
             sqlite.execute("INSERT INTO orders VALUES (7)")
             shop.ship.submit_in(sqlite, 7)
             ends()
         sqlite.close()
         return
-    with psycopg.connect(shop.url) as connection:
+    with psycopg.connect(shop.url, cursor_factory=psycopg.RawCursor, row_factory=dict_row) as connection:
         connection.execute("INSERT INTO orders VALUES (7)")
         shop.ship.submit_in(connection, 7)
         ends()
@@ -126,6 +129,8 @@ def by_django(shop: Shop, ends: Callable[[], None]) -> None:
     from django.db.transaction import Atomic
 
     try:
+        with pytest.raises(ConfigurationError, match="no transaction open"):
+            shop.ship.submit_in(connection, 7)
         with Atomic(connection.alias, savepoint=True, durable=False):
             shop.ship.submit_in(connection, 7)
             ends()
@@ -178,6 +183,8 @@ def test_what_could_not_be_kept_is_refused(shop: Shop, tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match="recovery must be able"):
             shop.ship.submit_in(session, 7, "x" * 70_000)
         assert shop.ship.submit_in(session, 8, connection="yes").status == "accepted"
+    with pytest.raises(ConfigurationError, match="run_sync"):
+        shop.ship.submit_in(AsyncSession(), 7)
     elsewhere = Shop(shop.url, f"memory://{uuid.uuid4().hex}")
     with Session(shop.engine) as session, pytest.raises(ConfigurationError, match="submit_on_commit"):
         elsewhere.ship.submit_in(session, 7)
@@ -198,6 +205,8 @@ def test_submit_on_commit(tmp_path: Path) -> None:
     shop = Shop(f"sqlite:///{tmp_path}/shop.db", f"memory://{uuid.uuid4().hex}")
     with pytest.raises(ConfigurationError, match="takes a SQLAlchemy session"):
         shop.ship.submit_on_commit(object(), 1)
+    with pytest.raises(ConfigurationError, match="takes a SQLAlchemy session"):
+        shop.ship.submit_on_commit(AsyncSession(), 1)
     with Session(shop.engine) as session:
         shop.ship.submit_on_commit(session, 1)
         session.rollback()
@@ -223,6 +232,13 @@ def test_submit_on_commit(tmp_path: Path) -> None:
     django.close()
     assert [shop.state(n) for n in range(1, 7)] == ["", "", "", "accepted", "accepted", "accepted"]
     assert shop.messages() == 3
+    scoped = scoped_session(sessionmaker(shop.engine))  # as of Flask-SQLAlchemy
+    shop.ship.submit_on_commit(scoped, 7)
+    scoped.rollback()
+    shop.ship.submit_on_commit(scoped, 8)
+    scoped.commit()
+    scoped.remove()
+    assert (shop.state(7), shop.state(8), shop.messages()) == ("", "accepted", 4)
 
 
 def test_a_call_in_an_open_block_of_djangos_warns_once(

@@ -23,6 +23,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -333,6 +334,21 @@ class RabbitMQServer(Server):
         super().close()
         if self._epmd is not None:
             self._epmd.kill()
+
+    @contextlib.contextmanager
+    def memory_alarm(self) -> Iterator[None]:
+        """It takes no message from anybody meanwhile."""
+        self._limit_memory("absolute", "1MB")
+        try:
+            yield
+        finally:
+            self._limit_memory("0.4")
+
+    def _limit_memory(self, *limit: str) -> None:
+        environment = self._environment()
+        command = [self._script().with_name("rabbitmqctl"), "-n", environment["RABBITMQ_NODENAME"]]
+        command += ["set_vm_memory_high_watermark", *limit]
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=READY_WITHIN)
 
     @property
     def url(self) -> str:

@@ -59,6 +59,7 @@ ASKING: tuple[Check, ...] = (
     stores.clock_skew,
     stores.clock_went_back,
     stores.calls_not_kept,
+    stores.sealing,
 )
 """Checks that look at what the stores said."""
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from celery_idem.core import calls
 from celery_idem.core.errors import StoreError
 from celery_idem.core.model import MICROSECONDS
-from celery_idem.integration.recovering import call_of
+from celery_idem.core.sealing import sealed_with
+from celery_idem.integration import messages
 from celery_idem.operate.doctor import kept, servers
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ class StoreFacts:
         skew: seconds between its clock and ours, beyond what the round trip explains.
         ahead: seconds by which the latest of the records looked at was written in the future of its clock.
         not_kept: how many open records do not hold their call though they should, by the reason.
+        sealed: how many of the records looked at hold something that is not sealed with the newest key, by the id of
+            its key; "" for something in clear. Empty where nothing is to be sealed.
+        keys: ids of the keys that are here.
     """
 
     url: str
@@ -66,6 +70,8 @@ class StoreFacts:
     skew: float = 0.0
     ahead: float = 0.0
     not_kept: Mapping[str, int] = field(default_factory=dict)
+    sealed: Mapping[str, int] = field(default_factory=dict)
+    keys: tuple[str, ...] = ()
 
 
 def facts_of(ledger: Ledger, durability: str, guarded: Iterable[IdempotentTask] = ()) -> Iterator[StoreFacts]:
@@ -80,9 +86,11 @@ def facts_of(ledger: Ledger, durability: str, guarded: Iterable[IdempotentTask] 
         ahead, not_kept = 0.0, Counter[str]()
         for entry in islice(ledger.list("open"), LOOKED_AT):
             ahead = max(ahead, entry.changed_at - now)
-            if calls.missing(entry.record.call) in LEFT_OUT:
-                not_kept[call_of(entry.record)[1]] += 1
+            why = calls.missing(entry.record.call)
+            if why in LEFT_OUT:
+                not_kept[messages.WHY_NOT_KEPT[why]] += 1
         noted = kept.read(ledger, servers.NAME)
+        sealed = _sealed(ledger)
     except StoreError as error:
         yield StoreFacts(store.url, durability, tasks, error=str(error))
         return
@@ -106,9 +114,20 @@ def facts_of(ledger: Ledger, durability: str, guarded: Iterable[IdempotentTask] 
         skew=max(0.0, abs(now - (before + after) / 2) - (after - before) / 2),
         ahead=ahead,
         not_kept=not_kept,
+        sealed=sealed,
+        keys=() if ledger.codec.seal is None else ledger.codec.seal.ids,
     )
     for name, other in zip([*nodes][1:], others, strict=True):
         yield StoreFacts(f"{store.url} ({name})", durability, info=other, now=now)
+
+
+def _sealed(ledger: Ledger) -> Counter[str]:
+    """See ``StoreFacts.sealed``. Without keys only what is open is looked at: it costs what is open."""
+    seal, found = ledger.codec.seal, Counter[str]()
+    for entry in islice(ledger.list("open" if seal is None else None), LOOKED_AT):
+        ids = sealed_with(entry.record)
+        found.update(ids - {""} if seal is None else ids - {seal.newest})
+    return found
 
 
 def _unwritable(ledger: Ledger) -> str:

@@ -247,6 +247,20 @@ def choices(s: Snapshot) -> Iterator[Finding]:
                 "Shadow mode: duplicates are counted and run all the same.",
                 "Set idem_shadow = False when `idem shadow` says it is ready.",
             )
+        if (
+            task.secret
+            and not task.settings.seal_keys
+            and task.settings.keep_call
+            and not task.settings.shadow
+        ):
+            yield Finding(
+                "note",
+                "not-sealed",
+                task.name,
+                "It has secret parameters, and nothing seals them: they are left out of its record, so what is lost "
+                "with its worker or its message is not published again. Results and errors are stored in clear.",
+                "Set idem_seal_keys (docs/how-to/sealing.md).",
+            )
         if task.settings.on_store_error == "run":
             yield warning(
                 "fail-open",

@@ -58,6 +58,7 @@ class TaskFacts:
         retry_horizon: seconds until its last retry; None where they never end.
         scheduled: entries of beat that send it the same call at every tick.
         strays: attributes with a setting's name that are not read as settings.
+        secret: it has secret parameters.
         unread: why it could not be looked at; "" where it was.
     """
 
@@ -75,6 +76,7 @@ class TaskFacts:
     scheduled: tuple[Entry, ...] = ()
     asks: bool = False
     strays: tuple[Stray, ...] = ()
+    secret: bool = False
     unread: str = ""
 
 
@@ -256,6 +258,7 @@ def _task_facts(task: Any, guarded: IdempotentTask | None, scheduled: tuple[Entr
         parameters={name: annotated(p.annotation) for name, p in declaration.signature.parameters.items()},
         asks=guarded.guard.ask is not None,
         strays=options_of(type(guarded)).strays,
+        secret=bool(declaration.secret),
         **limits,
     )
 

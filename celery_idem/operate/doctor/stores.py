@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from celery_idem.core.model import MICROSECONDS
 from celery_idem.integration.settings import Settings
 from celery_idem.operate.doctor import servers
-from celery_idem.operate.doctor.asking import StoreFacts
+from celery_idem.operate.doctor.asking import LOOKED_AT, StoreFacts
 from celery_idem.operate.doctor.snapshot import Finding, Snapshot, error, note, warning
 from celery_idem.operate.operators import duration, iso
 
@@ -324,6 +324,34 @@ def calls_not_kept(s: Snapshot) -> Iterator[Finding]:
                 "Pass ids in the place of large values, or raise idem_max_call_bytes; use a serializer that takes the "
                 "arguments.",
             )
+
+
+def sealing(s: Snapshot) -> Iterator[Finding]:
+    for store in s.stores:
+        for key, number in sorted(store.sealed.items()):
+            if not key or key in store.keys:
+                how = (
+                    f"sealed with the old key {key}"
+                    if key
+                    else "in clear, from before idem_seal_keys was set"
+                )
+                yield Finding(
+                    "note",
+                    "old-key" if key else "in-clear",
+                    store.url,
+                    f"{number:,} of the {LOOKED_AT:,} records looked at, at most, hold something that is {how}.",
+                    "Run `celery -A proj idem reseal`. Before that is done, the old key must stay in idem_seal_keys.",
+                )
+            else:
+                yield Finding(
+                    "error",
+                    "key-missing",
+                    store.url,
+                    f"{number:,} of the {LOOKED_AT:,} records looked at, at most, are sealed with the key {key}, which "
+                    "is not here. Their tasks do not run in this process, and nobody sees what they are about.",
+                    "Give every process the same idem_seal_keys; if the key is lost: `celery -A proj idem reseal "
+                    "--lost`.",
+                )
 
 
 def clock_skew(s: Snapshot) -> Iterator[Finding]:
