@@ -155,12 +155,8 @@ _here: list[Listener] = []
 _listeners: list[tuple[Listener, Callable[[Event], bool]]] = []
 
 
-def _always(event: Event) -> bool:
-    return True
-
-
 def listen(
-    listener: Listener, *, wants: Callable[[Event], bool] = _always, here: bool = False
+    listener: Listener, *, wants: Callable[[Event], bool] = lambda event: True, here: bool = False
 ) -> Callable[[], None]:
     """Have ``listener`` called for every event; returns a function that stops it.
 
