@@ -32,14 +32,14 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qs, quote
 
-from celery_idem.core.errors import ConfigurationError, IdempotencyError, StoreError
+from celery_idem.core.errors import ConfigurationError, IdempotencyError, StoreError, needs
 from celery_idem.core.model import Happened, NotHappened
 from celery_idem.engine.entries import Entry
 from celery_idem.operate.background import Background, Latest
 from celery_idem.operate.bulk import Decided, Decision, Line, decide, decide_all, no_number
 from celery_idem.operate.operators import Action, Operator
 
-try:
+with needs("The inbox needs Starlette, Jinja2 and itsdangerous", "inbox"):
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
@@ -62,10 +62,6 @@ try:
         timeline,
         which_of,
     )
-except ImportError as error:
-    raise ConfigurationError(
-        "The inbox needs Starlette, Jinja2 and itsdangerous: pip install 'celery_idem[inbox]'."
-    ) from error
 
 if TYPE_CHECKING:
     from celery import Celery

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from celery_idem.core.errors import ConfigurationError, IntentError
+from celery_idem.core.errors import ConfigurationError, IntentError, needs
 from celery_idem.core.keys import Declaration, task_of
 from celery_idem.core.pydantic_models import is_model
 from celery_idem.engine import events
@@ -224,12 +224,8 @@ def tool_of(app: Celery, name: str, occurrences: bool = False) -> Tool:
 
 
 def _model_of(task: IdempotentTask, declaration: Declaration, occurrences: bool) -> type[BaseModel]:
-    try:
+    with needs("Offering a task as a tool needs pydantic", "agents"):
         from pydantic import ConfigDict, Field, create_model
-    except ImportError:
-        raise ConfigurationError(
-            "Offering a task as a tool needs pydantic: pip install 'celery_idem[agents]'."
-        ) from None
 
     hints = annotations_of(task)
     fields: dict[str, Any] = {}
