@@ -26,21 +26,11 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 COLOURS = {
-    "in_doubt": "bold red",
-    "lapsed": "red",
-    "failed": "yellow",
-    "running": "cyan",
-    "scheduled": "cyan",
-    "released": "blue",
-    "cancelled": "blue",
-    "succeeded": "green",
-    "error": "bold red",
-    "warning": "yellow",
-    "note": "blue",
-    "ready": "bold green",
-    "look": "bold yellow",
-    "wait": "blue",
-}
+    "in_doubt": "bold red", "lapsed": "red", "failed": "yellow", "running": "cyan", "scheduled": "cyan",
+    "released": "blue", "cancelled": "blue", "succeeded": "green",
+    "error": "bold red", "warning": "yellow", "note": "blue",
+    "ready": "bold green", "look": "bold yellow", "wait": "blue",
+}  # fmt: skip
 """Colours of states, severities and verdicts. The word is always shown too."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

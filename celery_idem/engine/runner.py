@@ -255,19 +255,11 @@ class Runner:
         carried = job.carried
         ran = False
         while True:
+            age = max(0, int((time.time() - job.due) * MICROSECONDS)) if job.due else 0
             request = Request(
-                owners.mint(),
-                job.task_id,
-                job.fingerprint,
-                job.options.policy,
-                carried,
-                job.digests,
-                job.scope,
-                job.call,
-                job.place,
-                job.accepted,
-                max(0, int((time.time() - job.due) * MICROSECONDS)) if job.due else 0,
-            )
+                owners.mint(), job.task_id, job.fingerprint, job.options.policy, carried, job.digests, job.scope,
+                job.call, job.place, job.accepted, age,
+            )  # fmt: skip
             try:
                 decision, hold = self.ledger.claim(job.key, request, job.starting)
                 if isinstance(decision, (Acquired, Ask, InDoubt)) and decision.orphan:
