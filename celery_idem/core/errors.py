@@ -24,18 +24,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 __all__ = [
-    "Cancelled",
-    "ConfigurationError",
-    "FingerprintMismatch",
-    "IdempotencyError",
-    "InProgress",
-    "IntentConflict",
-    "IntentError",
-    "LeaseLost",
-    "OutcomeUnknown",
-    "ResultUnavailable",
-    "StoreError",
-]
+    "Cancelled", "ConfigurationError", "FingerprintMismatch", "IdempotencyError", "InProgress",
+    "IntentConflict", "IntentError", "LeaseLost", "OutcomeUnknown", "ResultUnavailable", "StoreError",
+]  # fmt: skip
 
 
 class IdempotencyError(Exception):
