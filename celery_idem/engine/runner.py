@@ -74,14 +74,9 @@ BUSY = "in progress"
 """What a waiting duplicate says, for people."""
 
 SIGNALS = (
-    Raised.RETRY,
-    Raised.DOUBTFUL_RETRY,
-    Raised.REPLACED,
-    Raised.IGNORE,
-    Raised.SAID_DONE,
-    Raised.SAID_FAILED,
+    Raised.RETRY, Raised.DOUBTFUL_RETRY, Raised.REPLACED, Raised.IGNORE, Raised.SAID_DONE, Raised.SAID_FAILED,
     Raised.REJECT,
-)
+)  # fmt: skip
 """What a body raises to tell Celery something, and not because something went wrong."""
 
 
