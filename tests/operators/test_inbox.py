@@ -72,11 +72,7 @@ def test_a_stranger_sees_nothing(app: Celery, ledger: Ledger, path: str) -> None
 def test_a_stranger_changes_nothing(app: Celery, ledger: Ledger) -> None:
     in_doubt(ledger, key("a"))
     stranger = TestClient(inbox(app, token=TOKEN))
-    for cookies in (
-        {},
-        {"idem_session": "9999999999.YW5u.forged"},
-        {"idem_session": "."},
-    ):
+    for cookies in ({}, {"idem_session": "9999999999.YW5u.forged"}, {"idem_session": "."}):
         stranger.cookies.update(cookies)
         form = {**hidden(stranger.get("/")), "key": key("a"), "decision": "not_happened", "evidence": "x"}
         answer = stranger.post("/resolve", data=form)
