@@ -267,7 +267,7 @@ class Submission:
         """Return the headers that ``apply_async`` makes for ``publish``, where the given ones name no intent."""
         return {
             **self._given(entry),
-            **keys.labelled(self.own),
+            **{keys.LABELS[name]: value for name, value in self.own.items() if value is not None},
             PUBLISHED: first_due(self.task.app, self.options),
             KEY: self.key,
         }
