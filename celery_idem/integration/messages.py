@@ -65,8 +65,8 @@ PATIENCE = 3.0
 """Seconds that the broker gets to take a message that recovery can publish later. RabbitMQ stops reading from
 publishers while it is short of memory or disk, and one that waits for its confirmation would wait for ever."""
 
-_AGAIN = {"max_retries": 1}
-"""For a connection that has died unnoticed. Any later try is recovery's."""
+BRIEFLY: Mapping[str, Any] = {"retry_policy": {"max_retries": 1}, "timeout": PATIENCE}
+"""One more try is for a connection that has died unnoticed. Any later one is recovery's."""
 
 _PROPERTIES = ("priority", "delivery_mode", "MessageGroupId")
 """Properties that the author or the sender chose; all others are the broker's."""
@@ -387,7 +387,7 @@ def in_time(app: Celery, publish: Callable[..., Published], producer: Any = None
     """
     with app.producer_or_acquire(producer) as real:
         try:
-            return publish(producer=real, retry_policy=_AGAIN, timeout=PATIENCE)
+            return publish(producer=real, **BRIEFLY)
         except Exception:
             real.connection.collect()  # its pool would wait until the broker agrees to close it
             raise
