@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import enum
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
