@@ -15,14 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.celery.conftest import Kind, start
-from tests.celery.waiters import (
-    Counter,
-    at_receipts,
-    at_the_worker,
-    most_commands,
-    most_looks,
-    most_returns,
-)
+from tests.celery.waiters import Counter, at_receipts, at_the_worker, most_commands, most_looks, most_returns
 from tests.support.servers import RedisServer
 
 LEASE = 30.0  # seconds: the default

@@ -180,11 +180,7 @@ def _cpu(process: psutil.Process) -> float:
 @contextlib.contextmanager
 def sides(variants: Sequence[str], python: str, pool: str, main: RedisServer) -> Iterator[list[Side]]:
     """Start the variants' processes, and always stop them."""
-    env = {
-        "BENCH_URL": main.url_for(0),
-        "BENCH_RESULTS": main.url_for(1),
-        "PYTHONWARNINGS": "ignore",
-    }
+    env = {"BENCH_URL": main.url_for(0), "BENCH_RESULTS": main.url_for(1), "PYTHONWARNINGS": "ignore"}
     with tempfile.TemporaryDirectory() as folder:
         made: list[Side] = []
         try:
@@ -200,10 +196,7 @@ def sides(variants: Sequence[str], python: str, pool: str, main: RedisServer) ->
 
 def one_round(side: Side, first: int, count: int, main: RedisServer, watched: bool = False) -> Spent:
     """Run ``count`` tasks through one worker."""
-    with (
-        redis.Redis.from_url(side.results) as results,
-        redis.Redis.from_url(side.store.url) as kept,
-    ):
+    with redis.Redis.from_url(side.results) as results, redis.Redis.from_url(side.store.url) as kept:
         results.flushdb()
         os.kill(side.worker.pid, signal.SIGSTOP)  # the queue fills while it sleeps
         watch = Watch(side.store.url) if watched else None

@@ -27,28 +27,8 @@ from celery_idem.integration.typed import idempotent_task
 from celery_idem.integration.wiring import Ledger
 
 __all__ = [
-    "ALL_ARGUMENTS",
-    "Cancelled",
-    "Claim",
-    "ConfigurationError",
-    "FingerprintMismatch",
-    "Happened",
-    "IdempotencyError",
-    "IdempotentTask",
-    "InProgress",
-    "IntentConflict",
-    "IntentError",
-    "LeaseLost",
-    "Ledger",
-    "NotHappened",
-    "OutcomeUnknown",
-    "Receipt",
-    "ResultUnavailable",
-    "StoreError",
-    "Unknown",
-    "asubmit",
-    "idempotent_task",
-    "look_up",
-    "submit",
-    "submit_many",
-]
+    "ALL_ARGUMENTS", "Cancelled", "Claim", "ConfigurationError", "FingerprintMismatch", "Happened",
+    "IdempotencyError", "IdempotentTask", "InProgress", "IntentConflict", "IntentError", "LeaseLost",
+    "Ledger", "NotHappened", "OutcomeUnknown", "Receipt", "ResultUnavailable", "StoreError", "Unknown",
+    "asubmit", "idempotent_task", "look_up", "submit", "submit_many",
+]  # fmt: skip

@@ -30,7 +30,7 @@ HOW_TO = {
     ],
     "Frameworks": ["django", "flask", "fastapi", "agents", "mcp", "airflow", "beat"],
     "Stores and brokers": ["redis", "redis-that-may-lose-data", "rabbitmq-quorum-queues", "write-a-store"],
-    "In production": ["watch", "recovery", "resolve-in-doubt", "report-a-double-effect"],
+    "In production": ["watch", "recovery", "resolve-in-doubt", "game-day", "report-a-double-effect"],
 }
 
 EXPLANATION = ["why-not-a-lock", "state-machine", "exactly-once", "fencing", "endings", "record"]
@@ -42,6 +42,7 @@ REFERENCE = [
     "callers",
     "operators",
     "cli",
+    "symptoms",
     "http",
     "wire",
     "errors",

@@ -3,18 +3,8 @@
 from __future__ import annotations
 
 from celery_idem.core import protocol
-from celery_idem.core.model import (
-    Done,
-    State,
-    StepDone,
-    StepOpen,
-)
-from tests.support.records import (
-    LEASE,
-    OWN,
-    a_request,
-    held,
-)
+from celery_idem.core.model import Done, State, StepDone, StepOpen
+from tests.support.records import LEASE, OWN, a_request, held
 
 
 def test_steps_run_once() -> None:

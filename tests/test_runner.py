@@ -21,16 +21,7 @@ from celery_idem import (
     Unknown,
 )
 from celery_idem.core import protocol
-from celery_idem.core.model import (
-    MICROSECONDS,
-    Acquired,
-    Answer,
-    Outcome,
-    Policy,
-    Raised,
-    Request,
-    State,
-)
+from celery_idem.core.model import MICROSECONDS, Acquired, Answer, Outcome, Policy, Raised, Request, State
 from celery_idem.engine import events, owners
 from celery_idem.engine.claim import Hold
 from celery_idem.engine.runner import MAX_HANGING, Why

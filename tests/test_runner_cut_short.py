@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from celery_idem import (
-    OutcomeUnknown,
-    StoreError,
-)
-from celery_idem.core.model import (
-    State,
-)
+from celery_idem import OutcomeUnknown, StoreError
+from celery_idem.core.model import State
 from celery_idem.engine.claim import Hold
 from tests.support.jobs import KEY, Bench, FakeJob, Left
 

@@ -30,17 +30,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+Whose = str | Callable[[], str | None] | None
+"""A scope, or a function that knows it."""
+
 WAIT = 30.0
 """Seconds to wait for the answer: ``Receipt.wait``'s own."""
 
 
 def function(
-    app: Celery,
-    task: str,
-    *,
-    scope: str | Callable[[], str | None] | None = None,
-    occurrences: bool = False,
-    wait: float = WAIT,
+    app: Celery, task: str, *, scope: Whose = None, occurrences: bool = False, wait: float = WAIT
 ) -> Callable[..., dict[str, Any]]:
     """A function that submits the task and waits for its answer.
 
@@ -56,8 +54,7 @@ def function(
     Raises:
         ConfigurationError: the task cannot be offered.
     """
-    tool = tool_of(app, task, occurrences)
-    submit = _submitting(tool, scope)
+    tool, submit = _submitting(app, task, scope, occurrences)
 
     def call(*args: Any, **kwargs: Any) -> dict[str, Any]:
         warn_on_loop("This function", "adapters.agents.async_function")
@@ -67,23 +64,10 @@ def function(
 
 
 def async_function(
-    app: Celery,
-    task: str,
-    *,
-    scope: str | Callable[[], str | None] | None = None,
-    occurrences: bool = False,
-    wait: float = WAIT,
+    app: Celery, task: str, *, scope: Whose = None, occurrences: bool = False, wait: float = WAIT
 ) -> Callable[..., Coroutine[Any, Any, dict[str, Any]]]:
-    """``function`` as a coroutine function, which blocks no event loop.
-
-    Args:
-        app, task, scope, occurrences, wait: as those of ``function``.
-
-    Raises:
-        ConfigurationError: the task cannot be offered.
-    """
-    tool = tool_of(app, task, occurrences)
-    submit = _submitting(tool, scope)
+    """``function`` as a coroutine function, which blocks no event loop: the same arguments and errors."""
+    tool, submit = _submitting(app, task, scope, occurrences)
 
     async def call(*args: Any, **kwargs: Any) -> dict[str, Any]:
         receipt = await in_thread("submit", submit, args, kwargs)
@@ -92,7 +76,10 @@ def async_function(
     return _like_the_task(call, tool)
 
 
-def _submitting(tool: Tool, scope: str | Callable[[], str | None] | None) -> Callable[[Any, Any], Receipt]:
+def _submitting(
+    app: Celery, task: str, scope: Whose, occurrences: bool
+) -> tuple[Tool, Callable[[Any, Any], Receipt]]:
+    tool = tool_of(app, task, occurrences)
     signature = _signature(tool)
 
     def submit(args: Any, kwargs: Any) -> Receipt:
@@ -102,7 +89,7 @@ def _submitting(tool: Tool, scope: str | Callable[[], str | None] | None) -> Cal
         except BadArguments as error:
             return Receipt("failed", "", reason=str(error), code="invalid")
 
-    return submit
+    return tool, submit
 
 
 def _like_the_task(call: Callable[..., T], tool: Tool) -> Callable[..., T]:

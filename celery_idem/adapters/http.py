@@ -43,20 +43,16 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from celery_idem.adapters.tools import OCCURRENCE_MAX, RECEIPT, BadArguments, Offer, Tool, tool_of
-from celery_idem.core.errors import ConfigurationError, StoreError
+from celery_idem.core.errors import ConfigurationError, StoreError, needs
 from celery_idem.core.keys import label
 from celery_idem.integration.receipts import Receipt, plain
 
-try:
+with needs("The HTTP door needs Starlette and pydantic", "http"):
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
-except ImportError as error:
-    raise ConfigurationError(
-        "The HTTP door needs Starlette and pydantic: pip install 'celery_idem[http]'."
-    ) from error
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -151,12 +147,7 @@ class _Problem(Exception):
     """An answer that is no success, as RFC 9457 wants it."""
 
     def __init__(
-        self,
-        status: int,
-        kind: str,
-        detail: str = "",
-        headers: Mapping[str, str] | None = None,
-        **more: Any,
+        self, status: int, kind: str, detail: str = "", headers: Mapping[str, str] | None = None, **more: Any
     ) -> None:
         super().__init__(detail)
         self.status = status

@@ -32,14 +32,14 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qs, quote
 
-from celery_idem.core.errors import ConfigurationError, IdempotencyError, StoreError
+from celery_idem.core.errors import ConfigurationError, IdempotencyError, StoreError, needs
 from celery_idem.core.model import Happened, NotHappened
 from celery_idem.engine.entries import Entry
 from celery_idem.operate.background import Background, Latest
-from celery_idem.operate.bulk import Decided, Decision, Line, decide, decide_all
+from celery_idem.operate.bulk import Decided, Decision, Line, decide, decide_all, no_number
 from celery_idem.operate.operators import Action, Operator
 
-try:
+with needs("The inbox needs Starlette, Jinja2 and itsdangerous", "inbox"):
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
@@ -62,10 +62,6 @@ try:
         timeline,
         which_of,
     )
-except ImportError as error:
-    raise ConfigurationError(
-        "The inbox needs Starlette, Jinja2 and itsdangerous: pip install 'celery_idem[inbox]'."
-    ) from error
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -250,7 +246,6 @@ class _Inbox:
             "waiting.html",
             "In doubt",
             problem,
-            400 if problem else 200,
             seen=seen,
             settled=settled,
             which=which,
@@ -294,7 +289,6 @@ class _Inbox:
             "intent.html",
             entry.key,
             problem,
-            400 if problem else 200,
             entry=entry,
             form=form,
             timeline=timeline(entry),
@@ -407,7 +401,7 @@ class _Inbox:
         return await self._refusal(request, HTTPException(503, str(error)))
 
     def _page(
-        self, request: Request, template: str, title: str, problem: str = "", status: int = 200, **values: Any
+        self, request: Request, template: str, title: str, problem: str = "", status: int = 0, **values: Any
     ) -> Response:
         user = _user(request)
         text = render(
@@ -421,6 +415,7 @@ class _Inbox:
             **values,
         )
         # A record may hold half of a surrogate pair: an error's text, a result. It must not cost the whole page.
+        status = status or (400 if problem else 200)
         return HTMLResponse(text.encode("utf-8", "replace"), status, HEADERS)
 
     # --- who is it ------------------------------------------------------------------------
@@ -464,9 +459,8 @@ class _Inbox:
                 request.session.clear()  # with the token of forms that were shown before the sign-in
                 request.session.update(user=name, until=time.time() + SESSION)
                 return _redirect(request, "/")
-        return self._page(
-            request, "sign_in.html", "Sign in", problem, 401 if problem else 200, name_max=MAX_NAME
-        )
+        status = 401 if problem else 200
+        return self._page(request, "sign_in.html", "Sign in", problem, status, name_max=MAX_NAME)
 
     async def _sign_out(self, request: Request) -> Response:
         await self._form(request)
@@ -495,16 +489,9 @@ class _Inbox:
         )
         if ours and not _from_another_site(request):
             return form
-        hint = (
-            ""
-            if self._shared
-            else " If that does not help, several processes serve this: give them one secret=…."
-        )
-        raise HTTPException(
-            403,
-            "That form is not ours, or it is too old. Nothing was changed. Go back, reload the page and try again."
-            + hint,
-        )
+        words = "That form is not ours, or it is too old. Nothing was changed. Go back, reload the page and try again."
+        hint = " If that does not help, several processes serve this: give them one secret=…."
+        raise HTTPException(403, words if self._shared else words + hint)
 
 
 def _shown(latest: Latest[Seen], nothing: Seen) -> Seen:
@@ -528,7 +515,7 @@ def _answer(form: Mapping[str, str]) -> tuple[Happened | NotHappened, str]:
     if not form.get("result", "").strip():
         return NotHappened(), "Give the result that every caller receives, as JSON. For no value write null."
     try:
-        return Happened(json.loads(form["result"], parse_constant=_no_number)), ""
+        return Happened(json.loads(form["result"], parse_constant=no_number)), ""
     except (ValueError, RecursionError):  # the second: nested without end
         return NotHappened(), 'The result is not JSON. Text needs quotes: "inv_7". No value is null.'
 
@@ -576,7 +563,3 @@ def _from_another_site(request: Request) -> bool:
         return site not in ("same-origin", "none")
     origin = request.headers.get("origin")
     return origin is not None and origin.partition("://")[2] != request.headers.get("host", "")
-
-
-def _no_number(name: str) -> Any:
-    raise ValueError(f"JSON has no {name}")

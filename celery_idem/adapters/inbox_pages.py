@@ -75,24 +75,33 @@ def render(template: str, **values: Any) -> str:
 
 
 @dataclass
-class Waiting:
-    """The intents that wait for a decision; or those that were read until now.
+class Seen:
+    """What one reading of the records has found until now.
 
     Attributes:
-        entries: the oldest of them, the oldest first, without what a list does not show.
-        total: how many there are in all.
         records: how many were read.
         whole: these are all.
         newer: how many the next reading, which is under way, has read; None when there is none.
-        read_at: when, in seconds since the epoch of the store's clock; 0 if nothing waits.
+        read_at: when, in seconds since the epoch of the store's clock; 0 if nothing was found.
     """
 
-    entries: list[Entry] = field(default_factory=list)
-    total: int = 0
     records: int = 0
     whole: bool = False
     newer: int | None = None
     read_at: float = 0.0
+
+
+@dataclass
+class Waiting(Seen):
+    """The intents that wait for a decision.
+
+    Attributes:
+        entries: the oldest of them, the oldest first, without what a list does not show.
+        total: how many there are in all.
+    """
+
+    entries: list[Entry] = field(default_factory=list)
+    total: int = 0
 
     def without(self, keys: Collection[str]) -> Waiting:
         """The same, less intents that were decided since."""
@@ -194,25 +203,20 @@ class Bar(NamedTuple):
 
 
 @dataclass
-class Overview:
-    """All records, read once; or as many as were read until now.
+class Overview(Seen):
+    """All records, read once.
 
     Attributes:
         tallies: by (task, state).
         hours: for each of the last 24 hours, the oldest first: how many intents last changed in it, by state.
         decisions: the latest of them, the latest first.
         suspect: those whose effect may have happened twice, the oldest first.
-        records, whole, newer, read_at: see ``Waiting``.
     """
 
     tallies: dict[tuple[str, str], Tally] = field(default_factory=dict)
     hours: list[Counter[str]] = field(default_factory=lambda: [Counter() for _ in range(HOURS)])
     decisions: list[Resolved] = field(default_factory=list)
     suspect: list[Entry] = field(default_factory=list)
-    records: int = 0
-    whole: bool = False
-    newer: int | None = None
-    read_at: float = 0.0
 
     def bars(self) -> Iterator[Bar]:
         """The chart: a bar for each hour, stacked by state."""

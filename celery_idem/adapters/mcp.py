@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from celery_idem.adapters.tools import OCCURRENCE_MAX, RECEIPT, BadArguments, Offer, Tool, tool_of
-from celery_idem.core.errors import ConfigurationError, StoreError
+from celery_idem.core.errors import ConfigurationError, StoreError, needs
 from celery_idem.integration.receipts import PENDING, Receipt
 
-try:
+with needs("The MCP door needs the official SDK, 2.0 or later", "mcp"):
     from mcp.server import Server
     from mcp.server.auth.middleware.auth_context import get_access_token
     from mcp.server.stdio import stdio_server
@@ -43,10 +43,6 @@ try:
         ToolAnnotations,
     )
     from mcp_types import Tool as ToolEntry
-except ImportError as error:
-    raise ConfigurationError(
-        "The MCP door needs the official SDK, 2.0 or later: pip install 'celery_idem[mcp]'."
-    ) from error
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -110,10 +106,7 @@ def server(
         raise ConfigurationError(f"additive= names {unknown.pop()!r}, which is not among the tasks.")
     handlers = _Handlers(Offer(app, tools, wait), scope, frozenset(additive))
     return Server(
-        name,
-        instructions=INSTRUCTIONS,
-        on_list_tools=handlers.list_tools,
-        on_call_tool=handlers.call_tool,
+        name, instructions=INSTRUCTIONS, on_list_tools=handlers.list_tools, on_call_tool=handlers.call_tool
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from celery_idem.core.errors import ConfigurationError, IntentError
+from celery_idem.core.errors import ConfigurationError, IntentError, needs
 from celery_idem.core.keys import Declaration, task_of
 from celery_idem.core.pydantic_models import is_model
 from celery_idem.engine import events
@@ -50,31 +50,18 @@ ADVICE = (
 )
 
 
-RECEIPT: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "status": {"enum": list(typing.get_args(Status))},
-        "key": {"type": "string"},
-        "task_id": {"type": "string"},
-        "result": {},
-        "reason": {"type": "string"},
-        "code": {"enum": list(typing.get_args(Code))},
-        "differs": {"type": "array", "items": {"type": "string"}},
-        "retry_after": {"type": ["number", "null"]},
-        "next": {"type": "string"},
-    },
-    "required": [
-        "status",
-        "key",
-        "task_id",
-        "result",
-        "reason",
-        "code",
-        "differs",
-        "retry_after",
-        "next",
-    ],
+_FIELDS: dict[str, Any] = {
+    "status": {"enum": list(typing.get_args(Status))},
+    "key": {"type": "string"},
+    "task_id": {"type": "string"},
+    "result": {},
+    "reason": {"type": "string"},
+    "code": {"enum": list(typing.get_args(Code))},
+    "differs": {"type": "array", "items": {"type": "string"}},
+    "retry_after": {"type": ["number", "null"]},
+    "next": {"type": "string"},
 }
+RECEIPT: dict[str, Any] = {"type": "object", "properties": _FIELDS, "required": list(_FIELDS)}
 """JSON schema of ``Receipt.to_dict()``."""
 
 
@@ -237,12 +224,8 @@ def tool_of(app: Celery, name: str, occurrences: bool = False) -> Tool:
 
 
 def _model_of(task: IdempotentTask, declaration: Declaration, occurrences: bool) -> type[BaseModel]:
-    try:
+    with needs("Offering a task as a tool needs pydantic", "agents"):
         from pydantic import ConfigDict, Field, create_model
-    except ImportError:
-        raise ConfigurationError(
-            "Offering a task as a tool needs pydantic: pip install 'celery_idem[agents]'."
-        ) from None
 
     hints = annotations_of(task)
     fields: dict[str, Any] = {}

@@ -17,9 +17,7 @@ IN_STORE = "(the store)"
 
 @command("doctor")
 @click.option(
-    "--pool",
-    default="",
-    help="The pool of your workers (--pool), if the configuration does not say.",
+    "--pool", default="", help="The pool of your workers (--pool), if the configuration does not say."
 )
 @click.option("--strict", is_flag=True, help="Warnings fail too.")
 @click.option(

@@ -179,16 +179,20 @@ def advice(entry: Entry) -> str:
             f"  {this} --happened RESULT --evidence '…'    every caller gets RESULT (JSON)\n"
             f"  {this} --not-happened --evidence '…'       the next delivery runs it; with --run at once"
         )
-    if entry.state == "running":
-        return (
-            "A worker is running it and renews the lease: nothing to do. If it dies, the state becomes lapsed. "
-            f"`{as_typed()} cancel '{key}'` asks it to stop."
-        )
-    if entry.state == "scheduled":
-        return f"It waits for its own retry. Nothing to do. `{as_typed()} cancel '{key}'` cancels it."
-    if entry.state == "released":
-        return f"It did not take effect. The next delivery runs it. `{as_typed()} cancel '{key}'` cancels it."
-    return f"Its outcome is known and replayed to every caller. `{as_typed()} forget '{key}'` lets it happen again."
+    return _ADVICE[entry.state].format(idem=as_typed(), key=key)
+
+
+_ADVICE = {
+    "running": "A worker is running it and renews the lease: nothing to do. If it dies, the state becomes lapsed. "
+    "`{idem} cancel '{key}'` asks it to stop.",
+    "accepted": "It has not begun: no worker has claimed it. Is there one for its queue? `{idem} recover` publishes "
+    "what is overdue, as workers do by themselves. `{idem} cancel '{key}'` cancels it.",
+    "scheduled": "It waits for its own retry. Nothing to do. `{idem} cancel '{key}'` cancels it.",
+    "released": "It did not take effect. The next delivery runs it. `{idem} cancel '{key}'` cancels it.",
+    "failed": "It failed, and every caller receives this error. After a fix `{idem} retry '{key}'` runs it again.",
+    "cancelled": "It was cancelled, and its callers are told so. `{idem} forget '{key}'` takes that back.",
+    "succeeded": "Its outcome is known and replayed to every caller. `{idem} forget '{key}'` lets it happen again.",
+}
 
 
 @command("forget")

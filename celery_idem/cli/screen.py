@@ -26,21 +26,11 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 COLOURS = {
-    "in_doubt": "bold red",
-    "lapsed": "red",
-    "failed": "yellow",
-    "running": "cyan",
-    "scheduled": "cyan",
-    "released": "blue",
-    "cancelled": "blue",
-    "succeeded": "green",
-    "error": "bold red",
-    "warning": "yellow",
-    "note": "blue",
-    "ready": "bold green",
-    "look": "bold yellow",
-    "wait": "blue",
-}
+    "in_doubt": "bold red", "lapsed": "red", "failed": "yellow", "running": "cyan", "scheduled": "cyan",
+    "released": "blue", "cancelled": "blue", "succeeded": "green",
+    "error": "bold red", "warning": "yellow", "note": "blue",
+    "ready": "bold green", "look": "bold yellow", "wait": "blue",
+}  # fmt: skip
 """Colours of states, severities and verdicts. The word is always shown too."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -96,9 +86,8 @@ class Screen:
 
     def json(self, value: Any) -> None:
         """Print one JSON document on one line."""
-        text = json.dumps(
-            value, ensure_ascii=False, default=str
-        )  # leaves some control characters as they are
+        # leaves some control characters as they are
+        text = json.dumps(value, ensure_ascii=False, default=str)
         click.echo(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
     def answer(self, value: Any, text: str) -> None:

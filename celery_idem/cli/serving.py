@@ -10,7 +10,7 @@ import socket
 import click
 
 from celery_idem.cli.screen import Screen, cannot_listen, command
-from celery_idem.core.errors import ConfigurationError
+from celery_idem.core.errors import needs
 from celery_idem.operate.operators import Operator
 
 TOKEN = "IDEM_INBOX_TOKEN"  # noqa: S105  # a variable's name
@@ -28,10 +28,8 @@ def inbox(screen: Screen, operator: Operator, port: int, address: str) -> None:
     """
     from celery_idem.adapters.inbox import inbox as pages
 
-    try:
+    with needs("This command needs uvicorn", "inbox"):
         import uvicorn
-    except ImportError:
-        raise ConfigurationError("This command needs uvicorn: pip install 'celery_idem[inbox]'.") from None
     given = os.environ.get(TOKEN)
     token = given or secrets.token_urlsafe()
     site = pages(operator.app, token=token)

@@ -5,15 +5,6 @@ Never here: input or output, clocks, Celery.
 
 # Modules that the packages above may import; the others are this package's own.
 __all__ = [
-    "calls",
-    "digests",
-    "errors",
-    "keys",
-    "model",
-    "protocol",
-    "pydantic_models",
-    "record",
-    "results",
-    "sealing",
-    "signatures",
-]
+    "calls", "digests", "errors", "keys", "model", "protocol", "pydantic_models", "record", "results",
+    "sealing", "signatures",
+]  # fmt: skip

@@ -20,21 +20,13 @@ with ``type(exc)(*exc.args)``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 __all__ = [
-    "Cancelled",
-    "ConfigurationError",
-    "FingerprintMismatch",
-    "IdempotencyError",
-    "InProgress",
-    "IntentConflict",
-    "IntentError",
-    "LeaseLost",
-    "OutcomeUnknown",
-    "ResultUnavailable",
-    "StoreError",
-]
+    "Cancelled", "ConfigurationError", "FingerprintMismatch", "IdempotencyError", "InProgress",
+    "IntentConflict", "IntentError", "LeaseLost", "OutcomeUnknown", "ResultUnavailable", "StoreError",
+]  # fmt: skip
 
 
 class IdempotencyError(Exception):
@@ -142,3 +134,12 @@ class FingerprintMismatch(IntentConflict):
     def __init__(self, message: str = "", key: str | None = None, differs: Iterable[str] = ()) -> None:
         self.differs = tuple(differs)
         super().__init__(message, key, list(self.differs))
+
+
+@contextmanager
+def needs(what: str, extra: str) -> Iterator[None]:
+    """Say which extra to install where an import in the block fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigurationError(f"{what}: pip install 'celery_idem[{extra}]'.") from error

@@ -140,7 +140,9 @@ def _canonical(value: Any, depth: int) -> Any:
         return _mapping(fields, depth)
     if models.is_model(value):
         fields = models.fields_of(value)
-        return _canonical(fields["root"], depth + 1) if models.is_root(value) else _mapping(fields, depth)
+        if type(value).__pydantic_root_model__:
+            return _canonical(fields["root"], depth + 1)
+        return _mapping(fields, depth)
     if isinstance(value, _ADDRESSES):
         return {"$ip": str(value)}
     if hasattr(type(value), "get_secret_value"):  # the digest, because a canonical form may be shown

@@ -436,10 +436,10 @@ class Publish(NamedTuple):
 
 
 class Tell(NamedTuple):
-    """Nobody works on the record any more: tell its caller that it is in doubt. ``record`` must be written first.
+    """Nobody works on the record any more: its caller is to know that it is in doubt. ``record`` must be written first.
 
     Attributes:
-        first: it was not given up before.
+        first: nobody else has told them: recovery itself has given it up.
     """
 
     record: Record

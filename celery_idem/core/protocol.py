@@ -53,7 +53,7 @@ accept        absent, RELEASED               ACCEPTED                           
 sent          ACCEPTED                       same, with another time to look at it       (12)
 recover       RUNNING, SCHEDULED, ACCEPTED   same, lease over; not taken: IN_DOUBT         (11)
 recover       IN_DOUBT, asked or given up    same, question over                           (11)
-answered      IN_DOUBT, given up             same, and nobody looks at it any more         (11)
+answered      IN_DOUBT                       same, and nobody looks at it any more         (11)
 revoked       ACCEPTED, SCHEDULED            RELEASED                                    (11)
 settle        RUNNING, IN_DOUBT, absent      SUCCEEDED or FAILED
 committed     SUCCEEDED                      nothing: an author's transaction settled it     (9)
@@ -135,7 +135,7 @@ OVERDUE = 10_000_000
 
 PUBLISHED_WAIT = 20_000_000
 """Microseconds until recovery publishes a call for the second time, four times that for the third, and so on: each is
-one more message for a queue that may only be long."""
+one more message for a queue that may only be long. Also until it looks whether a caller was told of a doubt."""
 
 ELSEWHERE = 60_000_000
 """Microseconds that the workers of another broker get to take a call that came from there. Then there are none, or
@@ -602,7 +602,9 @@ TOO_MANY = "the worker stopped without reporting an outcome, {} times"
 
 
 def _put_in_doubt(record: Record, reason: str) -> tuple[InDoubt, Record]:
-    new = replace(record, state=State.IN_DOUBT, lease=0, asking=b"", reason=reason, recovery=None)
+    """Whoever writes it tells the caller, unless it dies before that: recovery makes sure."""
+    told = Recovery(0, PUBLISHED_WAIT)
+    new = replace(record, state=State.IN_DOUBT, lease=0, asking=b"", reason=reason, recovery=told)
     return InDoubt(reason, first=record.state is not State.IN_DOUBT), new
 
 
@@ -857,6 +859,7 @@ def doubt(
     if record.state is State.IN_DOUBT:
         return Done(record), None
     _, new = _put_in_doubt(_one_more_crash(record), reason)
+    new = replace(new, recovery=None)  # its process lives, and may have published a retry that is to decide
     return Done(new), new
 
 
@@ -981,7 +984,7 @@ def recover(
 
     Its delivery decides what becomes of it, as any other. Nothing here runs or ends an action, but for one that
     had begun, was published ``max_attempts`` times, and that no worker took, or none asked to an end. That is given
-    up: its caller is told that it is in doubt, until ``answered`` says so.
+    up. The caller of what is in doubt is told so, until ``answered`` says that they know.
 
     Args:
         publishable: the record holds its whole call, and the author has not said ``recover=False``.

@@ -24,11 +24,6 @@ def is_model(value: Any) -> bool:
     return getattr(type(value), "__pydantic_root_model__", None) is not None
 
 
-def is_root(model: Any) -> bool:
-    """Tell whether it is an instance of pydantic's ``RootModel``."""
-    return bool(type(model).__pydantic_root_model__)
-
-
 def fields_of(model: Any) -> dict[str, Any]:
     """Return a model's fields by name, with excluded and extra fields and without computed ones."""
     held = vars(model)

@@ -99,9 +99,8 @@ class Codec(NamedTuple):
         name = self.serializer
         if name not in self.accept:
             raise NotStorable(self.unusable())
-        json = (
-            name == "json" and self.kombus_json
-        )  # the usual case; kombu's own code takes four times as long
+        # the usual case; kombu's own code takes four times as long
+        json = name == "json" and self.kombus_json
         try:
             data = to_json(value) if json else serialization.dumps(value, name)[2]
         except (KombuError, TypeError, ValueError, RecursionError, AttributeError) as error:
@@ -167,9 +166,8 @@ class Codec(NamedTuple):
         """Return the payload of an exception: class, arguments and attributes, always in JSON. See ``encode``."""
         try:
             payload = b"j" + to_json(form_of(error)).encode("utf-8", "surrogatepass")
-        except (
-            Exception
-        ):  # code of the author's exception fails: its class and text still say how the body ended
+        # code of the author's exception fails: its class and text still say how the body ended
+        except Exception:
             payload = b""
         if payload and len(payload) <= self.max_bytes:
             return self._sealed(payload, key)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 from celery_idem.core.calls import Why
-from celery_idem.core.errors import ConfigurationError, StoreError
+from celery_idem.core.errors import ConfigurationError, StoreError, needs
 from celery_idem.core.model import Record
 
 MARK = b"\x02"
@@ -53,13 +53,9 @@ class Seal:
     """
 
     def __init__(self, keys: Sequence[str]) -> None:
-        try:
+        with needs("idem_seal_keys needs the package cryptography", "seal"):
             from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
             from cryptography.hazmat.primitives.ciphers.aead import AESSIV
-        except ImportError:
-            raise ConfigurationError(
-                "idem_seal_keys needs the package cryptography: pip install 'celery_idem[seal]'."
-            ) from None
         self._invalid = InvalidTag
         try:
             found = [(_id_of(raw), AESSIV(raw)) for raw in map(key_bytes, keys)]

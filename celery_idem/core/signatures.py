@@ -173,9 +173,8 @@ def _parsed(fun: FunctionType) -> ast.FunctionDef | ast.AsyncFunctionDef:
     import textwrap  # only a decorator needs it
 
     try:
-        lines, _ = inspect.getsourcelines(
-            fun.__code__
-        )  # of the code, because for a function it follows __wrapped__
+        # of the code, because for a function it follows __wrapped__
+        lines, _ = inspect.getsourcelines(fun.__code__)
         node = ast.parse(textwrap.dedent("".join(lines))).body[0]
     except (OSError, SyntaxError, ValueError, IndexError, TypeError):
         raise Opaque(f"the source of {_name(fun)} is not at hand") from None

@@ -97,7 +97,9 @@ def change(
         if stored is None:
             reply = store.create(name, value, ttl, due)
         else:
-            reply = (replace or store.replace)(name, stored, value, ttl, due)
+            # What is refused only notes something: an answer that would be written with it is not the caller's.
+            write = store.replace if replace is None or isinstance(decision, Refused) else replace
+            reply = write(name, stored, value, ttl, due)
         if reply.done or (reply.stored is not None and reply.stored.value == value):
             return decision, reply, before
         record = None

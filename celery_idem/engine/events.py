@@ -19,6 +19,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable, Mapping
+from logging import CRITICAL, DEBUG, ERROR, INFO, WARNING
 from threading import Lock, Semaphore, Thread, current_thread
 from typing import Any, NamedTuple
 
@@ -48,72 +49,60 @@ _TASK = {"task_id": str}
 _TRACE = {"trace": str}
 
 KINDS = {
-    "settled": Kind(logging.DEBUG, {**_TASK, "succeeded": bool}, says="the outcome is recorded"),
+    "settled": Kind(DEBUG, {**_TASK, "succeeded": bool}, says="the outcome is recorded"),
     "replayed": Kind(
-        logging.INFO,
-        {**_TASK, "succeeded": bool},
-        _TRACE,
-        says="a repeat received the stored outcome; nothing ran",
+        INFO, {**_TASK, "succeeded": bool}, _TRACE, says="a repeat received the stored outcome; nothing ran"
     ),
     "told": Kind(
-        logging.INFO, {"status": str}, _TRACE, says="submit answered from the record; nothing was published"
+        INFO, {"status": str}, _TRACE, says="submit answered from the record; nothing was published"
     ),
-    "waiting": Kind(
-        logging.INFO, _TASK, says="another execution holds the intent; this repeat comes back later"
-    ),
-    "scheduled": Kind(logging.DEBUG, _TASK, says="the body asked for a retry"),
-    "released": Kind(logging.INFO, {**_TASK, "why": str}, says="nothing happened; the next delivery runs"),
+    "waiting": Kind(INFO, _TASK, says="another execution holds the intent; this repeat comes back later"),
+    "scheduled": Kind(DEBUG, _TASK, says="the body asked for a retry"),
+    "released": Kind(INFO, {**_TASK, "why": str}, says="nothing happened; the next delivery runs"),
     "mismatch": Kind(
-        logging.WARNING,
-        {**_TASK, "differs": tuple},
-        says="the intent is known with other values; nothing ran",
+        WARNING, {**_TASK, "differs": tuple}, says="the intent is known with other values; nothing ran"
     ),
     "in_doubt": Kind(
-        logging.ERROR,
-        {**_TASK, "reason": str},
-        {"action": str},
-        says="it is not known whether the effect happened",
+        ERROR, {**_TASK, "reason": str}, {"action": str}, says="it is not known whether the effect happened"
     ),
     "still_in_doubt": Kind(
-        logging.INFO, {**_TASK, "reason": str}, says="a repeat found the intent in doubt; nothing ran"
+        INFO, {**_TASK, "reason": str}, says="a repeat found the intent in doubt; nothing ran"
     ),
-    "asked": Kind(logging.WARNING, {**_TASK, "answer": str}, says="the destination was asked after a crash"),
+    "asked": Kind(WARNING, {**_TASK, "answer": str}, says="the destination was asked after a crash"),
     "lease_lost": Kind(
-        logging.ERROR,
-        {**_TASK, "fence": int},
-        says="another execution took over, because the lease was not renewed",
+        ERROR, {**_TASK, "fence": int}, says="another execution took over, because the lease was not renewed"
     ),
-    "clock_stepped": Kind(logging.WARNING, {"by": float, "store": str}, says="the store's clock was set"),
+    "clock_stepped": Kind(WARNING, {"by": float, "store": str}, says="the store's clock was set"),
     "stale_settle": Kind(
-        logging.CRITICAL,
+        CRITICAL,
         {**_TASK, "fence": int, "current_fence": int},
         says="finished after another execution had taken over; the effect may have happened twice",
     ),
     "store_error": Kind(
-        logging.WARNING,
+        WARNING,
         {"error": str, "while_": str},
         {**_TASK, "then": str, "leases": int},
         says="the store did not answer",
     ),
-    "broker_error": Kind(logging.WARNING, {**_TASK, "error": str}, says="the broker did not take a message"),
-    "unguarded": Kind(logging.WARNING, _TASK, says="the body runs without a guard"),
-    "unsettled": Kind(logging.ERROR, {**_TASK, "error": str}, says="the outcome could not be recorded"),
+    "broker_error": Kind(WARNING, {**_TASK, "error": str}, says="the broker did not take a message"),
+    "unguarded": Kind(WARNING, _TASK, says="the body runs without a guard"),
+    "unsettled": Kind(ERROR, {**_TASK, "error": str}, says="the outcome could not be recorded"),
     "late_error": Kind(
-        logging.ERROR, {**_TASK, "error": str}, says="something failed after the outcome was recorded"
+        ERROR, {**_TASK, "error": str}, says="something failed after the outcome was recorded"
     ),
-    "exited": Kind(logging.ERROR, {**_TASK, "reason": str}, says="the process must exit while the body runs"),
+    "exited": Kind(ERROR, {**_TASK, "reason": str}, says="the process must exit while the body runs"),
     "died": Kind(
-        logging.ERROR,
+        ERROR,
         {**_TASK, "process": int, "why": str, "then": str, "redelivered": bool},
         says="a process of the pool died while it held the intent",
     ),
-    "lapsed": Kind(logging.WARNING, _TASK, says="a claim of a dead process was found"),
+    "lapsed": Kind(WARNING, _TASK, says="a claim of a dead process was found"),
     "recovered": Kind(
-        logging.WARNING, {**_TASK, "tries": int, "state": str}, says="overdue; its call was published again"
+        WARNING, {**_TASK, "tries": int, "state": str}, says="overdue; its call was published again"
     ),
-    "resolved": Kind(logging.WARNING, {"by": str, "what": str}, says="an operator settled it"),
-    "forgotten": Kind(logging.WARNING, {}, says="an operator removed the record; the next call runs"),
-    "shadow": Kind(logging.INFO, {**_TASK, "would": str, "why": str}, says="shadow mode; the call ran"),
+    "resolved": Kind(WARNING, {"by": str, "what": str}, says="an operator settled it"),
+    "forgotten": Kind(WARNING, {}, says="an operator removed the record; the next call runs"),
+    "shadow": Kind(INFO, {**_TASK, "would": str, "why": str}, says="shadow mode; the call ran"),
 }
 """Every kind of event. ``stale_settle`` is the alarm: an execution finished an effect after another one had taken the
 intent over."""
@@ -166,12 +155,8 @@ _here: list[Listener] = []
 _listeners: list[tuple[Listener, Callable[[Event], bool]]] = []
 
 
-def _always(event: Event) -> bool:
-    return True
-
-
 def listen(
-    listener: Listener, *, wants: Callable[[Event], bool] = _always, here: bool = False
+    listener: Listener, *, wants: Callable[[Event], bool] = lambda event: True, here: bool = False
 ) -> Callable[[], None]:
     """Have ``listener`` called for every event; returns a function that stops it.
 

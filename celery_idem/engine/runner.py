@@ -74,14 +74,9 @@ BUSY = "in progress"
 """What a waiting duplicate says, for people."""
 
 SIGNALS = (
-    Raised.RETRY,
-    Raised.DOUBTFUL_RETRY,
-    Raised.REPLACED,
-    Raised.IGNORE,
-    Raised.SAID_DONE,
-    Raised.SAID_FAILED,
+    Raised.RETRY, Raised.DOUBTFUL_RETRY, Raised.REPLACED, Raised.IGNORE, Raised.SAID_DONE, Raised.SAID_FAILED,
     Raised.REJECT,
-)
+)  # fmt: skip
 """What a body raises to tell Celery something, and not because something went wrong."""
 
 
@@ -255,19 +250,11 @@ class Runner:
         carried = job.carried
         ran = False
         while True:
+            age = max(0, int((time.time() - job.due) * MICROSECONDS)) if job.due else 0
             request = Request(
-                owners.mint(),
-                job.task_id,
-                job.fingerprint,
-                job.options.policy,
-                carried,
-                job.digests,
-                job.scope,
-                job.call,
-                job.place,
-                job.accepted,
-                max(0, int((time.time() - job.due) * MICROSECONDS)) if job.due else 0,
-            )
+                owners.mint(), job.task_id, job.fingerprint, job.options.policy, carried, job.digests, job.scope,
+                job.call, job.place, job.accepted, age,
+            )  # fmt: skip
             try:
                 decision, hold = self.ledger.claim(job.key, request, job.starting)
                 if isinstance(decision, (Acquired, Ask, InDoubt)) and decision.orphan:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 # asyncio and its executors are a tenth of what importing this package takes: only programs that await load them.
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
-    from types import TracebackType
 
     from celery_idem.integration.announcements import Announcements
 
@@ -51,7 +50,7 @@ async def in_thread(kind: Kind, call: Callable[..., T], *args: Any) -> T:
 
 
 class Waker:
-    """Wakes one coroutine when the result of its task is published. Use it in a ``with`` statement.
+    """Wakes one coroutine when the result of its task is published. Close it.
 
     Attributes:
         heard: it was woken at least once, so the subscription works.
@@ -66,12 +65,7 @@ class Waker:
         self._event = asyncio.Event()
         self.heard = False
 
-    def __enter__(self) -> Waker:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self.follow("")
 
     def follow(self, task_id: str) -> None:

@@ -234,11 +234,7 @@ def _readers(cls: type[Any], known: Called) -> dict[str, Reader]:
     from celery.utils.annotations import annotation_issubclass, get_optional_arg
 
     hints = wrapper.get("type_hints") or {}
-    context = {
-        **wrapper["context"],
-        "celery_app": wrapper["app"],
-        "celery_task_name": wrapper["task_name"],
-    }
+    context = {**wrapper["context"], "celery_app": wrapper["app"], "celery_task_name": wrapper["task_name"]}
     readers = {}
     for name, parameter in wrapper["task_signature"].parameters.items():
         hint = hints.get(name, parameter.annotation)

@@ -393,9 +393,8 @@ class Delivery(Job):
         # make another answer of the value.
         if self.outer is not None or not placing.is_outermost(type(self.task)):
             return None
-        if (
-            getattr(self.request, "idem_said", ("",))[0] == SUCCESS
-        ):  # by the body itself: Celery keeps that one
+        # by the body itself: Celery keeps that one
+        if getattr(self.request, "idem_said", ("",))[0] == SUCCESS:
             return None
         return answers.announcement(backend, self.request, value)
 

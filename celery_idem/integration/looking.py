@@ -69,9 +69,8 @@ class Look(NamedTuple):
             except StoreError as error:
                 events.emit("store_error", receipt.key, error=str(error), while_="waiting")
         known = None if entry is None else from_record(entry, receipt.key, receipt.task_id, self)
-        begun = (
-            entry is None or entry.record.state is not State.ACCEPTED
-        )  # before, Celery may have ended it (revoked)
+        # before, Celery may have ended it (revoked)
+        begun = entry is None or entry.record.state is not State.ACCEPTED
         if known is not None and (begun or not self.published):
             return known
         result = from_celery(receipt, self, entry)

@@ -15,6 +15,7 @@ from celery_idem.core.errors import ConfigurationError, IntentError, StoreError
 from celery_idem.core.model import Accepted
 from celery_idem.engine import events
 from celery_idem.engine.entries import Entry
+from celery_idem.integration import messages, templates
 from celery_idem.integration.awaiting import warn_on_loop
 from celery_idem.integration.guarded import GuardedTask
 from celery_idem.integration.receipts import Receipt
@@ -55,10 +56,10 @@ def submit_calls(
     warn_on_loop(f"submit_many() of {task.name}", "await asyncio.to_thread(task.submit_many, …)")
     _check_options(task, options)
     waiting, receipts = iter(calls), []
-    batches = _Batches(task, scope, options)
     with nullcontext() if task.app.conf.task_always_eager else task.app.producer_or_acquire() as producer:
+        batches = _Batches(task, scope, options, producer)
         while batch := list(islice(waiting, BATCH)):
-            receipts += batches.submit(batch, producer)
+            receipts += batches.submit(batch)
     return receipts
 
 
@@ -66,21 +67,39 @@ class _Batches:
     """What the batches of one ``submit_many`` share.
 
     Attributes:
+        template: makes the messages of calls without options of their own; None: each is made by itself.
         broken: the broker did not take a message: what is accepted from now on is left to recovery.
     """
 
-    def __init__(self, task: GuardedTask, scope: str | None, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, task: GuardedTask, scope: str | None, options: Mapping[str, Any], producer: Any
+    ) -> None:
         self.task = task
         self.scope = scope
         self.options = options
+        self.producer = producer
+        fit = producer is not None and templates.fits(task, options)
+        self.template = templates.Template(task, options, producer) if fit else None
         self.broken = False
 
-    def submit(self, batch: list[Call], producer: Any) -> list[Receipt]:
+    def submit(self, batch: list[Call]) -> list[Receipt]:
         made = [self._read(call) for call in batch]
         found = self._accept([call for call in made if isinstance(call, Submission)])
-        return [
-            one if isinstance(one, Receipt) else self._receipt(one, next(found), producer) for one in made
-        ]
+        known = [one if isinstance(one, Receipt) else self._decided(one, next(found)) for one in made]
+        sent = self._together(
+            (call, entry)
+            for call, entry in zip(made, known, strict=True)
+            if isinstance(call, Submission) and isinstance(entry, Entry)
+        )
+        receipts = []
+        for call, one in zip(made, known, strict=True):
+            if isinstance(one, Receipt) or isinstance(call, Receipt):
+                receipts.append(one)
+            elif call.key in sent:
+                receipts.append(accepted(call.key, call.task_id, call.mine))
+            else:
+                receipts.append(self._sent(call, one))
+        return receipts
 
     def _read(self, call: Call) -> Submission | Receipt:
         try:
@@ -104,7 +123,8 @@ class _Batches:
         except StoreError as error:
             return iter([error] * len(made))
 
-    def _receipt(self, call: Submission, found: Any, producer: Any) -> Receipt:
+    def _decided(self, call: Submission, found: Any) -> Receipt | Entry | None:
+        """Its receipt, if it is not to be published; or the record in which it is accepted, if it is in one."""
         if isinstance(found, StoreError):
             runs = self.task.guard.options.on_store_error == "run"
             then = "published" if runs else "refused"
@@ -114,23 +134,45 @@ class _Batches:
                     "not_run", call.key, reason=str(found), code="store_error", _source=call.source
                 )
             found = None
-        if found is not None:
-            decision, entry = found
-            if decision is not None and not isinstance(decision, Accepted):
-                return call.told(entry)
-            found = entry if decision is not None else None
-        return self._sent(call, found, producer)
+        decision, entry = found or (None, None)
+        if decision is not None and not isinstance(decision, Accepted):
+            return call.told(entry)
+        return entry if decision is not None else None
 
-    def _sent(self, call: Submission, entry: Entry | None, producer: Any) -> Receipt:
+    def _together(self, ready: Iterator[tuple[Submission, Entry]]) -> set[str]:
+        """Publish calls by the template; the keys of those that the broker took.
+
+        Whatever fails here is tried once more by itself, so that it has its own receipt. A message that is then sent
+        twice is an ordinary duplicate.
+        """
+        taken: set[str] = set()
+        if self.template is None or self.broken:
+            return taken
+        try:
+            with self.template.together():
+                for call, entry in ready:
+                    if len(call.options) == len(self.options) + 1 and all(
+                        call.options[name] is value for name, value in self.options.items()
+                    ):
+                        try:
+                            self.template.publish(call, entry)
+                        except Exception as error:
+                            if messages.of_the_broker(self.task.app, error):
+                                self.producer.connection.collect()
+                                break
+                            continue
+                        taken.add(call.key)
+        except Exception as error:  # of any driver: it is not known what the broker took
+            events.diagnose(logging.WARNING, "%s: publishing again, one by one", self.task.name, error=error)
+            return set()
+        return taken
+
+    def _sent(self, call: Submission, entry: Entry | None) -> Receipt:
         if self.broken and entry is not None and call.recovers:
             if entry.record.lease:
                 look_again(self.task.guard.ledger, call.key, call.request.owner, 0.0)
             return accepted(call.key, call.task_id, call.mine, "not_sent")
-        own = (
-            {}
-            if producer is None or {"producer", "connection"} & call.options.keys()
-            else {"producer": producer}
-        )
+        own = {} if {"producer", "connection"} & call.options.keys() else {"producer": self.producer}
         try:
             receipt = call.sent(entry, **own)
         except Exception as error:  # of any driver; the other calls go on
@@ -146,10 +188,9 @@ def _parts(task: GuardedTask, call: Call) -> tuple[Any, Any, dict[str, Any]]:
         if call.get("subtask_type") or call["task"] != task.name:
             raise TypeError(f"{task.name}: submit_many() got a signature of {call['task']}.")
         return call.args, call.kwargs, dict(call.options)
-    if isinstance(call, Mapping):
-        return (), call, {}
-    keys.check_call(task.name, call, None)
-    return call, {}, {}
+    args, kwargs = ((), call) if isinstance(call, Mapping) else (call, {})
+    keys.check_call(task.name, args, kwargs)
+    return args, kwargs, {}
 
 
 def _check_options(task: GuardedTask, options: Mapping[str, Any]) -> None:

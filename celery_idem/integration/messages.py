@@ -65,8 +65,8 @@ PATIENCE = 3.0
 """Seconds that the broker gets to take a message that recovery can publish later. RabbitMQ stops reading from
 publishers while it is short of memory or disk, and one that waits for its confirmation would wait for ever."""
 
-_AGAIN = {"max_retries": 1}
-"""For a connection that has died unnoticed. Any later try is recovery's."""
+BRIEFLY: Mapping[str, Any] = {"retry_policy": {"max_retries": 1}, "timeout": PATIENCE}
+"""One more try is for a connection that has died unnoticed. Any later one is recovery's."""
 
 _PROPERTIES = ("priority", "delivery_mode", "MessageGroupId")
 """Properties that the author or the sender chose; all others are the broker's."""
@@ -286,6 +286,13 @@ def of_submission(
         for name, value in kept.items():
             if isinstance(value, datetime):
                 kept[name] = value.isoformat()
+        if not kept.keys() & {"queue", "exchange"}:  # recovery runs in a worker, which may have other routes
+            routed = task.app.amqp.router.route(
+                {**task._get_exec_options(), **kept}, task.name, args, kwargs, task_type=task
+            )
+            for name in ("queue", "exchange", "routing_key", "priority"):
+                if routed.get(name) is not None:
+                    kept[name] = getattr(routed[name], "name", routed[name])
         links = {name: kept[name] for name in ("link", "link_error") if name in kept}
         hidden = _hides(task.app, task.guard, links)
         serializer = kept.get("serializer") or task.serializer
@@ -379,7 +386,7 @@ def in_time(app: Celery, publish: Callable[..., Published], producer: Any = None
     """
     with app.producer_or_acquire(producer) as real:
         try:
-            return publish(producer=real, retry_policy=_AGAIN, timeout=PATIENCE)
+            return publish(producer=real, **BRIEFLY)
         except Exception:
             real.connection.collect()  # its pool would wait until the broker agrees to close it
             raise

@@ -22,17 +22,9 @@ if TYPE_CHECKING:
     from celery import Celery
 
 WORDS = (
-    "intent",
-    "must_match",
-    "secret",
-    "describe",
-    "signature",
-    "intent_version",
-    "aliases",
-    "reconcile",
-    "no_effect_errors",
-    "ambiguous_errors",
-)
+    "intent", "must_match", "secret", "describe", "signature", "intent_version", "aliases", "reconcile",
+    "no_effect_errors", "ambiguous_errors",
+)  # fmt: skip
 """What a declaration says, inherited from bases and mixins. A class rarely has one of these by chance, and hardly ever
 with a value that fits."""
 

@@ -14,13 +14,7 @@ from celery_idem.integration.guarded import GuardedTask
 from celery_idem.integration.looking import undecided
 from celery_idem.integration.publishing import in_scope
 from celery_idem.integration.receipts import Receipt
-from celery_idem.integration.submitting import (
-    ACCEPTED_FOR,
-    Submission,
-    accepted,
-    look_again,
-    submit_task,
-)
+from celery_idem.integration.submitting import ACCEPTED_FOR, Submission, accepted, look_again, submit_task
 
 FIRST = 1.0
 """Seconds until recovery publishes a call that was accepted in a transaction: most commit sooner and publish

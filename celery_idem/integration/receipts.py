@@ -42,6 +42,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from copy import deepcopy
 from dataclasses import InitVar, dataclass, field, fields, replace
 from datetime import date, datetime
@@ -229,7 +230,7 @@ class Receipt:
         source = self._asked()
         deadline = time.monotonic() + timeout
         pause = FIRST_LOOK
-        with Waker(source.announcements(self)) as waker:
+        with closing(Waker(source.announcements(self))) as waker:
             while True:
                 waker.expect()
                 receipt = await in_thread("look", source.look, self)

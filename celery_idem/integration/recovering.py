@@ -7,7 +7,6 @@ caller gets the answer, because it is the same message with the same task id.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from collections.abc import Iterator
@@ -110,7 +109,7 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
         can = publishable(entry.record)
         then = entry.overdue(can, guard.options.policy, elsewhere(entry.record))
         why = (
-            GIVEN_UP
+            TOLD
             if isinstance(then, Tell)
             else why_not(app, entry.key, entry.record, guard.settings.recover) or ELSEWHERE
         )
@@ -123,13 +122,13 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
         return Found(entry, False, str(error))  # sealed with a key that is not here: it holds up no other
     if isinstance(taken, Tell):
         try:
-            _tell(app, task, entry.key, taken.record, call)
+            _tell(app, task, entry.key, taken, call)
         except Exception as error:  # of any result backend; it is tried again later
             why = f"its caller could not be told that it is in doubt ({type(error).__name__}: {error})"
             events.diagnose(logging.WARNING, "recovery: %s: %s", entry.key, why)
             return Found(entry, False, why)
         ledger.answered(entry.key, taken)
-        return Found(entry, False, GIVEN_UP)
+        return Found(entry, False, TOLD)
     if taken is None or call is None:
         why = why_not(app, entry.key, entry.record, guard.settings.recover)
         return Found(entry, False, why) if why else None
@@ -154,20 +153,27 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
 
 
 ELSEWHERE = "it came from another broker, whose workers come first"
-GIVEN_UP = "it was published often enough: it is in doubt, and its caller is told"
+TOLD = "it is in doubt, and its caller is told"
 
 
-def _tell(app: Celery, task: GuardedTask, key: str, record: Record, call: Call | None) -> None:
-    """Give a caller who waits the answer that no delivery will give, and with it its chain, chord and errbacks."""
+def _tell(app: Celery, task: GuardedTask, key: str, taken: Tell, call: Call | None) -> None:
+    """Give a caller who waits the answer that no delivery will give, and with it its chain, chord and errbacks.
+
+    Where Celery keeps no result, whether they were told is not known, and no errback is called twice.
+    """
+    record = taken.record
     try:
         request = messages.request_of(app, key, call) if call is not None else Context(id=record.task_id)
     except Exception as error:  # of any serializer
         events.diagnose(logging.WARNING, "%s: only its own caller is told: %s", key, error)
         request = Context(id=record.task_id)
-    with contextlib.suppress(NotImplementedError):  # there is no result backend
-        if task.backend.get_state(record.task_id) in READY_STATES:
-            return
-    stored = not request.ignore_result or task.store_errors_even_if_ignored
+    stored = not request.ignore_result or bool(task.store_errors_even_if_ignored)
+    try:
+        known = task.backend.get_state(record.task_id) in READY_STATES
+    except NotImplementedError:  # there is no result backend
+        known = stored = False
+    if known or not (stored or taken.first):
+        return
     unknown = runner.in_doubt(key, record.reason)
     task.backend.mark_as_failure(record.task_id, unknown, request=request, store_result=stored)
 

@@ -100,12 +100,7 @@ def to_its_queue(app: Celery, request: Context) -> dict[str, Any] | None:
     if kind == "fanout" and driver != AMQP:
         return None
     if delays and kind not in ("direct", "fanout") and _alone(app, queue):
-        return {
-            **quiet,
-            "queue": queue,
-            "exchange": queue.exchange.name,
-            "routing_key": queue.routing_key,
-        }
+        return {**quiet, "queue": queue, "exchange": queue.exchange.name, "routing_key": queue.routing_key}
     # A broadcast queue exists as long as its worker, and only the worker's process declares it.
     declare = [] if isinstance(queue, Broadcast) else [queue]
     return {**quiet, **_direct(queue.name, declare)}

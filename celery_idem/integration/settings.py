@@ -112,14 +112,10 @@ class Settings:
 NAMES = tuple(field.name for field in fields(Settings))
 
 _ONE_OF: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("shadow", "audit", "keep_call", "accept_on_publish", "recover"), (True, False)),
     "on_duplicate": get_args(OnDuplicate),
     "on_crash": get_args(OnCrash),
     "on_store_error": get_args(OnStoreError),
-    "shadow": (True, False),
-    "audit": (True, False),
-    "keep_call": (True, False),
-    "accept_on_publish": (True, False),
-    "recover": (True, False),
     "late": get_args(OnLate),
 }
 _SECONDS = ("lease", "result_ttl", "failure_ttl", "settle_patience", "reconcile_timeout")

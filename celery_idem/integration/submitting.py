@@ -22,10 +22,12 @@ from celery_idem.core import keys, protocol
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.model import (
     ACCEPTED_AT,
+    KEY,
     MESSAGE,
     MICROSECONDS,
     NO_FINGERPRINT,
     PART_OF,
+    PUBLISHED,
     Accepted,
     Busy,
     Request,
@@ -244,11 +246,7 @@ class Submission:
         Args:
             entry: the record in which it is accepted; None: it is not.
         """
-        headers = {**(self.options.get("headers") or {}), MESSAGE: self.task_id}
-        if entry is not None and protocol.untouched(entry.record):
-            seal = self.task.guard.ledger.codec.seal
-            headers[ACCEPTED_AT] = accepted_at(self.request.owner, entry.stamp, seal)
-        options = {**self.options, **more, "headers": headers, messages.DECIDED: True}
+        options = {**self.options, **more, "headers": self._given(entry), messages.DECIDED: True}
 
         def publish(**more: Any) -> Any:
             return self.task.apply_async(self.args, self.kwargs, **self.own, **{**more, **options})
@@ -257,6 +255,22 @@ class Submission:
         if entry is None or app.conf.task_always_eager or not self.recovers:
             return str(publish().id)
         return str(messages.in_time(app, publish, options.pop("producer", None)).id)
+
+    def _given(self, entry: Entry | None) -> dict[str, Any]:
+        headers = {**(self.options.get("headers") or {}), MESSAGE: self.task_id}
+        if entry is not None and protocol.untouched(entry.record):
+            seal = self.task.guard.ledger.codec.seal
+            headers[ACCEPTED_AT] = accepted_at(self.request.owner, entry.stamp, seal)
+        return headers
+
+    def headers(self, entry: Entry) -> dict[str, Any]:
+        """Return the headers that ``apply_async`` makes for ``publish``, where the given ones name no intent."""
+        return {
+            **self._given(entry),
+            **{keys.LABELS[name]: value for name, value in self.own.items() if value is not None},
+            PUBLISHED: first_due(self.task.app, self.options),
+            KEY: self.key,
+        }
 
     def sent(self, entry: Entry | None, **more: Any) -> Receipt:
         """Publish the call; its receipt. Where the broker does not take it, recovery does.

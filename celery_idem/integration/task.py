@@ -26,16 +26,7 @@ from celery.utils.imports import symbol_by_name
 
 from celery_idem.core import keys
 from celery_idem.core.errors import ConfigurationError, IdempotencyError, StoreError
-from celery_idem.core.model import (
-    CALLER_KEY,
-    KEY,
-    MESSAGE,
-    NO_FINGERPRINT,
-    PUBLISHED,
-    SCOPE,
-    Answer,
-    Request,
-)
+from celery_idem.core.model import CALLER_KEY, KEY, MESSAGE, NO_FINGERPRINT, PUBLISHED, SCOPE, Answer, Request
 from celery_idem.engine import events, owners
 from celery_idem.engine.claim import Claim, Hold
 from celery_idem.integration import (

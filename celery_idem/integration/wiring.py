@@ -106,9 +106,8 @@ def _check_ports(url: str) -> None:
         try:
             _ = parts.port
         except ValueError:
-            if quoted and (
-                ";" not in url or "@" not in url
-            ):  # not shown: it may be a password without a host
+            # not shown: it may be a password without a host
+            if quoted and (";" not in url or "@" not in url):
                 raise ConfigurationError(
                     "result_backend: the port in its URL is no number from 0 to 65535, so it cannot be the store. "
                     "Correct it, or set idem_store."

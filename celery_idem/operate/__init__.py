@@ -4,12 +4,4 @@ Never here: rules, and calls of a driver.
 """
 
 # Modules that the packages above may import; the others are this package's own.
-__all__ = [
-    "audit",
-    "background",
-    "bulk",
-    "copying",
-    "doctor",
-    "operators",
-    "retrying",
-]
+__all__ = ["audit", "background", "bulk", "copying", "doctor", "operators", "retrying"]

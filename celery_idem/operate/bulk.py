@@ -102,7 +102,7 @@ def _decision(line: bytes, by: str, evidence: str) -> Decision:
     try:
         form: Any = json.loads(
             line.decode("utf-8-sig"),
-            parse_constant=_no_number,
+            parse_constant=no_number,
             parse_float=_finite,
             object_pairs_hook=_each_once,
         )
@@ -211,7 +211,7 @@ def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         pool.shutdown(cancel_futures=True)
 
 
-def _no_number(name: str) -> Any:
+def no_number(name: str) -> Any:
     raise ValueError(f"JSON has no {name}")
 
 
@@ -224,8 +224,7 @@ def _finite(text: str) -> float:
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     form = dict(pairs)
-    if len(form) < len(
-        pairs
-    ):  # a settled outcome cannot be changed, so which one was meant is no guess of ours
+    # A settled outcome cannot be changed, so which one was meant is no guess of ours.
+    if len(form) < len(pairs):
         raise ValueError("a field is given twice")
     return form

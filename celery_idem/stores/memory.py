@@ -12,16 +12,12 @@ from celery_idem.stores.base import OWNER, Listed, Mark, Reply, Store
 SCHEMES = ("memory",)
 
 
-def _system_clock() -> int:
-    return time.time_ns() // 1000
-
-
 class MemoryStore(Store):
     """Records in a dictionary under a lock. ``clock``: returns the time in microseconds."""
 
     url = "memory://"
 
-    def __init__(self, clock: Callable[[], int] = _system_clock) -> None:
+    def __init__(self, clock: Callable[[], int] = lambda: time.time_ns() // 1000) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._values: dict[str, tuple[Stored, int | None]] = {}

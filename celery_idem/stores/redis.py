@@ -214,12 +214,7 @@ class RedisStore(Store):
     def create_many(self, items: Sequence[Creation]) -> list[Reply | StoreError]:
         if not items:
             return []
-        packed = b"".join([CREATE.by_hash % self._creation(*item) for item in items])
-        answers = self._call(packed + self._wait, len(items) + bool(self._wait))
-        if self._wait:
-            waited = answers.pop()
-            if any(type(answer) is int for answer in answers):
-                self._check_durable(waited)
+        answers = self._all(CREATE, [self._creation(*item) for item in items])
         return [self._one_created(item, answer) for item, answer in zip(items, answers, strict=True)]
 
     def _one_created(self, item: Creation, answer: Any) -> Reply | StoreError:
@@ -300,15 +295,18 @@ class RedisStore(Store):
     def replace_many(self, changes: Sequence[Change]) -> list[Reply]:
         if not changes:
             return []
-        packed = b"".join([REPLACE.by_hash % self._replacement(*change) for change in changes])
-        replies = self._call(packed + self._wait, len(changes) + bool(self._wait))
+        replies = self._all(REPLACE, [self._replacement(*change) for change in changes])
+        return whole([self._one_of_many(*one) for one in zip(changes, replies, strict=True)])
+
+    def _all(self, script: _Script, every: Sequence[tuple[int | bytes, ...]]) -> list[Any]:
+        """Run a script once for each of these words, in one round trip."""
+        packed = b"".join([script.by_hash % words for words in every])
+        replies = self._call(packed + self._wait, len(every) + bool(self._wait))
         if self._wait:
             waited = replies.pop()
             if any(type(reply) is int for reply in replies):
                 self._check_durable(waited)
-        return whole(
-            [self._one_of_many(change, reply) for change, reply in zip(changes, replies, strict=True)]
-        )
+        return replies
 
     def _one_of_many(self, change: Change, reply: Any) -> Reply | StoreError:
         """Return the reply, or the error if it concerns this key alone."""

@@ -18,15 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.model import Stored
 from celery_idem.stores import sql_connections
-from celery_idem.stores.base import (
-    OWNER,
-    Change,
-    Creation,
-    Reply,
-    Store,
-    call_after_fork,
-    elsewhere,
-)
+from celery_idem.stores.base import OWNER, Change, Creation, Reply, Store, call_after_fork, elsewhere
 from celery_idem.stores.sql_statements import SqlPrimitives, apart, no_table, schema, statements
 from celery_idem.stores.sql_transaction import InsideTransaction
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from celery_idem.core.errors import ConfigurationError
+from celery_idem.core.errors import needs
 from celery_idem.engine import events
 
 if TYPE_CHECKING:
@@ -27,12 +27,8 @@ def install(meter_provider: MeterProvider | None = None) -> Callable[[], None]:
     Args:
         meter_provider: without it, the global one.
     """
-    try:
+    with needs("OpenTelemetry needs a package that is not installed", "otel"):
         from opentelemetry import metrics, trace
-    except ImportError:
-        raise ConfigurationError(
-            "OpenTelemetry needs a package that is not installed: pip install 'celery_idem[otel]'."
-        ) from None
     meter = metrics.get_meter(SCOPE, meter_provider=meter_provider)
     counter = meter.create_counter(COUNTER, unit="{event}", description="Events of intents.")
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery import signals
 
-from celery_idem.core.errors import ConfigurationError, StoreError
+from celery_idem.core.errors import StoreError, needs
 from celery_idem.engine import events
 from celery_idem.engine.entries import OPEN, Tally
 from celery_idem.operate.background import Background
@@ -48,12 +48,8 @@ background, and a later scrape returns it."""
 
 
 def _client() -> Any:
-    try:
+    with needs("Prometheus metrics need a package that is not installed", "prometheus"):
         import prometheus_client
-    except ImportError:
-        raise ConfigurationError(
-            "Prometheus metrics need a package that is not installed: pip install 'celery_idem[prometheus]'."
-        ) from None
     return prometheus_client
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from celery import Celery
 
+from celery_idem import IdempotentTask
 from tests.callers import shop as shops
 from tests.conftest import running
 from tests.support.effects import Effects
@@ -86,3 +87,24 @@ def done(folder: Path) -> Effects:
 def name() -> str:
     """A name that no other test uses: the store is shared."""
     return uuid.uuid4().hex[:12]
+
+
+@pytest.fixture
+def app() -> Iterator[Celery]:
+    """Its queue is in memory, and no worker looks at it."""
+    app = Celery("queued", broker="memory://", backend="cache+memory://", set_as_current=False)
+    queue = f"queued-{uuid.uuid4().hex}"
+    app.conf.update(idem_store=f"memory://{uuid.uuid4().hex}", task_default_queue=queue)
+
+    @app.task(base=IdempotentTask, shared=False, name="shop.pay", intent=("invoice",), must_match=("cents",))
+    def pay(invoice: str, cents: int = 1) -> str:
+        return f"paid {invoice}"
+
+    yield app
+    app.close()
+
+
+def messages(app: Celery, queue: str = "") -> int:
+    with app.connection_for_read() as connection:
+        name = queue or app.conf.task_default_queue
+        return int(connection.default_channel.queue_declare(name).message_count)

@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from celery import Celery
 from kombu.exceptions import OperationalError
 
-from celery_idem import ConfigurationError, IdempotentTask, Ledger, submit_many
+from celery_idem import ConfigurationError, Ledger, submit_many
 from celery_idem.integration import recovering
 from celery_idem.testing import CrashingStore
-
-
-@pytest.fixture
-def app() -> Iterator[Celery]:
-    """Its queue is in memory, and no worker looks at it."""
-    app = Celery("many", broker="memory://", backend="cache+memory://", set_as_current=False)
-    queue = f"many-{uuid.uuid4().hex}"
-    app.conf.update(idem_store=f"memory://{uuid.uuid4().hex}", task_default_queue=queue)
-
-    @app.task(base=IdempotentTask, shared=False, name="shop.pay", intent=("invoice",), must_match=("cents",))
-    def pay(invoice: str, cents: int = 1) -> str:
-        return f"paid {invoice}"
-
-    yield app
-    app.close()
-
-
-def messages(app: Celery, queue: str = "") -> int:
-    with app.connection_for_read() as connection:
-        name = queue or app.conf.task_default_queue
-        return int(connection.default_channel.queue_declare(name).message_count)
+from tests.callers.conftest import messages
 
 
 def test_receipts_are_in_order_and_what_is_wrong_is_in_its_own(app: Celery) -> None:

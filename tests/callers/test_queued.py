@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import enum
 import time
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,26 +24,7 @@ from celery_idem.engine import owners
 from celery_idem.integration import recovering
 from celery_idem.integration.messages import of_submission
 from celery_idem.integration.recovering import recover
-
-
-@pytest.fixture
-def app() -> Iterator[Celery]:
-    """Its queue is in memory, and no worker looks at it."""
-    app = Celery("queued", broker="memory://", backend="cache+memory://", set_as_current=False)
-    queue = f"queued-{uuid.uuid4().hex}"
-    app.conf.update(idem_store=f"memory://{uuid.uuid4().hex}", task_default_queue=queue)
-
-    @app.task(base=IdempotentTask, shared=False, name="shop.pay", intent=("invoice",), must_match=("cents",))
-    def pay(invoice: str, cents: int = 1) -> str:
-        return f"paid {invoice}"
-
-    yield app
-    app.close()
-
-
-def messages(app: Celery) -> int:
-    with app.connection_for_read() as connection:
-        return int(connection.default_channel.queue_declare(app.conf.task_default_queue).message_count)
+from tests.callers.conftest import messages
 
 
 async def post(app: Celery, bodies: list[dict[str, Any]]) -> list[httpx.Response]:
@@ -215,6 +195,19 @@ def test_what_recovery_publishes_is_the_same_call(app: Celery, monkeypatch: pyte
     assert {receipt.status for receipt in receipts} == {"accepted"}
     assert [one.published for one in recover(app)] == [True, True, True]
     assert sorted(headers[KEY] for headers, _ in taken(app)) == sorted(receipt.key for receipt in receipts)
+
+
+def test_recovery_publishes_to_the_queue_that_its_producer_chose(app: Celery) -> None:
+    worker_has, app.conf.task_routes = app.conf.task_default_queue, {"shop.*": f"eu-{uuid.uuid4().hex}"}
+    queue = app.conf.task_routes["shop.*"]
+    with broker_away(app):
+        assert app.tasks["shop.pay"].submit("1").status == "accepted"
+    app.conf.task_routes = None  # of a worker, which takes its queues from the command line
+    del app.amqp.router
+    assert [one.published for one in recover(app)] == [True]
+    assert messages(app) == 0
+    app.conf.task_default_queue = queue
+    assert (worker_has != queue, messages(app)) == (True, 1)
 
 
 def test_models_are_accepted_as_they_are_published(app: Celery) -> None:

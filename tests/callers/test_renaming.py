@@ -74,14 +74,7 @@ def test_the_first_name_is_the_one_in_keys() -> None:
     assert counted & {"shop.a", "shop.b", "shop.c"} == {"shop.a"}, "events have that name"
 
 
-@pytest.mark.parametrize(
-    "aliases",
-    [
-        ("",),
-        {"shop.a": 1},
-        7,
-    ],
-)
+@pytest.mark.parametrize("aliases", [("",), {"shop.a": 1}, 7])
 def test_what_is_no_name_is_refused(aliases: object) -> None:
     with pytest.raises(ConfigurationError, match="names of the task, such as"):
         a_task("shop.c", aliases=aliases)

@@ -65,9 +65,7 @@ def make(broker: str, backend: str, folder: str, queue: str, conf: Mapping[str, 
         result_extended=True,  # so that a test can see `retries`
         result_expires=600,
         idem_lease=5,
-        task_annotations={
-            "old.refund": {"intent": ("name",), "must_match": ("cents",)},
-        },
+        task_annotations={"old.refund": {"intent": ("name",), "must_match": ("cents",)}},
     )
     app.conf.update(conf)
     add_tasks(app, Effects(Path(folder) / "effects.jsonl"), Path(folder))

@@ -87,11 +87,7 @@ def start(
         "conf": {"task_acks_late": kind.acks_late, **conf},
     }
     worker = CeleryWorker(
-        module,
-        folder,
-        pool=kind.pool,
-        concurrency=kind.concurrency,
-        env={apps.ENV: json.dumps(place)},
+        module, folder, pool=kind.pool, concurrency=kind.concurrency, env={apps.ENV: json.dumps(place)}
     )
     effects = Effects(folder / "effects.jsonl")
     return Stage(kind, apps.make(**place), worker, effects, folder)

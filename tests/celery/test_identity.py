@@ -96,13 +96,7 @@ def test_a_replacement_under_a_callers_key_runs_all_of_it(shop: Shop) -> None:
     for _ in range(2):
         shop.split.apply_async(("a", [1, 2, 3]), idempotency_key="evt_1")
         drain(shop.app)
-    assert shop.done == {
-        "split a": 2,
-        "line a/1": 1,
-        "line a/2": 1,
-        "line a/3": 1,
-        "total a": 1,
-    }
+    assert shop.done == {"split a": 2, "line a/1": 1, "line a/2": 1, "line a/3": 1, "total a": 1}
     shop.split.apply_async(("a", [1, 2, 3]), idempotency_key="evt_2")  # another action with equal arguments
     drain(shop.app)
     assert shop.done["line a/1"] == shop.done["total a"] == 2

@@ -165,9 +165,7 @@ def charge_and_mail(self: IdempotentTask, ref: str, cents: int, note: str = "") 
     intent = intent_of(ref)
     time.sleep(intent.before)
     charge = self.step(
-        "charge",
-        lambda: effect(self, ref, "charge"),
-        reconcile=lambda: reconcile_step(self, ref),
+        "charge", lambda: effect(self, ref, "charge"), reconcile=lambda: reconcile_step(self, ref)
     )
     meet_fate(ref, "killed before")
     time.sleep(intent.after)

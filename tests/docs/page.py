@@ -9,10 +9,9 @@ Blocks run from top to bottom, in a process and a folder of their own:
   ``…`` stands for anything. ``celery … worker`` and ``redis-server … &`` are started, and ended with the page.
   ``$ redis-cli …`` runs too. Lines with other commands are not run.
 
-``localhost:6379`` in a block is replaced by the server's address, and the ports in ``OWN_PORTS`` by free ones.
-What a page cannot show, such as a service to talk to, stands in a comment: ``<!-- setup`` to ``-->`` is Python
-that runs too. A block below a comment
-``<!-- not run: reason -->`` is only compiled. ``after/README.py`` runs at the end of README.md.
+``localhost:6379`` in a block is replaced by the server's address, and the ports in ``OWN_PORTS`` by free ones. What a
+page cannot show, such as a service to talk to, stands in a comment: ``<!-- setup`` to ``-->`` is Python that runs too.
+A block below a comment ``<!-- not run: reason -->`` is only compiled. ``after/README.py`` runs at the end of README.md.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import pytest
 
 import celery_idem
 from celery_idem.core import errors
+from celery_idem.core.model import State
 from celery_idem.engine import events
 from celery_idem.integration.options import WORDS
 from celery_idem.integration.settings import Settings
@@ -71,6 +72,11 @@ def test_no_store_is_there_that_cannot_be_opened() -> None:
 def test_every_event_is_there_with_its_level() -> None:
     said = {row[0].strip("`"): row[1] for row in rows("events.md") if row[0].startswith("`")}
     assert said == {kind: logging.getLevelName(level) for kind, level in events.LEVELS.items()}
+
+
+def test_the_drawing_has_every_state() -> None:
+    drawn = set(re.findall(r">([A-Z][A-Z ]+)<", (ROOT / "docs" / "img" / "states.svg").read_text()))
+    assert drawn == {state.name.replace("_", " ") for state in State}
 
 
 def test_every_error_is_there() -> None:

@@ -39,7 +39,7 @@ def accept(app: Celery, number: int) -> None:
     """Calls that nobody has published."""
     task = app.tasks["shop.pay"]
     for n in range(number):
-        call = messages.of_submission(task, (str(n),), {}, f"task-{n}", {})
+        call = messages.of_submission(task, task.intent_key(str(n)), (str(n),), {}, f"task-{n}", {})
         request = Request(owners.mint(), f"task-{n}", Fingerprint(), task.guard.options.policy, call=call)
         task.guard.ledger.accept(task.intent_key(str(n)), request, 0)
 
@@ -107,7 +107,7 @@ def test_what_is_given_up_is_told_once(redis_url: str, monkeypatch: pytest.Monke
         away.setattr(type(task.backend), "store_result", lambda *_, **__: 1 / 0)
         assert ["could not be told" in one.why for one in recovering.recover(app)] == [True]
     assert (ledger.get(key).state, answer.state) == ("in_doubt", "PENDING")
-    assert [one.why for one in recovering.recover(app)] == [recovering.GIVEN_UP]
+    assert [one.why for one in recovering.recover(app)] == [recovering.TOLD]
     assert isinstance(answer.result, OutcomeUnknown)
     assert answer.result.key == key
     assert list(recovering.recover(app)) == []  # a person decides

@@ -57,9 +57,20 @@ def stage(
     make_stage: Callable[..., Stage], own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Stage]:
     monkeypatch.setattr(submitting, "ACCEPTED_FOR", 2.0)
-    made = make_stage("redis", own_redis.url_for(0), own_redis)
-    yield made
-    for worker in made.workers:
+    yield from without_workers(make_stage("redis", own_redis.url_for(0), own_redis))
+
+
+@pytest.fixture
+def on_rabbitmq(
+    make_stage: Callable[..., Stage], own_redis: RedisServer, rabbitmq: RabbitMQServer
+) -> Iterator[Stage]:
+    yield from without_workers(make_stage("rabbitmq", rabbitmq.url, own_redis))
+
+
+def without_workers(stage: Stage) -> Iterator[Stage]:
+    """At the end none is left: another test has the same store."""
+    yield stage
+    for worker in stage.workers:
         worker.kill()
 
 
@@ -187,11 +198,9 @@ def test_what_a_killed_host_left(stage: Stage) -> None:
 
 
 @pytest.mark.rabbitmq
-def test_hosts_on_rabbitmq(
-    make_stage: Callable[..., Stage], own_redis: RedisServer, rabbitmq: RabbitMQServer
-) -> None:
+def test_hosts_on_rabbitmq(on_rabbitmq: Stage, own_redis: RedisServer, rabbitmq: RabbitMQServer) -> None:
     """A worker of another queue, and those of another broker, find what a killed host left: they run none of it."""
-    stage = make_stage("rabbitmq", rabbitmq.url, own_redis)
+    stage = on_rabbitmq
     first = stage.start_worker(concurrency=8, env=SHORT)
     left = {
         (policy, at): stage.call(f"{policy}.early", at=at, how="hang")

@@ -6,10 +6,19 @@ import json
 from typing import Any
 
 from celery_idem import Ledger
+from celery_idem.core import calls
 from celery_idem.core.model import MICROSECONDS, Acquired, Fingerprint, Outcome, Policy, Request
 from celery_idem.engine import owners
 
 KEEP = 3600 * MICROSECONDS
+
+
+def message(*args: Any, task_id: str = "a-task", queue: str = "celery") -> bytes:
+    """The call as an open record holds it."""
+    body = json.dumps([args, {}, {}]).encode()
+    return calls.pack(
+        calls.Call(task_id, {}, {}, "application/json", "utf-8", "", queue, "", False, None, body)
+    )
 
 
 def claimed(
@@ -44,9 +53,9 @@ def succeeded(ledger: Ledger, key: str, value: object = "ok") -> None:
 
 
 def in_doubt(
-    ledger: Ledger, key: str, reason: str = "the worker stopped without reporting an outcome"
+    ledger: Ledger, key: str, reason: str = "the worker stopped without reporting an outcome", **given: Any
 ) -> None:
-    claimed(ledger, key).doubt(reason, 0.0)
+    claimed(ledger, key, **given).doubt(reason, 0.0)
 
 
 def suspected(ledger: Ledger, key: str, first: object = "inv-1", second: object = "inv-2") -> tuple[Any, Any]:

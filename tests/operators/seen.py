@@ -29,11 +29,7 @@ def fail(what: str) -> None:
 
 
 @app.task(
-    base=IdempotentTask,
-    shared=False,
-    name="seen.doubt",
-    intent=("what",),
-    ambiguous_errors=(TimeoutError,),
+    base=IdempotentTask, shared=False, name="seen.doubt", intent=("what",), ambiguous_errors=(TimeoutError,)
 )
 def doubt(what: str) -> None:
     raise TimeoutError(what)

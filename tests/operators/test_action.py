@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,6 +21,7 @@ from tests.conftest import running
 from tests.operators import scene
 from tests.operators.conftest import Idem, command_line
 from tests.operators.forms import form_for, hidden
+from tests.operators.test_alerts import alerts, fired
 from tests.support.effects import Effects
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_for
@@ -244,3 +248,77 @@ def test_what_is_in_doubt_or_not_there_is_not_cancelled(on: Scene) -> None:
     assert "is not known, so it cannot be cancelled" in refused.output
     assert on.state(key) == "in_doubt"
     assert on.idem("cancel", on.key("send_invoice", "nobody", 7), *SEEN).exit_code == 1
+
+
+# --- from an alert to a settled intent ---------------------------------------------------
+
+
+def doubted(on: Scene, customer: str) -> Any:
+    """A call that is in doubt, and of which the alert fired: the exporter's own sample, as it grows by the minute."""
+    result = on.call("send_invoice", customer, 7)
+    with pytest.raises(OutcomeUnknown):
+        result.get(timeout=60)
+    on.wait(on.key("send_invoice", customer, 7), "in_doubt")
+    return result
+
+
+def alarmed(on: Scene, folder: Path) -> str:
+    """What the alert says to do that fires on the metrics of the exporter."""
+    scraped = on.idem("metrics", "--once").output
+    oldest = re.findall(
+        r'^(celery_idem_oldest_seconds\{[^}]*state="in_doubt"[^}]*\}) (\S+)$', scraped, re.MULTILINE
+    )
+    samples = [
+        (series, f"{float(age):.0f}+60x30") for series, age in oldest if 'task="scene.send_invoice"' in series
+    ]
+    assert samples, scraped
+    fired({"the night": (samples, 25, "IdemInDoubt")}, folder)
+    says: str = alerts()["IdemInDoubt"]["annotations"]["what_to_do"]
+    return says
+
+
+def test_from_an_alert_to_a_settled_intent_in_three_commands(on: Scene, tmp_path: Path) -> None:
+    result = doubted(on, "gus")
+    command = re.match(r"celery -A proj idem ([^;]+);", alarmed(on, tmp_path))
+    assert command
+    listed = on.idem(*shlex.split(command[1])).output  # 1
+    (line,) = [line for line in listed.splitlines() if "invoice 7 for customer gus" in line]
+    key = re.search(r"scene\.send_invoice:\w+", line)
+    assert key
+    shown = on.idem("show", key[0]).output  # 2
+    assert "customer_id = 'gus'" in shown
+    # The command is the one that `show` proposes, with its fence; billing has no such invoice.
+    proposed = re.search(r"celery -A \S+ idem (resolve \S+) [^`\n]*(--fence \d+)", shown)
+    assert proposed, shown
+    words = [*shlex.split(proposed[1]), *proposed[2].split(), "--not-happened", "--run", *SEEN]
+    assert on.idem(*words).exit_code == 0  # 3
+    assert on.answered(result.id) == "inv-gus-7"
+    assert on.state(key[0]) == "succeeded"
+    assert on.effects.count("gus") == 1
+
+
+def test_from_an_alert_to_a_settled_intent_in_four_clicks(on: Scene, tmp_path: Path) -> None:
+    result = doubted(on, "hal")
+    alarmed(on, tmp_path)
+    client = TestClient(inbox(on.app, token=TOKEN))
+    clicks: list[str] = []
+
+    def click(request: Callable[..., Any], path: str, **given: Any) -> Any:
+        clicks.append(path)
+        page = request(path, **given)
+        assert page.status_code == 200
+        return page
+
+    door = click(client.get, "/", headers={"accept": "text/html"})  # 1, sent on to the form for signing in
+    signed = {**hidden(door), "name": "ann", "token": TOKEN}
+    overview = click(client.post, "/sign-in", data=signed)  # 2, sent on to the list
+    link = re.search(r'href="([^"]*/intent\?key=[^"]+)"[^§]{0,400}?invoice 7 for customer hal', overview.text)
+    assert link, overview.text
+    page = click(client.get, link[1])  # 3
+    assert "&#39;hal&#39;" in page.text
+    click(
+        client.post, "/resolve", data={**hidden(page), "decision": "run", "evidence": "not in billing"}
+    )  # 4
+    assert len(clicks) == 4
+    assert on.answered(result.id) == "inv-hal-7"
+    assert on.effects.count("hal") == 1

@@ -20,13 +20,14 @@ from celery import Celery
 from rich.console import Console
 
 from celery_idem import Ledger, NotHappened
-from celery_idem.cli import reading, screen
-from celery_idem.core.model import Outcome
+from celery_idem.cli import reading, records, screen
+from celery_idem.core.model import Outcome, State
 from celery_idem.core.results import Codec
 from celery_idem.core.sealing import Seal
+from celery_idem.engine.entries import WAITING
 from tests.operators.conftest import Idem, use_store
 from tests.operators.forms import hidden
-from tests.operators.intents import claimed, in_doubt, succeeded
+from tests.operators.intents import claimed, in_doubt, message, succeeded
 from tests.operators.shop import app as shop
 from tests.operators.shop import remind, send_invoice
 
@@ -440,14 +441,25 @@ def test_reconcile_finds_arguments_in_the_result_backend(
     assert send_invoice.apply(("a", 7)).get() == "inv"
 
 
+def test_show_says_what_can_be_done_in_each_state(idem: Idem, ledger: Ledger) -> None:
+    assert {*records._ADVICE, *WAITING} == {*(state.name.lower() for state in State), "lapsed"}
+    send_invoice.submit("a", 7)
+    assert "It has not begun" in idem("show", key("a")).output
+    claimed(ledger, key("b")).settle(Outcome(False, b"j1"), 0.0)
+    shown = idem("show", key("b")).output
+    assert f"idem retry '{key('b')}'" in shown
+    assert "happen again" not in shown
+
+
 # --- pictures ----------------------------------------------------------------------------
 
 
 def test_pictures_of_the_command_line(idem: Idem, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kept in the documentation when IDEM_PICTURES=1, by `make pictures`; made in any case, so that they cannot rot."""
     for n in range(4):
-        in_doubt(ledger, key(f"cus-{n}"), "the body was interrupted by ReadTimeout")
-    claimed(ledger, key("silent"), lease=0)
+        known = {"call": message(f"cus-{n}", 7), "place": f"celery@web-{n % 2 + 1}, process {20411 + n}"}
+        in_doubt(ledger, key(f"cus-{n}"), "the body was interrupted by ReadTimeout", **known)
+    claimed(ledger, key("silent"), lease=0, call=message("silent", 7), place="celery@web-3, process 118")
     monkeypatch.setattr("sys.argv", ["celery", "-A", "shop", "idem"])
     for name, words in (("list", ("list", "--state", "waiting")), ("show", ("show", key("cus-0")))):
         console = Console(record=True, width=130, file=io.StringIO(), force_terminal=True, highlight=False)

@@ -25,7 +25,7 @@ from celery_idem import ConfigurationError, Ledger, NotHappened
 from celery_idem.adapters.inbox import inbox
 from tests.operators.browser import served
 from tests.operators.forms import form_for, hidden
-from tests.operators.intents import claimed, in_doubt, succeeded
+from tests.operators.intents import claimed, in_doubt, message, succeeded
 from tests.operators.shop import remind, send_invoice
 from tests.operators.test_thousand import TOKEN, sign_in
 from tests.support.waiting import wait_for
@@ -72,11 +72,7 @@ def test_a_stranger_sees_nothing(app: Celery, ledger: Ledger, path: str) -> None
 def test_a_stranger_changes_nothing(app: Celery, ledger: Ledger) -> None:
     in_doubt(ledger, key("a"))
     stranger = TestClient(inbox(app, token=TOKEN))
-    for cookies in (
-        {},
-        {"idem_session": "9999999999.YW5u.forged"},
-        {"idem_session": "."},
-    ):
+    for cookies in ({}, {"idem_session": "9999999999.YW5u.forged"}, {"idem_session": "."}):
         stranger.cookies.update(cookies)
         form = {**hidden(stranger.get("/")), "key": key("a"), "decision": "not_happened", "evidence": "x"}
         answer = stranger.post("/resolve", data=form)
@@ -380,9 +376,10 @@ def operator(app: Celery, ledger: Ledger) -> Iterator[str]:
         claimed(ledger, key(f"busy-{n}"), lease=600)
     succeeded(ledger, remind.intent_key("a"))
     for n in range(6):
-        in_doubt(ledger, key(f"cus-{n}"), "the body was interrupted by ReadTimeout")
+        known = {"call": message(f"cus-{n}", 7), "place": f"celery@web-{n % 2 + 1}, process {20411 + n}"}
+        in_doubt(ledger, key(f"cus-{n}"), "the body was interrupted by ReadTimeout", **known)
     ledger.resolve(key("cus-5"), NotHappened(), by="bob", evidence="no invoice in billing at 14:03")
-    claimed(ledger, key("silent"), lease=0)
+    claimed(ledger, key("silent"), lease=0, call=message("silent", 7), place="celery@web-3, process 118")
     with served(Starlette(routes=[Mount("/idem", inbox(app, token=TOKEN))])) as address:
         yield f"{address}/idem/"
 

@@ -97,12 +97,7 @@ def look(
     def what(result: AsyncResult) -> Seen:
         task = monitor.state.tasks.get(result.id)
         kinds = [kind for kind, uuid in monitor.heard if uuid == result.id]
-        return Seen(
-            set(kinds) - {"task-sent"},
-            str(task and task.state),
-            result.state,
-            spans(result.id),
-        )
+        return Seen(set(kinds) - {"task-sent"}, str(task and task.state), result.state, spans(result.id))
 
     yield what
     monitor.close()

@@ -19,6 +19,7 @@ from celery_idem.core.record import pack, unpack
 from celery_idem.engine import events
 from celery_idem.engine.claim import Hold
 from celery_idem.stores import open_store
+from celery_idem.stores.base import Announcement
 from celery_idem.stores.memory import MemoryStore
 from celery_idem.testing import FakeClock
 from tests.operators.conftest import Idem
@@ -171,8 +172,9 @@ def test_in_redis(redis_url: str) -> None:
     with redis.Redis.from_url(redis_url) as client:
         (name,) = client.keys(f"{ledger.namespace}:*")
         before = client.pttl(name)
-        late.settle(OUTCOME, 0.0)
+        late.settle(OUTCOME, 0.0, Announcement(b"answer", b"of the late one", 60))
         assert note_in(ledger, KEY)
+        assert client.get("answer") is None
         assert 0 < client.pttl(name) <= before + 1  # a millisecond is rounded up
     store.close()
 

@@ -851,6 +851,8 @@ class World:
             self.check_refusal(actor)
             self.excused = True
         except OutcomeUnknown:
+            if self.scenario.recoverers and self.scenario.early:
+                self.pause(Point("answer"))  # its worker may die before it tells
             if self.closing and not self.excused and not self.asked_to_stop:
                 self.broken("in doubt for ever without a crash or an ambiguous end")
         else:

@@ -453,6 +453,11 @@ def given_up_in_silence(*given: Any) -> Any:
     return (None, new._replace(recovery=None)) if isinstance(taken, Tell) else (taken, new)
 
 
+def told_or_not(record: Record, reason: str) -> Any:
+    decision, new = _put_in_doubt(record, reason)
+    return decision, new._replace(recovery=None)
+
+
 def two_recoverers_write_the_same(*given: Any) -> Any:
     return _recover(*given[:5])
 
@@ -493,6 +498,7 @@ def too_late_runs(request: Request, now: int) -> Any:
 
 _recover = protocol.recover
 _due = protocol.due
+_put_in_doubt = protocol._put_in_doubt
 _schedule = protocol.schedule
 _accept = protocol.accept
 
@@ -642,6 +648,7 @@ MUTANTS = (
     Mutant("11: recovery takes what lives", "recovery: renewals", {"recover": recovery_takes_what_lives}),
     Mutant("11: two write the same", "recovery: crash", {"recover": two_recoverers_write_the_same}),
     Mutant("11: a question is nobody's", "recovery: askers die", {"due": a_question_is_nobodys}),
+    Mutant("11: a doubt is told or not", "recovery: dies twice", {"_put_in_doubt": told_or_not}),
     Mutant("11: given up in silence", "recovery: given up", {"recover": given_up_in_silence}),
     Mutant(
         "11: a renewal is no sign of life", "recovery: renewals", {"_alive": lambda record, lease: record}

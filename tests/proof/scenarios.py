@@ -119,7 +119,15 @@ CI = (
     ),
     # The record holds the call, and recovery publishes it: for a dead worker, a lost message, a dead submitter.
     Scenario("recovery: crash", recoverers=2, early=True, crashes=1, jump=2.1, actors=1),
-    Scenario("recovery: crash, called again", recoverers=1, early=True, crashes=1, jump=2.1, hops=1),
+    Scenario(
+        "recovery: crash, called again",
+        recoverers=1,
+        early=True,
+        crashes=1,
+        jump=2.1,
+        hops=1,
+        on_crash="rerun",
+    ),
     Scenario("recovery: rerun", recoverers=2, early=True, crashes=1, jump=2.1, on_crash="rerun", actors=1),
     Scenario(
         "recovery: resume",
@@ -147,6 +155,7 @@ CI = (
         max_attempts=1,
         actors=1,
     ),
+    Scenario("recovery: dies twice", recoverers=1, early=True, crashes=2, jump=2.1, actors=1),
     Scenario("recovery: silent store", recoverers=2, jump=2.1, late=1, actors=1, hops=1),
     Scenario(
         "recovery: a retry is lost",

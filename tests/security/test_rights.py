@@ -116,14 +116,7 @@ def test_redis_users(redis_users: RedisServer, served: Callable[[str, str], Cele
             worker.read(key)
         with pytest.raises(StoreError, match=r"(?i)permission"):
             worker.create(key, b"x" * 40)
-    for command in (
-        "FLUSHALL",
-        "KEYS *",
-        "CONFIG GET *",
-        "SHUTDOWN",
-        "ACL LIST",
-        "SUBSCRIBE a",
-    ):
+    for command in ("FLUSHALL", "KEYS *", "CONFIG GET *", "SHUTDOWN", "ACL LIST", "SUBSCRIBE a"):
         with pytest.raises(StoreError, match=r"(?i)permission"):
             worker.execute(*command.split())  # type: ignore[attr-defined]
 

@@ -76,10 +76,7 @@ def shop(memory_app: Callable[..., Celery], **conf: Any) -> tuple[Celery, Any]:
 
 @pytest.mark.parametrize("conf", [{}, {"idem_audit_key": "of the operator"}, {"idem_shadow": True}], ids=str)
 def test_a_secret_value_is_in_no_log_event_record_metric_span_or_page(
-    memory_app: Callable[..., Celery],
-    conf: dict[str, Any],
-    told: list[str],
-    caplog: pytest.LogCaptureFixture,
+    memory_app: Callable[..., Celery], conf: dict[str, Any], told: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     registry, spans, provider = (

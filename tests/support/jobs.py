@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from celery_idem.core.model import (
-    MICROSECONDS,
-    Answer,
-    Busy,
-    Fingerprint,
-    Policy,
-    Raised,
-    State,
-)
+from celery_idem.core.model import MICROSECONDS, Answer, Busy, Fingerprint, Policy, Raised, State
 from celery_idem.engine import events
 from celery_idem.engine.claim import Hold
 from celery_idem.engine.ledger import Ledger

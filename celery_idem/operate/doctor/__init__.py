@@ -12,62 +12,26 @@ from collections.abc import Iterable
 
 from celery_idem.operate.doctor import configuration, stores
 from celery_idem.operate.doctor.asking import StoreFacts
-from celery_idem.operate.doctor.snapshot import (
-    Check,
-    Finding,
-    Severity,
-    Snapshot,
-    TaskFacts,
-    gather,
-)
+from celery_idem.operate.doctor.snapshot import Check, Finding, Severity, Snapshot, TaskFacts, gather
 
 __all__ = [
-    "ASKING",
-    "CHEAP",
-    "Finding",
-    "Snapshot",
-    "StoreFacts",
-    "TaskFacts",
-    "examine",
-    "gather",
-    "worst_first",
-]
+    "ASKING", "CHEAP", "Finding", "Snapshot", "StoreFacts", "TaskFacts", "examine", "gather", "worst_first",
+]  # fmt: skip
 
 CHEAP: tuple[Check, ...] = (
-    stores.memory_store,
-    configuration.retention,
-    configuration.eta_beyond_visibility,
-    configuration.leases,
-    configuration.unread,
-    configuration.time_limits,
-    configuration.acknowledgement,
-    configuration.publishing,
-    configuration.results,
-    configuration.no_intent,
-    configuration.volatile_intent,
-    configuration.all_arguments,
-    configuration.strays,
-    configuration.beat_without_occurrence,
+    stores.memory_store, configuration.retention, configuration.eta_beyond_visibility, configuration.leases,
+    configuration.unread, configuration.time_limits, configuration.acknowledgement, configuration.publishing,
+    configuration.results, configuration.no_intent, configuration.volatile_intent,
+    configuration.all_arguments, configuration.strays, configuration.beat_without_occurrence,
     configuration.choices,
-)
+)  # fmt: skip
 """Checks that need nothing but the configuration."""
 
 ASKING: tuple[Check, ...] = (
-    stores.store_answers,
-    stores.writing,
-    stores.memory,
-    stores.eviction,
-    stores.evicted,
-    stores.persistence,
-    stores.replicas,
-    stores.silent_replicas,
-    stores.replica_as_store,
-    stores.other_runs,
-    stores.clock_skew,
-    stores.clock_went_back,
-    stores.calls_not_kept,
-    stores.sealing,
-)
+    stores.store_answers, stores.writing, stores.memory, stores.eviction, stores.evicted, stores.persistence,
+    stores.replicas, stores.silent_replicas, stores.replica_as_store, stores.other_runs, stores.clock_skew,
+    stores.clock_went_back, stores.calls_not_kept, stores.sealing,
+)  # fmt: skip
 """Checks that look at what the stores said."""
 
 ORDER: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}

@@ -253,8 +253,7 @@ def choices(s: Snapshot) -> Iterator[Finding]:
             and task.settings.keep_call
             and not task.settings.shadow
         ):
-            yield Finding(
-                "note",
+            yield note(
                 "not-sealed",
                 task.name,
                 "It has secret parameters, and nothing seals them: they are left out of its record, so what is lost "

@@ -155,7 +155,7 @@ def gather(app: Celery, *, ask: bool = True, pool: str = "") -> Snapshot:
         visibility=_visibility(brokers, transport),
         confirmed=not set(AMQP) & set(brokers) or bool(transport.get("confirm_publish")),
         pool=pool or str(conf.worker_pool or ""),
-        result_expires=_seconds(conf.result_expires),
+        result_expires=_number(conf.result_expires, 0.0) or None,
         pickled="pickle" in str(conf.result_accept_content or conf.accept_content),
         unusable=codec_of(settings, conf).unusable(),
         ticks=schedules.ticks(app),
@@ -209,10 +209,6 @@ def _number(value: Any, default: float) -> float:
     except (TypeError, ValueError, OverflowError):
         return default
     return number if math.isfinite(number) else default
-
-
-def _seconds(value: Any) -> float | None:
-    return _number(value, 0.0) or None
 
 
 def _countdown(entry: Any) -> float:

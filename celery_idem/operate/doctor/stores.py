@@ -335,16 +335,14 @@ def sealing(s: Snapshot) -> Iterator[Finding]:
                     if key
                     else "in clear, from before idem_seal_keys was set"
                 )
-                yield Finding(
-                    "note",
+                yield note(
                     "old-key" if key else "in-clear",
                     store.url,
                     f"{number:,} of the {LOOKED_AT:,} records looked at, at most, hold something that is {how}.",
                     "Run `celery -A proj idem reseal`. Before that is done, the old key must stay in idem_seal_keys.",
                 )
             else:
-                yield Finding(
-                    "error",
+                yield error(
                     "key-missing",
                     store.url,
                     f"{number:,} of the {LOOKED_AT:,} records looked at, at most, are sealed with the key {key}, which "

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import uuid
-from collections.abc import Iterator
 
 from celery_idem.core.errors import StoreError
 from celery_idem.core.model import MICROSECONDS, Acquired, Done, Fingerprint, Outcome, Policy, Replay, Request
@@ -18,10 +16,7 @@ class LostReplies(Suite):
     """The protocol finds out over this store what happened."""
 
     def test_a_claim_that_meets_its_own_lost_write_has_won(self) -> None:
-        store, ledger, request = self._ledger()
-        store.crash("after create")
-        with _raises_store_error():
-            ledger.claim("shop.pay:1", request)
+        ledger, request = self._lost("after create")
         decision, claim = ledger.claim("shop.pay:1", request)
         assert isinstance(decision, Acquired)
         assert claim is not None
@@ -34,19 +29,14 @@ class LostReplies(Suite):
         assert claim is not None
         assert isinstance(claim.release(0.0), Done)
         second = _request()
-        store.crash("after replace")
-        with _raises_store_error():
-            ledger.claim("shop.pay:1", second)
+        _fail(store, "after replace", ledger, second)
         decision, claim = ledger.claim("shop.pay:1", second)
         assert isinstance(decision, Acquired)
         assert claim is not None
         assert claim.attempt == 2
 
     def test_a_lost_claim_is_taken_up_by_whoever_carries_its_owner(self) -> None:
-        store, ledger, request = self._ledger()
-        store.crash("after create")
-        with _raises_store_error():
-            ledger.claim("shop.pay:1", request)
+        ledger, request = self._lost("after create")
         decision, _ = ledger.claim("shop.pay:1", _request())
         assert not isinstance(decision, Acquired)
         decision, claim = ledger.claim("shop.pay:1", _request(carried=(request.owner,)))
@@ -66,10 +56,7 @@ class LostReplies(Suite):
         assert decision == Replay(Outcome(True, b"j1"), own=False)
 
     def test_a_claim_that_was_never_written_is_free(self) -> None:
-        store, ledger, request = self._ledger()
-        store.crash("before create")
-        with _raises_store_error():
-            ledger.claim("shop.pay:1", request)
+        ledger, _ = self._lost("before create")
         decision, _ = ledger.claim("shop.pay:1", _request())
         assert isinstance(decision, Acquired)
 
@@ -77,17 +64,23 @@ class LostReplies(Suite):
         store = CrashingStore(self.store)
         return store, Ledger(store, self._prefix.replace(":", "-")), _request()
 
+    def _lost(self, point: str) -> tuple[Ledger, Request]:
+        """Return a ledger whose reply to this claim got lost at ``point``."""
+        store, ledger, request = self._ledger()
+        _fail(store, point, ledger, request)
+        return ledger, request
+
+
+def _fail(store: CrashingStore, point: str, ledger: Ledger, request: Request) -> None:
+    store.crash(point)
+    try:
+        ledger.claim("shop.pay:1", request)
+    except StoreError:
+        return
+    raise AssertionError("no StoreError was raised")
+
 
 def _request(carried: tuple[bytes, ...] = ()) -> Request:
     day = 86_400 * MICROSECONDS
     policy = Policy(lease=day, result_ttl=day, failure_ttl=day)
     return Request(owners.mint(), str(uuid.uuid4()), Fingerprint(), policy, carried)
-
-
-@contextlib.contextmanager
-def _raises_store_error() -> Iterator[None]:
-    try:
-        yield
-    except StoreError:
-        return
-    raise AssertionError("no StoreError was raised")

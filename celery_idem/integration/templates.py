@@ -1,0 +1,164 @@
+"""Messages of many calls of one task: Celery makes the first, and the others differ in what belongs to the call.
+
+That leaves out of each call what is the same for all: routing, options of the task, declaring the queue, and listening
+for its result (whoever waits for a result begins to listen then).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from celery import Celery
+from celery.app.routes import MapRoute, Router
+from celery.app.task import Task
+
+from celery_idem.core import keys
+from celery_idem.integration import publishing
+from celery_idem.integration.guarded import GuardedTask
+from celery_idem.integration.messages import BRIEFLY
+from celery_idem.integration.submitting import Submission
+from celery_idem.integration.transactions import warn_if_open
+
+if TYPE_CHECKING:
+    from celery_idem.engine.entries import Entry
+
+UNFLUSHED = 1 << 20
+"""Commands that kombu buffers at most: more than a hundred calls make, so that it sends them when they are complete."""
+
+
+def fits(task: GuardedTask, options: Mapping[str, Any]) -> bool:
+    """Whether Celery's part in each message is the same, so that nothing of the author's is left out.
+
+    Args:
+        options: of ``apply_async``, for all calls.
+    """
+    app, headers = task.app, options.get("headers") or {}
+    router, dumped = app.amqp.router, getattr(task, "_dump_pydantic_arguments", None)
+    return (
+        dumped is None
+        and not {"producer", "connection", "task_id"} & options.keys()
+        and keys.IDENTITY.isdisjoint(headers)
+        and keys.MADE.isdisjoint(headers)
+        and _only(task, "apply_async", ("celery.app.task", "celery_idem.integration.task"))
+        and _only(task, "shadow_name", ("celery.app.task",))
+        and _only(app, "send_task", ("celery.app.base",))
+        and type(router) is Router
+        and all(type(route) is MapRoute for route in router.routes or ())
+        and type(app.backend).on_task_call.__module__.startswith("celery.")
+    )
+
+
+def _only(of: Any, name: str, modules: tuple[str, ...]) -> bool:
+    """Whether a method is defined in these modules only: no subclass, patch or wrapper has a part in it."""
+    found = [vars(one)[name] for one in (of, *type(of).__mro__) if name in vars(one)]
+    return all(
+        getattr(one, "__module__", None) in modules and not hasattr(one, "__wrapped__") for one in found
+    )
+
+
+class Template:
+    """The messages of one ``submit_many``.
+
+    Attributes:
+        buffers: the broker's transport takes many messages at once.
+    """
+
+    def __init__(self, task: GuardedTask, options: Mapping[str, Any], producer: Any) -> None:
+        self._task, self._options = task, options
+        self._secret = bool(task.guard.declaration.secret)
+        self._parent = task.app.current_worker_task if options.get("add_to_parent", True) else None
+        self.buffers = bool(getattr(producer, "supports_batch_publish", False))  # kombu 5.7
+        self._real = producer
+        self._producer = _Declared(producer) if self.buffers else producer
+        self._first: _App | None = None
+
+    def together(self) -> Any:
+        """Send what is published within at its end, where the transport can."""
+        return self._real.batch(UNFLUSHED) if self.buffers else nullcontext()
+
+    def publish(self, call: Submission, entry: Entry) -> None:
+        """Publish one call.
+
+        Raises:
+            Exception: of the driver, the serializer or a receiver of a signal.
+        """
+        task = self._task
+        own: dict[str, Any] = {"headers": call.headers(entry)}
+        if self._secret:
+            shown = publishing.shown(task.guard.declaration, call.args, call.kwargs)
+            own |= {name: text for name, text in shown.items() if name not in self._options}
+        if self._first is None:
+            self._first = self._made_by_celery(call, own)
+        rest, options, sent = self._first.amqp.rest, self._first.amqp.options, self._first.amqp.sent
+        amqp = task.app.amqp
+        message = amqp.create_task_message(
+            call.task_id, task.name, call.args, call.kwargs, *rest, **{**options, **own}
+        )
+        amqp.send_task_message(self._producer, task.name, message, **{**sent, **own})
+        if self._parent is not None:
+            self._parent.add_trail(task.app.AsyncResult(call.task_id))
+
+    def _made_by_celery(self, call: Submission, own: Mapping[str, Any]) -> _App:
+        warn_if_open(self._task.name)
+        first = _App(self._task.app)
+        options = {**BRIEFLY, **self._options, **own, "add_to_parent": False, "task_id": call.task_id}
+        Task.apply_async(_Task(self._task, first), call.args, call.kwargs, producer=self._producer, **options)
+        return first
+
+
+class _StandIn:
+    """Stands in for one of Celery's objects, and is like it."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+class _Task(_StandIn):
+    def __init__(self, real: Any, app: _App) -> None:
+        super().__init__(real)
+        self._get_app = lambda: app
+
+
+class _App(_StandIn):
+    def __init__(self, real: Any) -> None:
+        super().__init__(real)
+        self.amqp = _Amqp(real.amqp)
+
+    def send_task(self, *args: Any, **options: Any) -> Any:
+        return Celery.send_task(self, *args, **options)
+
+
+class _Amqp(_StandIn):
+    """Notes what a message is made of and how it is sent, and sends nothing.
+
+    Attributes:
+        rest, options: what ``create_task_message`` takes beside the call.
+        sent: options of ``send_task_message``.
+    """
+
+    def create_task_message(
+        self, task_id: str, name: str, args: Any, kwargs: Any, *rest: Any, **options: Any
+    ) -> Any:
+        self.rest, self.options = rest, options
+
+    def send_task_message(self, producer: Any, name: str, message: Any, **options: Any) -> None:
+        self.sent = options
+
+
+class _Declared(_StandIn):
+    """A producer that declares each queue once. While it only buffers, there is nothing to try again."""
+
+    def __init__(self, real: Any) -> None:
+        super().__init__(real)
+        self._known: dict[int, Any] = {}
+
+    def publish(self, body: Any, declare: Any = None, retry: Any = False, **options: Any) -> Any:
+        new = [entity for entity in declare or () if id(entity) not in self._known]
+        published = self._real.publish(body, declare=new, retry=False, **options)
+        self._known.update((id(entity), entity) for entity in new)
+        return published

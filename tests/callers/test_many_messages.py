@@ -1,0 +1,126 @@
+"""``submit_many``: its messages are those of ``submit``, and a broker that breaks loses none of them."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery, signals
+from kombu.exceptions import OperationalError
+
+from celery_idem import IdempotentTask, Ledger
+from celery_idem.integration import recovering, templates
+from tests.support.servers import RedisServer
+
+QUEUE = "many"
+
+
+@pytest.fixture
+def app(redis_server: RedisServer) -> Iterator[Celery]:
+    app = Celery("many", broker=redis_server.url, backend=redis_server.url, set_as_current=False)
+    app.conf.update(
+        idem_store=redis_server.url,
+        idem_namespace=QUEUE,
+        task_default_queue=QUEUE,
+        task_routes={"shop.slow": {"queue": "many-slow"}},
+        task_send_sent_event=True,
+    )
+    declared: Any = {"base": IdempotentTask, "shared": False, "intent": ("invoice",)}
+
+    @app.task(name="shop.pay", **declared)
+    def pay(invoice: str, cents: int = 1) -> None: ...
+
+    @app.task(name="shop.slow", priority=3, expires=600, time_limit=60, compression="zlib", **declared)
+    def slow(invoice: str, cents: int = 1) -> None: ...
+
+    @app.task(name="shop.card", secret=("cents",), ignore_result=True, **declared)
+    def card(invoice: str, cents: int = 1) -> None: ...
+
+    redis.Redis.from_url(redis_server.url).flushdb()
+    yield app
+    app.close()
+
+
+def taken(app: Celery) -> list[Any]:
+    """Take what is in the queues, oldest first: whole messages, with the body as it is."""
+    client = redis.Redis.from_url(app.conf.broker_url)
+    found = []
+    for queue in sorted(client.keys(QUEUE + "*")):
+        if client.type(queue) == b"list" and b"." not in queue:
+            found += [
+                (queue.split(b"\x06")[0], json.loads(one)) for one in reversed(client.lrange(queue, 0, -1))
+            ]
+            client.delete(queue)
+    return found
+
+
+def without_ids(message: Any) -> Any:
+    """Leave out of a message what belongs to its own delivery or moment; the task id becomes a word."""
+    queue, message = message
+    task_id, times = message["headers"]["id"], ("eta", "expires", "idem-published", "idem-accepted")
+    headers = {name: bool(value) if name in times else value for name, value in message["headers"].items()}
+    properties = {
+        name: v for name, v in message["properties"].items() if name not in ("delivery_tag", "expiration")
+    }
+    told = json.dumps([str(queue), {**message, "headers": headers, "properties": properties}], sort_keys=True)
+    return told.replace(task_id, "the id")
+
+
+GIVEN: list[tuple[str, dict[str, Any]]] = [
+    ("shop.pay", {}),
+    ("shop.slow", {}),
+    ("shop.card", {}),
+    (
+        "shop.pay",
+        {"scope": "acme", "headers": {"trace": "x"}, "queue": "many-other", "priority": 9, "shadow": "paid"},
+    ),
+    (
+        "shop.pay",
+        {"countdown": 60, "expires": 120, "serializer": "yaml", "compression": "gzip", "time_limit": 9},
+    ),
+    (
+        "shop.pay",
+        {"routing_key": "many-key", "exchange": "many-exchange", "reply_to": "here", "argsrepr": "shown"},
+    ),
+    ("shop.slow", {"soft_time_limit": 5, "ignore_result": True, "delivery_mode": 1, "link": "shop.pay"}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), GIVEN)
+def test_messages_of_many_are_those_of_single_submits(
+    app: Celery, name: str, options: dict[str, Any]
+) -> None:
+    task = app.tasks[name]
+    options = dict(options)
+    if "link" in options:
+        options["link"] = app.tasks[options["link"]].s("linked")
+    seen: list[tuple[str, str]] = []
+
+    def note(sender: str, headers: Any, **_: Any) -> None:
+        seen.append((sender, headers["id"]))
+
+    calls = [{"invoice": "1", "cents": 5}, ("2", 6), {"invoice": "3"}]
+    single = []
+    for call in calls:
+        args, kwargs = ((), call) if isinstance(call, dict) else (call, {})
+        task.submit(*args, **kwargs, **options)
+        single += taken(app)
+    redis.Redis.from_url(app.conf.broker_url).flushdb()
+    signals.before_task_publish.connect(note)
+    signals.after_task_publish.connect(note)
+    try:
+        receipts = task.submit_many(calls, **options)
+    finally:
+        signals.before_task_publish.disconnect(note)
+        signals.after_task_publish.disconnect(note)
+    many = taken(app)
+    assert [one["headers"]["id"] for _, one in many] == [receipt.task_id for receipt in receipts]
+    assert seen == [(name, receipt.task_id) for receipt in receipts for _ in range(2)]
+    assert list(map(without_ids, many)) == list(map(without_ids, single))
+    bodies = [[one["body"] for _, one in found] for found in (many, single)]
+    assert bodies[0] == bodies[1]
+    assert len(many) == 3
