@@ -152,10 +152,11 @@ class Codec(NamedTuple):
         """
         payload = self._payload(value)
         if type(value) in _SIMPLE:
-            return self._sealed(payload, key), value
+            return payload if self.seal is None else self._sealed(payload, key), value
         for last in (False, True):  # as in encode
             try:
-                return self._sealed(payload, key), self.decode(payload, key)
+                shown = self.decode(payload, key)
+                return payload if self.seal is None else self._sealed(payload, key), shown
             except Exception:
                 if last:  # for example a decoder that does not fit its encoder
                     break

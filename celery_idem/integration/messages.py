@@ -145,9 +145,8 @@ def _kept_as(guard: Guarding, key: str, call: Call) -> bytes:
 
 def _hides(app: Celery, guard: Guarding, canvas: Any) -> bool:
     """Whether secret values are in a call that would be kept in clear: then they are left out of it."""
-    if guard.ledger.codec.seal is not None:
-        return False
-    return bool(guard.declaration.secret or (canvas and _has_secrets(app, canvas)))
+    secret = guard.declaration.secret or (canvas and _has_secrets(app, canvas))
+    return bool(secret and guard.ledger.codec.seal is None)
 
 
 def _has_secrets(app: Celery, canvas: Any) -> bool:
