@@ -93,7 +93,9 @@ class _Batches:
         )
         receipts = []
         for call, one in zip(made, known, strict=True):
-            if isinstance(one, Receipt) or isinstance(call, Receipt):
+            if isinstance(call, Receipt):
+                receipts.append(call)
+            elif isinstance(one, Receipt):
                 receipts.append(one)
             elif call.key in sent:
                 receipts.append(accepted(call.key, call.task_id, call.mine))
@@ -134,10 +136,12 @@ class _Batches:
                     "not_run", call.key, reason=str(found), code="store_error", _source=call.source
                 )
             found = None
-        decision, entry = found or (None, None)
-        if decision is not None and not isinstance(decision, Accepted):
-            return call.told(entry)
-        return entry if decision is not None else None
+        if found is None:
+            return None
+        decision, entry = found
+        if decision is None:
+            return None
+        return entry if isinstance(decision, Accepted) else call.told(entry)
 
     def _together(self, ready: Iterator[tuple[Submission, Entry]]) -> set[str]:
         """Publish calls by the template; the keys of those that the broker took.

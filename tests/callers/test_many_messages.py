@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import redis
 from celery import Celery, signals
+from kombu import Exchange, Queue
 from kombu.exceptions import OperationalError
 
-from celery_idem import IdempotentTask, Ledger
-from celery_idem.integration import recovering, templates
+from celery_idem import IdempotentTask
+from celery_idem.integration import templates
 from tests.support.servers import RedisServer
 
 QUEUE = "many"
@@ -40,9 +41,16 @@ def app(redis_server: RedisServer) -> Iterator[Celery]:
     @app.task(name="shop.card", secret=("cents",), ignore_result=True, **declared)
     def card(invoice: str, cents: int = 1) -> None: ...
 
-    redis.Redis.from_url(redis_server.url).flushdb()
+    empty(app)
     yield app
     app.close()
+
+
+def empty(app: Celery) -> None:
+    """Nothing is accepted or queued, and one queue is bound to an exchange of its own."""
+    redis.Redis.from_url(app.conf.broker_url).flushdb()
+    with app.connection_for_write() as connection:
+        Queue("many-bound", Exchange("many-exchange"), "many-key").bind(connection.default_channel).declare()
 
 
 def taken(app: Celery) -> list[Any]:
@@ -109,7 +117,7 @@ def test_messages_of_many_are_those_of_single_submits(
         args, kwargs = ((), call) if isinstance(call, dict) else (call, {})
         task.submit(*args, **kwargs, **options)
         single += taken(app)
-    redis.Redis.from_url(app.conf.broker_url).flushdb()
+    empty(app)
     signals.before_task_publish.connect(note)
     signals.after_task_publish.connect(note)
     try:
@@ -118,9 +126,52 @@ def test_messages_of_many_are_those_of_single_submits(
         signals.before_task_publish.disconnect(note)
         signals.after_task_publish.disconnect(note)
     many = taken(app)
+    assert templates.fits(task, options)
     assert [one["headers"]["id"] for _, one in many] == [receipt.task_id for receipt in receipts]
     assert seen == [(name, receipt.task_id) for receipt in receipts for _ in range(2)]
     assert list(map(without_ids, many)) == list(map(without_ids, single))
     bodies = [[one["body"] for _, one in found] for found in (many, single)]
     assert bodies[0] == bodies[1]
     assert len(many) == 3
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_a_hundred_of_which_nobody_knows_what_the_broker_took_is_published_once_more(
+    app: Celery, monkeypatch: pytest.MonkeyPatch, flushed: bool
+) -> None:
+    real, turns = templates.Template.together, []
+
+    @contextmanager
+    def breaks(self: templates.Template) -> Iterator[None]:
+        turns.append("")
+        with real(self):
+            yield
+            if len(turns) == 2 and not flushed:
+                raise OperationalError("before the messages were sent")
+        if len(turns) == 2:
+            raise OperationalError("after they were sent")
+
+    monkeypatch.setattr(templates.Template, "together", breaks)
+    receipts = app.tasks["shop.pay"].submit_many([(str(n),) for n in range(250)])
+    ids = [receipt.task_id for receipt in receipts]
+    assert {(receipt.status, receipt.code) for receipt in receipts} == {("accepted", "")}
+    published = [message["headers"]["id"] for _, message in taken(app)]
+    again = ids[100:200] if flushed else []
+    assert published == ids[:200] + again + ids[200:]
+    assert len(turns) == 3
+
+
+def test_a_task_with_a_part_of_its_own_in_publishing_keeps_it(app: Celery) -> None:
+    published = []
+
+    class Traced(IdempotentTask):
+        def apply_async(self, args: Any = None, kwargs: Any = None, *more: Any, **options: Any) -> Any:
+            published.append(args)
+            return super().apply_async(args, kwargs, *more, **options)
+
+    traced = app.task(base=Traced, shared=False, name="shop.traced", intent=("invoice",))(
+        lambda invoice: None
+    )
+    traced.submit_many([("1",), ("2",)])
+    assert published == [("1",), ("2",)]
+    assert len(taken(app)) == 2

@@ -1,4 +1,4 @@
-"""An application whose broker has been away: what recovery publishes, and what its task does, in a Redis of the test."""
+"""An application whose broker has been away. What recovery publishes, and what its task does, is noted in a Redis."""
 
 from __future__ import annotations
 
