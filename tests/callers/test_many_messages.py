@@ -169,9 +169,9 @@ def test_a_task_with_a_part_of_its_own_in_publishing_keeps_it(app: Celery) -> No
             published.append(args)
             return super().apply_async(args, kwargs, *more, **options)
 
-    traced = app.task(base=Traced, shared=False, name="shop.traced", intent=("invoice",))(
-        lambda invoice: None
-    )
+    @app.task(base=Traced, shared=False, name="shop.traced", intent=("invoice",))
+    def traced(invoice: str) -> None: ...
+
     traced.submit_many([("1",), ("2",)])
     assert published == [("1",), ("2",)]
     assert len(taken(app)) == 2
