@@ -334,8 +334,9 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.claims)
     @rule(which=st.integers(0, 3))
     def renew(self, which: int) -> None:
-        """Changes nothing that can be seen but the time; a lost one must not either."""
-        _, held, _ = self.claims[which % len(self.claims)]
+        """Changes nothing that can be seen but the time, unless its holder was taken for dead; nor does a lost one."""
+        request, held, _ = self.claims[which % len(self.claims)]
+        self.pure.act(lambda record: protocol.renew(record, request.owner, request.policy.lease))
         for name in self.ledgers:
             held[name].renew()
         self.same(None, {})
