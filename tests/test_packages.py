@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import celery_idem
+from celery_idem.core.signatures import parsed
 
 ROOT = Path(celery_idem.__file__).parent
 PACKAGES = ("core", "engine", "integration", "operate")
@@ -18,7 +19,7 @@ PACKAGES = ("core", "engine", "integration", "operate")
 def imported(file: Path) -> set[tuple[str, str]]:
     """(package, module) of every import of ours in a file."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(parsed(file.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("celery_idem."):
             _, package, *rest = str(node.module).split(".")
             names = rest[:1] or [alias.name for alias in node.names]
@@ -64,7 +65,7 @@ def test_no_branch_reads_the_advice_of_a_receipt() -> None:
         )
 
     for file in ROOT.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(parsed(file.read_text())):
             assert not (isinstance(node, ast.Compare) and reads(node)), f"{file}:{node.lineno}"
             if isinstance(node, (ast.If, ast.IfExp, ast.While, ast.Match)):
                 condition = node.subject if isinstance(node, ast.Match) else node.test
@@ -76,7 +77,7 @@ def test_only_a_hold_touches_what_is_private_of_it() -> None:
     claim = ROOT / "engine" / "claim.py"
     private = {
         node.attr
-        for node in ast.walk(ast.parse(claim.read_text()))
+        for node in ast.walk(parsed(claim.read_text()))
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and ast.unparse(node.value) == "self"
     }
     assert {"_seen", "_phase", "_write"} <= private
@@ -85,7 +86,7 @@ def test_only_a_hold_touches_what_is_private_of_it() -> None:
     ):
         if file == claim:
             continue
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(parsed(file.read_text())):
             if isinstance(node, ast.Attribute) and node.attr in private:
                 owner = ast.unparse(node.value).split(".")[-1].rstrip("()")
                 assert owner not in HOLDS, f"{file}:{node.lineno}: {ast.unparse(node)}"
@@ -128,8 +129,8 @@ def test_no_branch_reads_text_for_people() -> None:
         return isinstance(node, ast.Attribute) and node.attr in texts
 
     for file in ROOT.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(parsed(file.read_text())):
             compared = isinstance(node, ast.Compare) and any(map(read, (node.left, *node.comparators)))
-            parsed = isinstance(node, ast.Attribute) and node.attr in parsing and read(node.value)
+            taken_apart = isinstance(node, ast.Attribute) and node.attr in parsing and read(node.value)
             assert not compared, f"{file}:{node.lineno}"
-            assert not parsed, f"{file}:{node.lineno}"
+            assert not taken_apart, f"{file}:{node.lineno}"

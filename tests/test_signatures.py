@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import inspect
@@ -40,6 +41,23 @@ def a_task(fun: Callable[..., Any], intent: Any = ("order",), **options: Any) ->
 
 
 # --- decorators ------------------------------------------------------------------------------
+
+
+def test_another_thread_that_parses_at_the_same_time_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, turns = ast.parse, []
+
+    def racing(text: Any, *args: Any, **options: Any) -> Any:
+        turns.append(text)
+        if len(turns) == 1:
+            raise SystemError("AST constructor recursion depth mismatch")
+        return real(text, *args, **options)
+
+    def ship(order: int) -> None: ...
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ast, "parse", racing)
+        a_task(for_tenant(ship), intent=("order",))
+    assert len(turns) > 1
 
 
 def as_it_is(fn: Any) -> Any:

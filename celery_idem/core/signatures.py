@@ -8,6 +8,7 @@ really called. If it passes ``*args`` or ``**kwargs`` on, its source has to show
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
@@ -169,13 +170,25 @@ def _source(fun: FunctionType, wrapped: Any) -> _Source:
     return _Source(node, calls)
 
 
+def parsed(text: str) -> ast.Module:
+    """Return the syntax tree of a text.
+
+    Before Python 3.11.8, threads that parse at the same time may get a ``SystemError``
+    (https://github.com/python/cpython/issues/106905). Then it is tried again.
+    """
+    for _ in range(9):  # each is rare by itself
+        with contextlib.suppress(SystemError):
+            return ast.parse(text)
+    return ast.parse(text)
+
+
 def _parsed(fun: FunctionType) -> ast.FunctionDef | ast.AsyncFunctionDef:
     import textwrap  # only a decorator needs it
 
     try:
         # of the code, because for a function it follows __wrapped__
         lines, _ = inspect.getsourcelines(fun.__code__)
-        node = ast.parse(textwrap.dedent("".join(lines))).body[0]
+        node = parsed(textwrap.dedent("".join(lines))).body[0]
     except (OSError, SyntaxError, ValueError, IndexError, TypeError):
         raise Opaque(f"the source of {_name(fun)} is not at hand") from None
     if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or node.name != fun.__code__.co_name:

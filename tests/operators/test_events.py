@@ -33,6 +33,7 @@ from celery_idem import (
 from celery_idem.core import protocol
 from celery_idem.core.errors import FingerprintMismatch
 from celery_idem.core.model import Fingerprint, Raised, Request
+from celery_idem.core.signatures import parsed
 from celery_idem.engine import events, owners
 from celery_idem.engine import lease as leases
 from celery_idem.engine.claim import Hold
@@ -357,7 +358,7 @@ def calls(function: str) -> list[ast.Call]:
     return [
         node
         for path in (ROOT / "celery_idem").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path.read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == f"events.{function}"
     ]
 
