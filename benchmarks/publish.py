@@ -1,13 +1,15 @@
 """Measures the caller's side: ``python -m benchmarks.publish``.
 
-A new intent through ``submit`` and ``apply_async``, against bare Celery's ``apply_async``; and a
-duplicate of a finished one through ``submit``, against one GET. Broker and store are servers of their
-own, and the broker counts its commands: a duplicate sends it none.
+A new intent through ``submit`` and ``apply_async``, against bare Celery's ``apply_async``, and through
+``submit_many``, a thousand at once, against ``submit``; and a duplicate of a finished one through ``submit``, against
+one GET. Broker and store are servers of their own, and the broker counts its commands: a duplicate sends it none.
 """
 
 from __future__ import annotations
 
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,12 @@ ROUNDS, COUNT = 9, 500
 DUPLICATE = 1.3
 """Target: a duplicate's cost over one GET."""
 
+MANY, SINGLE = 1_000, 100
+"""New intents of a round: at once, and one by one beside them."""
+
+TOGETHER = 0.2
+"""Target: what one of many costs over one by itself."""
+
 
 def bare(key: str) -> None:
     return None
@@ -34,6 +42,23 @@ def commands(client: redis.Redis) -> int:
     """Return the number of commands that the server ran, without INFO."""
     stats: dict[str, Any] = client.info("commandstats")
     return sum(one["calls"] for name, one in stats.items() if name != "cmdstat_info")
+
+
+def of_many(guarded: Any, rounds: int, clear: Callable[[], None]) -> dict[str, list[float]]:
+    """Return microseconds per call of each round, one by one and at once, in turn. The first round warms up."""
+    taken: dict[str, list[float]] = {"celery_idem: submit": [], "celery_idem: submit_many": []}
+    for turn in range(rounds + 1):
+        clear()
+        began = time.perf_counter()
+        for n in range(SINGLE):
+            guarded.submit(f"{turn}s{n}")
+        between = time.perf_counter()
+        guarded.submit_many([(f"{turn}m{n}",) for n in range(MANY)])
+        ended = time.perf_counter()
+        if turn:
+            taken["celery_idem: submit"].append((between - began) / SINGLE * 1e6)
+            taken["celery_idem: submit_many"].append((ended - between) / MANY * 1e6)
+    return taken
 
 
 def rows(rounds: int = ROUNDS, count: int = COUNT) -> list[Row]:
@@ -59,6 +84,7 @@ def rows(rounds: int = ROUNDS, count: int = COUNT) -> list[Row]:
             "celery_idem: submit": lambda key: guarded.submit(key + "s"),
         }
         published, _ = rounds_of(new, 1, rounds, count, clear)
+        many = of_many(guarded, rounds, clear)
 
         guarded.apply(("done",))
         kept.set("bare", b"null", ex=86_400)
@@ -76,6 +102,13 @@ def rows(rounds: int = ROUNDS, count: int = COUNT) -> list[Row]:
     target = {"celery_idem: submit": DUPLICATE}
     return [
         *compared("Publish, a new intent: p50", published, "bare Celery: apply_async", "µs"),
+        *compared(
+            "Publish, a thousand new intents at once: each",
+            many,
+            "celery_idem: submit",
+            "µs",
+            {"celery_idem: submit_many": TOGETHER},
+        ),
         *compared("Publish, a duplicate: p50", p50, "one GET", "µs", target, note),
         *compared("Publish, a duplicate: p99", p99, "one GET", "µs", target, note),
     ]
