@@ -168,7 +168,7 @@ CI = (
         max_attempts=1,
         actors=1,
     ),
-    Scenario("recovery: renewals", recoverers=2, jump=2.1, renewals=1, on_crash="rerun", actors=1, hops=1),
+    Scenario("recovery: renewals", recoverers=1, jump=2.1, renewals=1, on_crash="rerun", actors=1, hops=1),
     Scenario("recovery: the clock steps", recoverers=1, backs=1, early=True, crashes=1, jump=2.1, actors=1),
     Scenario("accepted", recoverers=1, submitters=2, losses=1, unsent=1, jump=2.1, actors=0, hops=1),
     Scenario(
@@ -222,6 +222,9 @@ DEEP = (
     Scenario("deep: limits, silent store", soft=1, late=1, hops=1),
     Scenario("deep: inquiry, retry", inquirers=1, reconcile="truth", endings=("retry",), odd=1, hops=1),
     Scenario("deep: copies of one message", same_message=True, late=1, copies=1, crashes=1, hops=1),
+    Scenario(
+        "deep: recovery, renewals", recoverers=2, jump=2.1, renewals=1, on_crash="rerun", actors=1, hops=1
+    ),
     Scenario("deep: renewals", renewals=1, jump=0.6, lapses=3, on_crash="rerun", hops=1),
     Scenario(
         "deep: renewals between steps",
