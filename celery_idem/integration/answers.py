@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from celery.app.task import Task
 from celery.states import PENDING, STARTED, SUCCESS
 
 from celery_idem.stores.base import Announcement
@@ -87,7 +88,10 @@ def _left_to_the_claim(backend: Any, request: Any, state: str) -> bool:
             del known[STARTING]  # the later state counts
         return False
     try:
-        guard = backend.app.tasks[request.task].guard
+        task = backend.app.tasks[request.task]
+        if type(task).before_start is not Task.before_start:  # it is called before the claim, and may read the state
+            return False
+        guard = task.guard
         return guard.answers is not None and not guard.settings.shadow
     except Exception:  # the delivery meets it again, and says so
         return False

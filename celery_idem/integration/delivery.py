@@ -192,7 +192,8 @@ class Guard(NamedTuple):
         key, caller_key = keys.key_of(declaration, self.ledger.namespace, arguments, own), own.get(CALLER_KEY)
         # Whatever this delivery publishes next is the same intent, also with other arguments.
         others = {name: value for name, value in headers.items() if name not in keys.MADE}
-        request.headers = {**others, **own, KEY: key, MESSAGE: request.id or ""}
+        due = _due(headers, request.id) or int(time.time())  # of a producer that does not say: not later than now
+        request.headers = {**others, **own, KEY: key, MESSAGE: request.id or "", PUBLISHED: due}
         return key, declaration.fingerprint(arguments, caller_key)
 
     def has_outcome(self, key: str) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import time
 from collections.abc import Iterator, Mapping, MutableMapping
 from itertools import zip_longest
 from types import FrameType
@@ -20,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 from celery import signals
 from celery._state import _task_stack
 from celery.canvas import Signature, _chain, chunks, group, xmap, xstarmap
+from celery.utils.time import maybe_iso8601
 from kombu.utils.imports import symbol_by_name
 
 from celery_idem.core import keys
 from celery_idem.core.errors import IntentError
-from celery_idem.core.model import CALLER_KEY, MESSAGE, PART_OF, SCOPE
+from celery_idem.core.model import CALLER_KEY, MESSAGE, PART_OF, PUBLISHED, SCOPE
 from celery_idem.engine import events
 
 if TYPE_CHECKING:
@@ -145,7 +147,9 @@ def carry(
         own = _of_the_chain()
         if own:
             embedded["chain"] = _belonging(embedded["chain"], own)
-    if not made and (MESSAGE in headers or not keys.LABELS.keys().isdisjoint(properties)):
+    if not made and not (_OURS.isdisjoint(headers) and keys.LABELS.keys().isdisjoint(properties)):
+        if PUBLISHED not in headers or headers.get(MESSAGE, headers["id"]) != headers["id"]:  # or it is a copy
+            headers[PUBLISHED] = _due(headers.get("eta"))
         said = dict(properties)
         if headers.get("group") and KEY_OPTION in said:
             said[KEY_OPTION], part_of = of_a_group(said[KEY_OPTION])
@@ -158,6 +162,17 @@ def carry(
 
 
 signals.before_task_publish.connect(carry)
+
+_OURS = frozenset((MESSAGE, PUBLISHED))
+"""Headers that say that a message is of a guarded task, also where its process does not have the task."""
+
+
+def _due(eta: str | None) -> int:
+    """Seconds since 1970 at which a message is due. A time without a zone is the worker's, which is not known here."""
+    due = None
+    with contextlib.suppress(ValueError):  # the worker says what is wrong with it
+        due = maybe_iso8601(eta)
+    return int(time.time() if due is None or due.tzinfo is None else due.timestamp())
 
 
 # Celery gives the options of a group to each of its calls, and those of a chain to its first, and calls nothing of ours

@@ -114,7 +114,7 @@ def submit(
         return submit_task(task, args or (), kwargs or {}, scope, occurrence, idempotency_key, options)
     scope = in_scope(app.conf.get("idem_scope"), scope)
     own = keys.labelled({"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key})
-    headers = {**(options.pop("headers", None) or {}), **own}
+    headers = {**(options.pop("headers", None) or {}), **own, PUBLISHED: first_due(app, options)}
     result = app.send_task(name, args=args, kwargs=kwargs, headers=headers, **options)
     return accepted("", result.id, Look(app, None, NO_FINGERPRINT, PLAIN_POLICY, published=True))
 

@@ -280,6 +280,24 @@ def test_a_state_of_the_authors_own_is_not_put_off(shop: Callable[..., Shop]) ->
         assert there.app.backend.get_task_meta("s1", cache=False)["result"] == {"by": "the body"}
 
 
+def test_a_hook_before_the_claim_sees_started(shop: Callable[..., Shop]) -> None:
+    there, seen = shop(task_track_started=True), []
+
+    class Hooked(IdempotentTask):
+        abstract = True
+
+        def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+            seen.append(there.app.backend.get_task_meta(task_id, cache=False)["status"])
+
+    @there.app.task(base=Hooked, name="shop.hooked", shared=False, intent=("n",))
+    def hooked(n: int) -> int:
+        return n
+
+    request = {"id": "h1", "task": "shop.hooked", "headers": {}, "delivery_info": {}, "called_directly": False}
+    build_tracer("shop.hooked", there.app.tasks["shop.hooked"], app=there.app)("h1", (1,), {}, request)
+    assert seen == ["STARTED"]
+
+
 def test_a_caller_who_listens_is_told(shop: Callable[..., Shop]) -> None:
     there = shop()
     task_id = str(uuid.uuid4())

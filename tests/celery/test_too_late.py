@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from celery_idem import IdempotentTask, Ledger, OutcomeUnknown
-from celery_idem.core.model import PUBLISHED
+from celery_idem import IdempotentTask, Ledger, OutcomeUnknown, submit
+from celery_idem.core.model import MESSAGE, PUBLISHED
 from tests.celery import apps
 from tests.celery.conftest import SOON
 from tests.support import hand
@@ -90,3 +90,32 @@ def test_when_a_call_was_due_first_stays_with_its_messages() -> None:
     assert due[2] == 10**9
     tries.apply_async((4,), eta="2001-09-09T01:46:40+00:00")
     assert [headers[PUBLISHED] for headers in hand.drain(app)] == [10**9] * 3
+
+
+def test_a_producer_without_the_task_says_when_its_call_was_due() -> None:
+    app = hand.application()
+    eta, copied = "2001-09-09T01:46:40+00:00", {MESSAGE: "another", PUBLISHED: 5}
+    submit(app, "far.away", (1,), idempotency_key="a", eta=eta)
+    app.send_task("far.away", (2,), scope="acme", eta=eta)
+    app.send_task("far.away", (3,), headers=copied, eta=eta)
+    told = [hand.take(app).headers for _ in range(3)]
+    assert [headers[PUBLISHED] for headers in told] == [10**9] * 3
+    assert all(headers[MESSAGE] == headers["id"] for headers in told)
+
+
+def test_a_message_that_does_not_say_it_is_as_old_as_its_first_delivery() -> None:
+    app = hand.application()
+
+    @app.task(base=IdempotentTask, bind=True, intent=("n",), name="tries")
+    def tries(self: Any, n: int) -> None:
+        if not self.request.retries:
+            raise self.retry(countdown=0)
+
+    before = int(time.time())
+    for headers in ({}, {PUBLISHED: 5}):
+        app.send_task("tries", (len(headers),), headers=headers)
+        message = hand.take(app)
+        message.headers.pop(MESSAGE, None)
+        message.headers.update({MESSAGE: "another"} if headers else {})
+        hand.deliver(app, message)
+        assert before <= hand.take(app).headers[PUBLISHED] <= time.time()
