@@ -109,7 +109,7 @@ def list_(
 
 
 def _print_line(screen: Screen, entry: Entry, action: Action) -> None:
-    attempt = f"[{action.attempt}]" if entry.record.outcome is None else ""
+    attempt = f"[{action.attempt}]" if entry.record.outcome is None and action.attempt else ""
     doubled = "MAY HAVE HAPPENED TWICE" if entry.suspicions else ""
     words = filter(None, (entry.key, action.line, entry.record.reason, doubled, attempt))
     screen.state(entry.state, f"{duration(entry.age):>7}  {'  '.join(words)}")
