@@ -15,7 +15,6 @@ from celery.states import PENDING, STARTED, SUCCESS
 from celery_idem.stores.base import Announcement
 
 if TYPE_CHECKING:
-    from celery import Celery
     from celery.app.task import Context
 
 ANSWERED = "idem_answered"
@@ -30,11 +29,11 @@ STARTING = "idem_starting"
 _TWIN = "_idem_twin"
 
 
-def answering(app: Celery) -> Any:
-    """The application's result backend as ``aware`` makes it; None unless it is one of Celery's own for Redis, and not
-    of a subclass. To be asked for bytes only: each thread has a backend of its own."""
-    backend = aware(app.backend)
-    return backend if type(backend) in _classes.values() else None
+def answering(task: Task) -> Any:
+    """The application's result backend as ``aware`` makes it; None unless it is the task's own, and one of Celery's own
+    for Redis, and not of a subclass. To be asked for bytes only: each thread has a backend of its own."""
+    backend = aware(task.app.backend)
+    return backend if task.backend is backend and type(backend) in _classes.values() else None
 
 
 def announcement(backend: Any, request: Context, value: Any, state: str = SUCCESS) -> Announcement | None:
@@ -89,7 +88,9 @@ def _left_to_the_claim(backend: Any, request: Any, state: str) -> bool:
         return False
     try:
         task = backend.app.tasks[request.task]
-        if type(task).before_start is not Task.before_start:  # it is called before the claim, and may read the state
+        if (
+            type(task).before_start is not Task.before_start
+        ):  # it is called before the claim, and may read the state
             return False
         guard = task.guard
         return guard.answers is not None and not guard.settings.shadow

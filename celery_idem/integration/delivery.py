@@ -154,7 +154,7 @@ class Guard(NamedTuple):
             around=placing.around(task),
             net=net,
             body=body,
-            answers=answers.answering(task.app)
+            answers=answers.answering(task)
             if ledger.store.announces and is_backends(ledger.store, task.app)
             else None,
             broker=messages.broker_of(task.app),
@@ -192,7 +192,9 @@ class Guard(NamedTuple):
         key, caller_key = keys.key_of(declaration, self.ledger.namespace, arguments, own), own.get(CALLER_KEY)
         # Whatever this delivery publishes next is the same intent, also with other arguments.
         others = {name: value for name, value in headers.items() if name not in keys.MADE}
-        due = _due(headers, request.id) or int(time.time())  # of a producer that does not say: not later than now
+        due = _due(headers, request.id) or int(
+            time.time()
+        )  # of a producer that does not say: not later than now
         request.headers = {**others, **own, KEY: key, MESSAGE: request.id or "", PUBLISHED: due}
         return key, declaration.fingerprint(arguments, caller_key)
 

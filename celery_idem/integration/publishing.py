@@ -148,7 +148,9 @@ def carry(
         if own:
             embedded["chain"] = _belonging(embedded["chain"], own)
     if not made and not (_OURS.isdisjoint(headers) and keys.LABELS.keys().isdisjoint(properties)):
-        if PUBLISHED not in headers or headers.get(MESSAGE, headers["id"]) != headers["id"]:  # or it is a copy
+        if (
+            PUBLISHED not in headers or headers.get(MESSAGE, headers["id"]) != headers["id"]
+        ):  # or it is a copy
             headers[PUBLISHED] = _due(headers.get("eta"))
         said = dict(properties)
         if headers.get("group") and KEY_OPTION in said:

@@ -14,6 +14,7 @@ import redis as redis_py
 from celery import Celery, group
 from celery.app.trace import build_tracer
 from celery.backends import base
+from celery.backends.cache import CacheBackend
 from celery.backends.redis import RedisBackend
 
 from celery_idem import IdempotentTask
@@ -280,6 +281,20 @@ def test_a_state_of_the_authors_own_is_not_put_off(shop: Callable[..., Shop]) ->
         assert there.app.backend.get_task_meta("s1", cache=False)["result"] == {"by": "the body"}
 
 
+def test_a_task_with_a_backend_of_its_own_has_no_answer_elsewhere(shop: Callable[..., Shop]) -> None:
+    there = shop(task_track_started=True)
+    own = {"backend": CacheBackend(there.app, backend="memory://"), "base": IdempotentTask, "intent": ("n",)}
+
+    @there.app.task(name="shop.own", shared=False, **own)
+    def apart(n: int) -> int:
+        return n
+
+    request = {"id": "a1", "task": "shop.own", "headers": {}, "delivery_info": {}, "called_directly": False}
+    build_tracer("shop.own", there.app.tasks["shop.own"], app=there.app)("a1", (1,), {}, request)
+    assert own["backend"].get_state("a1") == "SUCCESS"
+    assert not there.client.exists(there.app.backend.get_key_for_task("a1"))
+
+
 def test_a_hook_before_the_claim_sees_started(shop: Callable[..., Shop]) -> None:
     there, seen = shop(task_track_started=True), []
 
@@ -293,7 +308,13 @@ def test_a_hook_before_the_claim_sees_started(shop: Callable[..., Shop]) -> None
     def hooked(n: int) -> int:
         return n
 
-    request = {"id": "h1", "task": "shop.hooked", "headers": {}, "delivery_info": {}, "called_directly": False}
+    request = {
+        "id": "h1",
+        "task": "shop.hooked",
+        "headers": {},
+        "delivery_info": {},
+        "called_directly": False,
+    }
     build_tracer("shop.hooked", there.app.tasks["shop.hooked"], app=there.app)("h1", (1,), {}, request)
     assert seen == ["STARTED"]
 
