@@ -14,6 +14,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, MutableMapping
+from datetime import timezone
 from itertools import zip_longest
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -170,11 +171,13 @@ _OURS = frozenset((MESSAGE, PUBLISHED))
 
 
 def _due(eta: str | None) -> int:
-    """Seconds since 1970 at which a message is due. A time without a zone is the worker's, which is not known here."""
+    """Seconds since 1970 at which a message is due."""
     due = None
     with contextlib.suppress(ValueError):  # the worker says what is wrong with it
         due = maybe_iso8601(eta)
-    return int(time.time() if due is None or due.tzinfo is None else due.timestamp())
+    if due is not None and due.tzinfo is None:
+        due = due.replace(tzinfo=timezone.utc)  # as Celery's worker reads it
+    return int(time.time() if due is None else due.timestamp())
 
 
 # Celery gives the options of a group to each of its calls, and those of a chain to its first, and calls nothing of ours
