@@ -118,7 +118,7 @@ class Tally(NamedTuple):
 
     Attributes:
         intents: how many.
-        oldest: seconds since the last write to the one that has stood longest.
+        oldest: seconds since the last write to the one that has stood longest; in doubt: since its execution began.
     """
 
     intents: int
@@ -129,7 +129,11 @@ def count(tallies: dict[tuple[str, str], Tally], entry: Entry) -> None:
     """One more entry in counts by (task, state)."""
     place = (entry.task, entry.state)
     before = tallies.get(place, Tally(0, 0.0))
-    tallies[place] = Tally(before.intents + 1, max(before.oldest, entry.age))
+    age = entry.age
+    if entry.record.state is State.IN_DOUBT and entry.record.fence:
+        # Each question to the destination is a write. Asked often, a doubt would stay young and alarm nobody.
+        age = max(age, entry.now - entry.record.fence / MICROSECONDS)
+    tallies[place] = Tally(before.intents + 1, max(before.oldest, age))
 
 
 def tallied(entries: Iterable[Entry]) -> dict[tuple[str, str], Tally]:

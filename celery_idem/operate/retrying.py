@@ -58,7 +58,12 @@ def retry(
     call, _ = call_of(operator.app, entry.key, entry.record)
     if given is None and call is not None and call.publishable:
         if not dry_run:
-            messages.publish(operator.app, entry.key, call)
+            try:
+                messages.publish(operator.app, entry.key, call)
+            except Exception as error:  # of any driver, router or serializer; the others have their turn
+                broker = messages.of_the_broker(operator.app, error)
+                what = "the broker did not take it" if broker else "no message can be made of it"
+                return Retried(why=f"{what} ({type(error).__name__}), and it stays as it is")
         return Retried("" if dry_run else call.task_id)
     known, why = (given, "") if given is not None else operator.arguments_of(entry)
     if known is None:
@@ -74,6 +79,8 @@ def retry(
         return Retried(why=why)
     operator.forget(entry.key)
     receipt = submit_task(task, known.args, known.kwargs, *labels, {})
+    if receipt.status == "not_run":
+        return Retried(why="its failure is forgotten, and the call did not get in. Make the call again")
     if receipt.status != "accepted":
         return Retried(why=f"another call came first: {receipt.status}")
     return Retried(receipt.task_id)

@@ -9,7 +9,7 @@ metric                              type       labels       meaning
 ==================================  =========  ===========  ==============================
 ``celery_idem_events_total``        counter    task, kind   events (``events.KINDS``), from 0
 ``celery_idem_intents``             gauge      task, state  open intents in that state now
-``celery_idem_oldest_seconds``      gauge      task, state  seconds since the oldest change
+``celery_idem_oldest_seconds``      gauge      task, state  since the oldest change (``Tally``)
 ``celery_idem_store_up``            gauge                   1 when the store answered
 ==================================  =========  ===========  ==============================
 """
@@ -135,7 +135,9 @@ class Intents:
             tallies = dict.fromkeys(product(self._operator.tasks(), OPEN), Tally(0, 0.0)) | latest.whole
         intents = GaugeMetricFamily(INTENTS, "Open intents by task and state.", labels=("task", "state"))
         oldest = GaugeMetricFamily(
-            OLDEST, "Seconds since the last change of the oldest intent.", labels=("task", "state")
+            OLDEST,
+            "Seconds since the oldest's last change; in doubt: since its execution began.",
+            labels=("task", "state"),
         )
         for (task, state), tally in sorted(tallies.items()):
             intents.add_metric((task, state), tally.intents)

@@ -15,7 +15,8 @@ import yaml
 from celery import Celery
 
 from celery_idem import Ledger
-from celery_idem.engine.entries import WAITING
+from celery_idem.core.model import MICROSECONDS, Record, State
+from celery_idem.engine.entries import WAITING, Entry, Tally, tallied
 from tests.conftest import missing
 from tests.operators.conftest import Idem
 from tests.operators.intents import claimed, suspected
@@ -123,6 +124,13 @@ def test_the_alert_the_dashboard_and_the_command_mean_the_same_by_waiting() -> N
     asked = re.findall(r'state=~"([^"]*)"', text)
     assert len(asked) == 3
     assert {tuple(one.split("|")) for one in asked} == {WAITING}
+
+
+def test_a_doubt_that_is_asked_about_again_and_again_does_not_stay_young() -> None:
+    """Each question to the destination is a write. The alert goes by how long it is in doubt."""
+    record = Record(state=State.IN_DOUBT, fence=1 * MICROSECONDS)
+    entry = Entry(f"{TASK}:{7:032x}", record, stamp=1000 * MICROSECONDS, now=1001 * MICROSECONDS)
+    assert tallied([entry]) == {(TASK, "in_doubt"): Tally(1, 1000.0)}
 
 
 @pytest.mark.parametrize("name", alerts())

@@ -221,6 +221,8 @@ STATUSES: dict[tuple[int, str], Any] = {
     (1, "resolve"): lambda idem, ledger: idem("resolve", key("a"), *NONE),
     (1, "resolve --from"): lambda idem, ledger: idem("resolve", "--from", "-", "--yes", input="{}"),
     (1, "forget"): lambda idem, ledger: idem("forget", key("a"), "--yes"),
+    (1, "retry"): lambda idem, ledger: idem("retry", key("a"), "--yes"),
+    (1, "cancel"): lambda idem, ledger: idem("cancel", key("a"), "--yes"),
     (1, "reconcile"): left,
     (1, "reseal"): not_resealed,
     (1, "doctor"): unsafe,

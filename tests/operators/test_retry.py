@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from kombu.exceptions import OperationalError
 
 from celery_idem import IdempotentTask, Ledger
+from celery_idem.integration import messages
 from celery_idem.integration.deaths import IdempotentRequest
 from tests.celery.test_going_back import taken
 from tests.operators.conftest import Idem, command_line
@@ -142,6 +144,10 @@ def test_arguments_that_the_backend_does_not_have_are_given(effects: Effects, tm
     shop.app.close()
 
 
+def unreachable(*_: object) -> None:
+    raise OperationalError("connection refused")
+
+
 def test_an_open_record_has_the_call_itself(shop: Shop) -> None:
     """Released: the same message, so the caller that waits gets its answer."""
     sent = shop.released.apply_async(("o1", 9), scope="acme")
@@ -149,6 +155,11 @@ def test_an_open_record_has_the_call_itself(shop: Shop) -> None:
     (entry,) = shop.ledger.list()
     assert entry.state == "released"
     shop.mended = True
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(messages, "publish", unreachable)
+        refused = shop.idem("retry", entry.key, "--yes")
+    assert refused.exit_code == 1
+    assert "the broker did not take it (OperationalError)" in refused.output
     done = shop.idem("retry", entry.key, "--yes", "--json")
     assert json.loads(done.output)["task_id"] == sent.id
     shop.work()
