@@ -249,9 +249,8 @@ def due(record: Record, policy: Policy | None = None) -> int | None:
 
 def _wait(record: Record) -> int:
     """Microseconds after its write at which recovery takes a record."""
-    if record.recovery is not None and not (
-        record.asking and record.lease
-    ):  # a question that recovery brought about
+    asked = record.asking and record.lease  # a question that recovery brought about has a lease of its own
+    if record.recovery is not None and not asked:
         return record.recovery.wait
     return record.lease if record.state is _ACCEPTED else record.lease + GRACE
 
@@ -1005,9 +1004,8 @@ def recover(
     ended = replace(record, lease=0)  # the stamp of this write is no sign of life
     if not (publishable or given_up):
         return None, replace(ended, recovery=Recovery(0, NEVER))
-    first = (
-        not given_up and tries >= policy.max_attempts and record.state is not State.ACCEPTED
-    )  # it has not begun
+    has_begun = record.state is not State.ACCEPTED
+    first = has_begun and not given_up and tries >= policy.max_attempts
     if first:
         _, ended = _put_in_doubt(record, (NOT_ASKED if record.asking else NOT_TAKEN).format(tries))
         tries = 0

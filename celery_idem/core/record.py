@@ -75,9 +75,28 @@ _LATE = 255
 
 def pack(record: Record) -> bytes:
     """A record as the bytes a store keeps."""
-    # Taken apart once: a named tuple's fields are slow to read by name.
-    (state, owner, task_id, fence, attempts, crashes, lease, fingerprint, steps, open_steps, asking, reason, notes,
-     digests, noticed, scope, call, place, recovery, outcome) = record  # fmt: skip
+    (
+        state,
+        owner,
+        task_id,
+        fence,
+        attempts,
+        crashes,
+        lease,
+        fingerprint,
+        steps,
+        open_steps,
+        asking,
+        reason,
+        notes,
+        digests,
+        noticed,
+        scope,
+        call,
+        place,
+        recovery,
+        outcome,
+    ) = record  # taken apart once: a named tuple's fields are slow to read by name
     parts = 0
     tail: list[bytes] = []
     if lease:
@@ -233,9 +252,27 @@ def _unpack(value: bytes, stamp: int) -> Record:
     if not read.at_end() or (outcome is not None) != state.settled:
         raise ValueError("state and parts disagree")
     return Record(
-        state, owner, task_id, fence or stamp, attempts, crashes, lease, fingerprint, steps, open_steps, asking, reason,
-        notes, digests, noticed, scope, call, place, recovery, outcome,
-    )  # fmt: skip
+        state=state,
+        owner=owner,
+        task_id=task_id,
+        fence=fence or stamp,
+        attempts=attempts,
+        crashes=crashes,
+        lease=lease,
+        fingerprint=fingerprint,
+        steps=steps,
+        open_steps=open_steps,
+        asking=asking,
+        reason=reason,
+        notes=notes,
+        digests=digests,
+        noticed=noticed,
+        scope=scope,
+        call=call,
+        place=place,
+        recovery=recovery,
+        outcome=outcome,
+    )
 
 
 class _OtherVersionError(ValueError):

@@ -252,9 +252,18 @@ class Runner:
         while True:
             age = max(0, int((time.time() - job.due) * MICROSECONDS)) if job.due else 0
             request = Request(
-                owners.mint(), job.task_id, job.fingerprint, job.options.policy, carried, job.digests, job.scope,
-                job.call, job.place, job.accepted, age,
-            )  # fmt: skip
+                owners.mint(),
+                job.task_id,
+                job.fingerprint,
+                job.options.policy,
+                carried,
+                job.digests,
+                job.scope,
+                job.call,
+                job.place,
+                job.accepted,
+                age,
+            )
             try:
                 decision, hold = self.ledger.claim(job.key, request, job.starting)
                 if isinstance(decision, (Acquired, Ask, InDoubt)) and decision.orphan:

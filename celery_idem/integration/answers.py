@@ -88,10 +88,8 @@ def _left_to_the_claim(backend: Any, request: Any, state: str) -> bool:
         return False
     try:
         task = backend.app.tasks[request.task]
-        if (
-            type(task).before_start is not Task.before_start
-        ):  # it is called before the claim, and may read the state
-            return False
+        if type(task).before_start is not Task.before_start:
+            return False  # it is called before the claim, and may read the state
         guard = task.guard
         return guard.answers is not None and not guard.settings.shadow
     except Exception:  # the delivery meets it again, and says so

@@ -192,9 +192,8 @@ class Guard(NamedTuple):
         key, caller_key = keys.key_of(declaration, self.ledger.namespace, arguments, own), own.get(CALLER_KEY)
         # Whatever this delivery publishes next is the same intent, also with other arguments.
         others = {name: value for name, value in headers.items() if name not in keys.MADE}
-        due = _due(headers, request.id) or int(
-            time.time()
-        )  # of a producer that does not say: not later than now
+        # Of a producer that does not say: not later than now.
+        due = _due_by(headers, request.id) or int(time.time())
         request.headers = {**others, **own, KEY: key, MESSAGE: request.id or "", PUBLISHED: due}
         return key, declaration.fingerprint(arguments, caller_key)
 
@@ -357,7 +356,7 @@ class Delivery(Job):
                 self.accepted = messages.accepted_in(headers[ACCEPTED_AT], guard.ledger.codec.seal)
                 again = True  # an accepted call has a record, until it was claimed
             if again:
-                self.due = _due(headers, request.id)
+                self.due = _due_by(headers, request.id)
 
     def orphaned(self, call: bytes) -> None:
         messages.answer(self.task.app, self.key, call)
@@ -726,7 +725,7 @@ def backoff(waits: int, at_most: float) -> float:
     return delay * random.uniform(0.9, 1.1)  # noqa: S311  # so that a hundred do not come back at once
 
 
-def _due(headers: Mapping[str, Any], message: str | None) -> float:
+def _due_by(headers: Mapping[str, Any], message: str | None) -> float:
     """Seconds since 1970 at which a call was due, by its producer's clock; 0: not known."""
     due = headers.get(PUBLISHED)
     if headers.get(MESSAGE) != message or not isinstance(due, (int, float)) or not 0 < due < LONGEST:

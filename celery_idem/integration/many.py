@@ -155,9 +155,7 @@ class _Batches:
         try:
             with self.template.together():
                 for call, entry in ready:
-                    if len(call.options) == len(self.options) + 1 and all(
-                        call.options[name] is value for name, value in self.options.items()
-                    ):
+                    if self._is_like_the_first(call):
                         try:
                             self.template.publish(call, entry)
                         except Exception as error:
@@ -170,6 +168,13 @@ class _Batches:
             events.diagnose(logging.WARNING, "%s: publishing again, one by one", self.task.name, error=error)
             return set()
         return taken
+
+    def _is_like_the_first(self, call: Submission) -> bool:
+        """Whether it has the options of all and its task id, and no option of its own."""
+        given = {name: value for name, value in call.options.items() if name != "task_id"}
+        return given.keys() == self.options.keys() and all(
+            given[name] is value for name, value in self.options.items()
+        )
 
     def _sent(self, call: Submission, entry: Entry | None) -> Receipt:
         if self.broken and entry is not None and call.recovers:

@@ -428,9 +428,8 @@ def _headers(app: Celery, task: str, key: str, call: Call) -> dict[str, Any]:
         KEY: key,
         MESSAGE: call.task_id,
         CARRIED: [],
-        PUBLISHED: int(
-            time.time()
-        ),  # its intent is open, so no record of how it ended can have expired before
+        # Its intent is open, so no record of how it ended can have expired before.
+        PUBLISHED: int(time.time()),
     }
 
 

@@ -149,10 +149,9 @@ def carry(
         if own:
             embedded["chain"] = _belonging(embedded["chain"], own)
     if not made and not (_OURS.isdisjoint(headers) and keys.LABELS.keys().isdisjoint(properties)):
-        if (
-            PUBLISHED not in headers or headers.get(MESSAGE, headers["id"]) != headers["id"]
-        ):  # or it is a copy
-            headers[PUBLISHED] = _due(headers.get("eta"))
+        copied = headers.get(MESSAGE, headers["id"]) != headers["id"]
+        if PUBLISHED not in headers or copied:
+            headers[PUBLISHED] = _seconds_at(headers.get("eta"))
         said = dict(properties)
         if headers.get("group") and KEY_OPTION in said:
             said[KEY_OPTION], part_of = of_a_group(said[KEY_OPTION])
@@ -170,8 +169,8 @@ _OURS = frozenset((MESSAGE, PUBLISHED))
 """Headers that say that a message is of a guarded task, also where its process does not have the task."""
 
 
-def _due(eta: str | None) -> int:
-    """Seconds since 1970 at which a message is due."""
+def _seconds_at(eta: str | None) -> int:
+    """Seconds since 1970 of an ETA; without one, of now."""
     due = None
     with contextlib.suppress(ValueError):  # the worker says what is wrong with it
         due = maybe_iso8601(eta)

@@ -111,7 +111,7 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
         why = (
             TOLD
             if isinstance(then, Tell)
-            else why_not(app, entry.key, entry.record, guard.settings.recover) or ELSEWHERE
+            else why_not(app, entry.key, entry.record, guard.settings.recover) or ITS_OWN_FIRST
         )
         return Found(entry, isinstance(then, Publish), "" if isinstance(then, Publish) else why)
     try:
@@ -152,7 +152,7 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
     return Found(entry, True)
 
 
-ELSEWHERE = "it came from another broker, whose workers come first"
+ITS_OWN_FIRST = "it came from another broker, whose workers come first"
 TOLD = "it is in doubt, and its caller is told"
 
 

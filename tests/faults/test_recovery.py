@@ -216,7 +216,9 @@ def test_hosts_on_rabbitmq(on_rabbitmq: Stage, own_redis: RedisServer, rabbitmq:
         redis.task(f"{policy}.early")
 
     def overdue() -> int:
-        return [one.why for one in recovering.recover(redis.app, dry_run=True)].count(recovering.ELSEWHERE)
+        return [one.why for one in recovering.recover(redis.app, dry_run=True)].count(
+            recovering.ITS_OWN_FIRST
+        )
 
     wait_for(lambda: overdue() == len(left) + 1, ANSWERED_WITHIN, "all of them to be overdue")
     assert not any(one.published for one in recovering.recover(redis.app))
