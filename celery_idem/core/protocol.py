@@ -601,8 +601,11 @@ TOO_MANY = "the worker stopped without reporting an outcome, {} times"
 
 
 def _put_in_doubt(record: Record, reason: str) -> tuple[InDoubt, Record]:
-    """Whoever writes it tells the caller, unless it dies before that: recovery makes sure."""
-    told = Recovery(0, PUBLISHED_WAIT)
+    """Whoever writes it tells the caller, unless it dies before that: recovery makes sure.
+
+    A direct call, which has no task id, is told by what it raises.
+    """
+    told = Recovery(0, PUBLISHED_WAIT) if record.task_id else None
     new = replace(record, state=State.IN_DOUBT, lease=0, asking=b"", reason=reason, recovery=told)
     return InDoubt(reason, first=record.state is not State.IN_DOUBT), new
 
@@ -845,12 +848,19 @@ def release(record: Record, owner: bytes) -> tuple[Done | Refused, Record | None
 
 
 def doubt(
-    record: Record, owner: bytes, reason: str, held: Record | None = None, stamp: int = 0, now: int = 0
+    record: Record,
+    owner: bytes,
+    reason: str,
+    held: Record | None = None,
+    stamp: int = 0,
+    now: int = 0,
+    retry: int = 0,
 ) -> tuple[Done | Refused, Record | None]:
     """The body ended in a way that leaves the effect unknown. A refusal is noted, as that of ``settle``.
 
     Args:
         held: the record as this execution last wrote it; None: note nothing.
+        retry: microseconds until a retry that is on its way decides, or tells the caller; 0: there is none.
     """
     if not _holds(record, owner):
         noted = None if held is None else _suspected(record, held, Outcome(False, None), stamp, now)
@@ -858,7 +868,8 @@ def doubt(
     if record.state is State.IN_DOUBT:
         return Done(record), None
     _, new = _put_in_doubt(_one_more_crash(record), reason)
-    new = replace(new, recovery=None)  # its process lives, and may have published a retry that is to decide
+    if retry:
+        new = replace(new, recovery=Recovery(0, retry + PUBLISHED_WAIT))
     return Done(new), new
 
 

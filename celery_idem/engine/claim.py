@@ -286,12 +286,17 @@ class Hold:
             patience,
         )
 
-    def doubt(self, reason: str, patience: float) -> Done | Refused:
-        """The body ended in a way that leaves the effect unknown."""
+    def doubt(self, reason: str, patience: float, retry: float = 0.0) -> Done | Refused:
+        """The body ended in a way that leaves the effect unknown.
+
+        Args:
+            retry: seconds until its retry comes, which is on its way; 0: there is none.
+        """
         held = self._seen[1]
+        wait = int(retry * MICROSECONDS)
         return self._end(
             lambda record, stamp, now: protocol.doubt(
-                self._known(record, stamp), self.owner, reason, held, stamp, now
+                self._known(record, stamp), self.owner, reason, held, stamp, now, wait
             ),
             patience,
         )

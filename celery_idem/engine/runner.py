@@ -672,7 +672,8 @@ class Runner:
                     self._alarm(job, hold, done)
                 events.emit("exited", job.key, task_id=job.task_id, reason=reason)
             else:
-                done = hold.doubt(reason, patience)
+                retry = job.retry_delay(error) if kind is Raised.DOUBTFUL_RETRY else 0.0
+                done = hold.doubt(reason, patience, retry)
                 if overtaken(done, hold):
                     late = self._alarm(job, hold, done)
                     raise error if kind is Raised.DOUBTFUL_RETRY else late  # a retry comes as a duplicate
