@@ -158,6 +158,18 @@ def retried(self: IdempotentTask, intent: str, policy: str, at: str = "", how: s
     return effect(self, intent, at, how)
 
 
+@app.task(
+    base=IdempotentTask,
+    bind=True,
+    name="ambiguous.early",
+    intent=("intent",),
+    ambiguous_errors=(ConnectionError,),
+)
+def ambiguous(self: IdempotentTask, intent: str, policy: str, at: str = "", how: str = "") -> None:
+    effect(self, intent, at, how)
+    raise ConnectionError("the destination did not answer")
+
+
 # Given up after one publication.
 app.task(
     base=IdempotentTask, bind=True, name="untaken.early", intent=("intent",), max_attempts=1, reconcile=ask

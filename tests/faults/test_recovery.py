@@ -131,6 +131,7 @@ def test_what_a_killed_host_left(stage: Stage) -> None:
     first = stage.start_worker(concurrency=10, env=SHORT, options=("-Q", f"{stage.queue},{nobodys}"))
     before = {policy: stage.call(f"{policy}.early", **HANG) for policy in ("in_doubt", "resume", "reconcile")}
     stays, retried = stage.call("stays.early", **HANG), stage.call("retried.early")
+    untold = stage.call("ambiguous.early", at="after settle", how="hang")
     elsewhere, linked, ends, untaken, beside, never = intents(6)
     links, heads = intents(1), intents(2)
     after_chain = chain(
@@ -147,7 +148,7 @@ def test_what_a_killed_host_left(stage: Stage) -> None:
         ],
         told(stage, "rerun.early", never),
     ).apply_async()
-    for case in (*before.values(), stays):
+    for case in (*before.values(), stays, untold):
         case.wait_hanging()
     wait_hanging(stage, *links, heads[0], untaken)
     retried.wait_state("scheduled")
@@ -181,6 +182,7 @@ def test_what_a_killed_host_left(stage: Stage) -> None:
         "reconcile": 1,
     }
     assert (retried.wait_answer(ANSWERED_WITHIN), retried.effects) == ("the result", 1)
+    assert (untold.wait_answer(ANSWERED_WITHIN), untold.effects) == ("OutcomeUnknown", 1)
     assert after_chain.get(timeout=ANSWERED_WITHIN) == f"done: {linked}"
     assert after_chord.get(timeout=ANSWERED_WITHIN) == f"done: {ends}"
     for receipt in (lost, not_sent):

@@ -155,6 +155,16 @@ CI = (
         max_attempts=1,
         actors=1,
     ),
+    Scenario(
+        "recovery: an ambiguous end",
+        recoverers=1,
+        early=True,
+        crashes=1,
+        jump=2.1,
+        endings=("ambiguous_after",),
+        odd=1,
+        actors=1,
+    ),
     Scenario("recovery: dies twice", recoverers=1, early=True, crashes=2, jump=2.1, actors=1),
     Scenario("recovery: silent store", recoverers=2, jump=2.1, late=1, actors=1, hops=1),
     Scenario(

@@ -154,7 +154,13 @@ def test_when_to_look() -> None:
     assert protocol.due(record, LIVE._replace(indexed=False)) is None
     _, doubtful = protocol.doubt(record, record.owner, "unknown")
     assert doubtful is not None
-    assert protocol.due(doubtful) == protocol.NEVER
+    assert protocol.due(doubtful) == protocol.PUBLISHED_WAIT  # until then its caller was told
+    _, retried = protocol.doubt(record, record.owner, "unknown", retry=9)
+    assert retried is not None
+    assert protocol.due(retried) == protocol.PUBLISHED_WAIT + 9
+    _, direct = protocol.doubt(record._replace(task_id=""), record.owner, "unknown")
+    assert direct is not None
+    assert protocol.due(direct) == protocol.NEVER  # a direct call is told by what it raises
     _, settled = protocol.settle(record, record, Outcome(True, b"j1"))
     _, released = protocol.release(record, record.owner)
     assert settled is not None
