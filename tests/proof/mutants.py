@@ -649,6 +649,7 @@ MUTANTS = (
     Mutant("11: two write the same", "recovery: crash", {"recover": two_recoverers_write_the_same}),
     Mutant("11: a question is nobody's", "recovery: askers die", {"due": a_question_is_nobodys}),
     Mutant("11: a doubt is told or not", "recovery: dies twice", {"_put_in_doubt": told_or_not}),
+    Mutant("11: nor by the living", "recovery: an ambiguous end", {"_put_in_doubt": told_or_not}),
     Mutant("11: given up in silence", "recovery: given up", {"recover": given_up_in_silence}),
     Mutant(
         "11: a renewal is no sign of life", "recovery: renewals", {"_alive": lambda record, lease: record}
