@@ -11,7 +11,7 @@ import redis
 
 from celery_idem import Ledger
 from celery_idem.core import protocol
-from celery_idem.core.model import Fingerprint, NotHappened, Outcome, Policy, Request
+from celery_idem.core.model import Fingerprint, NotHappened, Outcome, Policy, Request, Tell
 from celery_idem.engine import owners
 from celery_idem.engine.claim import Hold
 from celery_idem.engine.entries import OPEN
@@ -130,11 +130,15 @@ def test_recovery_looks_at_what_is_overdue_the_oldest_first_and_no_further() -> 
     ledger = Ledger(MemoryStore(clock))
     for n, lease in enumerate((40, 20, 30, 900)):
         claim(ledger, str(n), LIVE._replace(lease=lease * 1_000_000))
-    for n in range(50):
+    for n in range(50):  # people wait for them, once their callers are told
         claim(ledger, f"doubt{n}").doubt("unknown", 0.0)
     clock.advance(20)
     assert list(ledger.overdue()) == []  # within the grace
     clock.advance(60)
+    for n in range(50):
+        taken = ledger.recover(f"shop.pay:doubt{n}", lambda _: False, LIVE)
+        assert isinstance(taken, Tell)
+        ledger.answered(f"shop.pay:doubt{n}", taken)
     assert [entry.key for entry in ledger.overdue()] == ["shop.pay:1", "shop.pay:2", "shop.pay:0"]
     assert [entry.key for entry in ledger.overdue(2)] == ["shop.pay:1", "shop.pay:2"]
 
