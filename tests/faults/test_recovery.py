@@ -167,9 +167,9 @@ def test_what_a_killed_host_left(stage: Stage) -> None:
         "accepted",
     )
     wait_for(
-        lambda: recover(stage, "--dry-run").count("not published: ") == 2,
+        lambda: recover(stage, "--dry-run").count("not published: ") == 3,
         ANSWERED_WITHIN,
-        "the unknown task and the one that says recover=False to be overdue",
+        "the unknown task, the one that says recover=False, and the doubt that is only to be told to be overdue",
     )
     assert not stage.publisher.connection_for_read().default_channel.client.exists(stage.queue)
     for _ in range(2):  # both look for what is overdue
