@@ -419,7 +419,11 @@ def test_an_outcome_is_kept_no_longer_than_without_it() -> None:
     ledger.codec = Codec(seal=Seal([NEW, OLD]))
     (entry,) = ledger.list()
     assert ledger.reseal(entry, policy) == "resealed"
-    clock.advance(39)
+    clock.advance(30)
+    ledger.codec = Codec(seal=Seal([OLD, NEW]))
+    (entry,) = ledger.list()
+    assert ledger.reseal(entry, policy) == "resealed"  # a second time, too
+    clock.advance(9)
     assert ledger.get("shop.pay:1") is not None
     clock.advance(2)
     assert ledger.get("shop.pay:1") is None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from celery_idem.core.errors import StoreError
 from celery_idem.core.model import Stored
-from celery_idem.stores.base import OWNER, Listed, Mark, Reply, Store
+from celery_idem.stores.base import KEEP, OWNER, Listed, Mark, Reply, Store
 
 HEAD = struct.Struct(
     ">QQQI"
@@ -41,6 +41,7 @@ class DirectoryStore(Store):
             held = self._held(key, now)
             if held is None or (held.stamp, held.value[:OWNER]) != (old.stamp, old.value[:OWNER]):
                 return Reply(False, held, now)
+            ttl = self._left(key, now) if ttl == KEEP else ttl
             return self._write(key, value, max(now, old.stamp + 1), now, ttl, due)
 
     def scan(self, prefix: str) -> Iterator[tuple[str, Stored]]:
@@ -64,8 +65,7 @@ class DirectoryStore(Store):
             with self._locked() as now:
                 held = self._held(key, now)
                 if held is not None and held.stamp == stamp:
-                    expires = HEAD.unpack_from(self._path(key).read_bytes())[1]
-                    self._write(key, held.value, stamp, now, expires - now if expires else None, due)
+                    self._write(key, held.value, stamp, now, self._left(key, now), due)
 
     def purge(self, limit: int) -> int:
         deleted = 0
@@ -105,6 +105,10 @@ class DirectoryStore(Store):
         packed = self._path(key).read_bytes()
         stamp, expires, _, length = HEAD.unpack_from(packed)
         return None if expires and expires <= now else Stored(packed[HEAD.size + length :], stamp)
+
+    def _left(self, key: str, now: int) -> int | None:
+        expires = HEAD.unpack_from(self._path(key).read_bytes())[1]
+        return expires - now if expires else None
 
     def _write(self, key: str, value: bytes, stamp: int, now: int, ttl: int | None, due: int | None) -> Reply:
         name, expires, look = key.encode(), 0 if ttl is None else now + ttl, 0 if due is None else stamp + due
