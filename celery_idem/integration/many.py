@@ -18,6 +18,7 @@ from celery_idem.engine.entries import Entry
 from celery_idem.integration import messages, templates
 from celery_idem.integration.awaiting import warn_on_loop
 from celery_idem.integration.guarded import GuardedTask
+from celery_idem.integration.publishing import in_scope
 from celery_idem.integration.receipts import Receipt
 from celery_idem.integration.submitting import OPTIONS, Submission, accepted, look_again
 
@@ -108,6 +109,7 @@ class _Batches:
             args, kwargs, given = _parts(self.task, call)
             own = {"scope": self.scope, "occurrence": None, "idempotency_key": None}
             own.update((name, given.pop(name)) for name in keys.LABELS.keys() & given.keys())
+            own["scope"] = in_scope(self.task.guard.settings.scope, own["scope"])
             _check_options(self.task, given)
             return Submission(self.task, args, kwargs, own, {**self.options, **given})
         except (TypeError, IntentError) as error:
