@@ -460,10 +460,9 @@ def request_of(app: Celery, key: str, call: Call) -> Context:
 
 def of_the_broker(app: Celery, error: Exception) -> bool:
     """Whether the broker did not take a message. Any other error is about the call."""
-    transport = app.connection_for_write().transport
-    return isinstance(
-        error, (OperationalError, OSError, *transport.connection_errors, *transport.channel_errors)
-    )
+    at = app.connection_for_write()
+    known = (*at.transport.connection_errors, *at.transport.channel_errors, *at.recoverable_connection_errors)
+    return isinstance(error, (OperationalError, OSError, *known))
 
 
 class BrokerError(IdempotencyError):
