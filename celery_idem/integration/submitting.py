@@ -346,11 +346,7 @@ def without_store(call: Submission, error: StoreError, may_run: bool = True) -> 
     policy = guard.options.on_store_error
     if policy == "run" and not may_run:
         policy = "retry"
-    try:  # a store that takes no writes may still know the answer
-        entry = guard.ledger.look(key)
-        known = from_record(entry, key, "", call.source) if entry is not None else None
-    except StoreError:
-        known = None
+    known = all_the_same(call)
     then = "told" if known is not None else "published" if policy == "run" else "refused"
     events.emit("store_error", key, error=str(error), while_="submitting", then=then)
     if known is not None:
@@ -362,6 +358,15 @@ def without_store(call: Submission, error: StoreError, may_run: bool = True) -> 
         return accepted(key, call.publish(), call.mine)
     why = f"{type(error).__name__}: {error}"
     return Receipt("not_run", key, reason=why, code="store_error", _source=call.source)
+
+
+def all_the_same(call: Submission) -> Receipt | None:
+    """What the store knows of a call that it cannot accept: it may take no writes, or not this one."""
+    try:
+        entry = call.task.guard.ledger.look(call.key)
+    except StoreError:
+        return None
+    return None if entry is None else from_record(entry, call.key, "", call.source)
 
 
 def first_due(app: Celery, options: Mapping[str, Any]) -> int:

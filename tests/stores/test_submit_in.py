@@ -212,14 +212,14 @@ def test_what_could_not_be_kept_is_refused(shop: Shop, tmp_path: Path) -> None:
         elsewhere.ship.submit_in(session, 7)
 
 
-def test_a_store_that_cannot_tell_is_a_receipt(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_cannot_tell_is_a_receipt(shop: Shop) -> None:
     store = shop.ship.guard.ledger.store
     store.create(f"idem:{shop.ship.intent_key(7)}", b"no record of ours, or of a newer version")
     with Session(shop.engine) as session, session.begin():
         receipt = shop.place(session)
     assert (receipt.status, receipt.code) == ("not_run", "store_error")
     assert shop.ship.submit(7).status == "not_run"
-    monkeypatch.setattr(shop.app.conf, "idem_on_store_error", "run")
+    shop.app.conf.idem_on_store_error = "run"
     type(shop.ship)._guard_made = None
     with Session(shop.engine) as session, session.begin():
         assert shop.ship.submit_in(session, 7).status == "not_run"

@@ -41,7 +41,6 @@ class DirectoryStore(Store):
             held = self._held(key, now)
             if held is None or (held.stamp, held.value[:OWNER]) != (old.stamp, old.value[:OWNER]):
                 return Reply(False, held, now)
-            ttl = self._left(key, now) if ttl == KEEP else ttl
             return self._write(key, value, max(now, old.stamp + 1), now, ttl, due)
 
     def scan(self, prefix: str) -> Iterator[tuple[str, Stored]]:
@@ -65,7 +64,7 @@ class DirectoryStore(Store):
             with self._locked() as now:
                 held = self._held(key, now)
                 if held is not None and held.stamp == stamp:
-                    self._write(key, held.value, stamp, now, self._left(key, now), due)
+                    self._write(key, held.value, stamp, now, KEEP, due)
 
     def purge(self, limit: int) -> int:
         deleted = 0
@@ -106,12 +105,10 @@ class DirectoryStore(Store):
         stamp, expires, _, length = HEAD.unpack_from(packed)
         return None if expires and expires <= now else Stored(packed[HEAD.size + length :], stamp)
 
-    def _left(self, key: str, now: int) -> int | None:
-        expires = HEAD.unpack_from(self._path(key).read_bytes())[1]
-        return expires - now if expires else None
-
     def _write(self, key: str, value: bytes, stamp: int, now: int, ttl: int | None, due: int | None) -> Reply:
         name, expires, look = key.encode(), 0 if ttl is None else now + ttl, 0 if due is None else stamp + due
+        if ttl == KEEP:
+            expires = HEAD.unpack_from(self._path(key).read_bytes())[1]
         new = self._path(key).with_suffix(".new")
         new.write_bytes(HEAD.pack(stamp, expires, look, len(name)) + name + value)
         new.replace(self._path(key))
