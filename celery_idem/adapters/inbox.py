@@ -306,10 +306,11 @@ class _Inbox:
         run = form.get("decision") == "run"
         decision = Decision(key, answer, _user(request), evidence, run, int(fence))
         decided = await self._changed(decide, self._operator, decision)
+        if decided.stands:
+            self._settled_here(key)
         if decided.why:
             del form["fence"]  # the page shows what stands there now, and a decision is about that
             return await self._intent_page(request, key, decided.why, form)
-        self._settled_here(key)
         return _redirect(request, f"/?settled={quote(key)}")
 
     async def _cancel(self, request: Request) -> Response:
@@ -360,10 +361,10 @@ class _Inbox:
             )
             for _, decided in decide_all(self._operator, decisions):
                 counts[decided.verdict] += 1
-                if decided.why:
-                    others.append(decided)
-                else:
+                if decided.stands:
                     self._settled_here(decided.key)
+                else:
+                    others.append(decided)
             return "", counts, others
 
         problem, counts, others = await run_in_threadpool(decide)

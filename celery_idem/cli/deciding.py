@@ -20,7 +20,7 @@ from celery_idem.operate.bulk import Decided, Decision, Line, decide_all, read_d
 from celery_idem.operate.operators import Operator, Which, decisions_of, iso
 
 SAMPLES = 20
-"""Lines of a file that are printed with what is wrong with them. The others are counted; ``--json`` has all."""
+"""Lines of a file that are printed with what there is to say of them. The others are counted; ``--json`` has all."""
 
 WORDS = {
     "settled": "settled",
@@ -148,12 +148,14 @@ def resolve(
     lines = [Line(number, decision) for number, decision in enumerate(decisions, 1)]
     refused = []
     for _, decided in decide_all(operator, lines, dry_run):
-        if decided.entry is None or decided.verdict not in ("settled", "already"):
+        if decided.entry is None or not decided.stands:
             refused.append(decided)
         elif screen.as_json:
             screen.json(operator.describe(decided.entry))
         else:
             screen.state(decided.entry.state, decided.key)
+            if decided.why:
+                screen.line(f"{decided.why[0].upper()}{decided.why[1:]}.")
     if not screen.as_json and dry_run:
         screen.line("Nothing was changed.")
     elif not screen.as_json and isinstance(answer, NotHappened) and not run and len(refused) < len(lines):
@@ -174,12 +176,13 @@ def _by_file(screen: Screen, operator: Operator, lines: list[Line], dry_run: boo
         )
     counts: Counter[str] = Counter()
     progress = Progress(f"{{}} of {len(lines):,} decided; Ctrl-C stops here", screen.as_json)
-    stopped = False
+    stopped, told = False, 0
     try:
         for number, decided in decide_all(operator, lines, dry_run):
             progress.tick()
             counts[decided.verdict] += 1
-            _report(screen, number, decided, sum(counts.values()) - counts["settled"] - counts["already"])
+            told += bool(decided.why)
+            _report(screen, number, decided, told)
     except StoreError as error:
         progress.end()
         raise StoreError(f"{error} {_summary(counts, dry_run)} Run it again to go on.") from error
@@ -189,9 +192,8 @@ def _by_file(screen: Screen, operator: Operator, lines: list[Line], dry_run: boo
     if screen.as_json:
         screen.json({"summary": {verdict: counts[verdict] for verdict in WORDS}, "dry_run": dry_run})
     else:
-        left = sum(counts.values()) - counts["settled"] - counts["already"] - SAMPLES
-        if left > 0:
-            screen.line(f"… and {left:,} more such lines: --json prints all.")
+        if told > SAMPLES:
+            screen.line(f"… and {told - SAMPLES:,} more such lines: --json prints all.")
         screen.line(_summary(counts, dry_run))
     if stopped:
         click.echo("Stopped. Run it again to go on: what is decided by then is not decided twice.", err=True)
@@ -200,12 +202,12 @@ def _by_file(screen: Screen, operator: Operator, lines: list[Line], dry_run: boo
         raise SystemExit(1)
 
 
-def _report(screen: Screen, number: int, decided: Decided, problems: int) -> None:
+def _report(screen: Screen, number: int, decided: Decided, told: int) -> None:
     state = "" if decided.entry is None else decided.entry.state
     if screen.as_json:
         verdict, key, why, _ = decided
         screen.json({"line": number, "key": key, "verdict": verdict, "state": state, "why": why})
-    elif decided.why and problems <= SAMPLES:
+    elif decided.why and told <= SAMPLES:
         screen.line(f"line {number}: {WORDS[decided.verdict]}: {decided.why}")
 
 

@@ -1,6 +1,6 @@
 """The call in an open record: what it takes to publish the same message again, and to say which action it is.
 
-Packed as a byte for the kind, then, in clear, two bytes of length and the task id, one line of JSON about the
+Packed as a byte for the kind, then, in clear, two bytes of length and the task id, one line of kombu's JSON about the
 message, and the message's body as it was on the wire. The body's serializer is Celery's affair: nothing here reads it.
 """
 
@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import struct
+from contextlib import suppress
 from enum import IntEnum
 from functools import lru_cache
 from typing import Any, NamedTuple
+
+from celery_idem.core.json_values import FROM_JSON, to_json
 
 MISSING, CLEAR, SEALED = range(3)
 """First byte of a packed call: how it is kept. After ``MISSING`` a second one says why it is not (``Why``)."""
@@ -75,14 +78,22 @@ class Call(NamedTuple):
 
 
 def pack(call: Call) -> bytes:
-    """Return a call as bytes. Raises ``TypeError, ValueError``: a header has a value that JSON does not know."""
+    """Return a call as bytes. Raises ``TypeError``, ``ValueError``: kombu's JSON cannot write one of its headers."""
     task_id, headers, properties, *rest, body = call
     try:
         head = _head(tuple(headers.items()), tuple(properties.items()), *rest)
     except TypeError:  # a header that is no plain value
-        head = _encode((headers, properties, *rest)).encode("utf-8", "surrogatepass")
+        head = _nested((headers, properties, *rest)).encode("utf-8", "surrogatepass")
     named = task_id.encode("utf-8", "surrogatepass")
     return b"".join((b"\x01", _LENGTH.pack(len(named)), named, head, b"\n", body))
+
+
+def _nested(parts: Any) -> str:
+    with suppress(TypeError):  # a date, bytes, …
+        text = _encode(parts)
+        if '"__type__"' not in text:
+            return text
+    return to_json(parts)
 
 
 @lru_cache(maxsize=256)  # most calls of one producer differ in nothing but the id and the body
@@ -96,7 +107,7 @@ def unpack(packed: bytes) -> Call:
         raise ValueError(f"a call of kind {packed[:1].hex() or 'nothing'}")
     end = 3 + int.from_bytes(packed[1:3], "big")
     head, newline, body = packed[end:].partition(b"\n")
-    parts = json.loads(head.decode("utf-8", "surrogatepass"))
+    parts = FROM_JSON.decode(head.decode("utf-8", "surrogatepass"))
     if not newline or not isinstance(parts, list) or len(parts) != len(Call._fields) - 2:
         raise ValueError("a call of another shape")
     return Call._make((packed[3:end].decode("utf-8", "surrogatepass"), *parts, body))

@@ -223,15 +223,6 @@ def ttl(record: Record, policy: Policy) -> int | None:
     return policy.failure_ttl + steps if state is State.FAILED else steps
 
 
-def ttl_left(ttl: int, age: int) -> int:
-    """What is left of a TTL that counts from a write ``age`` microseconds ago.
-
-    A record that should have expired by then was written under another policy: it is kept for the whole TTL, and never
-    deleted early.
-    """
-    return ttl - age if 0 < age < ttl else ttl
-
-
 def due(record: Record, policy: Policy | None = None) -> int | None:
     """When somebody has to look at an open record, in microseconds after the stamp of its write; None: never.
 

@@ -15,7 +15,7 @@ from celery_idem.core.errors import StoreError
 from celery_idem.core.model import Policy, Record, Refused, State, Stored
 from celery_idem.core.record import pack, unpack
 from celery_idem.engine import clock
-from celery_idem.stores.base import Reply, Store
+from celery_idem.stores.base import KEEP, Reply, Store
 
 ROUNDS = 50
 """How often a write starts over because of another writer. Each round one of them made progress;
@@ -91,7 +91,7 @@ def change(
         value = pack(new)
         ttl = 0 if new is DELETED else protocol.ttl(new, policy) if policy is not None else None
         if ttl and stored is not None and isinstance(decision, Refused):
-            ttl = protocol.ttl_left(ttl, reply.now - stored.stamp)  # it only notes something
+            ttl = KEEP  # it only notes something
         due = protocol.due(new, policy)
         before = clock.elapsed()
         if stored is None:

@@ -18,8 +18,9 @@ from celery_idem.engine.entries import Entry
 from celery_idem.integration import messages, templates
 from celery_idem.integration.awaiting import warn_on_loop
 from celery_idem.integration.guarded import GuardedTask
+from celery_idem.integration.publishing import in_scope
 from celery_idem.integration.receipts import Receipt
-from celery_idem.integration.submitting import OPTIONS, Submission, accepted, look_again
+from celery_idem.integration.submitting import OPTIONS, Submission, accepted, all_the_same, look_again
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -108,6 +109,7 @@ class _Batches:
             args, kwargs, given = _parts(self.task, call)
             own = {"scope": self.scope, "occurrence": None, "idempotency_key": None}
             own.update((name, given.pop(name)) for name in keys.LABELS.keys() & given.keys())
+            own["scope"] = in_scope(self.task.guard.settings.scope, own["scope"])
             _check_options(self.task, given)
             return Submission(self.task, args, kwargs, own, {**self.options, **given})
         except (TypeError, IntentError) as error:
@@ -129,8 +131,11 @@ class _Batches:
         """Its receipt, if it is not to be published; or the record in which it is accepted, if it is in one."""
         if isinstance(found, StoreError):
             runs = self.task.guard.options.on_store_error == "run"
-            then = "published" if runs else "refused"
+            known = all_the_same(call) if found.key else None  # else each would wait for the store once more
+            then = "told" if known is not None else "published" if runs else "refused"
             events.emit("store_error", call.key, error=str(found), while_="submitting", then=then)
+            if known is not None:
+                return known
             if not runs:
                 return Receipt(
                     "not_run", call.key, reason=str(found), code="store_error", _source=call.source

@@ -286,6 +286,10 @@ def of_submission(
         for name, value in kept.items():
             if isinstance(value, datetime):
                 kept[name] = value.isoformat()
+        if not isinstance(kept.get("queue", ""), str):
+            kept |= _place(kept.pop("queue"), kept)
+        if "exchange" in kept:
+            kept["exchange"] = getattr(kept["exchange"], "name", kept["exchange"])
         if not kept.keys() & {"queue", "exchange"}:  # recovery runs in a worker, which may have other routes
             routed = task.app.amqp.router.route(
                 {**task._get_exec_options(), **kept}, task.name, args, kwargs, task_type=task
@@ -310,6 +314,17 @@ def of_submission(
     except Exception as error:  # of any serializer
         events.diagnose(logging.DEBUG, "%s: its call is not kept", task_id, error=error)
         return Why.UNWRITABLE.packed
+
+
+def _place(queue: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Where Celery sends the message of a call whose queue is an object of kombu's, in names.
+
+    Where recovery runs, the application may not have a queue of that name: it then makes one, with a direct exchange.
+    """
+    exchange = queue.exchange
+    if given.get("exchange") or exchange is None or not exchange.name or exchange.type == "direct":
+        return {"queue": queue.name}
+    return {"exchange": exchange.name, "routing_key": given.get("routing_key") or queue.routing_key}
 
 
 def arguments(app: Celery, call: Call) -> tuple[Any, Any, Any]:
@@ -445,10 +460,9 @@ def request_of(app: Celery, key: str, call: Call) -> Context:
 
 def of_the_broker(app: Celery, error: Exception) -> bool:
     """Whether the broker did not take a message. Any other error is about the call."""
-    transport = app.connection_for_write().transport
-    return isinstance(
-        error, (OperationalError, OSError, *transport.connection_errors, *transport.channel_errors)
-    )
+    at = app.connection_for_write()
+    known = (*at.transport.connection_errors, *at.transport.channel_errors, *at.recoverable_connection_errors)
+    return isinstance(error, (OperationalError, OSError, *known))
 
 
 class BrokerError(IdempotencyError):

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from celery_idem.core.errors import ConfigurationError
+from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.model import MICROSECONDS, Accepted, State
 from celery_idem.engine import events
 from celery_idem.integration import transactions
@@ -14,7 +14,14 @@ from celery_idem.integration.guarded import GuardedTask
 from celery_idem.integration.looking import undecided
 from celery_idem.integration.publishing import in_scope
 from celery_idem.integration.receipts import Receipt
-from celery_idem.integration.submitting import ACCEPTED_FOR, Submission, accepted, look_again, submit_task
+from celery_idem.integration.submitting import (
+    ACCEPTED_FOR,
+    Submission,
+    accepted,
+    look_again,
+    submit_call,
+    without_store,
+)
 
 FIRST = 1.0
 """Seconds until recovery publishes a call that was accepted in a transaction: most commit sooner and publish
@@ -37,6 +44,7 @@ def submit_in(
             "Point idem_store at your database (postgresql://… or sqlite:///…), or use "
             "task.submit_on_commit(connection, …), which does not survive a crash right after the commit."
         )
+    own = {**own, "scope": in_scope(guard.settings.scope, own["scope"])}
     call = Submission(task, args, kwargs, own, options, FIRST)
     if guard.settings.shadow or not call.recovers:
         why = (
@@ -49,7 +57,10 @@ def submit_in(
             )
         )
         raise ConfigurationError(f"{task.name}: submit_in does not work here: {why}.")
-    decision, entry = ledger.inside(connection).accept(call.key, call.request, call.wait)
+    try:
+        decision, entry = ledger.inside(connection).accept(call.key, call.request, call.wait)
+    except StoreError as error:  # errors of the author's own connection are the author's
+        return without_store(call, error, may_run=False)
     if decision is None:
         return undecided(entry, Receipt("in_progress", call.key, _source=call.source), call.source)
     if not isinstance(decision, Accepted):
@@ -81,14 +92,12 @@ def submit_on_commit(
     options: Mapping[str, Any],
 ) -> None:
     """See ``IdempotentTask.submit_on_commit``."""
+    own = {**own, "scope": in_scope(task.guard.settings.scope, own["scope"])}
     key = Submission(task, args, kwargs, own, options).key  # refuses now what cannot be submitted later
-    scope = in_scope(task.guard.settings.scope, own["scope"])
 
     def submit() -> None:
         try:
-            receipt = submit_task(
-                task, args, kwargs, scope, own["occurrence"], own["idempotency_key"], options
-            )
+            receipt = submit_call(Submission(task, args, kwargs, own, options))
             if receipt.status != "not_run":
                 return
             error: object = receipt.reason

@@ -144,11 +144,17 @@ def submit_task(
     idempotency_key: str | None,
     options: Mapping[str, Any],
 ) -> Receipt:
-    """Accept a call in its record and publish it; or say what is known of its intent."""
+    """Accept a call that is made here and now, and publish it; or say what is known of its intent."""
+    scope = in_scope(task.guard.settings.scope, scope)
     labels = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
-    call = Submission(task, args, kwargs, labels, options)
-    ledger, key = task.guard.ledger, call.key
-    if task.guard.settings.shadow:
+    return submit_call(Submission(task, args, kwargs, labels, options))
+
+
+def submit_call(call: Submission) -> Receipt:
+    """Accept a call in its record and publish it; or say what is known of its intent."""
+    guard, key = call.task.guard, call.key
+    ledger = guard.ledger
+    if guard.settings.shadow:
         # A record was then written while the guard was on, and does not answer this call.
         call.publish()
         return accepted(key, call.task_id, call.mine._replace(ledger=None))
@@ -162,7 +168,7 @@ def submit_task(
                 ledger.revoked(key, entry.record.task_id, call.request.policy)
                 decision, entry = ledger.accept(key, call.request, call.wait)
     except StoreError as error:
-        return _without_store(call, error)
+        return without_store(call, error)
     if decision is not None and not isinstance(decision, Accepted):
         return call.told(entry)
     return call.sent(entry if decision is not None else None)
@@ -172,7 +178,8 @@ class Submission:
     """One call that is about to be accepted.
 
     Attributes:
-        own: its scope, occurrence and the caller's own key, by their names.
+        own: its scope, occurrence and the caller's own key, by their names. No other scope than that is asked for:
+            the call may have been made elsewhere, where ``idem_scope`` says something else.
         options: of ``apply_async``.
         key: of its intent.
         call: as the record holds it.
@@ -195,12 +202,10 @@ class Submission:
     ) -> None:
         guard, app = task.guard, task.app
         declaration, ledger, policy = guard.declaration, guard.ledger, guard.options.policy
-        scope = in_scope(guard.settings.scope, own["scope"])
-        # As it is here and now: recovery publishes elsewhere, where idem_scope says something else.
-        own = {name: keys.label(name, value) for name, value in {**own, "scope": scope}.items()}
+        own = {name: keys.label(name, value) for name, value in own.items()}
         arguments = declaration.bind(args, kwargs)
         self.key = declaration.key(
-            ledger.namespace, arguments, scope, own["occurrence"], own["idempotency_key"]
+            ledger.namespace, arguments, own["scope"], own["occurrence"], own["idempotency_key"]
         )
         fingerprint = declaration.fingerprint(arguments, own["idempotency_key"])
         self.task, self.args, self.kwargs, self.own = task, tuple(args), dict(kwargs), own
@@ -221,7 +226,7 @@ class Submission:
             self.task_id,
             {**self.options, **own, "countdown": None, "eta": due, "expires": expires},
         )
-        digest = keys.scope_digest(ledger.namespace, scope)
+        digest = keys.scope_digest(ledger.namespace, own["scope"])
         self.request = Request(owners.mint(), self.task_id, fingerprint, policy, scope=digest, call=self.call)
         wait = ACCEPTED_FOR if seconds is None else seconds  # read here, so that tests can shorten it
         wait += 0.0 if due is None else max(0.0, (due - app.now()).total_seconds())
@@ -331,15 +336,17 @@ def accept_published(
     return None
 
 
-def _without_store(call: Submission, error: StoreError) -> Receipt:
-    """``on_store_error`` says what becomes of a call whose intent the store cannot tell."""
+def without_store(call: Submission, error: StoreError, may_run: bool = True) -> Receipt:
+    """``on_store_error`` says what becomes of a call whose intent the store cannot tell.
+
+    Args:
+        may_run: it may be published without a record. Not in a transaction, which may roll back.
+    """
     key, guard = call.key, call.task.guard
     policy = guard.options.on_store_error
-    try:  # a store that takes no writes may still know the answer
-        entry = guard.ledger.look(key)
-        known = from_record(entry, key, "", call.source) if entry is not None else None
-    except StoreError:
-        known = None
+    if policy == "run" and not may_run:
+        policy = "retry"
+    known = all_the_same(call)
     then = "told" if known is not None else "published" if policy == "run" else "refused"
     events.emit("store_error", key, error=str(error), while_="submitting", then=then)
     if known is not None:
@@ -351,6 +358,15 @@ def _without_store(call: Submission, error: StoreError) -> Receipt:
         return accepted(key, call.publish(), call.mine)
     why = f"{type(error).__name__}: {error}"
     return Receipt("not_run", key, reason=why, code="store_error", _source=call.source)
+
+
+def all_the_same(call: Submission) -> Receipt | None:
+    """What the store knows of a call that it cannot accept: it may take no writes, or not this one."""
+    try:
+        entry = call.task.guard.ledger.look(call.key)
+    except StoreError:
+        return None
+    return None if entry is None else from_record(entry, call.key, "", call.source)
 
 
 def first_due(app: Celery, options: Mapping[str, Any]) -> int:

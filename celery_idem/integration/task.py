@@ -299,6 +299,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
 
         Raises:
             ConfigurationError: another database, no transaction, or a call that recovery could not publish.
+            StoreError: as ``submit``. Errors of the connection are its driver's.
             TypeError, IntentError: as ``submit``.
         """
         own = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}

@@ -7,7 +7,6 @@ for its result (whoever waits for a result begins to listen then).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery
@@ -16,6 +15,7 @@ from celery.app.task import Task
 
 from celery_idem.core import keys
 from celery_idem.integration import publishing
+from celery_idem.integration.confirming import confirmed_together
 from celery_idem.integration.guarded import GuardedTask
 from celery_idem.integration.messages import BRIEFLY
 from celery_idem.integration.submitting import Submission
@@ -71,12 +71,12 @@ class Template:
         self._parent = task.app.current_worker_task if options.get("add_to_parent", True) else None
         self.buffers = bool(getattr(producer, "supports_batch_publish", False))  # kombu 5.7
         self._real = producer
-        self._producer = _Declared(producer) if self.buffers else producer
+        self._producer = _Declared(producer)
         self._first: _App | None = None
 
     def together(self) -> Any:
-        """Send what is published within at its end, where the transport can."""
-        return self._real.batch(UNFLUSHED) if self.buffers else nullcontext()
+        """Send what is published within at its end, or have it confirmed then, where the transport can."""
+        return self._real.batch(UNFLUSHED) if self.buffers else confirmed_together(self._real)
 
     def publish(self, call: Submission, entry: Entry) -> None:
         """Publish one call.
@@ -151,7 +151,7 @@ class _Amqp(_StandIn):
 
 
 class _Declared(_StandIn):
-    """A producer that declares each queue once. While it only buffers, there is nothing to try again."""
+    """A producer that declares each queue once, and tries nothing again: what fails is published by itself then."""
 
     def __init__(self, real: Any) -> None:
         super().__init__(real)
@@ -159,6 +159,10 @@ class _Declared(_StandIn):
 
     def publish(self, body: Any, declare: Any = None, retry: Any = False, **options: Any) -> Any:
         new = [entity for entity in declare or () if id(entity) not in self._known]
-        published = self._real.publish(body, declare=new, retry=False, **options)
+        try:
+            published = self._real.publish(body, declare=new, retry=False, **options)
+        except BaseException:
+            self._known.clear()  # of a connection that may be lost
+            raise
         self._known.update((id(entity), entity) for entity in new)
         return published

@@ -72,7 +72,7 @@ class Decided(NamedTuple):
             was claimed again, or does not exist); ``not_possible`` (its record does not hold the call that should
             run); ``not_published`` (decided, and the broker did not take its call); ``invalid`` (the line is no
             decision).
-        why: for people; empty for ``settled`` and ``already``.
+        why: for people; for ``settled`` and ``already`` empty, or why callers do not get the value.
         entry: the intent as it is now; None if there is none, or if it was not looked at.
     """
 
@@ -80,6 +80,11 @@ class Decided(NamedTuple):
     key: str
     why: str = ""
     entry: Entry | None = None
+
+    @property
+    def stands(self) -> bool:
+        """The decision is in the record, and nothing is left to do."""
+        return self.verdict in ("settled", "already")
 
 
 def read_decisions(lines: Iterable[bytes], by: str, evidence: str) -> Iterator[Line]:
@@ -163,7 +168,10 @@ def decide(operator: Operator, decision: Decision, dry_run: bool = False) -> Dec
             publish()  # if it was published before, the second message is a duplicate
         except BrokerError as error:
             return Decided("not_published", key, str(error), entry)
-    return Decided(verdict, key, "", entry)
+    outcome = entry.record.outcome
+    lost = outcome is not None and outcome.payload is None
+    why = f"callers learn that it happened, and do not get the value: {outcome.missing}" if lost else ""
+    return Decided(verdict, key, why, entry)
 
 
 def _decided_so(operator: Operator, entry: Entry, decision: Decision) -> bool:

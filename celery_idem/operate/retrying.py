@@ -10,7 +10,7 @@ from celery_idem.engine.entries import Entry
 from celery_idem.integration import messages
 from celery_idem.integration.publishing import HIDDEN
 from celery_idem.integration.recovering import call_of
-from celery_idem.integration.submitting import submit_task
+from celery_idem.integration.submitting import Submission, submit_call
 from celery_idem.integration.task import IdempotentTask
 from celery_idem.operate.operators import Arguments, Operator
 
@@ -78,7 +78,7 @@ def retry(
     if why or dry_run:
         return Retried(why=why)
     operator.forget(entry.key)
-    receipt = submit_task(task, known.args, known.kwargs, *labels, {})
+    receipt = submit_call(Submission(task, known.args, known.kwargs, labels._asdict(), {}))
     if receipt.status == "not_run":
         return Retried(why="its failure is forgotten, and the call did not get in. Make the call again")
     if receipt.status != "accepted":

@@ -22,6 +22,9 @@ from celery_idem.core.model import Stored
 OWNER = 12
 """Length of the owner token, with which every value begins. A replacement compares it and the stamp."""
 
+KEEP = -1
+"""As ``ttl`` of a replacement: the new value expires when the old one would have."""
+
 
 class Reply(NamedTuple):
     """The answer of ``create``, ``read`` and ``replace``.
@@ -38,7 +41,7 @@ class Reply(NamedTuple):
 
 
 class Change(NamedTuple):
-    """One replacement of ``old`` at ``key`` by ``value``. ``ttl`` and ``due`` are as for ``Store.create``."""
+    """One replacement of ``old`` at ``key`` by ``value``. ``ttl`` and ``due`` are as for ``Store.replace``."""
 
     key: str
     old: Stored
@@ -167,7 +170,7 @@ class Store(ABC):
         """Write ``value`` if the stamp and the first ``OWNER`` bytes are still those of ``old``.
 
         The new stamp is the store's time, or the old stamp plus one if that is later. ``ttl`` and ``due`` are as for
-        ``create`` and count from this write; ``ttl`` 0 deletes.
+        ``create`` and count from this write; ``ttl`` 0 deletes, and ``KEEP`` leaves what is left of its time.
         """
 
     @abstractmethod

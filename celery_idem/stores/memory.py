@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from celery_idem.core.model import Stored
-from celery_idem.stores.base import OWNER, Listed, Mark, Reply, Store
+from celery_idem.stores.base import KEEP, OWNER, Listed, Mark, Reply, Store
 
 SCHEMES = ("memory",)
 
@@ -96,7 +96,8 @@ class MemoryStore(Store):
 
     def _write(self, key: str, value: bytes, stamp: int, now: int, ttl: int | None) -> Stored:
         stored = Stored(value, stamp)
-        self._values[key] = (stored, None if ttl is None else now + ttl)
+        expires = self._values[key][1] if ttl == KEEP else None if ttl is None else now + ttl
+        self._values[key] = (stored, expires)
         return stored
 
 

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.model import Stored
 from celery_idem.stores.base import (
+    KEEP,
     OWNER,
     Announcement,
     Change,
@@ -668,5 +669,5 @@ def _stored(value: bytes) -> Stored:
 
 
 def _milliseconds(ttl: int | None) -> bytes:
-    """Return a TTL for the scripts, rounded up: empty means for ever, 0 not at all."""
-    return b"" if ttl is None else b"%d" % -(-ttl // 1000)
+    """Return a TTL for the scripts, rounded up: empty means for ever, 0 not at all, -1 what is left."""
+    return b"" if ttl is None else b"-1" if ttl == KEEP else b"%d" % -(-ttl // 1000)

@@ -4,7 +4,7 @@
 --   KEYS[3]  the second value's key, which is its channel too; may be left out
 --   ARGV[1]  the stamp and owner it must still have (the first 20 bytes of the value)
 --   ARGV[2]  the new packed record
---   ARGV[3]  how long to keep it, in milliseconds; "": for ever; "0": delete it
+--   ARGV[3]  how long to keep it, in milliseconds; "": for ever; "0": delete it; "-1": what is left of its time
 --   ARGV[4]  when to look at it, in microseconds from the new stamp; "": it is not open
 --   ARGV[5]  the second value
 --   ARGV[6]  how long to keep that, in seconds; "": for ever
@@ -31,6 +31,8 @@ if keep == '0' then
   call('DEL', key)
 elseif keep == '' then
   call('SET', key, value)
+elseif keep == '-1' then
+  call('SET', key, value, 'KEEPTTL')
 else
   call('SET', key, value, 'PX', keep)
 end

@@ -92,7 +92,7 @@ class SqlStore(SqlPrimitives):
         if self.dialect == "sqlite":  # without a connection of ours, which would wait for the author's lock
             file, path = theirs[2], self._engine.url.database or ""
             path = path.removeprefix("file:").partition("?")[0]
-            return bool(file) and os.path.realpath(file) == os.path.realpath(path)
+            return bool(file) and os.path.realpath(os.fsdecode(file)) == os.path.realpath(path)
         if theirs != self._place:  # the first time, or after another server took over
             ours = tuple(self._rows(self._sql.place, {})[0])
             if not ours[1]:

@@ -100,7 +100,8 @@ LEFT JOIN celery_idem AS held ON held.key = :key AND (held.expires IS NULL OR he
 
 _REPLACE = """
 UPDATE celery_idem
-SET stamp = {greatest}(clock.now, stamp + 1), value = :value, expires = clock.now + :ttl,
+SET stamp = {greatest}(clock.now, stamp + 1), value = :value,
+  expires = CASE WHEN CAST(:ttl AS bigint) < 0 THEN expires ELSE clock.now + :ttl END,
   due = {greatest}(clock.now, stamp + 1) + :due
 FROM (SELECT {now} AS now) AS clock
 WHERE key = :key AND stamp = :stamp AND substr(value, 1, :length) = :owner
@@ -124,7 +125,8 @@ mine AS MATERIALIZED (
   FOR UPDATE OF there SKIP LOCKED
 )
 UPDATE celery_idem AS there
-SET stamp = greatest(clock.now, mine.was + 1), value = mine.value, expires = clock.now + mine.ttl,
+SET stamp = greatest(clock.now, mine.was + 1), value = mine.value,
+  expires = CASE WHEN mine.ttl < 0 THEN there.expires ELSE clock.now + mine.ttl END,
   due = greatest(clock.now, mine.was + 1) + mine.due
 FROM clock, mine
 WHERE there.key = mine.key

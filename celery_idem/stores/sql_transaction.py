@@ -95,10 +95,11 @@ def _opened(given: Any) -> _At:
         from psycopg import Cursor
         from psycopg.rows import tuple_row
 
-        by_tuples = _by_cursor(
-            lambda: Cursor(given, row_factory=tuple_row)
-        )  # whatever the author's cursors are
-        return _At("postgresql", "pyformat", by_tuples, lambda: given)
+        def run(statement: str, parameters: dict[str, Any]) -> Sequence[Any]:
+            with Cursor(given, row_factory=tuple_row) as cursor:  # whatever the author's cursors are
+                return cursor.execute(statement, parameters).fetchall()  # which waits for a pipeline, too
+
+        return _At("postgresql", "pyformat", run, lambda: given)
     if "psycopg2" in kinds:
         from psycopg2.extensions import cursor
 

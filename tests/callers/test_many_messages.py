@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import amqp
 import pytest
 import redis
 from celery import Celery, signals
@@ -15,7 +17,7 @@ from kombu.exceptions import OperationalError
 
 from celery_idem import IdempotentTask
 from celery_idem.integration import templates
-from tests.support.servers import RedisServer
+from tests.support.servers import RabbitMQServer, RedisServer
 
 QUEUE = "many"
 
@@ -159,6 +161,39 @@ def test_a_hundred_of_which_nobody_knows_what_the_broker_took_is_published_once_
     again = ids[100:200] if flushed else []
     assert published == ids[:200] + again + ids[200:]
     assert len(turns) == 3
+
+
+@pytest.mark.rabbitmq
+def test_confirmations_of_many_are_awaited_together(
+    app: Celery, rabbitmq: RabbitMQServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    awaited: list[str] = []
+    real = amqp.Channel.basic_publish_confirm
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        awaited.append("")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(amqp.Channel, "basic_publish_confirm", counted)
+    queue, full = f"many-{uuid.uuid4().hex}", {"x-max-length": 350, "x-overflow": "reject-publish"}
+    app.conf.update(
+        broker_url=rabbitmq.url,
+        broker_transport_options={"confirm_publish": True},
+        task_queues=[Queue(queue, queue_arguments=full)],
+    )
+    pay = app.tasks["shop.pay"]
+
+    def queued() -> int:
+        with app.connection_for_read() as connection:
+            return int(connection.default_channel.queue_declare(queue, passive=True).message_count)
+
+    told = {receipt.code for receipt in pay.submit_many([(str(n),) for n in range(250)], queue=queue)}
+    assert (told, queued(), len(awaited)) == ({""}, 250, 3)
+    # The broker refuses what the queue has no room for: of that hundred nobody knows which it took.
+    told = {receipt.code for receipt in pay.submit_many([(f"{n} more",) for n in range(150)], queue=queue)}
+    assert (told, queued()) == ({"", "not_sent"}, 350)
+    receipts = pay.submit_many([("the last",)], queue=queue)
+    assert [(receipt.status, receipt.code) for receipt in receipts] == [("accepted", "not_sent")]
 
 
 def test_a_task_with_a_part_of_its_own_in_publishing_keeps_it(app: Celery) -> None:

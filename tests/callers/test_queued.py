@@ -9,12 +9,14 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
 from typing import Any
 
 import httpx
 import pydantic
 import pytest
 from celery import Celery, group
+from kombu import Exchange, Queue
 from kombu.exceptions import OperationalError
 
 from celery_idem import IdempotentTask, Ledger
@@ -209,6 +211,24 @@ def test_recovery_publishes_to_the_queue_that_its_producer_chose(app: Celery) ->
     assert messages(app) == 0
     app.conf.task_default_queue = queue
     assert (worker_has != queue, messages(app)) == (True, 1)
+
+
+def test_recovery_publishes_to_queues_and_with_headers_that_were_objects(app: Celery) -> None:
+    task, direct, topic = app.tasks["shop.pay"], f"direct-{uuid.uuid4().hex}", f"topic-{uuid.uuid4().hex}"
+    bound = Queue(topic, Exchange(topic, "topic"), "invoices.eu")
+    with app.connection_for_write() as connection:
+        bound.bind(connection.default_channel).declare()
+    odd = {"at": datetime(2026, 11, 28, tzinfo=timezone.utc), "id": uuid.UUID(int=7), "raw": b"\xff"}
+    odd["like kombu's"] = {"__type__": "bytes", "__value__": "x"}
+    with broker_away(app):
+        task.submit("1", queue=Queue(direct, Exchange(direct, "direct"), direct), headers=odd)
+        task.submit("2", queue=bound)
+        task.submit("3", exchange=Exchange(topic, "topic"), routing_key="invoices.eu", headers={"a": [1]})
+    assert [one.published for one in recover(app)] == [True] * 3
+    assert (messages(app), messages(app, direct), messages(app, topic)) == (0, 1, 2)
+    app.conf.task_default_queue = direct
+    ((headers, _),) = taken(app)
+    assert {name: headers[name] for name in odd} == odd
 
 
 def test_models_are_accepted_as_they_are_published(app: Celery) -> None:

@@ -152,6 +152,22 @@ def test_a_dry_run_changes_nothing(idem: Idem, ledger: Ledger, tmp_path: Path) -
     assert state(ledger, "a") == "in_doubt"
 
 
+def test_a_value_that_is_too_large_is_said_not_to_reach_its_callers(
+    idem: Idem, ledger: Ledger, tmp_path: Path
+) -> None:
+    for customer in ("a", "b"):
+        in_doubt(ledger, key(customer))
+    file = decisions(tmp_path, {"key": key("a"), "happened": "x" * (1 << 20), **SEEN})
+    for words in (("--dry-run",), ("--yes",)):
+        done = idem("resolve", "--from", file, *words)
+        assert done.exit_code == 0
+        assert "line 1: settled: callers learn that it happened, and do not get the value" in done.stdout
+        assert "more than idem_max_result_bytes" in done.stdout
+    assert state(ledger, "a") == "succeeded"
+    words = ("--happened", json.dumps("x" * (1 << 20)), "--evidence", "seen", "--yes")
+    assert "do not get the value" in idem("resolve", key("b"), *words).stdout
+
+
 def test_what_list_prints_is_a_file_once_a_decision_is_added(
     idem: Idem, ledger: Ledger, tmp_path: Path
 ) -> None:

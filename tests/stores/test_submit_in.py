@@ -124,6 +124,25 @@ def by_driver(shop: Shop, ends: Callable[[], None]) -> None:
         ends()
 
 
+def by_pipeline(shop: Shop, ends: Callable[[], None]) -> None:
+    if shop.url.startswith("sqlite"):
+        sqlite = sqlite3.connect(shop.url.removeprefix("sqlite:///"))
+        sqlite.text_factory = bytes
+        with sqlite:
+            shop.ship.submit_in(sqlite, 7)
+            ends()
+        sqlite.close()
+        return
+    with (
+        psycopg.connect(shop.url, autocommit=True) as connection,
+        connection.pipeline(),
+        connection.transaction(),
+    ):
+        connection.execute("INSERT INTO orders VALUES (7)")
+        shop.ship.submit_in(connection, 7)
+        ends()
+
+
 def by_django(shop: Shop, ends: Callable[[], None]) -> None:
     connection = django_connection(shop.url)
     from django.db.transaction import Atomic
@@ -142,14 +161,17 @@ def roll_back() -> None:
     raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("by", [by_connection, by_driver, by_django])
+HOOKLESS = (by_driver, by_pipeline)
+
+
+@pytest.mark.parametrize("by", [by_connection, *HOOKLESS, by_django])
 def test_connections(shop: Shop, by: Callable[[Shop, Callable[[], None]], None]) -> None:
     with pytest.raises(ZeroDivisionError):
         by(shop, roll_back)
     assert (shop.state(), shop.messages()) == ("", 0)
     by(shop, lambda: None)
-    assert (shop.state(), shop.messages()) == ("accepted", 0 if by is by_driver else 1)
-    if by is by_driver:  # which has no hook
+    assert (shop.state(), shop.messages()) == ("accepted", 0 if by in HOOKLESS else 1)
+    if by in HOOKLESS:
         wait_for(lambda: any(one.published for one in recovering.recover(shop.app)), message="recovery")
         assert shop.messages() == 1
 
@@ -188,6 +210,20 @@ def test_what_could_not_be_kept_is_refused(shop: Shop, tmp_path: Path) -> None:
     elsewhere = Shop(shop.url, f"memory://{uuid.uuid4().hex}")
     with Session(shop.engine) as session, pytest.raises(ConfigurationError, match="submit_on_commit"):
         elsewhere.ship.submit_in(session, 7)
+
+
+def test_a_store_that_cannot_tell_is_a_receipt(shop: Shop) -> None:
+    store = shop.ship.guard.ledger.store
+    store.create(f"idem:{shop.ship.intent_key(7)}", b"no record of ours, or of a newer version")
+    with Session(shop.engine) as session, session.begin():
+        receipt = shop.place(session)
+    assert (receipt.status, receipt.code) == ("not_run", "store_error")
+    assert shop.ship.submit(7).status == "not_run"
+    shop.app.conf.idem_on_store_error = "run"
+    type(shop.ship)._guard_made = None
+    with Session(shop.engine) as session, session.begin():
+        assert shop.ship.submit_in(session, 7).status == "not_run"
+    assert shop.messages() == 0
 
 
 def test_another_schema_is_refused(postgres_url: str) -> None:

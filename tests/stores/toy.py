@@ -9,7 +9,7 @@ from pathlib import Path
 
 from celery_idem.core.errors import StoreError
 from celery_idem.core.model import Stored
-from celery_idem.stores.base import OWNER, Listed, Mark, Reply, Store
+from celery_idem.stores.base import KEEP, OWNER, Listed, Mark, Reply, Store
 
 HEAD = struct.Struct(
     ">QQQI"
@@ -64,8 +64,7 @@ class DirectoryStore(Store):
             with self._locked() as now:
                 held = self._held(key, now)
                 if held is not None and held.stamp == stamp:
-                    expires = HEAD.unpack_from(self._path(key).read_bytes())[1]
-                    self._write(key, held.value, stamp, now, expires - now if expires else None, due)
+                    self._write(key, held.value, stamp, now, KEEP, due)
 
     def purge(self, limit: int) -> int:
         deleted = 0
@@ -108,6 +107,8 @@ class DirectoryStore(Store):
 
     def _write(self, key: str, value: bytes, stamp: int, now: int, ttl: int | None, due: int | None) -> Reply:
         name, expires, look = key.encode(), 0 if ttl is None else now + ttl, 0 if due is None else stamp + due
+        if ttl == KEEP:
+            expires = HEAD.unpack_from(self._path(key).read_bytes())[1]
         new = self._path(key).with_suffix(".new")
         new.write_bytes(HEAD.pack(stamp, expires, look, len(name)) + name + value)
         new.replace(self._path(key))

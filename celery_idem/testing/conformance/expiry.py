@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from celery_idem.core.model import MICROSECONDS, Stored
+from celery_idem.stores.base import KEEP, Change, Reply
 from celery_idem.testing.conformance.base import MINE, SHORT, YOURS, Suite, held_by, stamp_of
 
 
@@ -38,6 +39,20 @@ class Expiry(Suite):
         assert last.done
         self.wait_until(self.store, last.now + SHORT + 2000)
         assert {key for key, _ in self.store.scan(self.key(""))} == {self.key("for ever"), self.key("longer")}
+
+    def test_what_is_left_of_a_time_to_live_can_be_kept(self) -> None:
+        def write(name: str, ttl: int | None) -> Reply:
+            key, first = self.key(name), self.store.create(self.key(name), MINE, ttl)
+            if name.endswith("many"):
+                return self.store.replace_many([Change(key, held_by(first), MINE + b"2", KEEP)])[0]
+            return self.store.replace(key, held_by(first), MINE + b"2", KEEP)
+
+        last = [write(name, SHORT) for name in ("one", "many")]
+        last += [write(f"for ever {name}", None) for name in ("one", "many")]
+        assert all(reply.done for reply in last)
+        self.wait_until(self.store, last[-1].now + SHORT + 2000)
+        found = {key for key, _ in self.store.scan(self.key(""))}
+        assert found == {self.key("for ever one"), self.key("for ever many")}
 
     def test_a_time_to_live_may_be_shorter_than_the_store_counts(self) -> None:
         for ttl in (1, 999, 1001):
