@@ -334,7 +334,9 @@ def rows(pool: str, starts: int, rounds: int, count: int, peers: bool) -> list[R
         ours = counted[name]
         counts = f"{ours.trips} round trips and {ours.sent} commands a task"
         assert ours.sent == 2, counts
-        assert 2 <= ours.trips < 2.05, counts  # a connection that the worker opens meanwhile is a few more in all
+        assert 2 <= ours.trips < 2.05, (
+            counts
+        )  # a connection that the worker opens meanwhile is a few more in all
     cpu = {NAMES.get(name, name): [one.cpu for one in spent] for name, spent in found.items()}
     wall = {NAMES.get(name, name): [one.wall for one in spent] for name, spent in found.items()}
     notes = {NAMES.get(name, name): _note(counted[name], kept[name]) for name in variants}
