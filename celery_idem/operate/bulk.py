@@ -168,9 +168,9 @@ def decide(operator: Operator, decision: Decision, dry_run: bool = False) -> Dec
             publish()  # if it was published before, the second message is a duplicate
         except BrokerError as error:
             return Decided("not_published", key, str(error), entry)
-    outcome = entry.record.outcome
-    lost = outcome is not None and outcome.payload is None
-    why = f"callers learn that it happened, and do not get the value: {outcome.missing}" if lost else ""
+    why, outcome = "", entry.record.outcome
+    if outcome is not None and outcome.payload is None:
+        why = f"callers learn that it happened, and do not get the value: {outcome.missing}"
     return Decided(verdict, key, why, entry)
 
 
