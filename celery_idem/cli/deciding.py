@@ -17,7 +17,7 @@ from celery_idem.cli.screen import Screen, command, printable, yes_option
 from celery_idem.core.errors import StoreError
 from celery_idem.core.model import Happened, NotHappened
 from celery_idem.operate.bulk import Decided, Decision, Line, decide_all, read_decisions
-from celery_idem.operate.operators import Operator, Which, decisions_of, iso
+from celery_idem.operate.operators import Operator, Which, iso
 
 SAMPLES = 20
 """Lines of a file that are printed with what is wrong with them. The others are counted; ``--json`` has all."""
@@ -272,7 +272,7 @@ def decisions(
     wanted = (
         decision
         for entry in found
-        for decision in decisions_of(entry)
+        for decision in operator.decisions(entry)
         if decision.at >= which.since and by in (None, decision.by)
     )
     if screen.as_json:
@@ -282,9 +282,8 @@ def decisions(
         return
     shown = nlargest(limit or LINES, wanted)
     for decision in shown:
-        screen.line(
-            f"{iso(decision.at)}  {decision.by}: {decision.what}  {decision.key}  {decision.evidence}"
-        )
+        words = filter(None, (decision.key, decision.action, decision.evidence))
+        screen.line(f"{iso(decision.at)}  {decision.by}: {decision.what}  {'  '.join(words)}")
     if not shown:
         screen.line("No decisions.")
     found.end()
