@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.core.exceptions import PermissionDenied
+from django.db import connections, transaction
 from django.http import HttpRequest, HttpResponse
 from django.urls import re_path
 
@@ -67,20 +68,25 @@ def inbox_urls(app: Celery, *, allowed: Callable[[Any], bool] = is_superuser) ->
         user = await sync_to_async(user_of)(request)
         if user is not None:
             return await _answer(site, _scope(request, path, user), request)
-        if request.method != "GET":
+        if request.method not in ("GET", "HEAD"):
             raise PermissionDenied("Sign in first.")
         return redirect_to_login(request.get_full_path())
 
     view.csrf_exempt = True  # type: ignore[attr-defined]  # the inbox' forms have a token of their own
+    for (
+        database
+    ) in connections:  # ATOMIC_REQUESTS refuses async views, and a decision is no part of the site's data
+        transaction.non_atomic_requests(using=database)(view)
     return [re_path(r"^(?P<path>.*)$", view, name="celery_idem_inbox")]
 
 
 def _scope(request: HttpRequest, path: str, user: str) -> dict[str, Any]:
     """Return the request as ASGI has it, mounted where the URL patterns are."""
     root = request.path.removesuffix(path).rstrip("/")
+    # The host as the site knows it (USE_X_FORWARDED_HOST): forms have to come from there.
     headers = [
         (name.lower().encode("latin-1"), value.encode("latin-1", "replace"))
-        for name, value in request.headers.items()
+        for name, value in {**request.headers, "Host": request.get_host()}.items()
     ]
     return {
         "type": "http",

@@ -34,7 +34,7 @@ from urllib.parse import parse_qs, quote
 
 from celery_idem.core.errors import ConfigurationError, IdempotencyError, StoreError, needs
 from celery_idem.core.model import Happened, NotHappened
-from celery_idem.engine.entries import Entry
+from celery_idem.engine.entries import WAITING, Entry
 from celery_idem.operate.background import Background, Latest
 from celery_idem.operate.bulk import Decided, Decision, Line, decide, decide_all, no_number
 from celery_idem.operate.operators import Action, Operator
@@ -210,6 +210,8 @@ class _Inbox:
         if request.query_params.get("settled"):
             try:
                 settled = await run_in_threadpool(self._operator.find, request.query_params["settled"])
+                if settled.state not in WAITING:
+                    self._settled_here(settled.key)  # another process of the site may have written it
             except StoreError:
                 raise
             except IdempotencyError:

@@ -22,7 +22,6 @@ from celery_idem.operate.operators import (
     Operator,
     Resolved,
     Which,
-    decisions_of,
     duration,
     iso,
 )
@@ -252,7 +251,7 @@ def look(operator: Operator) -> Iterator[Overview]:
         hour = int(entry.age // 3600)
         if hour < HOURS:
             seen.hours[HOURS - 1 - hour][state] += 1
-        for decision in decisions_of(entry):
+        for decision in operator.decisions(entry):
             if len(decisions) < DECISIONS:
                 heappush(decisions, decision)
             else:

@@ -17,7 +17,7 @@ from celery_idem.cli.screen import Screen, command, printable, yes_option
 from celery_idem.core.errors import StoreError
 from celery_idem.core.model import Happened, NotHappened
 from celery_idem.operate.bulk import Decided, Decision, Line, decide_all, read_decisions
-from celery_idem.operate.operators import Operator, Which, decisions_of, iso
+from celery_idem.operate.operators import Operator, Which, iso
 
 SAMPLES = 20
 """Lines of a file that are printed with what there is to say of them. The others are counted; ``--json`` has all."""
@@ -274,7 +274,7 @@ def decisions(
     wanted = (
         decision
         for entry in found
-        for decision in decisions_of(entry)
+        for decision in operator.decisions(entry)
         if decision.at >= which.since and by in (None, decision.by)
     )
     if screen.as_json:
@@ -284,9 +284,8 @@ def decisions(
         return
     shown = nlargest(limit or LINES, wanted)
     for decision in shown:
-        screen.line(
-            f"{iso(decision.at)}  {decision.by}: {decision.what}  {decision.key}  {decision.evidence}"
-        )
+        words = filter(None, (decision.key, decision.action, decision.evidence))
+        screen.line(f"{iso(decision.at)}  {decision.by}: {decision.what}  {'  '.join(words)}")
     if not shown:
         screen.line("No decisions.")
     found.end()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any
 
 import click
@@ -12,7 +13,7 @@ import click
 from celery_idem.cli.reading import LINES, Reading, filters, within_option
 from celery_idem.cli.screen import Screen, command, printable, yes_option
 from celery_idem.core.errors import IdempotencyError, StoreError
-from celery_idem.engine.entries import FILTERS, WAITING, Entry, tallied
+from celery_idem.engine.entries import FILTERS, GROUPS, OPEN, WAITING, Entry, tallied
 from celery_idem.integration import recovering
 from celery_idem.operate.bulk import in_threads
 from celery_idem.operate.operators import COMPARE, Action, Oldest, Operator, Which, duration
@@ -72,23 +73,31 @@ def list_(
 ) -> None:
     """List intents, the longest unchanged first. Exit status 1 if there is none.
 
-    With --json: one line per intent, in no order.
+    With --json: one line per intent. Of all states together, or of those that have ended, without --limit: in no order,
+    as they are read.
     """
     which = which._replace(suspect=suspect)
     found = Reading(lambda tick: operator.select(which, tick), within, quiet=screen.as_json)
-    if screen.as_json:
+    every = screen.as_json and limit is None and page == 1
+    if every and not (suspect or which.state in (*OPEN, *GROUPS)):  # there may be more than fit into memory
         number = 0
-        for number, entry in enumerate(islice(found, limit), 1):  # noqa: B007  # counted where there are none
+        for number, entry in enumerate(found, 1):  # noqa: B007  # counted where there are none
             screen.json(operator.describe(entry))
         found.end()
         raise SystemExit(0 if number else NOTHING)
     lines = LINES if limit is None else limit
-    oldest = Oldest(lines * page)
+    oldest = Oldest(math.inf if every else lines * page)
     for entry in found:
         oldest.add(entry)
     entries, total = oldest.entries()[lines * (page - 1) :], oldest.total
     for entry in entries:
-        _print_line(screen, entry, operator.action(entry))
+        if screen.as_json:
+            screen.json(operator.describe(entry))
+        else:
+            _print_line(screen, entry, operator.action(entry))
+    if screen.as_json:
+        found.end()
+        raise SystemExit(0 if total else NOTHING)
     if total > len(entries):
         screen.line(
             f"Page {page} of {-(-total // lines):,}, {total:,} intents. --page and --limit show others, --json all."

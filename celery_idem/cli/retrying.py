@@ -55,19 +55,26 @@ def retry(
             f"{len(entries)} intents that failed: each failure is forgotten and its call published, so it RUNS. Go on?",
             yes,
         )
-    left = 0
+    left = later = 0
     for entry in entries:
         done = run_again(operator, entry, given.get(entry.key), said, dry_run)
         left += bool(done.why)
+        later += done.later
         _print(screen, entry.key, done)
     if not screen.as_json:
         what = "would be published" if dry_run else "published"
-        screen.line(f"{len(entries) - left} {what}, {left} not.")
+        screen.line(f"{len(entries) - left - later} {what}, {left} not.")
+        if later:
+            screen.line(
+                f"{later} accepted, and not published: a worker does it when the broker is back, or `idem recover`."
+            )
     if left:
         raise SystemExit(1)
 
 
 def _print(screen: Screen, key: str, done: Retried) -> None:
-    said = f"published      {key}" + (f"  task {done.task_id}" if done.task_id else "")
+    said = f"{'accepted' if done.later else 'published':<13}  {key}" + (
+        f"  task {done.task_id}" if done.task_id else ""
+    )
     said = f"not published  {key}: {done.why}." if done.why else said
-    screen.answer({"key": key, "task_id": done.task_id, "why": done.why}, said)
+    screen.answer({"key": key, "task_id": done.task_id, "why": done.why, "later": done.later}, said)

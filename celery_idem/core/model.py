@@ -242,7 +242,8 @@ class Record(NamedTuple):
         digests: per-field digests for finding key drift; may be empty.
         noticed: the store's clock had gone back, see there.
         scope: digest of the scope that the intent belongs to; empty for none.
-        call: what it takes to publish the same message again (see ``calls``); only while the intent is open.
+        call: what it takes to publish the same message again (see ``calls``); only while the intent is open, or where
+            it was contested or decided.
         place: host and process of the latest execution; only while the intent is open, or where it was contested.
         recovery: what recovery has done; None: nothing.
     """

@@ -171,7 +171,8 @@ MAX_NAMED = 8
 """Steps named in a line of history: enough to recognise the body by."""
 
 MAX_LATE = 1024
-"""Bytes of a result that a note of a suspected second effect keeps: what is looked for at a destination is an id."""
+"""Bytes of a result that a note of a suspected second effect keeps: what is looked for at a destination is an id. As
+many of a call stay beside an outcome (see ``_for_people``)."""
 
 MAX_CRASHES = 255
 """Crashes are kept in one byte; ``max_attempts`` is refused above it (see settings)."""
@@ -685,9 +686,18 @@ def _settled(record: Record, outcome: Outcome) -> Record:
         notes=record.notes,
         digests=record.digests,
         scope=record.scope,
+        call=_for_people(record.call) if record.notes else b"",
         place=record.place if record.notes else "",  # of what was contested: both attempts may be looked for
         outcome=outcome,
     )
+
+
+def _for_people(call: bytes) -> bytes:
+    """The call beside the outcome of what was contested or decided: which action it was has to be seen.
+
+    A large one is dropped: after an outage there may be many.
+    """
+    return call if len(call) <= MAX_LATE else b""
 
 
 def _let_run(record: Record, now: int) -> Record:
@@ -771,6 +781,7 @@ def _suspected(record: Record, held: Record, outcome: Outcome, stamp: int, now: 
         stamp,
     )
     new = _noted(record, Note(now, by, "ended late", "the effect may have happened twice", late=late))
+    new = replace(new, call=new.call or _for_people(held.call))
     if record.state is State.SCHEDULED:
         new = replace(new, lease=min(record.lease, max(0, left(record, stamp, now))))
     return new
@@ -1113,7 +1124,7 @@ def resolve(
 
     Args:
         fence: of the record that the person looked at; None: they take what stands there.
-        owed: keep the call of what happened until it was published once more: that answers its caller (see ``told``).
+        owed: keep any call of what happened until it was published once more: that answers its caller (see ``told``).
     """
     looked_at_another = fence is not None and fence != record.fence
     open_question = record.state is State.IN_DOUBT or lapsed(record, stamp, now)
@@ -1124,13 +1135,16 @@ def resolve(
     if outcome is None:
         new = _let_run(record, now)
         return Done(new), new
-    new = replace(_settled(record, outcome), owner=NO_OWNER, call=record.call if owed else b"")
+    new = replace(_settled(record, outcome), owner=NO_OWNER)
+    if owed:
+        new = replace(new, call=record.call)
     return Done(new), new
 
 
 def told(record: Record) -> Record | None:
-    """The call of a decided intent was published once more, and need not be kept any longer."""
-    return replace(record, call=b"") if record.outcome is not None and record.call else None
+    """The call of a decided intent was published once more, and need not be kept any longer for that."""
+    kept = _for_people(record.call)
+    return replace(record, call=kept) if record.outcome is not None and record.call != kept else None
 
 
 def rewritten(record: Record, stamp: int, now: int) -> Record | None:

@@ -135,6 +135,7 @@ class Resolved(NamedTuple):
         at: seconds since the epoch.
         by: who decided; ``reconcile`` for the destination that was asked.
         what: in lower case, see ``model.Resolution``.
+        action: which action it was about, in one line; "" where that is not known.
     """
 
     at: float
@@ -143,6 +144,7 @@ class Resolved(NamedTuple):
     by: str
     what: str
     evidence: str
+    action: str = ""
 
 
 class Asked(NamedTuple):
@@ -429,7 +431,7 @@ class Operator:
         record, task = entry.record, self.task_of(entry.key)
         call, why = call_of(self.app, entry.key, record)
         said = describing.Said()
-        if record.outcome is not None:
+        if record.outcome is not None and not record.call:
             why = "it is settled"
         elif call is not None and task is None:
             why = "this application does not have the task, which says what is secret"
@@ -452,6 +454,14 @@ class Operator:
             record.fence / MICROSECONDS if began else None,
             entry.changed_at if lives else None,
         )
+
+    def decisions(self, entry: Entry) -> Iterator[Resolved]:
+        """Return the decisions that an intent's record keeps."""
+        decided = [note for note in entry.record.notes if note.resolution is not None]
+        action = self.action(entry).line if decided else ""
+        for note in decided:
+            what = str(note.resolution and note.resolution.name.lower())
+            yield Resolved(note.at / 1e6, entry.key, entry.task, note.by, what, note.evidence, action)
 
     def describe(self, entry: Entry) -> dict[str, Any]:
         """Return an intent as JSON values. Times are ISO 8601 in UTC, durations are seconds."""
@@ -546,14 +556,6 @@ class Operator:
             return str(error)
 
 
-def decisions_of(entry: Entry) -> Iterator[Resolved]:
-    """Return the decisions that an intent's record keeps."""
-    for note in entry.record.notes:
-        if note.resolution is not None:
-            what = note.resolution.name.lower()
-            yield Resolved(note.at / 1e6, entry.key, entry.task, note.by, what, note.evidence)
-
-
 class Oldest:
     """Keeps the entries that are unchanged for longest, in bounded memory.
 
@@ -564,7 +566,7 @@ class Oldest:
         total: number of entries added.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: float) -> None:
         self._limit = limit
         self._heap: list[tuple[float, int, Entry]] = []  # the youngest of them first
         self.total = 0

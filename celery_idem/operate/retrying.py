@@ -29,10 +29,12 @@ class Retried(NamedTuple):
     Attributes:
         task_id: of the message that was published; with ``dry_run`` "", and where nothing was.
         why: why nothing was published, for people; "" where it was, or would be.
+        later: the broker did not take the message. The call is accepted, and recovery publishes it.
     """
 
     task_id: str = ""
     why: str = ""
+    later: bool = False
 
 
 def retry(
@@ -56,7 +58,8 @@ def retry(
     if entry.record.state not in (State.FAILED, State.RELEASED):
         return Retried(why=_REFUSED.get(entry.state, f"it is {entry.state}"))
     call, _ = call_of(operator.app, entry.key, entry.record)
-    if given is None and call is not None and call.publishable:
+    of_record = entry.record.state is State.RELEASED and call is not None and call.publishable
+    if given is None and call is not None and of_record:
         if not dry_run:
             try:
                 messages.publish(operator.app, entry.key, call)
@@ -78,12 +81,16 @@ def retry(
     if why or dry_run:
         return Retried(why=why)
     operator.forget(entry.key)
-    receipt = submit_call(Submission(task, known.args, known.kwargs, labels._asdict(), {}))
+    try:
+        receipt = submit_call(Submission(task, known.args, known.kwargs, labels._asdict(), {}))
+    except Exception as error:  # of any driver, router or serializer: recovery could not publish it either
+        what = f"its failure is forgotten, and its call was not published ({type(error).__name__})"
+        return Retried(why=f"{what}. Make the call again")
     if receipt.status == "not_run":
         return Retried(why="its failure is forgotten, and the call did not get in. Make the call again")
     if receipt.status != "accepted":
         return Retried(why=f"another call came first: {receipt.status}")
-    return Retried(receipt.task_id)
+    return Retried(receipt.task_id, later=receipt.code == "not_sent")
 
 
 _REFUSED = {

@@ -60,8 +60,9 @@ def in_doubt(
 
 def suspected(ledger: Ledger, key: str, first: object = "inv-1", second: object = "inv-2") -> tuple[Any, Any]:
     """An intent whose first execution ended after another had taken it over and ended. Returns both holds."""
-    late = claimed(ledger, key, lease=0, on_crash="rerun", place="shop@web-1, process 11")
-    stands = claimed(ledger, key, on_crash="rerun", place="shop@web-2, process 22")
+    call = message("a", 7)
+    late = claimed(ledger, key, lease=0, on_crash="rerun", place="shop@web-1, process 11", call=call)
+    stands = claimed(ledger, key, on_crash="rerun", place="shop@web-2, process 22", call=call)
     stands.settle(Outcome(True, b"j" + json.dumps(second).encode()), 0.0)
     late.settle(Outcome(True, b"j" + json.dumps(first).encode()), 0.0)
     return late, stands

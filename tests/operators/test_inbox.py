@@ -283,9 +283,12 @@ def outage(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pages_and_filters(outage: None, client: TestClient, ledger: Ledger) -> None:
     def listed(**query: str) -> list[str]:
         page = client.get("/", params=query).text
-        assert "113 intents wait" in page
+        heading = re.search(r"<h1>(\d+) intents? waits?", page)
+        assert heading
+        counts.append(int(heading[1]))
         return [unquote(found) for found in re.findall(r'/intent\?key=([^"]+)"', page)]
 
+    counts: list[int] = []  # in the heading: the number that is to be typed
     pages = [listed(page=str(n)) for n in (1, 2, 3)]
     assert [len(page) for page in pages] == [50, 50, 13]
     assert len({key for page in pages for key in page}) == 113
@@ -295,8 +298,9 @@ def test_pages_and_filters(outage: None, client: TestClient, ledger: Ledger) -> 
     assert len(listed(reason="readtimeout", page="3")) == 10
     assert listed(older_than="3600") == listed(scope="acme") == []
     assert len(listed(older_than="1e999", scope="")) == 50
+    assert counts == [113] * 6 + [3, 110, 0, 0, 113]
     filtered = client.get("/", params={"reason": "ReadTimeout"}).text
-    assert "110 of 113 are shown" in filtered
+    assert "In all there are 113." in filtered
     assert 'href="?reason=ReadTimeout&amp;page=2"' in filtered
 
 
@@ -350,7 +354,7 @@ def test_what_changed_since_the_page_was_shown_is_not_decided(
 
 def test_who_decided_what(client: TestClient, ledger: Ledger, idem: Any) -> None:
     for customer in ("a", "b"):
-        in_doubt(ledger, key(customer))
+        in_doubt(ledger, key(customer), call=message(customer, 7))
     ledger.resolve(key("b"), NotHappened(), by="bob", evidence="not there")
     post(client, "/resolve", key=key("a"), decision="happened", evidence="<inv_7> is there", result="7")
     page = client.get("/decisions").text
@@ -361,6 +365,8 @@ def test_who_decided_what(client: TestClient, ledger: Ledger, idem: Any) -> None
         ("ann", "happened", key("a"), "<inv_7> is there"),
         ("bob", "not_happened", key("b"), "not there"),
     }
+    assert [f"customer_id=&#39;{customer}&#39;" in page for customer in "ab"] == [True, True]
+    assert {line["action"].partition(",")[0] for line in lines} == {"customer_id='a'", "customer_id='b'"}
     assert "bob" not in idem("decisions", "--by", "ann").output
     assert "No decisions" in idem("decisions", "--task", "shop.remind").output
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +37,11 @@ def test_each_intent_is_listed_and_counted_once(app: Celery, ledger: Ledger, ide
     assert sorted(entry.key for entry in ledger.list("in_doubt")) == keys
     assert [tally.intents for tally in Operator(app).stats().values()] == [5]
     assert len(idem("list", "--json").output.splitlines()) == 5
+    for words in (("--state", "waiting"), ("--limit", "3"), ("--limit", "2", "--page", "2")):
+        people = [line.split()[2] for line in idem("list", *words).output.splitlines() if ":0000" in line]
+        assert [
+            json.loads(line)["key"] for line in idem("list", "--json", *words).output.splitlines()
+        ] == people
 
 
 def test_the_memory_is_bounded(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,6 +176,23 @@ def test_an_open_record_has_the_call_itself(shop: Shop) -> None:
     assert sent.get(timeout=30) == "charged o1"
 
 
+def test_a_broker_that_is_away_leaves_it_to_recovery(shop: Shop, tmp_path: Path) -> None:
+    key = shop.fails(shop.charge, "o1")
+    other = shop.fails(
+        shop.secret, "o2", 5, "4111"
+    )  # its record holds no whole call, so recovery has none to publish
+    path = tmp_path / "calls.jsonl"
+    path.write_text(json.dumps({"key": other, "args": ["o2", 5, "4111"]}))
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(messages, "in_time", unreachable)
+        broken.setattr(shop.app.tasks["shop.secret"], "apply_async", unreachable, raising=False)
+        done = shop.idem("retry", key, other, "--yes", "--arguments", str(path))
+    assert done.exit_code == 1
+    for says in (f"accepted       {key}", "0 published, 1 not.", "1 accepted", "Make the call again"):
+        assert says in done.output
+    assert {entry.key: entry.state for entry in shop.ledger.list()} == {key: "accepted"}
+
+
 def test_what_is_in_doubt_is_not_run(shop: Shop) -> None:
     key = shop.charge.intent_key("o1")
     in_doubt(shop.ledger, key)

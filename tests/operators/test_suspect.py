@@ -187,6 +187,7 @@ def test_it_is_listed_shown_and_audited(app: Celery, idem: Idem, ledger: Ledger)
     claimed(ledger, key("b")).settle(OUTCOME, 0.0)
     listed = idem("list", "--suspect")
     assert listed.exit_code == 0
+    assert "customer_id='a'" in listed.output
     assert [line.split()[2] for line in listed.output.splitlines() if "TWICE" in line] == [key("a")]
     (row,) = [json.loads(line) for line in idem("list", "--suspect", "--json").output.splitlines()]
     (suspicion,) = row["suspicions"]

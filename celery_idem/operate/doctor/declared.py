@@ -70,12 +70,14 @@ def _declared(task: IdempotentTask) -> Json:
             for name, parameter in parameters.items()
             if parameter.default is not parameter.empty
         },
+        "positional": [n for n, p in parameters.items() if p.kind in _POSITIONAL],
         "open_ended": [p.kind.name for p in parameters.values() if p.kind in _VARIABLE],
         "keep": max(settings.result_ttl, settings.failure_ttl or 0.0),
     }
 
 
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def _path(function: Callable[..., Any] | str) -> str:
@@ -317,7 +319,9 @@ def _call_changes(name: str, old: Json, new: Json, there: Counts) -> Iterator[Fi
     before, after = {*old["required"], *old["defaults"]}, {*new["required"], *new["defaults"]}
     gone = sorted(before - after) if "VAR_KEYWORD" not in new["open_ended"] else []
     wanted = sorted(set(new["required"]) - before)
+    named = [n for n in old["positional"] if n in after and n not in new["positional"]]
     what = [f"{n!r} is no parameter any more" for n in gone] + [f"{n!r} has to be given" for n in wanted]
+    what += [f"{n!r} has to be given by name" for n in named]
     if what:
         yield Finding(
             "error" if there.open else "warning",
@@ -328,7 +332,23 @@ def _call_changes(name: str, old: Json, new: Json, there: Counts) -> Iterator[Fi
             "Keep the parameter, with a default, until the last such message is done, and remove it in the release "
             "after that."
             if gone
-            else "Give it a default.",
+            else "Give it a default."
+            if wanted
+            else "Leave it where it is.",
+        )
+    moved = [
+        n
+        for at, n in enumerate(old["positional"])
+        if n in new["positional"][:at] + new["positional"][at + 1 :]
+    ]
+    if moved:
+        yield Finding(
+            "error",
+            "parameters-moved",
+            new["name"],
+            f"{', '.join(map(repr, moved))}: another position than before. A message of the last release, or a caller, "
+            f"that gives them by position gives other values, and no error ({there.open} of its intents are open).",
+            "Keep the order of the parameters, and add new ones at the end.",
         )
     if old["must_match"] != new["must_match"]:
         yield note(

@@ -51,7 +51,11 @@ def _in_django() -> Iterator[Entry]:
     from django_celery_beat.models import PeriodicTask
 
     for row in PeriodicTask.objects.filter(enabled=True, one_off=False).order_by("name"):
-        if OCCURRENCE not in json.loads(row.headers or "{}"):
+        try:
+            headers = json.loads(row.headers or "{}")
+        except ValueError:  # beat leaves out such an entry
+            continue
+        if not isinstance(headers, dict) or OCCURRENCE not in headers:
             yield Entry(row.name, row.task, row.interval_id is not None)
 
 

@@ -14,6 +14,7 @@ django.setup()
 
 from django.contrib.auth.models import User
 from django.core.management import call_command
+from django.db import connections
 from django.test import AsyncClient, Client
 from django.test.utils import override_settings, setup_test_environment
 from orders.tasks import capture
@@ -28,7 +29,7 @@ call_command("migrate", verbosity=0)
 User.objects.create_superuser("ann", password="x")
 User.objects.create_user("clerk", password="x")
 ledger = Ledger.from_app(celery_app)
-keys = [capture.intent_key(n, 1) for n in (100, 101)]
+keys = [capture.intent_key(n, 1) for n in (100, 101, 102)]
 for key in keys:
     in_doubt(ledger, key)
 
@@ -54,7 +55,7 @@ client.force_login(User.objects.get(username="clerk"))
 assert client.get("/ops/idem/").status_code == 403
 client.force_login(User.objects.get(username="ann"))
 page = client.get("/ops/idem/")
-assert "2 intents wait" in page.content.decode(), page.content
+assert "3 intents wait" in page.content.decode(), page.content
 assert "default-src 'none'" in page["content-security-policy"]
 assert client.get("/ops/idem/inbox.css")["content-type"].startswith("text/css")
 assert client.get("/ops/idem/nothing-here").status_code == 404
@@ -75,6 +76,15 @@ async def by_asgi():
 
 
 asyncio.run(by_asgi())
+
+# In a site whose views each run in a transaction, behind a proxy that changes the host.
+connections["default"].settings_dict["ATOMIC_REQUESTS"] = True
+with override_settings(USE_X_FORWARDED_HOST=True):
+    page = client.get("/ops/idem/intent", {"key": keys[2]}).content.decode()
+    form = urlencode(form_of(page, **DECISION))
+    proxied = {"Origin": "http://shop.example", "X-Forwarded-Host": "shop.example"}
+    settled = client.post("/ops/idem/resolve", form, "application/x-www-form-urlencoded", headers=proxied)
+    assert settled.status_code == 303, settled.content
 for key in keys:
     note = ledger.get(key).record.notes[-1]
     assert (note.by, note.evidence) == ("ann", DECISION["evidence"]), note
