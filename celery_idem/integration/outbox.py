@@ -77,6 +77,7 @@ def _publish_committed(call: Submission) -> None:
         if entry is None or entry.record.owner != owner or entry.record.state is not State.ACCEPTED:
             return
         if entry.record.recovery is None:  # recovery was not faster
+            call.as_accepted()
             call.publish(entry)
             look_again(ledger, key, owner, ACCEPTED_FOR + call.wait / MICROSECONDS)
     except Exception as error:  # of a store, or of any broker's driver

@@ -237,6 +237,12 @@ class Submission:
         """Recovery can publish it."""
         return recovers(self.task.guard, self.key, self.call)
 
+    def as_accepted(self) -> None:
+        """Take the arguments from the call as the record has it: their author may have changed them since."""
+        call, _ = messages.call_in(self.task.app, self.key, self.call)
+        if call is not None and not call.hidden:
+            self.args, self.kwargs, _ = messages.arguments(self.task.app, call)
+
     def told(self, entry: Entry) -> Receipt:
         """Return what the record says."""
         known = from_record(entry, self.key, "", self.source)

@@ -127,7 +127,17 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
 
     _guard_made: ClassVar[Guard | None] = None
 
+    _bound_early = False
+
     # --- declaration ------------------------------------------------------------------
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Bind a decorated task before Celery registers it: another thread that uses it first, too, finds it whole."""
+        task = super().__new__(cls)
+        if "_decorated" in vars(cls):
+            cls.bind(cls.app)
+            cls._bound_early = True
+        return task
 
     @classmethod
     def bind(cls, app: Celery) -> Any:
@@ -138,6 +148,9 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         Raises:
             ConfigurationError: the declaration or a setting is wrong.
         """
+        if vars(cls).get("_bound_early"):
+            cls._bound_early = False
+            return app
         in_code = declares(cls)
         bound = super().bind(app)
         declaration = declaring.declaration_of(cls, app, _asked(cls, app), in_code)
@@ -181,9 +194,10 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             ConfigurationError: a setting is wrong.
         """
         cls = type(self)
-        if cls._guard_made is None:
-            cls._guard_made = Guard.of(self, self._declared("a guard"))
-        return cls._guard_made
+        guard = cls._guard_made
+        if guard is None:  # and another thread may bind the task anew
+            guard = cls._guard_made = Guard.of(self, self._declared("a guard"))
+        return guard
 
     def intent_key(
         self, *args: Any, scope: str | None = None, occurrence: str | None = None, **kwargs: Any

@@ -79,10 +79,11 @@ class _At(NamedTuple):
 
 
 def _opened(given: Any) -> _At:
-    if hasattr(given, "run_sync"):
+    if hasattr(given, "run_sync") or hasattr(given, "__aenter__"):
         raise ConfigurationError(
-            f"settle_in and submit_in: the methods of an {type(given).__name__} are coroutines. Give what it wraps: "
-            "await session.run_sync(lambda session: task.submit_in(session, …))."
+            f"settle_in and submit_in: the methods of an {type(given).__name__} are coroutines. Give what SQLAlchemy's "
+            "AsyncSession wraps: await session.run_sync(lambda session: task.submit_in(session, …)). Of a driver: its "
+            "other kind of connection, in a thread."
         )
     if hasattr(given, "flush") and callable(getattr(given, "connection", None)):
         return _of_session(given)
@@ -91,7 +92,7 @@ def _opened(given: Any) -> _At:
     if hasattr(given, "vendor") and hasattr(given, "in_atomic_block"):  # Django's
         return _At(given.vendor, "pyformat", _by_cursor(given.cursor), lambda: _djangos(given))
     kinds = {kind.__module__.partition(".")[0] for kind in type(given).__mro__}
-    if "psycopg" in kinds and not hasattr(given, "__aenter__"):
+    if "psycopg" in kinds:
         from psycopg import Cursor
         from psycopg.rows import tuple_row
 
@@ -135,17 +136,17 @@ def _of_session(session: Any) -> _At:
 
 
 def _of_sqlalchemy(dialect: Any, connection: Callable[[], Any]) -> _At:
+    from sqlalchemy import text  # which spells parameters as the driver wants them
+
     def run(statement: str, parameters: dict[str, Any]) -> Sequence[Any]:
-        result = connection().exec_driver_sql(statement, parameters)
+        # None of the statements is one for a server-side cursor.
+        result = connection().execute(
+            text(statement), parameters, execution_options={"stream_results": False}
+        )
         rows: Sequence[Any] = result.all() if result.returns_rows else ()
         return rows
 
-    return _At(
-        dialect.name,
-        "named" if dialect.name == "sqlite" else dialect.paramstyle,
-        run,
-        lambda: connection().connection.dbapi_connection,
-    )
+    return _At(dialect.name, "named", run, lambda: connection().connection.dbapi_connection)
 
 
 def _by_cursor(open_cursor: Callable[[], Any]) -> Callable[[str, dict[str, Any]], Sequence[Any]]:
@@ -163,9 +164,12 @@ def _by_cursor(open_cursor: Callable[[], Any]) -> Callable[[str, dict[str, Any]]
 
 def _in_transaction(driver: Any) -> bool:
     """Tell whether the connection's next statement is in a transaction, and not committed at once."""
-    if hasattr(driver, "in_transaction"):  # sqlite3, which may also begin a transaction before the next write
-        begins = getattr(driver, "autocommit", -1)  # since Python 3.12; -1 means that isolation_level decides
+    sqlite = getattr(driver, "driver_connection", driver)  # of an asynchronous driver: what SQLAlchemy adapts
+    if hasattr(sqlite, "in_transaction"):  # sqlite3, which may also begin a transaction before the next write
+        begins = getattr(sqlite, "autocommit", -1)  # since Python 3.12; -1 means that isolation_level decides
         return (
-            driver.in_transaction or begins is False or (begins == -1 and driver.isolation_level is not None)
+            sqlite.in_transaction or begins is False or (begins == -1 and sqlite.isolation_level is not None)
         )
-    return not driver.autocommit or int(driver.info.transaction_status) != 0  # psycopg; 0: idle
+    if not driver.autocommit:
+        return True
+    return hasattr(driver, "info") and int(driver.info.transaction_status) != 0  # psycopg; 0: idle

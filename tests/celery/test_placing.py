@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from celery import Celery, Task
+from celery.app.registry import TaskRegistry
 from celery.app.trace import task_has_custom, trace_task
 from celery.worker.request import Request
 
@@ -621,3 +622,26 @@ def test_an_ordinary_task_keeps_its_throws(own: str) -> None:
     task = app.task(shared=False, name="ordinary", **options)(nothing)
     assert task.throws == task.__class__.throws == options.get("throws", Task.throws)
     assert ("throws" in vars(task.__class__)) == (own == "own")
+
+
+def test_a_task_is_whole_before_another_thread_can_find_it() -> None:
+    found = []
+
+    class Registry(TaskRegistry):  # type: ignore[misc]
+        def __setitem__(self, name: str, task: Any) -> None:
+            if name == "early":
+                found.append((task.idem_declaration is not None, task("x")))
+            super().__setitem__(name, task)
+
+    app = Celery("early", set_as_current=False, tasks=Registry())
+    app.conf.idem_store = f"memory://{uuid.uuid4().hex}"
+    ran = []
+
+    @app.task(base=IdempotentTask, shared=False, name="early", intent=("n",))
+    def early(n: str) -> str:
+        ran.append(n)
+        return n
+
+    assert early("x") == "x"
+    assert found == [(True, "x")]
+    assert ran == ["x"]

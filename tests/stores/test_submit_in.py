@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import NullPool
 
 from celery_idem import ConfigurationError, IdempotentTask, Ledger, Receipt
+from celery_idem.core.model import KEY
 from celery_idem.engine.entries import Entry
 from celery_idem.integration import recovering, transactions
 from tests.stores import chain
@@ -207,6 +208,8 @@ def test_what_could_not_be_kept_is_refused(shop: Shop, tmp_path: Path) -> None:
         assert shop.ship.submit_in(session, 8, connection="yes").status == "accepted"
     with pytest.raises(ConfigurationError, match="run_sync"):
         shop.ship.submit_in(AsyncSession(), 7)
+    with pytest.raises(ConfigurationError, match="are coroutines"):
+        shop.ship.submit_in(psycopg.AsyncConnection(psycopg.pq.PGconn.connect_start(b"")), 7)
     elsewhere = Shop(shop.url, f"memory://{uuid.uuid4().hex}")
     with Session(shop.engine) as session, pytest.raises(ConfigurationError, match="submit_on_commit"):
         elsewhere.ship.submit_in(session, 7)
@@ -224,6 +227,18 @@ def test_a_store_that_cannot_tell_is_a_receipt(shop: Shop) -> None:
     with Session(shop.engine) as session, session.begin():
         assert shop.ship.submit_in(session, 7).status == "not_run"
     assert shop.messages() == 0
+
+
+def test_what_is_published_is_what_was_accepted(shop: Shop) -> None:
+    order = {"lines": ["a"]}
+    engine = shop.engine.execution_options(stream_results=True)
+    with Session(engine) as session, session.begin():
+        receipt = shop.ship.submit_in(session, order)
+        order["lines"].append("for another one")
+    with shop.app.connection_for_read() as connection:
+        message = connection.SimpleQueue(shop.app.conf.task_default_queue).get(timeout=5)
+    assert message.payload[0] == [{"lines": ["a"]}]
+    assert message.headers[KEY] == receipt.key
 
 
 def test_another_schema_is_refused(postgres_url: str) -> None:
