@@ -33,6 +33,9 @@ COLOURS = {
 }  # fmt: skip
 """Colours of states, severities and verdicts. The word is always shown too."""
 
+NOBODYS = "default"
+"""What Celery calls the application that it makes where none is named."""
+
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Control characters but tab and newline: ESC, and the one-byte forms of terminal commands."""
 
@@ -144,7 +147,8 @@ def printable(text: str) -> str:
 
 def _next(error: IdempotencyError, app: Celery) -> str:
     """Return advice on an error that only the command line can give."""
-    if isinstance(error, ConfigurationError) and app is _state.default_app:
+    # In a Django site, and in Flask's pattern, the default is the one that was named.
+    if isinstance(error, ConfigurationError) and app is _state.default_app and app.main == NOBODYS:
         return " Did you name your application? celery -A proj idem …"
     if isinstance(error, StoreError) and not error.key:  # it concerns the whole store
         return " `idem doctor` checks the store and its settings."

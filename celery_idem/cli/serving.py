@@ -34,10 +34,11 @@ def inbox(screen: Screen, operator: Operator, port: int, address: str) -> None:
     token = given or secrets.token_urlsafe()
     site = pages(operator.app, token=token)
     try:
-        listening = socket.create_server((address, port))
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        listening = socket.create_server((address, port), family=family)
     except OSError as error:
         raise cannot_listen(address, port, error) from None
-    url = f"http://{address}:{listening.getsockname()[1]}/"
+    url = f"http://{f'[{address}]' if ':' in address else address}:{listening.getsockname()[1]}/"
     if screen.as_json:
         screen.json({"url": url, "token": None if given else token})
     else:

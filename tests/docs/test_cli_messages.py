@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from celery import Celery
+from celery import Celery, _state
 from celery.bin.base import CLIContext
 from click.testing import CliRunner
 
@@ -180,14 +180,17 @@ def test_doctor_says_it_of_a_store_that_is_away() -> None:
 
 
 @pytest.mark.parametrize("words", [("list",), ("doctor",)])
-def test_no_store_and_a_misspelt_setting(words: tuple[str, ...]) -> None:
+def test_no_store_and_a_misspelt_setting(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     code, output = line(Celery("none", set_as_current=False), *words)
     assert code == 1
     assert "needs a store" in output
     assert "Set idem_store" in output
-    code, output = line(Celery("slip", set_as_current=False, idem_leese=5), *words)
+    slip = Celery("slip", set_as_current=False, idem_leese=5)
+    monkeypatch.setattr(_state, "default_app", slip)  # as in a Django site
+    code, output = line(slip, *words)
     assert code == 1
     assert "Did you mean idem_lease?" in output
+    assert "Did you name" not in output
 
 
 @pytest.mark.parametrize(

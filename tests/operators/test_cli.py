@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ from tests.operators.forms import hidden
 from tests.operators.intents import claimed, in_doubt, message, succeeded
 from tests.operators.shop import app as shop
 from tests.operators.shop import remind, send_invoice
+from tests.support.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -491,6 +493,13 @@ def test_without_rich_json_works_and_the_rest_names_the_extra(
     assert ledger.get(key("a")) is not None
 
 
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
+def test_the_inbox_listens_by_ipv6(idem: Idem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **given: given["sockets"][0].close())
+    served = idem("inbox", "--port", "0", "--address", "::1", "--json")
+    assert json.loads(served.output)["url"].startswith("http://[::1]:")
+
+
 def test_the_inbox_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     words = [sys.executable, "-m", "celery", "-A", "tests.operators.shop", "idem", "inbox", "--port", "0"]
     monkeypatch.delenv("IDEM_INBOX_TOKEN", raising=False)
@@ -500,8 +509,8 @@ def test_the_inbox_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
             said = json.loads(served.stdout.readline())
             client = httpx.Client(base_url=said["url"], follow_redirects=True)
             form = hidden(client.get("/sign-in"))
-            page = client.post("/sign-in", data={**form, "name": "ann", "token": said["token"]})
-            assert "0 intents wait" in page.text
+            client.post("/sign-in", data={**form, "name": "ann", "token": said["token"]})
+            wait_for(lambda: "0 intents wait" in client.get("/").text, message="what waits")
         finally:
             served.send_signal(signal.SIGINT)
         assert served.wait(60) == 0
