@@ -1,7 +1,8 @@
-"""The call in an open record: what it takes to publish the same message again, and to say which action it is.
+"""The call in an open record: enough to publish the same message again, and to say which action it is.
 
-Packed as a byte for the kind, then, in clear, two bytes of length and the task id, one line of kombu's JSON about the
-message, and the message's body as it was on the wire. The body's serializer is Celery's affair: nothing here reads it.
+A packed call begins with a byte for its kind. In a call in clear follow two bytes with the length of the task id, the
+task id, one line of kombu's JSON about the message, and the message's body as it was on the wire. Nothing here reads
+the body, because only Celery knows its serializer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 from celery_idem.core.json_values import FROM_JSON, to_json
 
 MISSING, CLEAR, SEALED = range(3)
-"""First byte of a packed call: how it is kept. After ``MISSING`` a second one says why it is not (``Why``)."""
+"""First byte of a packed call: how it is kept. ``MISSING`` is followed by the reason (``Why``) only."""
 
 _LENGTH = struct.Struct(">H")
 
@@ -27,9 +28,9 @@ class Why(IntEnum):
     """Why a record does not hold its call. The numbers are part of the stored format: never reuse one."""
 
     OFF = 1  # keep_call=False
-    TOO_LARGE = 2  # max_call_bytes
-    UNWRITABLE = 3  # an argument or a header that its serializer refuses
-    KEY_LOST = 4  # it was sealed, and a person gave its key up
+    TOO_LARGE = 2  # above max_call_bytes
+    UNWRITABLE = 3  # its serializer refuses an argument or a header
+    KEY_LOST = 4  # it was sealed, and an operator gave its key up (`idem reseal`)
 
     @property
     def packed(self) -> bytes:
@@ -37,7 +38,7 @@ class Why(IntEnum):
 
 
 def missing(packed: bytes) -> Why | None:
-    """Return why a call is not kept; None where it is, or where nothing says so."""
+    """Return why a call is not kept; None if it is kept, and for empty bytes."""
     return Why(packed[1]) if len(packed) == 2 and packed[0] == MISSING else None
 
 
@@ -46,15 +47,15 @@ class Call(NamedTuple):
 
     Attributes:
         task_id: Celery's id of the call.
-        headers: of the message, without those that follow from the rest.
-        properties: of the message that are not the broker's own (``priority``, ``reply_to``, …).
-        content_type: names the serializer of the body; "" where there was no message (a direct or an eager call).
-        content_encoding: of the body.
-        exchange: that the message came through.
-        routing_key: with an empty exchange, the name of its queue.
-        broker: which broker the message came from, as a digest of its address; "" where any may take it.
-        hidden: values of ``secret`` parameters are hidden in the body, so it can be shown and not be published.
-        options: of ``apply_async``, of a call that was accepted before any message was made of it; None: a message.
+        headers: headers of the message, without those that can be derived from the rest.
+        properties: properties of the message that its sender chose (``priority``, ``reply_to``, …).
+        content_type: names the serializer of the body; "" for a direct or an eager call, which had no message.
+        content_encoding: encoding of the body.
+        exchange: exchange that the message came through.
+        routing_key: with an empty exchange, the name of the queue.
+        broker: digest of the address of the broker that the message came from; "" if any broker will do.
+        hidden: values of ``secret`` parameters are hidden in the body: it can be shown, and not published.
+        options: options of ``apply_async``, if the call was accepted before its message was made; None for a message.
         body: arguments and canvas, as they were on the wire.
     """
 
@@ -72,17 +73,21 @@ class Call(NamedTuple):
 
     @property
     def publishable(self) -> bool:
-        """A message can be made of it."""
+        """Whether a message can be made of the call."""
         routed = self.exchange or self.routing_key or self.options is not None
         return bool(self.content_type and routed and not self.hidden)
 
 
 def pack(call: Call) -> bytes:
-    """Return a call as bytes. Raises ``TypeError``, ``ValueError``: kombu's JSON cannot write one of its headers."""
+    """Return a call as bytes.
+
+    Raises:
+        TypeError, ValueError: kombu's JSON has no form for a header's value.
+    """
     task_id, headers, properties, *rest, body = call
     try:
         head = _head(tuple(headers.items()), tuple(properties.items()), *rest)
-    except TypeError:  # a header that is no plain value
+    except TypeError:  # a header with a list or a mapping cannot be a key of the cache
         head = _nested((headers, properties, *rest)).encode("utf-8", "surrogatepass")
     named = task_id.encode("utf-8", "surrogatepass")
     return b"".join((b"\x01", _LENGTH.pack(len(named)), named, head, b"\n", body))
@@ -96,13 +101,17 @@ def _nested(parts: Any) -> str:
     return to_json(parts)
 
 
-@lru_cache(maxsize=256)  # most calls of one producer differ in nothing but the id and the body
+@lru_cache(maxsize=256)  # most calls of one producer differ only in the id and the body
 def _head(headers: tuple[tuple[str, Any], ...], properties: tuple[tuple[str, Any], ...], *rest: Any) -> bytes:
     return _encode((dict(headers), dict(properties), *rest)).encode("utf-8", "surrogatepass")
 
 
 def unpack(packed: bytes) -> Call:
-    """Return the call in bytes that are kept in clear. Raises ``ValueError``: they are something else."""
+    """Return the call in bytes that are in clear.
+
+    Raises:
+        ValueError: the bytes are no call in clear.
+    """
     if packed[:1] != b"\x01" or len(packed) < 3:
         raise ValueError(f"a call of kind {packed[:1].hex() or 'nothing'}")
     end = 3 + int.from_bytes(packed[1:3], "big")

@@ -1,7 +1,7 @@
-"""The values everything else passes around. Frozen data: no I/O, no clock.
+"""The values that all other modules use. Frozen data: no I/O, no clock.
 
-Times are integers in microseconds of the *store's* clock; durations are integers
-in microseconds. One unit everywhere, so that no line has to convert in its head.
+Times are integers: microseconds of the *store's* clock. Durations are microseconds too, so that one unit is used
+everywhere.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ NO_OWNER = bytes(12)
 OnCrash = Literal["in_doubt", "resume", "rerun", "transaction"]
 OnLate = Literal["in_doubt", "run"]
 
-# Message headers. Everything that gives an intent its key travels, so that a worker can
-# derive the key itself; the key travels too, so that it is derived once.
+# Message headers. They carry everything that an intent's key is derived from, so that a worker can derive it. They also
+# carry the key itself, so that it is derived once.
 KEY = "idem-key"
 SCOPE = "idem-scope"
 OCCURRENCE = "idem-occurrence"
 CALLER_KEY = "idempotency-key"
 FINGERPRINT = "idem-fingerprint"
-"""Only in a message that continues an intent (its retry, a waiting duplicate): what the intent's
-arguments were, in hex. It is compared with itself, whatever the body made of its arguments."""
+"""Fingerprint of the intent's arguments, in hex. Only in a message that continues an intent (its retry, a waiting
+duplicate), so that it does not matter whether the body has changed its arguments."""
 
 PART_OF = "idem-part-of"
 """The action, named by a caller's own key, whose body made this call (``docs/adr/0014``)."""
 
 ACCEPTED_AT = "idem-accepted"
-"""Which record the call was accepted in: its stamp and its owner, in hex. A claim that replaces that very write needs
-one round trip; where the record has changed, it decides on what stands there."""
+"""The write that accepted the call: its stamp and its owner, in hex. A claim that replaces this write needs one round
+trip. If the record has changed since, the claim decides on the record that is there."""
 
 PUBLISHED = "idem-published"
-"""When the call was first due (published, or its ETA): seconds since 1970, by its producer's clock."""
+"""When the call was first due (published, or its ETA), in seconds since 1970, by its producer's clock."""
 
 MESSAGE = "idem-message"
-"""Id of the message that the headers above were made for; "" for one that is still to be made of them.
-Headers that were copied into another message are not that message's own."""
+"""Id of the message that the headers above were made for; "" if that message does not exist yet. With another id, they
+were copied from another message, and do not count for this one."""
 
 
 class State(IntEnum):
@@ -66,12 +66,12 @@ class Outcome(NamedTuple):
     """How the action ended.
 
     Attributes:
-        succeeded: False when the body raised.
-        payload: the encoded value or error; None when it could not be stored.
-        missing: why there is no payload, for people; empty when there is one.
-        replaced_by: id of the task that has the result, where the body handed its action over to one.
-        cancelled: a person cancelled it before it was done; ``missing`` says who, and what is done of it.
-        trace: the span in which it was made: 16 bytes of trace id, 8 of span id, 1 of flags; empty where spans are not
+        succeeded: False if the body raised.
+        payload: the encoded value or error; None if it could not be stored.
+        missing: why there is no payload, for people; empty if there is one.
+        replaced_by: id of the task that has the result, if the body replaced its task by another one.
+        cancelled: a person cancelled it before it was done; ``missing`` says who, and which steps are done.
+        trace: the span of the execution: 16 bytes of trace id, 8 of span id, 1 of flags; empty if spans are not
             recorded.
     """
 
@@ -84,7 +84,7 @@ class Outcome(NamedTuple):
 
     @property
     def traced(self) -> dict[str, Any]:
-        """The span as a detail of an event, in W3C's form (``traceparent``); nothing without one."""
+        """The span as a detail of an event, in W3C's form (``traceparent``); empty without a span."""
         if not self.trace:
             return {}
         text = self.trace.hex()
@@ -92,7 +92,7 @@ class Outcome(NamedTuple):
 
 
 TRACE_SIZE = 25
-"""Bytes of the context of a span."""
+"""Bytes of ``Outcome.trace``."""
 
 
 class Step(NamedTuple):
@@ -118,13 +118,12 @@ class Late(NamedTuple):
     """A suspected second effect: an execution ended after another attempt, or a person, had taken its intent over.
 
     Attributes:
-        task_id, fence: of the execution that ended late. The fence is the store's time of its claim; 0: it ran
-            without one.
+        task_id, fence: the execution that ended late. The fence is the store's time of its claim; 0: it had no claim.
         place: where it ran.
-        succeeded, payload: how it ended, as in an outcome; no payload where that is too large for a note.
-        stood_task_id, stood_fence, stood_place: the attempt that the record was about then; no place where a person had
+        succeeded, payload: how it ended, as in an outcome; no payload if that is too large for a note.
+        stood_task_id, stood_fence, stood_place: the attempt in the record at that time; no place if a person had
             decided.
-        stood_at: the stamp of the record then: of its outcome, where it had one.
+        stood_at: the stamp of the record at that time, which is when its outcome was written, if it had one.
     """
 
     task_id: str
@@ -139,7 +138,7 @@ class Late(NamedTuple):
 
 
 class Resolution(IntEnum):
-    """What a person, or the destination that a worker asked, decided about an intent.
+    """What was decided about an intent, by a person or by the answer of its destination.
 
     Stored where a shadow record's note has its ``Would``, so the numbers differ. Never reuse one.
     """
@@ -154,11 +153,11 @@ class Note(NamedTuple):
     """One line of a record's audit trail: who decided what, when, and on what evidence.
 
     Attributes:
-        what: for people, as ``evidence`` is.
-        would: of a shadow record: what a guard would have done with the call; None in any other note.
+        what, evidence: for people.
+        would: in a shadow record: what the guard would have done with the call.
         differs: with ``Would.MISMATCH``: the parameters that had another value.
-        late: the note is about a suspected second effect; None in any other.
-        resolution: the note is about a decision; None in any other.
+        late: in a note of a suspected second effect.
+        resolution: in a note of a decision.
     """
 
     at: int
@@ -172,14 +171,15 @@ class Note(NamedTuple):
 
 
 FINGERPRINT_TAG = 4
-"""Bytes of a parameter's tag: names only have to differ within one task's parameters."""
+"""Bytes of a parameter's tag. Tags only have to differ among the parameters of one task."""
 
 FINGERPRINT_ENTRY = 12
-"""Bytes of a parameter's tag and its value's digest: 64 bits of it, so that no two values agree by chance."""
+"""Bytes of a parameter's tag and of its value's digest. The digest has 64 bits, so that no two values agree by
+chance."""
 
 
 SCOPE_SIZE = 16
-"""Bytes of a scope's digest: as much of it as of a key's, because it too decides who may look."""
+"""Bytes of a scope's digest: as many as a key has, because it too decides who may see a record."""
 
 
 class Fingerprint(NamedTuple):
@@ -187,8 +187,8 @@ class Fingerprint(NamedTuple):
 
     Attributes:
         names: parameter names, sorted.
-        packed: for each name, in that order, an entry: a tag of the name, and a digest
-            of its value (see ``keys.Declaration.fingerprint``).
+        packed: an entry for each name, in that order: a tag of the name, and a digest of its value (see
+            ``keys.Declaration.fingerprint``).
     """
 
     names: tuple[str, ...] = ()
@@ -196,15 +196,15 @@ class Fingerprint(NamedTuple):
 
 
 NO_FINGERPRINT = Fingerprint()
-"""Of a task whose intent says everything: nothing else must match."""
+"""The fingerprint of a task without ``must_match``."""
 
 
 class Noticed(NamedTuple):
-    """The store's clock had gone back when a record was met: its stamp says nothing of how old it is.
+    """A mark: the store's clock went back, so that a record's stamp does not say how old it is.
 
     Attributes:
-        at: the store's time then: the hold counts from there.
-        stamp: of the write that noted this. Any later one is a sign of life, and makes it void.
+        at: the store's time when a worker noticed this. The hold counts from there.
+        stamp: stamp of the write that made the mark. A later write is a sign of life, and makes the mark void.
     """
 
     at: int
@@ -215,8 +215,8 @@ class Recovery(NamedTuple):
     """What recovery has done for an open record since it was last claimed.
 
     Attributes:
-        tries: how often the record's call was published.
-        wait: microseconds after the store's stamp until it is looked at again.
+        tries: how many times it published the record's call.
+        wait: microseconds after the record's stamp until it looks again.
     """
 
     tries: int
@@ -224,27 +224,28 @@ class Recovery(NamedTuple):
 
 
 class Record(NamedTuple):
-    """All that is known of one intent. A named tuple: it is made four times per task,
-    and a frozen dataclass takes five times as long to make.
+    """All that is known of one intent.
+
+    A named tuple, because a task makes four of them, and a frozen dataclass takes five times as long to make.
 
     Attributes:
         owner: 12 bytes minted per execution; the execution that knows them may settle.
         task_id: the Celery task id of the latest execution.
-        fence: grows with every new owner; 0 only in a value not yet stamped.
-        attempts: executions so far, the current one included.
-        crashes: how many of them ended without a word.
-        lease: RUNNING, SCHEDULED, and IN_DOUBT while a worker asks: microseconds
-            after the store's stamp at which the hold lapses.
-        asking: the token of the worker that is asking the destination.
-        open_steps: steps that began and have not ended, in that order: the one that runs, and any
-            whose error its body swallowed, so that it is unknown whether they took effect.
+        fence: grows with every new owner; 0 only in a value that has no stamp yet.
+        attempts: executions so far, with the current one.
+        crashes: how many of them ended without an outcome.
+        lease: microseconds after the record's stamp at which the hold lapses; in RUNNING, in SCHEDULED, and in IN_DOUBT
+            while a worker asks. In ACCEPTED: until recovery looks.
+        asking: the owner token of the worker that is asking the destination.
+        open_steps: steps that began and have not ended, in that order: the one that runs, and those whose error the
+            body swallowed, so that their effect is unknown.
         reason: why it is in doubt.
-        digests: per-field digests for finding key drift; may be empty.
-        noticed: the store's clock had gone back, see there.
+        digests: a digest per field, to find key drift; may be empty.
+        noticed: mark that the store's clock went back.
         scope: digest of the scope that the intent belongs to; empty for none.
-        call: what it takes to publish the same message again (see ``calls``); only while the intent is open, or where
-            it was contested or decided.
-        place: host and process of the latest execution; only while the intent is open, or where it was contested.
+        call: what it takes to publish the same message again (see ``calls``); only while the intent is open, or if it
+            was contested or decided.
+        place: host and process of the latest execution; only while the intent is open, or if it was contested.
         recovery: what recovery has done; None: nothing.
     """
 
@@ -278,7 +279,7 @@ class Stored(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """The author's choices the protocol needs. Durations in microseconds."""
+    """The author's choices that the protocol needs. Durations are in microseconds."""
 
     lease: int
     result_ttl: int
@@ -287,7 +288,7 @@ class Policy(NamedTuple):
     asks: bool = False
     max_attempts: int = 3
     max_step_bytes: int = 1 << 20
-    indexed: bool = True  # False for shadow records: nobody looks at those when a lease lapses
+    indexed: bool = True  # False for shadow records, which recovery leaves alone
     late: OnLate = "in_doubt"
 
 
@@ -296,15 +297,14 @@ class Request(NamedTuple):
 
     Attributes:
         owner: minted for this attempt to claim, and for no other.
-        carried: owners of earlier attempts of the same message whose reply got
-            lost before the body ran.
+        carried: owners of earlier claims of the same message whose reply was lost before the body ran.
         scope: digest of the scope that the call was made in; empty for none.
-        call: what it takes to publish the same message again; empty where that is not kept.
+        call: what it takes to publish the same message again; empty if that is not kept.
         place: host and process of this execution.
-        accepted: the write in which the call was accepted, with its owner in the place of the value; None where it
-            was not, or where that is not known.
-        age: microseconds since the call was due, of a message that may have been here before; 0: it was not, or that
-            is not known.
+        accepted: the write that accepted the call, with its owner instead of a value; None if there is none, or it is
+            not known.
+        age: microseconds since the call was due, of a message that may have been delivered before; 0: it was not, or
+            that is not known.
     """
 
     owner: bytes
@@ -327,8 +327,8 @@ class Acquired(NamedTuple):
     """Run the body: this execution owns the intent.
 
     Attributes:
-        orphan: the call of a dead execution under another task id, whose caller may wait for an answer that nobody
-            would give: publish it, and it is an ordinary duplicate.
+        orphan: the call of a dead execution under another task id. Its caller may still wait for an answer. Publish it:
+            its delivery is an ordinary duplicate, and gets the answer.
     """
 
     record: Record
@@ -336,25 +336,25 @@ class Acquired(NamedTuple):
 
 
 class Accepted(NamedTuple):
-    """The call is accepted: it will happen. Publish it; where that fails, recovery does."""
+    """The call is accepted: it will happen. Publish it; if that fails, recovery does."""
 
     record: Record
 
 
 class Replay(NamedTuple):
-    """Do nothing: here is the outcome. ``own``: it is that of the same task id, whose message was redelivered."""
+    """Return this outcome and run nothing. ``own``: it is the outcome of the same task id (a redelivery)."""
 
     outcome: Outcome
     own: bool = True
 
 
 class Busy(NamedTuple):
-    """Somebody holds it; it may change after ``retry_after`` microseconds.
+    """Another execution holds the intent; this may change after ``retry_after`` microseconds.
 
     Attributes:
-        holder: the owner that runs it, or asks; empty when it waits for its own retry.
-        own: the message is the intent's own (the same task id): a redelivery, or a retry that came
-            before SCHEDULED was written. It waits, whatever duplicates receive.
+        holder: the owner that runs it, or asks; empty while it waits for its own retry.
+        own: the message has the record's task id: it is a redelivery, or a retry that came before SCHEDULED was
+            written. It waits, even if duplicates receive an error.
     """
 
     retry_after: int
@@ -363,10 +363,11 @@ class Busy(NamedTuple):
 
 
 class Ask(NamedTuple):
-    """Ask the destination, then conclude: this execution holds the right to ask. ``orphan``: see ``Acquired``.
+    """Ask the destination, then conclude: this execution holds the right to ask.
 
     Attributes:
-        first: it was not in doubt before.
+        orphan: see ``Acquired``.
+        first: the intent was not in doubt before.
     """
 
     record: Record
@@ -375,7 +376,7 @@ class Ask(NamedTuple):
 
 
 class InDoubt(NamedTuple):
-    """Nobody here can know whether the effect happened. ``orphan``: see ``Acquired``; ``first``: see ``Ask``."""
+    """It is unknown whether the effect happened. ``orphan``: see ``Acquired``; ``first``: see ``Ask``."""
 
     reason: str
     orphan: bytes = b""
@@ -383,7 +384,7 @@ class InDoubt(NamedTuple):
 
 
 class Mismatch(NamedTuple):
-    """Same intent, other values; ``differs`` names the parameters."""
+    """The same intent with other values; ``differs`` names the parameters."""
 
     differs: tuple[str, ...]
 
@@ -392,19 +393,19 @@ Decision = Acquired | Replay | Busy | Ask | InDoubt | Mismatch
 
 
 class Done(NamedTuple):
-    """The owner's write is in, or was in already."""
+    """The owner's write is stored, now or earlier."""
 
     record: Record
 
 
 class Refused(NamedTuple):
-    """Not the current owner: nothing was written. ``record`` is what stands there."""
+    """Not the current owner: nothing was written. ``record`` is the stored one."""
 
     record: Record | None
 
 
 class StepDone(NamedTuple):
-    """This step ran already: here is its encoded result."""
+    """This step has run; ``payload`` is its encoded result."""
 
     payload: bytes
 
@@ -416,10 +417,10 @@ class StepOpen(NamedTuple):
 
 
 class StepsFull(NamedTuple):
-    """The record has no place for one more step: it may not begin.
+    """The record is full, so that no other step may begin.
 
     Attributes:
-        steps: finished ones.
+        steps: number of finished steps.
         size: bytes of their results.
     """
 
@@ -431,16 +432,16 @@ StepDecision = Done | Refused | StepDone | StepOpen | StepsFull
 
 
 class Publish(NamedTuple):
-    """Publish the record's call again. ``record`` must be written first: it says that this process took it."""
+    """Publish the record's call again, once ``record`` is written: it says that this process took the call."""
 
     record: Record
 
 
 class Tell(NamedTuple):
-    """Nobody works on the record any more: its caller is to know that it is in doubt. ``record`` must be written first.
+    """Tell the caller that the intent is in doubt, once ``record`` is written.
 
     Attributes:
-        first: nobody else has told them: recovery itself has given it up.
+        first: recovery itself has given the intent up, so no process has told the caller before.
     """
 
     record: Record
@@ -448,11 +449,11 @@ class Tell(NamedTuple):
 
 
 class Again(NamedTuple):
-    """Deliver the message once more: that delivery finds in the record what to do."""
+    """Deliver the message once more: that delivery decides by the record."""
 
 
 class Coming(NamedTuple):
-    """The message's own retry is under way already, and will give the answer."""
+    """The message's own retry is under way, and will give the answer."""
 
 
 Verdict = InDoubt | Again | Coming
@@ -464,7 +465,7 @@ Verdict = InDoubt | Again | Coming
 
 @dataclass(frozen=True)
 class Happened:
-    """The effect did happen; ``result`` is what every caller will get."""
+    """The effect happened; every caller will get ``result``."""
 
     result: Any = None
 
@@ -476,7 +477,7 @@ class NotHappened:
 
 @dataclass(frozen=True)
 class Unknown:
-    """The destination cannot tell; ``reason`` is for the person who must."""
+    """The destination cannot tell; ``reason`` is for the person who has to decide."""
 
     reason: str = ""
 
@@ -488,7 +489,7 @@ class Raised(Enum):
     """What kind of exception left the body."""
 
     RETRY = "retry"  # and the message is published
-    DOUBTFUL_RETRY = "doubtful_retry"  # the same, because of an error after which the effect is unknown
+    DOUBTFUL_RETRY = "doubtful_retry"  # the same, after an error that leaves the effect unknown
     REPLACED = "replaced"
     IGNORE = "ignore"
     SAID_DONE = "said_done"  # Ignore, after the body has written the state SUCCESS itself

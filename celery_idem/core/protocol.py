@@ -1,8 +1,7 @@
-"""The one state machine. Pure: values in, a decision and the record to write out.
+"""The state machine. Pure functions: they take values, and return a decision and the record to write.
 
-It knows no clock (``now`` and ``stamp`` are the store's, in microseconds), no store
-and no Celery. Whoever calls it writes the record it returns with a compare-and-set,
-and calls again with what stands there when that fails.
+Nothing here knows a clock, a store or Celery. ``now`` and ``stamp`` are the store's times, in microseconds. The caller
+writes the returned record with a compare-and-set. When that fails, it calls again with the record that is there now.
 
 Claim (rule numbers are those of ``docs/explanation/state-machine.md``):
 
@@ -39,12 +38,12 @@ IN_DOUBT     can ask                                          Ask, IN_DOUBT     
 IN_DOUBT     otherwise                                        InDoubt                (3)
 ===========  ===============================================  =========================
 
-``Busy`` says whether the message is the intent's own (the record's task id): a redelivery or an
-early retry is no duplicate.
-Busy under a stamp in the future (the store's clock went back) notes when it was met: the hold counts from there.
+``Busy`` says whether the message has the record's task id. Then it is a redelivery or an early retry, and no duplicate.
+A stamp in the future says that the store's clock went back. Then ``Busy`` notes the time of this claim in the record,
+and the hold counts from there.
 
-After the body, or between its steps, only the current owner is heard, however late (4). The end of any other body
-that may have had an effect (settle, doubt, exit) is noted as a suspected second one:
+After the body, or between its steps, only the current owner may write, however late (4). The end of another body
+that may have had an effect (settle, doubt, exit) is noted as a suspected second effect:
 
 ============  =============================  ==============================================
 transition    from                           to
@@ -53,10 +52,10 @@ accept        absent, RELEASED               ACCEPTED                           
 sent          ACCEPTED                       same, with another time to look at it       (12)
 recover       RUNNING, SCHEDULED, ACCEPTED   same, lease over; not taken: IN_DOUBT         (11)
 recover       IN_DOUBT, asked or given up    same, question over                           (11)
-answered      IN_DOUBT                       same, and nobody looks at it any more         (11)
+answered      IN_DOUBT                       same, and recovery leaves it to a person      (11)
 revoked       ACCEPTED, SCHEDULED            RELEASED                                    (11)
 settle        RUNNING, IN_DOUBT, absent      SUCCEEDED or FAILED
-committed     SUCCEEDED                      nothing: an author's transaction settled it     (9)
+committed     SUCCEEDED                      nothing: a transaction has settled it         (9)
 schedule      RUNNING, IN_DOUBT              SCHEDULED until the retry's ETA and a grace (5); CANCELLED: asked to stop
 release       RUNNING, IN_DOUBT              RELEASED (finished steps stay)              (5); CANCELLED: asked to stop
 doubt         RUNNING, IN_DOUBT              IN_DOUBT                                    (5)
@@ -121,61 +120,64 @@ from celery_idem.core.model import (
 
 _RUNNING, _RELEASED, _SUCCEEDED, _FAILED = State.RUNNING, State.RELEASED, State.SUCCEEDED, State.FAILED
 _IN_DOUBT, _ACCEPTED = State.IN_DOUBT, State.ACCEPTED
-# Looked up once, for what each task runs: before Python 3.12 an enum finds its members slowly.
+# For the functions that every task runs: before Python 3.12, looking up a member of an enum is slow.
 
 STEP = 1_000_000
-"""Microseconds that a store's clock may go back before it is noticed: a lease then ends that much
-later. More is no adjustment, but a clock that was set, or another machine's."""
+"""Microseconds that a store's clock may go back unnoticed: a lease then ends that much later. A larger step is no
+adjustment: the clock was set, or another machine answers."""
 
 GRACE = 1_000_000
-"""Microseconds past its deadline after which recovery takes an open record: whoever is a little late comes first."""
+"""Microseconds past its deadline after which recovery takes an open record. A holder that is a little late comes
+first."""
 
 OVERDUE = 10_000_000
-"""Microseconds past its time after which an accepted call is taken for forgotten: several looks of recovery."""
+"""Microseconds past its time after which ``submit`` publishes an accepted call again. Recovery has looked several
+times by then, so perhaps no worker reads this store."""
 
 PUBLISHED_WAIT = 20_000_000
-"""Microseconds until recovery publishes a call for the second time, four times that for the third, and so on: each is
-one more message for a queue that may only be long. Also until it looks whether a caller was told of a doubt."""
+"""Microseconds until recovery publishes a call for the second time. The third time comes after four times as long, and
+so on: the queue may just be long, and each message makes it longer. Recovery also waits this long until it looks
+whether the caller of an intent in doubt has an answer."""
 
 ELSEWHERE = 60_000_000
-"""Microseconds that the workers of another broker get to take a call that came from there. Then there are none, or
-the broker has another address now."""
+"""Microseconds that a call from another broker is left to the workers of that broker. After that, it has no workers, or
+it has another address now."""
 
 LONGEST_WAIT = 3_600_000_000
-"""Microseconds between two publications at most."""
+"""The longest time between two publications, in microseconds."""
 
 JITTER = 1 << 24
-"""Microseconds added to it at most, 17 s, at random. Two processes that take the same record then write different
-values, and a store tells which of the two it took."""
+"""Up to this many microseconds, 17 s, are added to the time between two publications, at random. So two processes that
+take the same record write different values, and the store tells whose write it took."""
 
 NEVER = 1 << 50
-"""Microseconds, 35 years: no process has to look at the record. Added to a stamp it is still an exact number
-in a sorted set of Redis, which has 53 bits."""
+"""Microseconds, 35 years: recovery does not look at the record. Added to a stamp, this is still an exact number in a
+sorted set of Redis, which has 53 bits."""
 
 MAX_NOTES = 32
-"""Lines of history in a record: some 100 bytes each, and only a contested intent has any.
-Thirty-two tell a story of ten crashes; a loop of crashes ends at ``max_attempts`` anyway."""
+"""Lines of history in a record, of about 100 bytes each. Only a contested intent has any. Thirty-two are enough for ten
+crashes, and ``max_attempts`` ends a loop of crashes."""
 
 MAX_STEPS = 500
-"""Steps of one intent. Each writes the record twice, with the results of all before it: with results of 40 bytes
-five hundred of them send 20 MB to the store, four thousand sent 1.1 GB."""
+"""Steps of one intent. Each step writes the record twice, with the results of all steps before it. With results of 40
+bytes, 500 steps send 20 MB to the store, and 4,000 sent 1.1 GB."""
 
 LEAST_STEPS = 86_400_000_000
-"""Microseconds that finished steps of an action that is not done are kept at least, whatever ``result_ttl`` is: they
-are what keeps the next attempt from charging twice. A day, the default ``result_ttl``."""
+"""Finished steps of an action that is not done are kept for at least this many microseconds, even with a shorter
+``result_ttl``: without them, the next attempt would charge twice. A day, the default ``result_ttl``."""
 
 MAX_COUNT = 65_535
-"""Attempts are kept in two bytes; a task that retries for ever stops counting there."""
+"""Attempts are kept in two bytes. The count of a task that retries for ever stops here."""
 
 MAX_NAMED = 8
-"""Steps named in a line of history: enough to recognise the body by."""
+"""Steps that one line of history names. So many are enough to recognise the body."""
 
 MAX_LATE = 1024
-"""Bytes of a result that a note of a suspected second effect keeps: what is looked for at a destination is an id. As
-many of a call stay beside an outcome (see ``_for_people``)."""
+"""Bytes of a result that a note of a suspected second effect keeps. An operator needs an id to look for. A call beside
+an outcome may have as many (see ``_for_people``)."""
 
 MAX_CRASHES = 255
-"""Crashes are kept in one byte; ``max_attempts`` is refused above it (see settings)."""
+"""Crashes are kept in one byte. A larger ``max_attempts`` is refused (see ``integration/settings``)."""
 
 ENDINGS: dict[Raised, State] = {
     Raised.RETRY: State.SCHEDULED,
@@ -191,12 +193,15 @@ ENDINGS: dict[Raised, State] = {
     Raised.EXIT: State.IN_DOUBT,
     Raised.ERROR: State.FAILED,
 }
-"""Rule 5: where an exception that leaves the body takes the intent."""
+"""Rule 5: the state after an exception of the body."""
 
 
 def ending(kind: Raised, policy: Policy) -> State:
-    """Rule 5, and rule 9: a body whose effects are all in one transaction, which has not
-    settled the intent, has had none. An exit is left to ``exit``."""
+    """Return the state after an exception of the body (rules 5 and 9).
+
+    Rule 9: if all effects are in one transaction, and it did not settle the intent, there was no effect. ``exit``
+    decides about an exit.
+    """
     state = ENDINGS[kind]
     in_transaction = policy.on_crash == "transaction" and kind is not Raised.EXIT
     if state is State.IN_DOUBT and in_transaction:
@@ -205,18 +210,18 @@ def ending(kind: Raised, policy: Policy) -> State:
 
 
 def replace(record: Record, **changes: Any) -> Record:
-    """The record with some parts changed."""
+    """Return the record with some fields changed."""
     return record._replace(**changes)
 
 
 def ttl(record: Record, policy: Policy) -> int | None:
-    """How long a record is kept, in microseconds; None for evidence, which never expires."""
+    """Return how long a record is kept, in microseconds; None for evidence, which never expires."""
     state = record.state
     if state is _SUCCEEDED:
         return policy.result_ttl
     if state not in (_FAILED, _RELEASED, State.CANCELLED):
         return None
-    if state is State.CANCELLED:  # longer than the retry that is still to come takes
+    if state is State.CANCELLED:  # the lease is the time until a pending retry, which must find this record
         return record.lease + (max(policy.result_ttl, LEAST_STEPS) if record.steps else policy.result_ttl)
     if not record.steps:
         return policy.failure_ttl if state is State.FAILED else policy.result_ttl
@@ -225,10 +230,10 @@ def ttl(record: Record, policy: Policy) -> int | None:
 
 
 def due(record: Record, policy: Policy | None = None) -> int | None:
-    """When somebody has to look at an open record, in microseconds after the stamp of its write; None: never.
+    """Return when recovery looks at an open record, in microseconds after its stamp; None: it is not in the index.
 
-    A process has to when the hold is over, which is what ``recover`` is for. A record in doubt that nobody asks about
-    waits for a person: it is open, and behind all that a process looks for.
+    Recovery looks when the hold is over. A record in doubt which no worker asks about waits for a person: it is in the
+    index, behind everything that recovery looks for.
     """
     state = record.state
     if record.outcome is not None or (policy is not None and not policy.indexed) or state is _RELEASED:
@@ -240,23 +245,26 @@ def due(record: Record, policy: Policy | None = None) -> int | None:
 
 
 def _wait(record: Record) -> int:
-    """Microseconds after its write at which recovery takes a record."""
-    asked = record.asking and record.lease  # a question that recovery brought about has a lease of its own
+    """Return how many microseconds after its write recovery takes a record."""
+    asked = record.asking and record.lease  # a question has a lease, also one that recovery caused
     if record.recovery is not None and not asked:
         return record.recovery.wait
     return record.lease if record.state is _ACCEPTED else record.lease + GRACE
 
 
 def final(record: Record) -> bool:
-    """Its outcome will not change any more. A failure that has finished steps is run again when its time is over."""
+    """Whether the outcome will not change any more.
+
+    A failure with finished steps is not final: it may run again after ``failure_ttl``.
+    """
     return record.outcome is not None and not (record.state is State.FAILED and record.steps)
 
 
 def supersedes(record: Record, other: Record) -> bool:
-    """Of two copies of one intent, ``record`` is the later state.
+    """Whether ``record`` is the later of two copies of one intent.
 
-    A final one is never superseded. Otherwise the greater fence has the later owner;
-    with equal fences an outcome counts for more than a doubt, and a doubt more than a hold.
+    A final copy is never superseded. Otherwise the copy with the greater fence is later. With equal fences, an outcome
+    is later than a doubt, and a doubt is later than a hold.
     """
 
     def rank(one: Record) -> tuple[int, int]:
@@ -266,16 +274,16 @@ def supersedes(record: Record, other: Record) -> bool:
 
 
 def trusted_for(lease: int) -> int:
-    """How long, from just before the call that got it, a worker may trust a lease.
+    """Return how long a worker may trust a lease, counted from just before the call that took it.
 
-    A tenth less than the lease: the store's clock and the worker's may run at
-    different speeds, and a decision to stop takes time to act on.
+    This is a tenth less than the lease, because the clocks of store and worker may run at different speeds, and because
+    stopping takes time.
     """
     return lease - lease // 10
 
 
 def fresh(request: Request) -> Record:
-    """The record an intent begins with. Its fence is the stamp the store will give it."""
+    """Return the record that an intent begins with. Its fence is the stamp that the store will give it."""
     return Record(
         state=_RUNNING,
         owner=request.owner,
@@ -290,37 +298,37 @@ def fresh(request: Request) -> Record:
 
 
 def untouched(record: Record) -> bool:
-    """Nothing of an accepted action has ever begun, so ``taken_up`` may replace its record without reading it."""
+    """Whether an accepted action has no history. Then ``taken_up`` may replace its record without reading it."""
     return record.attempts == 0 and not (record.steps or record.notes)
 
 
 def too_late(request: Request) -> bool:
-    """Rule 15: its message was here before, so long ago that a record of what became of it may have expired.
+    """Whether a message may be older than the record of what became of it (rule 15).
 
-    ``result_ttl`` alone counts. A failed action may run again when ``failure_ttl`` is over, so the loss of that record
-    hides nothing.
+    Only ``result_ttl`` counts. A failed action may run again after ``failure_ttl``, so nothing is hidden when that
+    record expires.
     """
     policy = request.policy
     return request.age > policy.result_ttl and policy.late == "in_doubt"
 
 
 def absent(request: Request, now: int) -> tuple[Decision, Record]:
-    """Decide on a claim that comes too late, and finds no record."""
+    """Decide on a claim that is too late (see ``too_late``) and finds no record."""
     new = replace(fresh(request), owner=NO_OWNER, attempts=0, fence=now, place="", reason=TOO_LATE)
     return _ask(new, now, request) if request.policy.asks else _put_in_doubt(new, TOO_LATE)
 
 
 def taken_up(request: Request) -> Record:
-    """The record of an execution that replaces the very write in which its call was accepted. See ``untouched``."""
+    """Return the record of an execution that replaces the write which accepted its call. See ``untouched``."""
     assert request.accepted is not None
     return replace(fresh(request), fence=request.accepted.stamp + 1)
 
 
 def accepted(request: Request, wait: int) -> Record:
-    """The record of a call that is accepted and not begun.
+    """Return the record of a call that is accepted and has not begun.
 
     Args:
-        wait: microseconds until recovery publishes it, unless a worker has it by then.
+        wait: microseconds until recovery publishes the call, unless a worker has claimed it.
     """
     return replace(fresh(request), state=State.ACCEPTED, attempts=0, lease=wait)
 
@@ -328,11 +336,11 @@ def accepted(request: Request, wait: int) -> Record:
 def accept(
     record: Record, stamp: int, now: int, request: Request, wait: int
 ) -> tuple[Decision | Accepted | None, Record | None]:
-    """Accept a call (rule 12), or say what a caller is told in its place.
+    """Accept a call (rule 12), or decide what its caller receives instead.
 
     Returns:
-        ``Accepted``, once the record is written; what ``standing`` says; or None: only a delivery can decide, so
-        publish one.
+        ``Accepted``, which counts once the record is written; or what ``standing`` returns; or None: only a delivery
+        can decide, so publish one.
     """
     told = standing(record, stamp, now, request.fingerprint, request.policy)
     if told is not None:
@@ -345,7 +353,7 @@ def accept(
 
 
 def sent(record: Record, owner: bytes, wait: int) -> Record | None:
-    """Whether its message was sent tells when recovery looks at an accepted call.
+    """Set when recovery looks at an accepted call. That depends on whether its message was sent.
 
     Args:
         wait: microseconds until then.
@@ -355,10 +363,10 @@ def sent(record: Record, owner: bytes, wait: int) -> Record | None:
 
 
 def differing(stored: bytes, fingerprint: Fingerprint) -> tuple[str, ...]:
-    """Names of the parameters whose digests differ.
+    """Return the names of the parameters whose digests differ.
 
-    Only parameters that both sides know are compared: a parameter that a newer
-    release added is not a difference in what the caller meant.
+    Only parameters that both sides know are compared. A parameter that a newer release added does not change what the
+    caller meant.
     """
     packed = fingerprint.packed
     if stored == packed or not stored or not packed:
@@ -374,19 +382,19 @@ def differing(stored: bytes, fingerprint: Fingerprint) -> tuple[str, ...]:
 
 
 def left(record: Record, stamp: int, now: int) -> int:
-    """Microseconds until a hold is over unless its holder writes again; 0 or less: it is over.
+    """Return the microseconds until a hold is over, if its holder does not write again; 0 or less: it is over.
 
-    A stamp in the future says that the store's clock went back, and not when the holder was last heard
-    of. Such a hold counts from when a worker noticed (``noticed``), and ends a whole lease later: its holder,
-    if it lives, has written by then, and any write of its makes the mark void.
+    A stamp in the future says that the store's clock went back. It does not say when the holder last wrote. Such a hold
+    counts from the time at which a worker noticed this (``noticed``), and ends a whole lease later. A living holder has
+    written by then, and each of its writes makes the mark void.
     """
     if not record.lease:
-        return 0  # ended by a process that knew: that needs no clock
+        return 0  # a process that knew has ended the hold, so no clock is needed
     return record.lease - _waited(record, stamp, now)
 
 
 def _waited(record: Record, stamp: int, now: int) -> int:
-    """Microseconds since a record was written, as far as the store's clock can tell."""
+    """Return the microseconds since a record was written, as far as the store's clock can tell."""
     if not _went_back(stamp, now):
         return now - stamp
     mark = _mark(record, stamp, now)
@@ -398,15 +406,15 @@ def _went_back(stamp: int, now: int) -> bool:
 
 
 def _mark(record: Record, stamp: int, now: int) -> Noticed | None:
-    """Since when this very write is known to be in the store's future."""
+    """Return the mark which says since when this write is known to have a stamp in the future."""
     mark = record.noticed
     return mark if mark is not None and mark.stamp == stamp and not _went_back(mark.at, now) else None
 
 
 def noticed(record: Record, stamp: int, now: int) -> Record | None:
-    """The record with a mark, where the store's clock went back and it has none yet; None: nothing to write.
+    """Return the record with a mark, if the store's clock went back; None: nothing to write.
 
-    The mark names its own write: a stamp is one more than the one before while that lies in the future.
+    The mark has the stamp of its own write. While the old stamp is in the future, the next one is one more.
     """
     timed = record.lease or record.recovery
     if not timed or not _went_back(stamp, now) or _mark(record, stamp, now) is not None:
@@ -416,12 +424,12 @@ def noticed(record: Record, stamp: int, now: int) -> Record | None:
 
 
 def lapsed(record: Record, stamp: int, now: int) -> bool:
-    """It runs, and its lease was not renewed: its worker stopped reporting."""
+    """Whether a body runs whose worker stopped renewing the lease."""
     return record.state is State.RUNNING and left(record, stamp, now) <= 0
 
 
 def claim(record: Record, stamp: int, now: int, request: Request) -> tuple[Decision, Record | None]:
-    """Decide on a claim of a record that is there (an absent one is ``fresh``).
+    """Decide on a claim of a record that exists. For an absent one see ``fresh`` and ``absent``.
 
     Args:
         record: what the store holds.
@@ -456,7 +464,8 @@ def claim(record: Record, stamp: int, now: int, request: Request) -> tuple[Decis
         return _acquire(record, now, request)
     if record.state is State.ACCEPTED:
         decision, new = _acquire(record, now, request)
-        # Another call of the same intent is quicker. The accepted one's own message brings its answer, if it was sent.
+        # The call that claims may be another one than the accepted call. That one gets its answer by its own message.
+        # If no message was sent, publish it now.
         not_sent = (
             not record.lease and record.recovery is None and request.task_id not in ("", record.task_id)
         )
@@ -472,14 +481,13 @@ def _busy(retry_after: int, record: Record, request: Request, holder: bytes = b"
 def standing(
     record: Record, stamp: int, now: int, fingerprint: Fingerprint, policy: Policy
 ) -> Decision | None:
-    """What a claim would be told, where it would change nothing; None where it would act.
+    """Return what a claim would decide, if it would change nothing; None if it would act.
 
-    This is what a caller may be told without a delivery: replay, busy, in doubt,
-    mismatch. Where it is None, a delivery has something to do: run, ask, decide on a crash.
+    A caller may receive this without a delivery: replay, busy, in doubt, mismatch. With None, a delivery has something
+    to do: run, ask, or decide on a crash.
     """
     decision, new = claim(record, stamp, now, Request(NO_OWNER, "", fingerprint, policy))
     if record.state is State.ACCEPTED and isinstance(decision, Acquired):
-        # Overdue, and nobody has recovered it: perhaps no worker reads this store. Then publish again.
         overdue = (record.lease or record.recovery) and _waited(record, stamp, now) > _wait(record) + OVERDUE
         return None if overdue else Busy(max(0, left(record, stamp, now)))
     return decision if new is None or isinstance(decision, Busy) else None
@@ -500,22 +508,22 @@ def _claim_in_doubt(record: Record, stamp: int, now: int, request: Request) -> t
 
 
 def _varied(record: Record, request: Request) -> Record | None:
-    """A replay whose free arguments differ leaves a mark, once per argument: the audit finds it.
+    """Return the record with marks for the free arguments that differ in this replay; None: nothing new.
 
-    The outcome stays what it is, and is kept a ``result_ttl`` longer.
+    The audit reads the marks. The outcome stays as it is, and is kept for another ``result_ttl``.
     """
     marked = digests.marked(record.digests, request.digests)
     return None if marked == record.digests else replace(record, digests=marked)
 
 
 def shadowed(record: Record, note: Note, request: Request) -> Record:
-    """A shadow record, with a note of what a guard would have done to this call."""
+    """Return a shadow record with a note of what the guard would have done with this call."""
     marked = digests.marked(record.digests, request.digests)
     return _noted(replace(record, digests=marked), note)
 
 
 def _acquire(record: Record, now: int, request: Request) -> tuple[Acquired, Record]:
-    """Hand the intent to a new owner; what earlier attempts proved (steps) stays."""
+    """Give the intent to a new owner. The finished steps of earlier attempts stay."""
     new = replace(
         record,
         state=State.RUNNING,
@@ -529,7 +537,7 @@ def _acquire(record: Record, now: int, request: Request) -> tuple[Acquired, Reco
         asking=b"",
         reason="",
         noticed=None,
-        call=request.call if request.task_id else record.call,  # an operator's question comes with none
+        call=request.call if request.task_id else record.call,  # an operator's question has no call
         place=request.place,
         recovery=None,
     )
@@ -537,8 +545,10 @@ def _acquire(record: Record, now: int, request: Request) -> tuple[Acquired, Reco
 
 
 def _take_up_again(record: Record, now: int, request: Request) -> tuple[Decision, Record]:
-    """Rule 7: the claim of an execution whose body never ran. A new owner all the same,
-    so that a second copy of the message that carries the old one finds nothing to take."""
+    """Take up the claim of an execution whose body never ran (rule 7).
+
+    The owner is a new one, so that a second copy of the message, with the old owner, cannot take it up too.
+    """
     if stopping(record):
         new = _cancelled(record)
         assert new.outcome is not None
@@ -549,9 +559,10 @@ def _take_up_again(record: Record, now: int, request: Request) -> tuple[Decision
 
 
 def _claim_lapsed(record: Record, stamp: int, now: int, request: Request) -> tuple[Decision, Record]:
-    """Rule 3: the lease lapsed before an outcome was recorded. The dead execution's caller may wait for it still."""
+    """Decide on a claim after the lease lapsed without an outcome (rule 3)."""
+    # The caller of the dead execution may still wait for an answer.
     orphan = record.call if request.task_id and record.task_id != request.task_id else b""
-    if record.recovery is None:  # else recovery has noted it, before its own write
+    if record.recovery is None:  # otherwise recovery has noted the past already
         record = _with_past(record, stamp)
     record = _one_more_crash(record)
     if stopping(record) and request.policy.on_crash == "transaction":
@@ -574,7 +585,7 @@ def _one_more_crash(record: Record) -> Record:
 
 
 def _why_in_doubt(record: Record, policy: Policy, reason: str) -> str:
-    """Why only a person can decide after this crash; "" where a claim can."""
+    """Return why only a person can decide after this crash; "" if a claim can."""
     if policy.asks:
         return ""
     if policy.on_crash == "in_doubt" or (stopping(record) and policy.on_crash != "transaction"):
@@ -593,17 +604,18 @@ TOO_MANY = "the worker stopped without reporting an outcome, {} times"
 
 
 def _put_in_doubt(record: Record, reason: str) -> tuple[InDoubt, Record]:
-    """Whoever writes it tells the caller, unless it dies before that: recovery makes sure.
+    """Put an intent in doubt, and let recovery check that its caller was told.
 
-    A direct call, which has no task id, is told by what it raises.
+    The process that writes this tells the caller. It may die before that. The caller of a direct call, which has no
+    task id, receives the error itself.
     """
-    told = Recovery(0, PUBLISHED_WAIT) if record.task_id else None
-    new = replace(record, state=State.IN_DOUBT, lease=0, asking=b"", reason=reason, recovery=told)
+    check = Recovery(0, PUBLISHED_WAIT) if record.task_id else None
+    new = replace(record, state=State.IN_DOUBT, lease=0, asking=b"", reason=reason, recovery=check)
     return InDoubt(reason, first=record.state is not State.IN_DOUBT), new
 
 
 def _noted(record: Record, note: Note) -> Record:
-    """With one more line of history. The first line stays, and the latest."""
+    """Return the record with one more line of history. If there are too many, the first and the latest lines stay."""
     notes = (*record.notes, note)
     if len(notes) > MAX_NOTES:
         notes = (notes[0], *notes[1 - MAX_NOTES :])
@@ -611,7 +623,7 @@ def _noted(record: Record, note: Note) -> Record:
 
 
 def _with_past(record: Record, stamp: int) -> Record:
-    """Before a contested record is overwritten: who held it last, and when they were last heard of."""
+    """Note the last holder of a contested record, and when it last wrote, before the record is overwritten."""
     what = "left in doubt" if record.state is State.IN_DOUBT else "last heard of"
     inside = "".join(f", inside step {name!r}" for name in record.open_steps)
     why = f", {record.reason}" if record.reason else ""
@@ -621,7 +633,10 @@ def _with_past(record: Record, stamp: int) -> Record:
 
 
 def _ask(record: Record, now: int, request: Request) -> tuple[Ask, Record]:
-    """One worker at a time may ask. The owner stays, so its late outcome is still heard."""
+    """Give this execution the right to ask, which one worker has at a time.
+
+    The owner stays, so that its late outcome is still accepted.
+    """
     record = _noted(record, Note(now, request.owner.hex(), "asks the destination", ""))
     new = replace(
         record, state=State.IN_DOUBT, asking=request.owner, lease=request.policy.lease, noticed=None
@@ -632,24 +647,23 @@ def _ask(record: Record, now: int, request: Request) -> tuple[Ask, Record]:
 def conclude(
     record: Record, now: int, request: Request, answer: Outcome | None, reason: str
 ) -> tuple[Decision, Record | None]:
-    """What the destination's answer makes of the intent.
+    """Decide on an intent by the destination's answer.
 
     Args:
-        answer: the outcome, where the effect happened; None where it did not, or
-            where that is unknown.
-        reason: why that is unknown; "" where the effect did not happen.
+        answer: the outcome, if the effect happened; None if it did not, or if that is unknown.
+        reason: why it is unknown; "" if the effect did not happen.
 
     Returns:
-        As ``claim``. A question that another worker has taken over, or that the owner
-        answered meanwhile, counts for nothing: the record speaks.
+        As ``claim``. If another worker has taken over the question, or the owner has ended meanwhile, the answer
+        does not count, and the record decides.
     """
     if record.outcome is not None:
         return Replay(record.outcome), None
     if answer is not None and record.state in (State.IN_DOUBT, State.RELEASED):
-        # Evidence that it happened counts whichever worker asked, and against a person who said it did not.
+        # Evidence that it happened counts, whichever worker asked, and even if a person decided that it did not.
         note = Note(now, "reconcile", "happened", "", resolution=Resolution.HAPPENED)
         new = _settled(_noted(record, note), answer)
-        if not request.task_id:  # asked by an operator: the action's own caller has no answer yet
+        if not request.task_id:  # an operator asked, so the action's own caller has no answer yet
             new = replace(new, call=record.call)
         return Replay(answer), new
     if record.state is not State.IN_DOUBT or record.asking != request.owner:
@@ -672,7 +686,7 @@ def conclude(
 
 
 def _settled(record: Record, outcome: Outcome) -> Record:
-    """Only what a replay, a late owner, or the attempt after a failure needs to see stays in a settled record."""
+    """Return the settled record: only what a replay, a late owner, or the attempt after a failure needs."""
     state = State.CANCELLED if outcome.cancelled else _SUCCEEDED if outcome.succeeded else _FAILED
     return Record(
         state=state,
@@ -687,21 +701,21 @@ def _settled(record: Record, outcome: Outcome) -> Record:
         digests=record.digests,
         scope=record.scope,
         call=_for_people(record.call) if record.notes else b"",
-        place=record.place if record.notes else "",  # of what was contested: both attempts may be looked for
+        place=record.place if record.notes else "",  # an operator may look for both attempts
         outcome=outcome,
     )
 
 
 def _for_people(call: bytes) -> bytes:
-    """The call beside the outcome of what was contested or decided: which action it was has to be seen.
+    """Return the call to keep beside the outcome of a contested or decided intent, so that people see which action it is.
 
-    A large one is dropped: after an outage there may be many.
+    A large call is dropped, because there may be many after an outage.
     """
     return call if len(call) <= MAX_LATE else b""
 
 
 def _let_run(record: Record, now: int) -> Record:
-    """A person lets it run again; finished steps stay."""
+    """Return the record released by a person's decision. Finished steps stay."""
     return replace(
         record,
         state=State.RELEASED,
@@ -717,17 +731,19 @@ def _let_run(record: Record, now: int) -> Record:
 
 
 def _holds(record: Record, owner: bytes) -> bool:
-    """Rule 4: no other execution took over, even if the lease lapsed or it was marked in doubt."""
+    """Whether no other execution took over (rule 4). A lapsed lease or a doubt do not matter."""
     return record.owner == owner and record.state in (_RUNNING, _IN_DOUBT)
 
 
 def restored(record: Record | None, held: Record, older: bool = False) -> Record:
-    """The record, or what its holder last wrote where the store has lost that: a holder's next write
-    (renewal, step, outcome) writes it anew, unless another execution has begun from what was left.
+    """Return the record, or the holder's own copy if the store has lost its last write.
+
+    The holder's next write (renewal, step, outcome) then writes it anew, unless another execution has begun from what
+    the store had left.
 
     Args:
-        older: what stands there was written before what the holder wrote. Stamps only grow, so the store
-            has lost its latest writes: a replica took over that lagged behind, or a server was restarted.
+        older: the stored record is older than the holder's last write. Stamps only grow, so the store has lost its
+            latest writes: a lagging replica took over, or a server was restarted.
     """
     if record is None:
         return held
@@ -743,12 +759,12 @@ def settle(
     stamp: int = 0,
     now: int = 0,
 ) -> tuple[Done | Refused, Record | None]:
-    """Record how the body ended. With ``Refused``: the record that stands, with a note of the suspected second effect.
+    """Record how the body ended. If that is refused, note the suspected second effect in the record that is there.
 
     Args:
-        record: what the store holds; None when it lost the record.
+        record: what the store holds; None if it lost the record.
         held: the record as this execution last wrote it.
-        suspect: note a refusal. False: the body's effects are undone when it is refused (a transaction).
+        suspect: note a refusal. False: a refusal undoes the body's effects (a transaction).
         stamp: the store's time when ``record`` was written.
     """
     record = restored(record, held)
@@ -761,9 +777,10 @@ def settle(
 
 
 def _suspected(record: Record, held: Record, outcome: Outcome, stamp: int, now: int) -> Record | None:
-    """The record that stands, with a note of an execution that ended late. None: that is noted, or no other stands.
+    """Return the stored record with a note of an execution that ended late; None: noted already, or not contested.
 
-    What stands is not changed: a retry is waited for as long as before. A live hold ends at most one lease later.
+    The note does not change what is going on: a pending retry keeps its time, and a live hold ends at most one lease
+    later.
     """
     by = held.owner.hex()
     if record.owner == held.owner or any(note.late and note.by == by for note in record.notes):
@@ -790,15 +807,16 @@ def _suspected(record: Record, held: Record, outcome: Outcome, stamp: int, now: 
 def committed(
     record: Record | None, held: Record, outcome: Outcome, policy: Policy
 ) -> tuple[Done | Refused, Record | None]:
-    """After a transaction that was to settle with ``outcome`` (rule 9): did it?
+    """Decide whether a transaction that was to settle with ``outcome`` has committed (rule 9).
 
-    ``Done`` with an outcome in its record: it committed. ``Done`` without, once the
-    rewritten record is in: it did not, and never will. The rewriting is what makes that
-    sure: it waits for a commit that is still under way.
+    ``Done`` with an outcome in its record: it committed. ``Done`` without one: it did not, and never will, once the
+    returned record is written. That write makes it certain, because it waits for a commit that is still under way.
     """
     if record is None:
         promised = _settled(held, outcome)
-        return (Refused(None) if ttl(promised, policy) else Done(promised)), None  # kept for no time
+        return (
+            Refused(None) if ttl(promised, policy) else Done(promised)
+        ), None  # with a TTL of 0 none is kept
     if record.owner != held.owner:
         return Refused(record), None
     if _holds(record, held.owner):
@@ -809,11 +827,11 @@ def committed(
 def schedule(
     record: Record, owner: bytes, delay: int, task_id: str = "", call: bytes = b""
 ) -> tuple[Done | Refused, Record | None]:
-    """The body asked for a retry: keep the claim for its task id for ``delay`` microseconds.
+    """Keep the claim for the body's retry, for ``delay`` microseconds.
 
     Args:
-        task_id: of the retry; "" for the record's own.
-        call: of the retry; empty for the record's own.
+        task_id: task id of the retry; "" for the record's own.
+        call: call of the retry; empty for the record's own.
     """
     if _holds(record, owner):
         if stopping(record):
@@ -826,7 +844,7 @@ def schedule(
             asking=b"",
             reason="",
             call=call or record.call,
-            recovery=None,  # of the attempt that ends here
+            recovery=None,  # it was about the attempt that ends here
         )
         if task_id:
             new = replace(new, task_id=task_id)
@@ -837,7 +855,7 @@ def schedule(
 
 
 def release(record: Record, owner: bytes) -> tuple[Done | Refused, Record | None]:
-    """Nothing happened (beyond finished steps): any caller may claim it again."""
+    """Release an intent, after a body without an effect (but finished steps). Any caller may claim it again."""
     if _holds(record, owner):
         if stopping(record):
             new = _cancelled(record)
@@ -858,11 +876,11 @@ def doubt(
     now: int = 0,
     retry: int = 0,
 ) -> tuple[Done | Refused, Record | None]:
-    """The body ended in a way that leaves the effect unknown. A refusal is noted, as that of ``settle``.
+    """Put an intent in doubt, after a body whose effect is unknown. A refusal is noted as in ``settle``.
 
     Args:
         held: the record as this execution last wrote it; None: note nothing.
-        retry: microseconds until a retry that is on its way decides, or tells the caller; 0: there is none.
+        retry: microseconds until a published retry decides, or tells the caller; 0: there is no retry.
     """
     if not _holds(record, owner):
         noted = None if held is None else _suspected(record, held, Outcome(False, None), stamp, now)
@@ -876,10 +894,10 @@ def doubt(
 
 
 def renew(record: Record, owner: bytes, lease: int) -> tuple[Done | Refused, Record | None]:
-    """Keep a running claim, or a question: the store's new stamp is what moves the deadline.
+    """Keep a running claim, or a question. The new stamp of this write moves the deadline.
 
     Args:
-        lease: of a claim that was taken for dead, and is not.
+        lease: the new lease of a holder that was taken for dead (see ``_alive``).
     """
     asks = record.state is State.IN_DOUBT and record.asking == owner
     if asks or (record.state is State.RUNNING and record.owner == owner):
@@ -890,9 +908,10 @@ def renew(record: Record, owner: bytes, lease: int) -> tuple[Done | Refused, Rec
 
 
 def _alive(record: Record, lease: int) -> Record:
-    """Its holder writes, and trusts its lease again: recovery, or its parent, may have taken it for dead.
+    """Return the record with a lease again, because its holder writes.
 
-    What recovery has counted of a question stays: nothing else bounds how often one is asked.
+    Recovery, or the holder's parent process, had taken it for dead. Recovery's count of a question stays, because
+    nothing else bounds how often a destination is asked.
     """
     runs = record.state is State.RUNNING
     if record.lease or not (runs or record.asking):
@@ -909,10 +928,10 @@ def exit(  # noqa: A001  # the transition's name
     stamp: int = 0,
     now: int = 0,
 ) -> tuple[Done | Refused, Record | None]:
-    """The process was told to exit while the body ran: a crash that could still say so.
+    """Record that the process had to exit while the body ran.
 
-    What the author chose for a crash counts here too: where a claim can decide (by
-    asking, resuming, running again), the lease is over and nothing else changes.
+    This counts as a crash, so the author's choice for crashes decides. If a claim can decide (by asking, resuming or
+    running again), only the lease ends.
     """
     if record.state is not State.RUNNING or record.owner != owner:
         return doubt(record, owner, reason, held, stamp, now)
@@ -930,10 +949,10 @@ def _crash(record: Record, policy: Policy, reason: str) -> tuple[InDoubt | Again
 
 
 def lapse(record: Record, holder: bytes) -> Record | None:
-    """The process that minted this owner is known to be dead: its hold is over.
+    """End the hold of an owner whose process is known to be dead.
 
     Returns:
-        The record to write; None when it holds nothing any more.
+        The record to write; None if the owner holds nothing.
     """
     runs = record.state is State.RUNNING and record.owner == holder
     asks = record.state is State.IN_DOUBT and record.asking == holder
@@ -943,18 +962,18 @@ def lapse(record: Record, holder: bytes) -> Record | None:
 def died(
     record: Record | None, stamp: int, owner_prefix: bytes, task_id: str, policy: Policy, again: int
 ) -> tuple[Verdict | None, Record | None]:
-    """A process is known to be dead: what becomes of the message it was working on.
+    """Decide what becomes of the message that a dead process was working on.
 
     Args:
         record: what the store holds; None for nothing.
-        stamp: the store's time when it was written.
+        stamp: the store's time when the record was written.
         owner_prefix: the part of an owner that names the process (see ``owners``).
-        task_id: of the message. Another copy of it may be running in a live process.
-        again: how often this message was delivered again after a death already.
+        task_id: task id of the message. Another copy of the message may run in a live process.
+        again: how many times this message was already delivered again after a death.
 
     Returns:
-        What to tell its caller (None: nothing is known here that Celery does not know),
-        and the record to write (None: that process held nothing).
+        What to do with the message (None: leave it to Celery), and the record to write (None: that process held
+        nothing).
     """
     verdict: Verdict = Again()
     new: Record | None = None
@@ -977,7 +996,7 @@ def died(
 
 
 def died_unseen(policy: Policy) -> Verdict:
-    """The same, where the store does not answer: whether the process held anything is unknown."""
+    """As ``died``, if the store does not answer: what the process held is unknown."""
     if policy.asks or policy.on_crash != "in_doubt":
         return Again()
     return InDoubt(CRASHED_UNSEEN)
@@ -992,19 +1011,20 @@ def recover(
     jitter: int = 0,
     elsewhere: bool = False,
 ) -> tuple[Publish | Tell | None, Record | None]:
-    """Rule 11: is this open record overdue, so that its call should be published again?
+    """Decide whether an open record is overdue, and what to do then (rule 11).
 
-    Its delivery decides what becomes of it, as any other. Nothing here runs or ends an action, but for one that
-    had begun, was published ``max_attempts`` times, and that no worker took, or none asked to an end. That is given
-    up. The caller of what is in doubt is told so, until ``answered`` says that they know.
+    An overdue call is published again, and its delivery decides what becomes of it, as any other delivery. There is
+    one exception. An action that had begun is given up, in doubt, after ``max_attempts`` publications that no worker
+    took, or after which no worker received an answer of the destination. The caller of what is in doubt is told, again
+    and again, until ``answered``.
 
     Args:
-        publishable: the record holds its whole call, and the author has not said ``recover=False``.
-        elsewhere: its message came from another broker than this worker's: that one's workers come first.
-        jitter: microseconds more until the next publication, other ones for each process that tries.
+        publishable: the record holds its whole call, and the author has not set ``recover=False``.
+        elsewhere: the message came from another broker than this worker's, and workers there come first.
+        jitter: microseconds more until the next publication, different for each process that tries.
 
     Returns:
-        What to do, once the record is written (None: nothing to write).
+        What to do once the record is written, and that record (None: nothing to write).
     """
     given_up = record.state is State.IN_DOUBT and not record.asking
     if record.outcome is not None or record.state is State.RELEASED or (given_up and record.recovery is None):
@@ -1014,7 +1034,7 @@ def recover(
         return None, noticed(record, stamp, now)
     if record.recovery is None and record.state is State.RUNNING:
         record = _with_past(record, stamp)
-    ended = replace(record, lease=0)  # the stamp of this write is no sign of life
+    ended = replace(record, lease=0)  # this write gives the record a new stamp, which is no sign of life
     if not (publishable or given_up):
         return None, replace(ended, recovery=Recovery(0, NEVER))
     has_begun = record.state is not State.ACCEPTED
@@ -1022,13 +1042,13 @@ def recover(
     if first:
         _, ended = _put_in_doubt(record, (NOT_ASKED if record.asking else NOT_TAKEN).format(tries))
         tries = 0
-    pause = min(PUBLISHED_WAIT << 2 * min(tries, 8), LONGEST_WAIT)  # eight of them are past the longest
+    pause = min(PUBLISHED_WAIT << 2 * min(tries, 8), LONGEST_WAIT)  # after eight tries it is past the longest
     new = replace(ended, recovery=Recovery(min(tries + 1, MAX_CRASHES), pause + jitter))
     return Tell(new, first) if first or given_up else Publish(new), new
 
 
 def answered(record: Record, taken: Record) -> Record | None:
-    """The caller of an intent that recovery has given up was told so: nobody has to look at it any more.
+    """Leave an intent in doubt to a person: its caller has an answer, so recovery need not look again.
 
     Args:
         taken: the record as recovery wrote it.
@@ -1038,14 +1058,15 @@ def answered(record: Record, taken: Record) -> Record | None:
 
 
 def revoked(record: Record, task_id: str) -> Record | None:
-    """Celery has dropped a message because its task was revoked, or had expired: it is not published again.
+    """Publish a call no more: Celery has dropped its message, because the task was revoked or had expired.
+
+    What was accepted, or waits for its retry, is released. What had begun stays as it is until the next call.
 
     Args:
-        task_id: of that message.
+        task_id: task id of that message.
 
     Returns:
-        What was accepted, or waits for its retry, is released. What had begun stays what it is, until somebody
-        calls again. None: nothing to write.
+        The record to write; None: nothing.
     """
     if record.task_id != task_id:
         return None
@@ -1057,7 +1078,7 @@ def revoked(record: Record, task_id: str) -> Record | None:
 
 
 def not_published(record: Record, taken: Record) -> Record | None:
-    """The broker did not take a call that recovery had taken: it does not count, and is tried again soon.
+    """Take back recovery's last try, because the broker did not take the message. The next one comes soon.
 
     Args:
         taken: the record as recovery wrote it.
@@ -1070,14 +1091,14 @@ def not_published(record: Record, taken: Record) -> Record | None:
 def begin_step(
     record: Record, owner: bytes, name: str, policy: Policy, begun: Collection[str] = ()
 ) -> tuple[StepDecision, Record | None]:
-    """May this step run? ``Done``: yes, and the record that says so must be written first.
+    """Decide whether a step may run. ``Done``: yes, once the returned record is written.
 
-    A step that an earlier attempt left open comes first: who knows what the body would do
-    after it. One that this execution left open itself (its body swallowed the error) stays
-    open beside the new one: if this attempt dies, the next must not run it again unasked.
+    No step may begin while a step of an earlier attempt is open, because how that one ended is unknown. A step that
+    this execution left open (its body swallowed the error) stays open beside the new one. So if this attempt dies, the
+    next one does not simply run it again.
 
     Args:
-        begun: steps that this execution began itself; how those ended, its body knows.
+        begun: steps that this execution began. Its body knows how those ended.
     """
     for step in record.steps:
         if step.name == name:
@@ -1097,7 +1118,7 @@ def begin_step(
 def end_step(
     record: Record, owner: bytes, name: str, payload: bytes | None, lease: int
 ) -> tuple[Done | Refused, Record | None]:
-    """Close a step: with its encoded result, or with None when it had no effect. For ``lease`` see ``renew``."""
+    """Close a step with its encoded result, or with None if it had no effect. For ``lease`` see ``renew``."""
     if not _holds(record, owner):
         return Refused(record), None
     if any(step.name == name for step in record.steps):
@@ -1117,14 +1138,14 @@ def resolve(
     fence: int | None = None,
     owed: bool = False,
 ) -> tuple[Done | Refused, Record | None]:
-    """A person decides: ``outcome`` where it happened, None where it did not.
+    """Record a person's decision: ``outcome`` if it happened, None if it did not.
 
-    Refused while an execution has it, once the outcome is known (a settled outcome never
-    changes), and where it is no longer the attempt that the person looked at.
+    This is refused while an execution holds the intent, when the outcome is known (a settled outcome never changes),
+    and when another attempt has begun since the person looked.
 
     Args:
-        fence: of the record that the person looked at; None: they take what stands there.
-        owed: keep any call of what happened until it was published once more: that answers its caller (see ``told``).
+        fence: fence of the record that the person looked at; None: decide about the record that is there.
+        owed: keep any call of what happened. Its publication answers the caller (see ``told``).
     """
     looked_at_another = fence is not None and fence != record.fence
     open_question = record.state is State.IN_DOUBT or lapsed(record, stamp, now)
@@ -1142,14 +1163,16 @@ def resolve(
 
 
 def told(record: Record) -> Record | None:
-    """The call of a decided intent was published once more, and need not be kept any longer for that."""
+    """Drop the call of a decided intent, because its caller has an answer. A short one is kept for people."""
     kept = _for_people(record.call)
     return replace(record, call=kept) if record.outcome is not None and record.call != kept else None
 
 
 def rewritten(record: Record, stamp: int, now: int) -> Record | None:
-    """The same record for one more write, which is no sign of life: its times go on. None: an execution holds it, or
-    asks the destination, and writes it itself."""
+    """Return the record for a write that is no sign of life: its times count on from the write before.
+
+    None: an execution holds it, or asks the destination, and will write it.
+    """
     if record.state is State.RUNNING or record.asking:
         return None
     waited = _waited(record, stamp, now)
@@ -1163,17 +1186,17 @@ def rewritten(record: Record, stamp: int, now: int) -> Record | None:
 
 
 def stopping(record: Record) -> bool:
-    """A person asked the present attempt to stop."""
+    """Whether a person asked the present attempt to stop."""
     return any(note.resolution is Resolution.CANCELLED and note.at >= record.fence for note in record.notes)
 
 
 def cancel(
     record: Record, stamp: int, now: int, note: Note, fence: int | None = None
 ) -> tuple[Done | Refused, Record | None]:
-    """A person cancels. What has not begun gets that as its outcome; what runs is asked to stop, and goes on until
-    it hears of it: whether it had its effect by then, only its end tells.
+    """Record that a person cancels an intent.
 
-    Refused where that is unknown already, and where the outcome is known.
+    What has not begun becomes CANCELLED. What runs is asked to stop, and goes on until it reads that: only its end
+    tells whether it had its effect. This is refused in doubt, and when the outcome is known.
 
     Args:
         fence: as for ``resolve``.
@@ -1181,19 +1204,19 @@ def cancel(
     if fence is not None and fence != record.fence:
         return Refused(record), None
     if record.state in (State.ACCEPTED, State.SCHEDULED, State.RELEASED):
-        ahead = max(0, left(record, stamp, now))  # a retry that is to come has to find this
+        ahead = max(0, left(record, stamp, now))  # a pending retry has to find this record
         new = replace(_cancelled(_noted(record, note)), lease=ahead)
         return Done(new), new
     if record.state is not State.RUNNING or lapsed(record, stamp, now):
         return Refused(record), None
     if stopping(record):
-        return Done(record), None  # each write is taken for a sign of life
+        return Done(record), None  # another write would look like a sign of life
     new = _noted(record, note._replace(at=max(now, record.fence)))
     return Done(new), new
 
 
 def _cancelled(record: Record) -> Record:
-    """The outcome of what a person cancelled. It says what is done of it, and what nobody knows."""
+    """Return the record of a cancelled intent. Its outcome says which steps are done, and which are unknown."""
     note = next(note for note in reversed(record.notes) if note.resolution is Resolution.CANCELLED)
     says = f"cancelled by {note.by}" + (f": {note.evidence}" if note.evidence else "")
     if record.steps:
@@ -1208,9 +1231,9 @@ def _named(steps: Iterable[str]) -> str:
 
 
 def forget(record: Record, stamp: int, now: int, steps: bool) -> Record | None:
-    """A person lets an intent run again. What is left of its record; None: nothing.
+    """Let an intent run again, by a person's decision. Return what stays of its record; None: nothing.
 
-    Of one under way nothing is left: its holder's next write brings it back, steps and all.
+    Nothing stays of a record whose body runs: the holder's next write restores it with its steps.
 
     Args:
         steps: forget the finished steps too.
