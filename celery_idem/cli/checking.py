@@ -12,7 +12,7 @@ from celery_idem.operate.operators import Operator
 from celery_idem.stores import open_store, sql_statements
 
 IN_STORE = "(the store)"
-"""As --against and --save: the store, and no file."""
+"""Value of --against and --save without a FILE."""
 
 
 @command("doctor")

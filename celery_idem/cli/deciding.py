@@ -1,4 +1,4 @@
-"""The commands ``resolve``, one intent, several or thousands by file, and ``decisions``, who decided what."""
+"""The commands ``resolve`` (one intent, several, or thousands from a file), ``cancel`` and ``decisions``."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import BinaryIO
 import click
 
 from celery_idem.cli.reading import LINES, NOT_ALL, Progress, Reading, filters, within_option
-from celery_idem.cli.screen import Screen, command, printable, yes_option
+from celery_idem.cli.screen import Screen, command, printable, summary, yes_option
 from celery_idem.core.errors import StoreError
 from celery_idem.core.model import Happened, NotHappened
 from celery_idem.operate.bulk import Decided, Decision, Line, decide_all, read_decisions
 from celery_idem.operate.operators import Operator, Which, iso
 
 SAMPLES = 20
-"""Lines of a file that are printed with what there is to say of them. The others are counted; ``--json`` has all."""
+"""Lines of a file that are printed with their result. The others are counted; ``--json`` prints all."""
 
 WORDS = {
     "settled": "settled",
@@ -31,7 +31,9 @@ WORDS = {
     "invalid": "not understood",
 }
 
-NOT_SENT = "It is not sent again by itself: the caller repeats the call, or the broker redelivers it (or give --run)."
+NOT_SENT = (
+    "It is not published again: the caller repeats the call, or the broker redelivers it (or give --run)."
+)
 
 
 def user_and_host() -> str:
@@ -90,8 +92,8 @@ def resolve(
 ) -> None:
     """Settle intents in doubt by what you saw at the destination.
 
-    The record keeps who decided, when, what, and the evidence. A KEY may be the beginning of one. In a file, keys are
-    whole, and a line that cannot be carried out stops nothing: exit status 1 says that there were some.
+    The record keeps who decided, when, what, and the evidence. KEY may be the beginning of a key. In a file, keys are
+    whole. A line that fails does not stop the others; exit status 1 says that some failed.
     """
     if file is not None:
         if keys or happened is not None or not_happened or run or fence is not None:
@@ -140,7 +142,7 @@ def resolve(
         )
     if not dry_run:
         screen.confirm(what, yes)
-    # A worker may claim one while the operator reads the question: the fences are those that were read before it.
+    # A worker may claim an intent while the operator reads the question. So use the fences that were read before it.
     decisions = [
         Decision(entry.key, answer, by, evidence, run, fence=entry.record.fence if fence is None else fence)
         for entry in {entry.key: entry for entry in entries}.values()
@@ -212,8 +214,8 @@ def _report(screen: Screen, number: int, decided: Decided, told: int) -> None:
 
 
 def _summary(counts: Counter[str], dry_run: bool) -> str:
-    said = ", ".join(f"{counts[verdict]:,} {word}" for verdict, word in WORDS.items() if counts[verdict])
-    return f"{said or 'The file has no lines'}.{' Nothing was changed.' if dry_run else ''}"
+    words = {verdict: word for verdict, word in WORDS.items() if counts[verdict]}
+    return summary(words, counts, dry_run) if words else "The file has no lines."
 
 
 @command("cancel")
@@ -227,8 +229,8 @@ def cancel(
 ) -> None:
     """Cancel an action: what has not begun will not run, and what runs is asked to stop.
 
-    Callers of what is cancelled are told so (Cancelled). A body that runs sees self.claim.cancelled; whether it took
-    effect before that, only its end tells. What is in doubt is not cancelled, but resolved.
+    Callers of a cancelled action receive the error Cancelled. A body that runs sees self.claim.cancelled; only its end
+    tells whether it took effect before that. What is in doubt cannot be cancelled: resolve it.
     """
     entry = operator.find(key)
     screen.confirm(

@@ -1,4 +1,4 @@
-"""The command ``key``: computes a call's key and compares two calls."""
+"""The command ``key``: computes the key of a call, and compares two calls."""
 
 from __future__ import annotations
 

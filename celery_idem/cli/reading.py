@@ -1,7 +1,7 @@
-"""Reads many records: which ones, with progress and an early stop.
+"""Reads many records: filters, progress, and an early stop.
 
 A store may hold millions of records, and Redis reads each of them. The operator sees how many were read, may stop
-(Ctrl-C or ``--within``) and still gets what was found. The last line and the exit status say that it is not all.
+(Ctrl-C or ``--within``), and still gets what was found. The last line and the exit status then say that there is more.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LINES = 50
 """Lines that a list prints by default: about a screen."""
 
 NOT_ALL = 3
-"""Exit status of a command that stopped early. 1 is an error, 2 a wrong use of the command line."""
+"""Exit status of a command that stopped early. 1 is an error, and 2 is wrong usage."""
 
 AGE = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd]?)")
 
@@ -52,7 +52,10 @@ class Age(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # a generic
 
 
 class Time(Age):
-    """A time in seconds since the epoch: ISO 8601 (of this machine's time zone, if it has none), or a duration ago."""
+    """A time in seconds since the epoch, from ISO 8601 or from how long ago it was.
+
+    A time without a zone is in this machine's time zone.
+    """
 
     name = "time"
 
@@ -70,7 +73,7 @@ class Time(Age):
 
 
 def filters(function: F) -> F:
-    """Add the options that say which intents; the function receives them as ``which``."""
+    """Add the options that filter intents. The function receives them as ``which``."""
 
     @wraps(function)
     def filtered(
@@ -108,7 +111,7 @@ def filters(function: F) -> F:
 
 
 def arguments_option(*sources: str) -> Callable[[F], F]:
-    """The option ``--arguments``; ``sources`` says where they are read from without it."""
+    """Return the option ``--arguments``. ``sources`` says where they are read from without it."""
     return click.option(
         "--arguments",
         type=click.File("r"),
@@ -127,7 +130,7 @@ within_option = click.option(
 
 
 def shown() -> bool:
-    """Tell whether an operator sees standard error."""
+    """Whether an operator sees standard error."""
     return sys.stderr.isatty()
 
 
@@ -135,7 +138,7 @@ class Progress:
     """A count on standard error, if that is a terminal.
 
     Args:
-        says: text with ``{}`` in the place of the count.
+        says: text with ``{}`` for the count.
         quiet: show nothing.
     """
 
@@ -162,12 +165,12 @@ class Reading:
     """The entries that can be read in time.
 
     Args:
-        read: returns the entries, and calls its argument for every record that it looks at.
+        read: returns the entries, and calls its argument for every record that it reads.
         within: seconds until it stops; None: read all.
         quiet: show no progress. Progress goes to standard error, and only to a terminal.
 
     Attributes:
-        stopped: it stopped early, so there may be more.
+        stopped: it stopped early, so there may be more entries.
     """
 
     def __init__(

@@ -19,13 +19,14 @@ from celery_idem.operate.bulk import in_threads
 from celery_idem.operate.operators import COMPARE, Action, Oldest, Operator, Which, duration
 
 NOTHING = 1
-"""Exit status of a listing without an entry, as of any answer that is no."""
+"""Exit status of a list without an entry."""
 
 FORGETTABLE = ("failed", "succeeded", "released")
-"""States that many intents are forgotten in at once. One in doubt or at work takes its KEY: a look at each."""
+"""States in which many intents can be forgotten at once. In doubt or under way, each one needs its KEY, so that the
+operator looks at each."""
 
 ATTEMPT = {"task_id": "task", "place": "on", "claimed_at": "claimed", "ended_at": "ended", "result": "result"}
-"""What ``show`` calls the facts about one attempt."""
+"""Words of ``show`` for the facts about one attempt."""
 
 
 def as_typed() -> str:
@@ -159,7 +160,7 @@ def _facts(form: dict[str, Any]) -> list[tuple[str, Any]]:
     """Return the labels and values that are not empty."""
     labels = {
         "arguments_unknown": "arguments",
-        "not_published": "not run by us",
+        "not_published": "not published",
         "place": "where",
         "began_at": "began",
         "renewed_at": "last heard of",
@@ -194,12 +195,13 @@ def advice(entry: Entry) -> str:
 _ADVICE = {
     "running": "A worker is running it and renews the lease: nothing to do. If it dies, the state becomes lapsed. "
     "`{idem} cancel '{key}'` asks it to stop.",
-    "accepted": "It has not begun: no worker has claimed it. Is there one for its queue? `{idem} recover` publishes "
-    "what is overdue, as workers do by themselves. `{idem} cancel '{key}'` cancels it.",
+    "accepted": "It has not begun: no worker has claimed it. Is there a worker for its queue? `{idem} recover` "
+    "publishes what is overdue, as every worker does. `{idem} cancel '{key}'` cancels it.",
     "scheduled": "It waits for its own retry. Nothing to do. `{idem} cancel '{key}'` cancels it.",
     "released": "It did not take effect. The next delivery runs it. `{idem} cancel '{key}'` cancels it.",
     "failed": "It failed, and every caller receives this error. After a fix `{idem} retry '{key}'` runs it again.",
-    "cancelled": "It was cancelled, and its callers are told so. `{idem} forget '{key}'` takes that back.",
+    "cancelled": "It was cancelled, and its callers receive the error Cancelled. `{idem} forget '{key}'` takes that "
+    "back.",
     "succeeded": "Its outcome is known and replayed to every caller. `{idem} forget '{key}'` lets it happen again.",
 }
 
@@ -296,7 +298,7 @@ def purge(screen: Screen, operator: Operator, yes: bool) -> None:
 def reindex(screen: Screen, operator: Operator) -> None:
     """Rebuild the index of what is open from the records.
 
-    It is rebuilt by itself where it is missing. Reads every record.
+    Reads every record. A missing index is rebuilt without this command.
     """
     found = operator.reindex()
     screen.answer({"open": found}, f"The index is complete. It has {found} open intents.")
@@ -307,7 +309,7 @@ def reindex(screen: Screen, operator: Operator) -> None:
 def recover(screen: Screen, operator: Operator, dry_run: bool) -> None:
     """Publish the calls of overdue intents again.
 
-    Each worker does that by itself. The delivery decides what becomes of the intent.
+    Every worker does the same. The delivery decides what becomes of the intent.
     """
     published = 0
     for found in recovering.recover(operator.app, dry_run):

@@ -1,4 +1,4 @@
-"""The command ``retry``: runs again what failed."""
+"""The command ``retry``: runs failed intents again."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -89,7 +89,7 @@ class Screen:
 
     def json(self, value: Any) -> None:
         """Print one JSON document on one line."""
-        # leaves some control characters as they are
+        # JSON needs no escape for some control characters, and a terminal obeys them.
         text = json.dumps(value, ensure_ascii=False, default=str)
         click.echo(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
@@ -101,7 +101,7 @@ class Screen:
             self.line(text)
 
     def confirm(self, question: str, yes: bool) -> None:
-        """Return only if the operator agrees.
+        """Ask a question, and return only if the operator agrees.
 
         Raises:
             click.ClickException: the operator declined, or cannot be asked, and ``--yes`` was not given.
@@ -114,7 +114,7 @@ class Screen:
             raise click.ClickException("Nothing was changed. (--yes answers the question.)") from None
 
     def confirm_number(self, question: str, number: int, yes: bool) -> None:
-        """As ``confirm``, for many intents at once: the operator types how many they are.
+        """As ``confirm``, for many intents at once: the operator types their number.
 
         Raises:
             click.ClickException: see ``confirm``.
@@ -145,12 +145,18 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
+def summary(words: Mapping[str, str], counts: Mapping[str, int], dry_run: bool) -> str:
+    """Return how many intents have each verdict, in words."""
+    said = ", ".join(f"{counts[verdict]:,} {word}" for verdict, word in words.items())
+    return f"{said}.{' Nothing was changed.' if dry_run else ''}"
+
+
 def _next(error: IdempotencyError, app: Celery) -> str:
     """Return advice on an error that only the command line can give."""
     # In a Django site, and in Flask's pattern, the default is the one that was named.
     if isinstance(error, ConfigurationError) and app is _state.default_app and app.main == NOBODYS:
         return " Did you name your application? celery -A proj idem …"
-    if isinstance(error, StoreError) and not error.key:  # it concerns the whole store
+    if isinstance(error, StoreError) and not error.key:  # it is about the whole store
         return " `idem doctor` checks the store and its settings."
     return ""
 

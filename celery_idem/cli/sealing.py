@@ -7,7 +7,7 @@ from collections import Counter
 import click
 
 from celery_idem.cli.reading import Reading, within_option
-from celery_idem.cli.screen import Screen, command, yes_option
+from celery_idem.cli.screen import Screen, command, summary, yes_option
 from celery_idem.core.errors import StoreError
 from celery_idem.operate.operators import Operator
 
@@ -48,11 +48,11 @@ def reseal(
         for entry in reading:
             counts[operator.reseal(entry, dry_run, lost)] += 1
     except StoreError as error:
-        raise StoreError(f"{error} {_summary(counts, dry_run)} Run it again to go on.") from error
+        raise StoreError(f"{error} {summary(WORDS, counts, dry_run)} Run it again to go on.") from error
     if screen.as_json:
         screen.json({**counts, "dry_run": dry_run})
     else:
-        screen.line(_summary(counts, dry_run))
+        screen.line(summary(WORDS, counts, dry_run))
         if counts["running"]:
             screen.line("Run it again when those that run have ended.")
         if counts["locked"]:
@@ -60,8 +60,3 @@ def reseal(
     reading.end()
     if counts["running"] or counts["locked"]:
         raise SystemExit(1)
-
-
-def _summary(counts: Counter[str], dry_run: bool) -> str:
-    said = ", ".join(f"{counts[verdict]:,} {word}" for verdict, word in WORDS.items())
-    return f"{said}.{' Nothing was changed.' if dry_run else ''}"

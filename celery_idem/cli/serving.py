@@ -1,4 +1,4 @@
-"""The command ``inbox``: serves the in-doubt inbox by itself."""
+"""The command ``inbox``: serves the in-doubt inbox without a web application."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from celery_idem.core.errors import needs
 from celery_idem.operate.operators import Operator
 
 TOKEN = "IDEM_INBOX_TOKEN"  # noqa: S105  # a variable's name
-"""Environment variable with the token: a command line is seen by every user of the machine."""
+"""Environment variable with the token. No option, because every user of the machine can see a command line."""
 
 
 @command("inbox")
@@ -23,8 +23,8 @@ TOKEN = "IDEM_INBOX_TOKEN"  # noqa: S105  # a variable's name
 def inbox(screen: Screen, operator: Operator, port: int, address: str) -> None:
     """Serve the inbox, where operators settle what is in doubt in a browser, until Ctrl-C.
 
-    They sign in with the token in the environment variable IDEM_INBOX_TOKEN; without it, one is made and printed. It
-    speaks HTTP: where others reach it, put a proxy with HTTPS in front of it.
+    They sign in with the token in the environment variable IDEM_INBOX_TOKEN; without it, one is made and printed. The
+    inbox speaks HTTP: if other machines can reach it, put a proxy with HTTPS in front of it.
     """
     from celery_idem.adapters.inbox import inbox as pages
 

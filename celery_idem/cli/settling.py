@@ -1,4 +1,4 @@
-"""The command ``reconcile``: asks the destinations about all intents in doubt."""
+"""The command ``reconcile``: asks the destinations about intents in doubt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TextIO
 import click
 
 from celery_idem.cli.reading import Progress, arguments_option, filters
-from celery_idem.cli.screen import Screen, command, yes_option
+from celery_idem.cli.screen import Screen, command, summary, yes_option
 from celery_idem.core.errors import StoreError
 from celery_idem.operate.operators import Operator, Which, read_arguments
 
@@ -28,8 +28,8 @@ WORDS = {
 @click.option(
     "--without-arguments",
     is_flag=True,
-    help="Call reconcile without arguments where they are unknown. Only for a reconcile that uses task.claim.key "
-    "alone: one that uses its arguments would find nothing and answer that nothing happened.",
+    help="Call reconcile without arguments if they are unknown. Only for a reconcile that uses nothing but "
+    "task.claim.key: one that uses its arguments would find nothing and answer that nothing happened.",
 )
 @click.option("--dry-run", is_flag=True, help="Ask the destinations and change nothing.")
 @yes_option
@@ -67,7 +67,9 @@ def reconcile(
                     entry, known.get(entry.key), without_arguments=without_arguments, dry_run=dry_run
                 )
             except StoreError as error:
-                raise StoreError(f"{error} {_summary(counts, dry_run)} Run it again to go on.") from error
+                raise StoreError(
+                    f"{error} {summary(WORDS, counts, dry_run)} Run it again to go on."
+                ) from error
             counts[asked.verdict] += 1
             progress.tick()
             if screen.as_json:
@@ -78,7 +80,9 @@ def reconcile(
                 progress.end()
                 screen.line(f"{progress.count:>6}  {WORDS[asked.verdict]:<14}  {entry.key}  {asked.why}")
     except KeyboardInterrupt:
-        raise click.ClickException(f"Stopped. {_summary(counts, dry_run)} Run it again to go on.") from None
+        raise click.ClickException(
+            f"Stopped. {summary(WORDS, counts, dry_run)} Run it again to go on."
+        ) from None
     finally:
         progress.end()
     if screen.as_json:
@@ -86,15 +90,10 @@ def reconcile(
     else:
         for why, number in not_asked.most_common():
             screen.line(f"{number:>6,}  {WORDS['skipped']}: {why}")
-        screen.line(_summary(counts, dry_run))
+        screen.line(summary(WORDS, counts, dry_run))
         if counts["unknown"] or counts["skipped"]:
             screen.line(
                 "Decide the rest yourself: `idem list --state waiting`, then `idem resolve`; many with --from FILE."
             )
     if counts["unknown"] or counts["skipped"]:
         raise SystemExit(1)
-
-
-def _summary(counts: Counter[str], dry_run: bool) -> str:
-    said = ", ".join(f"{counts[verdict]} {word}" for verdict, word in WORDS.items())
-    return f"{said}.{' Nothing was changed.' if dry_run else ''}"

@@ -1,7 +1,7 @@
-"""Decides about many intents: by a file of JSON lines, or one decision for a list of intents.
+"""Carries out decisions about many intents: from a file of JSON lines, or one decision for a list of intents.
 
-A line that cannot be carried out stops nothing. Several threads decide at once, because each decision waits for two
-answers of the store.
+A line that fails does not stop the others. Several threads decide at once, because each decision waits for two round
+trips to the store.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 THREADS = 8
-"""Decisions at once. A store 5 ms away then takes a thousand in under two seconds, and is not flooded."""
+"""Decisions at once. A store 5 ms away takes a thousand in under two seconds, and is not overloaded."""
 
 AHEAD = 4 * THREADS
-"""Decisions that are handed to the threads before the first of them is reported: enough to keep all of them busy."""
+"""Decisions that the threads receive before the first one is reported: enough to keep all threads busy."""
 
 FIELDS = ("key", "happened", "not_happened", "run", "by", "evidence", "fence")
-"""Fields of a line. Others are ignored, so that a line of ``idem list --json`` with a decision added to it is one."""
+"""Fields of a line. Others are ignored, so that a decision can be added to a line of ``idem list --json``."""
 
 
 MISSPELT = 0.75
-"""How alike a field must be to one of them (1: equal) to be taken for a misspelt one: "evidense", "rerun"."""
+"""Similarity (1: equal) from which an unknown field counts as a misspelt one: "evidense", "rerun"."""
 
 
 class Decision(NamedTuple):
-    """What a person found out about one intent.
+    """A person's decision about one intent.
 
     Attributes:
         run: publish the call again at once; only with ``NotHappened``.
@@ -54,7 +54,7 @@ class Decision(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One line of a file: its number, and a decision or what is wrong with it."""
+    """One line of a file: its number, and its decision or what is wrong with it."""
 
     number: int
     decision: Decision | None
@@ -73,7 +73,7 @@ class Decided(NamedTuple):
             run); ``not_published`` (decided, and the broker did not take its call); ``invalid`` (the line is no
             decision).
         why: for people; for ``settled`` and ``already`` empty, or why callers do not get the value.
-        entry: the intent as it is now; None if there is none, or if it was not looked at.
+        entry: the intent as it is now; None if there is none, or if it was not read.
     """
 
     verdict: Verdict
@@ -88,7 +88,7 @@ class Decided(NamedTuple):
 
 
 def read_decisions(lines: Iterable[bytes], by: str, evidence: str) -> Iterator[Line]:
-    """Read decisions from JSON lines. ``by, evidence``: those of a line that has none."""
+    """Read decisions from JSON lines. ``by`` and ``evidence`` are for lines that have none."""
     seen: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -99,7 +99,7 @@ def read_decisions(lines: Iterable[bytes], by: str, evidence: str) -> Iterator[L
             if first != number:
                 raise ValueError(f"line {first} decides about the same intent")
             yield Line(number, decision)
-        except (ValueError, IdempotencyError, RecursionError) as error:  # the last: nested without end
+        except (ValueError, IdempotencyError, RecursionError) as error:  # the last: nested too deep
             yield Line(number, None, str(error) or "it is nested too deep")
 
 
@@ -142,10 +142,8 @@ def decide(operator: Operator, decision: Decision, dry_run: bool = False) -> Dec
     """Carry out one decision. Raises ``StoreError``: the store does not answer."""
     key = decision.key
     verdict: Verdict = "settled"
-    publish: Callable[[], object] | None = None
     try:
-        if decision.run:
-            publish = operator.publisher_of(key)
+        publish = operator.publisher_of(key) if decision.run else None
     except StoreError:
         raise
     except IdempotencyError as error:
@@ -158,14 +156,14 @@ def decide(operator: Operator, decision: Decision, dry_run: bool = False) -> Dec
         return Decided("not_published", key, str(error), operator.ledger_of(key).get(key))
     except IdempotencyError as error:
         if isinstance(error, StoreError) and not error.key:
-            raise  # it concerns the whole store
+            raise  # it is about the whole store, not about this key
         there = None if isinstance(error, StoreError) else operator.ledger_of(key).get(key)
         if there is None or not _decided_so(operator, there, decision):
             return Decided("refused", key, str(error), there)
         verdict, entry = "already", there
     if publish is not None and not dry_run:
         try:
-            publish()  # if it was published before, the second message is a duplicate
+            publish()  # if it was published before, this message is a duplicate
         except BrokerError as error:
             return Decided("not_published", key, str(error), entry)
     why, outcome = "", entry.record.outcome
@@ -175,7 +173,7 @@ def decide(operator: Operator, decision: Decision, dry_run: bool = False) -> Dec
 
 
 def _decided_so(operator: Operator, entry: Entry, decision: Decision) -> bool:
-    """Tell whether this decision was the last thing that happened to the intent."""
+    """Whether this decision was the last thing that happened to the intent."""
     notes, outcome = entry.record.notes, entry.record.outcome
     if not notes or (notes[-1].by, notes[-1].evidence) != (decision.by, decision.evidence):
         return False
@@ -187,7 +185,7 @@ def _decided_so(operator: Operator, entry: Entry, decision: Decision) -> bool:
 def decide_all(
     operator: Operator, lines: Iterable[Line], dry_run: bool = False
 ) -> Iterator[tuple[int, Decided]]:
-    """Carry out the decisions of a file. Returns the lines' numbers and what became of them, in the file's order.
+    """Carry out the decisions of a file. Return each line's number and what became of it, in the file's order.
 
     Raises:
         StoreError: the store does not answer. What was decided by then is written; a second run goes on.
@@ -204,7 +202,7 @@ def decide_all(
 def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Return ``function(item)`` for each item, in their order, in bounded memory.
 
-    When the caller stops, or one of them raises, no other is begun.
+    When the caller stops, or a call raises, no further call begins.
     """
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="celery_idem bulk")
     begun: deque[Future[R]] = deque()
@@ -232,7 +230,7 @@ def _finite(text: str) -> float:
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     form = dict(pairs)
-    # A settled outcome cannot be changed, so which one was meant is no guess of ours.
+    # A settled outcome cannot be changed, so do not guess which one was meant.
     if len(form) < len(pairs):
         raise ValueError("a field is given twice")
     return form

@@ -57,7 +57,7 @@ COMPARE = (
 
 
 class Which(NamedTuple):
-    """Which intents; a field that is not given leaves none out.
+    """A filter of intents. A field that is not given filters nothing.
 
     Attributes:
         state: one of ``entries.FILTERS``.
@@ -78,7 +78,7 @@ class Which(NamedTuple):
     suspect: bool = False
 
     def fits(self, entry: Entry, namespace: str) -> bool:
-        """Tell whether an intent in the right state is one of them."""
+        """Whether an intent in the right state passes the filter."""
         return (
             self.task in (None, entry.task)
             and entry.age >= self.older_than
@@ -97,18 +97,17 @@ class Arguments(NamedTuple):
 
 
 class Action(NamedTuple):
-    """Which action an intent is, and where and when it was last at work. For people: secret values are hidden.
+    """Which action an intent is, and where and when its latest attempt ran. For people: secret values are hidden.
 
     Attributes:
-        line: one line: the author's own sentence, or the fields that say what the action is; "" where they are not
-            known.
-        intent: those fields as texts, with scope, occurrence and the caller's key.
-        arguments: all arguments as texts.
-        why: why they are not known; "" where they are.
-        not_published: why the call cannot be published again; "" where it can.
+        line: one line: the author's own sentence, or the fields of the intent; "" if they are not known.
+        intent: the fields of the intent as text, with scope, occurrence and caller's key.
+        arguments: all arguments as text.
+        why: why the arguments are not known; "" if they are.
+        not_published: why the call cannot be published again; "" if it can.
         place: host and process of the latest attempt.
-        began_at: when that began, by the store's clock, in seconds since the epoch; None: not known.
-        renewed_at: when it was last heard of; None where that is not known, or it does not run.
+        began_at: when that attempt began, by the store's clock, in seconds since the epoch; None: not known.
+        renewed_at: when its worker last wrote; None if that is not known, or it does not run.
     """
 
     line: str = ""
@@ -122,7 +121,7 @@ class Action(NamedTuple):
 
     @property
     def attempt(self) -> str:
-        """Where and when the latest attempt was at work, in one line; "" where that is not known."""
+        """Where and when the latest attempt ran, in one line; "" if that is not known."""
         began = "" if self.began_at is None else f"began {iso(self.began_at)}"
         renewed = "" if self.renewed_at is None else f"last heard of {iso(self.renewed_at)}"
         return ", ".join(filter(None, (self.place, began, renewed)))
@@ -134,8 +133,8 @@ class Resolved(NamedTuple):
     Attributes:
         at: seconds since the epoch.
         by: who decided; ``reconcile`` for the destination that was asked.
-        what: in lower case, see ``model.Resolution``.
-        action: which action it was about, in one line; "" where that is not known.
+        what: a name of ``model.Resolution``, in lower case.
+        action: which action it was about, in one line; "" if that is not known.
     """
 
     at: float
@@ -151,7 +150,7 @@ class Asked(NamedTuple):
     """The result of asking a destination.
 
     Attributes:
-        verdict: ``happened`` or ``not_happened`` (settled, but for a dry run), ``unknown`` (the destination could
+        verdict: ``happened`` or ``not_happened`` (settled, except in a dry run), ``unknown`` (the destination could
             not tell) or ``skipped`` (it was not asked).
         why: one sentence for a person.
     """
@@ -185,7 +184,7 @@ class Operator:
         return task if isinstance(task, IdempotentTask) and task.idem_declaration is not None else None
 
     def ledger_of(self, key: str) -> Ledger:
-        """Return the ledger with the record of a key."""
+        """Return the ledger that has the record of a key."""
         task = self.task_of(key)
         return ledger_of(self.app) if task is None else task.guard.ledger
 
@@ -204,15 +203,10 @@ class Operator:
     # --- reading ----------------------------------------------------------------------
 
     def list(
-        self,
-        state: str | None = None,
-        task: str | None = None,
-        older_than: float = 0.0,
-        tick: Callable[[], object] | None = None,
-        suspect: bool = False,
+        self, state: str | None = None, task: str | None = None, tick: Callable[[], object] | None = None
     ) -> Iterator[Entry]:
-        """As ``select``."""
-        return self.select(Which(state, task, older_than=older_than, suspect=suspect), tick)
+        """As ``select``, by two fields of ``Which``."""
+        return self.select(Which(state, task), tick)
 
     def select(self, which: Which, tick: Callable[[], object] | None = None) -> Iterator[Entry]:
         """Return intents, in no order and in bounded memory. ``tick``: see ``Ledger.list``."""
@@ -223,12 +217,12 @@ class Operator:
                     yield entry
 
     def as_in_keys(self, which: Which) -> Which:
-        """Return the same with the task's name in its keys, which is the first that it had."""
+        """Return the filter with the name in the task's keys, which is the task's first name."""
         task = self._guarded(which.task or "")
         return which if task is None else which._replace(task=task.guard.declaration.task)
 
     def fits(self, entry: Entry, which: Which) -> bool:
-        """Tell whether an intent in the right state is one of them (see ``as_in_keys``)."""
+        """Whether an intent in the right state passes a filter of ``as_in_keys``."""
         return which.fits(entry, self.ledger_of(entry.key).namespace)
 
     def find(self, key: str) -> Entry:
@@ -257,8 +251,8 @@ class Operator:
         )
 
     def _beginning_with(self, start: str) -> dict[str, Entry]:
-        """Return at most two intents whose keys begin so: two make it ambiguous. A scan may return a key twice."""
-        found: dict[str, Entry] = {}
+        """Return at most two intents whose keys begin with ``start``: two are enough to make it ambiguous."""
+        found: dict[str, Entry] = {}  # by key, because a scan may return one twice
         for ledger in self.ledgers():
             for stored_key, _ in ledger.store.scan(f"{ledger.namespace}:{start}"):
                 key = stored_key.partition(":")[2]
@@ -278,7 +272,7 @@ class Operator:
         return sum(ledger.reindex(tick) for ledger in self.ledgers())
 
     def reseal(self, entry: Entry, dry_run: bool = False, lost: bool = False) -> str:
-        """See ``Ledger.reseal``; ``locked`` where the record is sealed with a key that is not here.
+        """See ``Ledger.reseal``. Returns ``locked`` if this process does not have the record's seal key.
 
         Raises:
             StoreError: the store did not answer.
@@ -309,10 +303,10 @@ class Operator:
         return ledger.resolve(key, answer, by=by, evidence=evidence, fence=fence, dry_run=dry_run)
 
     def publisher_of(self, key: str) -> Callable[[], object]:
-        """Return what publishes an intent's call again from its record, for after it was released.
+        """Return a function that publishes an intent's call from its record, to be called after its release.
 
         Raises:
-            IdempotencyError: the record does not hold all of the call, or there is none.
+            IdempotencyError: there is no record, or it does not hold the whole call.
         """
         entry = self.ledger_of(key).get(key)
         call, why = (None, "there is no record") if entry is None else call_of(self.app, key, entry.record)
@@ -352,8 +346,9 @@ class Operator:
 
         Args:
             arguments: arguments of the call, if the caller knows them.
-            without_arguments: call it without arguments if they are unknown. Only right for a reconcile that uses
-                ``task.claim.key`` alone: one that looks for invoice None finds nothing and answers "not happened".
+            without_arguments: call ``reconcile`` without arguments if they are unknown. This is only right if it uses
+                nothing but ``task.claim.key``: one that looks for invoice None finds nothing and answers "not
+                happened".
             dry_run: ask the destination and write nothing.
         """
         task = self.task_of(entry.key)
@@ -379,7 +374,7 @@ class Operator:
         except StoreError as error:
             if not error.key:
                 raise
-            return Asked("skipped", str(error))  # sealed with a key that is not here
+            return Asked("skipped", str(error))  # sealed with a key that this process does not have
         if isinstance(decision, Replay) and decision.outcome.cancelled:
             return Asked("not_happened", "the destination says it did not happen, and it is cancelled")
         if isinstance(decision, Replay):
@@ -397,9 +392,9 @@ class Operator:
         return Asked("skipped", "another worker is running it now")
 
     def arguments_of(self, entry: Entry) -> tuple[Arguments | None, str]:
-        """Return the call's arguments, from its record, or from Celery's result backend (``result_extended``).
+        """Return the call's arguments, from its record or from Celery's result backend (``result_extended``).
 
-        None where neither has all of them, and why the record has not.
+        If neither has all of them, return None and why the record does not.
         """
         call, why = call_of(self.app, entry.key, entry.record)
         if call is not None and call.hidden:
@@ -557,7 +552,7 @@ class Operator:
 
 
 class Oldest:
-    """Keeps the entries that are unchanged for longest, in bounded memory.
+    """Keeps the entries that have been unchanged for longest, in bounded memory.
 
     Args:
         limit: number of entries to keep.
@@ -573,7 +568,7 @@ class Oldest:
 
     def add(self, entry: Entry) -> None:
         self.total += 1
-        item = (-entry.changed_at, self.total, entry)  # the total keeps entries from being compared
+        item = (-entry.changed_at, self.total, entry)  # with the total in between, entries are never compared
         if len(self._heap) < self._limit:
             heapq.heappush(self._heap, item)
         elif self._heap and item > self._heap[0]:
@@ -602,7 +597,7 @@ def duration(seconds: float) -> str:
 
 
 def check_key(key: str) -> None:
-    """Refuse what cannot be a key. Raises ``IdempotencyError``: it is empty, or no valid text."""
+    """Refuse what cannot be a key. Raises ``IdempotencyError``: it is empty, or not valid text."""
     if not key:
         raise IdempotencyError("The key is empty. Give a key, or the beginning of one.")
     if "\0" in key or key != key.encode("utf-8", "replace").decode():
@@ -634,7 +629,7 @@ def read_arguments(lines: Iterator[str]) -> dict[str, Arguments]:
 
 
 def _fit(task: IdempotentTask, arguments: Arguments) -> bool:
-    """Tell whether the arguments fit the task's signature."""
+    """Whether the arguments fit the task's signature."""
     try:
         task.guard.declaration.bind(*arguments)
     except TypeError:
@@ -643,9 +638,9 @@ def _fit(task: IdempotentTask, arguments: Arguments) -> bool:
 
 
 def _of_another_call(guard: Guard, entry: Entry, arguments: Arguments) -> bool:
-    """Tell whether the record's digests show that these are not its arguments.
+    """Whether the record's digests show that these are the arguments of another intent.
 
-    Free arguments do not count: another call of the same intent may have other ones.
+    Free arguments do not count, because another call of the same intent may have other ones.
     """
     if guard.digester is None or not entry.record.digests:
         return False

@@ -1,4 +1,4 @@
-"""Runs an action again that failed: the same call, published from what is known of it."""
+"""Runs a failed action again, with the arguments of its call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from celery_idem.operate.operators import Arguments, Operator
 
 
 class Labels(NamedTuple):
-    """What a call said of its identity beside its arguments."""
+    """What identifies a call beside its arguments."""
 
     scope: str | None = None
     occurrence: str | None = None
@@ -27,8 +27,8 @@ class Retried(NamedTuple):
     """What became of one intent.
 
     Attributes:
-        task_id: of the message that was published; with ``dry_run`` "", and where nothing was.
-        why: why nothing was published, for people; "" where it was, or would be.
+        task_id: id of the published message; "" if none was published, and with ``dry_run``.
+        why: why nothing was published, for people; "" if it was, or would be.
         later: the broker did not take the message. The call is accepted, and recovery publishes it.
     """
 
@@ -44,12 +44,12 @@ def retry(
     labels: Labels | None = None,
     dry_run: bool = False,
 ) -> Retried:
-    """Let an intent that failed, or that was released, run again, and publish its call.
+    """Let an intent that failed or was released run again, and publish its call.
 
     Args:
-        given: arguments of the call, if the caller knows them. Else they come from the record, which holds the call
-            while the intent is open, or from the result backend (``result_extended``).
-        labels: what else the call said. The record has digests of it only.
+        given: arguments of the call, if the operator knows them. Otherwise they come from the record, which holds the
+            call while the intent is open, or from the result backend (``result_extended``).
+        labels: the call's scope, occurrence and own key. The record has only digests of them.
         dry_run: publish nothing.
     """
     task = operator.task_of(entry.key)
@@ -63,7 +63,7 @@ def retry(
         if not dry_run:
             try:
                 messages.publish(operator.app, entry.key, call)
-            except Exception as error:  # of any driver, router or serializer; the others have their turn
+            except Exception as error:  # of any driver, router or serializer; go on with other intents
                 broker = messages.of_the_broker(operator.app, error)
                 what = "the broker did not take it" if broker else "no message can be made of it"
                 return Retried(why=f"{what} ({type(error).__name__}), and it stays as it is")
@@ -102,7 +102,7 @@ _REFUSED = {
 
 
 def _of_another(task: IdempotentTask, entry: Entry, known: Arguments, labels: Labels) -> str:
-    """Why these arguments are not those of the intent; "" where they are."""
+    """Return why these arguments are not those of the intent; "" if they are."""
     declaration = task.guard.declaration
     try:
         bound = declaration.bind(*known)
