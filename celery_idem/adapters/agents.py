@@ -1,4 +1,4 @@
-"""Agent frameworks: a task as a plain function with types and words, for whatever turns functions into tools.
+"""For agent frameworks: a task as a plain function with types and descriptions, which a framework turns into a tool.
 
 ::
 
@@ -10,9 +10,9 @@
     function_tool(send_invoice)                            # OpenAI Agents SDK
     Agent(…, tools=[send_invoice])                         # pydantic-ai
 
-The function never raises: frameworks answer an exception with "please try again". It
-returns the receipt as a dictionary. That of ``function`` blocks while it waits, for programs
-without an event loop; frameworks run it in a thread.
+The function never raises, because frameworks answer an exception with "please try again". It returns the receipt as a
+dictionary. ``function`` makes one that blocks while it waits, for programs without an event loop. Frameworks run it in
+a thread.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Whose = str | Callable[[], str | None] | None
-"""A scope, or a function that knows it."""
+"""A scope, or a function that returns it."""
 
 WAIT = 30.0
 """Seconds to wait for the answer: ``Receipt.wait``'s own."""
@@ -40,15 +40,15 @@ WAIT = 30.0
 def function(
     app: Celery, task: str, *, scope: Whose = None, occurrences: bool = False, wait: float = WAIT
 ) -> Callable[..., dict[str, Any]]:
-    """A function that submits the task and waits for its answer.
+    """Return a function that submits the task and waits for its answer.
 
-    Its name, docstring, signature and annotations are those of the task; each
-    annotation also says what part the parameter plays, for a model to read.
+    Its name, docstring, signature and annotations are those of the task. Each annotation also describes the
+    parameter's role, for a model to read.
 
     Args:
-        scope: whose action it is: a text, or a function that knows (a ``ContextVar``'s
-            ``get``). Never an argument that a model could choose.
-        occurrences: let the model name a repetition that is meant (see ``tool_of``).
+        scope: whose action it is: a text, or a function that returns it (a ``ContextVar``'s ``get``). It is never an
+            argument, because a model could choose that.
+        occurrences: let the model name an intended repetition (see ``tool_of``).
         wait: seconds to wait.
 
     Raises:
@@ -66,7 +66,7 @@ def function(
 def async_function(
     app: Celery, task: str, *, scope: Whose = None, occurrences: bool = False, wait: float = WAIT
 ) -> Callable[..., Coroutine[Any, Any, dict[str, Any]]]:
-    """``function`` as a coroutine function, which blocks no event loop: the same arguments and errors."""
+    """As ``function``, with a coroutine function that does not block the event loop."""
     tool, submit = _submitting(app, task, scope, occurrences)
 
     async def call(*args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def _signature(tool: Tool) -> inspect.Signature:
         kind = inspect.Parameter.KEYWORD_ONLY
         extra = inspect.Parameter("occurrence", kind, default=None, annotation=hint)
         parameters.append(extra)
-        parameters.sort(key=lambda each: each.kind)  # behind it only **kwargs
+        parameters.sort(key=lambda each: each.kind)  # only **kwargs may follow it
     return inspect.Signature(parameters, return_annotation=dict[str, Any])
 
 

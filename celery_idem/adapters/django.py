@@ -4,8 +4,8 @@
 
     app = Celery("proj", task_cls="celery_idem.adapters.django:IdempotentDjangoTask")
 
-Celery gives its own class for Django to an application that names none. One that names ours gets this one instead, so
-that every task of the application keeps ``delay_on_commit``, guarded or not.
+Without ``task_cls``, an application under Django gets Celery's own class for Django. With this class, every task of the
+application keeps ``delay_on_commit``, guarded or not.
 """
 
 from __future__ import annotations

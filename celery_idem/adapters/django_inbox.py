@@ -6,7 +6,7 @@
 
     urlpatterns = [path("ops/idem/", include(inbox_urls(celery_app)))]
 
-The inbox is an ASGI application. A view hands it the request, and answers with its response.
+The inbox is an ASGI application. A view passes the request to it, and returns its response.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from celery import Celery
 
 USER = "celery_idem.django.user"
-"""Where the scope has the name of Django's user. It is made by our view, not by a request."""
+"""Entry of the ASGI scope with the name of Django's user. Our view makes the scope, so no request can set it."""
 
 
 def is_superuser(user: Any) -> bool:
-    """Tell whether a user may do everything: who decides here moves money elsewhere."""
+    """Whether a user may do everything. That is the default, because decisions here may move money."""
     return bool(user.is_active and user.is_superuser)
 
 
@@ -46,11 +46,11 @@ def inbox_urls(app: Celery, *, allowed: Callable[[Any], bool] = is_superuser) ->
     site = inbox(
         app,
         authenticate=lambda request: request.scope.get(USER),
-        secret=settings.SECRET_KEY,  # each of the site's processes knows it
+        secret=settings.SECRET_KEY,  # all processes of the site share it
     )
 
     def user_of(request: HttpRequest) -> str | None:
-        """Return the user's name; None for one who has to sign in. Reads Django's database."""
+        """Return the user's name; None if nobody is signed in. Reads Django's database."""
         user = getattr(request, "user", None)
         if user is None:
             raise ConfigurationError(
@@ -81,7 +81,7 @@ def inbox_urls(app: Celery, *, allowed: Callable[[Any], bool] = is_superuser) ->
 
 
 def _scope(request: HttpRequest, path: str, user: str) -> dict[str, Any]:
-    """Return the request as ASGI has it, mounted where the URL patterns are."""
+    """Return the ASGI scope of a request, mounted where the URL patterns are."""
     root = request.path.removesuffix(path).rstrip("/")
     # The host as the site knows it (USE_X_FORWARDED_HOST): forms have to come from there.
     headers = [
@@ -124,7 +124,7 @@ async def _answer(site: Any, scope: dict[str, Any], request: HttpRequest) -> Htt
     response = HttpResponse(b"".join(parts), status=status)
     for name, value in headers:
         if name.lower() == b"set-cookie":
-            response.cookies.load(value.decode("latin-1"))  # where Django's middleware looks for them
+            response.cookies.load(value.decode("latin-1"))  # Django's middleware looks for cookies here
         else:
             response[name.decode("latin-1")] = value.decode("latin-1")
     return response

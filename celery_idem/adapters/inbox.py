@@ -6,13 +6,13 @@
 
     site.mount("/idem", inbox(celery_app, token=os.environ["IDEM_INBOX_TOKEN"]))
 
-An ASGI application (Starlette), by itself or mounted into another one. It does not open without
-``token`` (people sign in with it, and give their name for the audit trail) or ``authenticate``
-(the host's own: it receives the request, and returns the user's name or None).
+An ASGI application (Starlette), which runs alone or is mounted into another one. It needs ``token`` (people sign in
+with it, and give their name for the audit trail) or ``authenticate`` (a function of the host application, from the
+request to the user's name or None).
 
-Pages are plain HTML without a script. Every answer forbids scripts, frames and foreign content;
-a decision needs a token that only our own form has, and comes from our own origin. Argument
-values are nowhere: a record holds none. Results of tasks with ``secret`` parameters are not shown.
+Pages are plain HTML without scripts. Every response forbids scripts, frames and foreign content. A decision needs a
+token that only our own form has, and has to come from our own origin. Values of ``secret`` parameters are hidden, and
+results of tasks with such parameters are not shown.
 """
 
 from __future__ import annotations
@@ -73,28 +73,29 @@ Seen = TypeVar("Seen", "Waiting", "Overview")
 Authenticate = Callable[[Request], "str | Awaitable[str | None] | None"]
 
 FRESH = 10.0
-"""Seconds an overview is shown before the store is read again: a reading looks at every record."""
+"""Seconds for which an overview is shown before the store is read again. Each time, every record is read."""
 
 PATIENCE = 1.0
-"""Seconds a visitor waits for a reading: about 40,000 records. Of more, they see what is there by then."""
+"""Seconds that a visitor waits while records are read: about 40,000 records. If there are more, the page shows what was
+read by then."""
 
 SOON = 0.1
-"""Seconds that the first page waits for what only a reading of all records can tell."""
+"""Seconds that the first page waits for the figures, which need all records."""
 
 SESSION = 12 * 3600
-"""Seconds a sign-in lasts: a shift."""
+"""Seconds that a sign-in lasts: a shift."""
 
 MAX_BODY = 64 * 1024
-"""Bytes of a form: a result and its evidence, typed by hand."""
+"""Maximum size of a form, in bytes: a result and its evidence, typed by hand."""
 
 MAX_NAME = 100
-"""Characters of an operator's name. It travels in the session cookie, and browsers drop cookies above 4 KiB."""
+"""Maximum length of an operator's name. It is in the session cookie, and browsers drop cookies above 4 KiB."""
 
 WRONG_TOKEN_WAIT = 0.5
-"""Seconds until a wrong token is refused: enough against guessing, not noticed by a person."""
+"""Seconds until a wrong token is refused: it slows guessing down, and a person does not notice it."""
 
 MIN_TOKEN = 16
-"""Characters of a token or a secret at least. Shorter ones are passwords, and get guessed."""
+"""Minimum length of a token or a secret. A shorter one can be guessed."""
 
 HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'self'; form-action 'self'; base-uri 'none'; "
@@ -106,14 +107,14 @@ HEADERS = {
 }
 
 FENCE_DIGITS = 20
-"""Digits of the largest fence: 64 bits. Python refuses to read a number of thousands of them."""
+"""Digits of the largest fence, which has 64 bits. Python refuses to read numbers with thousands of digits."""
 
 INCOMPLETE = "This page is not complete any more. Look at it again, then decide."
 
 COOKIE = "idem_session"
 
 HOST_SCOPE = "celery_idem.inbox.host"
-"""Where the host's ASGI scope is, with the host's own session, behind our sessions."""
+"""Entry of our ASGI scope with the host application's scope, which has the host's own session."""
 
 
 def inbox(
@@ -123,17 +124,18 @@ def inbox(
     authenticate: Authenticate | None = None,
     secret: str | None = None,
 ) -> Starlette:
-    """The inbox of an application's intents.
+    """Return the inbox of an application's intents.
 
     Args:
         token: people sign in with it. 16 characters or more.
-        authenticate: from a request to the name of its user, None when not signed in; may be async.
-        secret: signs the session cookie, with the token where there is one. 16 characters or more. Not needed
-            with ``token``. With ``authenticate`` each process makes its own secret, so an inbox that is
-            served by several processes needs one that they share.
+        authenticate: a function from a request to the user's name, or to None if the user is not signed in. It may be
+            async.
+        secret: signs the session cookie, together with the token if there is one. 16 characters or more. Not needed
+            with ``token``. With ``authenticate``, each process makes its own secret by default, so several processes
+            that serve the inbox need one that they share.
 
     Raises:
-        ConfigurationError: neither or both of the first two are given, or one of them is too short.
+        ConfigurationError: neither or both of ``token`` and ``authenticate`` are given, or a value is too short.
     """
     if (token is None) == (authenticate is None):
         raise ConfigurationError(
@@ -150,7 +152,7 @@ def inbox(
 
 
 class _Sessions:
-    """Starlette's sessions in a cookie that is bound to where this request found the inbox: its path, and HTTPS."""
+    """Starlette's sessions, in a cookie for the path at which this request found the inbox, and for HTTPS if used."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app = app
@@ -163,11 +165,11 @@ class _Sessions:
             COOKIE,
             SESSION,
             path=_base(scope) or "/",
-            # Not strict: who follows a link to an intent from a chat is signed in. Nothing is changed by a GET.
+            # Not strict, so that a user who follows a link from a chat is signed in. A GET changes nothing.
             same_site="lax",
             https_only=scope.get("scheme") == "https",
         )
-        # A copy: a session of the host stands in the same place, and would be overwritten with ours.
+        # A copy, because our session would overwrite the host's session, which has the same name.
         await sessions({**scope, HOST_SCOPE: scope}, receive, send)
 
 
@@ -215,7 +217,7 @@ class _Inbox:
             except StoreError:
                 raise
             except IdempotencyError:
-                pass  # deleted since, or never there: then there is nothing to report
+                pass  # it was deleted since, or never existed: report nothing
         return await self._waiting_page(request, request.query_params, settled=settled)
 
     async def _waiting_page(
@@ -251,7 +253,7 @@ class _Inbox:
             seen=seen,
             settled=settled,
             which=which,
-            # All that fit: those beyond the ones that are kept, too, where nothing is left out.
+            # Without a filter, this also counts intents beyond the ``KEPT`` oldest.
             fitting=len(fitting) if filtered(which) else seen.total,
             until=seen.read_at - which.older_than,
             tasks=tasks,
@@ -311,7 +313,7 @@ class _Inbox:
         if decided.stands:
             self._settled_here(key)
         if decided.why:
-            del form["fence"]  # the page shows what stands there now, and a decision is about that
+            del form["fence"]  # the page shows the record as it is now, so the next decision is about that
             return await self._intent_page(request, key, decided.why, form)
         return _redirect(request, f"/?settled={quote(key)}")
 
@@ -329,7 +331,7 @@ class _Inbox:
         return _redirect(request, f"/intent?key={quote(key)}")
 
     async def _changed(self, change: Callable[..., T], *arguments: Any) -> T:
-        """What a decision comes to. Raises ``HTTPException``: the store does not answer."""
+        """Make a change, and return its result. Raises ``HTTPException``: the store does not answer."""
         try:
             return await run_in_threadpool(change, *arguments)
         except StoreError as error:
@@ -337,7 +339,7 @@ class _Inbox:
             raise HTTPException(503, f"{error} {again}") from None
 
     async def _resolve_all(self, request: Request) -> Response:
-        """One decision about all intents that a filter shows, and that have not changed since it was shown."""
+        """Make one decision about all intents that a filter shows, and that have not changed since then."""
         form = await self._form(request)
         answer, problem = _answer(form)
         try:
@@ -383,7 +385,7 @@ class _Inbox:
         )
 
     def _settled_here(self, key: str) -> None:
-        """The list must not show it any more."""
+        """Remove a decided intent from the list."""
         self._decided[key] = time.monotonic()
         self._waiting.outdate()
         self._figures.outdate()
@@ -393,7 +395,7 @@ class _Inbox:
         return Response(self._css, media_type="text/css", headers=headers)
 
     async def _refusal(self, request: Request, error: Exception) -> Response:
-        """Every answer that is no page, Starlette's own 404 and 405 too."""
+        """Return the page for a refused request, also for Starlette's own 404 and 405."""
         assert isinstance(error, HTTPException)
         title = HTTPStatus(error.status_code).phrase
         response = self._page(request, "layout.html", title, error.detail, error.status_code)
@@ -417,11 +419,11 @@ class _Inbox:
             csrf=lambda: _csrf(request),
             **values,
         )
-        # A record may hold half of a surrogate pair: an error's text, a result. It must not cost the whole page.
+        # A result or an error's text may have half of a surrogate pair. That must not be an error of the page.
         status = status or (400 if problem else 200)
         return HTMLResponse(text.encode("utf-8", "replace"), status, HEADERS)
 
-    # --- who is it ------------------------------------------------------------------------
+    # --- sign-in --------------------------------------------------------------------------
 
     def _guarded(
         self, handler: Callable[[Request], Awaitable[Response]]
@@ -459,7 +461,7 @@ class _Inbox:
                 await asyncio.sleep(WRONG_TOKEN_WAIT)
                 problem = "That is not the token."
             else:
-                request.session.clear()  # with the token of forms that were shown before the sign-in
+                request.session.clear()  # also the token of forms that were shown before the sign-in
                 request.session.update(user=name, until=time.time() + SESSION)
                 return _redirect(request, "/")
         status = 401 if problem else 200
@@ -471,10 +473,10 @@ class _Inbox:
         return _redirect(request, "/sign-in")
 
     async def _form(self, request: Request) -> dict[str, str]:
-        """The fields of a form that one of our pages sent.
+        """Return the fields of a form that one of our pages sent.
 
         Raises:
-            HTTPException: it is too large, incomplete, or not ours.
+            HTTPException: the form is too large, incomplete, or not ours.
         """
         body = b""
         try:
@@ -498,7 +500,7 @@ class _Inbox:
 
 
 def _shown(latest: Latest[Seen], nothing: Seen) -> Seen:
-    """What is known. Raises ``Exception``: the latest reading ended with it."""
+    """Return what is known. Raises ``Exception``: the latest reading ended with it."""
     if latest.error is not None:
         raise latest.error
     shown = latest.whole or latest.unfinished or nothing
@@ -508,7 +510,7 @@ def _shown(latest: Latest[Seen], nothing: Seen) -> Seen:
 
 
 def _answer(form: Mapping[str, str]) -> tuple[Happened | NotHappened, str]:
-    """The decision in a form, and what is wrong with it; "" for nothing."""
+    """Return the decision in a form, and what is wrong with it; "" for nothing."""
     if not form.get("evidence", "").strip():
         return NotHappened(), "Say what you saw, and where: the evidence is kept with the decision."
     if form.get("decision") in ("not_happened", "run"):
@@ -519,27 +521,27 @@ def _answer(form: Mapping[str, str]) -> tuple[Happened | NotHappened, str]:
         return NotHappened(), "Give the result that every caller receives, as JSON. For no value write null."
     try:
         return Happened(json.loads(form["result"], parse_constant=no_number)), ""
-    except (ValueError, RecursionError):  # the second: nested without end
+    except (ValueError, RecursionError):  # the second: nested too deep
         return NotHappened(), 'The result is not JSON. Text needs quotes: "inv_7". No value is null.'
 
 
 def _signing_key(token: str | None, secret: str | None) -> str:
-    """What signs sessions. A new token, or another one, ends all of them."""
+    """Return the key that signs sessions. Another token or secret ends all sessions."""
     if token is None and secret is None:
         return secrets.token_hex()
-    # Whoever sees the sign-in form has a signature by this key, and can try tokens on it without asking us.
-    # So trying one takes scrypt's usual 16 MiB and a twentieth of a second.
+    # A visitor of the sign-in form gets a signature by this key, and could try tokens on it without our server. With
+    # scrypt, each try takes 16 MiB and a twentieth of a second.
     given = json.dumps([token, secret]).encode()
     return hashlib.scrypt(given, salt=b"celery_idem inbox session", n=2**14, r=8, p=1).hex()
 
 
 def _user(request: Request) -> str:
-    """Name of the user who is signed in; "" for none."""
+    """Return the name of the user who is signed in; "" for none."""
     return str(request.scope.get(COOKIE, ""))
 
 
 def _base(scope: Scope) -> str:
-    """Where the inbox is mounted. Never two slashes at the beginning: that would be another host."""
+    """Return the path at which the inbox is mounted. It never begins with two slashes, which would name a host."""
     path = quote(str(scope.get("root_path", "")).strip("/"))
     return f"/{path}" if path else ""
 
@@ -549,9 +551,10 @@ def _redirect(request: Request, path: str) -> Response:
 
 
 def _csrf(request: Request) -> str:
-    """The token in our forms, which the signed session knows too. By hand, because Starlette has none.
+    """Return the token of our forms, which is also in the signed session. Starlette has no such protection.
 
-    It belongs to one user: a session of another user, planted into a browser, opens no form of this one.
+    The token belongs to one user. An attacker who plants another user's session into a browser cannot use it to send
+    a form of this user.
     """
     session, user = request.session, _user(request)
     if session.get("csrf_of") != user:
@@ -560,9 +563,9 @@ def _csrf(request: Request) -> str:
 
 
 def _from_another_site(request: Request) -> bool:
-    """What the browser says of where a form comes from. Where it says nothing, the token decides alone."""
+    """Whether the browser says that a form comes from another site. If it says nothing, only the token decides."""
     site = request.headers.get("sec-fetch-site")
-    if site is not None:  # the better one: a proxy may change Host, and then no origin fits it
+    if site is not None:  # better than the origin, which differs from Host if a proxy changes Host
         return site not in ("same-origin", "none")
     origin = request.headers.get("origin")
     return origin is not None and origin.partition("://")[2] != request.headers.get("host", "")

@@ -1,4 +1,4 @@
-"""What the inbox shows: the figures of its pages, and the templates (``templates/``) that render them."""
+"""The data of the inbox' pages, and the templates (``templates/``) that render them."""
 
 from __future__ import annotations
 
@@ -32,29 +32,29 @@ PAGE = 50
 """Intents, or decisions, on a page: about two screens."""
 
 KEPT = 20_000
-"""Intents that wait, the oldest, that are kept for filters and pages: about 10 MB."""
+"""Waiting intents that are kept for filters and pages: the oldest ones, about 10 MB."""
 
 DECISIONS = 1_000
-"""Decisions, the latest, that the page of decisions leafs through. The command line lists all."""
+"""Number of latest decisions on the page of decisions. The command line lists all."""
 
 HOURS = 24
 """Hours in the chart: a day shows what happened during the night."""
 
 STRIDE = 5_000
-"""Records between two looks at an unfinished reading: about a tenth of a second."""
+"""Records after which an unfinished result is published: about a tenth of a second."""
 
 SHOWN = 4000
 """Characters of a result that are shown: a screen or two."""
 
 AGES = {"600": "10 minutes", "3600": "an hour", "86400": "a day"}
-"""What an age may be in the filter, in seconds."""
+"""Choices of an age in the filter, in seconds."""
 
 LISTED = 20
-"""Intents that are named where a decision about many was refused for them."""
+"""Intents that are named when they were refused in a decision about many."""
 
 _templates = Environment(
     loader=PackageLoader("celery_idem.adapters"),
-    autoescape=True,  # what comes from a record, a person or a request is text, never markup
+    autoescape=True,  # texts from a record, a person or a request are never markup
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
@@ -66,22 +66,22 @@ _templates.globals.update(
 
 
 def render(template: str, **values: Any) -> str:
-    """A page as HTML."""
+    """Return a page as HTML."""
     return _templates.get_template(template).render(values)
 
 
-# --- what waits ------------------------------------------------------------------------
+# --- waiting intents -------------------------------------------------------------------
 
 
 @dataclass
 class Seen:
-    """What one reading of the records has found until now.
+    """What a reading of the records has found so far.
 
     Attributes:
-        records: how many were read.
-        whole: these are all.
-        newer: how many the next reading, which is under way, has read; None when there is none.
-        read_at: when, in seconds since the epoch of the store's clock; 0 if nothing was found.
+        records: number of records read.
+        whole: all records were read.
+        newer: number of records that the next reading has read; None if none is under way.
+        read_at: time of the reading in seconds since the epoch, by the store's clock; 0 if nothing was found.
     """
 
     records: int = 0
@@ -95,21 +95,21 @@ class Waiting(Seen):
     """The intents that wait for a decision.
 
     Attributes:
-        entries: the oldest of them, the oldest first, without what a list does not show.
-        total: how many there are in all.
+        entries: the oldest ``KEPT`` of them, the oldest first (see ``slim``).
+        total: number of all of them.
     """
 
     entries: list[Entry] = field(default_factory=list)
     total: int = 0
 
     def without(self, keys: Collection[str]) -> Waiting:
-        """The same, less intents that were decided since."""
+        """Return the same without some intents, which were decided since."""
         left = [entry for entry in self.entries if entry.key not in keys]
         return replace(self, entries=left, total=self.total - len(self.entries) + len(left))
 
 
 def look_waiting(operator: Operator) -> Iterator[Waiting]:
-    """Read what waits for a decision: what is known after each ``STRIDE`` of records, and at the end."""
+    """Read the intents that wait for a decision. Yield what is known after every ``STRIDE`` records, and at the end."""
     seen = Waiting()
     oldest = Oldest(KEPT)
 
@@ -127,7 +127,7 @@ def look_waiting(operator: Operator) -> Iterator[Waiting]:
 
 
 def actions_of(operator: Operator, entries: Sequence[Entry]) -> dict[str, Action]:
-    """Return which action each intent of a page is, by key: read again, because lists keep no calls."""
+    """Return which action each intent of a page is, by key. Reads the records again, because lists keep no calls."""
 
     def one(entry: Entry) -> tuple[str, Action]:
         try:
@@ -140,7 +140,7 @@ def actions_of(operator: Operator, entries: Sequence[Entry]) -> dict[str, Action
 
 
 def slim(entry: Entry) -> Entry:
-    """The same with what lists and filters need of its record, and nothing that may be large."""
+    """Return an entry with only the fields of the record that lists and filters need: none of them is large."""
     record = entry.record
     slim = Record(
         record.state,
@@ -166,7 +166,7 @@ def which_of(form: Mapping[str, str]) -> Which:
 
 
 def filtered(which: Which) -> bool:
-    """Tell whether a filter leaves out anything that waits."""
+    """Whether a filter may leave out an intent that waits."""
     return which != Which("waiting")
 
 
@@ -191,7 +191,7 @@ def sheet(rows: Sequence[T], form: Mapping[str, str]) -> Sheet[T]:
 
 
 class Bar(NamedTuple):
-    """The intents in one state that last changed in one hour, as a rectangle of the chart; 100 units are its height."""
+    """Intents in one state that last changed in one hour, as a rectangle in the chart, which is 100 units high."""
 
     state: str
     intents: int
@@ -206,10 +206,10 @@ class Overview(Seen):
     """All records, read once.
 
     Attributes:
-        tallies: by (task, state).
-        hours: for each of the last 24 hours, the oldest first: how many intents last changed in it, by state.
-        decisions: the latest of them, the latest first.
-        suspect: those whose effect may have happened twice, the oldest first.
+        tallies: counts by (task, state).
+        hours: for each of the last 24 hours, the oldest first: number of intents that last changed in it, by state.
+        decisions: the latest decisions, the latest first.
+        suspect: intents whose effect may have happened twice, the oldest first.
     """
 
     tallies: dict[tuple[str, str], Tally] = field(default_factory=dict)
@@ -218,7 +218,7 @@ class Overview(Seen):
     suspect: list[Entry] = field(default_factory=list)
 
     def bars(self) -> Iterator[Bar]:
-        """The chart: a bar for each hour, stacked by state."""
+        """Return the bars of the chart: for each hour, one above the other by state."""
         most = max((sum(hour.values()) for hour in self.hours), default=0) or 1
         for n, hour in enumerate(self.hours):
             bottom = 100.0
@@ -229,9 +229,9 @@ class Overview(Seen):
 
 
 def look(operator: Operator) -> Iterator[Overview]:
-    """Read every record once, in bounded memory: what is known after each ``STRIDE`` of them, and at the end."""
+    """Read every record once, in bounded memory. Yield what is known after every ``STRIDE``, and at the end."""
     seen = Overview()
-    decisions: list[Resolved] = []  # a heap with the oldest of them first
+    decisions: list[Resolved] = []  # a heap, with the oldest decision first
     suspect = Oldest(PAGE)
 
     def so_far() -> Overview:
@@ -268,7 +268,7 @@ def look(operator: Operator) -> Iterator[Overview]:
 
 
 class Moment(NamedTuple):
-    """One line of an intent's timeline; ``at`` in seconds since the epoch, 0 where it is not known."""
+    """One line of an intent's timeline. ``at`` is in seconds since the epoch; 0: not known."""
 
     at: float
     who: str
@@ -277,12 +277,14 @@ class Moment(NamedTuple):
 
 
 def timeline(entry: Entry) -> list[Moment]:
-    """What is known of an intent, in order. A record that was never contested says little: when it
-    was claimed, and when it got where it is."""
+    """Return what is known of an intent, in order.
+
+    Without notes, this is only when it was claimed, and when it got into its present state.
+    """
     record = entry.record
     owner = "" if record.owner == NO_OWNER else record.owner.hex()
     moments = [Moment(note.at / 1e6, note.by, note.what, note.evidence) for note in record.notes]
-    # A fence is the store's time of the claim that it was made for.
+    # A fence is the store's time of its claim.
     moments.append(Moment(record.fence / 1e6, owner, "claimed", f"attempt {record.attempts}"))
     moments.append(Moment(entry.changed_at, "", entry.state.replace("_", " "), record.reason))
     moments.sort(key=lambda moment: moment.at)
