@@ -1,4 +1,4 @@
-"""Where Celery meets the engine: tasks, deliveries, receipts, settings, and what builds ledgers from an application.
+"""Connects Celery to the engine: tasks, deliveries, receipts, settings, and ledgers of an application.
 
 Never here: rules.
 """

@@ -1,7 +1,7 @@
-"""Tells waiting callers that Celery's result backend has published the result of a task.
+"""Wakes waiting callers when Celery's result backend publishes the result of a task.
 
-Only Redis publishes. Celery's own consumer of these messages serves the thread that waits in ``AsyncResult.get``;
-a thread of ours beside it would read from the same socket, which Celery before 5.7 does not guard.
+Only Redis publishes results. Celery has a consumer for them, which belongs to the thread that waits in
+``AsyncResult.get``. A second thread would read from the same socket, and Celery before 5.7 does not guard that.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 Wake = Callable[[], None]
 
 TICK = 0.05
-"""Seconds until a new subscription is sent at most. The thread owns its connection alone, so it must return from
-reading for that. Twenty short reads a second are nothing, and only while a caller waits."""
+"""Longest time until a new subscription is sent, in seconds. Only the thread uses its connection, so it has to stop
+reading before it can subscribe. Twenty short reads a second are cheap, and happen only while a caller waits."""
 
 IDLE = 10.0
 """Seconds without a waiting caller until the thread ends and its connection is closed."""
 
 AGAIN = 1.0
-"""Seconds until the next try where the server does not answer. The callers look by themselves meanwhile."""
+"""Seconds until the next try if the server does not answer. Meanwhile the callers look without being woken."""
 
 
 class Announcements:
-    """The waiting callers of one application in one process: a thread and a connection for all of them.
+    """The waiting callers of one application in one process. One thread and one connection serve all of them.
 
-    A wake is a hint to look. It comes when the subscription begins, when the connection was lost and is back, and when
-    anything is published for the task. Callers must look now and then without one.
+    A wake is a hint to look. It comes when the subscription begins, when a lost connection is back, and when anything
+    is published for the task. Callers must also look periodically without a wake.
     """
 
     def __init__(self, app: Celery) -> None:
@@ -49,7 +49,7 @@ class Announcements:
         self._silent = False  # this result backend publishes nothing
 
     def add(self, task_id: str, wake: Wake) -> None:
-        """Call ``wake``, in a thread, when something may be known of the task. It must not block."""
+        """Call ``wake`` from the thread when there may be news of the task. ``wake`` must not block."""
         with self._lock:
             if self._silent:
                 return
@@ -62,7 +62,7 @@ class Announcements:
                 self._thread.start()
 
     def remove(self, task_id: str, wake: Wake) -> None:
-        """The end of ``add``."""
+        """Undo ``add``."""
         with self._lock:
             wakes = self._waiting.get(task_id, set())
             wakes.discard(wake)
@@ -117,13 +117,13 @@ class Announcements:
             wake()
 
     def _backend(self) -> Any:
-        """The result backend, of this thread alone; None where it does not publish."""
+        """Return this thread's own result backend; None if it does not publish."""
         from celery.backends.redis import RedisBackend
 
         app = self._app()
         try:
             backend = app.backend if app is not None else None
-        except Exception as error:  # none, or its settings are wrong: whoever looks finds that out
+        except Exception as error:  # there is none, or its settings are wrong; the callers find that out
             events.diagnose(logging.DEBUG, "announcements of results cannot be read: %s", error)
             return None
         return backend if isinstance(backend, RedisBackend) else None
@@ -145,7 +145,7 @@ _known: weakref.WeakKeyDictionary[Any, Announcements] = weakref.WeakKeyDictionar
 
 
 def announcements_of(app: Celery) -> Announcements:
-    """The one of this application and this process."""
+    """Return the announcements of an application in this process."""
     known = _known.get(app)
     if known is None or known.pid != os.getpid():  # a fork has no threads of its parent
         known = _known[app] = Announcements(app)

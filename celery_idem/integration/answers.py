@@ -1,8 +1,8 @@
-"""The answer that Celery's result backend gives a caller, written in the same step as the record's outcome.
+"""Writes the result for Celery's result backend together with the record's outcome.
 
-Celery reads the old result of a task and then writes and publishes the new one: two exchanges after the outcome is
-settled. Where the store is the result backend's own database, the outcome's write carries those bytes. The fence has
-decided by then that this outcome counts, which is what Celery's read is for.
+Celery reads the old result of a task, and then writes and publishes the new one. These are two round trips after the
+outcome is settled. If the store is the result backend's own database, the write of the outcome contains those bytes.
+Celery's read protects an earlier success; here the fence has decided already that this outcome counts.
 """
 
 from __future__ import annotations
@@ -18,29 +18,32 @@ if TYPE_CHECKING:
     from celery.app.task import Context
 
 ANSWERED = "idem_answered"
-"""Attribute of a request whose result is written already."""
+"""Attribute of a request whose result is already written."""
 
 FIRST = "idem_first"
-"""Attribute of a request whose task id has no result yet that Celery would have to keep."""
+"""Attribute of a request whose task id has no earlier result that Celery would have to keep."""
 
 STARTING = "idem_starting"
-"""Attribute of a request: what Celery wanted to write as the meta of STARTED, before the claim."""
+"""Attribute of a request: the meta of STARTED, which Celery wanted to write before the claim."""
 
 _TWIN = "_idem_twin"
 
 
 def answering(task: Task) -> Any:
-    """The application's result backend as ``aware`` makes it; None unless it is the task's own, and one of Celery's own
-    for Redis, and not of a subclass. To be asked for bytes only: each thread has a backend of its own."""
+    """Return the application's result backend as ``aware`` makes it, if the task uses it.
+
+    None for other backends than Celery's own for Redis, and for subclasses of those. Use the result only to encode
+    bytes, because each thread has its own backend.
+    """
     backend = aware(task.app.backend)
     return backend if task.backend is backend and type(backend) in _classes.values() else None
 
 
 def announcement(backend: Any, request: Context, value: Any, state: str = SUCCESS) -> Announcement | None:
-    """What the result backend would write for a task that succeeded, or began; None where Celery has to do it.
+    """Return what the result backend would write for a task that succeeded or began; None if Celery has to write it.
 
-    The bytes come from the backend's own methods. Links and chains publish their messages before the result is
-    stored, because they are its children: there Celery's order is kept.
+    The bytes come from the backend's own methods. A task with links or a chain is left to Celery: it publishes those
+    messages before it stores the result, because the result lists them as children.
     """
     if (request.callbacks or request.chain) and state == SUCCESS:
         return None
@@ -54,7 +57,7 @@ def announcement(backend: Any, request: Context, value: Any, state: str = SUCCES
         encoded = backend.encode(meta)
         key = backend.get_key_for_task(request.id)
         payload = encoded.encode() if isinstance(encoded, str) else encoded
-    except Exception:  # Celery meets it again, and says so where its users look for it
+    except Exception:  # Celery will run into the same error, and report it where its users look
         return None
     if len(payload) > backend._MAX_STR_VALUE_SIZE:
         return None
@@ -62,11 +65,11 @@ def announcement(backend: Any, request: Context, value: Any, state: str = SUCCES
 
 
 def aware(backend: Any) -> Any:
-    """The same backend, which does not write again what the settlement has written, and does not look for an
-    earlier success under the id of a duplicate: that id has not run.
+    """Return a twin of a backend which leaves out what the settlement makes unnecessary.
 
-    Shares all state with it, and is an instance of its class. Any backend but Celery's own for Redis is
-    returned as it is.
+    It does not write a result again that the settlement has written. It does not look for an earlier success under the
+    task id of a duplicate, which has not run. The twin shares all state with the backend, and is an instance of its
+    class. Backends other than Celery's own for Redis are returned unchanged.
     """
     twin = vars(backend).get(_TWIN)
     if twin is None:
@@ -80,7 +83,7 @@ def aware(backend: Any) -> Any:
 
 
 def _left_to_the_claim(backend: Any, request: Any, state: str) -> bool:
-    """Whether a state need not be written now: it is STARTED, and the claim that is still to come can carry it."""
+    """Whether a state need not be written now, because it is STARTED and the coming claim can write it."""
     known = vars(request)
     if state != STARTED or "idem_claim" in known or request.is_eager:
         if STARTING in known and "idem_claim" not in known:
@@ -92,12 +95,12 @@ def _left_to_the_claim(backend: Any, request: Any, state: str) -> bool:
             return False  # it is called before the claim, and may read the state
         guard = task.guard
         return guard.answers is not None and not guard.settings.shadow
-    except Exception:  # the delivery meets it again, and says so
+    except Exception:  # the delivery will run into the same error, and report it
         return False
 
 
 def _seen_as(cls: type[Any], backend: Any) -> Any:
-    """An instance of another class with the same state."""
+    """Return an instance of another class that shares the backend's state."""
     other = object.__new__(cls)
     other.__dict__ = vars(backend)
     return other
@@ -120,7 +123,7 @@ def _aware_class(cls: Any) -> type[Any]:
             state: str = SUCCESS,
         ) -> None:
             if request is not None and vars(request).pop(ANSWERED, False):
-                store_result = False  # what is left: this task's part of a chord
+                store_result = False  # what remains to do is this task's part of a chord
             cls.mark_as_done(self, task_id, result, request, store_result, state)
 
         def store_result(
@@ -152,6 +155,6 @@ def _aware_class(cls: Any) -> type[Any]:
             "_store_result": _store_result,
             "__reduce__": reduced,
         }
-        # Threads may begin together, and a class that is not kept here would answer nothing.
+        # Two threads may get here at once. Both must use one class, because ``answering`` looks for it here.
         _classes.setdefault(cls, type(cls.__name__, (cls,), {"__module__": __name__, **methods}))
     return _classes[cls]

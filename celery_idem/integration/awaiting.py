@@ -1,6 +1,6 @@
-"""What keeps blocking calls off an event loop of asyncio: threads with a bound, and wakes from other threads.
+"""Keeps blocking calls off the event loop of asyncio: a bounded number of threads, and wakes from other threads.
 
-The functions behind ``asubmit`` and ``async_wait`` are the blocking ones.
+``asubmit`` and ``async_wait`` call the blocking functions in such threads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextvars import copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-# asyncio and its executors are a tenth of what importing this package takes: only programs that await load them.
+# asyncio and its executors would take a tenth of this package's import time. Only programs that await load them.
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 THREADS = 16
-"""Threads of a process for each kind of call: a healthy store answers thousands of calls a second through them, and
-each of them may keep connections of its own to the result backend and the broker."""
+"""Threads of a process for each kind of call. A healthy store answers thousands of calls a second through them. Not
+more, because each thread may have its own connections to the result backend and the broker."""
 
 Kind = Literal["submit", "look"]
-"""What a thread is for. Apart, so that a thousand receipts that look do not hold up a submit."""
+"""Kinds of threads. They are separate, so that a thousand receipts that look do not delay a submit."""
 
 _pools: dict[tuple[Kind, int], ThreadPoolExecutor] = {}
 
@@ -35,8 +35,8 @@ _pools: dict[tuple[Kind, int], ThreadPoolExecutor] = {}
 async def in_thread(kind: Kind, call: Callable[..., T], *args: Any) -> T:
     """Run a blocking call in a thread.
 
-    Cancelled before it has a thread, it is not made. Cancelled later, it goes on to its end in its thread, which is
-    not free before, and its result is dropped. The process' exit waits for it.
+    If it is cancelled before it has a thread, the call is not made. If it is cancelled later, the call goes on in its
+    thread until it ends, and its result is dropped. The process does not exit before that.
     """
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +50,7 @@ async def in_thread(kind: Kind, call: Callable[..., T], *args: Any) -> T:
 
 
 class Waker:
-    """Wakes one coroutine when the result of its task is published. Close it.
+    """Wakes one coroutine when the result of its task is published. The coroutine must close it.
 
     Attributes:
         heard: it was woken at least once, so the subscription works.
@@ -69,7 +69,7 @@ class Waker:
         self.follow("")
 
     def follow(self, task_id: str) -> None:
-        """Be woken for this task from now on; "": for none."""
+        """Wake the coroutine for this task from now on; "": for none."""
         if self._announcements is None or task_id == self._task_id:
             return
         if self._task_id:
@@ -79,11 +79,11 @@ class Waker:
         self._task_id = task_id
 
     def expect(self) -> None:
-        """Count what wakes from now on. Before a look: what is published while it looks wakes it at once."""
+        """Forget earlier wakes. Call it before a look, so that a result published during the look wakes at once."""
         self._event.clear()
 
     async def wait(self, longest: float) -> None:
-        """Return when woken since ``expect``, or after so many seconds."""
+        """Return when a wake has come since ``expect``, or after so many seconds."""
         end = self._loop.call_later(longest, self._event.set)
         try:
             await self._event.wait()
@@ -104,7 +104,7 @@ _warned = False
 
 
 def warn_on_loop(blocking: str, instead: str) -> None:
-    """Warn, once per process, where the caller's caller blocks the event loop that runs it."""
+    """Warn, once per process, if the caller's caller blocks the event loop that runs it."""
     global _warned  # noqa: PLW0603  # once per process
     loops = sys.modules.get("asyncio")
     if _warned or loops is None or loops._get_running_loop() is None:

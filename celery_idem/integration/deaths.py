@@ -1,16 +1,15 @@
-"""The worker's main process: what it knows of a child's death before any lease lapses.
+"""Ends the claim of a dead pool process, in the worker's main process, before its lease lapses.
 
-A pool process that dies says nothing: its claim would stand until the lease lapses. But
-its parent sees it die, so it ends the claim at once. Then
+A pool process that dies reports nothing, and its claim would hold until the lease lapses. The main process sees it die,
+and ends the claim at once. Then there are two cases:
 
-* where Celery delivers the message again, that delivery finds a decided record;
-* where Celery would not (early acknowledgement; late without ``task_reject_on_worker_lost``;
-  a time limit; a cold shutdown), the parent publishes the message anew, for whoever gets
-  it to replay, ask, resume or run, or gives the caller ``OutcomeUnknown`` in place of
-  Celery's own error, which would not say whether to try again.
+* Celery delivers the message again. That delivery finds a decided record.
+* Celery does not (early acknowledgement; late without ``task_reject_on_worker_lost``; a time limit; a cold shutdown).
+  Then the main process publishes the message again, and its delivery replays, asks, resumes or runs. Or it gives the
+  caller ``OutcomeUnknown`` instead of Celery's own error, which does not say whether to try again.
 
-Nothing here may hold up the main process: the store gets ``PATIENCE`` to answer, and
-whatever goes wrong is logged and leaves Celery's own handling in force.
+Nothing here may block the main process. The store gets ``PATIENCE`` to answer. Every error is logged, and Celery then
+handles the death as usual.
 """
 
 from __future__ import annotations
@@ -40,31 +39,31 @@ from celery_idem.integration.delivery import WAITS
 from celery_idem.integration.messages import BODY, CARRIED, ENCODING
 
 DEATHS = "idem-deaths"
-"""Header: how often this message was published anew after a death."""
+"""Header: how many times this message was published again after a death."""
 
 PATIENCE = 1.0
-"""Seconds the store gets to answer. Celery's own call to the result backend, just after, may take as long."""
+"""Seconds that the store gets to answer. Celery's own call to the result backend, just after, may take as long."""
 
 GRACE = 0.1
-"""Seconds between SIGTERM and SIGKILL at the hard time limit: what billiard gives."""
+"""Seconds between SIGTERM and SIGKILL at the hard time limit, as in billiard."""
 
-LAST_BREATH = 1.0
-"""Seconds a killed process gets to be gone: it takes longer only while it hangs in the kernel."""
+KILL_TIMEOUT = 1.0
+"""Seconds to wait for a process to exit after SIGKILL. It takes longer only while it hangs in the kernel."""
 
 REAP_EVERY = 0.25
-"""Seconds between looks for dead processes. Celery looks when a process closes its pipes, but then
-the kernel may not have finished with it, and Celery's next look is 5 s later. One look costs a
-system call for each process."""
+"""Seconds between looks for dead processes. Celery looks when a process closes its pipes. The process may not have
+ended by then, and Celery's next look is 5 s later. One look costs a system call per process."""
 
 EXIT_IS_A_DEATH = hasattr(Request, "_worker_lost_info")
-"""Since 5.7 Celery takes a process that exits for lost. Before, it acknowledges the message, as after any error."""
+"""Whether Celery treats a process that exits as lost (since 5.7). Before, it acknowledged the message, as after any
+error."""
 
 _DEATHS_NOTED = Bounded("celery_idem death", 16)
-"""Each takes ``PATIENCE`` of the main process before it is left alone. After sixteen the store hangs, and waiting
-for it once more would only hold up the worker."""
+"""Threads for calls to the store, each of which the main process waits for up to ``PATIENCE``. When sixteen are busy,
+the store hangs, and waiting for it again would only block the worker."""
 
 _RECEIVED = events.LeaveOut("celery.worker.strategy")
-"""Celery logs "received" for each message: of one that waits and comes back, the first time is enough."""
+"""Leaves out Celery's log line "received" when a waiting message comes back."""
 
 _DEATHS = (WorkerLostError, TimeLimitExceeded, Terminated, SystemExit, KeyboardInterrupt)
 
@@ -76,7 +75,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
 
     def __init__(self, message: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(message, *args, **kwargs)
-        # The child that publishes the message again must know its serializer, and keeps its body in the record.
+        # The pool process publishes the message again with its serializer, and keeps its body in the record.
         self._request_dict["properties"] = {
             **self._request_dict["properties"],
             "content_type": self._content_type,
@@ -87,7 +86,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             _RECEIVED.next(self.id)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
-        """Celery's hook for what a child raised (``return_ok``), and for its death."""
+        """Celery's hook for an error in a pool process (``return_ok``), and for its death."""
         error = _unwrapped(exc_info)
         if return_ok or not isinstance(error, _DEATHS):
             super().on_failure(exc_info, send_failed_event, return_ok)
@@ -97,16 +96,16 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             super().on_failure(exc_info, send_failed_event, return_ok)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
-        """Celery's hook for time limits: for the hard one it comes after ``on_failure``, and alone under gevent."""
+        """Celery's hook for time limits. For a hard limit it comes after ``on_failure``; under gevent, without it."""
         if not soft and not self._idem_decided and self._in_process():
             self._idem_decided = self._decided(TimeLimitExceeded(timeout))
         if soft or not self._idem_decided:
             super().on_timeout(soft, timeout)
 
     def _announce_revoked(self, *args: Any) -> None:
-        """Celery's hook for a message whose task was revoked, or has expired: it is not published again.
+        """Celery's hook for a message that is dropped, because its task was revoked or has expired.
 
-        The record says so before the caller is told, who may call again at once.
+        The record is changed first, because the caller may call again as soon as Celery tells it.
         """
         if not self.task.guard.settings.shadow:
             try:
@@ -128,7 +127,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
     # --- the decision -----------------------------------------------------------------
 
     def _in_process(self) -> bool:
-        """A pool without processes: the body has ended, and told the record so itself."""
+        """Whether the pool has no processes. Then the body has ended, and has written the record itself."""
         return bool(self.worker_pid == os.getpid())
 
     def _decided(self, error: BaseException) -> bool:
@@ -141,11 +140,11 @@ class IdempotentRequest(Request):  # type: ignore[misc]
             return False
 
     def _decide(self, error: BaseException) -> bool:
-        """End what the dead process held. True when the caller is taken care of, here or by a message."""
-        # None: no process has accepted it. No owner has process id 0, so nothing is taken for held.
+        """End the hold of the dead process. Return True if Celery has nothing left to do."""
+        # Process 0: no process has accepted the message. No owner has that id, so no hold is ended.
         process = 0 if self._in_process() else self.worker_pid or 0
         if process and isinstance(error, TimeLimitExceeded) and not _ended(process):
-            return False  # it lives, and may still act: its lease protects it
+            return False  # it lives and may still act, so it keeps its lease
         guard = self.task.guard
         if guard.settings.shadow:
             return False
@@ -165,7 +164,9 @@ class IdempotentRequest(Request):  # type: ignore[misc]
 
         try:
             verdict = _DEATHS_NOTED.call(died, PATIENCE)
-        except TooLateError:  # what it writes later is harmless: it is guarded by the dead process' owner
+        except (
+            TooLateError
+        ):  # a later write is harmless, because it needs the dead process' owner in the record
             verdict = protocol.died_unseen(policy)
         redelivered = self._celery_delivers_again(error)
         events.emit(
@@ -186,7 +187,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         return self._carry_out(verdict, key, again)
 
     def _celery_delivers_again(self, error: BaseException) -> bool:
-        """The message is still the broker's, and goes back to the queue."""
+        """Whether the broker still has the message, and Celery returns it to its queue."""
         if not self.task.acks_late or isinstance(error, TimeLimitExceeded):
             return False
         if isinstance(error, (SystemExit, KeyboardInterrupt)) and not EXIT_IS_A_DEATH:
@@ -219,19 +220,19 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         return True
 
     def _publish_again(self, again: int) -> None:
-        """The same message: id, chord, chain, links and headers stay, and no retry is used up."""
+        """Publish the same message, with its id, chord, chain, links, headers and number of retries."""
         context = self._context
         signature = self.task.signature_from_request(context, retries=context.retries)
         signature.options.update(republishing.to_its_queue(self.task.app, context) or {})
         signature.options["headers"][DEATHS] = again
         signature.options["headers"].setdefault(CARRIED, [])
-        # On a connection of its own: those in the application's pool are shared with the children
-        # forked since, and a child that drops its copy shuts the socket down for all of them.
+        # On a new connection. Pool processes that were forked since share those in the application's pool, and if one
+        # of them closes its copy, the socket is shut down for all.
         with self.task.app.connection_for_write() as connection:
             signature.apply_async(connection=connection, retry=False)
 
     def _tell(self, error: OutcomeUnknown) -> None:
-        """The failure that Celery would have reported, with what is known here in place of its error."""
+        """Report the failure as Celery would, with our error instead of Celery's."""
         try:
             raise error
         except OutcomeUnknown:
@@ -256,27 +257,29 @@ class IdempotentRequest(Request):  # type: ignore[misc]
 
 
 class SecretRequest(IdempotentRequest):
-    """That of a task with secret parameters: what Celery logs, sends as events and answers to ``inspect``
-    shows none of them, whoever published the message."""
+    """The request of a task with secret parameters.
+
+    Celery's logs, events and answers to ``inspect`` do not show them, whichever process has published the message.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         try:
             shown = publishing.shown(self.task.idem_declaration, self.args, self.kwargs)
-        except Exception:  # no call of this task: the worker will say so
+        except Exception:  # the arguments do not fit the task; the worker will report it
             shown = dict.fromkeys(("argsrepr", "kwargsrepr"), publishing.HIDDEN)
         self._argsrepr, self._kwargsrepr = shown["argsrepr"], shown["kwargsrepr"]
-        self.request_dict.update(shown)  # for the child, whose log has them too
+        self.request_dict.update(shown)  # for the pool process, whose log shows them too
 
     def info(self, safe: bool = False) -> Any:
         return super().info(safe=True)
 
 
 def request_class(task: Any) -> type[IdempotentRequest]:
-    """The request of a guarded task: ours, below the author's own where there is one.
+    """Return the request class of a guarded task: ours, with the author's own class on top if there is one.
 
     Raises:
-        ConfigurationError: the author's own is none of Celery's.
+        ConfigurationError: the author's own class does not derive from Celery's.
     """
     own = symbol_by_name(task.Request)
     if not (isinstance(own, type) and issubclass(own, Request)):
@@ -291,7 +294,7 @@ def request_class(task: Any) -> type[IdempotentRequest]:
 
 
 def _look_often(sender: Any = None, **_: Any) -> None:
-    """Where the worker runs an event loop (not so with transports that block, such as SQS)."""
+    """Look for dead processes often, if the worker has an event loop. Blocking transports, such as SQS, have none."""
     if getattr(sender, "hub", None) is not None:
         sender.hub.call_repeatedly(REAP_EVERY, sender.pool.maintain_pool)
 
@@ -314,25 +317,25 @@ def _count(headers: Any) -> int:
 
 
 def _ended(pid: int) -> bool:
-    """End a process of the pool that is past its hard time limit; False when it would not go.
+    """End a pool process that is past its hard time limit. Return False if it did not exit.
 
-    billiard does the same a moment later. Here it comes first, because nothing may be
-    decided while the process can still act.
+    billiard does the same a moment later. We must do it before that, because nothing may be decided while the process
+    can still act.
     """
     if not hasattr(os, "waitid"):  # macOS before Python 3.13
         return False
-    for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, LAST_BREATH)):
+    for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, KILL_TIMEOUT)):
         try:
             os.kill(pid, number)
         except ProcessLookupError:
             return True
-        if _gone(pid, patience):
+        if _exited(pid, patience):
             return True
     return False
 
 
-def _gone(pid: int, patience: float) -> bool:
-    """Wait until a child has exited, and leave it to billiard to reap it."""
+def _exited(pid: int, patience: float) -> bool:
+    """Wait until a process has exited, and leave it to billiard to reap it. Return False if it did not."""
     deadline = time.monotonic() + patience
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Reads what a task class declares: its intent, its parameters, which of them are models, its options."""
+"""Reads what a task class declares: its intent, its parameters, pydantic models among them, and its options."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
     from celery import Celery
 
 _ALIKE_INTENT = 0.8
-"""How alike an attribute of an ordinary task and ``intent`` must be to be taken for a misspelling, where its value
-names the task's parameters. Two letters exchanged are one mistake."""
+"""Similarity (1: equal) from which an attribute of an ordinary task counts as a misspelt ``intent``, if its value names
+the task's parameters. Two exchanged letters are above it."""
 
 
 def declaration_of(cls: type[Any], app: Celery, asked: bool, in_code: bool) -> keys.Declaration | None:
-    """The checked declaration of a task class; None for an ordinary task.
+    """Return the checked declaration of a task class; None for an ordinary task.
 
     Args:
         asked: its author chose the guarded class, so there has to be an intent.
         in_code: see ``options.read``.
 
     Raises:
-        ConfigurationError: it is wrong, or missing where the task asked to be guarded.
+        ConfigurationError: the declaration is wrong, or ``asked`` without an intent.
     """
     try:
         return _declaration_of(cls, app, asked, in_code)
     except ConfigurationError:
-        app._tasks.pop(cls.name, None)  # Celery registered it already; a wrong one must not run unguarded
+        app._tasks.pop(cls.name, None)  # Celery has registered the task, and it must not run unguarded
         raise
 
 
@@ -47,7 +47,7 @@ def _declaration_of(cls: type[Any], app: Celery, asked: bool, in_code: bool) -> 
     intent = inspect.getattr_static(cls, "intent", None)
     if isinstance(intent, staticmethod):
         intent = intent.__func__
-    if intent is None and not asked:  # through task_cls=: its author asked for nothing
+    if intent is None and not asked:  # the class is the application's task_cls=
         _check_no_intent(cls)
         return None
     _take_signature(cls)
@@ -73,7 +73,7 @@ def _declaration_of(cls: type[Any], app: Celery, asked: bool, in_code: bool) -> 
         version=cls.intent_version,
         readers=_readers(cls, known),
         renamed=known.renamed,
-        aliases=vars(cls).get("aliases", ()),  # not inherited: a name is one task's
+        aliases=vars(cls).get("aliases", ()),  # not inherited, because a name belongs to one task
     )
     described = describing.checked(cls.name, _describe(cls), declaration)
     setattr(cls, options.KEPT, options_of(cls)._replace(describe=described))
@@ -81,14 +81,14 @@ def _declaration_of(cls: type[Any], app: Celery, asked: bool, in_code: bool) -> 
 
 
 def _describe(cls: type[Any]) -> Any:
-    """``describe=``; not a method of that name, which is its author's own."""
+    """Return ``describe=``. A method of that name is the author's own, and no option."""
     given = inspect.getattr_static(cls, "describe", None)
     given = given.__func__ if isinstance(given, staticmethod) else given
     return None if _is_method(given, "describe") else given
 
 
 def register_names(cls: type[Any], app: Celery, names: tuple[str, ...]) -> None:
-    """Register a task under its other names too: a message that was sent before a renaming has the old one.
+    """Register a task under its other names too, for messages that were sent before it was renamed.
 
     Raises:
         ConfigurationError: another task has that name.
@@ -108,7 +108,7 @@ def register_names(cls: type[Any], app: Celery, names: tuple[str, ...]) -> None:
 
 
 def settings_of(cls: type[Any], app: Celery) -> Settings:
-    """The application's settings with this task's own options.
+    """Return the application's settings with this task's own options.
 
     Raises:
         ConfigurationError: a setting of the application is wrong.
@@ -117,13 +117,16 @@ def settings_of(cls: type[Any], app: Celery) -> Settings:
 
 
 def options_of(cls: type[Any]) -> options.Options:
-    """What a guarded task says beside its intent."""
+    """Return the options of a guarded task."""
     kept: options.Options = getattr(cls, options.KEPT)
     return kept
 
 
 def _check_foreign_secret(cls: type[Any], known: Called) -> None:
-    """Refuse the ``secret`` of a foreign base that names no parameters, without showing it: it may be a password."""
+    """Refuse an attribute ``secret`` of a foreign base that names no parameters.
+
+    The error does not show it, because it may be a password.
+    """
     owner = next(one for one in cls.__mro__ if "secret" in vars(one))
     if hasattr(owner, options.OWN):
         return
@@ -137,7 +140,7 @@ def _check_foreign_secret(cls: type[Any], known: Called) -> None:
 
 
 def called_of(cls: type[Any]) -> Called:
-    """The parameters that callers of a task give, without ``self``: of ``signature=``, else of its body.
+    """Return the parameters that callers of a task give, without ``self``: of ``signature=``, or else of its body.
 
     Raises:
         ConfigurationError: they cannot be known.
@@ -184,7 +187,7 @@ def _take_signature(cls: type[Any]) -> None:
 
 
 def _is_method(given: Any, name: str) -> bool:
-    """Whether it is a method of that name (Celery's, an override), and not a function that was given as an option."""
+    """Whether ``given`` is a method of that name (Celery's, or an override), and not a function given as an option."""
     return (
         isinstance(given, FunctionType)
         and given.__name__ == name
@@ -196,7 +199,7 @@ def _is_method(given: Any, name: str) -> bool:
 
 
 def _pydantic(fun: Any) -> dict[str, Any] | None:
-    """The variables of Celery's pydantic wrapper; None for any other function. Celery before 5.5 has none."""
+    """Return the variables of Celery's pydantic wrapper (since Celery 5.5); None for any other function."""
     maker = getattr(base, "pydantic_wrapper", None)
     code = getattr(fun, "__code__", None)
     if maker is None or code is None or not any(code is each for each in maker.__code__.co_consts):
@@ -208,10 +211,10 @@ def _pydantic(fun: Any) -> dict[str, Any] | None:
 
 
 def _as_celery_binds(wrapper: Mapping[str, Any]) -> Called:
-    """The parameters of a body with ``pydantic=True``.
+    """Return the parameters of a body with ``pydantic=True``.
 
-    Celery binds a call to the signature of the innermost function and passes it on by position, so what it calls
-    must have that signature.
+    Celery binds a call to the signature of the innermost function, and passes the arguments on by position. So the
+    function that it calls must have that signature.
     """
     inner = called(wrapper["task_fun"])
     bound: inspect.Signature = wrapper["task_signature"]
@@ -226,7 +229,10 @@ def _as_celery_binds(wrapper: Mapping[str, Any]) -> Called:
 
 
 def _readers(cls: type[Any], known: Called) -> dict[str, Reader]:
-    """Readers of the parameters that Celery makes models of with ``pydantic=True``: ``Model``, ``Optional[Model]``."""
+    """Return readers of the parameters that Celery turns into models with ``pydantic=True``.
+
+    Their annotations are ``Model`` or ``Optional[Model]``.
+    """
     run = placing.beneath(cls, "run")
     wrapper = _pydantic(run.__func__ if isinstance(run, staticmethod) else run)
     if wrapper is None:
@@ -245,9 +251,9 @@ def _readers(cls: type[Any], known: Called) -> dict[str, Reader]:
 
 
 def _check_no_intent(cls: type[Any]) -> None:
-    """Refuse a misspelt ``intent`` of an ordinary task, whose attributes are its author's own otherwise.
+    """Refuse a misspelt ``intent``, which would leave a task unguarded without notice.
 
-    The misspelling would leave the task without a guard, unnoticed.
+    All other attributes of an ordinary task are the author's own.
     """
     for name in options.strange(cls):
         value = getattr(cls, name)
@@ -260,7 +266,7 @@ def _check_no_intent(cls: type[Any]) -> None:
             continue
         try:
             parameters = called_of(cls).signature.parameters
-        except ConfigurationError:  # an ordinary task need not have parameters that can be known
+        except ConfigurationError:  # the parameters of an ordinary task need not be known
             continue
         if set(value) <= set(parameters):
             raise ConfigurationError(f"{cls.name}: there is no option {name}=. Did you mean intent=?")

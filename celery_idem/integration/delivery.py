@@ -1,8 +1,7 @@
-"""One delivery of a message, as a job for the runner: where Celery's words become ours.
+"""Adapts Celery requests to jobs of the runner.
 
-``Guard`` is what all executions of one task share; ``Delivery`` is one of them: its
-body, what its exceptions mean, and how it waits (in place for a moment, then by going
-back to the broker).
+``Guard`` is what all executions of one task share. ``Delivery`` is one execution: its body, what its exceptions mean,
+and how it waits (for a moment in its worker slot, then by going back to the broker).
 """
 
 from __future__ import annotations
@@ -66,39 +65,40 @@ from celery_idem.stores.base import Announcement
 
 T = TypeVar("T")
 
-# Message headers between one delivery of a message and the next.
 WAITS = "idem-waits"
+"""Header of a message that was published again: how many times it has come back."""
 
 PROPAGATES = "idem-propagates"
-"""Header of an eager call whose errors its caller gets: Celery raises its ``Retry`` there, and runs it nowhere."""
+"""Header of an eager call whose errors reach its caller. Celery raises its ``Retry`` there, and does not run it."""
 
 EAGER: set[str] = set()
-"""Ids of the eager calls under way in this process: no worker received them. Whatever thread an event of one comes
-from (leases are renewed on another), monitors must not take it for an event of a message."""
+"""Ids of the eager calls under way in this process. No worker received them, so monitors must not take their events for
+events of a message. Not a context variable, because events may come from another thread, such as the one that renews
+leases."""
 
 FIRST_WAIT = 0.05
-"""Seconds a duplicate first waits inside its worker slot: most bodies that are nearly done end in it."""
+"""Seconds that a duplicate first waits in its worker slot. Most bodies that are nearly done end within this time."""
 
 SLOT_WAITS = 2
-"""Waits inside the slot, the second twice as long, before the message goes back to the
-broker: 0.15 s of a slot, about what publishing and receiving it again would cost."""
+"""Number of waits in the slot before the message goes back to the broker. The second is twice as long as the first.
+Together they take 0.15 s of a slot, about the cost of publishing and receiving the message again."""
 
 BACKOFF = (0.5, 1.5, 60.0)
-"""Seconds until a duplicate comes back first, growth per round, and the most. With a growth
-of half it learns the result at most half as long after the end as the body ran; sixty
-seconds bound that, and bound a day-long body's duplicate to a message a minute."""
+"""Seconds until a duplicate first comes back, growth per round, and the longest time. With this growth, the time from
+the body's end to the duplicate's answer is at most half the body's run time. The longest time bounds that too, and a
+day-long body's duplicate sends one message a minute."""
 
 MAX_FOLLOWS = 30
-"""How often a duplicate comes back for the result of the task that replaced its body: about 25
-minutes. Celery cannot tell a task that waits from one whose result has expired."""
+"""How many times a duplicate comes back for the result of the task that replaced its body: about 25 minutes. Celery
+cannot tell a task that waits from one whose result has expired."""
 
 INLINE_LIMIT = 30.0
-"""Seconds an eager or direct call, or a copy on a fanout exchange of Redis, waits for another
-execution: the default lease, after which a dead one is decided."""
+"""Seconds that an eager or direct call, or a copy on a fanout exchange of Redis, waits for another execution. This is
+the default lease, after which a dead execution is decided."""
 
 BROKER_PATIENCE = 300.0
-"""Seconds a delivery waits in its slot while the broker does not take its message back: longer than a restart
-or a failover takes. A warm shutdown of a worker without a broker takes as long at most."""
+"""Seconds that a delivery waits in its slot while the broker does not take its message: longer than a restart or a
+failover. A warm shutdown without a broker takes at most as long."""
 
 
 DOUBTFUL = {Raised.AMBIGUOUS, Raised.TIME_LIMIT, Raised.EXIT}
@@ -108,7 +108,7 @@ _GROUP: Any = getattr(builtins, "ExceptionGroup", ())  # since Python 3.11
 
 
 class Guard(NamedTuple):
-    """What one task's executions share: its declaration, settings and ledger."""
+    """What the executions of one task share."""
 
     declaration: keys.Declaration
     settings: Settings
@@ -122,13 +122,13 @@ class Guard(NamedTuple):
     net: Any
     body: Callable[..., Any]
     answers: Any = None
-    """The result backend, if the store is its own database, so that the outcome's write can carry the result."""
+    """The result backend, if the store is its database, so that the write of an outcome can contain the result."""
 
     broker: str = ""
-    """Which broker its messages come from (see ``calls``)."""
+    """The broker of the task's messages (see ``calls.Call``)."""
 
     unusable: str = ""
-    """Why results could not be read again, as it was when this was made."""
+    """Why results could not be read again, when this guard was made; "" if they can."""
 
     @classmethod
     def of(cls, task: GuardedTask, declaration: keys.Declaration) -> Guard:
@@ -162,8 +162,10 @@ class Guard(NamedTuple):
         )
 
     def check_serializer(self) -> None:
-        """Before anything runs. Raises ``ConfigurationError``: results could not be read again."""
-        why = self.ledger.codec.unusable()  # it may have been registered since
+        """Check before a body runs. Raises ``ConfigurationError``: its result could not be read again."""
+        why = (
+            self.ledger.codec.unusable()
+        )  # asked again, because the serializer may have been registered since
         if why:
             raise ConfigurationError(
                 f"{self.declaration.task}: {why}. Nothing was run. Register it (kombu.serialization.register) where "
@@ -171,7 +173,7 @@ class Guard(NamedTuple):
             )
 
     def identify(self, request: Context, args: Any, kwargs: Any) -> tuple[str, Fingerprint]:
-        """Key and fingerprint of a delivery: from its headers, else from its arguments."""
+        """Return the key and fingerprint of a delivery, from its headers or from its arguments."""
         headers = request.headers or {}
         declaration = self.declaration
         key = headers.get(KEY)
@@ -190,15 +192,14 @@ class Guard(NamedTuple):
         own = keys.identity({**as_headers(request), **headers}, request.id)
         arguments = declaration.bind(args, kwargs)
         key, caller_key = keys.key_of(declaration, self.ledger.namespace, arguments, own), own.get(CALLER_KEY)
-        # Whatever this delivery publishes next is the same intent, also with other arguments.
+        # A message that continues this delivery has the same intent, even if its arguments differ.
         others = {name: value for name, value in headers.items() if name not in keys.MADE}
-        # Of a producer that does not say: not later than now.
-        due = _due_by(headers, request.id) or int(time.time())
+        due = _due_by(headers, request.id) or int(time.time())  # it was due now at the latest
         request.headers = {**others, **own, KEY: key, MESSAGE: request.id or "", PUBLISHED: due}
         return key, declaration.fingerprint(arguments, caller_key)
 
     def has_outcome(self, key: str) -> bool:
-        """Whether an intent is known to have ended for good."""
+        """Whether an intent is known to have an outcome."""
         try:
             entry = None if self.settings.shadow else self.ledger.get(key)
         except StoreError:
@@ -206,12 +207,12 @@ class Guard(NamedTuple):
         return entry is not None and entry.record.state.settled
 
     def kind_of(self, error: BaseException) -> Raised:
-        """What an error says of the effect, by what the task declares."""
+        """Return what an error says about the effect, by the task's declaration."""
         if isinstance(error, Ignore):
             return Raised.REPLACED if isinstance(error, Replaced) else Raised.IGNORE
         if isinstance(error, Reject):
             return Raised.REJECT
-        if isinstance(error, Retry):  # a wish, and no error, also where Exception itself is declared
+        if isinstance(error, Retry):  # before the declared classes: Exception itself may be among them
             return Raised.RETRY
         if isinstance(error, self.options.no_effect_errors):
             return Raised.NO_EFFECT
@@ -220,10 +221,12 @@ class Guard(NamedTuple):
         if isinstance(error, SoftTimeLimitExceeded):
             return Raised.TIME_LIMIT
         if not isinstance(error, Exception):
-            # No order to exit, but what a coroutine ends with. Looked up: most tasks never load asyncio.
+            # CancelledError ends a coroutine, and is no order to exit. Most processes never load asyncio.
             cancelled = getattr(sys.modules.get("asyncio"), "CancelledError", ())
             return Raised.AMBIGUOUS if isinstance(error, cancelled) else Raised.EXIT
-        if isinstance(error, _GROUP):  # one doubt among its members is a doubt; "no effect" takes all of them
+        if isinstance(
+            error, _GROUP
+        ):  # one member in doubt is enough for a doubt; "no effect" needs all members
             kinds = {self.kind_of(member) for member in error.exceptions}
             return next(iter(kinds & DOUBTFUL or (kinds if kinds == {Raised.NO_EFFECT} else {Raised.ERROR})))
         return Raised.ERROR
@@ -244,7 +247,7 @@ class Guard(NamedTuple):
 
 
 def _ask_of(task: GuardedTask) -> Callable[..., Answer] | None:
-    """``reconcile`` as a call that gets the delivery's arguments."""
+    """Return ``reconcile`` as a function of the delivery's arguments; None if the task has none."""
     given = inspect.getattr_static(type(task), "reconcile", None)
     if isinstance(given, str):
         given = symbol_by_name(given)
@@ -260,10 +263,10 @@ def _ask_of(task: GuardedTask) -> Callable[..., Answer] | None:
 
 
 def as_headers(request: Context) -> dict[str, Any]:
-    """Headers for what a process without this package published as options that Celery does not know.
+    """Return the identity that a process without this package gave as options, as headers.
 
-    Celery makes message properties of them. Transports that keep any property (Redis) bring them here. A process
-    with this package has written into the headers what they mean.
+    Celery turns options that it does not know into message properties, and some transports (Redis) keep those. A
+    process with this package writes headers itself.
     """
     if MESSAGE in (request.headers or {}):
         return {}
@@ -272,44 +275,44 @@ def as_headers(request: Context) -> dict[str, Any]:
 
 
 HELD: ContextVar[Delivery | None] = ContextVar("celery_idem_held", default=None)
-"""The innermost guarded body that runs here. A context variable, because Celery's request stack belongs to
-one thread: it is seen by coroutines, and by threads and greenlets that run in a copy of the body's context."""
+"""The innermost guarded body that runs here. A context variable, unlike Celery's request stack, is also seen by
+coroutines, threads and greenlets that run in a copy of the body's context."""
 
 
 _SAID = {SUCCESS: Raised.SAID_DONE, FAILURE: Raised.SAID_FAILED}
-"""Final states of Celery's that a body may write itself, with ``update_state``, before it raises ``Ignore``."""
+"""Celery's final states, which a body may write with ``update_state`` before it raises ``Ignore``."""
 
 
 class Waiting(Ignore):  # type: ignore[misc]
-    """The message was published again and comes back. ``Ignore``: nothing happened that Celery could report."""
+    """The message was published again and comes back. An ``Ignore``, so that Celery reports nothing."""
 
 
 _IGNORED = events.LeaveOut("celery.app.trace")
-"""Celery logs "ignored" for each ``Waiting``: the event ``waiting`` has been logged, once."""
+"""Leaves out Celery's log line "ignored" for each ``Waiting``. The event ``waiting`` is logged once instead."""
 
 
 class Replaced(Ignore):  # type: ignore[misc]
-    """The body handed its action over to a task that has no guard of its own."""
+    """The body replaced its task by one that has no guard."""
 
 
 class Delivery(Job):
-    """One request of Celery's as a job for the runner."""
+    """One Celery request, as a job for the runner."""
 
     claim: Hold
     outer: Delivery | None
     """The guarded body from which this one was called."""
 
     began = 0.0
-    """When it began to wait in place, by this process' clock; 0: it does not."""
+    """When it began to wait in place, by this process' clock; 0: it does not wait."""
 
     pauses = 0
-    """How often it waited in place."""
+    """How many times it waited in place."""
 
     starts = False
     """Its state is STARTED when the body begins (``task_track_started``)."""
 
     received: tuple[Any, Any] | None = None
-    """A copy of the arguments, for the question and for what runs after it: the body may change its own."""
+    """A copy of the arguments as received: a body may change its own, and ``reconcile`` and a next run need them."""
 
     def __init__(
         self,
@@ -342,7 +345,7 @@ class Delivery(Job):
         if guard.digester is not None:
             try:
                 self.digests = guard.digester.of(args, kwargs, labels)
-            except Exception as error:  # they decide nothing, so they may stop nothing
+            except Exception as error:  # digests decide nothing, so their errors must not stop a delivery
                 events.diagnose(logging.ERROR, "%s: no digests of its arguments are kept", key, error=error)
         if STARTING in request.__dict__:
             self.starts = True
@@ -354,7 +357,7 @@ class Delivery(Job):
             self.place = messages.place(request)
             if ACCEPTED_AT in headers and headers.get(MESSAGE) == request.id:
                 self.accepted = messages.accepted_in(headers[ACCEPTED_AT], guard.ledger.codec.seal)
-                again = True  # an accepted call has a record, until it was claimed
+                again = True  # an accepted call has a record, so without one it may have ended before
             if again:
                 self.due = _due_by(headers, request.id)
 
@@ -370,20 +373,20 @@ class Delivery(Job):
         state, meta = self.request.idem_said
         if state == SUCCESS or isinstance(meta, BaseException):
             return meta
-        if isinstance(meta, dict) and "exc_type" in meta:  # what Celery itself writes for an error
+        if isinstance(meta, dict) and "exc_type" in meta:  # Celery's form of an error
             try:
                 return self.task.backend.exception_to_python(meta)
-            except Exception:  # not quite that
+            except Exception:  # it only looks like it
                 return TaskError(str(meta))
         return TaskError(*(() if meta is None else (meta,)))
 
     @property
     def ignores_result(self) -> bool:
-        """Neither a result backend nor a link, a chain, a chord or a direct caller gets the value."""
+        """Whether the value goes nowhere: to no result backend, link, chain, chord or direct caller."""
         request = self.request
         if request.called_directly or request.callbacks or request.chain or request.chord:
             return False
-        # As Celery's get_actual_ignore_result, which 5.4 lacks: the class' False says nothing.
+        # As Celery's get_actual_ignore_result, which 5.4 does not have: the request goes before the class.
         given = vars(request).get("ignore_result")
         return bool(self.task.ignore_result if given is None else given)
 
@@ -391,11 +394,11 @@ class Delivery(Job):
         backend = self.guard.answers
         if backend is None or self.in_place or self.task.ignore_result or self.task._backend is not None:
             return None
-        # A call in a body inherits the request of the message, and is not its answer. Code around the guard may
-        # make another answer of the value.
+        # A call in a body has the request of the message, but is not its answer. Code around the guard may return
+        # another value.
         if self.outer is not None or not placing.is_outermost(type(self.task)):
             return None
-        # by the body itself: Celery keeps that one
+        # The body wrote its state itself, and Celery keeps that one.
         if getattr(self.request, "idem_said", ("",))[0] == SUCCESS:
             return None
         return answers.announcement(backend, self.request, value)
@@ -422,9 +425,9 @@ class Delivery(Job):
         return bool(self.request.is_eager or self.request.called_directly)
 
     def _as_received(self) -> None:
-        """Restore the arguments as the message brought them, and forget the state that an earlier run wrote."""
+        """Restore the arguments as received, and forget the state that an earlier run wrote."""
         if self.received is None:
-            with contextlib.suppress(Exception):  # of a direct call: something that cannot be copied
+            with contextlib.suppress(Exception):  # arguments of a direct call may not be copyable
                 self.received = deepcopy((self.args, self.kwargs))
             return
         self.args, self.kwargs = self.request.args, self.request.kwargs = deepcopy(self.received)
@@ -435,7 +438,7 @@ class Delivery(Job):
         self.outer = HELD.get()
         HELD.set(self)
         guard = self.guard
-        if guard.ask is not None:  # any other runs once
+        if guard.ask is not None:  # without a question, the body runs once in this delivery
             self._as_received()
         try:
             if self.starts:
@@ -443,26 +446,26 @@ class Delivery(Job):
             if guard.around is not None:
                 self.request.idem_opened = self.entered = True
                 return guard.around(*self.args, **self.kwargs)
-            run = self.task.run  # looked up: autoretry, and tests, put their own into the task
-            if getattr(run, "__func__", None) is guard.net:  # the net has nothing to catch here
+            run = self.task.run  # looked up, because autoretry and tests may have replaced it
+            if getattr(run, "__func__", None) is guard.net:  # the guard calls, so the net is not needed
                 run = guard.body
             self.entered = True
             return run(*self.args, **self.kwargs)
         finally:
             if guard.around is not None:
                 self.request.idem_opened = False
-            HELD.set(self.outer)  # not reset(), which raises in another context: the outcome is known
+            HELD.set(self.outer)  # not reset(), which raises in another context
             hold.ended = True
 
     def _start(self, hold: Hold) -> None:
-        """The state is STARTED now: the claim wrote it, or Celery's own way is left."""
+        """Write the state STARTED, unless the claim has written it."""
         written, hold.announced = hold.announced, False
         if not written:
             meta = vars(self.request)[STARTING]
             self.task.backend.store_result(self.task_id, meta, STARTED, request=self.request)
 
     def ask(self, hold: Hold) -> Answer:
-        """On the runner's side thread: it gets this request, so that ``task.request`` and ``task.claim`` work."""
+        """Call ``reconcile`` in the runner's side thread, with this request for ``task.request`` and ``task.claim``."""
         self.request.idem_claim = self.claim = hold
         ask = self.guard.ask
         assert ask is not None
@@ -477,7 +480,7 @@ class Delivery(Job):
             HELD.set(self.outer)
 
     def follow(self, task_id: str) -> tuple[bool, Any]:
-        if task_id == self.task_id:  # the replacement goes by this very id, and will give the answer
+        if task_id == self.task_id:  # the replacement has this task id, and will give the answer
             raise Ignore(f"{self.key}: replaced")
         try:
             result = self.task.app.AsyncResult(task_id)
@@ -501,7 +504,7 @@ class Delivery(Job):
             f"{self.key} is done and will not be done again; {reason}.", self.key, reason
         )
 
-    # --- what left the body -------------------------------------------------------------
+    # --- the end of the body ------------------------------------------------------------
 
     @property
     def _retries(self) -> Retries:
@@ -557,7 +560,9 @@ class Delivery(Job):
         first: Any = retries.signal
         if first is None or isinstance(error, (Retry, Replaced)) or not isinstance(error, Exception):
             return error
-        if isinstance(error, (Ignore, Reject)):  # the worker needs it for the message; in place there is none
+        if isinstance(
+            error, (Ignore, Reject)
+        ):  # a worker needs it for the message; in place there is no message
             counts: BaseException = first if self.in_place else error
             return counts
         again: BaseException = Retry(exc=error, when=first.when, is_eager=first.is_eager, sig=first.sig)
@@ -568,7 +573,7 @@ class Delivery(Job):
 
     def successor(self, error: BaseException) -> str:
         apart = {id(signal): signal.sig for signal in self._retries.apart}
-        if id(error) not in apart or self.in_place:  # eager: Celery runs it in place, and has the result
+        if id(error) not in apart or self.in_place:  # in place Celery runs it here, and has the result
             return self.task_id
         return str(apart[id(error)].options["task_id"])
 
@@ -580,7 +585,7 @@ class Delivery(Job):
         return self._retries.call
 
     def retry_delay(self, error: BaseException) -> float:
-        """Until the retry's ETA, and one lease more for its way through the queue."""
+        """Return the seconds until the retry's ETA, and one lease more for its way through the queue."""
         when = getattr(self._retries.signal or error, "when", None)
         if isinstance(when, str):
             when = maybe_iso8601(when)
@@ -596,10 +601,10 @@ class Delivery(Job):
     def come_back(
         self, seconds: float, carried: tuple[bytes, ...], why: Why, says: str, busy: Busy | None = None
     ) -> None:
-        """Try again later: in place for a moment, then by a message that is published again.
+        """Try again later: wait in place for a moment, or publish the message again.
 
-        It goes back as it was: message id, chord, chain, links, headers, serializer and queue stay. Celery
-        counts no retry, writes no state and sends no ``task-retried``: for it this delivery is ignored.
+        The message id, chord, chain, links, headers, serializer and queue stay. Celery counts no retry, writes no state
+        and sends no ``task-retried``, because to Celery this delivery is ignored.
         """
         if busy is not None and self.guard.settings.on_duplicate == "raise" and not self._continues(busy):
             raise self.answer(self._in_progress(seconds))
@@ -612,7 +617,7 @@ class Delivery(Job):
             threading.Event().wait(FIRST_WAIT * self.waited)
             return
         route = republishing.to_its_queue(self.task.app, self.request)
-        if route is None:  # a fanout: what is published to it again reaches every worker
+        if route is None:  # a fanout, where the message would reach every worker again
             self._wait_in_place(seconds, says, busy)
             return
         delay = max(backoff(waits, seconds), self._shortest_delay())
@@ -630,29 +635,29 @@ class Delivery(Job):
         }
         try:
             signature.apply_async()
-        except Exception as error:  # of any driver, or of a serializer: what is known here stays known
+        except Exception as error:  # of any driver, or of a serializer
             self._stay(seconds, says, busy, error)
             return
         _IGNORED.next(self.task_id)
         raise Waiting(f"{self.key}: {says}")
 
     def _continues(self, busy: Busy) -> bool:
-        """Not a duplicate: a redelivery, or the intent's own retry."""
+        """Whether this is a redelivery or the intent's own retry, and no duplicate."""
         return busy.own or FINGERPRINT in (self.request.headers or {})
 
     def _shortest_delay(self) -> float:
-        """Seconds. With quorum queues Celery lets RabbitMQ do the waiting: whole seconds, and an error for none."""
+        """Return seconds. For quorum queues, Celery delays in RabbitMQ, with whole seconds and at least one."""
         driver = self.task.app.connection_for_write().transport.driver_type
         return 1.0 if driver == republishing.AMQP else 0.0
 
     @property
     def _waits(self) -> int:
-        """How often this message has come back already."""
+        """How many times this message has come back."""
         waits = (self.request.headers or {}).get(WAITS, 0)
         return waits if isinstance(waits, int) and waits >= 0 else 0
 
     def _wait_in_place(self, seconds: float, says: str, busy: Busy | None) -> None:
-        """Wait for ``INLINE_LIMIT``: there is no message to send back, or no way back for it."""
+        """Wait here, up to ``INLINE_LIMIT``, because there is no message that could be published again."""
         if self._waited_for() > INLINE_LIMIT:
             if not self.in_place and self._is_a_copy():
                 raise Waiting(f"{self.key}: its other delivery answers")
@@ -660,10 +665,10 @@ class Delivery(Job):
         self._pause(seconds)
 
     def _stay(self, seconds: float, says: str, busy: Busy | None, error: Exception) -> None:
-        """The broker did not take the message: wait here for ``BROKER_PATIENCE``, and look again meanwhile.
+        """Wait here, up to ``BROKER_PATIENCE``, because the broker did not take the message, and look again meanwhile.
 
-        The answer may be there before the broker is. A worker without a broker receives nothing, so
-        its slot is free.
+        The answer may be known before the broker is back. A worker without a broker receives no messages, so its slot
+        is not needed.
         """
         if not self.began:
             events.emit("broker_error", self.key, task_id=self.task_id, error=type(error).__name__)
@@ -674,7 +679,7 @@ class Delivery(Job):
                 return
         except SoftTimeLimitExceeded:
             events.diagnose(logging.WARNING, "%s: a soft time limit ended the waiting", self.key)
-        if self.task.acks_late:  # the message is the broker's still
+        if self.task.acks_late:  # the broker still has the message
             raise Reject(f"{self.key}: {says}", requeue=True) from error
         raise self._not_run(seconds, says, busy) from error
 
@@ -690,7 +695,7 @@ class Delivery(Job):
         threading.Event().wait(min(backoff(pauses, seconds), FIRST_WAIT * 2 ** min(pauses, 5), 1.0))
 
     def _is_a_copy(self) -> bool:
-        """Another delivery of the same message, under the same task id, holds the intent and gives the answer."""
+        """Whether another delivery of the same message, with the same task id, holds the intent and will answer."""
         try:
             entry = self.guard.ledger.get(self.key)
         except StoreError:
@@ -711,22 +716,22 @@ class Delivery(Job):
 
 
 def backoff(waits: int, at_most: float) -> float:
-    """Seconds until a duplicate comes back.
+    """Return the seconds until a duplicate comes back.
 
     Args:
-        waits: how often it came back already.
-        at_most: seconds after which the holder must have renewed: a dead one is decided
-            then, so no duplicate waits longer; 0 when that is not known.
+        waits: how many times it has come back.
+        at_most: seconds after which the holder must have renewed its lease. A dead one is decided then, so a duplicate
+            does not wait longer. 0: not known.
     """
     first, growth, longest = BACKOFF
     delay = min(longest, first * growth ** min(waits, 50))
     if at_most > 0:
         delay = min(delay, at_most + FIRST_WAIT)
-    return delay * random.uniform(0.9, 1.1)  # noqa: S311  # so that a hundred do not come back at once
+    return delay * random.uniform(0.9, 1.1)  # noqa: S311  # so that a hundred duplicates do not come back at once
 
 
 def _due_by(headers: Mapping[str, Any], message: str | None) -> float:
-    """Seconds since 1970 at which a call was due, by its producer's clock; 0: not known."""
+    """Return when a call was due, in seconds since 1970, by its producer's clock; 0: not known."""
     due = headers.get(PUBLISHED)
     if headers.get(MESSAGE) != message or not isinstance(due, (int, float)) or not 0 < due < LONGEST:
         return 0.0
@@ -734,7 +739,7 @@ def _due_by(headers: Mapping[str, Any], message: str | None) -> float:
 
 
 def _unhex(carried: Any) -> tuple[bytes, ...]:
-    """Owners from a message header; nonsense in it is no owner."""
+    """Return the owners in a message header, without malformed ones."""
     owners = []
     for text in carried if isinstance(carried, (list, tuple)) else ():
         try:

@@ -1,7 +1,6 @@
-"""Says which action a call is, for people: its arguments as short texts, and the author's own sentence (``describe=``).
+"""Describes a call for people: its arguments as short texts, and the author's own sentence (``describe=``).
 
-It is shown on pages and in logs that are about something else, so nothing here raises. Values of ``secret`` parameters
-are replaced before anything else sees them.
+Pages and logs show this among other things, so nothing here raises. Values of ``secret`` parameters are replaced first.
 """
 
 from __future__ import annotations
@@ -15,25 +14,25 @@ from celery_idem.core.errors import ConfigurationError
 from celery_idem.integration import publishing
 
 VALUE = 200
-"""Characters of one value that are shown: an id, an address, a sentence; not a document."""
+"""Characters of one value that are shown: enough for an id, an address or a sentence, and not for a document."""
 
 LINE = 300
-"""Characters of what is said in one line: what fits beside a key on a wide screen."""
+"""Characters of a description in one line: they fit beside a key on a wide screen."""
 
 ARGUMENTS = 50
-"""Arguments that are shown: more than a body has parameters; ``**kwargs`` may bring any number."""
+"""Arguments that are shown: more than a body has parameters, because ``**kwargs`` may contain any number."""
 
 Describe = str | Callable[[dict[str, Any]], Any] | None
 
 
 class Said(NamedTuple):
-    """Which action a call is.
+    """A call, described for people.
 
     Attributes:
-        sentence: what ``describe=`` makes of it; "" where there is none.
-        intent: the fields that say what the action is, as texts.
-        arguments: all of them, as texts.
-        labels: the call's scope, occurrence and own key, where it has them.
+        sentence: the text of ``describe=``; "" without it.
+        intent: the fields of the intent as text.
+        arguments: all arguments as text.
+        labels: the call's scope, occurrence and caller's key, if it has them.
     """
 
     sentence: str = ""
@@ -43,7 +42,7 @@ class Said(NamedTuple):
 
     @property
     def line(self) -> str:
-        """One line of it."""
+        """The description in one line."""
         fields = {**self.intent, **self.labels}
         return _short(self.sentence or ", ".join(f"{name}={text}" for name, text in fields.items()), LINE)
 
@@ -51,11 +50,11 @@ class Said(NamedTuple):
 def said(
     declaration: keys.Declaration, describe: Describe, args: Any, kwargs: Any, headers: Mapping[str, Any]
 ) -> Said:
-    """Return which action a call is; empty where that cannot be said."""
+    """Return the description of a call; empty if there cannot be one."""
     try:
         hidden = publishing.without_secrets(declaration, args or (), kwargs or {})
         arguments = dict(declaration.bind(*hidden))
-    except Exception:  # a call that does not fit, arguments of any class
+    except Exception:  # the call does not fit, or an argument's own code fails
         return Said()
     arguments.update((name, publishing.HIDDEN) for name in declaration.secret if name in arguments)
     texts = {str(name): _text(value) for name, value in list(arguments.items())[:ARGUMENTS]}
@@ -68,7 +67,9 @@ def _intent(
 ) -> Mapping[str, str]:
     if declaration.fields is not None:
         return {name: texts[name] for name in declaration.fields if name in texts}
-    if declaration.compute is None or declaration.secret:  # the function would see what is hidden
+    if (
+        declaration.compute is None or declaration.secret
+    ):  # a function of the intent would need the secret values
         return texts
     try:
         return {name: _text(value) for name, value in declaration.intent(arguments).items()}
@@ -98,7 +99,7 @@ def _text(value: Any) -> str:
 
 
 def _short(text: str, length: int) -> str:
-    """On one line."""
+    """Return a text on one line, cut to a length."""
     line = " ".join(text.split())
     return line if len(line) <= length else f"{line[: length - 1]}…"
 
@@ -107,7 +108,7 @@ def checked(task: str, describe: Any, declaration: keys.Declaration) -> Describe
     """Return ``describe=`` as it will be used.
 
     Raises:
-        ConfigurationError: it is neither a format string nor a function, or it names no parameter.
+        ConfigurationError: it is neither a format string nor a function, or it has a name that is no parameter.
     """
     if describe is None or callable(describe):
         return describe  # type: ignore[no-any-return]

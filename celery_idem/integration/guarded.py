@@ -1,7 +1,8 @@
-"""What the modules below ``task`` need of a guarded task: types only."""
+"""The parts of a guarded task that the modules below ``task`` use."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from celery_idem.core.keys import Declaration
@@ -12,7 +13,7 @@ from celery_idem.integration.settings import Settings
 
 
 class Guarding(Protocol):
-    """What all executions of one task share. ``delivery.Guard`` is it."""
+    """What all executions of one task share. ``delivery.Guard`` implements it."""
 
     @property
     def declaration(self) -> Declaration: ...
@@ -29,8 +30,9 @@ class Guarding(Protocol):
 
 
 class GuardedTask(Protocol):
-    """A task that declares an intent. ``task.IdempotentTask`` is it. What Celery owns is untyped here."""
+    """A task that declares an intent. ``task.IdempotentTask`` implements it. Celery's own attributes are untyped."""
 
+    idem_declaration: Any
     name: Any
     app: Any
     acks_late: Any
@@ -38,7 +40,7 @@ class GuardedTask(Protocol):
     expires: Any
     ignore_result: Any
     store_errors_even_if_ignored: Any
-    _backend: Any  # of its own; None: the application's
+    _backend: Any  # the task's own; None: the application's
     no_effect_errors: tuple[type[BaseException], ...]
     ambiguous_errors: tuple[type[BaseException], ...]
 
@@ -54,3 +56,14 @@ class GuardedTask(Protocol):
     def signature_from_request(
         self, request: Any = None, args: Any = None, kwargs: Any = None, queue: Any = None, **options: Any
     ) -> Any: ...
+
+
+def guarded_task(app: Any, name: str | None) -> GuardedTask | None:
+    """Return the task of that name if it declares an intent; None for any other, and for none."""
+    task: GuardedTask | None = app.tasks.get(name)
+    return None if getattr(task, "idem_declaration", None) is None else task
+
+
+def guarded_tasks(app: Any) -> Iterator[GuardedTask]:
+    """Return the tasks of an application that declare an intent."""
+    return (task for name in list(app.tasks) if (task := guarded_task(app, name)) is not None)

@@ -1,4 +1,4 @@
-"""Looks an intent up: makes a ``Receipt`` of its record, or of Celery's result where the record cannot tell."""
+"""Looks an intent up: makes a ``Receipt`` from its record, or from Celery's result if the record cannot tell."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from celery_idem.engine import events
 from celery_idem.engine.entries import Entry
 from celery_idem.engine.ledger import Ledger
 from celery_idem.integration.announcements import Announcements, announcements_of
+from celery_idem.integration.guarded import guarded_task
 from celery_idem.integration.publishing import in_scope
 from celery_idem.integration.receipts import Code, Receipt, Status
 from celery_idem.integration.wiring import ledger_of
@@ -41,16 +42,16 @@ if TYPE_CHECKING:
     from celery import Celery
 
 ASK_AGAIN = 5.0
-"""Seconds in ``retry_after`` at most. A lease says when a dead worker is decided, not when a
-living one is done, and asking costs one read."""
+"""The longest ``retry_after``, in seconds. A lease says when a dead worker is decided, and not when a living one is
+done. Asking again costs one read."""
 
 
 class Look(NamedTuple):
-    """Where a receipt looks again, and what for.
+    """Where a receipt looks again, and for which call.
 
     Attributes:
         published: the caller has published the delivery whose task id the receipt has.
-        secret: the error of the body may quote a secret argument of another caller.
+        secret: the body's error may quote a secret argument of another caller.
     """
 
     app: Celery | None
@@ -61,7 +62,7 @@ class Look(NamedTuple):
     secret: bool = False
 
     def look(self, receipt: Receipt) -> Receipt:
-        """One look at the record, and at Celery's result where the record cannot tell."""
+        """Look once at the record, and at Celery's result if the record cannot tell."""
         entry = None
         if self.ledger is not None:
             try:
@@ -69,7 +70,7 @@ class Look(NamedTuple):
             except StoreError as error:
                 events.emit("store_error", receipt.key, error=str(error), while_="waiting")
         known = None if entry is None else from_record(entry, receipt.key, receipt.task_id, self)
-        # before, Celery may have ended it (revoked)
+        # Before it has begun, Celery may have ended it (revoked).
         begun = entry is None or entry.record.state is not State.ACCEPTED
         if known is not None and (begun or not self.published):
             return known
@@ -79,7 +80,7 @@ class Look(NamedTuple):
         return known or (receipt if entry is None else undecided(entry, receipt, self))
 
     def announcements(self, receipt: Receipt) -> Announcements | None:
-        """Those of the application, where a result is published for this task."""
+        """Return the application's announcements; None if no result is published for this task."""
         if self.app is None:
             return None
         task = self.app.tasks.get(keys.task_of(receipt.key))
@@ -87,27 +88,27 @@ class Look(NamedTuple):
 
 
 def look_up(app: Celery, key: str, scope: str | None = None) -> Receipt | None:
-    """Where the intent with this key stands; None when nothing is stored under it for this scope.
+    """Return a receipt of what is known of a key; None if nothing is stored for it in this scope.
+
+    In an application that does not have the task, the receipt has only the class of an error. It does not know which
+    parameters are secret.
 
     Args:
-        scope: the caller's; None: that of ``idem_scope``. The key of a call can be computed from its arguments,
-            so a key proves nothing: for the record of another scope the answer is None.
-
-    An application that does not have the task gets only the class of an error: which parameters are
-    secret is declared by the task.
+        scope: scope of the caller; None: the one of ``idem_scope``. Anyone who knows the arguments can compute a key,
+            so the key is no permission: for the record of another scope the answer is None.
 
     Raises:
         StoreError: the store did not answer.
     """
-    task = app.tasks.get(keys.task_of(key) or key)
-    guarded = getattr(task, "idem_declaration", None) is not None
-    ledger = task.guard.ledger if guarded else ledger_of(app)
-    policy = task.guard.options.policy if guarded else PLAIN_POLICY
-    scope = in_scope(task.guard.settings.scope if guarded else app.conf.get("idem_scope"), scope)
+    task = guarded_task(app, keys.task_of(key) or key)
+    guard = None if task is None else task.guard
+    ledger = ledger_of(app) if guard is None else guard.ledger
+    policy = PLAIN_POLICY if guard is None else guard.options.policy
+    scope = in_scope(app.conf.get("idem_scope") if guard is None else guard.settings.scope, scope)
     entry = ledger.get(key)
     if entry is None or entry.record.scope != keys.scope_digest(ledger.namespace, scope):
         return None
-    secret = not guarded or bool(task.guard.declaration.secret)  # without the task this is not known here
+    secret = guard is None or bool(guard.declaration.secret)  # without the task, it may have secrets
     source = Look(app, ledger, NO_FINGERPRINT, policy, published=False, secret=secret)
     known = from_record(entry, key, "", source)
     return (
@@ -116,14 +117,14 @@ def look_up(app: Celery, key: str, scope: str | None = None) -> Receipt | None:
 
 
 PLAIN_POLICY = Policy(lease=0, result_ttl=0, failure_ttl=1 << 62)
-"""For looking only: a lapsed lease counts as lapsed, a failure as a failure, and no destination is asked."""
+"""Only for looking: a failure stays a failure, and no destination is asked."""
 
 
 def from_record(entry: Entry, key: str, task_id: str, source: Look) -> Receipt | None:
-    """The receipt of a record that has its answer; None where a delivery must act first.
+    """Return the receipt of a record that has an answer; None if a delivery must act first.
 
     Args:
-        task_id: of the delivery that the caller published; "" for none.
+        task_id: task id of the delivery that the caller published; "" for none.
     """
     decision = entry.standing(source.fingerprint, source.policy)
     task_id = task_id or entry.record.task_id
@@ -157,39 +158,41 @@ def from_record(entry: Entry, key: str, task_id: str, source: Look) -> Receipt |
 
 
 def _outcome(outcome: Outcome, key: str, ledger: Ledger, secret: bool) -> tuple[Any, str]:
-    """The value, and why there is none: the body's error, or that it was not kept or cannot be read."""
+    """Return the value, and why there is none: the body's error, or that it was not kept or cannot be read."""
     if outcome.payload is None:
         return None, outcome.missing
     try:
         if outcome.succeeded:
             return ledger.codec.decode(outcome.payload, key), ""
         return None, _words(ledger.codec.decode_error(outcome.payload, key), secret)
-    except StoreError as error:  # written with a serializer that is not accepted here: done all the same
+    except StoreError as error:  # it is done, and its serializer is not accepted here
         return None, str(error)
 
 
 def _replaced(receipt: Receipt, task_id: str, source: Look) -> Receipt:
-    """The receipt of a body that was replaced by another task: its result is in Celery's result backend."""
-    mine = source.published and task_id == receipt.task_id  # a replacement goes by the same id
+    """Return the receipt of a replaced body. Its result is in Celery's result backend, under the other task's id."""
+    mine = source.published and task_id == receipt.task_id  # a replacement may have the same id
     result = from_celery(replace(receipt, task_id=task_id), source._replace(published=True), None)
     if result is None:
         return replace(receipt, status="in_progress", retry_after=ASK_AGAIN)
     if result.status == "executed" and not mine:
         return replace(result, status="replayed")
-    if result.code == "unsure":  # that task is not run again: its failure is the answer
+    if result.code == "unsure":  # the replacement is not run again, so its failure is the answer
         return replace(result, code="")
     return result
 
 
 def undecided(entry: Entry, receipt: Receipt, source: Look) -> Receipt:
-    """The receipt of a record that waits for a delivery."""
+    """Return the receipt of a record that waits for a delivery."""
     state = entry.record.state
     receipt = replace(receipt, task_id=receipt.task_id or entry.record.task_id, retry_after=None)
     if source.published and state is not State.IN_DOUBT:
         return receipt  # that delivery is under way
     if state is State.RELEASED:
         return _released(receipt, entry)
-    if state is State.FAILED:  # long enough ago, with finished steps: the next delivery goes on after them
+    if (
+        state is State.FAILED
+    ):  # with finished steps and after failure_ttl: the next delivery continues after them
         return replace(receipt, status="not_run", code="partly_done")
     reasons = {State.IN_DOUBT: entry.record.reason, State.SCHEDULED: "its retry is overdue"}
     return replace(receipt, status="in_doubt", code="undecided", reason=reasons.get(state, protocol.CRASHED))
@@ -200,13 +203,13 @@ def _released(receipt: Receipt, entry: Entry) -> Receipt:
 
 
 def from_celery(receipt: Receipt, source: Look, entry: Entry | None) -> Receipt | None:
-    """The receipt of Celery's result for the delivery that this call published; None where there is none."""
+    """Return the receipt of Celery's result for the delivery that this call published; None if there is no result."""
     if not source.published or source.app is None:
         return None
     try:
         result = source.app.AsyncResult(receipt.task_id)
         state, value = result.state, result.result
-    except Exception as error:  # no backend, or any error of any driver: it cannot tell
+    except Exception as error:  # no backend, or any error of any driver
         events.diagnose(logging.DEBUG, "the result of %s cannot be read: %s", receipt.task_id, error)
         return None
     receipt = replace(receipt, retry_after=None)
@@ -216,11 +219,11 @@ def from_celery(receipt: Receipt, source: Look, entry: Entry | None) -> Receipt 
     released = standing is State.RELEASED
     if state == "REVOKED":
         if entry is not None and not (released or standing is State.ACCEPTED):
-            return None  # it had begun: the record speaks
+            return None  # it had begun, so the record decides
         receipt = replace(receipt, reason="revoked")
         if entry is not None:
             return _released(receipt, entry)
-        # Only where records can be seen is it known that it had not begun.
+        # Without a ledger, it is unknown whether it had begun.
         return (
             replace(receipt, status="failed", code="unsure")
             if source.ledger is None
@@ -245,8 +248,8 @@ def from_celery(receipt: Receipt, source: Look, entry: Entry | None) -> Receipt 
         return _released(receipt, entry)
     if isinstance(value, StoreError):
         return replace(receipt, status="not_run", code="store_error")
-    # No record says so: the body may not have run. Celery itself reports a failure where its connection to the result
-    # backend breaks before a task begins, or after it ended. Only where failures are not kept there is nothing to ask.
+    # No record says that the body failed, so it may not have run: Celery also reports a failure when its connection to
+    # the result backend breaks before or after a body. If failures are not kept, no record can be expected.
     forgotten = source.ledger is not None and entry is None and source.policy.failure_ttl == 0
     return replace(receipt, status="failed", code="" if forgotten else "unsure")
 

@@ -1,7 +1,7 @@
-"""A thread in a worker's main process that looks at the stores now and then.
+"""A thread in a worker's main process that looks at the stores periodically.
 
-It must not fork in the middle of a look: a pool's new process would inherit locks inside a driver as they are,
-without the thread that opens them again.
+The process must not fork during a look. A new pool process would inherit locked locks of a driver, without the thread
+that releases them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from celery_idem.core.errors import IdempotencyError
 from celery_idem.engine import events
 
 FORK_WAITS = 0.5
-"""Seconds that a fork waits for the look under way, at most: no worker may stop for a database that hangs."""
+"""Longest time that a fork waits for a look, in seconds: a database that hangs must not stop the worker."""
 
 
 class _Forks:
-    """Keeps the worker from forking a pool process in the middle of a statement."""
+    """Delays forks of pool processes while ``held_off`` is held."""
 
     def __init__(self) -> None:
         self.held_off = threading.Lock()
@@ -42,14 +42,14 @@ FORKS = _Forks()
 
 
 class Looks:
-    """A thread that looks every so often.
+    """A thread that calls ``look`` periodically.
 
     Args:
-        name: what it does, for the name of the thread and for the log.
-        look: does it once. It gets an event, which is set when it is to end.
-        first: seconds until the first look, at most: by chance, so that a hundred workers that start together do not
-            look at once.
-        every: seconds between looks, give or take a tenth.
+        name: names the thread, and what failed in the log.
+        look: receives an event that is set when the thread should end.
+        first: longest time until the first look, in seconds. The time is random, so that a hundred workers which start
+            together do not look at once.
+        every: seconds between looks, plus or minus a tenth.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Looks:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends after what is under way; does not wait for it."""
+        """End the thread after the look under way, and do not wait for it."""
         self._ended.set()
 
     def _loop(self) -> None:
-        pause = random.uniform(0.0, self._first)  # noqa: S311  # to spread them
+        pause = random.uniform(0.0, self._first)  # noqa: S311  # only spreads the workers
         while not self._ended.wait(pause):
             try:
                 self._look(self._ended)

@@ -1,4 +1,4 @@
-"""``submit_many``: many calls, with one write and one broker connection for each hundred of them."""
+"""``submit_many``: many calls over one broker connection, with one write per hundred calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from celery_idem.engine import events
 from celery_idem.engine.entries import Entry
 from celery_idem.integration import messages, templates
 from celery_idem.integration.awaiting import warn_on_loop
-from celery_idem.integration.guarded import GuardedTask
+from celery_idem.integration.guarded import GuardedTask, guarded_task
 from celery_idem.integration.publishing import in_scope
 from celery_idem.integration.receipts import Receipt
 from celery_idem.integration.submitting import OPTIONS, Submission, accepted, all_the_same, look_again
@@ -26,23 +26,23 @@ if TYPE_CHECKING:
     from celery import Celery
 
 BATCH = 100
-"""Calls per write: at a kilobyte each, a tenth of a megabyte: no other caller of the store waits for it long."""
+"""Calls per write. At one kilobyte each this is a tenth of a megabyte, so other users of the store do not wait long."""
 
 Call = Mapping[str, Any] | tuple[Any, ...] | list[Any]
-"""One call: ``task.s(…)``, or its named arguments, or its positional ones."""
+"""One call: ``task.s(…)``, or its named arguments, or its positional arguments."""
 
 
 def submit_many(
     app: Celery, name: str, calls: Iterable[Call], *, scope: str | None = None, **options: Any
 ) -> list[Receipt]:
-    """``IdempotentTask.submit_many`` by the task's name, for applications that have the task.
+    """``IdempotentTask.submit_many`` by the task's name, in an application that has the task.
 
     Raises:
-        ConfigurationError: the task is not known here, or declares no intent.
-        TypeError: there is no such option.
+        ConfigurationError: the application does not have the task, or the task declares no intent.
+        TypeError: an option is unknown.
     """
-    task = app.tasks.get(name)
-    if getattr(task, "idem_declaration", None) is None:
+    task = guarded_task(app, name)
+    if task is None:
         raise ConfigurationError(
             f"{name} is not a task with an intent in this application, so its keys are not known here. Import its "
             "module, or use submit() for each call."
@@ -53,7 +53,7 @@ def submit_many(
 def submit_calls(
     task: GuardedTask, calls: Iterable[Call], scope: str | None, options: Mapping[str, Any]
 ) -> list[Receipt]:
-    """Accept and publish each of many calls; their receipts, in order. A call that is refused is a receipt too."""
+    """Accept and publish many calls, and return their receipts in order. A refused call has a receipt too."""
     warn_on_loop(f"submit_many() of {task.name}", "await asyncio.to_thread(task.submit_many, …)")
     _check_options(task, options)
     waiting, receipts = iter(calls), []
@@ -65,11 +65,11 @@ def submit_calls(
 
 
 class _Batches:
-    """What the batches of one ``submit_many`` share.
+    """Submits the batches of one ``submit_many``.
 
     Attributes:
-        template: makes the messages of calls without options of their own; None: each is made by itself.
-        broken: the broker did not take a message: what is accepted from now on is left to recovery.
+        template: makes the messages of calls without own options; None: Celery makes each message.
+        broken: the broker did not take a message, so the next accepted calls are left to recovery.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class _Batches:
             return Receipt("failed", "", reason=str(error), code="invalid")
 
     def _accept(self, made: list[Submission]) -> Iterator[Any]:
-        """What became of each: the decision and the record, None for shadow mode, or an error."""
+        """Accept calls. Return for each the decision and the record, None in shadow mode, or an error."""
         if not made:
             return iter(())
         if self.task.guard.settings.shadow:
@@ -128,7 +128,7 @@ class _Batches:
             return iter([error] * len(made))
 
     def _decided(self, call: Submission, found: Any) -> Receipt | Entry | None:
-        """Its receipt, if it is not to be published; or the record in which it is accepted, if it is in one."""
+        """Return the receipt of a call that is not published. For others, return their accepted record, if any."""
         if isinstance(found, StoreError):
             runs = self.task.guard.options.on_store_error == "run"
             known = all_the_same(call) if found.key else None  # else each would wait for the store once more
@@ -149,10 +149,10 @@ class _Batches:
         return entry if isinstance(decision, Accepted) else call.told(entry)
 
     def _together(self, ready: Iterator[tuple[Submission, Entry]]) -> set[str]:
-        """Publish calls by the template; the keys of those that the broker took.
+        """Publish calls by the template, and return the keys of those that the broker took.
 
-        Whatever fails here is tried once more by itself, so that it has its own receipt. A message that is then sent
-        twice is an ordinary duplicate.
+        The caller publishes the others one by one, so that each gets its own receipt. A message may then be sent twice,
+        which is an ordinary duplicate.
         """
         taken: set[str] = set()
         if self.template is None or self.broken:
@@ -169,13 +169,13 @@ class _Batches:
                                 break
                             continue
                         taken.add(call.key)
-        except Exception as error:  # of any driver: it is not known what the broker took
+        except Exception as error:  # of any driver: what the broker took is unknown
             events.diagnose(logging.WARNING, "%s: publishing again, one by one", self.task.name, error=error)
             return set()
         return taken
 
     def _is_like_the_first(self, call: Submission) -> bool:
-        """Whether it has the options of all and its task id, and no option of its own."""
+        """Whether a call has no options of its own, beside its task id."""
         given = {name: value for name, value in call.options.items() if name != "task_id"}
         return given.keys() == self.options.keys() and all(
             given[name] is value for name, value in self.options.items()
@@ -197,7 +197,7 @@ class _Batches:
 
 
 def _parts(task: GuardedTask, call: Call) -> tuple[Any, Any, dict[str, Any]]:
-    """Positional and named arguments, and options."""
+    """Return positional arguments, named arguments, and options."""
     if isinstance(call, Signature):
         if call.get("subtask_type") or call["task"] != task.name:
             raise TypeError(f"{task.name}: submit_many() got a signature of {call['task']}.")

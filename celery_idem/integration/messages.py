@@ -1,4 +1,4 @@
-"""The call in an open record, as a Celery message: made from a delivery or from a retry, and published again."""
+"""Makes the call of an open record from a Celery message, and publishes it as a message again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from celery_idem.core.model import ACCEPTED_AT, KEY, MESSAGE, PUBLISHED, Stored
 from celery_idem.core.sealing import Seal, opened, seal_of
 from celery_idem.engine import events
 from celery_idem.integration import publishing, republishing
-from celery_idem.integration.guarded import GuardedTask, Guarding
+from celery_idem.integration.guarded import GuardedTask, Guarding, guarded_task
 from celery_idem.integration.settings import of_app
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ Published = TypeVar("Published")
 
 BODY = "idem-body"
 ENCODING = "idem-encoding"
-"""In the properties that the worker's main process hands to a pool process: the message's body as it was on the wire.
-It is the very object that Celery hands over as well, so it is sent once."""
+"""Properties that the worker's main process adds for a pool process: the message's body as it was on the wire, and its
+encoding. Celery passes on the same body object, so it is pickled once."""
 
 _CANVAS = ("callbacks", "errbacks", "chain", "chord")
 """Parts of a body that are signatures."""
@@ -44,36 +44,36 @@ _HEADERS = (
     "shadow", "eta", "expires", "group", "group_index", "retries", "timelimit", "root_id", "parent_id", "origin",
     "ignore_result", "replaced_task_nesting", "stamped_headers", "stamps", "compression",
 )  # fmt: skip
-"""Celery's own headers that say more than the rest of the call does. Where they are missing, they are None or 0."""
+"""Celery's own headers that a record keeps, because they cannot be derived. They are kept unless they are None or 0."""
 
 CARRIED = "idem-carried"
-"""Header of a message that was published again, as it was: owners of its claims whose reply got lost, if any."""
+"""Header of a message that is published again: owners of its earlier claims whose reply was lost."""
 
 _OURS = frozenset({KEY, MESSAGE, ACCEPTED_AT, PUBLISHED, "idem-waits", CARRIED})
-"""Headers of ours that follow from the rest of the call, or belong to one delivery."""
+"""Our own headers that a record does not keep: they can be derived, or belong to one delivery."""
 
 _NO_LIMITS = [None, None]
 """Celery's header ``timelimit`` of a message without limits."""
 
 _NOT_KEPT = frozenset({"connection", "producer", "retry", "retry_policy", "add_to_parent", "task_id"})
-"""Options of ``apply_async`` that belong to the process that calls, or that the call has already."""
+"""Options of ``apply_async`` that only make sense in the calling process, or that the call has already."""
 
 DECIDED = "idem_decided"
-"""Option of our ``apply_async``: what the record says of this call is known already, so publish it."""
+"""Option of our ``apply_async``: publish this call, because the record was read already."""
 
 PATIENCE = 3.0
 """Seconds that the broker gets to take a message that recovery can publish later. RabbitMQ stops reading from
-publishers while it is short of memory or disk, and one that waits for its confirmation would wait for ever."""
+publishers while it is short of memory or disk. A publisher that waits for a confirmation would then wait for ever."""
 
 BRIEFLY: Mapping[str, Any] = {"retry_policy": {"max_retries": 1}, "timeout": PATIENCE}
-"""One more try is for a connection that has died unnoticed. Any later one is recovery's."""
+"""Options of a message that recovery can publish later. The one retry is for a connection that has died unnoticed."""
 
 _PROPERTIES = ("priority", "delivery_mode", "MessageGroupId")
-"""Properties that the author or the sender chose; all others are the broker's."""
+"""Properties that the author or the sender chose. All others are the broker's."""
 
 
 def of_delivery(app: Celery, guard: Guarding, request: Context, args: Any, kwargs: Any, key: str) -> bytes:
-    """Return the call of a delivery, packed. It never raises: what cannot be kept says so."""
+    """Return the call of a delivery, packed. It never raises: a call that cannot be kept is a ``Why``."""
     if not guard.settings.keep_call:
         return Why.OFF.packed
     try:
@@ -120,11 +120,11 @@ def _of_delivery(app: Celery, guard: Guarding, request: Context, args: Any, kwar
 
 
 def _kept(known: Mapping[str, Any], others: Mapping[str, Any], task_id: str) -> dict[str, Any]:
-    """Headers to keep.
+    """Return the headers to keep.
 
     Args:
         known: Celery's headers, among other things.
-        others: the author's, and ours.
+        others: the author's headers, and ours.
     """
     headers = {name: known[name] for name in filter(known.get, _HEADERS)}
     if headers.get("timelimit") == _NO_LIMITS:
@@ -144,13 +144,13 @@ def _kept_as(guard: Guarding, key: str, call: Call) -> bytes:
 
 
 def _hides(app: Celery, guard: Guarding, canvas: Any) -> bool:
-    """Whether secret values are in a call that would be kept in clear: then they are left out of it."""
+    """Whether secret values have to be left out of a call, because it is kept in clear."""
     secret = guard.declaration.secret or (canvas and _has_secrets(app, canvas))
     return bool(secret and guard.ledger.codec.seal is None)
 
 
 def _has_secrets(app: Celery, canvas: Any) -> bool:
-    """Whether a signature in it is of a task with secrets."""
+    """Whether a canvas has a signature of a task with secrets."""
     return any(publishing.has_secrets(app, name) for name in _tasks_in(canvas))
 
 
@@ -166,7 +166,7 @@ def _tasks_in(value: Any) -> Iterator[str]:
 
 
 def broker_of(app: Celery) -> str:
-    """Return a digest of the broker's address, without user and password: 32 bits tell the few of a company apart."""
+    """Return a digest of the broker's address, without user and password. 32 bits tell a company's brokers apart."""
     at = app.connection_for_write()
     parts = (at.transport_cls, at.hostname, at.port, at.virtual_host)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
@@ -183,7 +183,7 @@ def place(request: Context) -> str:
 
 
 class Recorder:
-    """A producer that remembers what it published, for the record of the intent that the message continues."""
+    """A producer that keeps the call which it published, for the record of the intent that the message continues."""
 
     def __init__(self, producer: Any, task: GuardedTask) -> None:
         self._producer = producer
@@ -212,7 +212,7 @@ def of_message(
     delivery_mode: Any = None,
     **properties: Any,
 ) -> bytes:
-    """Return the call in what Celery hands to a producer, packed."""
+    """Return the call in the arguments of a producer's ``publish``, packed."""
     settings = task.guard.settings
     if not settings.keep_call:
         return Why.OFF.packed
@@ -250,14 +250,17 @@ def _custom(headers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def accepted_at(owner: bytes, stamp: int, seal: Seal | None) -> str:
-    """The header of a message whose call is accepted."""
+    """Return the header ``ACCEPTED_AT`` of a message whose call is accepted."""
     named = f"{stamp:x}.{owner.hex()}"
     return named if seal is None else f"{named}.{seal.newest}"
 
 
 def accepted_in(header: Any, seal: Seal | None) -> Stored | None:
-    """The write that such a header names; nonsense in it names none. Neither does a record sealed with a key that is
-    not here: it must be read, and refused."""
+    """Return the write that a header ``ACCEPTED_AT`` names; None if the header is malformed.
+
+    None too if the record is sealed with a key that this process does not have. Then the claim reads the record, and is
+    refused.
+    """
     try:
         stamp, owner, *sealed = header.split(".")
         if sealed and (seal is None or sealed[0] not in seal.ids):
@@ -277,7 +280,7 @@ def recovers(guard: Guarding, key: str, packed: bytes) -> bool:
 def of_submission(
     task: GuardedTask, key: str, args: Any, kwargs: Any, task_id: str, options: Mapping[str, Any]
 ) -> bytes:
-    """Return the call that ``submit`` accepts before it makes a message of it, packed. It never raises."""
+    """Return the call that ``submit`` accepts, packed. Its message is made later. It never raises."""
     settings, declaration = task.guard.settings, task.guard.declaration
     if not settings.keep_call:
         return Why.OFF.packed
@@ -331,7 +334,7 @@ def arguments(app: Celery, call: Call) -> tuple[Any, Any, Any]:
     """Return positional and named arguments, and the canvas.
 
     Raises:
-        Exception: whatever the serializer raises; one that the application does not accept is refused.
+        Exception: of the serializer; also for a serializer that the application does not accept.
     """
     accept = prepare_accept_content({*app.conf.accept_content, app.conf.task_serializer})
     args, kwargs, canvas = loads(
@@ -344,11 +347,8 @@ def _plain(app: Celery) -> str:
     return str(registry.name_to_type.get(app.conf.task_serializer, app.conf.task_serializer))
 
 
-def publish(app: Celery, key: str, call: Call, began: bool = True) -> None:
-    """Publish the same message again: same task id, no retry used up, to the queue that it came from.
-
-    Args:
-        began: an execution had begun, so an expiry no longer counts.
+def publish(app: Celery, key: str, call: Call) -> None:
+    """Publish the same message again, with the same task id and number of retries, to the queue that it came from.
 
     Raises:
         Exception: of the broker's driver.
@@ -369,8 +369,7 @@ def publish(app: Celery, key: str, call: Call, began: bool = True) -> None:
         )
         return
     headers = _headers(app, task, key, call)
-    if began:
-        headers["expires"] = None
+    headers["expires"] = None  # an execution had begun, so the expiry does not count any more
     compression = headers.pop("compression", None)
     context = Context({"delivery_info": {"exchange": call.exchange, "routing_key": call.routing_key}})
     route = republishing.to_its_queue(app, context) or {}
@@ -396,25 +395,25 @@ def in_time(app: Celery, publish: Callable[..., Published], producer: Any = None
     """Publish a message that recovery can publish later, and do not wait long for a broker that does not read.
 
     Args:
-        publish: gets named arguments: a producer, a retry policy and a timeout.
+        publish: is called with a producer, a retry policy and a timeout, as named arguments.
         producer: the caller's own; None: one of the application's.
     """
     with app.producer_or_acquire(producer) as real:
         try:
             return publish(producer=real, **BRIEFLY)
         except Exception:
-            real.connection.collect()  # its pool would wait until the broker agrees to close it
+            real.connection.collect()  # closed by its pool, the connection would wait for the broker's reply
             raise
 
 
 def expired(app: Celery, call: Call) -> bool:
-    """Tell whether a call has expired of which no execution had begun."""
+    """Whether a call that was accepted, and has not begun, has expired."""
     expires = (call.options or {}).get("expires")
     return expires is not None and bool(maybe_make_aware(maybe_iso8601(expires), app.timezone) <= app.now())
 
 
 def answer(app: Celery, key: str, packed: bytes) -> None:
-    """Publish the call of a dead execution, whose caller waits: it is a duplicate by now. It never raises."""
+    """Publish the call of a dead execution, so that its caller gets an answer, as a duplicate. It never raises."""
     try:
         call = calls.unpack(opened(_seal(app, key), packed, key))
         if call.publishable:
@@ -424,9 +423,9 @@ def answer(app: Celery, key: str, packed: bytes) -> None:
 
 
 def _headers(app: Celery, task: str, key: str, call: Call) -> dict[str, Any]:
-    """All headers of a message of Celery's second protocol."""
+    """Return all headers of a message in Celery's second protocol."""
     args, kwargs, _ = arguments(app, call)
-    declaration = getattr(app.tasks.get(task), "idem_declaration", None)
+    known = guarded_task(app, task)
     return {
         "lang": "py",
         "task": task,
@@ -438,18 +437,18 @@ def _headers(app: Celery, task: str, key: str, call: Call) -> dict[str, Any]:
         "ignore_result": False,
         "replaced_task_nesting": 0,
         "stamps": {},
-        **(publishing.shown(declaration, args, kwargs) if declaration is not None else {}),
+        **({} if known is None else publishing.shown(known.idem_declaration, args, kwargs)),
         **call.headers,
         KEY: key,
         MESSAGE: call.task_id,
         CARRIED: [],
-        # Its intent is open, so no record of how it ended can have expired before.
+        # The intent is open, so no record of an outcome has expired: this message is not too late.
         PUBLISHED: int(time.time()),
     }
 
 
 def request_of(app: Celery, key: str, call: Call) -> Context:
-    """Return a call as Celery's request of its delivery: what it takes to answer its caller.
+    """Return the request that a delivery of the call would have: Celery needs it to answer the caller.
 
     Raises:
         Exception: of the serializer.
@@ -459,7 +458,7 @@ def request_of(app: Celery, key: str, call: Call) -> Context:
 
 
 def of_the_broker(app: Celery, error: Exception) -> bool:
-    """Whether the broker did not take a message. Any other error is about the call."""
+    """Whether an error says that the broker did not take a message. Any other error is about the call."""
     at = app.connection_for_write()
     known = (*at.transport.connection_errors, *at.transport.channel_errors, *at.recoverable_connection_errors)
     return isinstance(error, (OperationalError, OSError, *known))
@@ -470,11 +469,11 @@ class BrokerError(IdempotencyError):
 
 
 NO_SECRETS = "its secret values are not in the record (idem_seal_keys would keep them, sealed)"
-"""Why a call that can be shown cannot be published, for people."""
+"""Why a call that can be shown cannot be published."""
 
 
 def call_in(app: Celery, key: str, packed: bytes) -> tuple[Call | None, str]:
-    """Return the call in packed bytes, or None and why it is not there, for people."""
+    """Return the call in packed bytes, or None and why there is none, for people."""
     if not packed:
         return None, "its record holds no call"
     missing = calls.missing(packed)
@@ -489,12 +488,9 @@ def call_in(app: Celery, key: str, packed: bytes) -> tuple[Call | None, str]:
 
 
 def _seal(app: Celery, key: str) -> Seal | None:
-    """What seals the records of an intent's task."""
-    task = app.tasks.get(keys.task_of(key) or key)
-    if getattr(task, "idem_declaration", None) is not None:
-        seal: Seal | None = task.guard.ledger.codec.seal
-        return seal
-    return seal_of(tuple(of_app(app.conf).seal_keys))
+    """Return the seal of the records of an intent's task; None if they are in clear."""
+    task = guarded_task(app, keys.task_of(key) or key)
+    return seal_of(tuple(of_app(app.conf).seal_keys)) if task is None else task.guard.ledger.codec.seal
 
 
 WHY_NOT_KEPT = {
@@ -506,18 +502,18 @@ WHY_NOT_KEPT = {
 
 
 def publisher(app: Celery, key: str, packed: bytes) -> Callable[[], object] | None:
-    """Return what publishes a packed call; None where it cannot be published.
+    """Return a function that publishes a packed call; None if it cannot be published.
 
-    That raises ``BrokerError``.
+    The function raises ``BrokerError``: the broker did not take the message.
     """
-    call, _ = call_in(app, key, packed)
-    if call is None or not call.publishable:
+    found, _ = call_in(app, key, packed)
+    if found is None or not found.publishable:
         return None
-    found = call
+    call = found
 
     def again() -> None:
         try:
-            publish(app, key, found)
+            publish(app, key, call)
         except Exception as error:  # of any driver
             raise BrokerError(
                 f"{key} is decided, and the broker did not take its call ({type(error).__name__}): decide it again, "

@@ -1,8 +1,7 @@
 """Reads a task's options from the places where they may be written.
 
-An attribute that a class had before this package came must not become a setting because of its name. So a setting's
-short name counts only where the intent is declared, and everywhere else it has its name from ``app.conf``
-(docs/adr/0032).
+An attribute that a class had before it used this package must not become a setting because of its name. So a setting's
+short name counts only beside the intent. Everywhere else a setting needs its name from ``app.conf`` (docs/adr/0032).
 """
 
 from __future__ import annotations
@@ -25,31 +24,31 @@ WORDS = (
     "intent", "must_match", "secret", "describe", "signature", "intent_version", "aliases", "reconcile",
     "no_effect_errors", "ambiguous_errors",
 )  # fmt: skip
-"""What a declaration says, inherited from bases and mixins. A class rarely has one of these by chance, and hardly ever
-with a value that fits."""
+"""Options of a declaration, which are inherited from bases and mixins. A class rarely has such an attribute by chance,
+and hardly ever with a value that fits."""
 
 OPTIONS = WORDS + NAMES
 
 OWN = "idem_declaration"
-"""The one attribute of ``IdempotentTask`` that begins like a setting."""
+"""The one attribute of ``IdempotentTask`` whose name begins like a setting."""
 
 KEPT = "_idem_options"
 """The attribute of a guarded task's class with its ``Options``."""
 
 _CELERYS_OWN = frozenset(dir(Task))
-"""Names that every Celery task has. Looked up by ``dir``, because ``hasattr(Task, "app")`` would bind
-the root class to the current app, and Celery annotates no task below a class that is bound."""
+"""Names that every Celery task has. From ``dir``, because ``hasattr(Task, "app")`` would bind the root class to the
+current app, and Celery annotates no task below a bound class."""
 
 _ALIKE = 0.85
-"""How alike a task's attribute and one of our options must be to be taken for a misspelling."""
+"""Similarity (1: equal) from which a task's attribute counts as a misspelt option."""
 
 
 class ConfigurationWarning(UserWarning):
-    """A declaration may mean something else than it says. Nothing is refused."""
+    """A declaration may not mean what it says. Nothing is refused."""
 
 
 class Stray(NamedTuple):
-    """An attribute with a setting's short name, in a class that declares no intent: it is not read."""
+    """An attribute with a setting's short name in a class without an intent. It is not read."""
 
     owner: type[Any]
     name: str
@@ -60,13 +59,13 @@ class Stray(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a guarded task says beside its intent.
+    """Options of a guarded task, beside its intent.
 
     Attributes:
-        given: settings of its own, checked.
-        strays: attributes that may have been meant as settings.
-        in_code: its own class declares the intent, not the configuration.
-        describe: as a format string or a function; None: neither.
+        given: its own settings, checked.
+        strays: attributes that may be meant as settings.
+        in_code: its own class declares the intent, and not the configuration.
+        describe: a format string or a function; None for none.
     """
 
     given: Mapping[str, Any] = {}
@@ -76,17 +75,17 @@ class Options(NamedTuple):
 
 
 def declares(cls: type[Any]) -> bool:
-    """Whether the body of a class, or the decorator that made it, has an intent. Asked before Celery annotates it."""
+    """Whether a class, or the decorator that made it, has an intent. Call it before Celery annotates the class."""
     kept = vars(cls).get(KEPT)
     return kept.in_code if kept is not None else vars(cls).get("intent") is not None
 
 
 def read(cls: type[Any], app: Celery, asked: bool, in_code: bool) -> Options:
-    """The options of a guarded task. Warns of short names in the author's own shared bases, the first time.
+    """Return the options of a guarded task. Warns once of short names in the author's own shared bases.
 
     Args:
         asked: its author chose a guarded base class.
-        in_code: ``declares``, before Celery annotated the class.
+        in_code: the result of ``declares`` before Celery annotated the class.
 
     Raises:
         ConfigurationError: a name or a value is wrong, or a setting is given twice in one place.
@@ -122,11 +121,12 @@ def read(cls: type[Any], app: Celery, asked: bool, in_code: bool) -> Options:
 
 
 def _check_every(every: Mapping[str, Any]) -> None:
-    """``"*"`` is for every task and declares none. Celery has put its values into each class, in place of what stood
-    there beside the intent, so they cannot be left alone.
+    """Refuse an intent, and settings by their short names, in the annotations of ``"*"``, which is every task.
+
+    Celery has already put these values into each class, over those beside the intent. So they cannot be ignored.
 
     Raises:
-        ConfigurationError: an intent is there, or a setting by its short name.
+        ConfigurationError: there is such a name.
     """
     if "intent" in every:
         raise ConfigurationError(
@@ -149,10 +149,10 @@ def _take(
     short: bool,
     values: Mapping[str, Any] | None = None,
 ) -> None:
-    """Add the settings that one place gives. The places are visited from the outermost base inwards.
+    """Add the settings of one place. The outermost base comes first.
 
     Args:
-        values: where they stand; None: in the class.
+        values: where the values are; None: in the class.
     """
     for full in sorted(name for name in names if name.startswith(PREFIX) and name != OWN):
         name = full.removeprefix(PREFIX)
@@ -183,7 +183,7 @@ def _checked(task: str, owner: type[Any], name: str, written: str, values: Mappi
 
 
 def _may_be_meant(owner: type[Any], name: str) -> bool:
-    """Methods and properties are their author's own, but for a function that could be a scope."""
+    """Whether an attribute may be meant as a setting: no method or property, except a function that fits ``scope``."""
     value = vars(owner)[name]
     if inspect.isroutine(value) or isinstance(value, (staticmethod, classmethod, property)):
         return not not_allowed(name, getattr(owner, name))
@@ -191,7 +191,7 @@ def _may_be_meant(owner: type[Any], name: str) -> bool:
 
 
 def _of_the_authors(owner: type[Any], app: Celery) -> bool:
-    """A class that its author derived from ours, for some tasks: neither made by Celery nor the base of every task."""
+    """Whether an author derived a class from ours for some tasks: Celery did not make it, and not every task has it."""
     every = vars(app).get("Task")
     return (
         hasattr(owner, OWN)
@@ -201,7 +201,7 @@ def _of_the_authors(owner: type[Any], app: Celery) -> bool:
 
 
 def check_spelling(task: str, names: Iterable[str]) -> None:
-    """An attribute that looks like one of our options and is none would be silently ignored."""
+    """Refuse an attribute that looks like a misspelt option, which would be ignored."""
     for name in names:
         import difflib
 
@@ -211,7 +211,7 @@ def check_spelling(task: str, names: Iterable[str]) -> None:
 
 
 def strange(cls: type[Any], names: Iterable[str] | None = None) -> Iterator[str]:
-    """Names of a class's own attributes, or some of them, that neither we nor Celery know."""
+    """Return names among a class's own attributes, or among ``names``, that neither we nor Celery know."""
     for name in vars(cls) if names is None else names:
         if name.startswith(("_", PREFIX)) or name in OPTIONS or name in _CELERYS_OWN:
             continue

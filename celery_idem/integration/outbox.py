@@ -24,8 +24,9 @@ from celery_idem.integration.submitting import (
 )
 
 FIRST = 1.0
-"""Seconds until recovery publishes a call that was accepted in a transaction: most commit sooner and publish
-themselves; where the process died in between, or has no hook, the caller waits no longer than this and one look."""
+"""Seconds until recovery publishes a call that was accepted in a transaction. Most commits are faster, and the process
+then publishes the call itself. If it died before that, or the connection has no hook, the caller waits this long, and
+for recovery's next look."""
 
 
 def submit_in(
@@ -70,13 +71,13 @@ def submit_in(
 
 
 def _publish_committed(call: Submission) -> None:
-    """The author's transaction is over. If the record is there, it was committed. It never raises."""
+    """Publish a call after the author's transaction, if that has committed its record. It never raises."""
     ledger, key, owner = call.task.guard.ledger, call.key, call.request.owner
     try:
         entry = ledger.get(key)
         if entry is None or entry.record.owner != owner or entry.record.state is not State.ACCEPTED:
             return
-        if entry.record.recovery is None:  # recovery was not faster
+        if entry.record.recovery is None:  # otherwise recovery was faster
             call.as_accepted()
             call.publish(entry)
             look_again(ledger, key, owner, ACCEPTED_FOR + call.wait / MICROSECONDS)
@@ -94,7 +95,7 @@ def submit_on_commit(
 ) -> None:
     """See ``IdempotentTask.submit_on_commit``."""
     own = {**own, "scope": in_scope(task.guard.settings.scope, own["scope"])}
-    key = Submission(task, args, kwargs, own, options).key  # refuses now what cannot be submitted later
+    key = Submission(task, args, kwargs, own, options).key  # an error of the call is raised before the commit
 
     def submit() -> None:
         try:

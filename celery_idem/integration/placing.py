@@ -1,12 +1,12 @@
-"""Puts the guard into the class of each task that declares an intent, and into no other.
+"""Puts the guard into the class of each task that declares an intent.
 
-A task class finds ``__call__`` along its bases, and the first one wins: a framework's (Flask's documented
-pattern opens its application context there and calls ``self.run``), a mixin's, or ours. So the guard is no base
-class's method: it is put into the class of the task itself when that is bound. What its bases would have called runs
-inside, around the body; a class without an intent is not touched.
+Python looks for ``__call__`` along a task's bases, and the first one found wins: that of a framework, of a mixin, or
+ours. (Flask's documented pattern opens its application context in ``__call__`` and calls ``self.run``.) So the guard is
+no method of a base class. It is put into the task's own class when that is bound. A ``__call__`` of the bases then runs
+inside the guard, around the body. A class without an intent is not changed.
 
-``run`` gets a net. A delivery that arrives there without a claim has bypassed the guard, because ``__call__`` was
-replaced later, or a tracer calls ``run``. The net sends it through the guard.
+``run`` is wrapped too, in the net. A delivery that calls ``run`` without a claim has bypassed the guard: ``__call__``
+was replaced later, or a tracer calls ``run``. The net sends it through the guard.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from typing import Any
 from celery import Task
 
 KEPT = "_idem_kept"
-"""The class attribute with what ours replaced, by name. Looked up in the class's own namespace only."""
+"""The class attribute with the methods that ours replaced, by name. It counts in the class's own namespace only."""
 
 _GUARD = "_idem_guard"
 """The class attribute with the guard itself."""
 
 ANSWER = "idem_answer"
-"""Attribute of a request whose error is an answer: its class."""
+"""Attribute of a request that is answered with an error: the error's class."""
 
 _CELERYS = frozenset({"celery.app.task", "celery.app.trace"})
-"""Modules that ``Task.__call__`` is from; the second is the worker's. A library may replace it with its own."""
+"""Modules of Celery's own ``Task.__call__``; a worker uses the second. Another library may have replaced it."""
 
 _NOTHING: Any = object()
 
 _PLACED = ("__call__", "run", "throws")
-"""What is put into a guarded task's class."""
+"""Attributes that are put into a guarded task's class."""
 
 
 def put_on(cls: type[Any], guard: Callable[..., Any]) -> None:
-    """Make ``guard`` the ``__call__`` of a task class, and put the net under its ``run``."""
-    if KEPT in vars(cls):  # bound again
+    """Make ``guard`` the ``__call__`` of a task class, and the net its ``run``."""
+    if KEPT in vars(cls):  # it was bound before
         return
     kept = {name: vars(cls).get(name, _NOTHING) for name in _PLACED}
     net = _net(beneath(cls, "run"))
@@ -51,7 +51,7 @@ def put_on(cls: type[Any], guard: Callable[..., Any]) -> None:
 
 
 def take_off(cls: type[Any]) -> None:
-    """Undo ``put_on``: the class is bound again, where it declares no intent, or one of its bases was."""
+    """Undo ``put_on`` for a class that is bound again without an intent, and hide the guard of its bases."""
     for name, was in vars(cls).get(KEPT, {}).items():
         if was is _NOTHING:
             delattr(cls, name)
@@ -60,16 +60,16 @@ def take_off(cls: type[Any]) -> None:
     if KEPT in vars(cls):
         delattr(cls, KEPT)
         delattr(cls, _GUARD)
-    if any(KEPT in vars(base) for base in cls.__mro__):  # a base of it is a guarded task, and stays guarded
+    if any(KEPT in vars(base) for base in cls.__mro__):  # a base is a guarded task, and stays guarded
         for name in _PLACED:
             setattr(cls, name, beneath(cls, name))
 
 
 class _Throws:
-    """``throws`` of a guarded task: the author's, and of a call that is answered with an error, that error's class.
+    """``throws`` of a guarded task: the author's own, and the error's class while a call is answered with an error.
 
-    An answer is no failure of this execution: Celery logs it in one line at INFO, and Sentry's integration, which
-    looks at ``throws`` too, sends nothing.
+    An answer is no failure of this execution. So Celery logs it in one line at INFO, and Sentry's integration, which
+    also reads ``throws``, sends nothing.
     """
 
     def __init__(self, own: Any) -> None:
@@ -85,13 +85,13 @@ class _Throws:
 
 
 def is_outermost(cls: type[Any]) -> bool:
-    """Whether Celery receives what the guard returns: no code was put around it since."""
+    """Whether Celery calls the guard directly: no other code was put around it since."""
     own = vars(cls)
     return _GUARD in own and own["__call__"] is own[_GUARD]
 
 
 def around(task: Task) -> Callable[..., Any] | None:
-    """What the task's bases would have called in place of ``run``; None where that is Celery's own."""
+    """Return the ``__call__`` of the task's bases, which calls ``run``; None if it is Celery's own."""
     call = beneath(type(task), "__call__")
     if call is vars(Task)["__call__"] and call.__module__ in _CELERYS:
         return None
@@ -100,19 +100,19 @@ def around(task: Task) -> Callable[..., Any] | None:
 
 
 def body(task: Task) -> tuple[Any, Callable[..., Any]]:
-    """The net of a task's class, and what is under it."""
+    """Return the net of a task's class, and the author's ``run`` below it."""
     cls = type(task)
     return vars(cls).get("run"), _bound(beneath(cls, "run"), task)
 
 
 def beneath(cls: type[Any], name: str) -> Any:
-    """What a class has under a name, ours left out."""
+    """Return an attribute of a class as it was before ``put_on``."""
     for base in cls.__mro__:
         own = vars(base)
-        own_one = own.get(KEPT, own).get(name, _NOTHING)
-        if own_one is not _NOTHING:
-            return own_one
-    raise AttributeError(name)  # cannot happen: Task has both
+        found = own.get(KEPT, own).get(name, _NOTHING)
+        if found is not _NOTHING:
+            return found
+    raise AttributeError(name)  # cannot happen: Task has all of them
 
 
 def _bound(found: Any, task: Task) -> Callable[..., Any]:
@@ -121,17 +121,15 @@ def _bound(found: Any, task: Task) -> Callable[..., Any]:
 
 
 def _net(found: Any) -> Callable[..., Any]:
-    """``run`` for all callers but the guard, which calls the body directly."""
+    """Return the ``run`` for all callers but the guard, which calls the body directly."""
     function = found.__func__ if isinstance(found, staticmethod) else found
 
     @functools.wraps(function)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         stack = self.request_stack.stack
-        if not stack:  # task.run(…): the body alone
+        if not stack or self.idem_declaration is None:  # task.run(…), or an unguarded task with this base
             return _bound(found, self)(*args, **kwargs)
         request = stack[-1]
-        if self.idem_declaration is None:  # an ordinary task whose base this is
-            return _bound(found, self)(*args, **kwargs)
         if not request.called_directly and not hasattr(request, "idem_claim"):
             return self._came_past(request, args, kwargs)
         inside = _opened(stack)
@@ -142,8 +140,10 @@ def _net(found: Any) -> Callable[..., Any]:
         finally:
             stack.extend(above)
 
-    if function is not found:  # a signature reader drops the first parameter, and this one has none to drop
-        with contextlib.suppress(TypeError, ValueError):  # a callable that has none
+    if (
+        function is not found
+    ):  # Celery drops the first parameter of a signature, and a staticmethod has no self
+        with contextlib.suppress(TypeError, ValueError):  # a callable without a signature
             signature = inspect.signature(function)
             myself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
             signature = signature.replace(parameters=[myself, *signature.parameters.values()])
@@ -152,9 +152,9 @@ def _net(found: Any) -> Callable[..., Any]:
 
 
 def _opened(stack: list[Any]) -> int:
-    """How many requests to keep for the body: up to the one whose ``__call__`` is under way. Marks it as begun.
+    """Return how many requests the body should see: up to the one whose ``__call__`` runs. Marks it as begun.
 
-    Celery's ``Task.__call__``, which a base's ``super().__call__`` ends in, puts a copy of it on top. What the
+    A base's ``super().__call__`` ends in Celery's ``Task.__call__``, which puts a copy of the request on top. What the
     body publishes, or does to its chain, would be lost with the copy.
     """
     keep = len(stack)

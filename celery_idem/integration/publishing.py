@@ -1,10 +1,9 @@
 """Message headers: the identity of the intent, and representations of arguments without secrets.
 
-Celery hands options it does not know (``scope=`` of a signature whose task this process does not
-have, of ``send_task``, of a beat entry) to the broker as message properties, and forgets those of
-the signatures inside a message where a process that has other tasks publishes them. So just before
-a message is published they are written into headers, its own and those of every signature in it:
-headers arrive wherever Celery's own do.
+Celery turns options that it does not know into message properties: ``scope=`` of a signature whose task this process
+does not have, of ``send_task``, of a beat entry. It drops such options of signatures inside a message, when a process
+without those tasks publishes them. So just before a message is published, such options are written into the headers of
+the message, and of every signature in it. Headers arrive wherever Celery's own headers do.
 """
 
 from __future__ import annotations
@@ -29,25 +28,26 @@ from celery_idem.core import keys
 from celery_idem.core.errors import IntentError
 from celery_idem.core.model import CALLER_KEY, MESSAGE, PART_OF, PUBLISHED, SCOPE
 from celery_idem.engine import events
+from celery_idem.integration.guarded import guarded_task
 
 if TYPE_CHECKING:
     from celery import Celery
 
 HIDDEN = "(secret)"
-"""What stands in the place of a secret value."""
+"""Replaces a secret value."""
 
 LOOPS = frozenset({"celery.map", "celery.starmap", "celery.chunks"})
-"""Celery's own tasks that call another one for each of their items."""
+"""Celery's own tasks that call another task for each of their items."""
 
 _BEGIN = frozenset(name[:2] for name in keys.LABELS)
-"""What no option of Celery's begins with."""
+"""Beginnings of labels. No option of Celery begins with them."""
 
 _ALIKE = 0.8
-"""How alike an option and a label must be to be taken for a misspelling: "scop" and "occurence" are."""
+"""Similarity (1: equal) from which an option counts as a misspelt label, such as "scop" or "occurence"."""
 
 _secrets: dict[str, keys.Declaration] = {}
-"""Declarations with secret parameters, by the task's name. Of several applications in one process that
-have different tasks of one name, the last one's: a value may then be hidden needlessly, and never shown."""
+"""Declarations with secret parameters, by the task's name. If several applications in one process have different tasks
+of one name, the last one counts. A value may then be hidden without need."""
 
 
 def hide(declaration: keys.Declaration) -> None:
@@ -56,13 +56,13 @@ def hide(declaration: keys.Declaration) -> None:
 
 
 def has_secrets(app: Celery, name: str) -> bool:
-    """Whether a task is known here to have secret parameters."""
-    declaration = getattr(app.tasks.get(name), "idem_declaration", None)
-    return name in _secrets or bool(declaration is not None and declaration.secret)
+    """Whether this process knows that a task has secret parameters."""
+    task = guarded_task(app, name)
+    return name in _secrets or (task is not None and bool(task.idem_declaration.secret))
 
 
 def without_secrets(declaration: keys.Declaration, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """The arguments of a call, with ``HIDDEN`` in the place of secret values."""
+    """Return the arguments of a call, with ``HIDDEN`` for secret values."""
     names, rest = [], ""
     for name, parameter in declaration.signature.parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL:
@@ -76,8 +76,8 @@ def without_secrets(declaration: keys.Declaration, args: Any, kwargs: Any) -> tu
 
 
 def shown(declaration: keys.Declaration, args: Any, kwargs: Any) -> dict[str, str]:
-    """What Celery writes into a message for its log, its events and its monitors, without secret values."""
-    from celery.app.amqp import AMQP  # loaded by now; importing it with this module would cost every process
+    """Return the texts of the arguments for Celery's log, events and monitors, without secret values."""
+    from celery.app.amqp import AMQP  # here it is loaded already; not every process needs it
     from celery.utils.saferepr import saferepr
 
     positional, named = without_secrets(declaration, args, kwargs)
@@ -88,14 +88,14 @@ def shown(declaration: keys.Declaration, args: Any, kwargs: Any) -> dict[str, st
 
 
 def in_scope(setting: Any, given: Any = None) -> str | None:
-    """The scope of a call that is made here and now, in normal form.
+    """Return the scope of a call that is made now, in normal form.
 
     Args:
         setting: ``idem_scope``, or the task's own.
-        given: what the call says; it goes before.
+        given: scope of the call, which takes precedence.
 
     Raises:
-        IntentError: it cannot be a scope.
+        IntentError: the value cannot be a scope.
     """
     if given is None and setting is not None:
         given = symbol_by_name(setting)()
@@ -103,7 +103,7 @@ def in_scope(setting: Any, given: Any = None) -> str | None:
 
 
 def check_labels(task: str, options: Mapping[str, Any]) -> None:
-    """Refuse a misspelt ``occurrence``: Celery takes any option, and the call would be another action.
+    """Refuse a misspelt ``occurrence``. Celery takes any option, and the call would be another action.
 
     Raises:
         TypeError: an option's name is nearly that of a label.
@@ -129,18 +129,18 @@ def carry(
 ) -> None:
     """Celery's signal: these are the very headers and properties that are published."""
     if headers is None or properties is None or not isinstance(body, tuple):
-        return  # a message of protocol 1 has headers for none of this
+        return  # protocol 1 has no headers for this
     args, kwargs, embedded = body
-    made = headers.get(MESSAGE) == headers["id"]  # by our apply_async
+    made = headers.get(MESSAGE) == headers["id"]  # our apply_async has made these headers
     if sender in _secrets and not made:
         headers.update(shown(_secrets[sender], args, kwargs))
     elif sender in LOOPS:
         _of_the_loop(kwargs.get("task"), headers)
     elif sender == "celery.chord_unlock":
-        # Without a native chord its body goes here: a clone of the author's, or, as it retries, a dictionary.
+        # Without native chords, this task has the chord's body: a clone of the author's, or a dictionary in a retry.
         if len(args) > 1 and isinstance(args[1], Signature):
             args[1].update(_identified(args[1]))
-        if _secrets:  # perhaps of a call deep inside; its arguments tell a person nothing
+        if _secrets:  # a call deep inside may have some, and a person does not need these arguments
             headers["argsrepr"] = headers["kwargsrepr"] = HIDDEN
     if embedded.get("chain") and not (
         keys.LABELS.keys().isdisjoint(properties) and keys.IDENTITY.isdisjoint(headers)
@@ -166,30 +166,30 @@ def carry(
 signals.before_task_publish.connect(carry)
 
 _OURS = frozenset((MESSAGE, PUBLISHED))
-"""Headers that say that a message is of a guarded task, also where its process does not have the task."""
+"""Headers of a message of a guarded task, also from a process that does not have the task."""
 
 
 def _seconds_at(eta: str | None) -> int:
-    """Seconds since 1970 of an ETA; without one, of now."""
+    """Return an ETA, or now if there is none, in seconds since 1970."""
     due = None
-    with contextlib.suppress(ValueError):  # the worker says what is wrong with it
+    with contextlib.suppress(ValueError):  # the worker reports it
         due = maybe_iso8601(eta)
     if due is not None and due.tzinfo is None:
         due = due.replace(tzinfo=timezone.utc)  # as Celery's worker reads it
     return int(time.time() if due is None else due.timestamp())
 
 
-# Celery gives the options of a group to each of its calls, and those of a chain to its first, and calls nothing of ours
-# in between: neither a call nor a message says whose option it was. So the next two functions read it from the frame of
-# the canvas that runs. The alternatives are worse: replacing methods of Celery's canvas classes for the whole process,
-# or canvas classes of our own that every author has to import.
+# Celery gives the options of a group to each of its calls, and those of a chain to its first call. It calls none of our
+# code in between, and neither a call nor a message tells whose option it was. So the next two functions read that from
+# the frame of the canvas that runs. The alternatives are worse: to replace methods of Celery's canvas classes for the
+# whole process, or to have our own canvas classes that every author must import.
 _CHAIN_RUNS = _chain.run.__code__
 
 
 def _of_the_chain() -> dict[str, str]:
-    """The identity that options of a whole chain give to its later parts. Celery gives them to the first part only.
+    """Return the identity that the options of a whole chain give to its later calls. Celery gives it only to the first.
 
-    Under a caller's own key each later part is a part of that action.
+    Under a caller's own key, each later call is a part of that action.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not _CHAIN_RUNS:
@@ -210,10 +210,10 @@ KEY_OPTION = "idempotency_key"
 
 
 def of_a_group(given: Any) -> tuple[Any, dict[str, Any]]:
-    """A caller's own key that a call in a group came with: the call's own key, and the header of a part.
+    """Decide what a caller's key means for a call in a group. Return the call's own key, and the header of a part.
 
-    Celery gives the options of a group to each of its calls. Under one key all of them would be one action, so each
-    is a part of that action instead, told apart by its own intent, as with ``replace``.
+    Celery gives the options of a group to each of its calls. Under one key, all calls would be one action. So each is a
+    part of that action instead, identified by its own intent, as with ``replace``.
     """
     frame: FrameType | None = sys._getframe(1)
     call = None
@@ -230,7 +230,7 @@ def of_a_group(given: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _belonging(given: Any, own: Mapping[str, str]) -> Any:
-    """Copies of signatures that say what the whole says, where they do not say it themselves."""
+    """Return copies of signatures with the identity ``own``, where they have none themselves."""
     if not isinstance(given, Mapping):
         return [_belonging(part, own) if isinstance(part, Mapping) else part for part in given]
     kwargs = given.get("kwargs") or {}
@@ -249,21 +249,21 @@ def _belonging(given: Any, own: Mapping[str, str]) -> Any:
 
 
 def _of_the_loop(inner: Any, headers: MutableMapping[str, Any]) -> None:
-    """What a loop over calls of another task says for all of them."""
+    """Give the identity of a loop over calls of another task to all of them."""
     if not isinstance(inner, Mapping):
         return
     if inner.get("task") in _secrets:
         headers["argsrepr"] = headers["kwargsrepr"] = HIDDEN
     found = (_identified(inner).get("options") or {}).get("headers") or {}
     outer = _task_stack.top
-    if outer is not None and outer.name == "celery.chunks":  # which publishes loops without its own options
+    if outer is not None and outer.name == "celery.chunks":  # it publishes loops without its own options
         found = {**found, **(outer.request.headers or {}), MESSAGE: ""}
     for name in found.keys() & {MESSAGE, *keys.IDENTITY}:
         headers.setdefault(name, found[name])
 
 
 class _Loop(Signature):  # type: ignore[misc]
-    """A loop that keeps what was set on it: Celery's forget their own options, in some releases all of them."""
+    """A loop that keeps its own options. Celery's loops drop them, in some releases all of them."""
 
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         if self.kwargs["task"].get("task") in _secrets:
@@ -274,7 +274,7 @@ class _Loop(Signature):  # type: ignore[misc]
         return super().apply(args, kwargs, **self._kept(options))
 
     def _kept(self, options: dict[str, Any]) -> dict[str, Any]:
-        """In headers, because no other option reaches a loop that runs in place."""
+        """Return the options, with the identity in headers: no other option reaches a loop that runs in place."""
         kept = {name: self.options[name] for name in (*keys.LABELS, "headers") if name in self.options}
         kept |= options
         own = keys.labelled(kept)
@@ -294,9 +294,9 @@ class Chunks(_Loop, chunks):  # type: ignore[misc]
 
 
 def _settle(headers: MutableMapping[str, Any], options: MutableMapping[str, Any], message: str) -> None:
-    """Write what options say into headers, and make them this message's own.
+    """Write the identity in options into headers, and make the headers this message's own.
 
-    What has no normal form is left for the worker to refuse: a receiver of a signal cannot.
+    A value without a normal form stays, and the worker refuses it, because a receiver of a signal cannot.
     """
     try:
         own = keys.identity(headers, message)
@@ -322,7 +322,7 @@ def _settle(headers: MutableMapping[str, Any], options: MutableMapping[str, Any]
 
 
 def _inside(given: Any) -> Any:
-    """A signature, or a list of them, with the identity of each in its headers. Copies what it changes."""
+    """Return a signature, or a list of them, with the identity of each in its headers. Copies what it changes."""
     if isinstance(given, Mapping):
         return _identified(given)
     return [_identified(part) if isinstance(part, Mapping) else part for part in given]
@@ -335,7 +335,7 @@ def _identified(part: Mapping[str, Any]) -> Mapping[str, Any]:
     for name, header in keys.LABELS.items():
         if header in own and not isinstance(options[name], (str, int)):  # most serializers take no Enum
             changed[name] = own[header]
-    if isinstance(part, Signature):  # built here; out of a message it would be a plain dictionary
+    if isinstance(part, Signature):  # built in this process; one from a message is a plain dictionary
         own = {**_ambient(part, {**(options.get("headers") or {}), **own}), **own}
     if own:
         changed["headers"] = {**(options.get("headers") or {}), **own}
@@ -359,7 +359,7 @@ _PARTS = {
     "celery.chord": ("header", "body"),
     **dict.fromkeys(LOOPS, ("task",)),
 }
-"""Where a canvas keeps its signatures, by its task's name."""
+"""Arguments of a canvas that are signatures, by its task's name."""
 
 
 def _said(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -371,7 +371,7 @@ def _said(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _ambient(part: Signature, headers: Mapping[str, Any]) -> dict[str, str]:
-    """The scope of a call that names none and is made here, though another process will publish it."""
+    """Return the scope of a call without one, which is made in this process and published by another one."""
     if SCOPE in headers or MESSAGE in headers or part.get("subtask_type"):
         return {}
     app = part.app

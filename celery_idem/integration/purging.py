@@ -1,9 +1,8 @@
-"""Expired records go by themselves: each worker's main process deletes them, a few at a time.
+"""Deletes expired records from databases, in each worker's main process, a few at a time.
 
-Redis expires by itself. In a database an expired row counts as absent at once, but takes
-space until it is deleted. A separate thread does that: never on the way of a claim,
-and not the thread that renews leases. Several workers do not get into each other's way: PostgreSQL
-skips what another one has locked, and SQLite has one writer at a time anyway.
+Redis deletes them itself. In a database an expired row counts as absent at once, but takes space until it is deleted.
+A separate thread does that, so that no claim and no renewal of a lease waits for it. Several workers do not disturb
+each other: PostgreSQL skips rows that another one has locked, and SQLite has one writer at a time.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery_idem.core.errors import IdempotencyError
 from celery_idem.engine import events
+from celery_idem.integration.guarded import guarded_tasks
 from celery_idem.integration.looks import FORKS, Looks
 
 if TYPE_CHECKING:
@@ -24,21 +24,20 @@ if TYPE_CHECKING:
     from celery_idem.stores import Store
 
 FIRST = 5.0
-"""Seconds after the start until the first look at most: also a worker that is restarted often purges.
-By chance, see there."""
+"""Longest time until the first look, in seconds: short, so that a worker that is restarted often purges too."""
 
 EVERY = 60.0
-"""Seconds between looks: what expires in a minute is little beside what is kept for a day."""
+"""Seconds between looks. Few records expire in a minute, compared with those that are kept for a day."""
 
 BATCH = 500
-"""Rows per statement: 2 to 20 ms, in which SQLite lets no other connection write."""
+"""Rows per statement. It takes 2 to 20 ms, during which SQLite lets no other connection write."""
 
 REST = 4.0
-"""The pause after a full batch, in times what it took: so a backlog takes a fifth of one connection's time."""
+"""Pause after a batch, as a multiple of its duration: so a backlog takes a fifth of one connection's time."""
 
 
 class Purger(Looks):
-    """The purging thread of a process. ``stores``: gives the stores to look after; asked anew at each look."""
+    """The purging thread of a process. ``stores`` returns the stores to purge, and is called for each look."""
 
     def __init__(self, stores: Callable[[], Iterable[Store]]) -> None:
         super().__init__("purging", self._look_at_all, FIRST, EVERY)
@@ -50,12 +49,12 @@ class Purger(Looks):
 
 
 def _purge(store: Store, ended: threading.Event) -> None:
-    total, gone = 0, BATCH
-    while gone == BATCH:
+    total, deleted = 0, BATCH
+    while deleted == BATCH:
         began = time.monotonic()
         with FORKS.held_off:
-            gone = store.purge(BATCH)
-        total += gone
+            deleted = store.purge(BATCH)
+        total += deleted
         if ended.wait(REST * (time.monotonic() - began)):
             return
     if total:
@@ -63,13 +62,12 @@ def _purge(store: Store, ended: threading.Event) -> None:
 
 
 def stores_of(app: Celery) -> list[Store]:
-    """The stores of an application's tasks that do not expire by themselves, each once."""
+    """Return the stores of an application's tasks that do not delete expired records themselves, each once."""
     found: dict[int, Store] = {}
-    for task in list(app.tasks.values()):
-        if getattr(task, "idem_declaration", None) is not None:
-            store: Store = task.guard.ledger.store
-            if not store.expires:
-                found[id(store)] = store
+    for task in guarded_tasks(app):
+        store = task.guard.ledger.store
+        if not store.expires:
+            found[id(store)] = store
     return list(found.values())
 
 
@@ -78,7 +76,7 @@ _purgers: dict[int, Purger] = {}
 
 
 def begin(sender: Any = None, **_: Any) -> None:
-    """Celery's ``worker_ready``: the pool's processes are forked, and this thread is none of theirs."""
+    """Celery's ``worker_ready``: by now the pool's processes are forked, so they do not inherit this thread."""
     app = sender.app
     try:
         if id(app) in _purgers or not stores_of(app):

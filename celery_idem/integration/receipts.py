@@ -1,7 +1,7 @@
-"""``Receipt``: what a caller learns about an intent. A value, with advice for a model.
+"""``Receipt``: what a caller learns about an intent. It is a value, with advice for a model.
 
-Callers here are models and orchestrators, which retry whatever looks like an error. So an answer that is
-known is a value and never an exception.
+The callers are models and orchestrators, which retry everything that looks like an error. So a known answer is a value
+and never an exception.
 
 ===========  ==================================================================================
 status       meaning
@@ -16,7 +16,7 @@ failed       the body failed
 not_run      nothing was done, or only the finished steps: call again unchanged
 ===========  ==================================================================================
 
-Where one status needs different advice, ``code`` says which:
+If one status needs different advice, ``code`` says which:
 
 ===========  ===========  =====================================================================
 code         status       meaning
@@ -65,18 +65,18 @@ PENDING: tuple[Status, ...] = ("accepted", "in_progress")
 """Non-final statuses."""
 
 FIRST_LOOK = 0.02
-"""Seconds until ``wait`` looks again first: the shortest way through a broker and a worker."""
+"""Seconds until ``wait`` looks for the second time: the shortest way through a broker and a worker."""
 
 LOOK_GROWTH = 1.5
-"""Growth per look: the answer is seen at most half as long after the end as the body ran."""
+"""Growth of the time between looks. So the time from the body's end to its answer is at most half its run time."""
 
 LONGEST_LOOK = 1.0
-"""Seconds between looks at most: one small read a second is nothing to a store, and a
-person or a model does not notice a second after a minute."""
+"""The longest time between looks, in seconds. One small read a second costs a store nothing, and after a minute a
+person or a model does not notice a second."""
 
-LONGEST_UNTOLD = 5.0
-"""Seconds between looks at most where the result backend tells when to look. A look finds what it cannot tell:
-an answer by a delivery with another task id, a result that this call does not keep."""
+LONGEST_LOOK_IF_WOKEN = 5.0
+"""The longest time between looks, in seconds, while the result backend wakes the caller. These looks find what it does
+not publish: an answer by a delivery with another task id, or a result that is not stored."""
 
 _RUNNING = "Accepted and running. Do NOT call again, also not with reworded arguments."
 _DONE = "Done. Report it as done."
@@ -128,34 +128,33 @@ class Source(Protocol):
     """Where a receipt looks again. Not part of its value."""
 
     def look(self, receipt: Receipt) -> Receipt:
-        """The same intent as it stands now."""
+        """Return the receipt of the same intent as it is now."""
 
     def announcements(self, receipt: Receipt) -> Announcements | None:
-        """What tells when to look; None where nothing does."""
+        """Return what wakes the caller; None if nothing does."""
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """Where one intent stands, as one caller may know it.
+    """What one caller may know about an intent.
 
-    A plain value: it can be copied, compared, pickled and made a dictionary (``to_dict``,
-    ``dataclasses.asdict``). A copy can ``wait``. An unpickled one cannot, because the application
-    is not pickled with it: use ``look_up(app, receipt.key)``.
+    A plain value: it can be copied, compared, pickled and made a dictionary (``to_dict``, ``dataclasses.asdict``). A
+    copy can ``wait``. An unpickled one cannot, because the application is not pickled with it: use
+    ``look_up(app, receipt.key)``.
 
     Attributes:
         status: see the table in ``docs/reference/callers.md``.
-        key: the idempotency key; "" while it is not known here, because the task was
-            submitted by name and only its worker knows its signature.
-        task_id: Celery's id of the delivery that this call published, else of the
-            execution that stands in the record; "" where there is none.
-        result: the value, when done and kept.
-        reason: why there is no result: the error of a body that failed (of a task with
-            secret parameters its class only), what makes it
-            doubtful, why the value was not kept; "" otherwise.
-        code: which case of the status it is, where one status needs different advice; "" otherwise.
+        key: the idempotency key; "" if it is not known here, because the task was submitted by name and only its worker
+            knows its signature.
+        task_id: Celery's id of the delivery that this call published, or else of the execution in the record; "" if
+            there is none.
+        result: the value, if it is done and the value was kept.
+        reason: why there is no result: the body's error (only its class, for a task with secret parameters), why it is
+            in doubt, or why the value was not kept; "" otherwise.
+        code: the case of the status, if one status needs different advice; "" otherwise.
         differs: names of parameters whose values differ from the first call's; never values.
-        retry_after: seconds after which asking again makes sense; None when it does not.
-        next: one sentence that tells a model, or a person, what to do. Made from the status and the code.
+        retry_after: seconds after which asking again makes sense; None if it does not.
+        next: one sentence that tells a model, or a person, what to do. It is made from the status and the code.
     """
 
     status: Status
@@ -185,12 +184,12 @@ class Receipt:
 
     @property
     def done(self) -> bool:
-        """The action is done, now or earlier."""
+        """Whether the action is done, now or earlier."""
         return self.status in ("executed", "replayed")
 
     @property
     def final(self) -> bool:
-        """The answer stays the same however often the call is repeated."""
+        """Whether repeating the call gives the same answer."""
         return self.done or (self.status == "failed" and self.code != "unsure")
 
     def wait(self, timeout: float = 30.0) -> Receipt:
@@ -200,7 +199,7 @@ class Receipt:
             timeout: seconds. 30 by default: the default lease, after which a dead worker is decided.
 
         Returns:
-            A new receipt: still ``accepted`` or ``in_progress`` when the time was not enough.
+            A new receipt. It is still ``accepted`` or ``in_progress`` if the time was not enough.
 
         Raises:
             IdempotencyError: the receipt was unpickled and its answer is not known yet.
@@ -220,10 +219,10 @@ class Receipt:
         return receipt
 
     async def async_wait(self, timeout: float = 30.0) -> Receipt:
-        """``wait`` that does not block the event loop that it runs on. For asyncio.
+        """As ``wait``, without blocking the event loop. For asyncio.
 
-        It holds no thread between looks. Where Celery's result backend is Redis, the publication of the result
-        wakes it. Cancelled, it returns at once; a look that has begun ends in its thread.
+        It holds no thread between looks. If Celery's result backend is Redis, the publication of the result wakes it.
+        When it is cancelled, it returns at once, and a look that has begun ends in its thread.
         """
         if self.status not in PENDING:
             return self
@@ -239,11 +238,11 @@ class Receipt:
                     return receipt
                 waker.follow(receipt.task_id)
                 await waker.wait(min(pause, left))
-                least, most = (LONGEST_LOOK, LONGEST_UNTOLD) if waker.heard else (0.0, LONGEST_LOOK)
+                least, most = (LONGEST_LOOK, LONGEST_LOOK_IF_WOKEN) if waker.heard else (0.0, LONGEST_LOOK)
                 pause = min(max(pause * LOOK_GROWTH, least), most)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON values, always with the same fields in the same order."""
+        """Return the receipt as plain JSON values, always with the same fields in the same order."""
         return {each.name: plain(getattr(self, each.name)) for each in fields(self)}
 
     def _asked(self) -> Source:
@@ -270,7 +269,7 @@ Receipt.__init__.__signature__ = _public_signature()  # type: ignore[attr-define
 
 
 def plain(value: Any) -> Any:
-    """A value as plain JSON: what JSON has no form for becomes text."""
+    """Return a value as plain JSON. Values without a form in JSON become text."""
     if isinstance(value, Enum):
         return plain(value.value)
     if value is None or isinstance(value, (bool, int, str)):

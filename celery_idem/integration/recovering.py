@@ -1,8 +1,8 @@
-"""Recovery: what is open past its deadline is published again, from its own record.
+"""Recovery: publishes open intents that are past their deadline again, from their records.
 
-Each worker's main process looks for it. It knows no rules: ``protocol.recover`` says what is overdue, one process takes
-it by a compare-and-set, and the delivery that it brings about decides what becomes of the action, as any other. Its
-caller gets the answer, because it is the same message with the same task id.
+A thread in each worker's main process looks for them. ``protocol.recover`` says what is overdue. One process takes it
+with a compare-and-set and publishes it, and the delivery decides what becomes of the action, as any other delivery. The
+caller gets the answer, because the message has the same task id.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from celery_idem.engine import events, runner
 from celery_idem.engine.entries import Entry
 from celery_idem.engine.ledger import Ledger
 from celery_idem.integration import messages
-from celery_idem.integration.guarded import GuardedTask
+from celery_idem.integration.guarded import GuardedTask, guarded_task, guarded_tasks
 from celery_idem.integration.looks import FORKS, Looks
 
 if TYPE_CHECKING:
     from celery import Celery
 
 FIRST = 1.0
-"""Seconds after the start until the first look at most: new workers are what a dead host's callers wait for."""
+"""Longest time until the first look, in seconds: after the death of a host, its callers wait for new workers."""
 
 EVERY = 1.5
-"""Seconds between looks. One look is a single read of the index; with it a dead worker's caller has the answer within
-its lease and five seconds."""
+"""Seconds between looks. A look is one read of the index. At this rate, the caller of a dead worker has the answer five
+seconds after the lease, at the latest."""
 
 PAUSE = 0.005
-"""Seconds between two publications: two hundred a second from each worker at most, so that a backlog from an outage
-does not drown what comes in now."""
+"""Seconds between two publications. So each worker publishes at most 200 a second, and a backlog from an outage does
+not delay new calls."""
 
 BROKER_PAUSE = 2.0
-"""Seconds until the next try when the broker does not take a call; doubled each time, up to ``LONGEST_PAUSE``."""
+"""Seconds until the next try after the broker did not take a call. Doubled each time, up to ``LONGEST_PAUSE``."""
 
 LONGEST_PAUSE = 30.0
 
@@ -50,7 +50,7 @@ class Found(NamedTuple):
 
     Attributes:
         published: its call was published again (with ``dry_run``: it would be).
-        why: why not, for people; "" where it was.
+        why: why not, for people; "" if it was.
     """
 
     entry: Entry
@@ -59,11 +59,11 @@ class Found(NamedTuple):
 
 
 def ledgers_of(app: Celery) -> list[Ledger]:
-    """The ledgers of an application's guarded tasks, each store and namespace once."""
+    """Return the ledgers of an application's guarded tasks, each store and namespace once."""
     found: dict[tuple[int, str], Ledger] = {}
-    for task in list(app.tasks.values()):
-        if getattr(task, "idem_declaration", None) is not None and not task.guard.settings.shadow:
-            ledger: Ledger = task.guard.ledger
+    for task in guarded_tasks(app):
+        if not task.guard.settings.shadow:
+            ledger = task.guard.ledger
             found[id(ledger.store), ledger.namespace] = ledger
     return list(found.values())
 
@@ -73,7 +73,7 @@ def recover(app: Celery, dry_run: bool = False, ended: threading.Event | None = 
 
     Args:
         dry_run: publish nothing.
-        ended: when it is set, stop.
+        ended: stop when it is set.
 
     Raises:
         StoreError: a store does not answer.
@@ -91,8 +91,8 @@ def recover(app: Celery, dry_run: bool = False, ended: threading.Event | None = 
 
 
 def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found | None:
-    task = app.tasks.get(entry.task)
-    if getattr(task, "idem_declaration", None) is None:
+    task = guarded_task(app, entry.task)
+    if task is None:
         return Found(entry, False, "no task of this application has that name")
     guard = task.guard
     call: Call | None = None
@@ -119,11 +119,13 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
     except StoreError as error:
         if not error.key:
             raise
-        return Found(entry, False, str(error))  # sealed with a key that is not here: it holds up no other
+        return Found(
+            entry, False, str(error)
+        )  # sealed with a key that this process does not have; go on with others
     if isinstance(taken, Tell):
         try:
             _tell(app, task, entry.key, taken, call)
-        except Exception as error:  # of any result backend; it is tried again later
+        except Exception as error:  # of any result backend; recovery tries again later
             why = f"its caller could not be told that it is in doubt ({type(error).__name__}: {error})"
             events.diagnose(logging.WARNING, "recovery: %s: %s", entry.key, why)
             return Found(entry, False, why)
@@ -132,7 +134,7 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
     if taken is None or call is None:
         why = why_not(app, entry.key, entry.record, guard.settings.recover)
         return Found(entry, False, why) if why else None
-    if messages.expired(app, call):  # some brokers drop it themselves, and then no worker says so
+    if messages.expired(app, call):  # some brokers drop such a message, and then no worker tells the caller
         ledger.revoked(entry.key, call.task_id, guard.options.policy)
         if not task.ignore_result:
             task.backend.mark_as_revoked(call.task_id, "expired")
@@ -140,7 +142,7 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
     try:
         messages.publish(app, entry.key, call)
     except Exception as error:  # of any driver, router or serializer
-        if not messages.of_the_broker(app, error):  # then the next try is as far off as after a publication
+        if not messages.of_the_broker(app, error):  # the next try comes as late as after a publication
             why = f"no message can be made of its call ({type(error).__name__}: {error})"
             events.diagnose(logging.WARNING, "recovery: %s: %s", entry.key, why)
             return Found(entry, False, why)
@@ -157,9 +159,10 @@ TOLD = "it is in doubt, and its caller is told"
 
 
 def _tell(app: Celery, task: GuardedTask, key: str, taken: Tell, call: Call | None) -> None:
-    """Give a caller who waits the answer that no delivery will give, and with it its chain, chord and errbacks.
+    """Tell the caller, and its chain, chord and errbacks, that the intent is in doubt. No delivery will.
 
-    Where Celery keeps no result, whether they were told is not known, and no errback is called twice.
+    If Celery keeps no result, it is unknown whether they were told before. They are then told once, by ``taken.first``,
+    so that no errback is called twice.
     """
     record = taken.record
     try:
@@ -184,7 +187,7 @@ def call_of(app: Celery, key: str, record: Record) -> tuple[Call | None, str]:
 
 
 def why_not(app: Celery, key: str, record: Record, recover: bool = True) -> str:
-    """Return why a record's call cannot be published again, for people; "" where it can."""
+    """Return why a record's call cannot be published again, for people; "" if it can."""
     call, why = call_of(app, key, record)
     if call is None:
         return why
@@ -218,11 +221,9 @@ _recoverers: dict[int, Recoverer] = {}
 
 
 def begin(sender: object = None, **_: object) -> None:
-    """Celery's ``worker_ready``: the pool's processes are forked, and this thread is none of theirs."""
+    """Celery's ``worker_ready``: by now the pool's processes are forked, so they do not inherit this thread."""
     app = sender.app  # type: ignore[attr-defined]
-    if id(app) not in _recoverers and any(
-        getattr(task, "idem_declaration", None) is not None for task in list(app.tasks.values())
-    ):
+    if id(app) not in _recoverers and any(guarded_tasks(app)):
         recoverer = _recoverers[id(app)] = Recoverer(app)
         recoverer.start()
 

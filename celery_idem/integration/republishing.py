@@ -1,9 +1,9 @@
 """Options that publish a message again as it was, to the queue that it came from.
 
-A delivery knows the exchange and the routing key of its message, not its queue. What is published
-to that exchange again goes to every queue bound there: on a fanout exchange each copy that waits
-becomes a copy for each worker. So the queue is looked up among those that this worker consumes,
-and the message goes to it alone, through the broker's default exchange.
+A delivery knows the exchange and the routing key of its message, but not its queue. A message that is published to that
+exchange again goes to every queue bound there. On a fanout exchange, each waiting copy would become one copy per
+worker. So we look for the queue among those that this worker consumes, and send the message only to that queue, through
+the broker's default exchange.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ except ImportError:  # before Celery 5.5 there is no native delayed delivery
 
 
 AMQP = "amqp"
-"""kombu's name for RabbitMQ: every queue has a binding to the default exchange there. The other
-transports do the same for queues, but send a fanout through channels that are no queues."""
+"""kombu's name for RabbitMQ, where every queue is bound to the default exchange. Other transports emulate that for
+queues, but a fanout goes through channels that are not queues."""
 
 DELAYED = "celery_delayed_delivery"
 """End of the name of the exchange from which a message with a native delay comes."""
 
 DELAY = re.compile(r"(?:[01]\.){28}")
-"""What a native delay puts before the routing key."""
+"""What a native delay adds in front of the routing key."""
 
 KEPT = ("delivery_mode", "MessageGroupId")
-"""Message properties that Celery does not copy: RabbitMQ's persistence, the group of an SQS FIFO queue.
-Not ``MessageDeduplicationId``: SQS would drop the second message."""
+"""Message properties that Celery does not copy: RabbitMQ's persistence, and the group of an SQS FIFO queue. Without
+``MessageDeduplicationId``, because SQS would drop the second message."""
 
 X_DEATH = re.compile(r"x-(?:death|(?:first|last)-death-(?:exchange|queue|reason))")
-"""RabbitMQ's history of a message that was dead-lettered. It takes a message that has it for one that goes in a
-circle. Celery removes it since 5.7."""
+"""RabbitMQ's history of a dead-lettered message. RabbitMQ takes a message with this history for a cycle. Celery removes
+it since 5.7."""
 
 
 def restore(options: dict[str, Any], request: Context, ignore_result: bool, given: Mapping[str, Any]) -> None:
-    """Complete the options that Celery's ``signature_from_request`` made: it copies less than a call may have.
+    """Add the options of a message that Celery's ``signature_from_request`` does not copy.
 
     Args:
         ignore_result: the task's own.
-        given: what the author asked for, which stays.
+        given: options that the author asked for, which stay.
     """
     properties = request.properties or {}
     was = {name: properties.get(name) for name in KEPT}
     was["serializer"] = registry.type_to_name.get(properties.get("content_type"))
     was["compression"] = getattr(request, "compression", None)
-    # The class has a default, which is not what the caller said. Celery copies this since 5.7.
+    # From __dict__, because the class has a default, and the caller did not say that. Celery copies it since 5.7.
     was["ignore_result"] = request.__dict__.get("ignore_result", ignore_result)
     options.update({name: value for name, value in was.items() if value is not None and name not in given})
     options.pop("redelivered", None)  # a fact of the old delivery
@@ -65,7 +65,7 @@ def restore(options: dict[str, Any], request: Context, ignore_result: bool, give
 
 
 class _Silent:
-    """Sends no ``task-sent`` event: a message that is published again is no new call."""
+    """Sends no ``task-sent`` event, because a message that is published again is no new call."""
 
     def publish(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -75,10 +75,10 @@ _SILENT = _Silent()
 
 
 def to_its_queue(app: Celery, request: Context) -> dict[str, Any] | None:
-    """Options that publish to the queue that a delivery came from, and to no other.
+    """Return options that publish to the queue that a delivery came from, and to no other.
 
-    None where there are none: a fanout of a broker that keeps it outside of its queues (Redis),
-    or an exchange of which this worker knows nothing that could be relied on.
+    None if there are none: for a fanout of a broker that does not use queues for it (Redis), and for an exchange that
+    this worker does not know well enough.
     """
     info = request.delivery_info or {}
     exchange, routing_key = info.get("exchange") or "", info.get("routing_key") or ""
@@ -88,12 +88,12 @@ def to_its_queue(app: Celery, request: Context) -> dict[str, Any] | None:
     quiet = {"event_dispatcher": _SILENT}
     if not exchange:
         queue = consumed.get(routing_key)
-        if queue is None:  # added to the worker while it runs: the main process knows it, and it exists
+        if queue is None:  # it was added while the worker runs; only the main process knows it, and it exists
             return {**quiet, **_direct(routing_key, [])} if routing_key else None
     else:
         queue = _source(consumed, exchange, routing_key)
         if queue is None:
-            if not routing_key or delays:  # Celery's routing would send it elsewhere
+            if not routing_key or delays:  # with native delays, Celery would route it elsewhere
                 return None
             return {**quiet, "exchange": exchange, "routing_key": routing_key}
     kind = queue.exchange.type if queue.exchange else "direct"
@@ -101,16 +101,17 @@ def to_its_queue(app: Celery, request: Context) -> dict[str, Any] | None:
         return None
     if delays and kind not in ("direct", "fanout") and _alone(app, queue):
         return {**quiet, "queue": queue, "exchange": queue.exchange.name, "routing_key": queue.routing_key}
-    # A broadcast queue exists as long as its worker, and only the worker's process declares it.
+    # A broadcast queue exists as long as its worker, and only the main process declares it.
     declare = [] if isinstance(queue, Broadcast) else [queue]
     return {**quiet, **_direct(queue.name, declare)}
 
 
 def _alone(app: Celery, queue: Queue) -> bool:
-    """Whether a message with a native delay and a queue's own routing key comes to that queue and to no other.
+    """Whether a message with a native delay and a queue's own routing key comes only to that queue.
 
-    Celery binds every queue's exchange to the one from which such messages come, and every queue to its
-    exchange, with ``#.`` before the key and nothing else: a headers exchange then gives a copy to each of its queues.
+    Such messages come from one exchange. Celery binds the exchange of every queue to it, and every queue to its
+    exchange, with ``#.`` before the key and without other arguments. So a headers exchange gives a copy to each of its
+    queues.
     """
     if not queue.routing_key or queue.exchange.type != "topic":
         return False
@@ -125,19 +126,19 @@ def _alone(app: Celery, queue: Queue) -> bool:
 
 
 def _direct(name: str, declare: list[Queue]) -> dict[str, Any]:
-    """Options that publish through the default exchange, which has a binding for each queue's name."""
+    """Return options that publish through the default exchange, which has a binding for each queue's name."""
     return {
         "queue": Queue(name, Exchange("", type="direct"), routing_key=name),
-        "exchange": "",  # said, because a route of task_routes may name another one
+        "exchange": "",  # explicit, because task_routes may name another one
         "routing_key": name,
         "declare": declare,
     }
 
 
 def _source(consumed: Mapping[str, Queue], exchange: str, routing_key: str) -> Queue | None:
-    """The queue among those that this worker consumes from which a message of that exchange came.
+    """Return the queue of this worker from which a message of an exchange came.
 
-    Where several are bound so, each got a copy, and any of them will do: one message in, one out.
+    If several queues are bound in the same way, each got a copy, and any of them will do.
     """
     if exchange.endswith(DELAYED):
         exchange, routing_key = "", DELAY.sub("", routing_key)
@@ -155,13 +156,13 @@ def _source(consumed: Mapping[str, Queue], exchange: str, routing_key: str) -> Q
             return queue
     if not exchange:
         return None
-    # The key says nothing where the exchange does not go by it (fanout, headers, a hash), or with a single queue.
+    # The routing key does not matter if the exchange does not use it (fanout, headers, a hash), or has one queue.
     others = [queue for queue, source, _ in bound if source.type not in ("direct", "topic")]
     return others[0] if others else bound[0][0] if len(bound) == 1 else None
 
 
 def _matches(pattern: list[str], words: list[str]) -> bool:
-    """AMQP's topic patterns: ``*`` is one word, ``#`` any number of them."""
+    """Whether words match a topic pattern of AMQP: ``*`` is one word, ``#`` is any number of words."""
     if not pattern:
         return not words
     if pattern[0] == "#":

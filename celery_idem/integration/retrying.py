@@ -1,8 +1,7 @@
 """Messages that continue an intent: its retry, or the same message published again.
 
-Every such message carries the key and the fingerprint of the intent, also where the body changed its arguments.
-A retry with other arguments that the body publishes and does not raise (``throw=False``) is another intent
-(``docs/adr/0016``).
+Such a message carries the key and the fingerprint of the intent, even if the body has changed its arguments. A retry
+with other arguments is another intent if the body publishes it without raising it (``throw=False``; docs/adr/0016).
 """
 
 from __future__ import annotations
@@ -27,25 +26,25 @@ SAME_INTENT = "idem_same_intent"
 """Option of a signature: its key header counts, whatever its arguments."""
 
 MAYBE_APART = "idem_maybe_apart"
-"""Option of a retry that may be another action: a tuple of the error because of which it was asked for."""
+"""Option of a retry that may be another action: a tuple with the error that caused the retry."""
 
 _OF_ITS_CANVAS = ("chain", "chord", "group_id", "group_index", "link", "reply_to")
 """Options that belong to the result of the body itself."""
 
 
 class AlreadyComing(Exception):
-    """The retry that is asked for is published already."""
+    """The same retry is already published."""
 
 
 def retries_of(claim: Hold) -> Retries:
-    """Everything this execution has published to be run later."""
+    """Return the retries that an execution has published."""
     if claim.retries is None:
         claim.retries = Retries()
     return claim.retries
 
 
 def identity_of(task: GuardedTask, request: Context) -> tuple[str, Fingerprint]:
-    """Key and fingerprint of the intent that a request works on."""
+    """Return the key and fingerprint of a request's intent."""
     claim: Hold | None = getattr(request, "idem_claim", None)
     if claim is not None:
         return claim.key, claim.fingerprint
@@ -53,7 +52,7 @@ def identity_of(task: GuardedTask, request: Context) -> tuple[str, Fingerprint]:
 
 
 def continue_intent(task: GuardedTask, request: Context, signature: Signature) -> None:
-    """Mark a signature made from a request: its message continues the same intent."""
+    """Mark a signature that was made from a request, so that its message continues the same intent."""
     key, fingerprint = identity_of(task, request)
     headers = signature.options.get("headers") or {}
     signature.options["headers"] = {
@@ -68,17 +67,17 @@ def continue_intent(task: GuardedTask, request: Context, signature: Signature) -
 def shape_retry(
     task: GuardedTask, request: Context, signature: Signature, given: bool, cause: BaseException | None
 ) -> None:
-    """A retry that may be another action, or that comes after one that is published.
+    """Make the signature of a retry that may be another action, or that comes after a published retry.
 
     Args:
-        given: the retry has other arguments than the request.
-        cause: the error because of which it was asked for.
+        given: the retry has its own arguments.
+        cause: the error that caused the retry.
 
     Raises:
-        AlreadyComing: this very retry is published.
-        ConfigurationError: the intent has a retry already, with other arguments.
-        BaseException: the cause, where it is unknown whether the part of this body that would become another
-            intent had its effect. This body is in doubt then.
+        AlreadyComing: the same retry is already published.
+        ConfigurationError: the intent already has a retry with other arguments.
+        BaseException: the cause, if it leaves the effect unknown. The part of the body that would become another intent
+            may have had its effect, so this body is in doubt.
     """
     claim: Hold = request.idem_claim
     first = retries_of(claim).signal
@@ -100,7 +99,7 @@ def shape_retry(
 
 
 def _make_apart(task: GuardedTask, request: Context, claim: Hold, signature: Signature) -> bool:
-    """Make a retry whose arguments make another intent a separate call; return False where they do not."""
+    """Make a retry a separate call if its arguments make another intent. Return False if they do not."""
     declaration, namespace = task.guard.declaration, task.guard.ledger.namespace
     labels = _labels(request)
     caller_key = labels.get(CALLER_KEY)
@@ -113,12 +112,12 @@ def _make_apart(task: GuardedTask, request: Context, claim: Hold, signature: Sig
     try:
         asked = identity(signature.args, signature.kwargs)
     except TypeError:
-        return False  # Celery says what is wrong with such a call
+        return False  # Celery reports such a call
     mine = claim.key, b"" if caller_key is None else claim.fingerprint.packed
     if asked in (mine, identity(request.args, request.kwargs)):
         return False
     options = signature.options
-    if caller_key is not None:  # it names the whole call: of this part, a key of its own
+    if caller_key is not None:  # it names the whole call, so this part gets another key
         labels[CALLER_KEY] = keys.downstream_key(claim.key, asked[1].hex())
     kept = {k: v for k, v in (options.get("headers") or {}).items() if not k.startswith("idem-")}
     options.update(task_id=uuid(), parent_id=request.id)
@@ -138,13 +137,13 @@ def _alike(one: Signature, other: Signature) -> bool:
 
 
 def note_published(request: Context | None, options: dict[str, Any], call: bytes) -> None:
-    """A message that continues the intent of the body that runs here was published.
+    """Note a published message that continues the intent of the body that runs here.
 
     Args:
-        call: that message, for the record.
+        call: the packed call of that message, for the record.
     """
     claim: Hold | None = getattr(request, "idem_claim", None)
-    if claim is None or request is None or request.is_eager:  # eager: it has run in its place
+    if claim is None or request is None or request.is_eager:  # an eager retry has run already
         return
     if options.get("task_id") == request.id:
         retries = retries_of(claim)
@@ -154,7 +153,7 @@ def note_published(request: Context | None, options: dict[str, Any], call: bytes
 
 
 def note_retry(claim: Hold, signal: Retry, cause: BaseException | None) -> None:
-    """Note what ``Task.retry`` published: a retry of this intent, or another intent."""
+    """Note what ``Task.retry`` has published: a retry of this intent, or another intent."""
     retries = retries_of(claim)
     if signal.sig is None or signal.sig.options.get(SAME_INTENT):
         retries.signal = signal
@@ -162,5 +161,5 @@ def note_retry(claim: Hold, signal: Retry, cause: BaseException | None) -> None:
             retries.causes.append(cause)
     else:
         retries.apart.append(signal)
-        if signal.is_eager:  # nothing else will run it
+        if signal.is_eager:  # no worker will run it
             signal.sig.apply()

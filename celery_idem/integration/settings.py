@@ -1,6 +1,6 @@
-"""``idem_*`` in ``app.conf``, checked. ``options`` reads the same from tasks.
+"""Reads and checks ``idem_*`` in ``app.conf``. ``options`` reads the same settings from tasks.
 
-Every default says why. Durations are seconds, as everywhere in Celery's settings.
+Every default has its reason. Durations are seconds, as in all of Celery's settings.
 """
 
 from __future__ import annotations
@@ -31,43 +31,41 @@ class Settings:
     Attributes:
         store: URL of the store; "" for the Redis result backend.
         namespace: applications with different namespaces do not see each other.
-        lease: how long a running claim stands without a renewal. 30 s:
-            long enough to survive a slow garbage collection or a store that restarts,
-            short enough that a dead host's work is decided within half a minute.
-        result_ttl: how long an outcome is replayed. A day, as Stripe keeps its keys,
-            and longer than the usual visibility timeout, ETA or retry horizon.
+        lease: how long a running claim is valid without a renewal. 30 s: long enough to survive a slow garbage
+            collection or a restart of the store, short enough that a dead host's work is decided within half a minute.
+        result_ttl: how long an outcome is replayed. A day: as long as Stripe keeps its keys, and longer than the usual
+            visibility timeout, ETA or retry horizon.
         failure_ttl: the same for a failed outcome; None: as result_ttl.
-        on_duplicate: of something running: "wait" for its result, or "raise" InProgress.
+        on_duplicate: what a duplicate of a running action does: "wait" for its result, or "raise" InProgress.
         on_crash: what a lapsed lease means (see ``protocol``).
-        on_store_error: before the body: "retry" later, "raise", or "run" without a guard.
-        max_attempts: crashes allowed before the intent is parked in doubt. 3, as
-            Celery's own max_retries.
-        max_result_bytes: larger results are not kept. 1 MiB: ten times a large JSON
-            answer, a thousandth of a small Redis.
+        on_store_error: what to do if the store does not answer before the body: "retry" later, "raise", or "run"
+            without a guard.
+        max_attempts: crashes allowed before the intent is parked in doubt. 3, as Celery's own max_retries.
+        max_result_bytes: larger results are not kept. 1 MiB: ten times a large JSON answer, a thousandth of a small
+            Redis.
         durability: what a write waits for: "none", "replicas:N", "fsync".
-        shadow: count what would have been collapsed, block nothing.
-        audit: keep digests of the arguments in the record, 6 bytes each, so that ``idem audit``
-            can say which of them vary. On: it costs microseconds (docs/adr/0007).
-        audit_key: a secret that those digests are keyed with. Without one, parameters
-            declared ``secret`` have no digest.
-        settle_patience: how long to keep trying to write an outcome. As long as the
-            default lease: after that the record has lapsed anyway.
-        reconcile_timeout: how long a destination may take to say what happened. 10 s:
-            a slow API call; the worker's slot is held meanwhile.
-        scope: of calls that name none: a function without arguments, or its path "module:function",
-            called where the call is made. None: such calls have no scope.
-        keep_call: keep the call in the record while the intent is open: arguments, queue and canvas, as the
-            message has them. Without it nothing can be recovered, and operators see no arguments.
-        max_call_bytes: a larger call is not kept. 64 KiB: a hundred times a usual message; a thousand open ones
-            take 64 MB at most.
+        shadow: count what would have been collapsed, and block nothing.
+        audit: keep digests of the arguments in the record, 6 bytes each, so that ``idem audit`` can say which of them
+            vary. On, because it costs microseconds (docs/adr/0007).
+        audit_key: a secret key of those digests. Without one, ``secret`` parameters have no digest.
+        settle_patience: how long to keep trying to write an outcome. As long as the default lease, after which the
+            record has lapsed anyway.
+        reconcile_timeout: how long a destination may take to answer. 10 s: a slow API call. The worker's slot is held
+            meanwhile.
+        scope: the scope of calls without one: a function without arguments, or its path "module:function", which is
+            called in the calling process. None: such calls have no scope.
+        keep_call: keep the call in the record while the intent is open: arguments, queue and canvas, as in the message.
+            Without it nothing can be recovered, and operators see no arguments.
+        max_call_bytes: a larger call is not kept. 64 KiB: a hundred times a usual message. A thousand open calls take
+            64 MB at most.
         accept_on_publish: ``delay`` and ``apply_async`` accept the call in its record before they publish it, as
-            ``submit`` does. Off: it costs a write for each, and Celery's callers expect an error when the broker is
+            ``submit`` does. Off, because each call costs a write, and Celery's callers expect an error if the broker is
             away.
-        recover: publish the call again when its message got lost or its worker died (see docs/how-to/recovery.md).
-        late: of a message that is delivered again after more than ``result_ttl`` and finds no record: "in_doubt", or
-            "run". In doubt: the action may be done, and its record expired.
-        seal_keys: keys that seal calls, results and errors in records, the newest first. None: who can read the store
-            reads them, and secret values are left out of the call (see docs/how-to/sealing.md).
+        recover: publish the call again when its message was lost or its worker died (see docs/how-to/recovery.md).
+        late: what a message does that is delivered again after more than ``result_ttl`` and finds no record: "in_doubt"
+            or "run". In doubt, because the action may be done and its record expired.
+        seal_keys: keys that seal calls, results and errors in records, the newest first. None: every reader of the
+            store can read them, and secret values are left out of the call (see docs/how-to/sealing.md).
     """
 
     store: str = field(default="", repr=False)  # error trackers keep the repr of local variables
@@ -95,7 +93,7 @@ class Settings:
     seal_keys: Sequence[str] = field(default=(), repr=False)
 
     def policy(self, asks: bool) -> Policy:
-        """The part the protocol needs. ``asks``: the task has a ``reconcile``."""
+        """Return the settings that the protocol needs. ``asks``: the task has a ``reconcile``."""
         keep_failed = self.result_ttl if self.failure_ttl is None else self.failure_ttl
         return Policy(
             lease=int(self.lease * MICROSECONDS),
@@ -119,17 +117,21 @@ _ONE_OF: dict[str, tuple[Any, ...]] = {
     "late": get_args(OnLate),
 }
 _SECONDS = ("lease", "result_ttl", "failure_ttl", "settle_patience", "reconcile_timeout")
-LONGEST = 3e9  # seconds, about a century: in microseconds it still fits what every store keeps
-_SHORTEST_LEASE = 0.1  # seconds: a round trip and a thread switch must fit into a sixth of it
+LONGEST = 3e9  # seconds, about a century; every store can keep it in microseconds
+_SHORTEST_LEASE = 0.1  # seconds; a round trip and a thread switch must fit into a sixth of it
 
 
 _ALIKE = 0.75
-"""How alike a wrong name and a real one must be for the real one to be offered. One mistake in the shortest name gives
-0.8; names of other things (``timeout``, ``secret``, ``max_retries``) reach 0.73 at most (see the tests' tables)."""
+"""Similarity (1: equal) from which a setting's name is offered for a wrong one. One mistake in the shortest name gives
+0.8. Names of other things (``timeout``, ``secret``, ``max_retries``) reach 0.73 at most (see the tests' tables)."""
 
 
 def of_app(conf: Mapping[str, Any]) -> Settings:
-    """The settings in an application's configuration. Raises ``ConfigurationError``: a name or a value is wrong."""
+    """Return the settings in an application's configuration.
+
+    Raises:
+        ConfigurationError: a name or a value is wrong.
+    """
     given = {_known(key): conf[key] for key in _ours(conf)}
     for name, value in given.items():
         why = not_allowed(name, value)
@@ -139,11 +141,12 @@ def of_app(conf: Mapping[str, Any]) -> Settings:
 
 
 def _ours(conf: Mapping[str, Any]) -> set[str]:
-    """Keys that begin with our prefix. With Django's namespace a configuration lists them as CELERY_IDEM_…, and
-    finds them by ``idem_…``.
+    """Return the keys with our prefix.
+
+    With Django's namespace, a configuration lists them as ``CELERY_IDEM_…``, and finds them by ``idem_…``.
 
     Raises:
-        ConfigurationError: one is in capitals and would be ignored, as Celery's rules are.
+        ConfigurationError: a key is in capitals, and Celery's rules would ignore it.
     """
     found = set()
     for key in conf:
@@ -169,10 +172,10 @@ def _known(key: str) -> str:
 
 
 def hint(name: str, others: tuple[str, ...] = ()) -> str:
-    """What to say of a name that is no setting: the nearest one, or all.
+    """Return a hint about a name that is no setting: the nearest setting, or all.
 
     Args:
-        others: further names that may have been meant, which are written without a prefix.
+        others: further names that may be meant, which have no prefix.
     """
     import difflib  # only a mistake needs it
 
@@ -183,14 +186,14 @@ def hint(name: str, others: tuple[str, ...] = ()) -> str:
 
 
 def not_allowed(name: str, value: Any) -> str:
-    """Why a setting cannot have a value, and what it can be; empty when the value is fine."""
+    """Return why a setting cannot have a value, and what it can be; empty if the value is fine."""
     allowed = _allowed(name, value)
     shown = "this value" if name in ("store", "audit_key", "seal_keys") else repr(value)
     return allowed and f"cannot be {shown}: {allowed}"
 
 
 def _allowed(name: str, value: Any) -> str:
-    """What would have been allowed; empty when the value is fine."""
+    """Return what is allowed; empty if the value is fine."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if name in _ONE_OF:
         options = _ONE_OF[name]
@@ -244,6 +247,6 @@ def _takes_nothing(value: Any) -> bool:
         inspect.signature(value).bind()
     except TypeError:
         return False
-    except ValueError:  # a built-in method that does not say, such as ContextVar.get before Python 3.13
+    except ValueError:  # a built-in method without a signature, such as ContextVar.get before Python 3.13
         return True
     return True

@@ -1,7 +1,7 @@
-"""``submit``: accepts a call in its record, publishes it, and tells what is known of an intent.
+"""``submit``: accepts a call in its record and publishes it, or returns what is known of its intent.
 
-One write accepts a new call, or learns what stands there. Accepted means that it will happen: where the broker does not
-take the message, or loses it, recovery publishes it from the record.
+One round trip accepts a new call, or returns the record that is there. Accepted means that the action will happen: if
+the broker does not take the message, or loses it, recovery publishes it from the record.
 """
 
 from __future__ import annotations
@@ -53,11 +53,14 @@ OPTIONS = frozenset({
     "reply_to", "retry", "retry_policy", "routing_key", "serializer", "shadow", "soft_time_limit", "task_id",
     "time_limit",
 })  # fmt: skip
-"""Options of ``apply_async`` that ``submit`` takes, and ``task.submit`` beside the task's own arguments."""
+"""Options of ``apply_async`` that ``submit`` takes. ``task.submit`` takes them beside the task's own arguments."""
 
 
 def options_among(given: dict[str, Any], signature: inspect.Signature) -> dict[str, Any]:
-    """Take the options of ``apply_async`` out of named arguments. What the task itself takes is the task's."""
+    """Remove the options of ``apply_async`` from named arguments, and return them.
+
+    A name that the task itself takes is an argument.
+    """
     names = signature.parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in names):
         return {}
@@ -66,8 +69,8 @@ def options_among(given: dict[str, Any], signature: inspect.Signature) -> dict[s
 
 
 ACCEPTED_FOR = 30.0
-"""Seconds until recovery publishes an accepted call that no worker has claimed, past its ETA: most queues are quicker,
-and one message more is all that it costs where they are not."""
+"""Seconds after its ETA at which recovery publishes an accepted call that no worker has claimed. Most queues are
+faster. With a slower one, this costs one more message."""
 
 
 def submit(
@@ -85,7 +88,8 @@ def submit(
 
     An application that does not have the task (an orchestrator without task classes) cannot derive the key,
     because it does not know the signature. It publishes every call, and the worker decides. Such a receipt has no
-    ``key`` and takes its answer from Celery's result. Every success is ``executed``: a replay looks the same there.
+    ``key`` and takes its answer from Celery's result. Every success is ``executed``, because a replay has the same
+    result.
 
     Args:
         args: a list or tuple.
@@ -93,7 +97,7 @@ def submit(
         options: of ``apply_async`` (``countdown``, ``eta``, ``queue``, ``priority``, …): those in ``OPTIONS``.
 
     Raises:
-        ConfigurationError: the task is known here, and has no intent.
+        ConfigurationError: the application has the task, and it declares no intent.
         TypeError, IntentError, kombu.exceptions.OperationalError: as ``IdempotentTask.submit``.
     """
     warn_on_loop("submit()", "await asubmit()")
@@ -144,18 +148,18 @@ def submit_task(
     idempotency_key: str | None,
     options: Mapping[str, Any],
 ) -> Receipt:
-    """Accept a call that is made here and now, and publish it; or say what is known of its intent."""
+    """Accept a call that is made in this process, and publish it; or return what is known of its intent."""
     scope = in_scope(task.guard.settings.scope, scope)
     labels = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
     return submit_call(Submission(task, args, kwargs, labels, options))
 
 
 def submit_call(call: Submission) -> Receipt:
-    """Accept a call in its record and publish it; or say what is known of its intent."""
+    """Accept a call in its record and publish it, or return what is known of its intent."""
     guard, key = call.task.guard, call.key
     ledger = guard.ledger
     if guard.settings.shadow:
-        # A record was then written while the guard was on, and does not answer this call.
+        # There may be a record from a time when the guard was on. It must not answer this call.
         call.publish()
         return accepted(key, call.task_id, call.mine._replace(ledger=None))
     try:
@@ -164,7 +168,7 @@ def submit_call(call: Submission) -> Receipt:
             queued = Receipt("in_progress", key, entry.record.task_id)
             ended = from_celery(queued, call.mine, entry)
             if ended is not None and ended.status == "not_run":
-                # Revoked, and no worker has met its message since.
+                # The accepted call was revoked, and no worker has received its message since.
                 ledger.revoked(key, entry.record.task_id, call.request.policy)
                 decision, entry = ledger.accept(key, call.request, call.wait)
     except StoreError as error:
@@ -177,15 +181,18 @@ def submit_call(call: Submission) -> Receipt:
 class Submission:
     """One call that is about to be accepted.
 
+    Args:
+        seconds: time until recovery publishes it; None: ``ACCEPTED_FOR``.
+
     Attributes:
-        own: its scope, occurrence and the caller's own key, by their names. No other scope than that is asked for:
-            the call may have been made elsewhere, where ``idem_scope`` says something else.
-        options: of ``apply_async``.
-        key: of its intent.
-        call: as the record holds it.
-        wait: microseconds until recovery publishes it, unless a worker has it by then.
-        source: where its receipt looks, and that of a call that did not publish anything.
-        mine: the same, of a call that was accepted.
+        own: its scope, occurrence and caller's key, by these names. ``idem_scope`` is not asked here, because the call
+            may have been made in another process, where it returns another scope.
+        options: options of ``apply_async``.
+        key: key of its intent.
+        call: the packed call, for the record.
+        wait: microseconds until recovery publishes it, unless a worker has claimed it.
+        source: where the receipt looks for answers, if this call published nothing.
+        mine: the same, if this call was accepted.
 
     Raises:
         TypeError, IntentError: as ``IdempotentTask.submit``.
@@ -228,13 +235,15 @@ class Submission:
         )
         digest = keys.scope_digest(ledger.namespace, own["scope"])
         self.request = Request(owners.mint(), self.task_id, fingerprint, policy, scope=digest, call=self.call)
-        wait = ACCEPTED_FOR if seconds is None else seconds  # read here, so that tests can shorten it
+        wait = (
+            ACCEPTED_FOR if seconds is None else seconds
+        )  # not a default value, so that tests can shorten it
         wait += 0.0 if due is None else max(0.0, (due - app.now()).total_seconds())
         self.wait = int(wait * MICROSECONDS)
 
     @property
     def recovers(self) -> bool:
-        """Recovery can publish it."""
+        """Whether recovery can publish the call."""
         return recovers(self.task.guard, self.key, self.call)
 
     def as_accepted(self) -> None:
@@ -244,7 +253,7 @@ class Submission:
             self.args, self.kwargs, _ = messages.arguments(self.task.app, call)
 
     def told(self, entry: Entry) -> Receipt:
-        """Return what the record says."""
+        """Return the receipt of what the record says."""
         known = from_record(entry, self.key, "", self.source)
         assert known is not None
         outcome = entry.record.outcome
@@ -252,10 +261,10 @@ class Submission:
         return known
 
     def publish(self, entry: Entry | None = None, **more: Any) -> str:
-        """Publish the call; its task id.
+        """Publish the call, and return its task id.
 
         Args:
-            entry: the record in which it is accepted; None: it is not.
+            entry: the record in which it is accepted; None if it is not.
         """
         options = {**self.options, **more, "headers": self._given(entry), messages.DECIDED: True}
 
@@ -275,7 +284,10 @@ class Submission:
         return headers
 
     def headers(self, entry: Entry) -> dict[str, Any]:
-        """Return the headers that ``apply_async`` makes for ``publish``, where the given ones name no intent."""
+        """Return the headers that ``apply_async`` would make in ``publish``.
+
+        The caller's own headers must not name an intent (see ``templates.fits``).
+        """
         return {
             **self._given(entry),
             **{keys.LABELS[name]: value for name, value in self.own.items() if value is not None},
@@ -284,13 +296,13 @@ class Submission:
         }
 
     def sent(self, entry: Entry | None, **more: Any) -> Receipt:
-        """Publish the call; its receipt. Where the broker does not take it, recovery does.
+        """Publish the call, and return its receipt. If the broker does not take it, recovery publishes it later.
 
         Args:
             entry: as for ``publish``.
 
         Raises:
-            Exception: of ``apply_async``, where recovery cannot publish it.
+            Exception: of ``apply_async``, if recovery cannot publish the call.
         """
         ledger, key = self.task.guard.ledger, self.key
         try:
@@ -308,7 +320,7 @@ class Submission:
 KEEPS_ITS_ID = frozenset(
     {"link", "link_error", "chain", "chord", "group_id", "root_id", "reply_to", "retries"}
 )
-"""Options of a call that something else waits for by its task id: part of a canvas, or a retry."""
+"""Options of a call whose task id others know: it is part of a canvas, or a retry."""
 
 
 def accept_published(
@@ -318,11 +330,11 @@ def accept_published(
 
     Args:
         options: with the headers that say which intent it is.
-        its_own_id: no other task id will do for the caller.
+        its_own_id: the caller needs this call's own task id.
 
     Returns:
-        The id of the task that will have the result: its own, or that of the same action which is under way. None:
-        publish it as any other; a worker then gives the stored answer, or decides.
+        Id of the task that will have the result: this call, or the same action that is under way. None: publish the
+        call as usual; a worker then returns the stored answer, or decides.
     """
     given = options["headers"]
     if PART_OF in given or any(options.get(name) for name in KEEPS_ITS_ID):
@@ -343,10 +355,10 @@ def accept_published(
 
 
 def without_store(call: Submission, error: StoreError, may_run: bool = True) -> Receipt:
-    """``on_store_error`` says what becomes of a call whose intent the store cannot tell.
+    """Handle a call whose record cannot be written, as ``on_store_error`` says.
 
     Args:
-        may_run: it may be published without a record. Not in a transaction, which may roll back.
+        may_run: the call may be published without a record. Not in a transaction, which may roll back.
     """
     key, guard = call.key, call.task.guard
     policy = guard.options.on_store_error
@@ -376,9 +388,9 @@ def all_the_same(call: Submission) -> Receipt | None:
 
 
 def first_due(app: Celery, options: Mapping[str, Any]) -> int:
-    """Seconds since 1970 at which a call wants to run first, by this machine's clock."""
+    """Return when a call is first due, in seconds since 1970, by this machine's clock."""
     if options.get("countdown") or options.get("eta"):
-        with suppress(TypeError, ValueError, OverflowError):  # Celery says what is wrong with it
+        with suppress(TypeError, ValueError, OverflowError):  # Celery reports it
             due = _due(app, options)
             if due is not None:
                 return int(due.timestamp())
@@ -386,7 +398,7 @@ def first_due(app: Celery, options: Mapping[str, Any]) -> int:
 
 
 def _due(app: Celery, options: Mapping[str, Any]) -> datetime | None:
-    """When a call wants to run: its ETA, or its countdown from now."""
+    """Return when a call is due: its ETA, or its countdown from now; None: at once."""
     eta = options.get("eta")
     if options.get("countdown"):
         now: datetime = app.now()
@@ -400,18 +412,18 @@ def _due(app: Celery, options: Mapping[str, Any]) -> datetime | None:
 def _withdraw(ledger: Ledger, key: str, owner: bytes) -> None:
     try:
         ledger.withdraw(key, owner)
-    except StoreError as error:  # recovery finds nothing to publish in it
+    except StoreError as error:  # harmless: recovery cannot publish this record
         events.emit("unsettled", key, task_id="", error=str(error))
 
 
 def look_again(ledger: Ledger, key: str, owner: bytes, seconds: float) -> None:
-    """Say when recovery looks at an accepted call; 0: at once."""
+    """Set when recovery looks at an accepted call; 0: at once."""
     try:
         ledger.sent(key, owner, int(seconds * MICROSECONDS))
-    except StoreError as error:  # then as it was said before
+    except StoreError as error:  # the earlier time stays
         events.emit("store_error", key, error=str(error), while_="submitting")
 
 
 def accepted(key: str, task_id: str, source: Look, code: Code = "") -> Receipt:
-    """The receipt of a call that will be done."""
+    """Return the receipt of an accepted call."""
     return Receipt("accepted", key, task_id, code=code, retry_after=1.0, _source=source)

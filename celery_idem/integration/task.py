@@ -1,9 +1,8 @@
 """``IdempotentTask``: the guard around a Celery task's body.
 
-The guard stands in ``__call__``, which is the one place that sees every attempt: the
-tracer calls it when a class overrides it, autoretry and pydantic wrap what is inside
-(``run``), and a value it returns is an ordinary success, with its state, links, chain
-and chord. ``placing`` puts it there for each task.
+The guard is the task's ``__call__``, because that sees every attempt. The tracer calls ``__call__`` if a class
+overrides it. Autoretry and pydantic wrap ``run``, which is inside. A value that ``__call__`` returns is an ordinary
+success, with its state, links, chain and chord. ``placing`` puts the guard into each task.
 """
 
 from __future__ import annotations
@@ -43,6 +42,7 @@ from celery_idem.integration import (
 )
 from celery_idem.integration.awaiting import in_thread, warn_on_loop
 from celery_idem.integration.delivery import EAGER, HELD, PROPAGATES, Delivery, Guard, Replaced, as_headers
+from celery_idem.integration.guarded import guarded_task
 from celery_idem.integration.options import declares
 from celery_idem.integration.publishing import LOOPS
 from celery_idem.integration.receipts import Receipt
@@ -53,63 +53,57 @@ if TYPE_CHECKING:
     from celery.result import AsyncResult, EagerResult
 
 
-OWN_WORDS = frozenset({"scope", "occurrence", "idempotency_key"})
-"""What ``submit`` takes beside the task's own arguments."""
-
 _OF_APPLY = ("link", "link_error", "task_id", "retries", "throw", "logfile", "loglevel", "headers")
 """The parameters of Celery's ``apply`` after ``args`` and ``kwargs``."""
 
 WORKER_STEPS = ("celery_idem.operate.doctor.at_start:AtStart", "celery_idem.telemetry.celery_events:AtStart")
-"""Steps that a worker with a guarded task runs when it starts. By name: they are in packages above this one, and only
-workers load them."""
+"""Steps that a worker with a guarded task runs when it starts. They are given by name, because they are in packages
+above this one, and only workers load them."""
 
 UNKEYED = "0" * 32
-"""The digest in the key of a call that has none."""
+"""Digest of a call without a key."""
 
 
 class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task is untyped before 5.7
     """A task whose action happens once per intent, however often it is called.
 
-    Use it as ``base=`` of a task, or as ``task_cls=`` of an application: then tasks
-    without an intent, Celery's own among them, stay ordinary tasks. What a declaration says, also
-    in ``task_annotations``:
+    Use it as ``base=`` of a task, or as ``task_cls=`` of an application. With ``task_cls=``, tasks without an intent,
+    and Celery's own tasks, stay ordinary tasks. The options of a declaration, which may also be in
+    ``task_annotations``:
 
     Attributes:
-        intent: parameter names that say what the action is; or a function from the
-            arguments to a dictionary; or ``ALL_ARGUMENTS``.
+        intent: parameter names that say what the action is; or a function from the arguments to a dictionary; or
+            ``ALL_ARGUMENTS``.
         must_match: parameters that must be equal whenever the intent comes back.
-        secret: parameters whose values no log, page, audit or event ever shows, Celery's own
-            included (a message that ``send_task`` publishes by name is Celery's alone). One that is
-            part of the intent or of ``must_match`` is in the store as an unkeyed digest: whoever
-            reads the store could guess a short one.
-        describe: a sentence for people who have to decide about the action: a format string such as ``"invoice
-            {invoice_id} of customer {customer_id}"``, or a function from the arguments (a dictionary) to text. It
-            sees ``(secret)`` in the place of secret values.
-        signature: the parameters as callers give them, without ``self``: a function or an
-            ``inspect.Signature``. Needed where a decorator hides them. (On the task itself
-            ``signature`` remains Celery's method.)
+        secret: parameters whose values are never shown in a log, page, audit or event, including Celery's own. (A
+            message that ``send_task`` publishes by name is made by Celery alone, and may show them.) If one is part of
+            the intent or of ``must_match``, the store has an unkeyed digest of it. A reader of the store could guess a
+            short value.
+        describe: a sentence for people who decide about the action: a format string such as ``"invoice {invoice_id} of
+            customer {customer_id}"``, or a function from the arguments (a dictionary) to text. It sees ``(secret)``
+            instead of secret values.
+        signature: the parameters as callers give them, without ``self``: a function or an ``inspect.Signature``. Needed
+            if a decorator hides them. (On the task itself ``signature`` remains Celery's method.)
         intent_version: change it when the same fields begin to mean another action.
-        aliases: other names of the task, the oldest first. Its keys are those of the first one, and messages
-            under any of them reach it.
-        reconcile: ``(task, *args, **kwargs)``, or a method: asks the destination after a
-            crash and returns ``Happened(result)``, ``NotHappened()`` or ``Unknown(reason)``.
-        no_effect_errors: exceptions that prove that nothing happened: the intent may be tried again.
-        ambiguous_errors: exceptions after which it is not known whether the effect happened (a timeout
-            while waiting for the answer): in doubt, or a question to the destination.
+        aliases: other names of the task, the oldest first. Its keys have the first one, and messages with any of them
+            reach it.
+        reconcile: a function ``(task, *args, **kwargs)``, or a method. It asks the destination after a crash, and
+            returns ``Happened(result)``, ``NotHappened()`` or ``Unknown(reason)``.
+        no_effect_errors: exceptions that prove that nothing happened, so that the intent may be tried again.
+        ambiguous_errors: exceptions after which the effect is unknown, such as a timeout while waiting for the answer.
+            The intent is in doubt, or the destination is asked.
 
-    *Ignore and Reject* say that nothing happened: the intent is released, and the next call RUNS.
-    Never raise them after an effect. One exception: a body that has written its final state itself
-    (``update_state`` with ``SUCCESS`` or ``FAILURE``) and then raises ``Ignore`` is done: that state
-    is the outcome, and duplicates get what stands in its ``meta``.
+    *Ignore and Reject* say that nothing happened: the intent is released, and the next call RUNS. Never raise them
+    after an effect. There is one exception: a body may write its final state (``update_state`` with ``SUCCESS`` or
+    ``FAILURE``) and then raise ``Ignore``. That state is then the outcome, and duplicates get its ``meta``.
 
-    Every setting is an option too: by its short name (``lease=``, ``on_crash=``, …) beside the intent, as
-    ``idem_lease``, ``idem_on_crash``, … in a base class or a mixin.
+    Every setting is an option too. Beside the intent it has its short name (``lease=``, ``on_crash=``, …); in a base
+    class or a mixin it has its full name (``idem_lease``, ``idem_on_crash``, …).
 
-    *Eager and direct calls* (``task.apply()``, ``task_always_eager``, ``task(…)``,
-    ``chunks`` and ``starmap``) are guarded too. There is no message to send back, so they
-    wait in place for another execution, at most 30 seconds, and then raise
-    ``InProgress``. ``task.run(…)`` is the body alone, without any guard. A body that
-    calls its own task with its own intent simply runs on: it holds the claim already.
+    *Eager and direct calls* (``task.apply()``, ``task_always_eager``, ``task(…)``, ``chunks`` and ``starmap``) are
+    guarded too. They have no message to send back. So they wait in place for another execution, at most 30 seconds, and
+    then raise ``InProgress``. ``task.run(…)`` is the body alone, without any guard. A body that calls its own task with
+    its own intent runs on, because it holds the claim.
     """
 
     intent: Any = None
@@ -141,9 +135,9 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
 
     @classmethod
     def bind(cls, app: Celery) -> Any:
-        """As Celery's, and check the declaration. Celery calls it when the task is registered.
+        """As Celery's, with a check of the declaration. Celery calls it when the task is registered.
 
-        Not in ``on_bound``: Celery's does nothing, so authors override it without calling it.
+        This is not in ``on_bound``, because authors override that without calling ours.
 
         Raises:
             ConfigurationError: the declaration or a setting is wrong.
@@ -161,22 +155,20 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             if declaration.secret:
                 publishing.hide(declaration)
             app.steps["worker"].update(WORKER_STEPS)
-        elif (
-            cls.idem_declaration is not None
-        ):  # bound before, where it had an intent; or a base of it has one
+        elif cls.idem_declaration is not None:  # it was bound before with an intent, or a base has one
             cls._guard_made = cls.idem_declaration = None
             placing.take_off(cls)
         return bound
 
     def start_strategy(self, app: Celery, consumer: Any, **kwargs: Any) -> Any:
-        """As Celery's. The worker's request of a guarded task gets our class among its bases."""
+        """As Celery's. In a worker, the request of a guarded task gets our class as a base."""
         if self.idem_declaration is not None:
             self.Request = symbol_by_name("celery_idem.integration.deaths:request_class")(self)
         return super().start_strategy(app, consumer, **kwargs)
 
     @property
     def backend(self) -> Any:
-        """As Celery's. The application's, of a guarded task, knows which results are written already."""
+        """As Celery's. A guarded task gets the application's backend in a form that skips results already written."""
         backend = Task.backend.fget(self)
         return (
             backend if self.idem_declaration is None or self._backend is not None else answers.aware(backend)
@@ -188,7 +180,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
 
     @property
     def guard(self) -> Guard:
-        """What is needed to run this task's intents; made at first use.
+        """What the task's executions share. Made at first use.
 
         Raises:
             ConfigurationError: a setting is wrong.
@@ -202,7 +194,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
     def intent_key(
         self, *args: Any, scope: str | None = None, occurrence: str | None = None, **kwargs: Any
     ) -> str:
-        """The idempotency key of a call. Pure: asks no store.
+        """Return the idempotency key of a call. Asks no store.
 
         Raises:
             TypeError: the call does not fit the task's signature.
@@ -221,27 +213,28 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         idempotency_key: str | None = None,
         **kwargs: Any,
     ) -> Receipt:
-        """Accept a call that is new, in its record, then publish it; return a receipt with the intent's status.
+        """Accept a new call in its record and publish it. Return a receipt with the intent's status.
 
-        What is accepted happens, also where the broker does not take its message, or loses it.
+        An accepted call will run, even if the broker does not take its message, or loses it.
 
-        For agents and orchestrators: what is known already (done, in progress, in doubt, known with
-        other values) is a value of the receipt and never an exception.
+        This is for agents and orchestrators. What is already known of the intent (done, in progress, in doubt, other
+        values) is in the receipt, and never an exception.
 
         Args:
             kwargs: the task's named arguments, and options of ``apply_async`` (``countdown``, ``eta``, ``expires``,
-                ``queue``, ``priority``, ``headers``, …). A name that the task itself takes is the task's, and a
-                task with ``**kwargs`` takes every name; ``celery_idem.submit`` takes the two apart.
+                ``queue``, ``priority``, ``headers``, …). If the task has a parameter of that name, it is an argument,
+                and a task with ``**kwargs`` takes every name. ``celery_idem.submit`` takes both separately.
             scope: tenant or conversation that the action belongs to.
-            occurrence: which of several meant repetitions this is.
+            occurrence: which of several intended repetitions this is.
             idempotency_key: the caller's own key, see ``apply_async``.
 
         Raises:
             TypeError: the call does not fit the task's signature.
             IntentError: an argument cannot be part of a key.
-            StoreError: the store did not answer, with ``on_store_error="raise"``; else that is a receipt ``not_run``.
-            kombu.exceptions.OperationalError: the broker did not take it, and recovery could not publish it later (its
-                record does not hold the whole call, or ``recover=False``). It is not accepted.
+            StoreError: with ``on_store_error="raise"``, the store did not answer. Otherwise that is a receipt
+                ``not_run``.
+            kombu.exceptions.OperationalError: the broker did not take the message, and recovery could not publish it
+                later (the record does not hold the whole call, or ``recover=False``). The call is not accepted.
         """
         options = self._options_of("submit", kwargs)
         warn_on_loop(f"submit() of {self.name}", "await task.asubmit()")
@@ -255,10 +248,10 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         idempotency_key: str | None = None,
         **kwargs: Any,
     ) -> Receipt:
-        """``submit`` that does not block the event loop that it runs on. For asyncio.
+        """As ``submit``, without blocking the event loop. For asyncio.
 
-        Cancelled while it waits for a thread, it has done nothing. Cancelled later, the submit goes on to its end in
-        its thread: what it accepts stays accepted, and is published once. Call again unchanged for its receipt.
+        If it is cancelled while it waits for a thread, it has done nothing. If it is cancelled later, the submit goes
+        on in its thread: the call is accepted and published once. Call again unchanged to get its receipt.
         """
         own = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
         return await in_thread("submit", partial(self.submit, *args, **own, **kwargs))
@@ -266,21 +259,21 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
     def submit_many(
         self, calls: Iterable[many.Call], *, scope: str | None = None, **options: Any
     ) -> list[Receipt]:
-        """``submit`` of many calls, with one write for each hundred; their receipts, in order.
+        """Submit many calls, with one write per hundred. Return their receipts in order.
 
         ::
 
             charge.submit_many([{"order": 7, "cents": 100}, (8, 250), charge.s(9, cents=1).set(occurrence="2")])
 
-        What is wrong with one call is in its own receipt, and the other calls go on. Of two calls that are the same
-        action, the second is a duplicate.
+        If a call is wrong, its receipt says so, and the other calls go on. Of two calls that are the same action, the
+        second is a duplicate.
 
         Args:
             calls: each is a mapping of named arguments, a tuple of positional ones, or a signature
                 (``task.s(…)``, with ``scope``, ``occurrence``, ``idempotency_key`` and options of ``apply_async`` in
                 ``set(…)``).
-            scope: as for ``submit``, of all calls that have none.
-            options: of ``apply_async``, for all calls.
+            scope: as for ``submit``, for all calls without a scope.
+            options: options of ``apply_async`` for all calls.
         """
         self._declared("submit_many")
         return many.submit_calls(self, calls, scope, options)
@@ -295,7 +288,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         idempotency_key: str | None = None,
         **kwargs: Any,
     ) -> Receipt:
-        """``submit`` in a transaction of your own: the call is accepted exactly if that transaction commits.
+        """Submit in your own transaction: the call is accepted if that transaction commits, and only then.
 
         ::
 
@@ -303,10 +296,10 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
                 session.add(Order(number=7))
                 receipt = ship.submit_in(session, 7)
 
-        The record is written in the transaction, in the table that ``idem_store`` names. Rolled back, there is no
-        record and no message. Committed, it is published at once with SQLAlchemy and Django; with drivers' own
-        connections, and where the process dies after the commit, recovery publishes it within about three seconds.
-        Ask the receipt (``wait``, ``refresh``) after the commit.
+        The record is written in the transaction, in the table that ``idem_store`` names. After a rollback there is no
+        record and no message. After a commit the call is published at once, with SQLAlchemy and Django. With a
+        driver's own connection, or if the process dies after the commit, recovery publishes it within about three
+        seconds. Use the receipt's ``wait`` after the commit.
 
         Args:
             connection: as for ``settle_in``.
@@ -330,10 +323,10 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         idempotency_key: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """``submit`` after the commit of a transaction, and not if it rolls back. For stores outside of its database.
+        """Submit after your transaction commits, and not if it rolls back. For a store in another database.
 
-        If the process dies between the commit and the submit, or the store does not answer then, the call is lost:
-        an error in the log is all that tells. ``submit_in`` does not lose it.
+        If the store does not answer after the commit, the call is lost, and an error in the log says so. If the process
+        dies between the commit and the submit, it is lost without a trace. ``submit_in`` does not lose calls.
 
         Args:
             connection: a SQLAlchemy session, or Django's ``connection``.
@@ -347,11 +340,9 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         outbox.submit_on_commit(self, connection, args, kwargs, own, options)
 
     def _options_of(self, method: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Take the options of ``apply_async`` out of a submit's named arguments."""
-        declaration = self._declared(method)
-        if not OWN_WORDS.isdisjoint(declaration.signature.parameters):
-            self._refuse_clash(method, *OWN_WORDS)
-        return submitting.options_among(kwargs, declaration.signature)
+        """Remove the options of ``apply_async`` from a submit's named arguments, and return them."""
+        self._refuse_clash(method, *keys.LABELS)
+        return submitting.options_among(kwargs, self._declared(method).signature)
 
     def _refuse_clash(self, method: str, *names: str) -> None:
         for name in self._declared(method).signature.parameters:
@@ -383,12 +374,11 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         """As Celery's, with three more options.
 
         Args:
-            scope: tenant or conversation that the action belongs to; None: what ``idem_scope`` says.
-            occurrence: which of several meant repetitions this is.
-            idempotency_key: the caller's own key; then it is the identity, and every
-                argument must match.
+            scope: tenant or conversation that the action belongs to; None: the scope of ``idem_scope``.
+            occurrence: which of several intended repetitions this is.
+            idempotency_key: the caller's own key. It is then the identity, and every argument must match.
 
-        Each of them is text, an int (its digits) or an Enum (its value), and not empty.
+        Each of the three is text, an int (its digits) or an Enum (its value), and not empty.
 
         Raises:
             IntentError: an argument cannot be part of a key.
@@ -425,7 +415,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         return settings.accept_on_publish and not settings.shadow and not self.app.conf.task_always_eager
 
     def _continue(self, args: Any, kwargs: Any, more: Any, options: dict[str, Any]) -> AsyncResult:
-        """Publish a message that continues an intent, and note it for the record of the body that runs here."""
+        """Publish a message that continues an intent, and keep its call for the record of the body that runs here."""
         producer = (more[1] if len(more) > 1 else None) or options.pop("producer", None)
         with self.app.producer_or_acquire(producer) as real:
             recorder = messages.Recorder(real, self)
@@ -454,7 +444,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             more = more[len(_OF_APPLY) :]
             if idempotency_key is not None and "group_id" in options:
                 options = self._in_a_group(options, given)
-            # With task_always_eager these are the headers that apply_async made for this very call.
+            # With task_always_eager, apply_async has made these headers for the same call.
             options = self._with_key(args, kwargs, options, given, options.get("task_id"))
             options["headers"].pop(MESSAGE, None)
             throw = options.get("throw")
@@ -493,7 +483,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         return checked
 
     def signature(self, args: Any = None, *more: Any, **options: Any) -> Signature:
-        """As Celery's, which makes a tuple of whatever it gets as ``args``, also of a dictionary's keys."""
+        """As Celery's, with a check of ``args``: Celery makes a tuple of anything, also of a dictionary's keys."""
         if self.idem_declaration is not None:
             keys.check_call(self.name, args, more[0] if more else options.get("kwargs"))
         return super().signature(args, *more, **options)
@@ -503,7 +493,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
     def signature_from_request(
         self, request: Any = None, args: Any = None, kwargs: Any = None, queue: Any = None, **options: Any
     ) -> Signature:
-        """As Celery's. What is published from it is the same intent, whatever its arguments."""
+        """As Celery's. A message that is published from it is the same intent, whatever its arguments."""
         maybe_apart = options.pop(retrying.MAYBE_APART, None)
         signature = super().signature_from_request(request, args, kwargs, queue, **options)
         if self.idem_declaration is None:
@@ -518,7 +508,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         return signature
 
     def update_state(self, task_id: Any = None, state: Any = None, meta: Any = None, **kwargs: Any) -> None:
-        """As Celery's. A body that writes SUCCESS or FAILURE for itself and then raises ``Ignore`` has ended so."""
+        """As Celery's. If a body writes SUCCESS or FAILURE and then raises ``Ignore``, that state is its outcome."""
         super().update_state(task_id, state, meta, **kwargs)
         held = next(self._held(), None)
         if held is not None and task_id in (None, held.request.id):
@@ -537,13 +527,13 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
     ) -> Any:
         """As Celery's: the same intent comes back, whatever its arguments.
 
-        A retry that is published counts, also where the body swallows ``Retry`` or asked for
-        ``throw=False``. With ``throw=False``, or after another retry, arguments that make another
-        intent are published as that: with a task id of its own, beside this body, which goes on.
+        A published retry counts, even if the body swallows ``Retry``, or asks for ``throw=False``. With
+        ``throw=False``, or after another retry, arguments may make another intent. They are then published as a
+        separate call with its own task id, and this body goes on.
 
         Raises:
-            ConfigurationError: a second retry of the same intent, with other arguments; or one that was asked
-                for after the outcome was recorded.
+            ConfigurationError: a second retry of the same intent with other arguments, or a retry after the outcome was
+                recorded.
         """
         claim = getattr(self.request, "idem_claim", None)
         if claim is None:
@@ -581,7 +571,10 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         return signal
 
     def _without_arguments(self, error: BaseException, given: Any) -> BaseException:
-        """Celery's error for the last retry shows every argument, and is stored."""
+        """Return Celery's error after the last retry, without the arguments of a task with secrets.
+
+        Celery's own error shows every argument, and it is stored.
+        """
         if error is given or not isinstance(error, self.MaxRetriesExceededError):
             return error
         if self.idem_declaration is None or not self.idem_declaration.secret:
@@ -590,12 +583,12 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         return hidden
 
     def replace(self, sig: Signature) -> Any:
-        """As Celery's. The replacement belongs to the same scope and occurrence. Under a caller's own key each
-        of its calls is a part of this action, told apart from the others by its own intent.
+        """As Celery's. The replacement has the same scope and occurrence.
 
-        Where it is guarded itself, this intent is released: another delivery finds the
-        replacement's record. Any other must be published only once, so this intent is
-        done, and its result is that of the task that took its place.
+        Under a caller's own key, each call of the replacement is a part of this action, identified by its own intent.
+
+        If the replacement is guarded, this intent is released: another delivery finds the replacement's record. If not,
+        it must be published only once. So this intent is done, and its result is the replacement's.
         """
         if self.idem_declaration is None:
             return super().replace(sig)
@@ -603,10 +596,10 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         guarded = True
         for leaf in _leaves(sig):
             own = dict(leaf.options.get("headers") or {})
-            if CALLER_KEY in own:  # its own, and not that of the message whose identity it takes over
+            if CALLER_KEY in own:  # the leaf has its own key, so it does not get that of this message
                 leaf.options.setdefault("idempotency_key", own.pop(CALLER_KEY))
             leaf.options["headers"] = {**given, **own}
-            guarded = guarded and getattr(self.app.tasks.get(leaf.task), "idem_declaration", None) is not None
+            guarded = guarded and guarded_task(self.app, leaf.task) is not None
         if guarded:
             return super().replace(sig)
         try:
@@ -616,27 +609,29 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
 
     @staticmethod
     def _in_a_group(options: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        """The options of a call in a group whose key may be that of the whole group."""
+        """Return the options of a call in a group. Its caller's key may be that of the whole group."""
         given["idempotency_key"], part_of = publishing.of_a_group(given["idempotency_key"])
         return {**options, "headers": {**(options.get("headers") or {}), **part_of}}
 
     def _with_key(
         self, args: Any, kwargs: Any, options: dict[str, Any], given: Mapping[str, Any], message: str | None
     ) -> dict[str, Any]:
-        """The options of a call with the headers that say which intent it is.
+        """Return the options of a call with headers that say which intent it is.
 
         Args:
-            given: what the call says of its identity.
-            message: the id of the message that will carry them; None where it has none yet.
+            given: scope, occurrence and caller's key of the call.
+            message: id of the message that will have the headers; None: not known yet.
         """
         declaration = self._declared("a key")
         keys.check_call(self.name, args, kwargs)
-        if not self.guard.settings.shadow:  # which refuses no call
+        if not self.guard.settings.shadow:  # shadow mode refuses no call
             publishing.check_labels(self.name, options)
         if declaration.secret:
             options = {**publishing.shown(declaration, args or (), kwargs or {}), **options}
         same = options.pop(retrying.SAME_INTENT, False)
-        headers = dict(options.get("headers") or {})  # a copy: beat hands the same one at every tick
+        headers = dict(
+            options.get("headers") or {}
+        )  # a copy, because beat gives the same object at every tick
         if not (same and KEY in headers):
             try:
                 arguments = declaration.bind(args, kwargs)
@@ -651,7 +646,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
                 try:
                     headers[KEY] = keys.key_of(declaration, self.guard.ledger.namespace, arguments, headers)
                 except Exception:
-                    if not self.guard.settings.shadow:  # which refuses no call
+                    if not self.guard.settings.shadow:  # shadow mode refuses no call
                         raise
         options["headers"] = headers
         return options
@@ -659,10 +654,10 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
     def _identified(
         self, headers: Mapping[str, Any], given: Mapping[str, Any], message: str | None, same: bool = False
     ) -> dict[str, Any]:
-        """Headers of a call with its identity, without a key.
+        """Return the headers of a call with its identity, without a key.
 
         Args:
-            same: the call continues an intent, so nothing of this moment becomes part of it.
+            same: the call continues an intent, so ``idem_scope`` is not asked.
         """
         own = keys.identity(headers, message)
         own.update(keys.labelled(given))
@@ -673,7 +668,10 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         return {**{name: value for name, value in headers.items() if name not in keys.MADE}, **own}
 
     def _without_key(self, options: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-        """Of an ordinary task: it has no identity. Celery's own that call others in a loop hand theirs on."""
+        """Return the options of an unguarded task's call, which has no identity.
+
+        Celery's loops keep theirs, for the calls that they make.
+        """
         own = keys.labelled(given)
         if own and self.name not in LOOPS:
             self._declared(
@@ -685,15 +683,17 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
 
     def _call_guarded(self, *args: Any, **kwargs: Any) -> Any:
         """The ``__call__`` of a task that declares an intent."""
-        stack = self.request_stack.stack  # taken once: it is found by thread, and that costs
+        stack = self.request_stack.stack  # read once, because it is looked up by thread
         request = stack[-1] if stack else None
         if request is None or request.called_directly or hasattr(request, "idem_claim"):
             return self._call_directly(request, args, kwargs)
         return self._run_guarded(request, args, kwargs)
 
     def _call_directly(self, above: Context | None, args: Any, kwargs: Any) -> Any:
-        """A plain Python call: a request of its own, so that the body finds what it expects."""
-        if getattr(above, "idem_opened", False):  # not one: a wrapper of __call__ goes on to what it wrapped
+        """Run a plain Python call, with its own request, so that the body finds one."""
+        if getattr(
+            above, "idem_opened", False
+        ):  # no such call: a wrapper of __call__ calls the one that it wraps
             return self.run(*args, **kwargs)
         options = _of_signature()
         given = {name: options.get(name) for name in keys.LABELS}
@@ -701,7 +701,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         outer = _task_stack.top
         caller = next(self._held(), None)
         if caller is not None and keys.labelled(given) == {} and keys.IDENTITY.isdisjoint(headers):
-            # Its own body calls, perhaps with its own arguments: the same identity, so that it may run on.
+            # The task's own body calls. With the same identity and arguments, it holds the claim and runs on.
             known = caller.request.headers or {}
             headers = {name: value for name, value in known.items() if name in keys.IDENTITY}
         else:
@@ -712,7 +712,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
                 headers = {**_of_another_message(known), **headers}
                 if MESSAGE in known or not (loop.is_eager or loop.called_directly):
                     headers[MESSAGE] = (
-                        ""  # the loop's call was made elsewhere, so nothing of here becomes part of it
+                        ""  # the loop was called in another process: do not ask idem_scope here
                     )
             headers = self._identified(headers, given, None)
         _task_stack.push(self)
@@ -726,9 +726,9 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
     def _run_guarded(self, request: Context, args: Any, kwargs: Any) -> Any:
         guard = self._guard_made or self.guard
         given = request.args
-        if given is not None and not isinstance(given, (list, tuple)):  # a foreign message
+        if given is not None and not isinstance(given, (list, tuple)):  # not from Celery
             keys.check_call(self.name, given, None)
-        if self.typing:  # a call that does not fit claims nothing; a class-based task has no __header__
+        if self.typing:  # a call that does not fit must not claim; a class-based task has no __header__
             getattr(self, "__header__", guard.declaration.signature.bind)(*args, **kwargs)
         try:
             if guard.unusable:
@@ -743,18 +743,20 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         return guard.runner.run(Delivery(guard, self, request, args, kwargs, key, fingerprint))
 
     def _came_past(self, request: Context, args: Any, kwargs: Any) -> Any:
-        """A delivery is in ``run`` and has no claim: whatever replaced ``__call__`` did not call the guard."""
+        """Send a delivery through the guard that has reached ``run`` without a claim.
+
+        Another ``__call__`` has replaced the guard and did not call it.
+        """
         if hasattr(self, "_orig_run"):
             raise ConfigurationError(
                 f"{self.name} was about to run past its guard: something replaced its __call__ after it was declared, "
                 "or calls run() itself. Nothing was run. autoretry_for stands before the guard then, and would take "
-                f"each error for the outcome. Put that __call__ into a base class, or have it call "
-                f"the one it replaces."
+                "each error for the outcome. Put that __call__ into a base class, or have it call the one it replaces."
             )
         return self._run_guarded(request, args, kwargs)
 
     def _held(self) -> Iterator[Delivery]:
-        """This task's executions around the running code, innermost first."""
+        """Return this task's executions around the running code, the innermost first."""
         held = HELD.get()
         while held is not None:
             if held.task is self:
@@ -762,7 +764,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             held = held.outer
 
     def _run_unkeyed(self, guard: Guard, request: Context, args: Any, kwargs: Any, error: Exception) -> Any:
-        """Shadow mode, and a call that has no key: a guard would refuse it."""
+        """Run a call in shadow mode that has no key. A guard would refuse it."""
         key = f"{self.name}:{UNKEYED}"
         events.emit("shadow", key, task_id=request.id, would="refuse", why=type(error).__name__)
         asked = Request(owners.mint(), request.id or "", NO_FINGERPRINT, guard.options.policy)
@@ -770,10 +772,10 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         return delivery.body(guard.ledger.unwritten(key, asked))
 
     def _holds(self, key: str) -> bool:
-        """A body that this code belongs to has the claim already."""
+        """Whether a body around the running code holds the claim of this key."""
         return any(held.claim.key == key and not held.claim.ended for held in self._held())
 
-    # --- what a body has --------------------------------------------------------------
+    # --- for bodies -------------------------------------------------------------------
 
     @property
     def claim(self) -> Claim:
@@ -817,19 +819,18 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
     ) -> Any:
         """Run ``fn(*args, **kwargs)`` once per intent and keep its result in the record.
 
-        An attempt after a crash gets the kept result and goes on at the first step that
-        is missing. A crash inside a step leaves that step in doubt.
+        An attempt after a crash gets the kept results, and continues at the first missing step. A crash inside a step
+        leaves that step in doubt.
 
         Args:
             name: unique within the body.
-            reconcile: ``(*args, **kwargs)`` of the step: asks the destination whether the
-                step happened, and returns ``Happened``, ``NotHappened`` or ``Unknown``.
+            reconcile: a function of the step's ``(*args, **kwargs)``. It asks the destination whether the step
+                happened, and returns ``Happened``, ``NotHappened`` or ``Unknown``.
 
         Raises:
             OutcomeUnknown: the step is in doubt.
             LeaseLost: another execution took the intent over; nothing was started.
-            ConfigurationError: the name is taken, a step is open, or the result of
-                ``fn`` cannot be stored.
+            ConfigurationError: the name is taken, a step is open, or the result of ``fn`` cannot be stored.
         """
         return self.guard.step(
             self._open_hold,
@@ -839,7 +840,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         )
 
     def _later(self, ask: Callable[..., Answer], args: Any, kwargs: Any) -> Callable[[], Answer]:
-        """A step's question for the runner's side thread, with ``self.request`` and ``self.claim`` of this one."""
+        """Return a step's question for the runner's side thread, with this thread's ``self.request`` and claim."""
         requests = list(self.request_stack.stack)
         context = copy_context()
 
@@ -856,7 +857,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
 
     @contextmanager
     def settle_in(self, connection: Any) -> Iterator[Settlement]:
-        """Commit the outcome in a transaction of your own, together with the rows you write: exactly once.
+        """Commit the outcome in your own transaction, together with the rows that you write: exactly once.
 
         ::
 
@@ -864,22 +865,21 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
                 connection.execute(insert(invoices).values(…))
                 outcome.result = {"id": 7}
 
-        The outcome is written at the end of the block; it counts once you commit. What the
-        body returns afterwards is ignored: every caller gets ``outcome.result``. A task whose
-        effects are all in such a transaction says ``on_crash="transaction"``: a crash then
-        leaves no doubt.
+        The outcome is written at the end of the block, and counts once you commit. The body's own result is then
+        ignored: every caller gets ``outcome.result``. If all effects of a task are in such a transaction, declare
+        ``on_crash="transaction"``: a crash then leaves no doubt.
 
         Args:
-            connection: a SQLAlchemy session or connection, a psycopg connection, or Django's
-                ``connection``, to the database that ``idem_store`` names.
+            connection: a SQLAlchemy session or connection, a psycopg connection, or Django's ``connection``, to the
+                database that ``idem_store`` names.
 
         Raises:
-            LeaseLost: another execution took the intent over. The transaction must roll back, as it
-                does when this error leaves it.
+            LeaseLost: another execution took the intent over. The transaction must roll back, as it does when this
+                error leaves it.
             ConfigurationError: another database, or no transaction.
         """
         ledger, claim = self.guard.ledger, self._open_hold
-        if self.guard.settings.shadow:  # the transaction is the author's alone
+        if self.guard.settings.shadow:  # there is no record to write
             yield Settlement()
             return
         if not claim.guarded:
@@ -893,7 +893,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
 
 
 def _asked(cls: type[Any], app: Celery) -> bool:
-    """Whether a task's author chose this class, rather than the application's ``task_cls`` for all tasks."""
+    """Whether a task's author chose this class. Otherwise it is the application's ``task_cls`` for all tasks."""
     own = vars(cls).get("_app")
     if any(vars(one).get("Task") is cls for one in (app, own) if one is not None):
         return False
@@ -901,26 +901,28 @@ def _asked(cls: type[Any], app: Celery) -> bool:
 
 
 class Settlement:
-    """What a ``settle_in`` block gives: put the value that every caller will get into ``result``."""
+    """The value of a ``settle_in`` block. Set ``result`` to what every caller will get."""
 
     def __init__(self) -> None:
         self.result: Any = None
 
 
 def _of_another_message(headers: Mapping[str, Any]) -> dict[str, str]:
-    """What a message's headers say of a call that it makes."""
+    """Return the identity that a call gets from the message whose body makes it."""
     return keys.identity({**headers, MESSAGE: ""}, None)
 
 
 _SIGNATURE_CALLS = Signature.__call__.__code__
 
 _BETWEEN = frozenset({"__call__", "_call_guarded", "xmap", "xstarmap", "<listcomp>"})
-"""Functions between a signature that is called and its task, or each call of a loop."""
+"""Names of functions between the call of a signature and the call of its task, also in a loop."""
 
 
 def _of_signature() -> Mapping[str, Any]:
-    """Options of the signature whose direct call this is: of ``signature()`` itself, and of an errback
-    ``(request, exc, traceback)``, which Celery calls so in the worker. It hands none of them on."""
+    """Return the options of the signature that is called directly, which Celery does not pass on.
+
+    That is ``signature()``, or an errback ``(request, exc, traceback)``, which Celery calls in the worker.
+    """
     frame = sys._getframe(2)
     while frame is not None and frame.f_code.co_name in _BETWEEN:
         if frame.f_code is _SIGNATURE_CALLS:
@@ -931,7 +933,7 @@ def _of_signature() -> Mapping[str, Any]:
 
 
 def _leaves(signature: Signature) -> Iterator[Signature]:
-    """The simple signatures in a canvas."""
+    """Return the single calls in a canvas."""
     parts = [*(getattr(signature, "tasks", None) or ()), *filter(None, [getattr(signature, "body", None)])]
     if not parts:
         yield signature

@@ -1,7 +1,7 @@
-"""Messages of many calls of one task: Celery makes the first, and the others differ in what belongs to the call.
+"""Makes the messages of many calls of one task. Celery makes the first, and the others are made from it.
 
-That leaves out of each call what is the same for all: routing, options of the task, declaring the queue, and listening
-for its result (whoever waits for a result begins to listen then).
+So some work is done once, and not for each call: routing, options of the task, and declaring the queue. Subscribing to
+the result is left out, because a caller that waits for a result subscribes then.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from celery_idem.engine.entries import Entry
 
 UNFLUSHED = 1 << 20
-"""Commands that kombu buffers at most: more than a hundred calls make, so that it sends them when they are complete."""
+"""Commands that kombu may buffer. A hundred calls make fewer, so kombu sends them together at the end."""
 
 
 def fits(task: GuardedTask, options: Mapping[str, Any]) -> bool:
-    """Whether Celery's part in each message is the same, so that nothing of the author's is left out.
+    """Whether a template may be used: no code of the author takes part in making a message.
 
     Args:
-        options: of ``apply_async``, for all calls.
+        options: options of ``apply_async`` for all calls.
     """
     app, headers = task.app, options.get("headers") or {}
     router, dumped = app.amqp.router, getattr(task, "_dump_pydantic_arguments", None)
@@ -50,16 +50,16 @@ def fits(task: GuardedTask, options: Mapping[str, Any]) -> bool:
     )
 
 
-def _only(of: Any, name: str, modules: tuple[str, ...]) -> bool:
-    """Whether a method is defined in these modules only: no subclass, patch or wrapper has a part in it."""
-    found = [vars(one)[name] for one in (of, *type(of).__mro__) if name in vars(one)]
+def _only(owner: Any, name: str, modules: tuple[str, ...]) -> bool:
+    """Whether a method is defined in these modules only, and not by a subclass, a patch or a wrapper."""
+    found = [vars(one)[name] for one in (owner, *type(owner).__mro__) if name in vars(one)]
     return all(
         getattr(one, "__module__", None) in modules and not hasattr(one, "__wrapped__") for one in found
     )
 
 
 class Template:
-    """The messages of one ``submit_many``.
+    """Publishes the messages of one ``submit_many``.
 
     Attributes:
         buffers: the broker's transport takes many messages at once.
@@ -75,7 +75,7 @@ class Template:
         self._first: _App | None = None
 
     def together(self) -> Any:
-        """Send what is published within at its end, or have it confirmed then, where the transport can."""
+        """Return a context at whose end all its messages are sent, or confirmed, together, if the transport can."""
         return self._real.batch(UNFLUSHED) if self.buffers else confirmed_together(self._real)
 
     def publish(self, call: Submission, entry: Entry) -> None:
@@ -109,7 +109,7 @@ class Template:
 
 
 class _StandIn:
-    """Stands in for one of Celery's objects, and is like it."""
+    """Replaces one of Celery's objects, and passes on to it what a subclass does not define."""
 
     def __init__(self, real: Any) -> None:
         self._real = real
@@ -134,10 +134,10 @@ class _App(_StandIn):
 
 
 class _Amqp(_StandIn):
-    """Notes what a message is made of and how it is sent, and sends nothing.
+    """Keeps how Celery makes and sends a message, and sends nothing.
 
     Attributes:
-        rest, options: what ``create_task_message`` takes beside the call.
+        rest, options: arguments of ``create_task_message`` beside the call.
         sent: options of ``send_task_message``.
     """
 
@@ -151,7 +151,7 @@ class _Amqp(_StandIn):
 
 
 class _Declared(_StandIn):
-    """A producer that declares each queue once, and tries nothing again: what fails is published by itself then."""
+    """A producer that declares each queue once, and never retries: a message that fails is published alone then."""
 
     def __init__(self, real: Any) -> None:
         super().__init__(real)

@@ -1,6 +1,6 @@
-"""What SQLAlchemy and Django tell of an author's transaction: when it has ended, and whether one is open.
+"""Hooks into an author's transaction of SQLAlchemy or Django: when it has ended, and whether one is open.
 
-Both are recognised by their attributes and not imported.
+Both are recognised by their attributes, without importing them.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 Job = Callable[[], None]
-"""What to do then. It must not raise: the author's transaction is committed, or is over."""
+"""Called after the transaction. It must not raise, because the author's transaction has ended."""
 
 _JOBS = "celery_idem"
 """The key of waiting jobs in the ``info`` of SQLAlchemy's connections and sessions."""
 
 
 def after(connection: Any, job: Job) -> None:
-    """Call ``job`` soon after the author's transaction has ended. It looks itself whether that was a commit.
+    """Call ``job`` soon after the author's transaction has ended. ``job`` has to find out whether it has committed.
 
-    Drivers have no hook for it, so with their own connections it is never called.
+    A driver's own connection has no such hook, so ``job`` is never called there.
     """
     if _is_django(connection):
         if connection.in_atomic_block:
@@ -29,10 +29,9 @@ def after(connection: Any, job: Job) -> None:
     if _is_session(connection):
         connection = connection.connection()
     if hasattr(connection, "exec_driver_sql"):
-        # SQLAlchemy tells of a connection's commit before it is one. Afterwards the connection goes back to its pool,
-        # or begins again.
-        event = sys.modules["sqlalchemy.event"]  # which is loaded, because the author uses it
-
+        # SQLAlchemy's commit event of a connection comes before the commit. After the commit, the connection returns to
+        # its pool, or begins again.
+        event = sys.modules["sqlalchemy.event"]  # the author uses it, so it is loaded
         engine = connection.engine
         if not event.contains(engine.pool, "checkin", _checked_in):
             event.listen(engine.pool, "checkin", _checked_in)
@@ -51,29 +50,26 @@ def _begun(connection: Any) -> None:
 
 
 def on_commit(connection: Any, job: Job) -> bool:
-    """Call ``job`` after the author's transaction, and not if it is rolled back.
+    """Call ``job`` after the author's transaction has committed, and not if it is rolled back.
 
     Args:
-        connection: Django's, or a SQLAlchemy session.
+        connection: Django's connection, or a SQLAlchemy session.
 
     Returns:
-        False where it is neither.
+        False for any other connection.
     """
     if _is_django(connection):
         connection.on_commit(job)
         return True
     if not _is_session(connection):
         return False
-    connection = getattr(
-        connection, "registry", lambda: connection
-    )()  # of a scoped_session: this thread's session
-    event = sys.modules["sqlalchemy.event"]  # which is loaded, because the author uses it
-
-    connection.connection()  # begins, where nothing has begun yet
-    if not event.contains(connection, "after_commit", _committed):
-        event.listen(connection, "after_commit", _committed)
-        event.listen(connection, "after_transaction_end", _ended)
-    connection.info.setdefault(_JOBS, []).append([_innermost(connection), job])
+    session = connection.registry() if hasattr(connection, "registry") else connection  # for a scoped_session
+    event = sys.modules["sqlalchemy.event"]  # the author uses it, so it is loaded
+    session.connection()  # begins a transaction, if there is none
+    if not event.contains(session, "after_commit", _committed):
+        event.listen(session, "after_commit", _committed)
+        event.listen(session, "after_transaction_end", _ended)
+    session.info.setdefault(_JOBS, []).append([_innermost(session), job])
     return True
 
 
@@ -82,7 +78,7 @@ def _innermost(session: Any) -> Any:
 
 
 def _committed(session: Any) -> None:
-    """A savepoint's jobs become those of the transaction around it; that of a whole transaction are due."""
+    """Call the jobs of a transaction. Those of a savepoint become jobs of the transaction around it."""
     waiting = session.info.get(_JOBS, [])
     done = _innermost(session)
     due = [one for one in waiting if one[0] is done]
@@ -96,7 +92,7 @@ def _committed(session: Any) -> None:
 
 
 def _ended(session: Any, transaction: Any) -> None:
-    """What waits for it still is rolled back."""
+    """Drop the jobs that still wait for a transaction that has ended: it was rolled back."""
     waiting = session.info.get(_JOBS)
     if waiting:
         session.info[_JOBS] = [one for one in waiting if one[0] is not transaction]
@@ -116,7 +112,7 @@ _warned = False
 
 
 def warn_if_open(name: str) -> None:
-    """Warn, once per process, where a call is published inside a transaction of Django's that is not committed."""
+    """Warn, once per process, if a call is published inside an open transaction of Django."""
     global _warned  # noqa: PLW0603  # once per process
     django = sys.modules.get("django.db")
     if django is None or _warned or not sys.modules["django.conf"].settings.configured:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     class TypedTask(IdempotentTask, Generic[P, R]):
         """An ``IdempotentTask`` as a type checker sees it. It exists for type checkers only.
 
-        ``submit``, ``asubmit`` and ``apply_async`` take the task's arguments and their own options
-        side by side, which no signature can say; those take anything.
+        ``submit``, ``asubmit`` and ``apply_async`` take the task's arguments beside their own options. No signature can
+        express that, so they take anything.
         """
 
         def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...

@@ -15,6 +15,7 @@ from celery_idem.core.results import Codec
 from celery_idem.core.sealing import seal_of
 from celery_idem.engine import ledger as engine
 from celery_idem.integration import messages
+from celery_idem.integration.guarded import guarded_task
 from celery_idem.integration.settings import Settings, of_app
 from celery_idem.stores import Store, open_server, open_store, readable
 
@@ -22,17 +23,17 @@ if TYPE_CHECKING:
     from celery import Celery
 
 _stores: dict[tuple[str, str], Store] = {}
-"""Stores by URL: one set of connections per process, however many applications and tasks."""
+"""Stores by URL and durability: one set of connections per process for all applications and tasks."""
 
 _backends: weakref.WeakKeyDictionary[Any, dict[str, Store]] = weakref.WeakKeyDictionary()
 """Applications' result backends as stores, by durability."""
 
 
 def store_of(settings: Settings, app: Celery) -> Store:
-    """The store these settings name, else the application's Redis result backend; opened once per process.
+    """Return the store that the settings name, or else the application's Redis result backend. Opened once per process.
 
     Raises:
-        ConfigurationError: neither is there.
+        ConfigurationError: there is neither.
     """
     if settings.store:
         place = (settings.store, settings.durability)
@@ -45,8 +46,7 @@ def store_of(settings: Settings, app: Celery) -> Store:
 
 
 def is_backends(store: Store, app: Celery) -> bool:
-    """Whether the store is the database of the application's result backend: opened from its settings, or named
-    by a URL with the same address."""
+    """Whether a store is the database of the application's result backend, by its settings or by the same address."""
     if any(opened is store for opened in _backends.get(app, {}).values()):
         return True
     try:
@@ -56,9 +56,9 @@ def is_backends(store: Store, app: Celery) -> bool:
 
 
 def _backend_as_store(app: Celery, durability: str) -> Store:
-    """The server of the result backend, with all that Celery knows of how to connect to it.
+    """Return the result backend's server as a store, with the same connection parameters.
 
-    Read from Celery's own backend object, and so after its rules: its URL, ``redis_*``,
+    They are read from Celery's own backend object, so Celery's rules apply: its URL, ``redis_*``,
     ``redis_backend_use_ssl``, ``result_backend_transport_options``, the environment, the command line.
     """
     from celery.app.defaults import DEFAULTS
@@ -70,7 +70,7 @@ def _backend_as_store(app: Celery, durability: str) -> Store:
         readable(url)
     try:
         backend = app.backend
-    except Exception as error:  # of a URL, a credential provider; its text may show parts of them
+    except Exception as error:  # of a URL or a credential provider; its text may show a password
         raise _no_store(f"cannot be opened ({type(error).__name__})") from None
     if not isinstance(backend, RedisBackend):
         raise _no_store("is not a Redis it could use")
@@ -81,7 +81,7 @@ def _backend_as_store(app: Celery, durability: str) -> Store:
         raise _no_store(f"({kind.__name__}) makes its connections in a way of its own")
     options = app.conf.get("result_backend_transport_options") or {}
     values = {**backend.connparams, "global_keyprefix": options.get("global_keyprefix")}
-    # Celery's default is two minutes, for results. A claim, and with it the worker's slot, does not wait so long.
+    # Celery's default for results is two minutes. A claim, which holds a worker slot, must not wait so long.
     if values.get("socket_timeout") == DEFAULTS["redis_socket_timeout"]:
         del values["socket_timeout"]
     if not isinstance(backend, SentinelBackend):
@@ -96,7 +96,7 @@ def _backend_as_store(app: Celery, durability: str) -> Store:
 
 
 def _check_ports(url: str) -> None:
-    """Say that a port is none, where it cannot be half of a password that the URL does not quote."""
+    """Refuse a wrong port in a URL, unless it may be a part of a password that is not quoted."""
     for part in url.split(";"):
         try:
             parts = urlsplit(part if "://" in part else f"//{part}")
@@ -106,7 +106,7 @@ def _check_ports(url: str) -> None:
         try:
             _ = parts.port
         except ValueError:
-            # not shown: it may be a password without a host
+            # The text after the last colon may be a password, if the URL has no host.
             if quoted and (";" not in url or "@" not in url):
                 raise ConfigurationError(
                     "result_backend: the port in its URL is no number from 0 to 65535, so it cannot be the store. "
@@ -122,10 +122,10 @@ def _no_store(why: str) -> ConfigurationError:
 
 
 def codec_of(settings: Settings, conf: Mapping[str, Any]) -> Codec:
-    """How results are written: as the application's result backend writes them, and sealed where there are keys.
+    """Return the codec of results: as the application's result backend writes them, and sealed if there are keys.
 
     Raises:
-        ConfigurationError: there are, and the package ``cryptography`` is missing.
+        ConfigurationError: there are keys, and the package ``cryptography`` is missing.
     """
     serializer = conf.get("result_serializer") or "json"
     accept = conf.get("result_accept_content") or conf.get("accept_content") or ("json",)
@@ -136,7 +136,7 @@ def codec_of(settings: Settings, conf: Mapping[str, Any]) -> Codec:
 
 
 def _short_name(name: str) -> str:
-    """kombu's name of a serializer, which may be given as a content type."""
+    """Return kombu's name of a serializer that may be given as a content type."""
     guess = name.rpartition("/")[2].removeprefix("x-").replace("python-serialize", "pickle")
     return str(registry.type_to_name.get(name, guess))
 
@@ -146,7 +146,7 @@ class Ledger(engine.Ledger):
 
     @classmethod
     def from_app(cls, app: Celery) -> Ledger:
-        """The ledger that an application's tasks use.
+        """Return the ledger that an application's tasks use.
 
         Raises:
             ConfigurationError: a setting is wrong.
@@ -158,10 +158,10 @@ _ledgers: weakref.WeakKeyDictionary[Any, Ledger] = weakref.WeakKeyDictionary()
 
 
 def ledger_of(app: Celery, settings: Settings | None = None) -> Ledger:
-    """An application's ledger.
+    """Return an application's ledger.
 
     Args:
-        settings: of one task, where they differ from the application's.
+        settings: settings of one task; None: the application's.
     """
     ledger: Ledger | None
     if settings is not None:
@@ -179,7 +179,7 @@ def ledger_of(app: Celery, settings: Settings | None = None) -> Ledger:
 
 
 def _teller(app: weakref.ref[Any]) -> engine.Teller:
-    """What publishes the call of an intent that was decided by hand, so that its caller gets the outcome."""
+    """Return what publishes the call of an intent that a person decided, so that its caller gets the outcome."""
 
     def of_call(key: str, packed: bytes) -> Callable[[], object] | None:
         alive = app()
@@ -189,15 +189,11 @@ def _teller(app: weakref.ref[Any]) -> engine.Teller:
 
 
 def _result_ttl(app: weakref.ref[Any], default: float) -> Callable[[str], float]:
-    """How long outcomes of a task are kept: its own setting, where the application knows the task."""
+    """Return a function: how long a task's outcomes are kept, by its own setting if the application has the task."""
 
     def of_task(name: str) -> float:
         alive = app()
-        task: Any = alive.tasks.get(name) if alive is not None else None
-        return (
-            default
-            if getattr(task, "idem_declaration", None) is None
-            else float(task.guard.settings.result_ttl)
-        )
+        task = None if alive is None else guarded_task(alive, name)
+        return default if task is None else task.guard.settings.result_ttl
 
     return of_task

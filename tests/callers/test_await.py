@@ -125,7 +125,7 @@ def test_the_result_wakes_who_waits(
 ) -> None:
     """Nothing else can, once it is subscribed: its next look is a quarter of an hour away."""
     monkeypatch.setattr(receipts, "LONGEST_LOOK", NEVER)
-    monkeypatch.setattr(receipts, "LONGEST_UNTOLD", NEVER)
+    monkeypatch.setattr(receipts, "LONGEST_LOOK_IF_WOKEN", NEVER)
     heard: list[float] = []
     woken = awaiting.Waker._woken
     monkeypatch.setattr(awaiting.Waker, "_woken", lambda self: (heard.append(time.monotonic()), woken(self)))
