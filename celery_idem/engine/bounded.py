@@ -1,4 +1,4 @@
-"""A call on a thread of its own gets a bounded time, and only so many threads may be left hanging in one."""
+"""Runs calls in separate threads, with a limit of time, and of threads that hang."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ T = TypeVar("T")
 
 
 class TooLateError(Exception):
-    """No answer in time, or none to be expected."""
+    """A call did not return in time, or was not made because earlier calls hang."""
 
 
 class Bounded:
-    """Makes calls that no driver bounds.
+    """Makes calls that nothing else limits in time.
 
     Args:
-        name: of the threads.
-        most: how many calls may hang past their time; then the next is not made. Calls in their time do not count.
+        name: name of the threads.
+        most: number of calls that may hang past their time. After that, no call is made.
     """
 
     def __init__(self, name: str, most: int) -> None:
@@ -27,13 +27,13 @@ class Bounded:
         self._hanging: set[threading.Thread] = set()
 
     def call(self, call: Callable[[], T], seconds: float) -> T:
-        """What ``call``, which must not raise, returns within that time.
+        """Return what ``call`` returns. It must not raise.
 
         Raises:
-            TooLateError: it did not; it may go on. Or earlier calls hang, and this one was not made.
+            TooLateError: it did not return in time, and may go on. Or earlier calls hang, and this one was not made.
         """
         for thread in list(self._hanging):
-            if not thread.is_alive():  # none is, in a forked child
+            if not thread.is_alive():  # in a forked child, none is alive
                 self._hanging.discard(thread)
         if len(self._hanging) >= self._most:
             raise TooLateError(f"{len(self._hanging)} earlier calls still hang in this process")
@@ -42,7 +42,7 @@ class Bounded:
         thread.start()
         try:
             thread.join(seconds)
-        finally:  # also where a time limit's exception comes meanwhile
+        finally:  # also when the exception of a time limit interrupts join()
             if thread.is_alive():
                 self._hanging.add(thread)
         if not values:

@@ -1,13 +1,12 @@
 """An execution's hold on one intent: the only object that writes the record it holds.
 
-``Hold`` is the engine's. ``Claim`` is what a body sees of it, as ``self.claim``.
+``Hold`` is for the engine. ``Claim`` is the view of it that a body has as ``self.claim``.
 
-A hold is in one of three phases. While it is *held*, a thread renews its lease, and writes the record anew where the
-store has lost it. While it is *ending*, the write of its end is under way or done, and nothing renews it. In between it
-is *pending*: its end may or may not be written, because a transaction of the author's is to commit it, or because the
-store did not answer and is tried again. Renewals go on then, but only replace what the hold wrote itself. The phase
-changes under the hold's lock, and a lost record is written anew under the same lock: no renewal brings back a hold that
-has ended.
+A hold is in one of three phases. While it is *held*, a thread renews its lease, and restores the record if the store
+has lost it. While it is *ending*, the write of its end is under way or done, and nothing renews it. In between it may
+be *pending*: its end may or may not be written. Either the author's transaction will commit it, or the store did not
+answer and is tried again. Renewals then go on, but replace only what the hold wrote itself. The phase changes under the
+hold's lock, and a lost record is restored under the same lock. So no renewal can restore a hold that has ended.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
 
 
 class Claim:
-    """What a body sees of its hold on the intent. It reads, and changes nothing."""
+    """A body's view of its hold on the intent. It cannot change anything."""
 
     __slots__ = ("_hold",)
 
@@ -60,15 +59,15 @@ class Claim:
 
     @property
     def fence(self) -> int:
-        """Grows with every new owner of the intent: let the destination refuse a smaller one.
+        """A number that grows with every new owner of the intent. The destination can refuse a smaller one.
 
-        0 while no store stands behind the claim.
+        0 if the body runs without a store.
         """
         return self._hold.fence
 
     @property
     def attempt(self) -> int:
-        """Which execution of this intent this is; 1 for the first."""
+        """Number of this execution of the intent; 1 for the first."""
         return self._hold.attempt
 
     @property
@@ -80,24 +79,26 @@ class Claim:
     def lost(self) -> bool:
         """True once this execution must not start another effect.
 
-        Another worker took over, the lease could not be renewed in time, or the body has ended (a thread
-        that it did not wait for sees that).
+        Another worker took over, or the lease could not be renewed in time, or the body has ended (and a thread that it
+        left behind asks).
         """
         return self._hold.lost
 
     @property
     def cancelled(self) -> bool:
-        """True once this execution knows that a person asked it to stop (``idem cancel``): a third of a lease later at
-        most, or at its next step.
+        """True once this execution knows that a person asked it to stop (``idem cancel``).
 
-        A body that had no effect yet stops with ``raise Ignore``: then the action is cancelled, and its callers are
-        told. However else it ends, that counts, as ever.
+        It learns that at its next step, or after a third of a lease. A body without an effect so far should ``raise
+        Ignore``: then the action is cancelled, and its callers receive the error ``Cancelled``. Any other end of the
+        body counts as usual.
         """
         return self._hold.cancelled
 
     def downstream_key(self, name: str) -> str:
-        """A key for one call this body makes, such as ``"charge"``: the same in every
-        attempt, ASCII, and short enough for an ``Idempotency-Key`` header."""
+        """Return a key for one call that the body makes, such as ``"charge"``.
+
+        It is the same in every attempt, ASCII, and short enough for an ``Idempotency-Key`` header.
+        """
         return keys.downstream_key(self._hold.key, name)
 
     def __repr__(self) -> str:
@@ -105,20 +106,20 @@ class Claim:
 
 
 class Retries:
-    """What a body has published to be run later, and what it got instead. Celery's ``Retry`` is a signal here.
+    """The retries that a body has published. A signal is a ``Retry`` of Celery.
 
     Attributes:
-        signal: of the message that continues this intent; None while there is none.
-        causes: the errors because of which it was asked for.
-        apart: signals of messages that are intents of their own.
-        refused: what ``retry`` raised instead of publishing, and because of which error.
-        call: what was published, for the record; empty where that is not known.
+        signal: signal of the message that continues this intent; None: there is none.
+        causes: the errors that caused this retry.
+        apart: signals of retries that are other intents.
+        refused: the error that ``retry`` raised instead of publishing, and the error that caused the retry.
+        call: the packed call of the retry, for the record; empty if it is not known.
     """
 
     __slots__ = ("apart", "call", "causes", "refused", "signal")
 
     def __init__(self) -> None:
-        self.signal: Any = None  # any: this module knows nothing of Celery
+        self.signal: Any = None  # Any, because this module knows nothing of Celery
         self.causes: list[BaseException] = []
         self.apart: list[Any] = []
         self.refused: tuple[BaseException, BaseException | None] | None = None
@@ -133,27 +134,27 @@ class Phase(Enum):
     ENDING = "ending"
 
 
-HELD, PENDING, ENDING = Phase  # looked up once: before Python 3.12 an enum finds its members slowly
+HELD, PENDING, ENDING = Phase  # before Python 3.12, looking up a member of an enum is slow
 
 
 class Hold:
-    """The owner token, what this execution last wrote, the write under way, and until when it trusts its lease.
+    """An execution's hold: its owner token, what it last wrote, and how long it trusts its lease.
 
     Attributes:
-        key: of the intent.
-        store: where the record is.
-        owner: the token that this execution writes under.
+        key: key of the intent.
+        store: store of the record.
+        owner: the token with which this execution writes.
         policy: the author's choices.
         ended: the body has ended. A thread that it left behind may still have the claim.
-        retries: what the body has published to be run later; None: nothing.
-        promised: the outcome that a transaction of the author's is to commit, and its value as callers get it.
+        retries: the retries that the body has published; None: none.
+        promised: the outcome that the author's transaction will commit, and the value that callers get.
         steps_begun: names of the steps that this execution began.
         step_running: name of the step whose function runs now.
-        step_unrecorded: the store did not answer when a step was to begin or to end.
-        announced: the last write of the record wrote and published a second value as well.
+        step_unrecorded: the store did not answer when a step began or ended.
+        announced: the last write of the record also wrote and published a second value.
     """
 
-    # What few executions change.
+    # Class attributes, because few executions change them.
     ended = False
     retries: Retries | None = None
     promised: tuple[Outcome, Any] | None = None
@@ -181,10 +182,10 @@ class Hold:
         self._request = request
         self.owner = request.owner
         self.policy: Policy = request.policy
-        # What stood in the store when this hold last wrote. Both parts change together, because
-        # the renewing thread reads them while the body's thread writes them.
+        # What was in the store after this hold's last write. Both parts change together, because the renewing thread
+        # reads them while the body's thread writes them.
         self._seen = (stored, record)
-        # Not later than that write, by this process' clock: the lease counts from there.
+        # By this process' clock, and not later than that write. The lease counts from here.
         self._written_at = written_at
         self._lock = threading.Lock()
 
@@ -196,32 +197,32 @@ class Hold:
 
     @property
     def guarded(self) -> bool:
-        """False when the body runs without a store."""
+        """False if the body runs without a store."""
         return self._seen[0] is not None
 
     @property
     def record(self) -> Record:
-        """As this hold last wrote it."""
+        """The record as this hold last wrote it."""
         return self._seen[1]
 
     @property
     def written(self) -> Stored | None:
-        """What this hold last wrote, as the store has it."""
+        """The value of this hold's last write."""
         return self._seen[0]
 
     @property
     def written_at(self) -> float:
-        """When, by this process' clock; never later than it was."""
+        """Time of that write, by this process' clock, and never too late."""
         return self._written_at
 
     @property
     def trusted_until(self) -> float:
-        """Until when, by this process' clock, no other worker takes over."""
+        """Time by this process' clock until which no other worker takes over."""
         return self._written_at + protocol.trusted_for(self.policy.lease) / MICROSECONDS
 
     @property
     def taken_over(self) -> bool:
-        """Another execution has the intent now."""
+        """Whether another execution has the intent now."""
         return self._taken_over
 
     @property
@@ -252,14 +253,14 @@ class Hold:
     # --- the ends of a hold -----------------------------------------------------------
 
     def settle(self, outcome: Outcome, patience: float, also: Announcement | None = None) -> Done | Refused:
-        """Write how the body ended; ``Refused`` when another execution took over, which the record says then.
+        """Write how the body ended. ``Refused``: another execution took over, and the record has a note of this end.
 
         Args:
             patience: seconds to keep trying while the store does not answer.
             also: what to write and publish in the same step. ``announced`` says whether that was done.
 
         Raises:
-            StoreError: it did not answer for that long. The record stays as it is.
+            StoreError: the store did not answer for that long. The record stays as it is.
         """
         held = self._seen[1]
         if events.spans:
@@ -273,10 +274,11 @@ class Hold:
         )
 
     def schedule(self, delay: float, patience: float, task_id: str = "", call: bytes = b"") -> Done | Refused:
-        """Keep the intent for the retry's task id ("": this one) for ``delay`` seconds, until it comes.
+        """Keep the intent for its retry, for ``delay`` seconds.
 
         Args:
-            call: the retry's; empty: as this one's.
+            task_id: task id of the retry; "": the same one.
+            call: call of the retry; empty: the same one.
         """
         wait = int(delay * MICROSECONDS)
         return self._end(
@@ -287,10 +289,10 @@ class Hold:
         )
 
     def doubt(self, reason: str, patience: float, retry: float = 0.0) -> Done | Refused:
-        """The body ended in a way that leaves the effect unknown.
+        """Write that the body ended, and that its effect is unknown.
 
         Args:
-            retry: seconds until its retry comes, which is on its way; 0: there is none.
+            retry: seconds until its published retry comes; 0: there is no retry.
         """
         held = self._seen[1]
         wait = int(retry * MICROSECONDS)
@@ -302,7 +304,7 @@ class Hold:
         )
 
     def exit(self, reason: str, patience: float) -> Done | Refused:
-        """The process was told to exit while the body ran."""
+        """Write that the process had to exit while the body ran."""
         held = self._seen[1]
         return self._end(
             lambda record, stamp, now: protocol.exit(
@@ -312,7 +314,7 @@ class Hold:
         )
 
     def release(self, patience: float) -> Done | Refused:
-        """Nothing happened: any caller may claim the intent again. A record that is not there stays so."""
+        """Write that nothing happened, so that any caller may claim the intent again. An absent record stays absent."""
 
         def decide(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
             if record is None:
@@ -322,13 +324,13 @@ class Hold:
         return self._end(decide, patience)
 
     def settle_within(self, inside: Store, outcome: Outcome, value: Any) -> None:
-        """Write the outcome in a transaction of the author's own (``Store.inside``), to be committed by the author.
+        """Write the outcome in the author's own transaction (``Store.inside``). The author commits it.
 
         Args:
             value: what every caller will get.
 
         Raises:
-            LeaseLost: another execution took over: the transaction must roll back.
+            LeaseLost: another execution took over, so the transaction must roll back.
             ConfigurationError: the record is not in that database.
         """
         held = self._seen[1]
@@ -356,7 +358,7 @@ class Hold:
             self._lose()
 
     def committed(self, patience: float) -> Done | Refused:
-        """After ``settle_within``: what became of it. See ``protocol.committed``.
+        """Find out whether ``settle_within`` was committed. See ``protocol.committed``.
 
         Raises:
             StoreError: the store did not answer for ``patience`` seconds.
@@ -371,14 +373,14 @@ class Hold:
         )
         return done
 
-    # --- on the way -------------------------------------------------------------------
+    # --- questions and steps ----------------------------------------------------------
 
     def conclude(self, answer: Outcome | None, reason: str) -> tuple[Decision, Hold | None]:
-        """Write what the destination answered to the question that this hold asks.
+        """Write the destination's answer to this hold's question.
 
         Args:
-            answer: the outcome, where the effect happened; None where it did not, or where that is unknown.
-            reason: why it is unknown.
+            answer: the outcome, if the effect happened; None if it did not, or if that is unknown.
+            reason: why it is unknown; "" otherwise.
 
         Returns:
             The decision, and with ``Acquired`` the hold under which the body may run.
@@ -386,7 +388,7 @@ class Hold:
         held = self._seen[1]
 
         def decide(record: Record | None, stamp: int, now: int) -> tuple[Decision, Record | None]:
-            # The first guess is what this hold wrote itself: then the store has not told the time.
+            # The first time, the record is this hold's own guess, and the store has not told the time (now is 0).
             return protocol.conclude(record or held, now or stamp, self._request, answer, reason)
 
         decision: Decision = self._write(decide)
@@ -395,7 +397,7 @@ class Hold:
         return decision, Hold(self.store, self._name, self.key, self._request, *self._seen, self._written_at)
 
     def begin_step(self, name: str) -> Done | StepDone | StepOpen | StepsFull:
-        """May this step run? ``Done``: yes, and the record says that it began.
+        """Begin a step. ``Done``: it may run, and the record says that it began.
 
         Raises:
             LeaseLost: another execution took over.
@@ -410,7 +412,7 @@ class Hold:
         return decision
 
     def end_step(self, name: str, payload: bytes | None, patience: float) -> None:
-        """Close a step: with its encoded result, or with None when it had no effect.
+        """Close a step with its encoded result, or with None if it had no effect.
 
         Raises:
             LeaseLost: another execution took over.
@@ -430,9 +432,9 @@ class Hold:
             self.renewed(self.store.replace_many([change])[0])
 
     def renewal(self) -> Change | None:
-        """The write that renews the lease: the record as it was last written. None: there is nothing to renew.
+        """Return the write that renews the lease: the record as it was last written. None: there is nothing to renew.
 
-        Renewals of many holds go to the store together; each hold takes its own reply, with ``renewed``.
+        Many holds are renewed in one call of the store. Each hold then takes its own reply, with ``renewed``.
         """
         stored, record = self._seen
         if stored is None or self._taken_over or self._phase is ENDING:
@@ -445,14 +447,14 @@ class Hold:
         """Take the store's reply to ``renewal``.
 
         Raises:
-            StoreError: the store holds no record there, or did not answer when it was looked at again.
+            StoreError: the stored value is no record, or the store did not answer when it was read again.
         """
         record, before = self._offered
         if reply.done:
             with self._lock:
                 self._take(record, reply, before)
             return
-        with self._lock:  # an ending that begins meanwhile waits: it must not be undone
+        with self._lock:  # an end that begins meanwhile waits, so that this write cannot undo it
             if self._phase is ENDING:
                 return
             decision, reply, before = change(
@@ -467,33 +469,33 @@ class Hold:
     def _renew(
         self, record: Record | None, stamp: int, now: int
     ) -> tuple[Done | Refused | None, Record | None]:
-        """Of a hold whose renewal met another record: the body itself wrote meanwhile (a step), another
-        execution took over, or the store has lost what was written to it lately."""
+        """Decide on a renewal that found another record in the store.
+
+        The body itself has written (a step), or another execution took over, or the store has lost its latest writes.
+        """
         known = self._known(record, stamp)
         is_lost = known is not record
         if is_lost and (self._phase is not HELD or known.state is not State.RUNNING):
             return None, None
         decision, new = protocol.renew(known, self.owner, self.policy.lease)
-        # Another's mark, or a lease that was taken for over: answer with a sign of life, now.
+        # Another process made a mark, or took this hold for dead: write now, as a sign of life.
         if is_lost or known.noticed is not None or new is not known:
             return decision, new
-        # Its own newer write moved the deadline already, also where the reply to it got lost and the
-        # body's thread does not know it. The next look renews that one.
+        # The hold's own newer write has moved the deadline (its reply may be lost). The next look renews it.
         return decision, None
 
-    # --- inside -----------------------------------------------------------------------
+    # --- internals --------------------------------------------------------------------
 
     def _holds(self, record: Record | None) -> bool:
         return record is not None and record.owner == self.owner
 
     def _known(self, record: Record | None, stamp: int) -> Record:
-        """What stands in the store; what this hold wrote there last, where the store has lost that."""
+        """Return the stored record, or this hold's last one if the store has lost that."""
         stored, held = self._seen
         return protocol.restored(record, held, stored is not None and stamp < stored.stamp)
 
     def _enter(self, phase: Phase) -> None:
-        """Change the phase. A renewal that writes the record anew meanwhile is waited for: what it wrote
-        is then there to be ended."""
+        """Change the phase. This waits for a renewal that is restoring the record, so that its write is not missed."""
         with self._lock:
             self._phase = phase
 
@@ -527,16 +529,16 @@ class Hold:
     def _write(
         self, decide: Decide, patience: float = 0.0, look: bool = False, replace: Replace | None = None
     ) -> Any:
-        """Write the record that this hold has, and try again while the store does not answer.
+        """Write this hold's record, and try again while the store does not answer.
 
         Args:
-            look: begin by reading: what this hold wrote last is not what stands there.
+            look: read first, because the stored record is not this hold's last write.
         """
         began = clock.elapsed()
         tries = 0
         while True:
             stored, record = self._seen
-            # What this hold wrote last is the best guess at what stands there, and it saves the read.
+            # This hold's last write is the best guess of the stored record. It saves the read.
             guess = None if look or stored is None else Reply(False, stored, 0)
             try:
                 decision, reply, before = change(
@@ -564,15 +566,15 @@ class Hold:
             return decision
 
     def _take(self, record: Record, reply: Reply, before: float) -> None:
-        """Remember what stands in the store, and trust the lease as long as that write allows.
+        """Remember the stored record, and trust the lease as long as that write allows.
 
-        The renewing thread may be slow to note its write while the body's thread has made the
-        next one. Going back to the older would make every later renewal fail.
+        An older write is ignored. The renewing thread may be late with its write, after the body's thread has made the
+        next one. With the older write as a guess, every later renewal would fail.
 
         Args:
             before: the worker's time before the call that ``reply`` answers.
         """
-        if reply.stored is None or not reply.now:  # nothing was asked: no news
+        if reply.stored is None or not reply.now:  # the store was not asked
             return
         seen = self._seen[0]
         if seen is None or reply.stored.stamp >= seen.stamp:
@@ -581,13 +583,13 @@ class Hold:
 
 
 def age(reply: Reply) -> float:
-    """Seconds since what stands there was written: more than none where the reply to that write got lost."""
+    """Return the seconds since the stored value was written: more than 0 if the reply to that write was lost."""
     assert reply.stored is not None
     return max(0, reply.now - reply.stored.stamp) / MICROSECONDS
 
 
 def lease_lost(key: str) -> LeaseLost:
-    """The error of a body that must stop."""
+    """Return the error of a body that must stop."""
     return LeaseLost(
         f"Another execution took {key} over, so this one stopped. What it did before that stays done: if "
         "that was an effect, look for a second one.",
@@ -596,7 +598,7 @@ def lease_lost(key: str) -> LeaseLost:
 
 
 def doubt_message(key: str, reason: str) -> str:
-    """The message to a caller of an intent in doubt."""
+    """Return the message for a caller of an intent in doubt."""
     return (
         f"{key} is in doubt: {reason}. The effect may or may not have happened; nothing was run now. Look at the "
         f"destination, then say what you found: "

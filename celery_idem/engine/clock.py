@@ -1,4 +1,4 @@
-"""The worker's own clock, by which it trusts a lease: it goes on while the machine is suspended."""
+"""The worker's own clock, by which it trusts a lease. It continues while the machine is suspended."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from functools import partial
 
 
 def _clock() -> Callable[[], float]:
-    """``time.monotonic`` stands still during a suspend on Linux and macOS, and the store's clock does not."""
+    """Return a clock that continues during a suspend. ``time.monotonic`` stops then, on Linux and macOS."""
     try:
-        if sys.platform == "darwin":  # where this one goes on, and Python's monotonic is another
+        if sys.platform == "darwin":  # here this one continues; Python's monotonic is another one
             number = time.CLOCK_MONOTONIC
         else:
             number = time.CLOCK_BOOTTIME

@@ -1,8 +1,7 @@
 """The compare-and-set loop. Every write of a record goes through it.
 
-``protocol`` decides on the record that stands there, and the record it returns replaces that one. Where
-another writer was faster, it decides again on what that writer left. The caller's first guess at what stands
-there saves the read.
+``protocol`` decides on the stored record, and the record that it returns replaces that one. If another writer was
+faster, ``protocol`` decides again, on the new record. The caller may guess the stored record, which saves the read.
 """
 
 from __future__ import annotations
@@ -18,15 +17,14 @@ from celery_idem.engine import clock
 from celery_idem.stores.base import KEEP, Reply, Store
 
 ROUNDS = 50
-"""How often a write starts over because of another writer. Each round one of them made progress;
-fifty in a row mean that something writes in a loop."""
+"""How many times a write starts over because another writer was faster. Each time that one made progress, so fifty
+times in a row mean that something writes in a loop."""
 
 DELETED = Record(State.RELEASED)
-"""In place of the record to write: delete what stands there."""
+"""Returned instead of a record to write: delete the stored one."""
 
 Decide = Callable[[Record | None, int, int], tuple[Any, Record | None]]
-"""From the record (None: absent), its stamp and the store's time to a decision and the record to write, if any."""
-
+"""From the record (None: absent), its stamp and the store's time, to a decision and the record to write, if any."""
 
 Replace = Callable[[str, Stored, bytes, "int | None", "int | None"], Reply]
 """As ``Store.replace``."""
@@ -48,22 +46,21 @@ def change(
     """Decide on one record, and write what was decided.
 
     Args:
-        name: of the record in the store.
-        key: of the intent, for messages.
-        policy: says how long the record is kept; None: evidence, which does not expire.
-        reply: what stands there, as far as is known: the store's answer, or a guess, with ``now`` 0.
-            None: read it first.
-        record: the same, unpacked; None to unpack it here.
+        name: name of the record in the store.
+        key: key of the intent, for messages.
+        policy: says how long the record is kept; None: it is evidence, which does not expire.
+        reply: the store's answer to an earlier call, or a guess of the stored record, with ``now`` 0; None: read first.
+        record: the record in ``reply``, unpacked; None to unpack it here.
         before: the worker's time before the call that ``reply`` answers.
-        replace: replaces the record, in place of the store's own ``replace``.
-        check: refuses a record that this process may not decide on, by raising.
-        lenient: give ``decide`` None and a stamp for a value that is no record, and do not raise.
+        replace: called instead of the store's ``replace``.
+        check: raises for a record on which this process may not decide.
+        lenient: for a value that is no record, call ``decide`` with None and a stamp instead of raising.
 
     Returns:
         The decision, the store's last answer, and the worker's time before the call that it answers.
 
     Raises:
-        StoreError: the store did not answer, holds no record under that name, or other writers were always faster.
+        StoreError: the store did not answer, the value is no record, or other writers were always faster.
     """
     if reply is None:
         before, reply, record = clock.elapsed(), store.read(name), None
@@ -84,20 +81,20 @@ def change(
         if new is None:
             if stored is None or reply.now:
                 return decision, reply, before
-            # Decided on a guess, and no write will show whether it was right.
+            # This was decided on a guess, and no write will show whether the guess was right.
             before, record = clock.elapsed(), None
             reply = store.read(name)
             continue
         value = pack(new)
         ttl = 0 if new is DELETED else protocol.ttl(new, policy) if policy is not None else None
         if ttl and stored is not None and isinstance(decision, Refused):
-            ttl = KEEP  # it only notes something
+            ttl = KEEP  # this write only notes something
         due = protocol.due(new, policy)
         before = clock.elapsed()
         if stored is None:
             reply = store.create(name, value, ttl, due)
         else:
-            # What is refused only notes something: an answer that would be written with it is not the caller's.
+            # A refused write only notes something, so the caller's announcement must not be written with it.
             write = store.replace if replace is None or isinstance(decision, Refused) else replace
             reply = write(name, stored, value, ttl, due)
         if reply.done or (reply.stored is not None and reply.stored.value == value):

@@ -25,28 +25,28 @@ WAITING = ("in_doubt", "lapsed")
 """States that wait for a person. ``lapsed`` becomes ``in_doubt`` at the next delivery, which may never come."""
 
 OPEN = ("accepted", "running", "scheduled", "lapsed", "in_doubt")
-"""States in which a worker or a person has to look at some time: what the index of what is open has."""
+"""States in the index of what is open: a worker or a person has to look at the intent at some time."""
 
 GROUPS = {"waiting": WAITING, "open": OPEN}
-"""Names of several states together: what alerts, lists, the inbox and exit statuses agree on."""
+"""Groups of states, as alerts, lists, the inbox and exit statuses use them."""
 
 FILTERS = (*STATES, *GROUPS)
-"""What a listing may be asked for."""
+"""Names by which a list can be filtered."""
 
 
 def states(name: str) -> tuple[str, ...]:
-    """The states that a filter names."""
+    """Return the states of a filter."""
     return GROUPS.get(name, (name,))
 
 
 class Entry:
-    """One intent as it stands in the store, for people and programs to read.
+    """One intent as it was read from the store, for people and programs.
 
     Attributes:
         key: the idempotency key.
         record: everything that is known.
         changed_at: the store's time of the last write, in seconds since the epoch.
-        now: the store's time of the reading, in seconds.
+        now: the store's time when it was read, in seconds.
     """
 
     __slots__ = ("_now", "_stamp", "key", "record")
@@ -77,14 +77,14 @@ class Entry:
 
     @property
     def state(self) -> str:
-        """Name of the state, in lower case; ``lapsed`` for a RUNNING one whose lease is over."""
+        """Name of the state, in lower case; ``lapsed`` for RUNNING after the end of its lease."""
         if protocol.lapsed(self.record, self._stamp, self._now):
             return "lapsed"
         return self.record.state.name.lower()
 
     @property
     def suspicions(self) -> tuple[Note, ...]:
-        """Notes that say that the effect may have happened twice."""
+        """Notes of effects that may have happened twice."""
         return tuple(note for note in self.record.notes if note.late is not None)
 
     @property
@@ -94,19 +94,19 @@ class Entry:
 
     @property
     def retry_after(self) -> float:
-        """Seconds until its holder must have renewed; 0 or less when it has no holder."""
+        """Seconds until its holder must have renewed; 0 or less if it has no holder."""
         return protocol.left(self.record, self._stamp, self._now) / MICROSECONDS
 
     def standing(self, fingerprint: Fingerprint, policy: Policy) -> Decision | None:
-        """What a claim would be told; None where it would have something to do (see ``protocol``)."""
+        """Return what a claim would decide; None if it would act (see ``protocol.standing``)."""
         return protocol.standing(self.record, self._stamp, self._now, fingerprint, policy)
 
     def overdue(self, publishable: bool, policy: Policy, elsewhere: bool) -> Publish | Tell | None:
-        """What recovery would do about it; None: leave it (see ``protocol.recover``)."""
+        """Return what recovery would do; None: nothing (see ``protocol.recover``)."""
         return protocol.recover(self.record, self._stamp, self._now, publishable, policy, 0, elsewhere)[0]
 
     def of(self, record: Record) -> Entry:
-        """The same intent at the same time, with another record."""
+        """Return the same intent at the same time, with another record."""
         return Entry(self.key, record, self._stamp, self._now)
 
     def __repr__(self) -> str:
@@ -117,8 +117,8 @@ class Tally(NamedTuple):
     """The intents of one task in one state.
 
     Attributes:
-        intents: how many.
-        oldest: seconds since the last write to the one that has stood longest; in doubt: since its execution began.
+        intents: their number.
+        oldest: seconds since the oldest one's last write; in doubt: since its execution began.
     """
 
     intents: int
@@ -126,18 +126,19 @@ class Tally(NamedTuple):
 
 
 def count(tallies: dict[tuple[str, str], Tally], entry: Entry) -> None:
-    """One more entry in counts by (task, state)."""
+    """Add an entry to counts by (task, state)."""
     place = (entry.task, entry.state)
     before = tallies.get(place, Tally(0, 0.0))
     age = entry.age
     if entry.record.state is State.IN_DOUBT and entry.record.fence:
-        # Each question to the destination is a write. Asked often, a doubt would stay young and alarm nobody.
+        # Each question to the destination is a write. By its last write, a doubt that is asked about often would stay
+        # young, and cause no alarm.
         age = max(age, entry.now - entry.record.fence / MICROSECONDS)
     tallies[place] = Tally(before.intents + 1, max(before.oldest, age))
 
 
 def tallied(entries: Iterable[Entry]) -> dict[tuple[str, str], Tally]:
-    """Counts by (task, state), in bounded memory."""
+    """Return counts by (task, state), in bounded memory."""
     tallies: dict[tuple[str, str], Tally] = {}
     for entry in entries:
         count(tallies, entry)

@@ -1,14 +1,12 @@
-"""All events are emitted here, to the log and to listeners; and nothing else in the package writes to a log.
+"""Emits all events, to the log and to listeners. No other module of the package writes to a log.
 
-Listeners get no argument values, but for ``action`` of ``in_doubt``, which says which action it is. They run on a
-thread of their own: what one raises is logged and dropped, and one that blocks delays other listeners, but no task for
-longer than ``PATIENCE``. The package brings some listeners: ``celery_idem.telemetry`` and
-``celery_idem.telemetry.signals``.
+Listeners get no argument values, except ``action`` of ``in_doubt``, which says which action it is. They run in a
+separate thread. An exception of a listener is logged and dropped. A listener that blocks delays other listeners, and
+delays a task for at most ``PATIENCE``. The package has some listeners: ``celery_idem.telemetry``.
 
-The log record of an event carries ``idem_event``, ``idem_key``, ``idem_task``, ``idem_task_id``, ``idem_details``, and
-where it happened (``idem_worker``, ``idem_host``, ``idem_pid``), for formatters that write JSON. What is no event of an
-intent (a check at start-up, a listener that fails) is a diagnostic: free text on a logger of its own, which no listener
-receives.
+The log record of an event has ``idem_event``, ``idem_key``, ``idem_task``, ``idem_task_id``, ``idem_details``, and
+where it happened (``idem_worker``, ``idem_host``, ``idem_pid``), for formatters that write JSON. Other messages (a
+check at start-up, a listener that fails) are diagnostics: free text on a separate logger, which no listener receives.
 """
 
 from __future__ import annotations
@@ -30,13 +28,13 @@ _diagnostics = logging.getLogger("celery_idem.diagnostics")
 
 
 class Kind(NamedTuple):
-    """What one kind of event says.
+    """One kind of event.
 
     Attributes:
-        level: how it is logged.
-        fields: details that each such event has, and their types.
-        optional: details that only some have.
-        says: what happened, in the log.
+        level: the level of its log record.
+        fields: details of each event of this kind, and their types.
+        optional: details that only some events have.
+        says: what happened, for the log.
     """
 
     level: int
@@ -110,10 +108,10 @@ intent over."""
 LEVELS = {kind: said.level for kind, said in KINDS.items()}
 
 _MESSAGES = {kind: f"{kind} %s: {said.says} [%s]" for kind, said in KINDS.items()}
-"""A message of its own for each kind, because monitors such as Sentry group by it."""
+"""The log's message format of each kind. They differ, because monitors such as Sentry group by it."""
 
 worker: list[str] = []
-"""Name of the worker that this process belongs to, as in Celery's own events; empty where it is no worker. Its
+"""Name of the worker that this process belongs to, as in Celery's own events; empty if there is none. The worker's
 children inherit it."""
 
 _HOST = socket.gethostname()
@@ -134,22 +132,22 @@ class Event(NamedTuple):
 
     @property
     def task(self) -> str:
-        """Name of the task; "" where the key is not known."""
+        """Name of the task; "" if the key is not known."""
         return keys.task_of(self.key) or ""
 
 
 Listener = Callable[[Event], None]
 
 spans: list[Callable[[], bytes]] = []
-"""What returns the context of the current span, for the outcome that is recorded in it (``Outcome.trace``). The last
-one counts; empty: none is kept."""
+"""Functions that return the context of the current span, for ``Outcome.trace``. The last one is used. If the list is
+empty, no context is kept."""
 
 PATIENCE = 0.1
-"""Seconds that a task waits for the listeners of an event, which is long for any that only counts or queues.
-It does not wait again until they have caught up."""
+"""Seconds that a task waits for the listeners of an event. That is long for a listener that only counts or queues.
+A task does not wait again until they have caught up."""
 
 BACKLOG = 1000
-"""Events kept for listeners that fell behind. Beyond it they are dropped, which is logged once."""
+"""Events that are kept for listeners that fell behind. Any further ones are dropped, which is logged once."""
 
 _here: list[Listener] = []
 _listeners: list[tuple[Listener, Callable[[Event], bool]]] = []
@@ -158,11 +156,11 @@ _listeners: list[tuple[Listener, Callable[[Event], bool]]] = []
 def listen(
     listener: Listener, *, wants: Callable[[Event], bool] = lambda event: True, here: bool = False
 ) -> Callable[[], None]:
-    """Have ``listener`` called for every event; returns a function that stops it.
+    """Call ``listener`` for every event. Return a function that ends this.
 
     Args:
-        wants: whether an event concerns the listener. Must be quick.
-        here: call it on the thread where the event happens. Only for what cannot block: it holds up the task.
+        wants: whether the listener wants an event. It must be quick.
+        here: call the listener in the thread of the event. Only for one that cannot block, because the task waits.
     """
     if here:
         _here.append(listener)
@@ -179,7 +177,7 @@ def emit(
 
     Args:
         cause: the exception behind it; only its traceback is used, in the log.
-        repeats: the log has it already, so now at DEBUG only.
+        repeats: the log has this event already, so it is logged at DEBUG.
         details: the fields that ``KINDS`` names.
     """
     level = logging.DEBUG if repeats else LEVELS[kind]
@@ -194,7 +192,7 @@ def emit(
             **{f"idem_{name}": value for name, value in place.items()},
         }
         shown = " ".join(_shown(name, value) for name, value in {**details, **place}.items() if value != "")
-        with contextlib.suppress(Exception):  # an application's own filter; handlers catch theirs
+        with contextlib.suppress(Exception):  # of an application's own filter; handlers catch their errors
             _logger.log(level, _MESSAGES[kind], key, shown, extra=extra, exc_info=cause)
     if _here or _listeners:
         event = Event(kind, key, details)
@@ -218,21 +216,21 @@ def _place() -> dict[str, Any]:
 
 
 def diagnose(level: int, text: str, *values: object, error: BaseException | None = None) -> None:
-    """Log something that is no event of an intent, on ``celery_idem.diagnostics``.
+    """Log a message that is no event of an intent, on ``celery_idem.diagnostics``.
 
     Args:
         error: an exception whose traceback is logged.
     """
-    with contextlib.suppress(Exception):  # an application's own filter
+    with contextlib.suppress(Exception):  # of an application's own filter
         extra = {f"idem_{name}": value for name, value in _place().items()}
         _diagnostics.log(level, "celery_idem: " + text, *values, extra=extra, exc_info=error)
 
 
 class LeaveOut(logging.Filter):
-    """Leaves out single lines of another package's logger: those about a task whose id was named just before.
+    """Leaves out single lines of another package's logger: the next one about a task.
 
     Args:
-        logger: its name. A record says which task it is about in ``data["id"]``, as Celery's do.
+        logger: name of the logger. Its records have the task's id in ``data["id"]``, as Celery's do.
     """
 
     def __init__(self, logger: str) -> None:
@@ -244,10 +242,10 @@ class LeaveOut(logging.Filter):
         """Leave out the next line about this task, unless events are logged at DEBUG."""
         if self._of.isEnabledFor(logging.INFO) and not _logger.isEnabledFor(logging.DEBUG):
             self._next.add(task_id)
-            self._of.addFilter(self)  # once, however often
+            self._of.addFilter(self)  # logging adds it only once
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the line is written."""
+        """Return whether the line is written."""
         data = getattr(record, "data", None)
         task_id = data.get("id") if isinstance(data, dict) else None
         if task_id not in self._next:
@@ -261,13 +259,13 @@ def _failed(event: Event, error: BaseException) -> None:
 
 
 class _Dispatcher:
-    """Calls listeners on a thread of its own, one for each process, so that none can fail or block a task."""
+    """Calls listeners in a separate thread, one per process, so that no listener can fail or block a task."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Begin without a thread. In a forked child the thread is the parent's, and its locks may be held."""
+        """Start without a thread. A forked child does not have its parent's thread, and locks may be held there."""
         self._lock = Lock()
         self._queue: deque[tuple[Event, list[Listener], Lock]] = deque()
         self._queued = Semaphore(0)
@@ -276,7 +274,7 @@ class _Dispatcher:
         self._dropped = False
 
     def dispatch(self, event: Event, listeners: list[Listener]) -> None:
-        """Queue an event for its listeners, and wait for them for ``PATIENCE`` at most."""
+        """Queue an event for its listeners, and wait for them, at most ``PATIENCE``."""
         done = Lock()
         done.acquire()
         with self._lock:
@@ -284,7 +282,7 @@ class _Dispatcher:
                 thread = Thread(target=self._run, name="celery_idem events", daemon=True)
                 try:
                     thread.start()
-                except RuntimeError:  # no more threads: then the log alone has the event
+                except RuntimeError:  # no more threads: then only the log has the event
                     return
                 self._thread = thread
             full = len(self._queue) >= BACKLOG
@@ -306,7 +304,7 @@ class _Dispatcher:
             for listener in listeners:
                 try:
                     listener(event)
-                except BaseException as error:  # also SystemExit: it would end this thread
+                except BaseException as error:  # also SystemExit, which would end this thread
                     _failed(event, error)
             done.release()
             if not self._queue:

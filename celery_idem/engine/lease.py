@@ -1,15 +1,12 @@
-"""Keeps leases alive: one thread for each store renews all holds of this process there.
+"""Renews leases: one thread per store renews all holds of this process in that store.
 
-A lease tells every other worker to leave the intent alone until then. The body runs on its own
-thread for as long as it likes, while this thread writes the lease anew, early enough to
-survive one failed renewal: it looks every sixth of the shortest lease and
-renews what is older than that, so no lease gets older than a third before the first
-try. When the process dies, the renewals end and the lease lapses: that is why this runs
-here, and not in a process that outlives the body.
+Until its lease ends, every other worker leaves an intent alone. While the body runs in its own thread, this thread
+renews the lease, early enough to survive one failed renewal. It looks every sixth of the shortest lease, and renews
+leases that are older than that. So each lease is first renewed before it is a third old. When the process dies, the
+renewals end and the lease lapses. So this must not run in another process, which could outlive the body.
 
-A store that hangs delays the renewals of its own records only. A thread starts with the
-first hold in its store, and ends after a while without any. A forked child does not inherit
-it, and starts its own.
+A store that hangs delays only the renewals of its own records. A thread starts with the first hold in its store, and
+ends after a while without holds. A forked child does not inherit it, and starts its own.
 """
 
 from __future__ import annotations
@@ -30,29 +27,29 @@ from celery_idem.engine.claim import Hold
 from celery_idem.stores.base import PartlyError, Reply, Store
 
 LOOKS_PER_LEASE = 6
-"""Looks per lease. Renewing at a third at the latest leaves two more tries before it lapses."""
+"""Looks per lease. The first renewal is at a third of the lease, which leaves time for two more tries."""
 
 LONGEST_SLEEP = 5.0
-"""Seconds between looks at most: a sixth of the default lease."""
+"""The longest time between looks, in seconds: a sixth of the default lease."""
 
 SHORTEST_SLEEP = 0.01
-"""Seconds between looks at least, so that a tiny lease does not become a busy loop."""
+"""The shortest time between looks, in seconds, so that a tiny lease does not cause a busy loop."""
 
 IDLE_LOOKS = 12
-"""Looks with nothing to renew after which a thread ends: a minute. Starting one takes 0.1 ms."""
+"""Number of looks without holds after which a thread ends: a minute. Starting a thread takes 0.1 ms."""
 
 
 class Renewals:
-    """Renews holds of one store together, and compares the store's clock with this process' meanwhile."""
+    """Renews holds of one store together, and compares the store's clock with the clock of this process."""
 
     def __init__(self) -> None:
         self._stepped = 0.0
 
     def renew(self, store: Store, holds: Sequence[Hold]) -> None:
-        """In one round trip, where the store can.
+        """Renew holds, in one round trip if the store can.
 
         Raises:
-            StoreError: some could not be renewed. The others are.
+            StoreError: some could not be renewed. The others are renewed.
         """
         offered = [(hold, change) for hold in holds if (change := hold.renewal()) is not None]
         if not offered:
@@ -73,42 +70,41 @@ class Renewals:
             except StoreError as error:
                 if not error.key:
                     raise
-                failed = error  # the store answered, with something that is no record: the others go on
+                failed = error  # the store answered with a value that is no record; go on with the others
         if failed is not None:
             raise failed
 
     def _compare_clocks(self, hold: Hold, reply: Reply, before: float) -> None:
-        """Between two writes of a hold as much time should have passed in the store as here."""
+        """Emit an event if the time between two writes of a hold is not the same in the store and here."""
         assert hold.written is not None
         assert reply.stored is not None
         there = reply.stored.stamp - hold.written.stamp
         ahead = there - (clock.elapsed() - hold.written_at) * MICROSECONDS
-        back = (before - hold.written_at) * MICROSECONDS if there == 1 else 0.0  # or more: 1 hides how much
+        back = (before - hold.written_at) * MICROSECONDS if there == 1 else 0.0  # at least; 1 hides how much
         by = ahead if ahead > protocol.STEP else -back if back > protocol.STEP else 0.0
-        if by and by * self._stepped <= 0:  # once, and not at every renewal until it is over
+        if by and by * self._stepped <= 0:  # once, and not at every renewal
             events.emit("clock_stepped", hold.key, by=round(by / MICROSECONDS, 1), store=hold.store.url)
         self._stepped = by
 
 
 class _Watched(NamedTuple):
-    """A hold whose body runs, and how often it is looked at, in seconds."""
+    """A hold whose body runs, and the seconds between looks at it."""
 
     hold: Hold
     every: float
 
 
 class _Keeper:
-    """The renewing thread of one store, and the holds it looks after.
+    """The renewing thread of one store, and the holds that it renews.
 
-    No call of a body's thread waits for a lock here, unless the thread has to be started. The order
-    keeps a hold from being overlooked: it is put among the watched first, and after that its thread looks
-    whether the renewing thread sleeps too long for it, or has ended. The renewing thread does the reverse: it
-    states how long it will sleep, or that it has ended, after it looked at what is watched, and where it
-    stated that too early it looks again.
+    A body's thread does not wait for a lock here, unless it has to start the renewing thread. No hold is overlooked,
+    because the order of writes and reads is this. A body's thread first adds its hold to ``watched``. Then it reads
+    whether the renewing thread sleeps too long, or has ended. The renewing thread first writes that it sleeps, or has
+    ended. Then it reads ``watched``, and corrects what it wrote.
     """
 
     def __init__(self, collected: weakref.ref[Store]) -> None:
-        self.collected = collected  # kept, so that its callback is
+        self.collected = collected  # kept, because otherwise its callback is not called
         self.watched: dict[int, _Watched] = {}
         self._renewals = Renewals()
         self._thread: threading.Thread | None = None
@@ -135,7 +131,7 @@ class _Keeper:
         while idle < IDLE_LOOKS or not self._ended():
             began = clock.elapsed()
             self._wake.clear()
-            self._sleep = math.inf  # a hold that comes after the next line wakes this thread
+            self._sleep = math.inf  # a hold that is added after the next line wakes this thread
             watched = list(self.watched.values())
             self._sleep = min((one.every for one in watched), default=LONGEST_SLEEP)
             idle = 0 if watched else idle + 1
@@ -143,7 +139,7 @@ class _Keeper:
             self._wake.wait(max(0.0, began + self._sleep - clock.elapsed()))
 
     def _ended(self) -> bool:
-        """End, unless a claim has come meanwhile."""
+        """Note that the thread has ended, unless a hold was added meanwhile."""
         with self._starting:
             thread, self._thread = self._thread, None
             if self.watched:
@@ -156,7 +152,7 @@ class _Keeper:
         try:
             self._renewals.renew(due[0].store, due)
         except StoreError as error:
-            # Tried again at the next look. ``Claim.lost`` tells the body when it is too late.
+            # It is tried again at the next look. The body sees in ``Claim.lost`` when it is too late.
             events.emit("store_error", due[0].key, error=str(error), while_="renewing", leases=len(due))
         except Exception as error:
             events.diagnose(logging.ERROR, "renewing %d leases failed; trying again", len(due), error=error)
@@ -186,11 +182,11 @@ class Renewer:
         return keepers.setdefault(number, _Keeper(weakref.ref(store, lambda _: keepers.pop(number, None))))
 
     def unwatch(self, hold: Hold) -> None:
-        """The hold has ended."""
+        """Renew this hold no more."""
         keeper = self._keepers.get(id(hold.store))
         if keeper is not None:
             keeper.watched.pop(id(hold), None)
 
 
 RENEWER = Renewer()
-"""One for the whole process, whatever number of applications and stores it works with."""
+"""One for the whole process, for all its applications and stores."""

@@ -1,4 +1,4 @@
-"""All intents of a namespace: claiming one, and what operators do with them.
+"""All intents of a namespace: claims, and the operations of operators and recovery.
 
 An execution that has claimed an intent writes its record through its ``Hold``.
 """
@@ -48,19 +48,19 @@ from celery_idem.engine.entries import FILTERS, OPEN, Entry, Tally, states, tall
 from celery_idem.stores.base import Announcement, Change, Creation, Mark, NoIndexError, Reply, Store
 
 SHADOW = "~shadow"
-"""What the namespace of shadow records has behind it; a namespace itself ends before the colon."""
+"""Suffix of the namespace of shadow records."""
 
 DAY = 86_400.0
-"""Seconds; what ``result_ttl`` is where no setting says otherwise."""
+"""Seconds: the default of ``result_ttl``."""
 
 
 REMEMBERED = 50_000
-"""Keys, at least, that a listing remembers: 15 MB at most. Redis repeats a key within the part of its table that it
-is about to merge, so soon; where a cluster moves slots the whole listing is repeated."""
+"""Keys that a list remembers at least, to return each once. They take 15 MB at most. Redis repeats a key soon, while it
+merges parts of its table. When a cluster moves slots, the whole list is repeated."""
 
 
 MARKS = 100
-"""Corrections of the index that a listing collects before it writes them."""
+"""Corrections of the index that a list collects before it writes them."""
 
 
 def _nothing() -> None:
@@ -79,21 +79,21 @@ def _each_once(found: Iterator[Entry]) -> Iterator[Entry]:
 
 
 Resealed = Literal["current", "resealed", "running"]
-"""What became of a record: all of it is sealed with the newest key, now it is, or its execution writes it itself."""
+"""What became of a record: it was sealed with the newest key before, or is now, or its execution will write it."""
 
 
 Teller = Callable[[str, bytes], Callable[[], object] | None]
-"""From a key and a packed call to what publishes it; None where that cannot be published."""
+"""From a key and a packed call to a function that publishes it; None if it cannot be published."""
 
 
 class Ledger:
     """All intents of one namespace in one store.
 
     Args:
-        store: where they are.
+        store: store of the records.
         namespace: applications with different namespaces do not see each other.
         codec: how results are written.
-        result_ttl: seconds to keep an outcome that a person gives, by the task's name.
+        result_ttl: from a task's name to the seconds for which an outcome is kept that a person gives.
     """
 
     def __init__(
@@ -110,17 +110,17 @@ class Ledger:
         self.result_ttl = result_ttl
         self.codec = codec or Codec()
         self.teller: Teller = lambda key, call: None
-        """How the caller of an intent that was decided by hand gets its answer."""
+        """Answers the caller of an intent that a person decided."""
 
     def shadow(self) -> Ledger:
-        """The same place, with records of its own that no claim here ever sees."""
+        """Return the ledger of shadow records, which no claim of this ledger can see."""
         twin = Ledger(self.store, self.namespace, self.codec, self.result_ttl)
         twin._prefix = f"{self.namespace}{SHADOW}:"
         twin._is_shadow = True
         return twin
 
     def inside(self, connection: Any) -> Ledger:
-        """The same intents, in a transaction of the author's connection.
+        """Return the same ledger in the transaction of the author's connection.
 
         Raises:
             ConfigurationError: that database does not have the records, or no transaction is open.
@@ -132,14 +132,14 @@ class Ledger:
     def claim(
         self, key: str, request: Request, also: Announcement | None = None
     ) -> tuple[Decision, Hold | None]:
-        """Claim an intent; the second part is there for ``Acquired`` and ``Ask``.
+        """Claim an intent. With ``Acquired`` and ``Ask``, there is a hold.
 
         Args:
             also: what to write and publish in the same step. The hold's ``announced`` says whether that was done.
 
         Raises:
-            StoreError: whether the claim was written is unknown. The owner in
-                ``request`` tells: carry it along.
+            StoreError: it is unknown whether the claim was written. A later claim that carries the owner of
+                ``request`` finds out.
         """
         new, name = protocol.fresh(request), self._prefix + key
         before, late, announced = clock.elapsed(), False, False
@@ -158,7 +158,7 @@ class Ledger:
             reply = self.store.create(name, pack(new), None, protocol.due(new, request.policy))
         if reply.done:
             assert reply.stored is not None
-            # A first claim's fence is its creation.
+            # The fence of a first claim is the stamp of its creation.
             record = new._replace(fence=new.fence or reply.stored.stamp)
             hold = Hold(self.store, name, key, request, reply.stored, record, before)
             if announced:
@@ -177,7 +177,7 @@ class Ledger:
         stored = reply.stored
         if isinstance(decision, (Acquired, Ask)):
             assert stored is not None
-            # Deleted in between and created: the fence is again its creation.
+            # It may have been deleted meanwhile, and created here: then the fence is again that stamp.
             record = (
                 decision.record if decision.record.fence else decision.record._replace(fence=stored.stamp)
             )
@@ -191,16 +191,16 @@ class Ledger:
         return decision, None
 
     def accept(self, key: str, request: Request, wait: int) -> tuple[Decision | Accepted | None, Entry]:
-        """Accept a call before it is published, or say what is known of its intent. See ``protocol.accept``.
+        """Accept a call before it is published, or return what is known of its intent. See ``protocol.accept``.
 
         Args:
-            wait: microseconds until recovery publishes it, unless a worker has it by then.
+            wait: microseconds until recovery publishes it, unless a worker has claimed it.
 
         Returns:
-            The decision, and what stands in the store.
+            The decision, and the stored record.
 
         Raises:
-            StoreError: whether it was accepted is unknown.
+            StoreError: it is unknown whether the call was accepted.
         """
         new, item = self._accepting(key, request, wait)
         return self._accepted(key, request, wait, new, self.store.create(*item))
@@ -208,13 +208,13 @@ class Ledger:
     def accept_many(
         self, calls: Sequence[tuple[str, Request, int]]
     ) -> list[tuple[Decision | Accepted | None, Entry] | StoreError]:
-        """As ``accept`` of each, with one write for all that are new.
+        """As ``accept`` for each call, with one write for all new ones.
 
         Args:
             calls: key, request and ``wait`` of each.
 
         Returns:
-            In order, what ``accept`` returns or raises.
+            What ``accept`` returns or raises, in order.
 
         Raises:
             StoreError: it is unknown which of them were accepted.
@@ -230,7 +230,7 @@ class Ledger:
             if isinstance(reply, StoreError):
                 answers.append(reply)
                 continue
-            if new.owner != request.owner:  # the same action once more
+            if new.owner != request.owner:  # an earlier call is the same action
                 new = protocol.accepted(request, wait)
                 reply = reply._replace(done=False)
             try:
@@ -246,14 +246,14 @@ class Ledger:
     def _accepted(
         self, key: str, request: Request, wait: int, new: Record, reply: Reply
     ) -> tuple[Decision | Accepted | None, Entry]:
-        """Decide on what stands there after ``new`` was to be created."""
+        """Decide after the try to create ``new``."""
         decision: Decision | Accepted | None = Accepted(new)
         if not reply.done:
 
             def decide(record: Record | None, stamp: int, now: int) -> tuple[Any, Record | None]:
                 if record is None:
                     return Accepted(new), new
-                if record.owner == request.owner:  # the reply to the first write got lost
+                if record.owner == request.owner:  # the reply to the first write was lost
                     return Accepted(record), None
                 return protocol.accept(record, stamp, now, request, wait)
 
@@ -265,34 +265,36 @@ class Ledger:
         return decision, Entry(key, record, reply.stored.stamp, reply.now)
 
     def sent(self, key: str, owner: bytes, wait: int) -> None:
-        """Say when recovery has to look at an accepted call, now that it is known what became of its message."""
+        """Set when recovery looks at an accepted call, once it is known whether its message was sent."""
         self._write(key, lambda record: protocol.sent(record, owner, wait))
 
     def withdraw(self, key: str, owner: bytes) -> None:
-        """Nothing was published of a call that had been accepted, and nothing will be: it was never there."""
+        """Delete the record of an accepted call that was not published, and cannot be."""
 
-        def gone(record: Record) -> Record | None:
+        def delete(record: Record) -> Record | None:
             return DELETED if record.owner == owner and record.state is State.ACCEPTED else None
 
-        self._write(key, gone, Policy(0, 0, 0))
+        self._write(key, delete, Policy(0, 0, 0))
 
     def unwritten(self, key: str, request: Request) -> Hold:
-        """A hold that was not written, or may not have been: for a body that runs without a store,
-        and to release a claim whose reply got lost."""
+        """Return a hold that may not be in the store.
+
+        It is for a body that runs without a store, and to release a claim whose reply was lost.
+        """
         name, fresh = self._prefix + key, protocol.fresh(request)
         return Hold(self.store, name, key, request, None, fresh, math.inf)
 
     # --- for operators --------------------------------------------------------------
 
     def get(self, key: str) -> Entry | None:
-        """One intent; None when nothing is stored under the key."""
+        """Return one intent; None if nothing is stored under the key."""
         reply = self.store.read(self._prefix + key)
         if reply.stored is None:
             return None
         return Entry(key, _read(key, reply.stored), reply.stored.stamp, reply.now)
 
     def look(self, key: str) -> Entry | None:
-        """As ``get``, and cheaper where there is nothing, or an outcome: then the time does not matter."""
+        """As ``get``, and cheaper if there is nothing, or an outcome, because then the store's time does not matter."""
         stored = self.store.peek(self._prefix + key)
         if stored is None:
             return None
@@ -302,17 +304,17 @@ class Ledger:
     def list(
         self, state: str | None = None, task: str | None = None, tick: Callable[[], object] | None = None
     ) -> Iterator[Entry]:
-        """Intents, in no order and in bounded memory, each once.
+        """Return intents, in no order and in bounded memory, each once.
 
-        A server may name a key again while its table shrinks or its slots move; it is left out where it was
-        among the latest ``REMEMBERED`` keys, which is where such repetitions are.
+        A server may return a key twice while its table shrinks or its slots move. The second one is left out if the key
+        is among the latest ``REMEMBERED`` ones, as such repetitions are.
 
         Args:
-            state: only those in this state (``"in_doubt"``, ``"lapsed"``, …), or in one of a group of states:
-                ``"waiting"`` for a person, ``"open"`` for a worker or a person. What is open is read from the index;
-                any other listing reads every record.
+            state: only those in this state (``"in_doubt"``, ``"lapsed"``, …), or in a group of states: ``"waiting"``
+                for a person, or ``"open"`` for a worker or a person. Open states are read from the index. Any other
+                list reads every record.
             task: only those of this task.
-            tick: called for every record that is read, wanted or not. What it raises ends the listing.
+            tick: called for every record that is read, wanted or not. An exception of it ends the list.
 
         Raises:
             IdempotencyError: there is no such state.
@@ -342,7 +344,7 @@ class Ledger:
                 yield entry
 
     def _entry(self, name: str, stored: Stored, now: int) -> Entry | None:
-        """None for what is no record of ours, or of a newer version; ``get`` raises for it."""
+        """Return an entry; None for a value that is no record, or of a newer version. ``get`` raises for those."""
         key = name.removeprefix(self._prefix)
         try:
             return Entry(key, _read(key, stored), stored.stamp, now)
@@ -350,13 +352,13 @@ class Ledger:
             return None
 
     def stats(self, state: str | None = None) -> dict[tuple[str, str], Tally]:
-        """How many intents stand in which state, by (task, state), in bounded memory. See ``list``."""
+        """Return counts of intents by (task, state), in bounded memory. See ``list``."""
         return tallied(self.list(state))
 
     # --- the index of what is open ------------------------------------------------------
 
     def reindex(self, tick: Callable[[], object] | None = None) -> int:
-        """Rebuild the index of what is open from the records; how many are open. Reads every record.
+        """Rebuild the index of what is open from the records. Return the number of open ones. Reads every record.
 
         Args:
             tick: called for every record that is read.
@@ -367,7 +369,7 @@ class Ledger:
         return sum(1 for _ in self._rebuilt(self._prefix, 0, tick or _nothing, strict=True))
 
     def _open(self, prefix: str, now: int, tick: Callable[[], object]) -> Iterator[Entry]:
-        """Open intents, the earliest due first. Where the index is missing: in no order, while it is rebuilt."""
+        """Return open intents, the earliest due first. A missing index is rebuilt, and they come in no order."""
         try:
             for entry in self._listed(prefix, now):
                 tick()
@@ -376,10 +378,10 @@ class Ledger:
             yield from self._rebuilt(prefix, now, tick)
 
     def _listed(self, prefix: str, now: int, before: int | None = None) -> Iterator[Entry]:
-        """Open intents as the index has them. The records count: an entry that is wrong is corrected.
+        """Return open intents by the index. The records decide, and wrong entries of the index are corrected.
 
         Args:
-            before: only those that are due by then.
+            before: only those that are due by this time.
         """
         marks = []
         for name, at, stored in self.store.open(prefix, before):
@@ -387,7 +389,7 @@ class Ledger:
             if stored is not None:
                 entry = self._entry(name, stored, now)
                 if entry is None:
-                    continue  # perhaps of a newer version: another worker needs the entry
+                    continue  # it may be of a newer version, and another worker needs the index's entry
                 stamp, due = stored.stamp, protocol.due(entry.record)
                 if due is not None and (before is None or stamp + due <= before):
                     yield entry
@@ -401,10 +403,10 @@ class Ledger:
     def _rebuilt(
         self, prefix: str, now: int, tick: Callable[[], object], strict: bool = False
     ) -> Iterator[Entry]:
-        """Open intents from a scan of all records, while the index is built of them.
+        """Return open intents from a scan of all records, and build the index meanwhile.
 
         Args:
-            strict: raise where the index cannot be written. Otherwise a user who may only read gets the intents.
+            strict: raise if the index cannot be written. Otherwise a user who may only read gets the intents.
         """
         writes = True
         for name, stored in self.store.scan(self._prefix):
@@ -441,22 +443,22 @@ class Ledger:
         keep: float | None = None,
         dry_run: bool = False,
     ) -> Entry:
-        """Settle an intent in doubt by hand. Audited in the record.
+        """Settle an intent in doubt by a person's decision. The record keeps the decision.
 
-        What happened is also answered to the caller who was told that it is unknown, or nothing: its call is published
-        once more, as a duplicate. Should this end in between, the same decision once more does it.
+        If it happened, the original caller gets that answer too, although it was told that the effect is unknown. Its
+        call is published once more, as a duplicate. If this is interrupted before that, repeat the same decision.
 
         Args:
             by: who decides.
             evidence: what they saw.
-            fence: that of the record they looked at: evidence on one attempt says nothing of a
-                later one. None: the attempt that stands there now.
+            fence: fence of the record that they looked at, because evidence about one attempt says nothing about a
+                later one. None: the attempt that is stored now.
             keep: seconds to keep the outcome; None: the task's ``result_ttl``.
             dry_run: write nothing; return what it would be, or raise.
 
         Raises:
-            IdempotencyError: there is no such intent, an execution has it right now, its
-                outcome is known already, or its fence is another one.
+            IdempotencyError: there is no such intent, an execution holds it, its outcome is known, or its fence is
+                another one.
         """
         if keep is None:
             keep = self.result_ttl(keys.task_of(key) or key)
@@ -471,19 +473,21 @@ class Ledger:
             if record is None:
                 return Refused(None), None
             if fence is None:
-                fence = record.fence  # not that of an attempt that begins while this decision is written
+                fence = (
+                    record.fence
+                )  # fixed here, because another attempt may begin while this decision is written
             note = Note(now, by, what, evidence, resolution=resolution)
             tell = self.teller(key, record.call) if outcome is not None and record.call else None
             done, new = protocol.resolve(record, stamp, now, outcome, note, fence, tell is not None)
             return done, None if dry_run else new
 
-        # A decision that writes nothing sealed needs no key: a lost key must not keep a person from deciding.
+        # A decision that writes no value needs no seal key, so that a person can decide although the key is lost.
         done, reply = self._change(key, decide, policy, check=outcome is not None)
         if isinstance(done, Refused):
             if done.record is None:
                 raise self._no_intent(key)
             if outcome is not None and done.record.outcome == outcome and tell is not None and not dry_run:
-                self.tell(key, tell, policy)  # decided before, and then it ended
+                self.tell(key, tell, policy)  # it was decided before, and interrupted before this
             if fence not in (None, done.record.fence):
                 raise _taken_up(key, fence, done.record)
             mark = done.record.noticed
@@ -508,17 +512,19 @@ class Ledger:
         return Entry(key, done.record, reply.stored.stamp, reply.stored.stamp)
 
     def tell(self, key: str, publish: Callable[[], object], policy: Policy) -> None:
-        """Publish the call of an intent that was decided by hand: its caller gets the outcome. Then it is dropped.
+        """Publish the call of an intent that a person decided, so that its caller gets the outcome. Then drop the call.
 
         Raises:
-            IdempotencyError: the broker did not take it. The outcome stands.
+            IdempotencyError: the broker did not take the message. The outcome stays.
         """
         publish()
         self._write(key, protocol.told, policy)
 
     def cancel(self, key: str, *, by: str, evidence: str = "", fence: int | None = None) -> Entry:
-        """Cancel an action. What has not begun will not run, and its callers are told so. What runs is asked to stop
-        (``self.claim.cancelled``): whether it had its effect by then, only its end tells. Audited in the record.
+        """Cancel an action, by a person's decision. The record keeps the decision.
+
+        An action that has not begun will not run, and its callers receive ``Cancelled``. A body that runs is asked to
+        stop (``self.claim.cancelled``). Only its end tells whether it had its effect by then.
 
         Args:
             by: who cancels.
@@ -566,18 +572,18 @@ class Ledger:
         return IdempotencyError(f"There is no intent {key} in {self.store.url}.", key)
 
     def forget(self, key: str, steps: bool = False, fence: int | None = None) -> bool:
-        """Let an intent run again, whatever its state: the next call with this key runs.
+        """Let an intent run again, in whatever state it is: the next call with this key runs.
 
-        Finished steps of an action that is not done stay, and with them the values of ``must_match``:
-        the next call does not run those steps again. An execution under way keeps its hold: its next
-        renewal or its outcome writes the record anew.
+        Finished steps of an action that is not done stay, with the values of ``must_match``, so the next call does not
+        run those steps again. An execution under way keeps its hold: its next renewal or its outcome restores the
+        record.
 
         Args:
-            steps: forget finished steps too: they run again.
-            fence: that of the record that was looked at; None: whatever stands there now.
+            steps: forget finished steps too, so that they run again.
+            fence: fence of the record that the person looked at; None: the one that is stored now.
 
         Returns:
-            False when there was none.
+            False if there was no record.
 
         Raises:
             IdempotencyError: its fence is another one.
@@ -589,20 +595,20 @@ class Ledger:
                 raise _taken_up(key, fence, record)
             if record is not None:
                 return True, protocol.forget(record, stamp, now, steps) or DELETED
-            if stamp:  # no record: forgetting is what helps
+            if stamp:  # the value is no record, and deleting it helps
                 events.diagnose(logging.WARNING, "what was forgotten at %s was no record", key)
                 return True, DELETED
             return False, None
 
-        there: bool = self._change(key, decide, Policy(0, result_ttl=keep, failure_ttl=keep), lenient=True)[0]
-        if there:
+        found: bool = self._change(key, decide, Policy(0, result_ttl=keep, failure_ttl=keep), lenient=True)[0]
+        if found:
             events.emit("forgotten", key)
-        return there
+        return found
 
     def note_shadow(
         self, key: str, would: Would, reason: str, differs: tuple[str, ...], request: Request
     ) -> None:
-        """Note in a shadow record what a guard would have done with a call."""
+        """Note in a shadow record what the guard would have done with a call."""
 
         def decide(record: Record | None, stamp: int, now: int) -> tuple[None, Record | None]:
             if record is None:
@@ -617,13 +623,14 @@ class Ledger:
         """Seal an intent's record with the newest key.
 
         Args:
-            entry: as it was read.
+            entry: the intent as it was read.
             policy: says how long an outcome is kept.
             dry_run: write nothing.
             lost: see ``sealing.resealed``.
 
         Raises:
-            StoreError: the store did not answer; with a key: the record is sealed with a key that is not here.
+            StoreError: the store did not answer. If the error names a key: this process does not have the record's
+                seal key.
         """
         seal = self.codec.seal
         if seal is None:
@@ -640,35 +647,35 @@ class Ledger:
                 return Refused(record), None
             new = protocol.rewritten(sealing.resealed(record, seal, key, lost), stamp, now)
             verdict = "running" if new is None else "resealed"
-            return Refused(new), None if dry_run else new  # refused: what is left of its time stays
+            return Refused(new), None if dry_run else new  # Refused, so that the record does not live longer
 
         self._change(key, decide, policy)
         return verdict
 
     def purge(self, batch: int = 1000) -> int:
-        """Delete what has expired, in batches; how many. Redis expires by itself: 0."""
+        """Delete expired records, in batches, and return their number. Redis does that itself: 0."""
         total = 0
         while True:
-            gone = self.store.purge(batch)
-            total += gone
-            if gone < batch:
+            deleted = self.store.purge(batch)
+            total += deleted
+            if deleted < batch:
                 return total
 
     def lapse(self, key: str, holder: bytes) -> None:
-        """The process that minted this owner is known to be dead: end what it holds."""
+        """End the hold of an owner whose process is known to be dead."""
         self._write(key, lambda record: protocol.lapse(record, holder))
 
     def revoked(self, key: str, task_id: str, policy: Policy) -> None:
-        """Celery has dropped the message of this task. See ``protocol.revoked``."""
+        """Note that Celery has dropped the message of this task. See ``protocol.revoked``."""
         self._write(key, lambda record: protocol.revoked(record, task_id), policy)
 
     def died(
         self, key: str, owner_prefix: bytes, task_id: str, policy: Policy, again: int
     ) -> tuple[Verdict | None, Record | None]:
-        """A process is known to be dead: end what it held. See ``protocol.died``.
+        """End the hold of a dead process. See ``protocol.died``.
 
         Returns:
-            What to tell the caller of the message it was working on, and the record as it is now.
+            What to do with the message that it was working on, and the record as it is now.
         """
 
         def decide(record: Record | None, stamp: int, now: int) -> tuple[Any, Record | None]:
@@ -681,7 +688,7 @@ class Ledger:
     # --- for recovery -----------------------------------------------------------------
 
     def overdue(self, limit: int | None = None) -> Iterator[Entry]:
-        """Open intents that recovery has to look at now, the longest overdue first; None: all of them."""
+        """Return open intents that recovery has to look at now, the longest overdue first. ``limit`` None: all."""
         now = self.store.read(self._prefix).now
         try:
             yield from islice(_each_once(self._listed(self._prefix, now, now)), limit)
@@ -696,13 +703,14 @@ class Ledger:
         policy: Policy,
         elsewhere: Callable[[Record], bool] = lambda record: False,
     ) -> Publish | Tell | None:
-        """Take an overdue intent: its call is then published, or its caller told, by this process alone. See
-        ``protocol.recover``.
+        """Take an overdue intent, so that only this process publishes its call, or tells its caller.
+
+        See ``protocol.recover``.
 
         Raises:
-            StoreError: the store did not answer; with a key: what the record holds cannot be read here.
+            StoreError: the store did not answer. If the error names a key: this process cannot read the record.
         """
-        jitter = randrange(protocol.JITTER)  # noqa: S311  # to tell two processes apart
+        jitter = randrange(protocol.JITTER)  # noqa: S311  # tells two processes apart
 
         def decide(
             record: Record | None, stamp: int, now: int
@@ -718,11 +726,11 @@ class Ledger:
         return taken
 
     def answered(self, key: str, taken: Tell) -> None:
-        """The caller of an intent that ``recover`` had given up was told so."""
+        """Note that the caller of an intent in doubt, which ``recover`` returned, has an answer."""
         self._write(key, lambda record: protocol.answered(record, taken.record))
 
     def not_published(self, key: str, taken: Publish) -> None:
-        """The broker did not take the call of an intent that ``recover`` had taken."""
+        """Note that the broker did not take the call of an intent that ``recover`` has taken."""
         self._write(key, lambda record: protocol.not_published(record, taken.record))
 
     def _change(
@@ -734,21 +742,21 @@ class Ledger:
         return decision, reply
 
     def _write(self, key: str, new: Callable[[Record], Record | None], policy: Policy | None = None) -> None:
-        """Replace what stands there by what ``new`` makes of it; nothing where it is None, or where nothing stands."""
+        """Replace a record by ``new`` of it, unless that is None, or there is no record."""
         self._change(key, lambda record, stamp, now: (None, record and new(record)), policy)
 
     def _check(self, key: str) -> Callable[[Record], object]:
-        """What refuses a record that is sealed with a key that is not here."""
+        """Return a check that refuses a record whose seal key this process does not have."""
         return lambda record: sealing.check(self.codec.seal, record, key)
 
     # --- values -----------------------------------------------------------------------
 
     def outcome_of(self, value: Any, key: str) -> Outcome:
-        """A value as an outcome; one without payload, and the reason, when it cannot be stored."""
+        """Return a value as an outcome. If it cannot be stored, the outcome has the reason instead of a payload."""
         return self.encode(value, key)[0]
 
     def encode(self, value: Any, key: str) -> tuple[Outcome, Any]:
-        """The same, and what every caller gets: what is stored, as it will be read."""
+        """Return a value as an outcome, and the value that every caller gets: the stored one, as it will be read."""
         try:
             payload, shown = self.codec.kept(value, key)
         except NotStorable as why:

@@ -1,8 +1,7 @@
 """Owner tokens: minted per execution, never per process.
 
-12 bytes: 4 that all children of one worker share, 3 of process id, 5 random. Only
-the process that holds the token may settle. The first 7 tell a worker's main process which
-records a dead child of its own was holding.
+A token has 12 bytes: 4 that all children of one worker share, 3 of the process id, and 5 random ones. Only the process
+that has the token may settle. By the first 7, a worker's main process finds what a dead child was holding.
 """
 
 from __future__ import annotations
@@ -10,13 +9,13 @@ from __future__ import annotations
 import os
 
 _NEST = os.urandom(4)
-"""Made once in a worker's main process and inherited by its forked children. It only
-groups owners; what makes one unique is the random part."""
+"""Made once in a worker's main process, and inherited by its forked children. It only groups owners. The random bytes
+make each of them unique."""
 
 _PID_BYTES = 3  # Linux process ids stay below 2**22
 
 _mine = [b""]
-"""The prefix of this process; a list, so that a forked child can put its own in."""
+"""The prefix of this process. A list, so that a forked child can replace it."""
 
 
 def _new_prefix() -> None:
@@ -24,24 +23,27 @@ def _new_prefix() -> None:
 
 
 def prefix(pid: int | None) -> bytes:
-    """What owners minted in a process of this worker begin with.
+    """Return the beginning of the owners that a process of this worker mints.
 
     Args:
-        pid: the process; None where it is not known: any process of this worker.
+        pid: the process; None: any process of this worker.
     """
     return _NEST if pid is None else _NEST + (pid & 0xFFFFFF).to_bytes(_PID_BYTES, "big")
 
 
 def mint() -> bytes:
-    """A new owner. 40 random bits tell apart executions of one intent in one process:
-    there are a handful of them, so a collision is a matter of 1e-12 at most."""
+    """Return a new owner.
+
+    40 random bits only have to differ among the executions of one intent in one process. There are a handful of them,
+    so the chance of a collision is 1e-12 at most.
+    """
     return _mine[0] + os.urandom(5)
 
 
 def known_dead(owner: bytes) -> bool:
-    """True when the process that minted it was of this worker, and is no more.
+    """Whether the process that minted an owner belonged to this worker, and does not exist any more.
 
-    A process of another worker, or one that cannot be asked about, is not known to be dead.
+    Of other workers' processes, and of one that the system does not tell about, this is not known.
     """
     if owner[:4] != _NEST:
         return False

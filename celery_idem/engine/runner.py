@@ -1,7 +1,7 @@
-"""Claim, body, settle: the policy of one execution. Knows nothing of Celery.
+"""Runs one execution: claim, body, settle. Knows nothing of Celery.
 
-What it needs of the world outside comes in a ``Job``: the body, how to read its
-exceptions, and how to wait. ``celery_idem.integration.task`` makes jobs of Celery's requests.
+A ``Job`` has what is specific to Celery: the body, the meaning of its exceptions, and how to wait.
+``celery_idem.integration.delivery`` makes jobs from Celery's requests.
 """
 
 from __future__ import annotations
@@ -58,26 +58,26 @@ from celery_idem.stores.base import Announcement
 T = TypeVar("T")
 
 EXIT_PATIENCE = 0.0
-"""Seconds to keep trying to write "in doubt" when the process must exit: Celery
-kills it 0.1 s later, and a record left RUNNING says the same once its lease lapses."""
+"""Seconds to keep trying to write "in doubt" when the process must exit. Celery kills it 0.1 s later, and a record that
+is left RUNNING means the same once its lease lapses."""
 
 MAX_CARRIED = 16
-"""Owners a message carries along after lost replies. Beyond it the oldest is dropped:
-should that claim have been applied after all, the intent ends in doubt, not twice."""
+"""Owners that a message carries after lost replies. If there are more, the oldest is dropped. If its claim was applied
+after all, the intent ends in doubt, and does not run twice."""
 
 
 MAX_HANGING = 4
-"""Questions of one task that may hang past ``ask_timeout`` in a process. Each is a thread for as long as the
-destination hangs; when four of them get no answer, another would not either, and is not asked."""
+"""Questions of one task that may hang past ``ask_timeout`` in a process. Each takes a thread while the destination
+hangs. When four of them have no answer, another one would not get one either, and is not asked."""
 
 BUSY = "in progress"
-"""What a waiting duplicate says, for people."""
+"""Why a duplicate waits, for people."""
 
 SIGNALS = (
     Raised.RETRY, Raised.DOUBTFUL_RETRY, Raised.REPLACED, Raised.IGNORE, Raised.SAID_DONE, Raised.SAID_FAILED,
     Raised.REJECT,
 )  # fmt: skip
-"""What a body raises to tell Celery something, and not because something went wrong."""
+"""Exceptions that tell Celery something. No error has happened."""
 
 
 class Why(Enum):
@@ -90,13 +90,13 @@ class Why(Enum):
 
 
 class Options(NamedTuple):
-    """The author's choices the runner needs.
+    """The author's choices that the runner needs.
 
     Attributes:
-        policy: those that the protocol needs as well.
-        on_store_error: what a store that does not answer before the body means.
+        policy: the choices that the protocol needs.
+        on_store_error: what to do if the store does not answer before the body.
         patience: seconds to keep trying to write an outcome.
-        ask_timeout: seconds a destination may take to answer.
+        ask_timeout: seconds that a destination may take to answer.
         no_effect_errors: exceptions that prove that nothing happened.
     """
 
@@ -125,12 +125,12 @@ class Job(ABC):
     """What to write and publish together with the claim."""
 
     due = 0.0
-    """When the call was due, of a message that may have been here before: seconds since 1970; 0: it was not, or that is
-    not known."""
+    """When the call was due, in seconds since 1970, if its message may have been delivered before; 0: it was not, or
+    that is not known."""
 
     waited = 0
     entered = False
-    """Set by ``body`` just before the author's code: until then, nothing ran."""
+    """Set by ``body`` just before the author's code. Until then, nothing ran."""
 
     @abstractmethod
     def body(self, hold: Hold) -> Any:
@@ -138,92 +138,93 @@ class Job(ABC):
 
     @abstractmethod
     def kind_of(self, error: BaseException) -> Raised:
-        """What kind of exception left the body."""
+        """Return the kind of an exception that left the body."""
 
     def causes_of(self, error: BaseException) -> tuple[BaseException, ...]:
-        """The errors that say what happened: of a retry, those because of which it was asked for."""
+        """Return the errors that say what happened: for a retry, the errors that caused it."""
         return (error,)
 
     def returned(self, value: Any) -> None:
-        """The body published something to be run later, and returned. Raises where that is what counts."""
+        """Handle the return of a body that has published a retry. Raises the retry if it counts, and not the value."""
 
     def raised(self, error: BaseException) -> BaseException:
-        """The same of a body that raised: what counts as its error."""
+        """Return the error that counts, of a body that has published a retry and raised."""
         return error
 
     def successor(self, error: BaseException) -> str:
-        """Id of the task that the action was handed over to."""
+        """Return the id of the task that replaced this one."""
         return self.task_id
 
     def retry_task_id(self) -> str:
-        """Id of the message that continues the intent."""
+        """Return the task id of the retry."""
         return self.task_id
 
     def retry_call(self) -> bytes:
-        """Its call, for the record; empty: as this one's."""
+        """Return the packed call of the retry, for the record; empty: the same as this one's."""
         return b""
 
     def orphaned(self, call: bytes) -> None:
-        """A dead execution's caller would wait for ever: publish its call, as a duplicate."""
+        """Publish the call of a dead execution, as a duplicate, because its caller may still wait."""
 
     @abstractmethod
     def retry_delay(self, error: BaseException) -> float:
-        """Seconds until the retry that the body asked for, and a grace."""
+        """Return the seconds until the body's retry, and a grace."""
 
     @abstractmethod
     def ask(self, hold: Hold) -> Answer:
-        """Ask the destination. May raise: that is no answer."""
+        """Ask the destination. An exception counts as no answer."""
 
     @abstractmethod
     def follow(self, task_id: str) -> tuple[bool, Any]:
-        """(True, value) of the task that this action was handed over to; (False, None): not known yet.
+        """Return (True, value) of the task that replaced this one; (False, None): not known yet.
 
-        Raises what that task raised, ``ResultUnavailable``, or to leave.
+        Raises:
+            BaseException: the error of that task, ``ResultUnavailable``, or what makes this execution end.
         """
 
     def said(self) -> Any:
-        """The value, or the error, of a final state that the body has written itself."""
+        """Return the value, or the error, of a final state that the body has written itself."""
         raise NotImplementedError
 
     @property
     def ignores_result(self) -> bool:
-        """Nobody looks at the value."""
+        """Whether the value goes nowhere."""
         return False
 
     def announcement(self, value: Any) -> Announcement | None:
-        """What to write and publish together with the outcome, whose value the body returned."""
+        """Return what to write and publish together with the outcome of this value."""
         return None
 
     def announced(self) -> None:
-        """It was written and published."""
+        """Note that the announcement was written and published."""
 
     def shown(self) -> str:
-        """Which action it is, for people. It never raises."""
+        """Return which action it is, for people. It never raises."""
         return ""
 
     def replaying(self, own: bool) -> None:
-        """What follows is the answer of an earlier execution; ``own``: of one with the same task id."""
+        """Note that the answer is that of an earlier execution; ``own``: of one with the same task id."""
 
     def answer(self, error: T) -> T:
-        """Return an error that is an answer to this call: an event has said why, and nothing failed now."""
+        """Return an error that answers this call. Nothing has failed now, and an event has said why."""
         return error
 
     @property
     def waits_long(self) -> bool:
-        """The wait that begins is worth a line in the log: of all waits of one message, one is."""
+        """Whether to log the wait that begins. Only one wait of a message is logged."""
         return True
 
     @abstractmethod
     def come_back(
         self, seconds: float, carried: tuple[bytes, ...], why: Why, says: str, busy: Busy | None = None
     ) -> None:
-        """Wait: return when it is time to try again here, or raise to leave.
+        """Wait. Return when it is time to try again, or raise to end this execution.
 
         Args:
-            seconds: after which it certainly is time; 0: unknown.
-            carried: owners to take along.
-            says: more about it, for people.
-            busy: what the other execution does, with ``Why.BUSY``.
+            seconds: the longest time that makes sense; 0: unknown.
+            carried: owners that the message must carry.
+            says: more about the reason, for people.
+            busy: with ``Why.BUSY``: what the other execution does.
         """
 
 
@@ -235,17 +236,15 @@ class Runner:
         self._asking = Bounded("celery_idem reconcile", MAX_HANGING)
 
     def run(self, job: Job) -> Any:
-        """The value of the intent: of the body, run now and for the first time, or of the
-        execution that ran it before.
+        """Return the value of the intent, from its body, or from an earlier execution.
 
         Raises:
-            OutcomeUnknown: in doubt.
+            OutcomeUnknown: the intent is in doubt.
             FingerprintMismatch: the intent is known with other values.
-            ResultUnavailable: done before, but its value was not stored.
+            ResultUnavailable: it was done before, and its value was not stored.
             LeaseLost: another execution took over while the body ran.
             StoreError: the store did not answer, and the options say to raise.
-            BaseException: whatever the body raised, now or when it ran, and whatever
-                ``Job.come_back`` raises to leave.
+            BaseException: the error of the body, now or earlier, or of ``Job.come_back``.
         """
         carried = job.carried
         ran = False
@@ -306,18 +305,18 @@ class Runner:
                 return self._answer(job, decision)
 
     def inquire(self, job: Job) -> Decision:
-        """Decide a doubtful intent without running it: ask the destination, as a delivery would.
+        """Ask the destination about an intent in doubt, as a delivery would, and do not run the body.
 
         Returns:
-            ``Replay``: it happened, and that is recorded. ``Acquired``: it did not, and the intent is
-            released, so the next delivery runs it. ``InDoubt``: the destination could not tell.
-            ``Busy``: another execution works on it, or asks.
+            ``Replay``: it happened, and that is recorded. ``Acquired``: it did not happen, and the intent is released,
+            so that the next delivery runs it. ``InDoubt``: the destination could not tell. ``Busy``: another execution
+            holds it, or asks.
 
         Raises:
             StoreError: the store did not answer.
         """
         policy = job.options.policy
-        # Not under the job's own task id: that id may take a retry that is still to come.
+        # Without a task id: with the job's own one, the claim could take over a pending retry.
         decision, hold = self.ledger.claim(job.key, Request(owners.mint(), "", job.fingerprint, policy))
         if isinstance(decision, Ask):
             assert hold is not None
@@ -330,7 +329,7 @@ class Runner:
             )
         return decision
 
-    # --- without running --------------------------------------------------------------
+    # --- answers without running ------------------------------------------------------
 
     def _answer(self, job: Job, decision: Decision) -> Any:
         if isinstance(decision, Replay):
@@ -353,7 +352,7 @@ class Runner:
         events.emit("in_doubt", job.key, cause=cause, task_id=job.task_id, reason=reason, action=job.shown())
 
     def _replayed(self, job: Job, replay: Replay) -> Any:
-        """The stored value, or the stored exception raised."""
+        """Return the stored value, or raise the stored exception."""
         key, codec, outcome = job.key, self.ledger.codec, replay.outcome
         what, why = "was not stored", outcome.missing
         job.replaying(replay.own)
@@ -362,7 +361,7 @@ class Runner:
         if outcome.succeeded and outcome.payload is not None:
             try:
                 return codec.decode(outcome.payload, key)
-            except StoreError as unread:  # the store has answered, and the action is done
+            except StoreError as unread:  # the action is done
                 what, why = "cannot be read here", str(unread)
         if outcome.succeeded and job.ignores_result:
             return None
@@ -375,20 +374,20 @@ class Runner:
                 )
             )
         error = codec.decode_error(outcome.payload, key)
-        if sys.version_info >= (3, 11):  # else its traceback in the worker's log looks like a new failure
+        if sys.version_info >= (3, 11):  # without the note, its traceback in the log looks like a new failure
             note = (
                 f"Nothing was run now: this is how {key} ended earlier. After a bug that is mended, "
                 f"`celery -A proj idem forget '{key}'` lets it run again."
             )
-            with contextlib.suppress(Exception):  # not add_note, which runs code of the class, or fails
+            with contextlib.suppress(Exception):  # not add_note, which may run the class's own code, or fail
                 own = object.__getattribute__(error, "__dict__")
                 own["__notes__"] = [*own.get("__notes__", ()), note]
         raise job.answer(error)
 
     def _lapse(self, job: Job, busy: Busy) -> bool:
-        """The holder was a process of this very worker and is dead: no need to wait for its lease.
+        """End the hold of a dead process of this worker, instead of waiting for its lease. Return whether it did.
 
-        Its parent says so too, but Celery may have this message run again first.
+        The worker's main process does the same, but Celery may run this message before that.
         """
         if not owners.known_dead(busy.holder):
             return False
@@ -400,12 +399,10 @@ class Runner:
         return True
 
     def _store_is_down(self, job: Job, error: StoreError, carried: tuple[bytes, ...]) -> None:
-        """Rule 7, before the body. Returns when the caller should go on."""
+        """Act on a store that does not answer before the body (rule 7). Return if the caller should go on."""
         policy = job.options.on_store_error
-        if policy == "run" and error.key:
-            policy = (
-                "raise"  # it answered: with something under this key that is no record, which is never a run
-            )
+        if policy == "run" and error.key:  # the store has answered, with a value that is no record
+            policy = "raise"
         events.emit(
             "store_error", job.key, task_id=job.task_id, error=str(error), while_="claiming", then=policy
         )
@@ -415,7 +412,7 @@ class Runner:
             job.come_back(0.0, carried, Why.STORE, str(error))
 
     def _unguarded(self, job: Job, request: Request) -> Any:
-        """The author's explicit way to fail open: run without a claim, record it if that works."""
+        """Run without a claim, as the author chose (``on_store_error="run"``), and record the outcome if possible."""
         events.emit("unguarded", job.key, task_id=job.task_id)
         hold = self.ledger.unwritten(job.key, request)
         value = job.body(hold)
@@ -428,7 +425,7 @@ class Runner:
         return value
 
     def _release(self, job: Job, request: Request) -> None:
-        """The body did not run, neither under this owner nor under those of earlier lost replies."""
+        """Release the claims of a body that did not run: under this owner, and under those whose replies were lost."""
         try:
             for owner in (request.owner, *request.carried):
                 self.ledger.unwritten(job.key, request._replace(owner=owner)).release(EXIT_PATIENCE)
@@ -436,9 +433,9 @@ class Runner:
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(error))
 
     def _not_begun(self, job: Job, request: Request, error: BaseException) -> tuple[bytes, ...]:
-        """Whatever failed before the body, a time limit, an order to exit, or something of ours: nothing ran.
+        """Act on an error before the body: a time limit, an order to exit, or an error of ours. Nothing ran.
 
-        Returns the owners to carry along, when it is time to try again here.
+        Return the owners to carry, when it is time to try again.
         """
         self._release(job, request)
         if not isinstance(error, Exception) or job.kind_of(error) is Raised.TIME_LIMIT:
@@ -449,16 +446,12 @@ class Runner:
             raise StoreError(
                 f"{why} Nothing was run for {job.key}. Call again unchanged.", job.key
             ) from error
-        carried = (*request.carried, request.owner)[-MAX_CARRIED:]  # should it not have been released
+        carried = (*request.carried, request.owner)[-MAX_CARRIED:]  # the release may have failed
         job.come_back(0.0, carried, Why.GUARD, why)
         return carried
 
     def _ask(self, job: Job, hold: Hold, first: bool = False) -> tuple[Decision, Hold | None]:
-        """Rule 3: the destination is asked under a lease, and gets a bounded time to answer.
-
-        Args:
-            first: see ``Ask``.
-        """
+        """Ask the destination under a lease, within a bounded time (rule 3). ``first``: see ``Ask``."""
         try:
             RENEWER.watch(hold)
             answer = self.bounded(lambda: job.ask(hold), job.options.ask_timeout)
@@ -471,7 +464,7 @@ class Runner:
         return (decision._replace(first=first) if isinstance(decision, InDoubt) else decision), running
 
     def bounded(self, ask: Callable[[], Answer], timeout: float) -> Answer:
-        """Ask on a side thread, so that a destination that hangs cannot hold this one for ever."""
+        """Ask in a side thread, so that a destination that hangs cannot block this thread for ever."""
 
         def asked() -> Answer:
             try:
@@ -493,7 +486,7 @@ class Runner:
     # --- running ----------------------------------------------------------------------
 
     def _execute(self, job: Job, hold: Hold) -> tuple[bool, Any]:
-        """(True, value) when there is one; (False, None): claim again."""
+        """Run the body. Return (True, value), or (False, None): claim again."""
         try:
             try:
                 RENEWER.watch(hold)
@@ -512,7 +505,7 @@ class Runner:
             if hold.promised is not None:
                 return self._transacted(job, hold)
             patience = job.options.patience
-            return True, _whatever_comes(
+            return True, _despite_interruption(
                 lambda p, last: self._settle_value(job, hold, value, p, last), patience
             )
         finally:
@@ -526,18 +519,18 @@ class Runner:
         except BaseException as error:
             if not last:
                 raise
-            # Not an order to exit, which comes once: code of the value's own.
+            # The value's own code has failed twice. An interruption would have come only once.
             outcome, shown = Outcome(True, None, f"encoding it raised {type(error).__name__}"), value
         self._settle(job, hold, outcome, patience, job.announcement(shown) if returned else None)
         return shown
 
-    # --- in a transaction of the author's own (rule 9) ------------------------------------
+    # --- in the author's own transaction (rule 9) -----------------------------------------
 
     def _transacted(self, job: Job, hold: Hold) -> tuple[bool, Any]:
-        """The body returned after ``settle_in``: the outcome is in, if its transaction committed.
+        """Find the outcome of a body that returned after ``settle_in``. It is recorded if the transaction committed.
 
-        Where the store does not answer, that is unknown: the transaction may even be open still, and
-        be what the store waits for. The next claim finds out: it replays, or runs.
+        If the store does not answer, this is unknown. The transaction may even be open, and block the store. Then the
+        next claim finds out, and replays or runs.
         """
         committed = self._committed(job, hold, None)
         if committed is None:
@@ -553,11 +546,10 @@ class Runner:
         return True, self._promised(job, hold)
 
     def _committed(self, job: Job, hold: Hold, error: BaseException | None) -> bool | None:
-        """Whether a transaction has settled the intent, None where the store does not say;
-        raises where the error counts all the same.
+        """Return whether a transaction has settled the intent; None if the store does not answer.
 
-        What a body raises after its outcome is committed cannot change that outcome. It is
-        logged, and every caller gets the value; only Celery's own signals go on.
+        An error of the body after the commit cannot change the outcome. It is logged, and every caller gets the value.
+        Only an order to exit, and the exceptions in ``SIGNALS``, are raised again.
         """
         if hold.promised is None or (isinstance(error, LeaseLost) and error.key == job.key):
             return False
@@ -567,7 +559,7 @@ class Runner:
         except StoreError as silence:
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(silence))
             if error is not None:
-                raise error from None  # settled or not, the record knows: a redelivery replays or runs
+                raise error from None  # a redelivery reads the record, and replays or runs
             return None
         if isinstance(done, Refused):
             raise lease_lost(job.key)
@@ -593,8 +585,8 @@ class Runner:
         try:
             done = hold.settle(outcome, patience, also)
         except StoreError as error:
-            # Rule 7, after the body: this caller gets the truth, which is known here. The
-            # record stays RUNNING, lapses, and is in doubt for every other caller.
+            # Rule 7, after the body: this caller gets the outcome, which is known here. The record stays RUNNING and
+            # lapses, and the intent is in doubt for every other caller.
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(error))
             return
         if isinstance(done, Refused):
@@ -604,7 +596,7 @@ class Runner:
         events.emit("settled", job.key, task_id=job.task_id, succeeded=outcome.succeeded)
 
     def _alarm(self, job: Job, hold: Hold, refused: Refused) -> LeaseLost:
-        """Rule 4: another execution took over while this body ran to its end. Its effect may be a second one."""
+        """Emit the alarm that another execution took over while this body ran: there may be two effects (rule 4)."""
         record = refused.record
         events.emit(
             "stale_settle",
@@ -622,7 +614,7 @@ class Runner:
         )
 
     def _ended_by(self, job: Job, hold: Hold, error: BaseException) -> None:
-        """Rule 5: what an exception of the body means. Raises, unless the intent may be claimed again now."""
+        """Act on an exception of the body (rule 5). Raises, unless the intent should be claimed again now."""
         causes = job.causes_of(error)
         own = tuple(cause for cause in causes if getattr(cause, "key", None) == job.key)
         if any(isinstance(cause, LeaseLost) for cause in own):
@@ -632,7 +624,7 @@ class Runner:
             self._step_is_unrecorded(job, kind, error)
         ending = protocol.ending(kind, job.options.policy)
         in_step = next((cause for cause in own if isinstance(cause, OutcomeUnknown)), None)
-        if in_step is not None:  # it has said so in the record already
+        if in_step is not None:  # the step has written the doubt already
             self._in_doubt(job, in_step.reason, error)
             raise job.answer(error)
         patience = EXIT_PATIENCE if kind is Raised.EXIT else job.options.patience
@@ -643,16 +635,16 @@ class Runner:
                 raise error
             return
         if kind is Raised.SAID_DONE:
-            _whatever_comes(
+            _despite_interruption(
                 lambda p, last: self._settle_value(job, hold, job.said(), p, last, False), patience
             )
             raise error
         if kind is Raised.SAID_FAILED:
             failure = job.said()
-            _whatever_comes(lambda p, last: self._settle_error(job, hold, failure, p), patience)
+            _despite_interruption(lambda p, last: self._settle_error(job, hold, failure, p), patience)
             raise error
         if ending is State.FAILED:
-            _whatever_comes(lambda p, last: self._settle_error(job, hold, error, p), patience)
+            _despite_interruption(lambda p, last: self._settle_error(job, hold, error, p), patience)
             raise error
         reason = f"the body was interrupted by {', '.join(type(cause).__name__ for cause in causes)}"
         done: Done | Refused | None = None
@@ -676,32 +668,34 @@ class Runner:
                 done = hold.doubt(reason, patience, retry)
                 if overtaken(done, hold):
                     late = self._alarm(job, hold, done)
-                    raise error if kind is Raised.DOUBTFUL_RETRY else late  # a retry comes as a duplicate
+                    raise error if kind is Raised.DOUBTFUL_RETRY else late  # the retry then is a duplicate
                 self._in_doubt(job, reason, error)
         except StoreError as silence:
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(silence))
         if done is not None and _is_cancelled(done):
             events.emit("settled", job.key, task_id=job.task_id, succeeded=False)
-            if ending is State.RELEASED:  # a retry that is on its way is told
+            if ending is State.RELEASED:  # otherwise the published retry gets this answer
                 raise cancelled(job.key, done.record.outcome) from error
         if ending is not State.IN_DOUBT or kind in (Raised.EXIT, Raised.DOUBTFUL_RETRY):
-            raise error  # the retry that is on its way asks the destination, or says that it is in doubt
+            raise error  # the published retry asks the destination, or reports the doubt
         if job.options.policy.asks:
-            return  # claim again: that asks the destination
+            return  # the next claim asks the destination
         raise job.answer(in_doubt(job.key, reason)) from error
 
     def _step_is_unrecorded(self, job: Job, kind: Raised, error: BaseException) -> None:
-        """The store went away around a step. Its record says how far the body came, so a body
-        that may resume does, once the lease has lapsed; any other is in doubt."""
+        """Come back after the lease, if the store did not answer at a step, and the body may resume.
+
+        The record says how far the body came. A body that may not resume is in doubt.
+        """
         if job.options.policy.on_crash == "resume":
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(error))
             if kind is Raised.DOUBTFUL_RETRY:
-                raise error  # its own message comes back
+                raise error  # the published retry comes back
             job.come_back(job.options.policy.lease / MICROSECONDS, (), Why.STEP, str(error))
 
 
 class _NotBegunError(Exception):
-    """Between the claim and the author's code; ``error`` says what."""
+    """An error between the claim and the author's code."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(error)
@@ -709,13 +703,15 @@ class _NotBegunError(Exception):
 
 
 def overtaken(done: Done | Refused, hold: Hold) -> TypeGuard[Refused]:
-    """Whether another execution, or a person, had the intent when this one's end was to be written."""
+    """Whether this execution's end was refused because another execution, or a person, had taken the intent over."""
     return isinstance(done, Refused) and done.record is not None and done.record.owner != hold.owner
 
 
-def _whatever_comes(settle: Callable[[float, bool], T], patience: float) -> T:
-    """A soft time limit, or the order to exit, fires wherever it likes, here around our own
-    write. The body is done and its outcome known: keep that first. Writing it twice is harmless."""
+def _despite_interruption(settle: Callable[[float, bool], T], patience: float) -> T:
+    """Settle, although a soft time limit or SystemExit may interrupt this at any point.
+
+    The body is done and its outcome known, so the outcome is written first. Writing it twice is harmless.
+    """
     try:
         return settle(patience, False)
     except LeaseLost:
@@ -728,7 +724,7 @@ def _whatever_comes(settle: Callable[[float, bool], T], patience: float) -> T:
 
 
 def _is_cancelled(done: Done | Refused) -> TypeGuard[Done]:
-    """The body was asked to stop, and what it did is an end."""
+    """Whether the body was asked to stop, and its end counts as cancelled."""
     return isinstance(done, Done) and done.record.state is State.CANCELLED
 
 

@@ -1,8 +1,8 @@
-"""Shadow mode: run everything, and note what would have been collapsed or refused.
+"""Shadow mode: runs everything, and notes what would have been collapsed or refused.
 
-The same protocol runs over records of its own (``Ledger.shadow``), so that nothing a shadow
-wrote can ever be replayed. Bodies run as if there were no guard: without a claim that counts,
-without steps, whatever was decided and whether or not the store answers.
+The same protocol runs over separate records (``Ledger.shadow``), so that no shadow record can be replayed. Bodies run
+as if there were no guard: without a claim and without steps, whatever was decided, and even if the store does not
+answer.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _WOULD: dict[type[Any], Would] = {
 }
 
 QUIET = 30.0
-"""Seconds without any shadow work after the store did not answer: a shadow must not slow anything
-down, and a store that hangs costs its timeout at each call."""
+"""Seconds without shadow work after the store did not answer. Shadow mode must not slow tasks down, and each call to a
+store that hangs takes its timeout."""
 
 NO_RESULT = "shadow mode keeps no results"
 
 
 class ShadowRunner(Runner):
-    """Runs every job, and keeps shadow records beside."""
+    """Runs every job, and keeps shadow records."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__(ledger)
@@ -54,8 +54,8 @@ class ShadowRunner(Runner):
         self._quiet_until = 0.0
 
     def run(self, job: Job) -> Any:
-        """The value of the body, run now."""
-        # A question to the destination is not free; and an execution that dies concerns no shadow.
+        """Run the body, and return its value."""
+        # A question to the destination has a cost, and recovery leaves shadow records alone.
         policy = job.options.policy._replace(asks=False, indexed=False)
         request = Request(owners.mint(), job.task_id, job.fingerprint, policy, (), job.digests, job.scope)
         shadow = self._claim(job, request)
@@ -74,7 +74,7 @@ class ShadowRunner(Runner):
                 RENEWER.unwatch(shadow)
 
     def _claim(self, job: Job, request: Request) -> Hold | None:
-        """The shadow's hold; None when it did not get one, and then that is noted."""
+        """Claim the shadow record, and return its hold. Without one, note why, and return None."""
         if time.monotonic() < self._quiet_until:
             return None
         hold = None
@@ -95,7 +95,7 @@ class ShadowRunner(Runner):
                 why=reason or ", ".join(differs),
             )
             self._shadow.note_shadow(job.key, would, reason, differs, request)
-        except Exception as error:  # that of a store, or no thread for the lease
+        except Exception as error:  # of a store, or no thread for the lease
             if hold is not None:
                 RENEWER.unwatch(hold)
             self._be_quiet(job, error)
@@ -118,8 +118,10 @@ class ShadowRunner(Runner):
             self._be_quiet(job, silence)
 
     def _be_quiet(self, job: Job, error: Exception) -> None:
-        """Whatever goes wrong with the shadow's own work is no concern of the body."""
-        if job.kind_of(error) is Raised.TIME_LIMIT:  # not the shadow's own error: it may come at any point
+        """Stop shadow work for a while after an error, which must not reach the body."""
+        if (
+            job.kind_of(error) is Raised.TIME_LIMIT
+        ):  # it may interrupt at any point, and is no error of the shadow
             raise error
         self._quiet_until = time.monotonic() + QUIET
         events.emit(

@@ -12,7 +12,7 @@ from celery_idem.core.results import Codec, NotStorable
 from celery_idem.engine.claim import Hold, doubt_message, lease_lost
 
 _NO_RESULT = b""
-"""In the place of a step's result that could not be stored: no payload is empty."""
+"""Stored instead of a step's result that could not be stored. No other payload is empty."""
 
 
 def run_step(
@@ -24,19 +24,19 @@ def run_step(
     patience: float,
     no_effect: Callable[[BaseException], bool] = lambda error: False,
 ) -> Any:
-    """Run a part of the body once per intent.
+    """Run a step of the body once per intent.
 
     Args:
-        codec: how its result is written.
-        run: the part.
-        ask: asks the destination whether the part happened; None: nothing can be asked.
-        patience: seconds to keep trying to record its result.
-        no_effect: whether an exception proves that the part did not happen.
+        codec: how the result is written.
+        run: the function of the step.
+        ask: asks the destination whether the step happened; None: it cannot be asked.
+        patience: seconds to keep trying to record the result.
+        no_effect: whether an exception proves that the step had no effect.
 
     Raises:
         LeaseLost: another execution took the intent over.
-        OutcomeUnknown: the part began in an earlier attempt, and how it ended is unknown.
-        ResultUnavailable: it ended in an earlier attempt, and its result could not be stored.
+        OutcomeUnknown: the step began in an earlier attempt, and how it ended is unknown.
+        ResultUnavailable: the step ended in an earlier attempt, and its result could not be stored.
         StoreError: the store did not answer.
     """
     _check(hold, name)
@@ -73,7 +73,7 @@ def run_step(
             reason = f"step {left!r}: {answer.reason or 'the destination could not tell'}"
             hold.doubt(reason, patience)
             raise OutcomeUnknown(doubt_message(hold.key, reason), hold.key, reason)
-        if hold.lost:  # while the destination was asked
+        if hold.lost:  # asking may have taken too long
             raise lease_lost(hold.key)
     hold.step_running = name
     try:
@@ -108,7 +108,7 @@ def _end(hold: Hold, codec: Codec, name: str, value: Any, patience: float) -> An
     try:
         payload, shown = codec.kept(value, hold.key)
     except NotStorable as why:
-        hold.end_step(name, _NO_RESULT, patience)  # it has run: no later attempt may run it again
+        hold.end_step(name, _NO_RESULT, patience)  # the step has run, so no later attempt may run it again
         raise ConfigurationError(
             f"{hold.key}: the result of step {name!r} cannot be stored ({why}). The step has run; return "
             "something small and serializable from it, such as an id.",

@@ -594,7 +594,7 @@ MUTANTS = (
     Mutant(
         "5: an outcome is not written again",
         "limits: in doubt",
-        {"_whatever_comes": interrupted_in_the_middle},
+        {"_despite_interruption": interrupted_in_the_middle},
         runner_module,
     ),
     Mutant(
