@@ -3,9 +3,9 @@
 A value is kept with a *stamp*: the store's time of the last write, in microseconds. The stamps of one key only
 grow, so the stamp is also the version. ``celery_idem.testing.StoreConformance`` tests the primitives.
 
-The *index of what is open* has the keys whose record somebody has to look at, by the time to look. A write says so
-with ``due``, and the index changes in the same step. It is a hint: entries may be wrong or missing, and the record
-counts.
+The *index of what is open* has the keys of open records, by the time at which a worker or a person has to look at them.
+A write gives this time with ``due``, and the index changes in the same step. The index is a hint: entries may be wrong
+or missing, and the record decides.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.model import Stored
 
 OWNER = 12
-"""Length of the owner token, with which every value begins. A replacement compares it and the stamp."""
+"""Length of the owner token at the beginning of every value. A replacement compares it and the stamp."""
 
 KEEP = -1
 """As ``ttl`` of a replacement: the new value expires when the old one would have."""
@@ -31,7 +31,7 @@ class Reply(NamedTuple):
 
     Attributes:
         done: this call wrote (``read``: there is a value).
-        stored: what the key holds now; None when it holds nothing.
+        stored: what the key holds now; None for nothing.
         now: the store's time, in microseconds.
     """
 
@@ -60,11 +60,11 @@ class Creation(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """A correction of the index: what ``key`` is in it, if its stamp is still ``stamp``.
+    """A correction of the index, which is made only if the key's stamp is still ``stamp``.
 
     Attributes:
-        stamp: of the value that was read; 0 for none.
-        due: as for ``Store.create``.
+        stamp: stamp of the value that was read; 0 for none.
+        due: the corrected entry, as for ``Store.create``.
     """
 
     key: str
@@ -76,8 +76,8 @@ class Listed(NamedTuple):
     """An entry of the index.
 
     Attributes:
-        at: the time to look that the index has, in microseconds.
-        stored: what the key holds now; None when it holds nothing.
+        at: the time to look, by the index, in microseconds.
+        stored: what the key holds now; None for nothing.
     """
 
     key: str
@@ -93,7 +93,7 @@ class Announcement(NamedTuple):
     """A second value, written and published together with a record.
 
     Attributes:
-        key: where it is written, and the channel that it is published on; nothing is put in front of it.
+        key: its key, which is also the channel. Both are used without a prefix.
         seconds: how long to keep it; None: for ever.
     """
 
@@ -151,8 +151,8 @@ class Store(ABC):
         ``ttl`` is how many microseconds to keep the value; a store may round up to milliseconds. None keeps it
         for ever. With 0 the write counts as done and leaves nothing.
 
-        ``due`` is how many microseconds after the stamp of this write somebody has to look: the key is in the index of
-        what is open by then. None takes it out of the index.
+        ``due`` is how many microseconds after the stamp of this write a worker or a person has to look: the key is in
+        the index of what is open, with that time. None takes it out of the index.
         """
 
     @abstractmethod
@@ -177,7 +177,7 @@ class Store(ABC):
     def scan(self, prefix: str) -> Iterator[tuple[str, Stored]]:
         """Return all keys that begin with ``prefix``, in no order and in bounded memory.
 
-        Only what is written during the scan may be missing. A key may come twice.
+        Keys that are written during the scan may be missing. A key may come twice.
         """
 
     @abstractmethod
@@ -185,8 +185,8 @@ class Store(ABC):
         """Return the entries of the index whose keys begin with ``prefix``, the earliest first.
 
         Args:
-            prefix: up to the first colon at least: each namespace may have an index of its own.
-            before: only those that are due at this time, in microseconds, or earlier.
+            prefix: a whole namespace with its colon, and maybe more. Each namespace may have its own index.
+            before: only entries that are due at this time, in microseconds, or earlier.
 
         Raises:
             NoIndexError: entries may be missing that were written.
@@ -194,12 +194,12 @@ class Store(ABC):
 
     @abstractmethod
     def mark(self, marks: Sequence[Mark]) -> None:
-        """Correct entries of the index, each unless its key was written since."""
+        """Correct entries of the index, except those whose key was written since."""
 
     def indexed(self, prefix: str) -> None:
         """Note that the index of this prefix is complete, so that ``open`` does not raise.
 
-        Nothing to do where the index cannot be lost apart from the records.
+        There is nothing to do if the index can only be lost together with the records.
         """
 
     @abstractmethod
@@ -207,31 +207,31 @@ class Store(ABC):
         """Delete at most ``limit`` expired values and return their number (0 if the server expires them itself)."""
 
     def is_at(self, options: Mapping[str, Any]) -> bool:
-        """Whether redis-py's connection pool with these arguments leads to the same database, as the same user."""
+        """Whether these arguments of redis-py's connection pool lead to the same database, as the same user."""
         return False
 
     def announce(self, change: Change | Creation, also: Announcement) -> tuple[Reply, bool]:
         """As ``replace`` or ``create``, and write and publish a second value in the same step.
 
         Returns:
-            The reply of that, and whether this call wrote the second value: never without the first.
-            A server that does not allow the second value gets the first alone.
+            The reply, and whether this call wrote the second value. It is never written without the first. If the
+            server does not allow the second value, only the first is written.
         """
         return self.create(*change) if isinstance(change, Creation) else self.replace(*change), False
 
     def replace_many(self, changes: Sequence[Change]) -> list[Reply]:
-        """Make several independent replacements, in one round trip where the store can.
+        """Make several independent replacements, in one round trip if the store can.
 
         Raises:
-            PartlyError: some of them failed. The others are made, where the store can tell them apart.
+            PartlyError: some of them failed. The others are made, if the store can tell them apart.
         """
         return [self.replace(*change) for change in changes]
 
     def create_many(self, items: Sequence[Creation]) -> list[Reply | StoreError]:
-        """Make several independent creations of different keys, in one round trip where the store can.
+        """Make several independent creations of different keys, in one round trip if the store can.
 
         Returns:
-            In order, what ``create`` returns, or the error that concerns one key alone.
+            In order, what ``create`` returns, or an error that is about one key only.
         """
         replies: list[Reply | StoreError] = []
         for item in items:
@@ -247,22 +247,21 @@ class Store(ABC):
         """Return the same records, read and written in the transaction of the author's connection.
 
         Args:
-            first: no record need be there. So nothing else would show that this is another database: ask both.
+            first: there may be no record yet, so nothing else shows that this is another database: ask both.
 
         Raises:
             ConfigurationError: the connection's database does not have the records.
         """
         raise ConfigurationError(
             f"settle_in: the records of intents are in {self.url}, which cannot take part in a transaction of your "
-            "database. "
-            "Point idem_store at that database (postgresql://… or sqlite:///…)."
+            "database. Point idem_store at that database (postgresql://… or sqlite:///…)."
         )
 
     def close(self) -> None:
         """Close the connections. The next call opens new ones."""
 
     def forked(self) -> None:
-        """Drop the parent's connections in a forked child, without closing them. See ``call_after_fork``."""
+        """In a forked child, drop the parent's connections without closing them. See ``call_after_fork``."""
 
 
 _after_fork_stores: weakref.WeakSet[Store] = weakref.WeakSet()

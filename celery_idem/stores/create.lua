@@ -7,8 +7,8 @@
 --   ARGV[3]  when to look at it, in microseconds from now; "": it is not open
 --   ARGV[4]  the second value
 --   ARGV[5]  how long to keep that, in seconds; "": for ever
--- Returns the server's time in microseconds when it was written;
--- else {the server's time, the value that stands there}.
+-- Returns the server's time in microseconds if it was written,
+-- or else {the server's time, the stored value}.
 local call, key, keep, due = redis.call, KEYS[1], ARGV[2], ARGV[3]
 local t = call('TIME')
 local now = t[1] * 1000000 + t[2]
@@ -16,7 +16,7 @@ if KEYS[3] then
   if call('EXISTS', key) == 1 then
     return {now, call('GET', key)}
   end
-  -- Before the record, as in replace.lua: where this is an error, nothing is written.
+  -- Before the record, as in replace.lua: if this is an error, nothing is written.
   if ARGV[5] == '' then
     call('SET', KEYS[3], ARGV[4])
   else
@@ -28,7 +28,7 @@ local value = struct.pack('>I8', now) .. ARGV[1]
 local written
 if keep == '' then
   written = call('SET', key, value, 'NX')
-elseif keep == '0' then -- which SET refuses
+elseif keep == '0' then -- SET refuses it
   written = call('EXISTS', key) == 0
 else
   written = call('SET', key, value, 'NX', 'PX', keep)
@@ -37,7 +37,7 @@ if not written then
   return {now, call('GET', key)}
 end
 if due ~= '' and KEYS[2] then
-  -- A hint: an error here is no error of the write. A number as text is quicker than one that Redis formats.
+  -- pcall, because the index is a hint, and must not fail the write. Redis formats a number more slowly than this.
   redis.pcall('ZADD', KEYS[2], string.format('%.0f', now + due), key)
 end
 return now

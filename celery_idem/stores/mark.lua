@@ -4,7 +4,7 @@
 --   ARGV[1]  the stamp that the record must still have (the first 8 bytes of the value); "": there must be none
 --   ARGV[2]  when to look at it, in microseconds from that stamp; "": it is not open
 local stamp = redis.pcall('GETRANGE', KEYS[1], 0, 7)
-if type(stamp) == 'table' then -- a list or a hash of another program
+if type(stamp) == 'table' then -- another program's list or hash
   stamp = ''
 end
 if stamp ~= ARGV[1] then

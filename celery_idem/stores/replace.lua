@@ -8,16 +8,16 @@
 --   ARGV[4]  when to look at it, in microseconds from the new stamp; "": it is not open
 --   ARGV[5]  the second value
 --   ARGV[6]  how long to keep that, in seconds; "": for ever
--- Returns the new stamp, in microseconds, when it was written;
--- else {the server's time, the value that stands there, or false}.
+-- Returns the new stamp, in microseconds, if it was written,
+-- or else {the server's time, the stored value or false}.
 local call, key, old, keep, due = redis.call, KEYS[1], ARGV[1], ARGV[3], ARGV[4]
 local t = call('TIME')
 local now = t[1] * 1000000 + t[2]
-if call('GETRANGE', key, '0', '19') ~= old then -- numbers as text are quicker than those that Redis formats
+if call('GETRANGE', key, '0', '19') ~= old then -- text, because Redis formats numbers slowly
   return {now, call('GET', key)}
 end
 if KEYS[3] then
-  -- Before the record: a server that is full, or does not allow it, answers with an error here. Nothing is written then.
+  -- Before the record: if the server is full, or does not allow it, this is an error, and nothing is written.
   if ARGV[6] == '' then
     call('SET', KEYS[3], ARGV[5])
   else
@@ -36,7 +36,7 @@ elseif keep == '-1' then
 else
   call('SET', key, value, 'PX', keep)
 end
--- A hint: an error here is no error of the write.
+-- pcall, because the index is a hint, and must not fail the write.
 if not KEYS[2] then
   return stamp
 elseif due == '' then

@@ -2,8 +2,7 @@
 --   ARGV[1]   the index's key without the slot's tag
 --   ARGV[2]   the latest time to look, in microseconds; "+inf": any
 --   ARGV[3…]  tags of the slots
--- Returns a pair for each tag that has entries: the tag, and names and scores in turn; for one that is not here: the
--- tag alone.
+-- Returns {the tag, {a name, its score, …}} for each tag with entries, and {the tag} for a slot that is not here.
 local found = {}
 for n = 3, #ARGV do
   local entries = redis.pcall('ZRANGEBYSCORE', ARGV[1] .. ':{' .. ARGV[n] .. '}', '-inf', ARGV[2], 'WITHSCORES')
