@@ -73,9 +73,8 @@ def inbox_urls(app: Celery, *, allowed: Callable[[Any], bool] = is_superuser) ->
         return redirect_to_login(request.get_full_path())
 
     view.csrf_exempt = True  # type: ignore[attr-defined]  # the inbox' forms have a token of their own
-    for (
-        database
-    ) in connections:  # ATOMIC_REQUESTS refuses async views, and a decision is no part of the site's data
+    # ATOMIC_REQUESTS refuses async views, and a decision is not in the site's database.
+    for database in connections:
         transaction.non_atomic_requests(using=database)(view)
     return [re_path(r"^(?P<path>.*)$", view, name="celery_idem_inbox")]
 
@@ -83,7 +82,7 @@ def inbox_urls(app: Celery, *, allowed: Callable[[Any], bool] = is_superuser) ->
 def _scope(request: HttpRequest, path: str, user: str) -> dict[str, Any]:
     """Return the ASGI scope of a request, mounted where the URL patterns are."""
     root = request.path.removesuffix(path).rstrip("/")
-    # The host as the site knows it (USE_X_FORWARDED_HOST): forms have to come from there.
+    # The host by Django's rules (USE_X_FORWARDED_HOST), because forms have to come from there.
     headers = [
         (name.lower().encode("latin-1"), value.encode("latin-1", "replace"))
         for name, value in {**request.headers, "Host": request.get_host()}.items()

@@ -74,15 +74,15 @@ def list_(
 ) -> None:
     """List intents, the longest unchanged first. Exit status 1 if there is none.
 
-    With --json: one line per intent. Of all states together, or of those that have ended, without --limit: in no order,
-    as they are read.
+    With --json: one line per intent. Without --limit, for all states or for states that have ended: in no order, as they
+    are read.
     """
     which = which._replace(suspect=suspect)
     found = Reading(lambda tick: operator.select(which, tick), within, quiet=screen.as_json)
     every = screen.as_json and limit is None and page == 1
     if every and not (suspect or which.state in (*OPEN, *GROUPS)):  # there may be more than fit into memory
         number = 0
-        for number, entry in enumerate(found, 1):  # noqa: B007  # counted where there are none
+        for number, entry in enumerate(found, 1):  # noqa: B007  # its number is needed after the loop
             screen.json(operator.describe(entry))
         found.end()
         raise SystemExit(0 if number else NOTHING)

@@ -707,7 +707,7 @@ def _settled(record: Record, outcome: Outcome) -> Record:
 
 
 def _for_people(call: bytes) -> bytes:
-    """Return the call to keep beside the outcome of a contested or decided intent, so that people see which action it is.
+    """Return the call to keep beside the outcome of a contested or decided intent, for people.
 
     A large call is dropped, because there may be many after an outage.
     """

@@ -1,4 +1,4 @@
-"""Many messages to RabbitMQ with two waits for confirmations (``confirm_publish``), in place of one for each."""
+"""Publishes many messages to RabbitMQ with two waits for confirmations (``confirm_publish``) instead of one each."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from celery_idem.integration.messages import PATIENCE
 
 @contextmanager
 def confirmed_together(producer: Any) -> Iterator[None]:
-    """Confirm what a producer publishes within at the end. Nothing to do where py-amqp does not wait for each.
+    """Return a context at whose end all messages of a producer are confirmed.
+
+    It does nothing if py-amqp does not wait for each confirmation.
 
     Raises:
-        Exception: of py-amqp. It is not known which of the messages the broker has.
+        Exception: of py-amqp. It is unknown which of the messages the broker has.
     """
     channel = producer.channel
     alone = vars(channel).get("basic_publish") if hasattr(channel, "basic_publish_confirm") else None
@@ -30,7 +32,7 @@ def confirmed_together(producer: Any) -> Iterator[None]:
         yield
         sent.wait()
     except BaseException:
-        producer.connection.collect()  # a late answer must not be taken for that of a later message
+        producer.connection.collect()  # a late confirmation must not count for a later message
         raise
     finally:
         channel.basic_publish = alone
@@ -39,7 +41,7 @@ def confirmed_together(producer: Any) -> Iterator[None]:
 
 
 class _Sent:
-    """Messages of one channel that are not confirmed yet, by the broker's number."""
+    """Messages of one channel that wait for their confirmation, by the broker's number."""
 
     def __init__(self, channel: Any, alone: Any) -> None:
         self._channel, self._alone = channel, alone
@@ -49,7 +51,9 @@ class _Sent:
         self._refused = False
 
     def publish(self, *message: Any, **options: Any) -> Any:
-        if not self._latest:  # its answer has its number; those of the others follow
+        if (
+            not self._latest
+        ):  # the first message: its confirmation tells its number, and the others count on from it
             return self._alone(*message, **options)
         self._latest += 1
         self._waiting.add(self._latest)

@@ -20,7 +20,7 @@ from celery_idem.integration.awaiting import warn_on_loop
 from celery_idem.integration.guarded import GuardedTask, guarded_task
 from celery_idem.integration.publishing import in_scope
 from celery_idem.integration.receipts import Receipt
-from celery_idem.integration.submitting import OPTIONS, Submission, accepted, all_the_same, look_again
+from celery_idem.integration.submitting import OPTIONS, Submission, accepted, stored_answer, look_again
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -131,7 +131,8 @@ class _Batches:
         """Return the receipt of a call that is not published. For others, return their accepted record, if any."""
         if isinstance(found, StoreError):
             runs = self.task.guard.options.on_store_error == "run"
-            known = all_the_same(call) if found.key else None  # else each would wait for the store once more
+            # Only if the error is about this key. Otherwise each call would wait for the store once more.
+            known = stored_answer(call) if found.key else None
             then = "told" if known is not None else "published" if runs else "refused"
             events.emit("store_error", call.key, error=str(found), while_="submitting", then=then)
             if known is not None:

@@ -320,9 +320,9 @@ def of_submission(
 
 
 def _place(queue: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Where Celery sends the message of a call whose queue is an object of kombu's, in names.
+    """Return where Celery sends a call whose queue is an object of kombu, as names.
 
-    Where recovery runs, the application may not have a queue of that name: it then makes one, with a direct exchange.
+    Recovery may run in an application without a queue of that name. Celery then makes one, with a direct exchange.
     """
     exchange = queue.exchange
     if given.get("exchange") or exchange is None or not exchange.name or exchange.type == "direct":

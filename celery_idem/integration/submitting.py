@@ -364,7 +364,7 @@ def without_store(call: Submission, error: StoreError, may_run: bool = True) -> 
     policy = guard.options.on_store_error
     if policy == "run" and not may_run:
         policy = "retry"
-    known = all_the_same(call)
+    known = stored_answer(call)
     then = "told" if known is not None else "published" if policy == "run" else "refused"
     events.emit("store_error", key, error=str(error), while_="submitting", then=then)
     if known is not None:
@@ -378,8 +378,8 @@ def without_store(call: Submission, error: StoreError, may_run: bool = True) -> 
     return Receipt("not_run", key, reason=why, code="store_error", _source=call.source)
 
 
-def all_the_same(call: Submission) -> Receipt | None:
-    """What the store knows of a call that it cannot accept: it may take no writes, or not this one."""
+def stored_answer(call: Submission) -> Receipt | None:
+    """Return what the store knows of a call that it cannot accept. It may take no writes, or not this one."""
     try:
         entry = call.task.guard.ledger.look(call.key)
     except StoreError:

@@ -83,7 +83,7 @@ class Decided(NamedTuple):
 
     @property
     def stands(self) -> bool:
-        """The decision is in the record, and nothing is left to do."""
+        """Whether the decision is in the record, and nothing is left to do."""
         return self.verdict in ("settled", "already")
 
 

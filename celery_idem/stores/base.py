@@ -23,7 +23,7 @@ OWNER = 12
 """Length of the owner token at the beginning of every value. A replacement compares it and the stamp."""
 
 KEEP = -1
-"""As ``ttl`` of a replacement: the new value expires when the old one would have."""
+"""A ``ttl`` of a replacement: the new value expires when the old one would have expired."""
 
 
 class Reply(NamedTuple):
@@ -170,7 +170,7 @@ class Store(ABC):
         """Write ``value`` if the stamp and the first ``OWNER`` bytes are still those of ``old``.
 
         The new stamp is the store's time, or the old stamp plus one if that is later. ``ttl`` and ``due`` are as for
-        ``create`` and count from this write; ``ttl`` 0 deletes, and ``KEEP`` leaves what is left of its time.
+        ``create`` and count from this write; ``ttl`` 0 deletes, and ``KEEP`` keeps the old time of expiry.
         """
 
     @abstractmethod
