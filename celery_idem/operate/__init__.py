@@ -1,4 +1,4 @@
-"""What operators and monitoring need: the operator API, doctor, audit, copying.
+"""For operators and monitoring: the operator API, doctor, audit, copying.
 
 Never here: rules, and calls of a driver.
 """

@@ -1,9 +1,9 @@
-"""Finds what will go wrong in a set-up, and names the setting to change.
+"""Finds problems of a set-up, and names the setting to change.
 
-``snapshot`` looks at the application, ``asking`` at its stores, ``schedules`` at beat's entries; they make values of
-them. The checks, in ``configuration`` and ``stores``, look at those values alone, so each can be tested without a
-server. ``declared`` and ``servers`` compare with what workers noted (``kept``). A worker runs the checks that need no
-store when it starts (``at_start``); ``celery -A proj idem doctor`` runs all, and its exit status is for a CI.
+``snapshot`` reads the application, ``asking`` its stores, and ``schedules`` beat's entries. They return values. The
+checks, in ``configuration`` and ``stores``, use only those values, so each can be tested without a server. ``declared``
+and ``servers`` compare with what workers have noted (``kept``). When a worker starts, it runs the checks that need no
+store (``at_start``). ``celery -A proj idem doctor`` runs all checks, and its exit status is for CI.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ CHEAP: tuple[Check, ...] = (
     configuration.all_arguments, configuration.strays, configuration.beat_without_occurrence,
     configuration.choices,
 )  # fmt: skip
-"""Checks that need nothing but the configuration."""
+"""Checks that need only the configuration."""
 
 ASKING: tuple[Check, ...] = (
     stores.store_answers, stores.writing, stores.memory, stores.eviction, stores.evicted, stores.persistence,
     stores.replicas, stores.silent_replicas, stores.replica_as_store, stores.other_runs, stores.clock_skew,
     stores.clock_went_back, stores.calls_not_kept, stores.sealing,
 )  # fmt: skip
-"""Checks that look at what the stores said."""
+"""Checks of what the stores said."""
 
 ORDER: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
 
 
 def examine(snapshot: Snapshot, checks: tuple[Check, ...] = CHEAP + ASKING) -> list[Finding]:
-    """Everything that is wrong, the worst first."""
+    """Return all findings, the worst first."""
     return worst_first(finding for check in checks for finding in check(snapshot))
 
 
 def worst_first(found: Iterable[Finding]) -> list[Finding]:
-    """The findings, the worst first."""
+    """Return findings in order, the worst first."""
     return sorted(found, key=lambda finding: ORDER[finding.severity])

@@ -1,4 +1,4 @@
-"""Asks a store and its servers, and makes values of what they say."""
+"""Asks a store and its servers, and returns what they say as values."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ if TYPE_CHECKING:
 Info = dict[str, str]
 
 LOOKED_AT = 10_000
-"""Records read to find one from the future: 0.2 s among those of a Redis that keeps millions."""
+"""Records that are read to find stamps in the future and old seal keys. It takes 0.2 s in a Redis with millions."""
 
 LEFT_OUT = (calls.Why.TOO_LARGE, calls.Why.UNWRITABLE)
-"""Reasons why a call is not kept that nobody asked for."""
+"""Reasons why a call is not kept that the author did not choose."""
 
 PROBE = b"x" * 40
-"""What is written to see whether the store takes it: as long as a small record."""
+"""Written to see whether the store takes writes. As long as a small record."""
 
 PROBE_TTL = 60 * MICROSECONDS
-"""After which a value is gone that could be written and not deleted."""
+"""Time to live of the probe, in case it can be written and not deleted."""
 
 
 @dataclass(frozen=True)
 class StoreFacts:
-    """What matters of one store.
+    """Facts about one store.
 
     Attributes:
         tasks: the guarded tasks that keep their records there.
-        error: why it could not be asked; "" where it was.
-        unwritable: why a value could not be written there and deleted again; "" where it could.
-        unseen: why its INFO could not be read, though it answers; "" where it was.
-        info: the server's INFO, for a Redis; for a PostgreSQL what ``SERVER`` asks.
+        error: why it could not be asked; "" if it could.
+        unwritable: why a value could not be written and deleted; "" if it could.
+        unseen: why its INFO could not be read, although it answers; "" if it could.
+        info: the server's INFO, for a Redis; the result of ``SERVER``, for a PostgreSQL.
         server: which run of the server this is (see ``servers.run_of``).
-        noted: which ones workers have seen (see ``servers``).
+        noted: the runs that workers have seen (see ``servers``).
         now: its time, in seconds.
-        skew: seconds between its clock and ours, beyond what the round trip explains.
-        ahead: seconds by which the latest of the records looked at was written in the future of its clock.
-        not_kept: how many open records do not hold their call though they should, by the reason.
-        sealed: how many of the records looked at hold something that is not sealed with the newest key, by the id of
-            its key; "" for something in clear. Empty where nothing is to be sealed.
-        keys: ids of the keys that are here.
+        skew: seconds between its clock and ours, beyond the time of the round trip.
+        ahead: seconds from its time to the latest stamp in the future, among the records that were read.
+        not_kept: number of open records without their call, by a reason in ``LEFT_OUT``.
+        sealed: number of records that were read and have a field that is not sealed with the newest key, by the id of
+            its key; "" for a field in clear. Empty if nothing is to be sealed.
+        keys: ids of the seal keys that this process has.
     """
 
     url: str
@@ -75,10 +75,10 @@ class StoreFacts:
 
 
 def facts_of(ledger: Ledger, durability: str, guarded: Iterable[IdempotentTask] = ()) -> Iterator[StoreFacts]:
-    """Ask a store; of a cluster, each node. The first value says what is true of the whole store."""
+    """Ask a store, and each node of a cluster. The first value is about the whole store."""
     store = ledger.store
     names = [str(task.name) for task in guarded if task.guard.ledger.store is store]
-    tasks = tuple(dict.fromkeys(names))  # a renamed task is there under each of its names
+    tasks = tuple(dict.fromkeys(names))  # a renamed task comes once for each of its names
     try:
         before = time.time()
         now = store.read(f"{ledger.namespace}:").now / MICROSECONDS
@@ -98,7 +98,9 @@ def facts_of(ledger: Ledger, durability: str, guarded: Iterable[IdempotentTask] 
     nodes: dict[str, Info] = {}
     try:
         nodes = infos(store)
-    except StoreError as error:  # a user with the least rights may do all that the guard needs, and not this
+    except (
+        StoreError
+    ) as error:  # a user with the least rights may not do this, and the guard does not need it
         unseen = str(error)
     info, *others = nodes.values() if nodes else ({},)
     yield StoreFacts(
@@ -122,7 +124,7 @@ def facts_of(ledger: Ledger, durability: str, guarded: Iterable[IdempotentTask] 
 
 
 def _sealed(ledger: Ledger) -> Counter[str]:
-    """See ``StoreFacts.sealed``. Without keys only what is open is looked at: it costs what is open."""
+    """Return ``StoreFacts.sealed``. Without keys, only open records are read, which is cheaper."""
     seal, found = ledger.codec.seal, Counter[str]()
     for entry in islice(ledger.list("open" if seal is None else None), LOOKED_AT):
         ids = sealed_with(entry.record)
@@ -131,7 +133,7 @@ def _sealed(ledger: Ledger) -> Counter[str]:
 
 
 def _unwritable(ledger: Ledger) -> str:
-    """Write a value as a claim does, and delete it; why that is not possible, or "". A second write if need be."""
+    """Write a value as a claim does, and delete it. Return why that is not possible; "" if it is."""
     key = f"{ledger.namespace}{kept.KEPT}:probe:{os.urandom(8).hex()}"
     try:
         reply = ledger.store.create(key, PROBE, PROBE_TTL)
@@ -143,10 +145,10 @@ def _unwritable(ledger: Ledger) -> str:
 
 
 def infos(store: Any) -> dict[str, Info]:
-    """What each server of a store says of itself, by its name; empty for a store without a server.
+    """Return each server's information about itself, by its name; empty for a store without a server.
 
     Raises:
-        StoreError: it does not let us look.
+        StoreError: the store did not answer, or refused.
     """
     if hasattr(store, "query"):
         if store.dialect != "postgresql":
@@ -163,7 +165,7 @@ def infos(store: Any) -> dict[str, Info]:
 
 
 def run_of(nodes: Mapping[str, Info]) -> dict[str, Any]:
-    """The run of a store's server (see ``servers.run_of``); empty for a cluster, in which masters come and go."""
+    """Return the run of a store's server (see ``servers.run_of``); empty for a cluster, whose masters change."""
     (info,) = nodes.values() if len(nodes) == 1 else ({},)
     return servers.run_of(info)
 
@@ -176,11 +178,11 @@ SELECT (SELECT system_identifier FROM pg_control_system()),
   pg_is_in_recovery(), current_setting('default_transaction_read_only'),
   (SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = to_regclass('celery_idem'))
 """
-"""What a PostgreSQL is asked, by the names above."""
+"""The question to a PostgreSQL. Its columns have the names above."""
 
 
 def version(store: Any) -> str:
-    """Name and version of a Redis store's server; "" where they cannot be read."""
+    """Return name and version of a Redis store's server; "" if they cannot be read."""
     try:
         info = _info(store.execute("INFO", "server")) if hasattr(store, "execute") else {}
     except StoreError:
@@ -201,7 +203,7 @@ def _info(reply: Any) -> Info:
 
 
 def _saves(store: Any) -> str:
-    """ "1" when snapshots are configured; assumed where the server does not let us look (as hosted ones do)."""
+    """Return "1" if snapshots are configured, and "0" if not. If a (hosted) server does not tell, "1"."""
     try:
         _, value = store.execute("CONFIG", "GET", "save")
     except (StoreError, ValueError, TypeError):

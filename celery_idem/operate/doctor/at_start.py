@@ -21,21 +21,21 @@ from celery_idem.operate.doctor.stores import meanwhile
 from celery_idem.operate.operators import Operator
 
 POOLS = {"thread": "threads"}
-"""Pools whose module has another name than ``--pool`` takes."""
+"""Names for ``--pool`` of pools whose module has another name."""
 
 WITHIN = 10.0
 """Seconds after which a check that has not ended is reported. A store's call may take twice its timeout of 5 s."""
 
 EVERY = 60.0
-"""Seconds between two looks at what was noted: one read, and a loss is known before most callers come again."""
+"""Seconds between checks of the note. A check is one read, and a loss is known before most callers call again."""
 
 LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "note": logging.INFO}
 
 
 class AtStart(bootsteps.StartStopStep):  # type: ignore[misc]
-    """Runs the checks beside the worker, which neither waits for them nor stops because of them.
+    """Runs the checks in threads. The worker does not wait for them, and does not stop because of them.
 
-    After the pool, because a child must not be forked while a thread imports or holds a lock.
+    They run after the pool has started, because it must not fork while a thread imports or holds a lock.
     """
 
     requires = ("celery.worker.components:Pool",)
@@ -56,7 +56,7 @@ class AtStart(bootsteps.StartStopStep):  # type: ignore[misc]
 
 
 def _beside(what: str, check: Callable[[], None]) -> None:
-    """Run a check on a thread of its own. Log when it fails, and as soon as it takes too long."""
+    """Run a check in a separate thread. Log when it fails, and as soon as it takes too long."""
     late = threading.Timer(
         WITHIN, events.diagnose, (logging.WARNING, "%s: no answer after %g s", what, WITHIN)
     )
@@ -97,7 +97,7 @@ def _try_stores(app: Any, watches: list[Watch]) -> None:
 
 
 def _try_store(app: Any, ledger: Ledger, watches: list[Watch]) -> None:
-    """Log one line about a store: that it answers, or what to do."""
+    """Log one line about a store: that it answers, or what to do. Then note what is known of it."""
     store = ledger.store
     began = time.perf_counter()
     try:
@@ -107,7 +107,7 @@ def _try_store(app: Any, ledger: Ledger, watches: list[Watch]) -> None:
         its = {name: guard.settings for name, guard in guards.items() if guard.ledger.store is store}
         events.diagnose(
             logging.WARNING,
-            "%s %s Start it, or set idem_store to where it is; `celery idem doctor` looks closer.",
+            "%s %s Start it, or set idem_store to where it is; `celery idem doctor` tells more.",
             error,
             meanwhile(its),
         )
@@ -131,7 +131,7 @@ def _try_store(app: Any, ledger: Ledger, watches: list[Watch]) -> None:
 
 
 class Watch(Looks):
-    """Notes the run of a server, and looks whether the note is still there: it goes only with all records.
+    """Notes the run of a server, and checks that the note still exists. It is lost only together with all records.
 
     Raises:
         StoreError: the store did not answer, or refused.
@@ -155,7 +155,7 @@ class Watch(Looks):
                 if servers.unchanged(self._ledger, self._born):
                     return
                 self._born, lost = self._note(self._born)
-        except StoreError:  # away; the tasks report it
+        except StoreError:  # the tasks report it
             return
         if lost:
             events.diagnose(

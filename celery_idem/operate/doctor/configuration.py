@@ -1,4 +1,4 @@
-"""What can be wrong with an application's configuration and its tasks. No server is asked."""
+"""Checks of an application's configuration and its tasks. They ask no server."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ VOLATILE = re.compile(
     r"|^(time|uuid|guid)$|_at$"
     r"|(^|_)(request|trace|span|correlation|message|call|run|job|delivery|attempt)_?(id|uuid)$"
 )
-"""Names of parameters whose values are usually new for each try: ``message_id`` is one,
-``order_id`` and ``order_uuid`` are not."""
+"""Names of parameters that usually have a new value for each try, such as ``message_id``, but not ``order_id`` or
+``order_uuid``."""
 
 FREE_TEXT = re.compile(
     r"(^|_)(note|notes|text|message|body|content|comment|comments|description|reason|summary|prompt|title|subject|"
     r"explanation|thought|details)$"
 )
-"""Parameter names whose values a person, or a model, words differently each time."""
+"""Names of parameters whose text a person or a model words differently each time."""
 
 INSTANTS = ("datetime", "time")
-"""Annotations of such values, where the name does not show it."""
+"""Annotations of parameters that usually have a new value for each try, whatever their names."""
 
 NO_LIMITS = ("threads", "solo", "eventlet")
 """Pools that enforce no time limit; gevent enforces the hard one."""
 
 SHORT_LEASE = 5.0
-"""Seconds below which a lease lapses in an ordinary pause: a large garbage collection, a store
-that fails over, a machine that swaps."""
+"""Seconds. A shorter lease lapses in an ordinary pause: a large garbage collection, a failover of the store, a machine
+that swaps."""
 
 LONG_LEASE = 3600.0
-"""Seconds above which a lease keeps a dead worker's work from being decided for hours."""
+"""Seconds. With a longer lease, it takes hours until a dead worker's work is decided."""
 
 NOT_A_SETTING = "not-a-setting"
-"""The one note that a worker shows when it starts: an attribute may have been meant as a setting, and is not read."""
+"""Code of the one note that a worker logs when it starts: an attribute may be meant as a setting, and is not read."""
 
 
 # --- intents and options ----------------------------------------------------------------
@@ -108,7 +108,7 @@ def strays(s: Snapshot) -> Iterator[Finding]:
             stray.where,
             "It has a setting's name and is not read as one, because its class does not declare the intent of "
             f"{', '.join(tasks[:3])}{' and others' if len(tasks) > 3 else ''}.",
-            f"Write {PREFIX}{stray.name} if it is meant as the setting. Else nothing has to change.",
+            f"Write {PREFIX}{stray.name} if it is meant as the setting. If not, nothing has to change.",
         )
 
 
@@ -271,12 +271,12 @@ def choices(s: Snapshot) -> Iterator[Finding]:
         yield warning(
             "pickle",
             "result_accept_content",
-            "Stored results may be pickled: anybody who can write to the store can run code in your workers.",
+            "Stored results may be pickled: everyone who can write to the store can run code in your workers.",
             'Set result_accept_content = ["json"].',
         )
 
 
-# --- times that have to fit each other --------------------------------------------------
+# --- durations that depend on each other ------------------------------------------------
 
 
 def retention(s: Snapshot) -> Iterator[Finding]:
@@ -347,6 +347,6 @@ def leases(s: Snapshot) -> Iterator[Finding]:
 
 
 def _distinct(s: Snapshot) -> Iterator[tuple[Settings, str]]:
-    """The settings of the first task with each lease, and its name."""
+    """Return, for each different lease, the settings of the first task with it, and its name."""
     first = {task.settings.lease: task for task in reversed(s.guarded)}
     yield from ((task.settings, task.name) for task in s.guarded if first[task.settings.lease] is task)

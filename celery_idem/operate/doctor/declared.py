@@ -1,7 +1,7 @@
-"""What a change of a declaration does to the intents that are there: this release's compared with the last one's.
+"""Compares the declarations of this release with those of the last one: what does a change do to existing intents?
 
 A declaration is kept as JSON: what a key is derived from, and which calls fit the task. ``kept`` has those of the
-workers that started last; ``idem doctor --save FILE`` writes them to a file.
+workers that started last. ``idem doctor --save FILE`` writes them to a file.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from celery_idem.operate.operators import Operator, duration
 NAME = "declared"
 
 DIGITS = 12
-"""Hex digits of a digest that only shows whether something is as it was."""
+"""Hex digits of a digest that only shows whether something has changed."""
 
 
 class Counts(NamedTuple):
-    """How many intents of a task are in the store.
+    """Numbers of a task's intents in the store.
 
     Attributes:
-        open: not ended: running, scheduled, released or in doubt.
-        remembered: ended, and replayed until they expire.
+        open: intents that have not ended.
+        remembered: intents that have ended, and are replayed until they expire.
     """
 
     open: int = 0
@@ -89,7 +89,7 @@ def _path(function: Callable[..., Any] | str) -> str:
 
 
 def _source(function: Callable[..., Any]) -> str:
-    """Return a function's path and a digest of its source: only whether it was edited can be seen."""
+    """Return a function's path and a digest of its source, which only shows whether it was edited."""
     try:
         text = inspect.getsource(function)
     except (OSError, TypeError):
@@ -111,7 +111,7 @@ def _digest(value: Any) -> str:
 def keep(ledger: Ledger, tasks: Mapping[str, IdempotentTask]) -> None:
     """Note the declarations of a ledger's tasks in its store.
 
-    Those of other tasks stay, because workers may have different tasks, until all their outcomes have expired.
+    Workers may have different tasks, so declarations of other tasks stay until all outcomes of those have expired.
 
     Raises:
         StoreError: the store did not answer, or refused.
@@ -172,7 +172,7 @@ def write_file(path: str, operator: Operator) -> None:
 
 
 def changes(operator: Operator, before: Mapping[str, Json]) -> list[Finding]:
-    """Say what the changes since ``before`` do. Reads the records only where something has changed.
+    """Return what the changes since ``before`` do. Reads the records only if something has changed.
 
     Raises:
         StoreError: a store did not answer.
@@ -203,10 +203,10 @@ def _count(operator: Operator, changed: Mapping[str, Json]) -> dict[str, Counts]
 def compare(
     before: Mapping[str, Json], after: Mapping[str, Json], counts: Mapping[str, Counts]
 ) -> Iterator[Finding]:
-    """Say what each change does: which calls run again, and which match no more. Pure.
+    """Return what each change does: which calls run again, and which do not fit any more. Pure.
 
     Args:
-        counts: what is in the store of each task that has changed.
+        counts: numbers of intents, of each task that has changed.
     """
     new_names = set(after) - set(before)
     for name, old in sorted(before.items()):

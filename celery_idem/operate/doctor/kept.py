@@ -1,7 +1,7 @@
-"""What workers note in their store when they start, for a later ``doctor`` to compare with.
+"""Values that workers note in their store when they start, so that a later ``doctor`` can compare.
 
-Two JSON values stand beside the records, under keys of their own (``idem~kept:…``), which no listing of records meets:
-``declared``, the tasks' declarations (see ``declared``), and ``servers``, which runs of the server were seen.
+They are two JSON values beside the records: ``declared`` has the tasks' declarations, and ``servers`` the runs of the
+server. Their keys (``idem~kept:…``) are in no list of records.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from celery_idem.core.model import MICROSECONDS, NO_OWNER
 from celery_idem.engine.ledger import Ledger
 
 KEPT = "~kept"
-"""What the namespace of these values has behind it; a namespace itself has no tilde."""
+"""Suffix of the namespace of these values. A namespace itself has no tilde."""
 
 TRIES = 5
-"""Attempts to write while other workers, started at the same time, write too. Then theirs stands: it says the same."""
+"""Attempts to write, if other workers that start at the same time write too. After that, theirs is enough."""
 
 Json = dict[str, Any]
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from celery import Celery
 
 TICKS = ("celery_idem.adapters.beat", "Ticks")
-"""Module and name of the class that gives each tick its occurrence. By name: it is in a package above this one."""
+"""Module and name of the class that gives each tick its occurrence. By name, because it is in a package above this
+one."""
 
 
 class Entry(NamedTuple):
@@ -31,7 +32,7 @@ class Entry(NamedTuple):
 
 
 def entries(app: Celery, ask: bool) -> Iterator[Entry]:
-    """The entries of an application that are not occurrences of their own. ``ask``: read the database too."""
+    """Return the entries of an application without an occurrence of their own. ``ask``: read the database too."""
     schedule = app.conf.beat_schedule
     for name, entry in schedule.items() if isinstance(schedule, Mapping) else ():
         if isinstance(entry, Mapping):
@@ -44,7 +45,7 @@ def entries(app: Celery, ask: bool) -> Iterator[Entry]:
 
 
 def _in_django() -> Iterator[Entry]:
-    """Enabled entries of django-celery-beat, where Django is set up with it. Raises what Django raises."""
+    """Return the enabled entries of django-celery-beat, if Django is set up with it. Raises Django's errors."""
     django_apps = getattr(sys.modules.get("django.apps"), "apps", None)
     if django_apps is None or not django_apps.ready or not django_apps.is_installed("django_celery_beat"):
         return
@@ -64,6 +65,6 @@ def ticks(app: Celery) -> bool:
     named: Any = app.conf.beat_scheduler or ""
     try:
         scheduler = symbol_by_name(named)
-    except Exception:  # whatever a module of the author's raises
+    except Exception:  # of an author's own module
         return TICKS[0] in str(named)
     return any((one.__module__, one.__name__) == TICKS for one in getattr(scheduler, "__mro__", ()))

@@ -1,7 +1,7 @@
-"""Which runs of a store's server workers have seen: a restart, a failover, a restored database, a loss of all data.
+"""Notes the runs of a store's server that workers have seen: restart, failover, restored database, loss of data.
 
-Workers note the run that they meet when they start, and look every minute whether the note is still there. It goes with
-the data, so a note that is gone says that the records are gone too. The worker then notes the loss.
+Workers note the present run when they start, and check every minute that the note still exists. The note is lost only
+together with the records. The worker then notes the loss.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from celery_idem.operate.doctor.kept import Json
 NAME = "servers"
 
 RUNS = 5
-"""Runs that are kept: the latest ones are of interest, and only while outcomes from before them are remembered."""
+"""Number of latest runs that are kept. A run only matters while outcomes from before it are remembered."""
 
 
 def run_of(info: Mapping[str, str]) -> Json:
-    """What tells a run of the server from another; empty where it does not say.
+    """Return what identifies a run of the server; empty if the server does not tell.
 
     Returns:
-        ``run``, the process of a Redis or the cluster of a PostgreSQL; of a Redis when it ``started``; of a PostgreSQL
-        the ``line`` of its history, which is another one after each promotion and each recovery to a point in time.
+        ``run``: the process of a Redis, or the cluster of a PostgreSQL. ``started``: when a Redis started. ``line``:
+        the timeline of a PostgreSQL, which changes at each promotion and each recovery to a point in time.
     """
     if "run_id" in info and "server_time_usec" in info:
         started = int(info["server_time_usec"]) / MICROSECONDS - int(info.get("uptime_in_seconds", 0))
@@ -41,10 +41,10 @@ def note(ledger: Ledger, run: Json, born: str = "") -> tuple[str, bool]:
     """Note the present run of the server.
 
     Args:
-        born: what this worker remembers of the note; "" before it has one.
+        born: id of the note that this worker has seen; "" for none.
 
     Returns:
-        What to remember, and whether the data was lost since.
+        Id of the note, and whether the data was lost since ``born``.
 
     Raises:
         StoreError: the store did not answer, or refused.
@@ -72,12 +72,12 @@ def _differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def unchanged(ledger: Ledger, born: str) -> bool:
-    """Whether the note that a worker remembers is still there. Raises ``StoreError``: the store did not answer."""
+    """Whether the note that a worker has seen still exists. Raises ``StoreError``: the store did not answer."""
     return bool(kept.read(ledger, NAME).get("born") == born)
 
 
 class Change(NamedTuple):
-    """Another run of the server than before.
+    """A change from one run of the server to another.
 
     Attributes:
         since: the store's time in seconds at which it was noticed.
@@ -90,12 +90,12 @@ class Change(NamedTuple):
 
 
 def changes(noted: Mapping[str, Any], present: Mapping[str, Any], now: float) -> Iterator[Change]:
-    """The changes of the run that were noted, and the one that no worker has noted yet."""
+    """Return the noted changes of the run, and the one that no worker has noted yet."""
     runs: list[Mapping[str, Any]] = list(noted.get("runs", ()))
     if runs and present and _differ(runs[-1], present):
         runs.append({**present, "since": now})
     for old, new in pairwise(runs):
-        if "started" in new:  # a server that ran already when the other one was in its place
+        if "started" in new:  # in a failover, the new server was running before the old one's end
             yield Change(new["since"], "failover" if new["started"] < old["since"] else "restart")
         else:
             yield Change(new["since"], "recovery" if old["run"] == new["run"] else "copy")

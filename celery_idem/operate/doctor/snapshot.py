@@ -1,4 +1,4 @@
-"""Looks at an application. The result is a snapshot: values, which the checks then look at."""
+"""Reads an application into a snapshot: values for the checks."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ Severity = Literal["error", "warning", "note"]
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong.
+    """One problem.
 
     Attributes:
         code: short and stable, for filters and for the documentation.
-        where: the task, the store or the setting it is about.
+        where: the task, the store or the setting that it is about.
         wrong: what goes wrong, in one sentence.
         change: the exact setting to change.
     """
@@ -50,16 +50,16 @@ error, warning, note = (partial(Finding, severity) for severity in get_args(Seve
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """What matters of one task.
+    """Facts about one task.
 
     Attributes:
-        intent: parameters in the intent; None where a function computes it.
+        intent: parameters in the intent; None if a function computes it.
         parameters: every parameter, and its annotation as text.
-        retry_horizon: seconds until its last retry; None where they never end.
-        scheduled: entries of beat that send it the same call at every tick.
+        retry_horizon: seconds until its last retry; None if they never end.
+        scheduled: entries of beat that send the same call at every tick.
         strays: attributes with a setting's name that are not read as settings.
         secret: it has secret parameters.
-        unread: why it could not be looked at; "" where it was.
+        unread: why its options could not be read; "" if they could.
     """
 
     name: str
@@ -85,16 +85,16 @@ class Snapshot:
     """A set-up, as values.
 
     Attributes:
-        visibility: seconds until the broker delivers an unacknowledged message again; None: it does not by time.
+        visibility: seconds until the broker delivers an unacknowledged message again; None: time does not matter.
         confirmed: a publisher learns whether the broker has the message.
-        pool: the worker's pool; "" where it is not known.
-        result_expires: seconds the result backend keeps results; None: for ever.
+        pool: the worker's pool; "" if it is not known.
+        result_expires: seconds for which the result backend keeps results; None: for ever.
         pickled: pickle is accepted for results.
-        unusable: why results could not be read again; "" where they can.
+        unusable: why results could not be read again; "" if they can.
         ticks: the beat scheduler makes each tick an occurrence.
-        unread_schedule: why beat's entries in a database could not be read; "" where they could.
+        unread_schedule: why beat's entries in a database could not be read; "" if they could.
         longest_delay: the longest countdown in the beat schedule, in seconds.
-        store_scheme: of ``idem_store``, or of the result backend that stands in for it.
+        store_scheme: scheme of ``idem_store``, or of the result backend that is the store.
     """
 
     visibility: float | None = 3600.0
@@ -112,36 +112,36 @@ class Snapshot:
 
     @property
     def guarded(self) -> list[TaskFacts]:
-        """Those of the tasks that are guarded."""
+        """The guarded tasks."""
         return [task for task in self.tasks if task.guarded]
 
 
 Check = Callable[[Snapshot], Iterator[Finding]]
-"""Looks at a snapshot alone: no server, no clock, so each can be tested with values."""
+"""A check. It uses only a snapshot, no server and no clock, so each can be tested with values."""
 
-# --- looking at an application ----------------------------------------------------------
+# --- reading an application -------------------------------------------------------------
 
 VISIBILITY = {"redis": 3600.0, "rediss": 3600.0, "sentinel": 3600.0, "redis+socket": 3600.0, "sqs": 1800.0}
-"""Seconds until an unacknowledged message is delivered again, by the broker's scheme:
-kombu's defaults. Other brokers notice the lost connection instead."""
+"""Seconds until an unacknowledged message is delivered again, by the broker's scheme: kombu's defaults. Other brokers
+notice the lost connection instead."""
 
 
 DOUBLINGS = 64
-"""Retries after which an exponential delay has met its maximum, whatever it began with."""
+"""Retries after which an exponential delay has reached its maximum, whatever its first value."""
 
 AMQP = ("amqp", "amqps", "pyamqp", "librabbitmq")
-"""Schemes of kombu's whose broker confirms a message only where it is told to."""
+"""kombu's schemes of RabbitMQ, which confirms messages only if ``confirm_publish`` is set."""
 
 
 def gather(app: Celery, *, ask: bool = True, pool: str = "") -> Snapshot:
     """Take a snapshot of an application.
 
     Args:
-        ask: ask its stores too; one that does not answer costs its connection timeout.
-        pool: the worker's pool, where it is known.
+        ask: ask its stores too. One that does not answer costs its connection timeout.
+        pool: the worker's pool, if it is known.
 
     Raises:
-        ConfigurationError: a setting is wrong, which has to be corrected first.
+        ConfigurationError: a setting is wrong, and has to be corrected first.
     """
     conf = app.conf
     settings = of_app(conf)
@@ -170,7 +170,7 @@ def gather(app: Celery, *, ask: bool = True, pool: str = "") -> Snapshot:
                 tuple(one for one in scheduled if app.tasks.get(one.task) is task),
             )
             for name, task in sorted(app.tasks.items())
-            if name == task.name  # and not a former name of it
+            if name == task.name  # not one of its former names
         ),
         stores=tuple(
             facts
@@ -181,29 +181,29 @@ def gather(app: Celery, *, ask: bool = True, pool: str = "") -> Snapshot:
 
 
 def _scheduled(app: Celery, ask: bool) -> tuple[list[Entry], str]:
-    """What beat sends, and why its database could not be read."""
+    """Return what beat sends, and why its database could not be read; "" if it could."""
     found: list[Entry] = []
     try:
         found.extend(schedules.entries(app, ask))
-    except Exception as error:  # a driver's; a migration that was not made
+    except Exception as error:  # of a driver, or because of a missing migration
         return found, f"{type(error).__name__}: {error}"
     return found, ""
 
 
 def _brokers(*given: Any) -> list[str]:
-    """Schemes of the brokers: kombu takes several URLs to fail over to, as a list or with ";" between them."""
+    """Return the schemes of the brokers. kombu takes several URLs, as a list or with ";" between them."""
     urls = [url for some in given for url in (some.split(";") if isinstance(some, str) else some or ())]
     return [str(url).partition(":")[0] for url in urls if "://" in str(url)] or ["amqp"]
 
 
 def _visibility(brokers: list[str], options: Mapping[str, Any]) -> float | None:
-    """The longest of them: outcomes have to be kept for as long."""
+    """Return the longest visibility timeout, because outcomes have to be kept for as long."""
     defaults = [VISIBILITY[broker] for broker in brokers if broker in VISIBILITY]
     return None if not defaults else _number(options.get("visibility_timeout"), max(defaults))
 
 
 def _number(value: Any, default: float) -> float:
-    """A finite number of seconds; ``default`` where it is none."""
+    """Return a value as a finite number of seconds; ``default`` if it is none."""
     try:
         number = float(value.total_seconds() if hasattr(value, "total_seconds") else value)
     except (TypeError, ValueError, OverflowError):
@@ -219,12 +219,12 @@ def _countdown(entry: Any) -> float:
 def _facts_or_why_not(
     name: str, task: Any, guarded: IdempotentTask | None, scheduled: tuple[Entry, ...]
 ) -> TaskFacts:
-    """What matters of a task; of one whose attributes cannot be read, the reason."""
+    """Return the facts about a task, or why its attributes cannot be read."""
     try:
         return _task_facts(task, guarded, scheduled)
     except ConfigurationError:
         raise
-    except Exception as error:  # a property of the author's own, a limit that is text
+    except Exception as error:  # of an author's own property, or because of a limit that is text
         why = f"{type(error).__name__}: {error}"
         return TaskFacts(name=name, guarded=guarded is not None, acks_late=guarded is not None, unread=why)
 
@@ -260,7 +260,7 @@ def _task_facts(task: Any, guarded: IdempotentTask | None, scheduled: tuple[Entr
 
 
 def _retry_horizon(task: Any) -> float | None:
-    """Seconds until the last retry; None where they never end, or not within a century."""
+    """Return the seconds until the last retry; None if retries never end, or not within a century."""
     try:
         retries = None if task.max_retries is None else float(task.max_retries)
     except OverflowError:
@@ -281,7 +281,7 @@ def _retry_horizon(task: Any) -> float | None:
 
 
 def annotated(annotation: Any) -> str:
-    """An annotation as text, without its module; "" for none."""
+    """Return an annotation as text, without its module; "" for none."""
     if annotation is inspect.Parameter.empty:
         return ""
     return str(getattr(annotation, "__name__", annotation)).rpartition(".")[2]

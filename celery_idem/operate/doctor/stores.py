@@ -1,4 +1,4 @@
-"""What can be wrong with a store: it does not answer, it loses records, its clock is wrong."""
+"""Checks of the stores: one does not answer, may lose records, or its clock is wrong."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from celery_idem.operate.doctor.snapshot import Finding, Snapshot, error, note, 
 from celery_idem.operate.operators import duration, iso
 
 SKEW_LIMIT = 1.0
-"""Seconds between the store's clock and this machine's that are not reported: leases are measured
-by the store's clock alone, so only ETAs and the times in logs differ."""
+"""Seconds between the clocks of the store and of this machine that are not reported. Leases use only the store's clock,
+so only ETAs and the times in logs differ."""
 
 
 NEAR = 0.85
-"""Part of a Redis' memory limit from which it is reported: what is left then lasts hours or days, not weeks."""
+"""Used part of a Redis' memory limit from which it is reported. The rest then lasts for hours or days, not weeks."""
 
 SILENT_REPLICA = 3
-"""Seconds without a sign from a replica, which sends one each second."""
+"""Seconds without a message from a replica, which sends one each second."""
 
 NAMED = 3
-"""Tasks that a sentence names before it only counts them."""
+"""Tasks that a sentence names. Others are counted."""
 
 
 def _meanwhile(s: Snapshot, store: StoreFacts) -> str:
@@ -31,7 +31,7 @@ def _meanwhile(s: Snapshot, store: StoreFacts) -> str:
 
 
 def meanwhile(tasks: Mapping[str, Settings]) -> str:
-    """What becomes of a store's tasks until it answers. Empty where it has none."""
+    """Return what becomes of a store's tasks until it answers; "" if it has none."""
     kinds: dict[str, list[str]] = {}
     for name, settings in tasks.items():
         kind = "run (shadow mode)" if settings.shadow else WITHOUT_STORE[settings.on_store_error]
@@ -155,11 +155,11 @@ def eviction(s: Snapshot) -> Iterator[Finding]:
         policy = store.info.get("maxmemory_policy", "noeviction")
         if not _evicts(store):
             continue
-        what = "every record" if policy.startswith("allkeys") else "every finished outcome"
+        what = "any record" if policy.startswith("allkeys") else "any finished outcome"
         yield error(
             "eviction",
             store.url,
-            f"When its memory is full this Redis drops {what} it likes (maxmemory-policy {policy}): a call whose "
+            f"When its memory is full, this Redis may drop {what} (maxmemory-policy {policy}): a call whose "
             "record was dropped runs a second time.",
             "In redis.conf: maxmemory-policy noeviction.",
         )
@@ -218,7 +218,7 @@ def silent_replicas(s: Snapshot) -> Iterator[Finding]:
 
 
 def _replicas(store: StoreFacts) -> Iterator[tuple[str, int, int]]:
-    """Address, seconds since its last sign, and bytes behind of each replica that is connected."""
+    """Return address, seconds since its last message, and bytes behind, of each connected replica."""
     written = int(store.info.get("master_repl_offset", 0))
     for n in range(int(store.info.get("connected_slaves", 0) or 0)):
         told = dict(part.partition("=")[::2] for part in store.info.get(f"slave{n}", "").split(","))
@@ -228,7 +228,7 @@ def _replicas(store: StoreFacts) -> Iterator[tuple[str, int, int]]:
 
 
 def other_runs(s: Snapshot) -> Iterator[Finding]:
-    """A change counts as long as outcomes from before it are remembered."""
+    """Report changes of the server's run, as long as outcomes from before them are remembered."""
     keep = {task.name: task.settings.policy(task.asks) for task in s.tasks if task.guarded}
     for store in s.stores:
         kept = [max(keep[name].result_ttl, keep[name].failure_ttl) for name in store.tasks]
@@ -281,7 +281,7 @@ SAFER = {
     "recovery": "synchronous_standby_names in PostgreSQL.",
     "copy": "stop the workers before the copy is made.",
 }
-"""What makes a change of the run lose less."""
+"""What to set so that a change of the run loses less, by its kind."""
 
 
 def _is_redis(store: StoreFacts) -> bool:
@@ -320,7 +320,7 @@ def calls_not_kept(s: Snapshot) -> Iterator[Finding]:
                 "call-not-kept",
                 store.url,
                 f"{number:,} open intents cannot be shown, nor be published again: {why}. If their workers die, their "
-                "callers wait until somebody calls again.",
+                "callers wait until the call is made again.",
                 "Pass ids in the place of large values, or raise idem_max_call_bytes; use a serializer that takes the "
                 "arguments.",
             )
@@ -346,7 +346,7 @@ def sealing(s: Snapshot) -> Iterator[Finding]:
                     "key-missing",
                     store.url,
                     f"{number:,} of the {LOOKED_AT:,} records looked at, at most, are sealed with the key {key}, which "
-                    "is not here. Their tasks do not run in this process, and nobody sees what they are about.",
+                    "this process does not have. Their tasks do not run here, and lists cannot describe their actions.",
                     "Give every process the same idem_seal_keys; if the key is lost: `celery -A proj idem reseal "
                     "--lost`.",
                 )
