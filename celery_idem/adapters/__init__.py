@@ -1,4 +1,4 @@
-"""For callers that do not speak Celery. Each module needs its own extra; importing this one needs none.
+"""For callers that do not use Celery. Each module needs its own extra; importing this package needs none.
 
 Never here: rules, stores, records.
 """

@@ -1,18 +1,16 @@
-"""A beat that may run twice: each entry carries the tick that it is due at as its occurrence.
+"""A beat that may run twice: each call has the tick at which its entry is due as its occurrence.
 
 ::
 
     celery -A proj beat --scheduler celery_idem.adapters.beat:Scheduler
 
-Two beats that fire the same tick then send the same intent, and an intent of the next
-tick is another one. For that both beats must agree on the tick. Crontab entries say when
-they are due. Plain intervals do not: Celery counts them from the start of the beat, so
-this scheduler counts them from the epoch instead (every 10 seconds: at :00, :10, :20);
-those with ``relative=True`` stay as they are, and are no tick that two beats agree on.
+Two beats that fire the same tick then send the same intent. The next tick is another intent. For this, both beats must
+agree on the ticks. Crontab entries have fixed times. Celery counts plain intervals from the start of the beat, so this
+scheduler counts them from the epoch instead (every 10 seconds: at :00, :10, :20). Intervals with ``relative=True`` are
+not changed, and two beats do not agree on them.
 
-A scheduler of another kind (one that keeps its entries in a database) gets the
-occurrence too, as ``class MyScheduler(Ticks, DatabaseScheduler)``; its plain intervals
-stay as they are, so two of those beats do not agree on them.
+A scheduler of another kind (one that keeps its entries in a database) gets the occurrence too, with ``class
+MyScheduler(Ticks, DatabaseScheduler)``. Its plain intervals are not changed, so two such beats do not agree on them.
 """
 
 from __future__ import annotations
@@ -33,10 +31,10 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
 class aligned(schedule):  # type: ignore[misc]  # noqa: N801  # as Celery's schedules are called
-    """Every so often, counted from the epoch: any two beats agree on the ticks."""
+    """A plain interval that is counted from the epoch, so that all beats agree on the ticks."""
 
     def tick_after(self, when: datetime) -> datetime:
-        """The first tick later than ``when``."""
+        """Return the first tick after ``when``."""
         count = (when - _EPOCH) // self.run_every + 1
         tick: datetime = _EPOCH + count * self.run_every
         return tick
@@ -54,7 +52,7 @@ class aligned(schedule):  # type: ignore[misc]  # noqa: N801  # as Celery's sche
 
 
 def due_at(entry: ScheduleEntry) -> datetime:
-    """The tick that an entry is due at, in UTC: the first one after its last run."""
+    """Return the tick at which an entry is due, in UTC: the first one after its last run."""
     plan = entry.schedule
     last = plan.maybe_make_aware(entry.last_run_at)
     if isinstance(plan, aligned):
@@ -65,24 +63,24 @@ def due_at(entry: ScheduleEntry) -> datetime:
         now = plan.maybe_make_aware(plan.now())
         start, delta = now, plan.remaining_estimate(last)
     tick: datetime = now + remaining(start, delta, now)
-    # A schedule that measures against the clock of this moment is off by microseconds.
+    # A schedule that uses the present time is off by microseconds.
     return (tick + timedelta(seconds=0.5)).astimezone(timezone.utc).replace(microsecond=0)
 
 
 class Ticks:
-    """Mix-in for a beat scheduler: what an entry sends carries its tick as occurrence."""
+    """Mix-in for a beat scheduler: each call that an entry sends has its tick as occurrence."""
 
     def apply_async(
         self, entry: ScheduleEntry, producer: Any = None, advance: bool = True, **kwargs: Any
     ) -> AsyncResult:
-        """As Celery's. An occurrence that the entry's own ``options`` give stays."""
-        # Not copy.copy: that calls the constructor as Celery's own entry has it, and a database's has another.
+        """As Celery's, with the occurrence, unless the entry's own ``options`` have one."""
+        # Not copy.copy, which calls the constructor of Celery's own entry. A database's entry has another one.
         stamped = object.__new__(type(entry))
         vars(stamped).update(vars(entry))
         headers = {OCCURRENCE: due_at(entry).isoformat(), **(entry.options.get("headers") or {})}
         stamped.options = {**entry.options, "headers": headers}
         if advance:
-            self.reserve(entry)  # type: ignore[attr-defined]  # the entry as it is: the stamp is not for the next tick
+            self.reserve(entry)  # type: ignore[attr-defined]  # not ``stamped``, whose occurrence is for this tick only
         return super().apply_async(stamped, producer=producer, advance=False, **kwargs)  # type: ignore[misc]
 
 

@@ -1,4 +1,4 @@
-"""HTTP: chosen tasks behind ``POST /tasks/{name}``, with ``Idempotency-Key`` as the IETF draft has it.
+"""HTTP: chosen tasks behind ``POST /tasks/{name}``, with ``Idempotency-Key`` as in the IETF draft.
 
 ::
 
@@ -6,28 +6,28 @@
 
     api.mount("/actions", door(celery_app, ["shop.send_invoice"], token=os.environ["ACTIONS_TOKEN"]))
 
-An ASGI application (Starlette), by itself or mounted into another one. Without ``token``
-or ``authenticate`` it does not open. A caller that repeats a request gets:
+An ASGI application (Starlette), which runs alone or is mounted into another one. It needs ``token`` or
+``authenticate``. A request gets one of these answers:
 
 ======  ==========================================================================
 status  meaning
 ======  ==========================================================================
 200     done; a repetition gets the same body, and ``Idempotent-Replayed: true``. A ``result`` that
         was not kept is null, and ``not_kept`` says why
-202     published by this request, and still running: look at ``Location``
-400     the request is malformed, or lacks ``Idempotency-Key`` where one is required
+202     published by this request, and still running: ask at ``Location``
+400     the request is malformed, or has no ``Idempotency-Key`` although it is required
 401     unauthorized
-404     no such task here, or nothing known of that intent
+404     there is no such task, or nothing is known of that intent
 409     another caller's request for it is running (``Retry-After``), or it is in doubt
 413     the body is too large
 415     the body is not JSON
-422     known already, with other arguments; the answer names them
+422     the intent is known with other arguments; the answer names them
 500     it was tried and failed; a repetition gets the same answer
 503     ``not_run``: nothing was done, or only its finished steps; repeat it (``Retry-After``)
 ======  ==========================================================================
 
-Everything but 200 and 202 is ``application/problem+json`` (RFC 9457) with the
-receipt's ``next``: one sentence that says what to do.
+All answers except 200 and 202 are ``application/problem+json`` (RFC 9457) with the receipt's ``next``, one sentence
+that says what to do.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from celery_idem.core.errors import ConfigurationError, StoreError, needs
 from celery_idem.core.keys import label
 from celery_idem.integration.receipts import Receipt, plain
 
-with needs("The HTTP door needs Starlette and pydantic", "http"):
+with needs("The HTTP adapter needs Starlette and pydantic", "http"):
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect, Request
@@ -58,15 +58,15 @@ if TYPE_CHECKING:
     from celery import Celery
 
 MAX_BODY = 1 << 20
-"""Bytes of a request's body: as much as a result may have by default, and far more than arguments need."""
+"""Maximum size of a request's body, in bytes: the default maximum of a result, and far more than arguments need."""
 
 WAIT = 10.0
-"""Seconds a request waits for the answer: most proxies give up after 30 or 60."""
+"""Seconds that a request waits for the answer. Most proxies give up after 30 or 60."""
 
 PROBLEM = "application/problem+json"
 
 Authenticate = Callable[[Request], "str | Awaitable[str | None] | None"]
-"""Who is calling: a scope ("" for none), or None to refuse."""
+"""From a request to the caller's scope ("" for none), or to None to refuse it."""
 
 _QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')
 _BARE = re.compile(r"[!#-~]+")
@@ -98,19 +98,17 @@ def door(
     wait: float = WAIT,
     max_body: int = MAX_BODY,
 ) -> Starlette:
-    """The ASGI application.
+    """Return the ASGI application.
 
     Args:
         app: the Celery application that the tasks belong to.
-        tasks: names of the tasks that may be called; no other one can be seen.
-        token: the bearer token; or a mapping from tokens to scopes, so that two
-            callers' intents never meet.
-        authenticate: instead: the host's own way, ``(request) -> scope``, ``""`` for no
-            scope, None to refuse. May be a coroutine function.
-        require_key: whether a request must bring an ``Idempotency-Key``. Without one
-            the task's own intent is the identity.
-        wait: seconds to wait for the answer. ``Prefer: wait=5`` of a request shortens it.
-        max_body: bytes.
+        tasks: names of the tasks that may be called. Others cannot be seen.
+        token: the bearer token; or a mapping from tokens to scopes, which keeps the callers' intents apart.
+        authenticate: a function of the host application instead: from a request to a scope, to ``""`` for no scope, or
+            to None to refuse. It may be a coroutine function.
+        require_key: a request must have an ``Idempotency-Key``. Without one, the task's own intent is the identity.
+        wait: seconds to wait for the answer. ``Prefer: wait=5`` in a request shortens it.
+        max_body: maximum size of a body, in bytes.
 
     Raises:
         ConfigurationError: neither ``token`` nor ``authenticate``, or a task that cannot be offered.
@@ -119,11 +117,11 @@ def door(
         (token is None) == (authenticate is None)
         or token in ("", {})
         or (
-            isinstance(token, Mapping) and not all(token)  # an empty one, from a variable that is not set
+            isinstance(token, Mapping) and not all(token)  # an empty token, from a variable that is not set
         )
     ):
         raise ConfigurationError(
-            "The HTTP door is closed until you say who may use it: give either token=… or authenticate=…. "
+            "The HTTP adapter needs to know who may use it: give either token=… or authenticate=…. "
             "A token cannot be empty."
         )
     check = authenticate if authenticate is not None else _bearer(token or "")
@@ -144,7 +142,7 @@ def door(
 
 
 class _Problem(Exception):
-    """An answer that is no success, as RFC 9457 wants it."""
+    """An answer that is no success, in the form of RFC 9457."""
 
     def __init__(
         self, status: int, kind: str, detail: str = "", headers: Mapping[str, str] | None = None, **more: Any
@@ -160,14 +158,14 @@ class _Problem(Exception):
 
 
 async def _http_problem(request: Request, error: Exception) -> Response:
-    """Starlette's own 404 and 405."""
+    """Answer for Starlette's own 404 and 405."""
     assert isinstance(error, HTTPException)
     kind = "not_found" if error.status_code == 404 else "error"
     return _Problem(error.status_code, kind, str(error.detail), error.headers).response()
 
 
 async def _internal_problem(request: Request, error: Exception) -> Response:
-    """Ours, and logged by the server. Calling again is safe whatever it was: the intent is guarded."""
+    """Answer for an error of our own, which the server logs. Calling again is safe, because the intent is guarded."""
     return _Problem(500, "error", "Something went wrong here. It is safe to call again unchanged.").response()
 
 
@@ -254,7 +252,7 @@ def _bearer(token: str | Mapping[str, str]) -> Authenticate:
     def check(request: Request) -> str | None:
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         found = None
-        for secret, scope in known.items():  # all of them, so that time tells nothing
+        for secret, scope in known.items():  # all of them, so that the time does not tell which one fits
             if hmac.compare_digest(secret.encode(), given.strip().encode("utf-8", "replace")):
                 found = scope
         return found if kind.lower() == "bearer" else None
@@ -263,7 +261,7 @@ def _bearer(token: str | Mapping[str, str]) -> Authenticate:
 
 
 def _text_header(request: Request, name: str) -> str | None:
-    """A header that is text: quoted, as the draft has it, or bare, as most clients send it."""
+    """Return a header with a text: quoted as in the draft, or bare, as most clients send it."""
     values = request.headers.getlist(name)
     if not values:
         return None
@@ -279,7 +277,7 @@ def _text_header(request: Request, name: str) -> str | None:
 
 
 def _preferred_wait(request: Request) -> float:
-    """Seconds in ``Prefer: wait=…`` (RFC 7240)."""
+    """Return the seconds in ``Prefer: wait=…`` (RFC 7240)."""
     found = re.search(
         r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})", request.headers.get("prefer", ""), re.IGNORECASE
     )
@@ -295,7 +293,7 @@ def _response(receipt: Receipt, request: Request) -> Response:
     if receipt.done:
         if receipt.status == "replayed":
             headers["Idempotent-Replayed"] = "true"
-        # The same body for every caller: nothing in it says who was first.
+        # The body is the same for every caller, so it does not tell who was first.
         body = {"key": receipt.key, "result": plain(receipt.result)}
         if receipt.reason:
             body["not_kept"] = receipt.reason
@@ -314,7 +312,7 @@ def _response(receipt: Receipt, request: Request) -> Response:
 
 
 def _openapi(tools: Mapping[str, Tool], require_key: bool) -> dict[str, Any]:
-    """OpenAPI 3.1 of exactly what is offered here."""
+    """Return the OpenAPI 3.1 document of the offered tasks."""
     problem = {"description": "Says what to do next.", "content": {PROBLEM: {"schema": _ref("Problem")}}}
     receipt = {"content": {"application/json": {"schema": _ref("Receipt")}}}
     text = {"type": "string", "minLength": 1, "maxLength": OCCURRENCE_MAX, "pattern": "^[!#-~]+$"}
@@ -381,7 +379,7 @@ def _ref(name: str) -> dict[str, str]:
 
 
 def _moved(schema: Any, name: str) -> Any:
-    """The same schema where its definitions are components, under the task's name."""
+    """Return the same schema with its definitions as components, under the task's name."""
     text = json.dumps(schema).replace('"#/$defs/', f'"#/components/schemas/{name}.')
     return json.loads(text)
 

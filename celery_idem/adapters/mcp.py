@@ -8,12 +8,12 @@
     serve_stdio(actions)                                         # for a host that starts this process
     asgi = actions.streamable_http_app(auth=…, token_verifier=…) # for hosts that come over HTTP
 
-Each tool's structured output is the receipt: a duplicate, something in progress or in
-doubt is an ordinary answer with a sentence that says what to do. A client that lost
-patience and calls again, in whatever words, asks about the same intent.
+Each tool's structured output is the receipt. A duplicate, or an action in progress or in doubt, is an ordinary answer
+with a sentence that says what to do. A client that has timed out and calls again, even in other words, asks about the
+same intent.
 
-Whose action it is (the scope) comes from the authenticated host. A key may come from the
-host too, in the request's ``_meta``, where no model writes: ``celery-idem/idempotency-key``.
+The scope (whose action it is) comes from the authenticated host. The host may also send a key, as
+``celery-idem/idempotency-key`` in the request's ``_meta``, which a model cannot write.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from celery_idem.adapters.tools import OCCURRENCE_MAX, RECEIPT, BadArguments, Of
 from celery_idem.core.errors import ConfigurationError, StoreError, needs
 from celery_idem.integration.receipts import PENDING, Receipt
 
-with needs("The MCP door needs the official SDK, 2.0 or later", "mcp"):
+with needs("The MCP adapter needs the official SDK, 2.0 or later", "mcp"):
     from mcp.server import Server
     from mcp.server.auth.middleware.auth_context import get_access_token
     from mcp.server.stdio import stdio_server
@@ -48,24 +48,26 @@ if TYPE_CHECKING:
     from celery import Celery
 
 WAIT = 20.0
-"""Seconds a call waits for the answer. Hosts give up after 60, some after 30; an answer that
-says "running, do not call again" is better than none."""
+"""Seconds that a call waits for the answer. Hosts give up after 60, some after 30. Before that, they should get the
+answer "running, do not call again"."""
 
 KEY_META = "celery-idem/idempotency-key"
 OCCURRENCE_META = "celery-idem/occurrence"
 STATUS_TOOL = "action_status"
 
 Scope = Callable[[Any], "str | None"]
-"""From the SDK's request context to the scope of what is called in it."""
+"""From the SDK's request context to the scope of its calls."""
 
 
 def authenticated(context: Any) -> str | None:
-    """The default scope: who the SDK's own authentication says is calling; None on stdio."""
+    """Return the default scope: the caller by the SDK's own authentication; None on stdio."""
     token = get_access_token()
     if token is None:
         return None
     issuer = (token.claims or {}).get("iss")
-    return json.dumps([token.client_id, issuer, token.subject])  # a list, because a joint could be in a name
+    return json.dumps(
+        [token.client_id, issuer, token.subject]
+    )  # not joined, because a name may have any separator
 
 
 def server(
@@ -78,17 +80,16 @@ def server(
     occurrences: bool = False,
     wait: float = WAIT,
 ) -> Server[Any]:
-    """The SDK's server, ready to run on any of its transports.
+    """Return the SDK's server, which can run on any of its transports.
 
     Args:
         app: the Celery application that the tasks belong to.
-        tasks: names of the tasks that become tools; no other one can be seen. A tool
-            is called like its task, with ``_`` for ``.``.
-        name: of the server.
+        tasks: names of the tasks that become tools. Others cannot be seen. A tool is called like its task, with ``_``
+            for ``.``.
+        name: name of the server.
         scope: whose actions these are: a text, or a function of the request's context.
-        additive: those of the tasks that only ever add something; all others are
-            announced as destructive.
-        occurrences: let the model name a repetition that is meant (see ``tool_of``).
+        additive: those of the tasks that only add something. All others are announced as destructive.
+        occurrences: let the model name an intended repetition (see ``tool_of``).
         wait: seconds to wait for an answer.
 
     Raises:
@@ -117,7 +118,7 @@ INSTRUCTIONS = (
 
 
 def serve_stdio(actions: Server[Any]) -> None:
-    """Serve one host on standard input and output until it hangs up."""
+    """Serve one host on standard input and output until it closes them."""
 
     async def serve() -> None:
         async with stdio_server() as (read, write):

@@ -1,6 +1,6 @@
-"""A task as a tool: a schema for its arguments, words for a model, and a call that answers with values.
+"""Makes a tool of a task: a schema for its arguments, descriptions for a model, and a call that returns values.
 
-What the HTTP, MCP and agent adapters have in common. Needs pydantic, which each of their extras brings.
+The HTTP, MCP and agent adapters share this module. It needs pydantic, which each of their extras installs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 OCCURRENCE_MAX = 255
-"""Characters in an occurrence or a key that comes from outside: as Stripe's keys. Enough for any id."""
+"""Maximum length of an occurrence or a key from outside: as for Stripe's keys, and enough for any id."""
 
 ROLES = {
     "intent": "Says which action this is. Repeat it unchanged when you repeat the call.",
@@ -69,7 +69,7 @@ class BadArguments(Exception):
     """The arguments do not fit the task. Nothing was done.
 
     Args:
-        problems: one line for each, with the parameter's name and never its value.
+        problems: one line each, with the parameter's name and never its value.
     """
 
     def __init__(self, problems: Iterable[str]) -> None:
@@ -79,7 +79,7 @@ class BadArguments(Exception):
 
 @dataclass(frozen=True)
 class Tool:
-    """One task, ready to be offered. Make it with ``tool_of``."""
+    """One task as a tool. Make it with ``tool_of``."""
 
     task: IdempotentTask
     declaration: Declaration
@@ -92,17 +92,17 @@ class Tool:
 
     @property
     def description(self) -> str:
-        """The task's docstring, and what a model should know about repeating it."""
+        """The task's docstring, and what a model must know about repeating a call."""
         return "\n\n".join(filter(None, [inspect.getdoc(self.task.run), ADVICE]))
 
     @property
     def idempotent(self) -> bool:
-        """False where the settings let a repetition through: in shadow, without memory, failing open."""
+        """False if the settings let a repetition run: in shadow mode, without ``result_ttl``, or when failing open."""
         settings = self.task.guard.settings
         return not settings.shadow and settings.result_ttl > 0 and settings.on_store_error != "run"
 
     def schema(self) -> dict[str, Any]:
-        """JSON schema of the arguments, an object. Each parameter says what part it plays (``x-idem``)."""
+        """Return the JSON schema of the arguments, an object. ``x-idem`` is each parameter's role."""
         schema = self.model.model_json_schema(mode="validation")
         schema.pop("title", None)
         schema.setdefault("properties", {})
@@ -118,7 +118,7 @@ class Tool:
         return schema
 
     def role(self, parameter: str) -> str:
-        """``intent``, ``must_match`` or ``free``; "" where a function computes the intent."""
+        """Return ``intent``, ``must_match`` or ``free``; "" if a function computes the intent."""
         if parameter in self.declaration.must_match:
             return "must_match"
         if self.declaration.compute is not None:
@@ -127,10 +127,10 @@ class Tool:
         return "intent" if fields is None or parameter in fields else "free"
 
     def parse(self, arguments: str | bytes) -> dict[str, Any]:
-        """JSON text as arguments of the task's own types.
+        """Return the arguments in a JSON text, with the task's own types.
 
         Raises:
-            BadArguments: it is no JSON, or it does not fit. Text is never taken for a number.
+            BadArguments: it is no JSON, or it does not fit. Text is never converted to a number.
         """
         from pydantic import ValidationError
 
@@ -146,7 +146,7 @@ class Tool:
         for name, field in type(parsed).model_fields.items():
             alias = field.alias or name
             if alias in sent and _has_model(getattr(parsed, name)):
-                # As it was sent: dumping a model masks secrets and drops excluded fields.
+                # Keep it as it was sent, because dumping a model hides secrets and drops excluded fields.
                 known[alias] = sent[alias]
         return known
 
@@ -157,10 +157,10 @@ class Tool:
         occurrence: str | None = None,
         idempotency_key: str | None = None,
     ) -> Receipt:
-        """``IdempotentTask.submit`` where a broker that does not answer is a value too.
+        """As ``IdempotentTask.submit``, with a receipt also if the call cannot be published.
 
         Args:
-            occurrence: the host's, where the caller gives none among the arguments.
+            occurrence: given by the host; used if the arguments have none.
 
         Raises:
             BadArguments: an argument is missing, or cannot be part of a key.
@@ -172,12 +172,12 @@ class Tool:
             return submit_task(self.task, args, kwargs, scope, occurrence, idempotency_key, {})
         except (TypeError, IntentError) as error:
             raise BadArguments([str(error)]) from None
-        except Exception as error:  # of any driver: there is no receipt, but there must be an answer
+        except Exception as error:  # of any driver; the caller must get an answer
             events.diagnose(logging.ERROR, "%s could not be published", self.name, error=error)
             return Receipt("not_run", "", reason=type(error).__name__, code="not_sent")
 
     def _split(self, arguments: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-        """Positional-only parameters have no other way in."""
+        """Return positional and named arguments. Only positional-only parameters are given by position."""
         kwargs = dict(arguments)
         args = []
         for name, parameter in self.declaration.signature.parameters.items():
@@ -195,15 +195,13 @@ def _has_model(value: Any) -> bool:
 
 
 def tool_of(app: Celery, name: str, occurrences: bool = False) -> Tool:
-    """The task of this name as a tool.
+    """Return the task of this name as a tool.
 
     Args:
-        occurrences: offer ``occurrence`` as one more argument, for actions that are
-            meant to be repeated ("second reminder").
+        occurrences: offer ``occurrence`` as an argument, for actions with intended repetitions ("second reminder").
 
     Raises:
-        ConfigurationError: there is no such task, it declares no intent, or it cannot
-            be called with named arguments.
+        ConfigurationError: there is no such task, it declares no intent, or it cannot be called with named arguments.
     """
     task = app.tasks.get(name)
     if task is None:
@@ -239,7 +237,7 @@ def _model_of(task: IdempotentTask, declaration: Declaration, occurrences: bool)
                 f"{task.name} takes *{name}, which has no place among named arguments. Give it a list parameter."
             )
         default = ... if parameter.default is inspect.Parameter.empty else parameter.default
-        # Under an alias, because pydantic keeps some names to itself and a task may use any.
+        # With an alias, because pydantic reserves some names, and a task may use any.
         fields[f"p{number}"] = (hints.get(name, Any), Field(default, alias=name))
     if occurrences:
         limited = Field(None, alias="occurrence", min_length=1, max_length=OCCURRENCE_MAX)
@@ -250,10 +248,10 @@ def _model_of(task: IdempotentTask, declaration: Declaration, occurrences: bool)
 
 
 def annotations_of(task: IdempotentTask) -> dict[str, Any]:
-    """The body's annotations, evaluated.
+    """Return the body's annotations, evaluated.
 
     Raises:
-        ConfigurationError: one of them cannot be.
+        ConfigurationError: an annotation cannot be evaluated.
     """
     known = called_of(type(task))
     hints: dict[str, Any] = {}
@@ -276,8 +274,8 @@ class Offer:
     """The tasks that an asynchronous adapter offers.
 
     Args:
-        tools: by the name that callers use.
-        wait: seconds a call waits for its answer.
+        tools: tools by the name that callers use.
+        wait: seconds that a call waits for its answer.
     """
 
     app: Celery
@@ -293,21 +291,21 @@ class Offer:
         idempotency_key: str | None,
         wait: float = math.inf,
     ) -> Receipt:
-        """Submit JSON arguments, and wait for the answer: no longer than the caller wants.
+        """Submit JSON arguments, and wait for the answer, at most as long as the caller wants.
 
         Raises:
             BadArguments: see ``Tool.parse`` and ``Tool.submit``.
         """
-        # Parsing is bounded by the size of the request, so it does not need a thread; the store does.
+        # Parsing is fast, because requests have a maximum size. Only the store needs a thread.
         given = tool.parse(arguments)
         receipt = await in_thread("submit", tool.submit, given, scope, occurrence, idempotency_key)
         return await receipt.async_wait(min(self.wait, wait))
 
     async def look(self, key: str, scope: str | None) -> Receipt | None:
-        """Where an intent stands; None where nothing is known of it, or its task is not offered.
+        """Return what is known of an intent; None if nothing is, or if its task is not offered.
 
         Raises:
-            StoreError: its text names the store's address, which a caller must not see.
+            StoreError: the store did not answer. The text has the store's address, which a caller must not see.
         """
         if task_of(key) not in {tool.declaration.task for tool in self.tools.values()}:
             return None

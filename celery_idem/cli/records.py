@@ -74,8 +74,7 @@ def list_(
 ) -> None:
     """List intents, the longest unchanged first. Exit status 1 if there is none.
 
-    With --json: one line per intent. Without --limit, for all states or for states that have ended: in no order, as they
-    are read.
+    With --json: one line per intent. In no order, if there is no --limit and the state is not an open one.
     """
     which = which._replace(suspect=suspect)
     found = Reading(lambda tick: operator.select(which, tick), within, quiet=screen.as_json)

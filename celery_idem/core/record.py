@@ -1,13 +1,12 @@
-"""A record as one packed value.
+"""Packs a record into one value, and unpacks it.
 
 Version 2, all integers big-endian::
 
     owner 12 | version 1 | state 1 | parts 2 | attempts 2 | crashes 1 | fence 8 | parts…
 
-``parts`` says which optional parts follow, in the order of the bits below; the last one
-is the outcome's payload and takes the rest. A finished record of a task without
-``must_match`` is 27 + 16 bytes and its payload. Read it without this package:
-``docs/explanation/record.md``.
+``parts`` says which optional parts follow, in the order of the bits below. The last one is the outcome's payload, which
+takes the rest. A finished record of a task without ``must_match`` is 27 + 16 bytes and its payload.
+``docs/explanation/record.md`` says how to read a record without this package.
 """
 
 from __future__ import annotations
@@ -33,18 +32,18 @@ from celery_idem.core.model import (
 )
 
 VERSION = 2
-"""Number of the format, in every record. It goes up with any change that an older reader would misread, and a reader
-refuses what is newer than itself: it runs nothing, and says that it is the older one."""
+"""Number of the format, in every record. Every change that an older reader would misread increases it. A reader refuses
+a newer format: it runs nothing, and says that it is older."""
 
 _HEAD = struct.Struct(">12sBBHHBQ")
 _LENGTH = struct.Struct(">I")
 _TIME = struct.Struct(">Q")
 
 STATE_AT = 13
-"""Offset of the state byte in a packed record: what a store may filter a scan by."""
+"""Offset of the state byte in a packed record, by which a store may filter a scan."""
 
 _LAST_VERSION = 31
-"""Greatest format number that is taken for one: what is no record of ours mostly has a letter there."""
+"""Greatest number that counts as a format. Most values that are no records have a letter at that offset."""
 
 # Bits of ``parts``. The order is the order in the record.
 _LEASE = 1 << 0
@@ -59,22 +58,22 @@ _NOTES = 1 << 8
 _DIGESTS = 1 << 9
 _MISSING = 1 << 10
 _PAYLOAD = 1 << 11
-_NOTICED = 1 << 12  # this and what follows stand before the outcome, which comes last
-_TRACE = 1 << 12  # of an outcome, just before it: what has an outcome has no lease
+_NOTICED = 1 << 12  # this and the following parts come before the outcome, which is last
+_TRACE = 1 << 12  # of an outcome, just before it; the same bit, because a record with an outcome has no mark
 _SCOPE = 1 << 13
-_REPLACED_BY = 1 << 14  # in the place of _MISSING
-_OPEN = 1 << 15  # call, place and recovery; before the outcome, beside which there is a place at most
+_REPLACED_BY = 1 << 14  # instead of _MISSING
+_OPEN = 1 << 15  # call, place and recovery; before the outcome
 _RECOVERY = struct.Struct(">BQ")
 
 _RESOLUTIONS = frozenset(Resolution)
-"""In the place of ``Would`` in a note."""
+"""Values instead of ``Would`` in a note of a decision."""
 
 _LATE = 255
-"""In the place of ``Would`` in a note: what follows is a ``Late``."""
+"""Value instead of ``Would`` in a note that is followed by a ``Late``."""
 
 
 def pack(record: Record) -> bytes:
-    """A record as the bytes a store keeps."""
+    """Return a record as bytes for a store."""
     (
         state,
         owner,
@@ -96,7 +95,7 @@ def pack(record: Record) -> bytes:
         place,
         recovery,
         outcome,
-    ) = record  # taken apart once: a named tuple's fields are slow to read by name
+    ) = record  # unpacked at once, because reading a named tuple's fields by name is slow
     parts = 0
     tail: list[bytes] = []
     if lease:
@@ -169,11 +168,11 @@ def pack(record: Record) -> bytes:
 
 
 def unpack(value: bytes, stamp: int, key: str) -> Record:
-    """The record in a stored value.
+    """Return the record in a stored value.
 
     Args:
-        stamp: the store's time of the last write: the fence of a record that was
-            written before the worker knew the store's time.
+        stamp: the store's time of the last write. It is the fence of a record that was written before the worker knew
+            the store's time.
         key: for the error message.
 
     Raises:
@@ -276,11 +275,11 @@ def _unpack(value: bytes, stamp: int) -> Record:
 
 
 class _OtherVersionError(ValueError):
-    """The record says that it has another format."""
+    """The record has another format."""
 
 
 class _Reader:
-    """Reads parts one after the other; anything short is a ValueError."""
+    """Reads parts one after the other. Raises ``ValueError`` if a part is cut short."""
 
     def __init__(self, value: bytes, at: int) -> None:
         self._value = value
@@ -299,7 +298,9 @@ class _Reader:
 
     def count(self) -> int:
         count = int.from_bytes(self.take(4), "big")
-        if count > len(self._value):  # every entry takes a byte at least: no huge loop on nonsense
+        if count > len(
+            self._value
+        ):  # each entry takes at least a byte; this prevents a huge loop for a wrong value
             raise ValueError("count too large")
         return count
 
@@ -338,9 +339,9 @@ def _text(text: str) -> bytes:
     return _blob(text.encode("utf-8", "surrogatepass"))
 
 
-@lru_cache(maxsize=256)  # a record is packed for the claim and again for its end: as many as run at once
+@lru_cache(maxsize=256)  # a record is packed for its claim and its end; enough for all that run at once
 def _uuid_bytes(task_id: str) -> bytes | None:
-    """The 16 bytes of a task id in uuid's usual spelling; None for any other id."""
+    """Return the 16 bytes of a task id in the usual spelling of a UUID; None for any other id."""
     if len(task_id) != 36:
         return None
     try:
@@ -352,6 +353,6 @@ def _uuid_bytes(task_id: str) -> bytes | None:
 
 
 def _uuid_text(packed: bytes) -> str:
-    """What str(uuid.UUID(bytes=packed)) gives, at a sixth of the time."""
+    """Return ``str(uuid.UUID(bytes=packed))``, in a sixth of the time."""
     h = packed.hex()
     return f"{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}"

@@ -40,7 +40,7 @@ class Codec(NamedTuple):
         accept: names of serializers that may be read.
         max_bytes: maximum size of a payload.
         kombus_json: "json" is kombu's own serializer, not one that the application registered.
-        seal: what seals payloads at rest; None: they are kept in clear.
+        seal: seals payloads; None: they are kept in clear.
     """
 
     serializer: str = "json"
@@ -67,10 +67,10 @@ class Codec(NamedTuple):
         """Return the payload of a value.
 
         Args:
-            key: of the intent, which is sealed with it.
+            key: key of the intent, for the seal.
 
         Raises:
-            NotStorable: the serializer refuses it, or it is too large. Errors of the value's own code become this too.
+            NotStorable: the serializer refuses it, it is too large, or its own code fails.
         """
         return self._sealed(self._payload(value), key)
 
@@ -81,7 +81,7 @@ class Codec(NamedTuple):
             payload = self._encoded(value)
         except NotStorable:
             raise
-        except Exception:  # of the value's code, or a soft time limit, which fires only once: try again
+        except Exception:  # of the value's code, or a soft time limit, which comes only once: try again
             try:
                 payload = self._encoded(value)
             except NotStorable:
@@ -99,7 +99,7 @@ class Codec(NamedTuple):
         name = self.serializer
         if name not in self.accept:
             raise NotStorable(self.unusable())
-        # the usual case; kombu's own code takes four times as long
+        # This is the usual case, and kombu's own code takes four times as long.
         json = name == "json" and self.kombus_json
         try:
             data = to_json(value) if json else serialization.dumps(value, name)[2]
@@ -166,8 +166,7 @@ class Codec(NamedTuple):
         """Return the payload of an exception: class, arguments and attributes, always in JSON. See ``encode``."""
         try:
             payload = b"j" + to_json(form_of(error)).encode("utf-8", "surrogatepass")
-        # code of the author's exception fails: its class and text still say how the body ended
-        except Exception:
+        except Exception:  # of the exception's own code; its class and text still tell how the body ended
             payload = b""
         if payload and len(payload) <= self.max_bytes:
             return self._sealed(payload, key)

@@ -20,7 +20,7 @@ from celery_idem.integration.awaiting import warn_on_loop
 from celery_idem.integration.guarded import GuardedTask, guarded_task
 from celery_idem.integration.publishing import in_scope
 from celery_idem.integration.receipts import Receipt
-from celery_idem.integration.submitting import OPTIONS, Submission, accepted, stored_answer, look_again
+from celery_idem.integration.submitting import OPTIONS, Submission, accepted, look_again, stored_answer
 
 if TYPE_CHECKING:
     from celery import Celery

@@ -99,7 +99,7 @@ ADVICE: Mapping[tuple[Status, Code], str] = {
     ),
     ("in_doubt", ""): "It may have happened. Do not retry; a person must resolve it.",
     ("in_doubt", "undecided"): (
-        "Nobody is working on it any more. Call again once, unchanged: that decides what happened."
+        "No worker has it any more. Call again once, unchanged: that decides what happened."
     ),
     ("failed", ""): (
         "It was tried and failed; calling again unchanged gives this same answer. Report the failure."

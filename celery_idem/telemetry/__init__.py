@@ -1,6 +1,6 @@
-"""What happens to intents, for programs: ``listen`` for a function of your own, and a module for each system.
+"""Events of intents, for programs: ``listen`` for your own function, and a module for each monitoring system.
 
-Install the ones you want where your application is made. Never here: rules, stores, records.
+Install those you want where your application is made. Never here: rules, stores, records.
 """
 
 from __future__ import annotations

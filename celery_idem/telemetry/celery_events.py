@@ -1,6 +1,6 @@
 """Sends events to Celery's own event stream: ``celery events`` and Flower show them beside the task.
 
-A worker started with ``-E`` installs this by itself.
+A worker that is started with ``-E`` installs this.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from celery import Celery
 
 RARE = frozenset(events.KINDS) - {"settled", "scheduled"}
-"""Kinds that are sent by default. The others happen with every task, and Celery has events of its own for that."""
+"""Kinds that are sent by default. The others happen with every task, for which Celery has its own events."""
 
 TYPE = "task-idem-{}"
-"""Type of an event of a task's execution in a worker: Celery's monitors show it as a state of that task, on
-the worker that the event names."""
+"""Type of an event of a task's execution in a worker. Celery's monitors show it as a state of that task, on the worker
+that the event names."""
 
 OTHER_TYPE = "idem-{}"
-"""Type of any other event, such as an operator's ``resolve``, or one of an eager call in a body. Monitors
-ignore it. A ``task-`` event would make them list a worker of that process' name, or a task without a name."""
+"""Type of any other event, such as an operator's ``resolve``, or one of an eager call in a body. Monitors ignore it.
+With a ``task-`` event, they would list that process as a worker, or a task without a name."""
 
 _installed: dict[int, Callable[[], None]] = {}
 
 
 def in_worker(sender: str, **_: Any) -> None:
-    """Note that this process is a worker of that name, for logs too."""
+    """Note the name of the worker that this process is, also for logs."""
     events.worker[:] = [sender]
 
 
@@ -39,8 +39,10 @@ signals.celeryd_init.connect(in_worker)
 
 
 class AtStart(bootsteps.Step):  # type: ignore[misc]
-    """Notes the worker's name, and installs this in a worker started with ``-E``. Before its pool forks, so that its
-    children have both."""
+    """Notes the worker's name, and installs this in a worker that is started with ``-E``.
+
+    It runs before the pool forks, so that the children have both.
+    """
 
     requires = ("celery.worker.components:Pool",)
 
@@ -52,7 +54,7 @@ class AtStart(bootsteps.Step):  # type: ignore[misc]
 
 
 def install(app: Celery, kinds: Collection[str] = RARE) -> Callable[[], None]:
-    """Send events of these kinds; returns a function that stops it. A second call has no effect."""
+    """Send events of these kinds, and return a function that stops it. A second call has no effect."""
     if id(app) not in _installed:
         stops = [
             events.listen(
@@ -72,7 +74,7 @@ def install(app: Celery, kinds: Collection[str] = RARE) -> Callable[[], None]:
 
 
 def _form(event: events.Event) -> str:
-    """``TYPE`` where a worker received the task that it happened to: monitors know no other."""
+    """Return ``TYPE`` if a worker has received the event's task: monitors know no other tasks."""
     task_id = event.details.get("task_id")
     return TYPE if task_id and events.worker and task_id not in EAGER else OTHER_TYPE
 

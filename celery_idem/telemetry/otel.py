@@ -1,8 +1,8 @@
-"""OpenTelemetry: annotates the current span (Celery's own instrumentation makes one per task)
-with events, and counts them. A span in which an outcome is replayed has a link to the span in which it was made.
+"""OpenTelemetry: annotates the current span with events, and counts them.
 
-Names follow the semantic conventions: dotted, lower case, no unit and no ``total`` in a metric's
-name. The key is an attribute of spans, where it costs nothing, and never of metrics.
+Celery's own instrumentation makes a span per task. A span in which an outcome is replayed has a link to the span in
+which it was made. Names follow the semantic conventions: dotted, lower case, no unit and no ``total`` in a metric's
+name. The key is an attribute of spans only, because each value of a metric's attribute costs memory.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def install(meter_provider: MeterProvider | None = None) -> Callable[[], None]:
         if "trace" in event.details:
             link(span, event.details["trace"])
 
-    stop = events.listen(annotate, here=True)  # the span is the thread's
+    stop = events.listen(annotate, here=True)  # the current span belongs to the thread
     events.spans.append(current)
 
     def uninstall() -> None:

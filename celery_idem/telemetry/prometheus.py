@@ -67,14 +67,11 @@ class Events:
         self._counter.labels(event.task, event.kind).inc()
 
     def begin(self, sender: Any = None, **_: Any) -> None:
-        """Make the counters of all tasks of the application that have none yet. Also a receiver of ``worker_init``."""
+        """Make the missing counters of all tasks of the application. Also a receiver of ``worker_init``."""
         if sender is None or sender.app is self._app:
-            tasks = Operator(self._app).tasks().values()
-            for task in {
-                task.guard.declaration.task for task in tasks
-            }:  # the name in events, of a renamed task too
+            for task in Operator(self._app).tasks().values():
                 for kind in events.KINDS:
-                    self._counter.labels(task, kind)
+                    self._counter.labels(task.guard.declaration.task, kind)  # the name in events
 
     def describe(self) -> Any:
         return self._counter.describe()
@@ -131,7 +128,7 @@ class Intents:
             raise latest.error
         up = latest.error is None
         tallies: dict[tuple[str, str], Tally] = {}
-        if latest.whole is not None and up:  # a state that nothing is in is 0, and does not vanish
+        if latest.whole is not None and up:  # a state without intents is 0, and does not vanish
             tallies = dict.fromkeys(product(self._operator.tasks(), OPEN), Tally(0, 0.0)) | latest.whole
         intents = GaugeMetricFamily(INTENTS, "Open intents by task and state.", labels=("task", "state"))
         oldest = GaugeMetricFamily(

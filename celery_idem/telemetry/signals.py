@@ -8,9 +8,9 @@
     def page_the_operator(sender, event, **kwargs):
         ...
 
-``sender`` is the task's name, so ``connect(sender="shop.send_invoice")`` filters; ``event`` is an
-``events.Event``. A receiver runs in the process where the event happened, on a thread of its own: there is no current
-task. See ``celery_idem.engine.events`` for one that fails or blocks.
+``sender`` is the task's name, so ``connect(sender="shop.send_invoice")`` filters. ``event`` is an ``events.Event``. A
+receiver runs in the process of the event, in a separate thread, so there is no current task. See
+``celery_idem.engine.events`` for a receiver that fails or blocks.
 """
 
 from __future__ import annotations

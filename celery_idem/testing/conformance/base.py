@@ -56,16 +56,15 @@ class Suite:
     """Processes in a race. Each takes about a second to start."""
 
     def make_store(self) -> Store:
-        """A store that is open, or opens itself when it is used.
+        """Return a store that is open, or opens itself when it is used.
 
-        Every call must give an object of its own on the same data. Other processes call
-        this too: they get a pickled copy of this instance, so what a fixture puts on it
-        must be simple values, such as a URL.
+        Every call must return another object on the same data. Other processes call this too, on a pickled copy of this
+        instance. So a fixture must only set simple values on it, such as a URL.
         """
         raise NotImplementedError
 
     def wait_until(self, store: Store, when: int) -> None:
-        """Return when the store's time is past ``when``, in microseconds. With a clock of your own: move it."""
+        """Return when the store's time is past ``when``, in microseconds. With your own clock, move it."""
         wait_for(lambda: store.read(self.key("nothing")).now > when, f"the store's time to pass {when}")
 
     def setup_method(self, *_: object) -> None:
