@@ -33,8 +33,8 @@ COLOURS = {
 }  # fmt: skip
 """Colours of states, severities and verdicts. The word is always shown too."""
 
-NOBODYS = "default"
-"""What Celery calls the application that it makes where none is named."""
+DEFAULT_NAME = "default"
+"""Name of the application that Celery makes if the command line names none."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Control characters but tab and newline: ESC, and the one-byte forms of terminal commands."""
@@ -153,8 +153,8 @@ def summary(words: Mapping[str, str], counts: Mapping[str, int], dry_run: bool) 
 
 def _next(error: IdempotencyError, app: Celery) -> str:
     """Return advice on an error that only the command line can give."""
-    # In a Django site, and in Flask's pattern, the default is the one that was named.
-    if isinstance(error, ConfigurationError) and app is _state.default_app and app.main == NOBODYS:
+    # In a Django site, and in Flask's pattern, the application that was named is the default too.
+    if isinstance(error, ConfigurationError) and app is _state.default_app and app.main == DEFAULT_NAME:
         return " Did you name your application? celery -A proj idem …"
     if isinstance(error, StoreError) and not error.key:  # it is about the whole store
         return " `idem doctor` checks the store and its settings."

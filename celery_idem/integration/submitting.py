@@ -247,7 +247,7 @@ class Submission:
         return recovers(self.task.guard, self.key, self.call)
 
     def as_accepted(self) -> None:
-        """Take the arguments from the call as the record has it: their author may have changed them since."""
+        """Replace the arguments by those in the record, because the author may have changed the objects since."""
         call, _ = messages.call_in(self.task.app, self.key, self.call)
         if call is not None and not call.hidden:
             self.args, self.kwargs, _ = messages.arguments(self.task.app, call)

@@ -126,7 +126,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
     # --- declaration ------------------------------------------------------------------
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Bind a decorated task before Celery registers it: another thread that uses it first, too, finds it whole."""
+        """Bind a decorated task before Celery registers it, so that no other thread can find it unbound."""
         task = super().__new__(cls)
         if "_decorated" in vars(cls):
             cls.bind(cls.app)
@@ -187,7 +187,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         """
         cls = type(self)
         guard = cls._guard_made
-        if guard is None:  # and another thread may bind the task anew
+        if guard is None:  # in a local variable, because another thread may bind the task again
             guard = cls._guard_made = Guard.of(self, self._declared("a guard"))
         return guard
 

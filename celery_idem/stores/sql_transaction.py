@@ -82,8 +82,8 @@ def _opened(given: Any) -> _At:
     if hasattr(given, "run_sync") or hasattr(given, "__aenter__"):
         raise ConfigurationError(
             f"settle_in and submit_in: the methods of an {type(given).__name__} are coroutines. Give what SQLAlchemy's "
-            "AsyncSession wraps: await session.run_sync(lambda session: task.submit_in(session, …)). Of a driver: its "
-            "other kind of connection, in a thread."
+            "AsyncSession wraps: await session.run_sync(lambda session: task.submit_in(session, …)). With a driver, "
+            "give its blocking connection, in a thread."
         )
     if hasattr(given, "flush") and callable(getattr(given, "connection", None)):
         return _of_session(given)
@@ -97,8 +97,8 @@ def _opened(given: Any) -> _At:
         from psycopg.rows import tuple_row
 
         def run(statement: str, parameters: dict[str, Any]) -> Sequence[Any]:
-            with Cursor(given, row_factory=tuple_row) as cursor:  # whatever the author's cursors are
-                return cursor.execute(statement, parameters).fetchall()  # which waits for a pipeline, too
+            with Cursor(given, row_factory=tuple_row) as cursor:  # the author's cursors may return other rows
+                return cursor.execute(statement, parameters).fetchall()  # this also waits for a pipeline
 
         return _At("postgresql", "pyformat", run, lambda: given)
     if "psycopg2" in kinds:
@@ -136,10 +136,10 @@ def _of_session(session: Any) -> _At:
 
 
 def _of_sqlalchemy(dialect: Any, connection: Callable[[], Any]) -> _At:
-    from sqlalchemy import text  # which spells parameters as the driver wants them
+    from sqlalchemy import text  # it writes parameters in the driver's style
 
     def run(statement: str, parameters: dict[str, Any]) -> Sequence[Any]:
-        # None of the statements is one for a server-side cursor.
+        # No statement is fit for a server-side cursor.
         result = connection().execute(
             text(statement), parameters, execution_options={"stream_results": False}
         )
@@ -163,8 +163,10 @@ def _by_cursor(open_cursor: Callable[[], Any]) -> Callable[[str, dict[str, Any]]
 
 
 def _in_transaction(driver: Any) -> bool:
-    """Tell whether the connection's next statement is in a transaction, and not committed at once."""
-    sqlite = getattr(driver, "driver_connection", driver)  # of an asynchronous driver: what SQLAlchemy adapts
+    """Whether the connection's next statement is in a transaction, and not committed at once."""
+    sqlite = getattr(
+        driver, "driver_connection", driver
+    )  # SQLAlchemy wraps the connection of an async driver
     if hasattr(sqlite, "in_transaction"):  # sqlite3, which may also begin a transaction before the next write
         begins = getattr(sqlite, "autocommit", -1)  # since Python 3.12; -1 means that isolation_level decides
         return (
