@@ -22,7 +22,7 @@ from kombu.exceptions import OperationalError
 from celery_idem import IdempotentTask, Ledger
 from celery_idem.adapters.http import door
 from celery_idem.adapters.tools import tool_of
-from celery_idem.core.model import KEY, OCCURRENCE, Fingerprint, Request
+from celery_idem.core.model import KEY, MESSAGE, OCCURRENCE, SCOPE, Fingerprint, Request
 from celery_idem.engine import owners
 from celery_idem.integration import recovering
 from celery_idem.integration.messages import of_submission
@@ -198,6 +198,17 @@ def test_what_recovery_publishes_is_the_same_call(app: Celery, monkeypatch: pyte
     assert {receipt.status for receipt in receipts} == {"accepted"}
     assert [one.published for one in recover(app)] == [True, True, True]
     assert sorted(headers[KEY] for headers, _ in taken(app)) == sorted(receipt.key for receipt in receipts)
+
+
+def test_a_call_that_was_made_without_a_scope_is_accepted_without_one(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app.conf.update(idem_scope=f"{__name__}:current_tenant", idem_accept_on_publish=True)
+    monkeypatch.setitem(globals(), "tenant", "of the process that publishes it")
+    app.tasks["shop.pay"].apply_async(("1",), headers={MESSAGE: ""})  # as of a signature in a message
+    ((headers, _),) = taken(app)
+    assert [entry.key for entry in Ledger.from_app(app).list()] == [headers[KEY]]
+    assert SCOPE not in headers
 
 
 def test_recovery_publishes_to_the_queue_that_its_producer_chose(app: Celery) -> None:
