@@ -59,7 +59,9 @@ def main() -> None:
         for beat in beats:
             print(beat.apply_async(beat.schedule["every minute"]).id)
             assert OCCURRENCE not in str(beat.schedule["every minute"].options), "the stamp is for one tick"
-    app.conf.beat_schedule = {"every minute": {"task": "shop.number", "schedule": 60.0}}  # beat copied it there
+    app.conf.beat_schedule = {
+        "every minute": {"task": "shop.number", "schedule": 60.0}
+    }  # beat copied it there
     print(json.dumps([checked(app, beat_scheduler=one) for one in (DatabaseScheduler, Scheduler)]))
 
 
