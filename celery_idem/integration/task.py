@@ -144,6 +144,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         """
         if vars(cls).get("_bound_early"):
             cls._bound_early = False
+            if cls.idem_declaration is not None:  # not earlier: Celery has registered it only now
+                declaring.register_names(cls, app, cls.idem_declaration.names)
             return app
         in_code = declares(cls)
         bound = super().bind(app)
