@@ -300,9 +300,9 @@ def _look_often(sender: Any = None, **_: Any) -> None:
 
 
 signals.worker_ready.connect(_look_often)
-for looks in (purging, recovering):
-    signals.worker_ready.connect(looks.begin)
-    signals.worker_shutdown.connect(looks.end)
+for beside in (purging.BESIDE, recovering.BESIDE):
+    signals.worker_ready.connect(beside.begin)
+    signals.worker_shutdown.connect(beside.end)
 
 
 def _unwrapped(exc_info: Any) -> BaseException:

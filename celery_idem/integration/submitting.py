@@ -40,7 +40,7 @@ from celery_idem.integration import messages
 from celery_idem.integration.awaiting import in_thread, warn_on_loop
 from celery_idem.integration.guarded import GuardedTask
 from celery_idem.integration.looking import PLAIN_POLICY, Look, from_celery, from_record
-from celery_idem.integration.messages import accepted_at, recovers
+from celery_idem.integration.messages import accepted_at
 from celery_idem.integration.publishing import in_scope
 from celery_idem.integration.receipts import Code, Receipt
 
@@ -244,7 +244,8 @@ class Submission:
     @property
     def recovers(self) -> bool:
         """Whether recovery can publish the call."""
-        return recovers(self.task.guard, self.key, self.call)
+        call, _ = messages.call_in(self.task.app, self.key, self.call)
+        return self.task.guard.settings.recover and call is not None and call.publishable
 
     def as_accepted(self) -> None:
         """Replace the arguments by those in the record, because the author may have changed the objects since."""
