@@ -144,6 +144,10 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         """
         if vars(cls).get("_bound_early"):
             cls._bound_early = False
+            if (
+                cls.idem_declaration is not None
+            ):  # Celery has registered the task, so its other names can follow
+                declaring.register_names(cls, app, cls.idem_declaration.names)
             return app
         in_code = declares(cls)
         bound = super().bind(app)
