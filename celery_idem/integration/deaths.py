@@ -164,9 +164,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
 
         try:
             verdict = _DEATHS_NOTED.call(died, PATIENCE)
-        except (
-            TooLateError
-        ):  # a later write is harmless, because it needs the dead process' owner in the record
+        except TooLateError:  # a later write needs the dead process' owner in the record, so it is harmless
             verdict = protocol.died_unseen(policy)
         redelivered = self._celery_delivers_again(error)
         events.emit(

@@ -119,9 +119,8 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
     except StoreError as error:
         if not error.key:
             raise
-        return Found(
-            entry, False, str(error)
-        )  # sealed with a key that this process does not have; go on with others
+        # Sealed with a key that this process does not have; go on with others.
+        return Found(entry, False, str(error))
     if isinstance(taken, Tell):
         try:
             _tell(app, task, entry.key, taken, call)

@@ -235,9 +235,8 @@ class Submission:
         )
         digest = keys.scope_digest(ledger.namespace, own["scope"])
         self.request = Request(owners.mint(), self.task_id, fingerprint, policy, scope=digest, call=self.call)
-        wait = (
-            ACCEPTED_FOR if seconds is None else seconds
-        )  # not a default value, so that tests can shorten it
+        # Not a default value, so that tests can shorten it.
+        wait = ACCEPTED_FOR if seconds is None else seconds
         wait += 0.0 if due is None else max(0.0, (due - app.now()).total_seconds())
         self.wait = int(wait * MICROSECONDS)
 
