@@ -65,9 +65,8 @@ def authenticated(context: Any) -> str | None:
     if token is None:
         return None
     issuer = (token.claims or {}).get("iss")
-    return json.dumps(
-        [token.client_id, issuer, token.subject]
-    )  # not joined, because a name may have any separator
+    # Not joined, because a name may have any separator.
+    return json.dumps([token.client_id, issuer, token.subject])
 
 
 def server(

@@ -298,9 +298,8 @@ class _Reader:
 
     def count(self) -> int:
         count = int.from_bytes(self.take(4), "big")
-        if count > len(
-            self._value
-        ):  # each entry takes at least a byte; this prevents a huge loop for a wrong value
+        # Each entry takes at least a byte; this prevents a huge loop for a wrong value.
+        if count > len(self._value):
             raise ValueError("count too large")
         return count
 

@@ -473,9 +473,8 @@ class Ledger:
             if record is None:
                 return Refused(None), None
             if fence is None:
-                fence = (
-                    record.fence
-                )  # fixed here, because another attempt may begin while this decision is written
+                # Fixed here, because another attempt may begin while this decision is written.
+                fence = record.fence
             note = Note(now, by, what, evidence, resolution=resolution)
             tell = self.teller(key, record.call) if outcome is not None and record.call else None
             done, new = protocol.resolve(record, stamp, now, outcome, note, fence, tell is not None)

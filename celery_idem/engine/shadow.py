@@ -119,9 +119,8 @@ class ShadowRunner(Runner):
 
     def _be_quiet(self, job: Job, error: Exception) -> None:
         """Stop shadow work for a while after an error, which must not reach the body."""
-        if (
-            job.kind_of(error) is Raised.TIME_LIMIT
-        ):  # it may interrupt at any point, and is no error of the shadow
+        # It may interrupt at any point, and is no error of the shadow.
+        if job.kind_of(error) is Raised.TIME_LIMIT:
             raise error
         self._quiet_until = time.monotonic() + QUIET
         events.emit(

@@ -51,9 +51,8 @@ class _Sent:
         self._refused = False
 
     def publish(self, *message: Any, **options: Any) -> Any:
-        if (
-            not self._latest
-        ):  # the first message: its confirmation tells its number, and the others count on from it
+        # The first message: its confirmation tells its number, and the others count on from it.
+        if not self._latest:
             return self._alone(*message, **options)
         self._latest += 1
         self._waiting.add(self._latest)

@@ -164,9 +164,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
 
         try:
             verdict = _DEATHS_NOTED.call(died, PATIENCE)
-        except (
-            TooLateError
-        ):  # a later write is harmless, because it needs the dead process' owner in the record
+        except TooLateError:  # a later write needs the dead process' owner in the record, so it is harmless
             verdict = protocol.died_unseen(policy)
         redelivered = self._celery_delivers_again(error)
         events.emit(
@@ -300,9 +298,9 @@ def _look_often(sender: Any = None, **_: Any) -> None:
 
 
 signals.worker_ready.connect(_look_often)
-for looks in (purging, recovering):
-    signals.worker_ready.connect(looks.begin)
-    signals.worker_shutdown.connect(looks.end)
+for beside in (purging.BESIDE, recovering.BESIDE):
+    signals.worker_ready.connect(beside.begin)
+    signals.worker_shutdown.connect(beside.end)
 
 
 def _unwrapped(exc_info: Any) -> BaseException:

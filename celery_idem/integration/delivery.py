@@ -163,9 +163,8 @@ class Guard(NamedTuple):
 
     def check_serializer(self) -> None:
         """Check before a body runs. Raises ``ConfigurationError``: its result could not be read again."""
-        why = (
-            self.ledger.codec.unusable()
-        )  # asked again, because the serializer may have been registered since
+        # Asked again, because the serializer may have been registered since.
+        why = self.ledger.codec.unusable()
         if why:
             raise ConfigurationError(
                 f"{self.declaration.task}: {why}. Nothing was run. Register it (kombu.serialization.register) where "
@@ -224,9 +223,8 @@ class Guard(NamedTuple):
             # CancelledError ends a coroutine, and is no order to exit. Most processes never load asyncio.
             cancelled = getattr(sys.modules.get("asyncio"), "CancelledError", ())
             return Raised.AMBIGUOUS if isinstance(error, cancelled) else Raised.EXIT
-        if isinstance(
-            error, _GROUP
-        ):  # one member in doubt is enough for a doubt; "no effect" needs all members
+        # One member in doubt is enough for a doubt; "no effect" needs all members.
+        if isinstance(error, _GROUP):
             kinds = {self.kind_of(member) for member in error.exceptions}
             return next(iter(kinds & DOUBTFUL or (kinds if kinds == {Raised.NO_EFFECT} else {Raised.ERROR})))
         return Raised.ERROR
@@ -560,9 +558,8 @@ class Delivery(Job):
         first: Any = retries.signal
         if first is None or isinstance(error, (Retry, Replaced)) or not isinstance(error, Exception):
             return error
-        if isinstance(
-            error, (Ignore, Reject)
-        ):  # a worker needs it for the message; in place there is no message
+        # A worker needs it for the message; in place there is no message.
+        if isinstance(error, (Ignore, Reject)):
             counts: BaseException = first if self.in_place else error
             return counts
         again: BaseException = Retry(exc=error, when=first.when, is_eager=first.is_eager, sig=first.sig)

@@ -67,9 +67,8 @@ def _intent(
 ) -> Mapping[str, str]:
     if declaration.fields is not None:
         return {name: texts[name] for name in declaration.fields if name in texts}
-    if (
-        declaration.compute is None or declaration.secret
-    ):  # a function of the intent would need the secret values
+    # A function of the intent would need the secret values.
+    if declaration.compute is None or declaration.secret:
         return texts
     try:
         return {name: _text(value) for name, value in declaration.intent(arguments).items()}

@@ -190,9 +190,8 @@ def undecided(entry: Entry, receipt: Receipt, source: Look) -> Receipt:
         return receipt  # that delivery is under way
     if state is State.RELEASED:
         return _released(receipt, entry)
-    if (
-        state is State.FAILED
-    ):  # with finished steps and after failure_ttl: the next delivery continues after them
+    # With finished steps and after failure_ttl: the next delivery continues after them.
+    if state is State.FAILED:
         return replace(receipt, status="not_run", code="partly_done")
     reasons = {State.IN_DOUBT: entry.record.reason, State.SCHEDULED: "its retry is overdue"}
     return replace(receipt, status="in_doubt", code="undecided", reason=reasons.get(state, protocol.CRASHED))

@@ -11,6 +11,7 @@ import os
 import random
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from celery_idem.core.errors import IdempotencyError
 from celery_idem.engine import events
@@ -79,3 +80,29 @@ class Looks:
             except Exception as error:
                 events.diagnose(logging.ERROR, "%s failed; trying again", self._name, error=error)
             pause = self._every * random.uniform(0.9, 1.1)  # noqa: S311
+
+
+class Beside:
+    """One thread beside each worker of this process. ``begin`` and ``end`` are receivers of Celery's signals.
+
+    Args:
+        make: returns the thread for an application; None if that needs none.
+    """
+
+    def __init__(self, make: Callable[[Any], Looks | None]) -> None:
+        self._make = make
+        self._running: dict[int, Looks] = {}  # by application
+
+    def begin(self, sender: Any = None, **_: Any) -> None:
+        """``worker_ready``: by now the pool's processes are forked, so they do not inherit the thread."""
+        app = sender.app
+        thread = None if id(app) in self._running else self._make(app)
+        if thread is not None:
+            self._running[id(app)] = thread
+            thread.start()
+
+    def end(self, sender: Any = None, **_: Any) -> None:
+        """``worker_shutdown``."""
+        thread = self._running.pop(id(sender.app), None)
+        if thread is not None:
+            thread.stop()

@@ -15,6 +15,7 @@ from celery.app.task import Context
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu.exceptions import OperationalError
 from kombu.serialization import dumps, loads, prepare_accept_content, registry
+from kombu.utils.encoding import str_to_bytes
 
 from celery_idem.core import calls, keys
 from celery_idem.core.calls import Call, Why
@@ -102,8 +103,6 @@ def _of_delivery(app: Celery, guard: Guarding, request: Context, args: Any, kwar
         name = registry.type_to_name.get(content_type) or app.conf.task_serializer
         written, encoding, body = dumps((args, kwargs, canvas), serializer=name)
         content_type = "" if request.is_eager or request.called_directly else written
-    if isinstance(body, str):
-        body = body.encode()
     return Call(
         task_id,
         headers,
@@ -115,7 +114,7 @@ def _of_delivery(app: Celery, guard: Guarding, request: Context, args: Any, kwar
         guard.broker,
         hidden,
         None,
-        body,
+        str_to_bytes(body),
     )
 
 
@@ -234,7 +233,7 @@ def of_message(
             task.guard.broker,
             hidden,
             None,
-            written.encode() if isinstance(written, str) else written,
+            str_to_bytes(written),
         )
         return _kept_as(task.guard, headers[KEY], call)
     except Exception as error:
@@ -270,13 +269,6 @@ def accepted_in(header: Any, seal: Seal | None) -> Stored | None:
         return None
 
 
-def recovers(guard: Guarding, key: str, packed: bytes) -> bool:
-    """Whether recovery can publish a call that was packed here."""
-    if not guard.settings.recover or calls.missing(packed) is not None:
-        return False
-    return calls.unpack(opened(guard.ledger.codec.seal, packed, key)).publishable
-
-
 def of_submission(
     task: GuardedTask, key: str, args: Any, kwargs: Any, task_id: str, options: Mapping[str, Any]
 ) -> bytes:
@@ -310,10 +302,10 @@ def of_submission(
             args, kwargs = publishing.without_secrets(declaration, args, kwargs)
             kept = {name: value for name, value in kept.items() if name not in links}
         content_type, encoding, body = dumps((args, kwargs, {}), serializer=serializer)
-        if isinstance(body, str):
-            body = body.encode()
-        call = Call(task_id, {}, {}, content_type, encoding, "", "", "", hidden, kept, body)
-        return _kept_as(task.guard, key, call)
+        body = str_to_bytes(body)
+        return _kept_as(
+            task.guard, key, Call(task_id, {}, {}, content_type, encoding, "", "", "", hidden, kept, body)
+        )
     except Exception as error:  # of any serializer
         events.diagnose(logging.DEBUG, "%s: its call is not kept", task_id, error=error)
         return Why.UNWRITABLE.packed

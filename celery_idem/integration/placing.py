@@ -140,9 +140,8 @@ def _net(found: Any) -> Callable[..., Any]:
         finally:
             stack.extend(above)
 
-    if (
-        function is not found
-    ):  # Celery drops the first parameter of a signature, and a staticmethod has no self
+    # Celery drops the first parameter of a signature, and a staticmethod has no self.
+    if function is not found:
         with contextlib.suppress(TypeError, ValueError):  # a callable without a signature
             signature = inspect.signature(function)
             myself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)

@@ -218,9 +218,8 @@ def of_a_group(given: Any) -> tuple[Any, dict[str, Any]]:
     frame: FrameType | None = sys._getframe(1)
     call = None
     while frame is not None and frame.f_code not in _GROUP_RUNS:
-        call = frame.f_locals.get(
-            "sig", call
-        )  # where a group runs in place its comprehension has a frame of its own
+        # Where a group runs in place its comprehension has a frame of its own.
+        call = frame.f_locals.get("sig", call)
         frame = frame.f_back
     if frame is None or frame.f_locals["options"].get(KEY_OPTION) != given:
         return given, {}

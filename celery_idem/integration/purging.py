@@ -11,12 +11,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from celery_idem.core.errors import IdempotencyError
 from celery_idem.engine import events
 from celery_idem.integration.guarded import guarded_tasks
-from celery_idem.integration.looks import FORKS, Looks
+from celery_idem.integration.looks import FORKS, Beside, Looks
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -71,25 +71,12 @@ def stores_of(app: Celery) -> list[Store]:
     return list(found.values())
 
 
-_purgers: dict[int, Purger] = {}
-"""By application: one worker in this process each."""
-
-
-def begin(sender: Any = None, **_: Any) -> None:
-    """Celery's ``worker_ready``: by now the pool's processes are forked, so they do not inherit this thread."""
-    app = sender.app
+def _purger(app: Celery) -> Purger | None:
     try:
-        if id(app) in _purgers or not stores_of(app):
-            return
+        return Purger(lambda: stores_of(app)) if stores_of(app) else None
     except IdempotencyError as error:  # the tasks themselves raise it for their callers
         events.diagnose(logging.WARNING, "expired records are not purged by this worker: %s", error)
-        return
-    purger = _purgers[id(app)] = Purger(lambda: stores_of(app))
-    purger.start()
+        return None
 
 
-def end(sender: Any = None, **_: Any) -> None:
-    """Celery's ``worker_shutdown``."""
-    purger = _purgers.pop(id(sender.app), None)
-    if purger is not None:
-        purger.stop()
+BESIDE = Beside(_purger)

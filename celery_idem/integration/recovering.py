@@ -23,7 +23,7 @@ from celery_idem.engine.entries import Entry
 from celery_idem.engine.ledger import Ledger
 from celery_idem.integration import messages
 from celery_idem.integration.guarded import GuardedTask, guarded_task, guarded_tasks
-from celery_idem.integration.looks import FORKS, Looks
+from celery_idem.integration.looks import FORKS, Beside, Looks
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -99,7 +99,7 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
 
     def publishable(record: Record) -> bool:
         nonlocal call
-        call, _ = call_of(app, entry.key, record)
+        call, _ = messages.call_in(app, entry.key, record.call)
         return bool(guard.settings.recover and call is not None and call.publishable)
 
     def elsewhere(record: Record) -> bool:
@@ -119,9 +119,8 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
     except StoreError as error:
         if not error.key:
             raise
-        return Found(
-            entry, False, str(error)
-        )  # sealed with a key that this process does not have; go on with others
+        # Sealed with a key that this process does not have; go on with others.
+        return Found(entry, False, str(error))
     if isinstance(taken, Tell):
         try:
             _tell(app, task, entry.key, taken, call)
@@ -181,14 +180,9 @@ def _tell(app: Celery, task: GuardedTask, key: str, taken: Tell, call: Call | No
     task.backend.mark_as_failure(record.task_id, unknown, request=request, store_result=stored)
 
 
-def call_of(app: Celery, key: str, record: Record) -> tuple[Call | None, str]:
-    """Return the call that a record holds, or None and why it holds none, for people."""
-    return messages.call_in(app, key, record.call)
-
-
 def why_not(app: Celery, key: str, record: Record, recover: bool = True) -> str:
     """Return why a record's call cannot be published again, for people; "" if it can."""
-    call, why = call_of(app, key, record)
+    call, why = messages.call_in(app, key, record.call)
     if call is None:
         return why
     if call.hidden:
@@ -216,20 +210,4 @@ class Recoverer(Looks):
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
 
 
-_recoverers: dict[int, Recoverer] = {}
-"""By application: one worker in this process each."""
-
-
-def begin(sender: object = None, **_: object) -> None:
-    """Celery's ``worker_ready``: by now the pool's processes are forked, so they do not inherit this thread."""
-    app = sender.app  # type: ignore[attr-defined]
-    if id(app) not in _recoverers and any(guarded_tasks(app)):
-        recoverer = _recoverers[id(app)] = Recoverer(app)
-        recoverer.start()
-
-
-def end(sender: object = None, **_: object) -> None:
-    """Celery's ``worker_shutdown``."""
-    recoverer = _recoverers.pop(id(sender.app), None)  # type: ignore[attr-defined]
-    if recoverer is not None:
-        recoverer.stop()
+BESIDE = Beside(lambda app: Recoverer(app) if any(guarded_tasks(app)) else None)

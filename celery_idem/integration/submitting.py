@@ -40,7 +40,7 @@ from celery_idem.integration import messages
 from celery_idem.integration.awaiting import in_thread, warn_on_loop
 from celery_idem.integration.guarded import GuardedTask
 from celery_idem.integration.looking import PLAIN_POLICY, Look, from_celery, from_record
-from celery_idem.integration.messages import accepted_at, recovers
+from celery_idem.integration.messages import accepted_at
 from celery_idem.integration.publishing import in_scope
 from celery_idem.integration.receipts import Code, Receipt
 
@@ -235,16 +235,16 @@ class Submission:
         )
         digest = keys.scope_digest(ledger.namespace, own["scope"])
         self.request = Request(owners.mint(), self.task_id, fingerprint, policy, scope=digest, call=self.call)
-        wait = (
-            ACCEPTED_FOR if seconds is None else seconds
-        )  # not a default value, so that tests can shorten it
+        # Not a default value, so that tests can shorten it.
+        wait = ACCEPTED_FOR if seconds is None else seconds
         wait += 0.0 if due is None else max(0.0, (due - app.now()).total_seconds())
         self.wait = int(wait * MICROSECONDS)
 
     @property
     def recovers(self) -> bool:
         """Whether recovery can publish the call."""
-        return recovers(self.task.guard, self.key, self.call)
+        call, _ = messages.call_in(self.task.app, self.key, self.call)
+        return self.task.guard.settings.recover and call is not None and call.publishable
 
     def as_accepted(self) -> None:
         """Replace the arguments by those in the record, because the author may have changed the objects since."""

@@ -144,7 +144,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         """
         if vars(cls).get("_bound_early"):
             cls._bound_early = False
-            if cls.idem_declaration is not None:  # not earlier: Celery has registered it only now
+            # Celery has registered the task, so its other names can follow.
+            if cls.idem_declaration is not None:
                 declaring.register_names(cls, app, cls.idem_declaration.names)
             return app
         in_code = declares(cls)
@@ -631,9 +632,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         if declaration.secret:
             options = {**publishing.shown(declaration, args or (), kwargs or {}), **options}
         same = options.pop(retrying.SAME_INTENT, False)
-        headers = dict(
-            options.get("headers") or {}
-        )  # a copy, because beat gives the same object at every tick
+        # A copy, because beat gives the same object at every tick.
+        headers = dict(options.get("headers") or {})
         if not (same and KEY in headers):
             try:
                 arguments = declaration.bind(args, kwargs)
@@ -693,9 +693,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
 
     def _call_directly(self, above: Context | None, args: Any, kwargs: Any) -> Any:
         """Run a plain Python call, with its own request, so that the body finds one."""
-        if getattr(
-            above, "idem_opened", False
-        ):  # no such call: a wrapper of __call__ calls the one that it wraps
+        # No such call: a wrapper of __call__ calls the one that it wraps.
+        if getattr(above, "idem_opened", False):
             return self.run(*args, **kwargs)
         options = _of_signature()
         given = {name: options.get(name) for name in keys.LABELS}

@@ -41,7 +41,7 @@ from celery_idem.engine.ledger import Ledger
 from celery_idem.integration import describing, messages
 from celery_idem.integration.declaring import options_of
 from celery_idem.integration.delivery import Delivery, Guard
-from celery_idem.integration.recovering import call_of, why_not
+from celery_idem.integration.recovering import why_not
 from celery_idem.integration.task import IdempotentTask
 from celery_idem.integration.wiring import ledger_of
 
@@ -309,7 +309,9 @@ class Operator:
             IdempotencyError: there is no record, or it does not hold the whole call.
         """
         entry = self.ledger_of(key).get(key)
-        call, why = (None, "there is no record") if entry is None else call_of(self.app, key, entry.record)
+        call, why = None, "there is no record"
+        if entry is not None:
+            call, why = messages.call_in(self.app, key, entry.record.call)
         if entry is None or call is None or not call.publishable:
             why = why if entry is None else why_not(self.app, key, entry.record)
             raise IdempotencyError(
@@ -396,7 +398,7 @@ class Operator:
 
         If neither has all of them, return None and why the record does not.
         """
-        call, why = call_of(self.app, entry.key, entry.record)
+        call, why = messages.call_in(self.app, entry.key, entry.record.call)
         if call is not None and call.hidden:
             why = messages.NO_SECRETS
         elif call is not None:
@@ -424,7 +426,7 @@ class Operator:
     def action(self, entry: Entry) -> Action:
         """Return which action an intent is, from the call in its record. It never raises."""
         record, task = entry.record, self.task_of(entry.key)
-        call, why = call_of(self.app, entry.key, record)
+        call, why = messages.call_in(self.app, entry.key, record.call)
         said = describing.Said()
         if record.outcome is not None and not record.call:
             why = "it is settled"

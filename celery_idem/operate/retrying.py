@@ -9,7 +9,6 @@ from celery_idem.core.model import State
 from celery_idem.engine.entries import Entry
 from celery_idem.integration import messages
 from celery_idem.integration.publishing import HIDDEN
-from celery_idem.integration.recovering import call_of
 from celery_idem.integration.submitting import Submission, submit_call
 from celery_idem.integration.task import IdempotentTask
 from celery_idem.operate.operators import Arguments, Operator
@@ -57,7 +56,7 @@ def retry(
         return Retried(why=f"this application has no task {entry.task}")
     if entry.record.state not in (State.FAILED, State.RELEASED):
         return Retried(why=_REFUSED.get(entry.state, f"it is {entry.state}"))
-    call, _ = call_of(operator.app, entry.key, entry.record)
+    call, _ = messages.call_in(operator.app, entry.key, entry.record.call)
     of_record = entry.record.state is State.RELEASED and call is not None and call.publishable
     if given is None and call is not None and of_record:
         if not dry_run:

@@ -164,9 +164,8 @@ def _by_cursor(open_cursor: Callable[[], Any]) -> Callable[[str, dict[str, Any]]
 
 def _in_transaction(driver: Any) -> bool:
     """Whether the connection's next statement is in a transaction, and not committed at once."""
-    sqlite = getattr(
-        driver, "driver_connection", driver
-    )  # SQLAlchemy wraps the connection of an async driver
+    # SQLAlchemy wraps the connection of an async driver.
+    sqlite = getattr(driver, "driver_connection", driver)
     if hasattr(sqlite, "in_transaction"):  # sqlite3, which may also begin a transaction before the next write
         begins = getattr(sqlite, "autocommit", -1)  # since Python 3.12; -1 means that isolation_level decides
         return (

@@ -23,7 +23,7 @@ from celery_idem.core.model import NO_FINGERPRINT, Policy, Request, State
 from celery_idem.core.results import Codec
 from celery_idem.core.sealing import Seal
 from celery_idem.engine import owners
-from celery_idem.integration import recovering
+from celery_idem.integration import messages, recovering
 from celery_idem.operate import doctor
 from celery_idem.stores import open_store
 from celery_idem.stores.memory import MemoryStore
@@ -192,7 +192,7 @@ def test_a_retry_and_a_call_of_a_transaction_keep_their_secrets_sealed(tmp_path:
     found = stored_bytes(url, tmp_path)
     assert not [value for value in (CARD, PIN) if value.encode() in found]
     for entry in entries.values():
-        call, _ = recovering.call_of(app, entry.key, entry.record)
+        call, _ = messages.call_in(app, entry.key, entry.record.call)
         assert call is not None
         assert call.publishable
         assert PIN.encode() in call.body

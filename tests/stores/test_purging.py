@@ -168,15 +168,15 @@ def test_a_store_that_expires_by_itself_has_no_thread(tmp_path: Path) -> None:
     redis, sqlite = app_with("redis://127.0.0.1:1"), app_with(f"sqlite:///{tmp_path}/idem.db")
     wrong = app_with("nonsense://")
     before = set(threading.enumerate())
-    purging.begin(SimpleNamespace(app=redis))
-    purging.begin(SimpleNamespace(app=wrong))
+    purging.BESIDE.begin(SimpleNamespace(app=redis))
+    purging.BESIDE.begin(SimpleNamespace(app=wrong))
     assert not set(threading.enumerate()) - before  # a thread of an earlier test may just be ending
     for _ in range(2):  # a worker that connects anew is ready twice
-        purging.begin(SimpleNamespace(app=sqlite))
+        purging.BESIDE.begin(SimpleNamespace(app=sqlite))
     (thread,) = set(threading.enumerate()) - before
     assert thread.name == "celery_idem purging"
     for _ in range(2):
-        purging.end(SimpleNamespace(app=sqlite))
+        purging.BESIDE.end(SimpleNamespace(app=sqlite))
     thread.join(SOON)
     assert not thread.is_alive()
 

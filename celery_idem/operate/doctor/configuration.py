@@ -114,9 +114,8 @@ def strays(s: Snapshot) -> Iterator[Finding]:
 
 def beat_without_occurrence(s: Snapshot) -> Iterator[Finding]:
     for task in s.guarded:
-        names = ", ".join(
-            dict.fromkeys(repr(entry.name) for entry in task.scheduled)
-        )  # beat copies its own there
+        # Beat copies its own there.
+        names = ", ".join(dict.fromkeys(repr(entry.name) for entry in task.scheduled))
         if task.scheduled and not s.ticks:
             yield error(
                 "beat",
