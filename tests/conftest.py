@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import uuid
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -26,6 +25,7 @@ from hypothesis import HealthCheck, settings
 
 import example_project.legacy  # noqa: F401  # a shared task by intention
 from celery_idem.engine import events
+from tests.support import shared
 from tests.support.effects import Effects, Gate
 from tests.support.jobs import Bench
 from tests.support.servers import (
@@ -70,18 +70,53 @@ def pytest_keyboard_interrupt() -> None:
     INTERRUPTED.extend(psutil.Process().children(recursive=True))
 
 
-def pytest_unconfigure() -> None:
+def pytest_unconfigure(config: pytest.Config) -> None:
     """The last net, of a run that was interrupted: xdist kills a process that does not end within ten seconds."""
     for process in INTERRUPTED:
         with contextlib.suppress(psutil.Error):
             process.kill()
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+        shared.end(config._tmp_path_factory.getbasetemp() / "rabbitmq")
+
+
+LONGEST = (
+    *(
+        "proof/test_explorer",
+        "docs/test_pages",
+        "chaos/test_chaos",
+        "stores/test_topologies",
+        "test_instructions",
+    ),
+    *(
+        "faults/test_recovery",
+        "containers/test_faults",
+        "test_demo",
+        "celery/test_every_stage",
+        "docs/test_site",
+    ),
+    *("faults/test_interrupted", "faults/test_child_killed", "faults/test_broker", "containers/test_compose"),
+    *(
+        "faults/test_worker_ended",
+        "stores/test_sql",
+        "faults/test_frozen",
+        "faults/test_store",
+        "test_servers",
+    ),
+    *(
+        "packaging/test_distribution",
+        "callers/test_doors",
+        "callers/test_guard_removed",
+        "security/test_rights",
+    ),
+)
+"""Files that take longest, those first: `pytest --durations=0` says how long."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of several processes each takes the next file: those with many slow tests come first, so that none ends late."""
+    """Of several processes each takes the next file: the longest come first, so that none ends late."""
     if hasattr(config, "workerinput"):
-        long = Counter(item.path for item in items if any(map(item.get_closest_marker, ("slow", "timeout"))))
-        items.sort(key=lambda item: -long[item.path])
+        places = {Path(__file__).parent / f"{name}.py": place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def pytest_collection_finish() -> None:
@@ -135,7 +170,13 @@ def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeySe
 
 @pytest.fixture(scope="session")
 def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQServer]:
-    """Shared: give queues names of their own, see `queue_name`."""
+    """Shared by all processes of a run: give queues names of their own, see `queue_name`, and do not break it."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            yield shared.rabbitmq(tmp_path_factory.getbasetemp().parent / "rabbitmq")
+        except ServerMissingError as error:
+            missing(str(error))
+        return
     with running(lambda: RabbitMQServer(tmp_path_factory.mktemp("rabbitmq"))) as server:
         yield server
 

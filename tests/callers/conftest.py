@@ -51,7 +51,7 @@ def served(app: str, env: dict[str, str], folder: Path) -> Iterator[str]:
     port = free_port()
     words = [sys.executable, "-m", "uvicorn", app, "--host", "127.0.0.1", "--port", str(port)]
     log = folder / f"{app.partition(':')[0]}.log"
-    server = Program(words, log=log, env={**os.environ, **env}, cwd=ROOT)
+    server = Program(words, log=log, env={**os.environ, **env}, cwd=ROOT, fork=True)
     try:
         server.wait_until_ready(lambda: "Uvicorn running" in server.log_text(), READY_WITHIN)
         yield f"http://127.0.0.1:{port}"

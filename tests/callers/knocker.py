@@ -1,4 +1,4 @@
-"""A process that knocks at doors: reads one order per line, does its calls when told, writes the answers.
+"""Processes that knock at doors: each reads one order per line, does its calls when told, writes the answers.
 
     {"door": "http", "calls": [{"args": […], "kwargs": {…}}], "gate": "/tmp/…/go"}
     [{"paid": 1, "invoice": "7"}, …]
@@ -10,14 +10,15 @@ on a thread of its own.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any
+from typing import Any, TextIO
 
 from celery import Celery
 
@@ -146,13 +147,27 @@ FRAMEWORKS = ("langgraph", "openai_agents", "pydantic_ai")
 
 
 def main() -> None:
+    """A fork for each pair of files: where its orders come from, and where its answers go."""
+    for door in ("httpx", "tests.callers.test_mcp"):
+        importlib.import_module(door)
+    pairs = [[int(file) for file in word.split(",")] for word in sys.argv[1:]]
+    for orders, answers in pairs:
+        if os.fork() == 0:
+            with os.fdopen(orders) as lines, os.fdopen(answers, "w") as out:
+                serve(lines, out)
+            os._exit(0)
+    for _ in pairs:
+        os.wait()
+
+
+def serve(orders: Iterable[str], answers: TextIO) -> None:
     with ThreadPoolExecutor(4) as threads:
-        for line in sys.stdin:
+        for line in orders:
             order = json.loads(line)
             knock = DOORS[order["door"]]
             Gate(order["gate"]).wait()
-            answers = [threads.submit(knock, call["args"], call["kwargs"]) for call in order["calls"]]
-            print(json.dumps([_said(answer.result) for answer in answers]), flush=True)
+            said = [threads.submit(knock, call["args"], call["kwargs"]) for call in order["calls"]]
+            print(json.dumps([_said(answer.result) for answer in said]), file=answers, flush=True)
 
 
 def _said(result: Callable[[], Any]) -> Any:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -31,31 +32,21 @@ PROCESSES = 4
 class Knocker:
     """One process of callers."""
 
-    def __init__(self, env: dict[str, str], log: Path) -> None:
-        words = [sys.executable, "-m", "tests.callers.knocker"]
-        with log.open("ab") as errors:
-            self.process = subprocess.Popen(
-                words,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=env,
-                cwd=ROOT,
-                text=True,
-            )
+    def __init__(self, family: subprocess.Popen[bytes], orders: int, answers: int) -> None:
+        self._family = family
+        self._orders = os.fdopen(orders, "w")
+        self._answers = os.fdopen(answers)
 
     def tell(self, order: dict[str, Any]) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
+        self._orders.write(json.dumps(order) + "\n")
+        self._orders.flush()
 
     def hear(self, timeout: float = 90.0) -> list[Any]:
-        """The answers to its order. The process is killed when they do not come in time."""
-        assert self.process.stdout is not None
-        timer = threading.Timer(timeout, self.process.kill)
+        """The answers to its order. All processes are killed when they do not come in time."""
+        timer = threading.Timer(timeout, os.killpg, (self._family.pid, signal.SIGKILL))
         timer.start()
         try:
-            line = self.process.stdout.readline()
+            line = self._answers.readline()
         finally:
             timer.cancel()
         assert line, f"no answers within {timeout:g} s"
@@ -63,19 +54,34 @@ class Knocker:
         return answers
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
+        self._orders.close()
+        self._answers.close()
 
 
 @contextlib.contextmanager
 def knocking(env: dict[str, str], http_url: str, mcp_url: str, folder: Path) -> Iterator[list[Knocker]]:
-    """Four processes of callers of one shop."""
+    """Four processes of callers of one shop, forks of one that has imported what they need."""
     env = {**os.environ, **env, "CALLERS_HTTP": http_url, "CALLERS_MCP": mcp_url}
-    with contextlib.ExitStack() as ends:
-        knockers = []
-        for _ in range(PROCESSES):
-            knockers.append(Knocker(env, folder / "knockers.log"))
-            ends.callback(knockers[-1].close)
+    pipes = [(os.pipe(), os.pipe()) for _ in range(PROCESSES)]  # for orders and for answers
+    theirs = [(orders[0], answers[1]) for orders, answers in pipes]
+    words = [f"{orders},{answers}" for orders, answers in theirs]
+    with contextlib.ExitStack() as ends, (folder / "knockers.log").open("ab") as log:
+        family = subprocess.Popen(
+            [sys.executable, "-m", "tests.callers.knocker", *words],
+            pass_fds=[file for pair in theirs for file in pair],
+            stdin=subprocess.DEVNULL,
+            stderr=log,
+            env=env,
+            cwd=ROOT,
+            start_new_session=True,
+        )
+        ends.callback(family.wait)
+        ends.callback(os.killpg, family.pid, signal.SIGKILL)
+        for file in (file for pair in theirs for file in pair):
+            os.close(file)
+        knockers = [Knocker(family, orders[1], answers[0]) for orders, answers in pipes]
+        for knocker in knockers:
+            ends.callback(knocker.close)
         yield knockers
 
 

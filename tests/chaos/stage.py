@@ -152,7 +152,7 @@ class Stage:
     def _beat(self, name: str, broker: str) -> Program:
         words = [sys.executable, "-m", "celery", "-A", "tests.chaos.shop:app", "beat"]
         words += ["--schedule", str(self.folder / f"{name}.schedule"), "--pidfile", "", "--loglevel", "INFO"]
-        return Program(words, log=self.folder / f"{name}.log", env=self.environment(broker), cwd=ROOT)
+        return self._python(words, name, broker)
 
     def _keep(self, name: str, start: Callable[[], Alive]) -> Kept:
         kept = Kept(name, start)
@@ -160,10 +160,14 @@ class Stage:
         return kept
 
     def _program(self, words: Sequence[object], name: str, broker: str) -> Program:
-        command = [str(word) for word in words]
-        program = Program(command, log=self.folder / f"{name}.log", env=self.environment(broker), cwd=ROOT)
+        program = self._python(words, name, broker)
         self._ends.callback(program.kill)
         return program
+
+    def _python(self, words: Sequence[object], name: str, broker: str) -> Program:
+        command = [str(word) for word in words]
+        log = self.folder / f"{name}.log"
+        return Program(command, log=log, env=self.environment(broker), cwd=ROOT, fork=True)
 
     @staticmethod
     def _ready(program: Program, sign: str) -> None:

@@ -20,6 +20,7 @@ import contextlib
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from tests.docs.billing import Billing
+from tests.support import forks
 from tests.support.processes import Program
 from tests.support.servers import free_port
 from tests.support.workers import CeleryWorker
@@ -91,6 +93,7 @@ class Page:
         self.address = urlsplit(server).netloc
         self.folder = folder
         self.ending = contextlib.ExitStack()
+        self.printed = Path(self.ending.enter_context(tempfile.TemporaryDirectory()))
         self.workers: dict[int, TestWorkController] = {}  # in this process, by application
         self.running: list[contextlib.AbstractContextManager[TestWorkController]] = []
         self.started: dict[str, CeleryWorker] = {}  # by a page's own command
@@ -170,19 +173,36 @@ class Page:
             return
         env = {
             **os.environ,
-            "PYTEST_ADDOPTS": "-p no:langsmith_plugin",
+            "PYTEST_ADDOPTS": "-p no:langsmith_plugin -p no:schemathesis",
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(self.folder)]),
             "NO_COLOR": "1",
         }
-        if words[0] != "redis-cli":
-            words = [sys.executable, *(["-m", "celery", *words[1:]] if words[0] == "celery" else words[1:])]
-        done = subprocess.run(
-            words, cwd=self.folder, env=env, capture_output=True, text=True, timeout=PATIENCE
-        )
-        printed = (done.stdout + done.stderr).strip()
+        if words[0] == "celery":
+            words = ["python", "-m", *words]
+        if words[0] == "python" and "-c" not in words:
+            printed = self.forked(words[1:], env)
+        else:
+            words[0] = sys.executable if words[0] == "python" else words[0]
+            done = subprocess.run(
+                words, cwd=self.folder, env=env, capture_output=True, text=True, timeout=PATIENCE
+            )
+            printed = (done.stdout + done.stderr).strip()
         assert re.fullmatch(_pattern(expected), printed, re.DOTALL), (
             f"{self.path.name}:{line}: $ {command}\nthe page says:\n{expected}\nit printed:\n{printed}"
         )
+
+    def forked(self, words: list[str], env: dict[str, str]) -> str:
+        """What a Python program prints."""
+        out, errors = self.printed / "out", self.printed / "errors"
+        for file in (out, errors):
+            file.write_text("")
+        run = forks.start(words, log=out, errors=errors, env=env, cwd=self.folder)
+        try:
+            run.wait(PATIENCE)
+        finally:
+            if run.poll() is None:
+                os.kill(run.pid, signal.SIGKILL)
+        return (out.read_text() + errors.read_text()).strip()
 
     def redis_server(self, words: list[str]) -> None:
         port = words[words.index("--port") + 1]

@@ -33,6 +33,7 @@ def test_what_a_page_says_is_what_happens(page: Path, redis_url: str, tmp_path: 
         log=tmp_path / "page.log",
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
+        fork=True,
     )
     try:
         wait_for(lambda: not run.alive, PATIENCE, lambda: f"{page.name}\n{run.log_tail()}")

@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import running
 from tests.faults.app import POLICIES
 from tests.faults.conftest import BROKERS, Case, Stage
+from tests.faults.test_recovery import ANSWERED_WITHIN, Producer
 from tests.support.servers import RabbitMQServer, RedisServer
 from tests.support.waiting import wait_for
 
@@ -28,7 +29,9 @@ def test_broker_cut(
     )
     with running(kind) as server:
         stage = make_stage(broker, server.url, own_redis)
-        worker = stage.start_worker(concurrency=8, env={"FAULTS_VISIBILITY": "2"})
+        worker = stage.start_worker(concurrency=9, env={"FAULTS_VISIBILITY": "2"})
+        if isinstance(server, RabbitMQServer):
+            what_it_does_not_take_is_kept(stage, server)
         cases = {
             (policy, acks): stage.call(f"{policy}.{acks}", at="after effect", how="hang")
             for policy in POLICIES
@@ -57,6 +60,14 @@ def test_broker_cut(
             assert (case.effects, case.state) == (1, "succeeded"), case.task
             case.row("broker cut after effect, back with its data", acks, "the result")
         worker.kill()
+
+
+def what_it_does_not_take_is_kept(stage: Stage, server: RabbitMQServer) -> None:
+    with server.memory_alarm():
+        receipt = Producer(stage, confirm_publish=True).submit("in_doubt.early", "alarm")
+        assert (receipt.status, receipt.code) == ("accepted", "not_sent")
+    assert receipt.wait(ANSWERED_WITHIN).result == "done: alarm"
+    assert stage.effects.count("alarm") == 1
 
 
 @pytest.fixture

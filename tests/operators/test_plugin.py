@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_servers import NO_PLUGINS
+
 ROOT = Path(__file__).parents[2]
 
 SUITE = """
@@ -102,8 +104,7 @@ def outcome(folder: Path, *options: str) -> dict[str, str]:
         "pytest",
         "-q",
         "-rA",
-        "-p",
-        "no:cacheprovider",
+        *NO_PLUGINS,
         *options,
         "test_theirs.py",
     ]

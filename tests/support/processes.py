@@ -7,11 +7,13 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
+from tests.support import forks
 from tests.support.waiting import wait_for
 
 # Seconds that a process gets to end after SIGTERM, before SIGKILL. A warm shutdown of a worker waits for
@@ -30,25 +32,38 @@ class Program:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         user: str | None = None,
+        fork: bool = False,
     ) -> None:
-        """Start `command`. Output is appended to `log`; `env` replaces the environment; `user` needs root."""
+        """Start `command`. Output is appended to `log`; `env` replaces the environment; `user` needs root.
+
+        With `fork`, a command of this Python is started as `forks` says; it needs `env` and `cwd`. What the system
+        shows as its command and its environment are those of the process that forked.
+        """
         self.command = [str(part) for part in command]
         self.log = log
         # A restarted server writes on to the same file: what is read for readiness begins here.
         self._log_start = log.stat().st_size if log.exists() else 0
-        with log.open("ab") as out:
-            self._popen = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=None if env is None else dict(env),
-                cwd=cwd,
-                start_new_session=True,
-                user=user,
-                group=user,
-                extra_groups=[] if user else None,
-            )
+        log.touch()
+        self._popen: forks.Fork | subprocess.Popen[bytes]
+        if fork and sys.platform == "linux":
+            assert self.command[0] == sys.executable
+            assert env is not None
+            assert cwd is not None
+            self._popen = forks.start(self.command[1:], log=log, env=env, cwd=cwd)
+        else:
+            with log.open("ab") as out:
+                self._popen = subprocess.Popen(
+                    self.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    env=None if env is None else dict(env),
+                    cwd=cwd,
+                    start_new_session=True,
+                    user=user,
+                    group=user,
+                    extra_groups=[] if user else None,
+                )
         _started.add(self)
 
     @property
@@ -121,6 +136,11 @@ class Program:
         # Orphans are reaped by init, not by us: wait until they are gone or dead and unreaped.
         wait_for(lambda: not any(_lives(p) for p in family), GRACE, f"the end of {family}")
         _started.discard(self)
+
+    def outlive(self) -> int:
+        """Leave it running at the end of this process, and return its pid for whoever ends it."""
+        _started.discard(self)
+        return self.pid
 
     def log_text(self) -> str:
         """What it has written since this start of it."""

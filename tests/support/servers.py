@@ -335,6 +335,11 @@ class RabbitMQServer(Server):
         if self._epmd is not None:
             self._epmd.kill()
 
+    def share(self) -> list[int]:
+        """Let it outlive this process. Returns the ids of what somebody else has to end then."""
+        assert self._epmd is not None
+        return [program.outlive() for program in (self.program, self._epmd)]
+
     @contextlib.contextmanager
     def memory_alarm(self) -> Iterator[None]:
         """It takes no message from anybody meanwhile."""

@@ -8,8 +8,11 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# Seconds between two checks: short beside the waits, long beside a check.
+# Seconds between the first two checks: short beside the waits, long beside a check.
 LOOK_EVERY = 0.02
+
+# What takes long is looked at less often, up to so many seconds apart.
+SLOWER, SLOWEST = 1.1, 0.1
 
 
 def wait_for(
@@ -25,6 +28,7 @@ def wait_for(
     is not caught: one that means "not yet" has to be turned into a false value by the predicate itself.
     """
     deadline = time.monotonic() + timeout
+    pause = every
     while True:
         value = predicate()
         if value:
@@ -32,4 +36,5 @@ def wait_for(
         if time.monotonic() >= deadline:
             text = message() if callable(message) else message
             raise AssertionError(f"waited {timeout:g} s for: {text}; last seen: {value!r}")
-        time.sleep(every)
+        time.sleep(pause)
+        pause = min(pause * SLOWER, max(every, SLOWEST))

@@ -59,7 +59,13 @@ class CeleryWorker:
         command += ["--without-gossip", "--without-mingle", *options]
         path = os.pathsep.join([str(ROOT), str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **(env or {})}
-        self.program = Program(command, log=folder / f"{self.name}.log", env=environment, cwd=folder)
+        self.program = Program(
+            command,
+            log=folder / f"{self.name}.log",
+            env=environment,
+            cwd=folder,
+            fork=pool not in ("gevent", "eventlet"),  # these patch what is imported afterwards
+        )
         try:
             self.program.wait_until_ready(lambda: " ready." in self.log_text(), READY_WITHIN)
         except BaseException:
