@@ -121,12 +121,18 @@ def test_a_redis_that_came_back_empty(
 
 @pytest.mark.redis
 def test_a_redis_that_was_restarted_with_its_data(
-    start_redis: Callable[..., RedisServer], worker: Callable[[str], None]
+    start_redis: Callable[..., RedisServer], worker: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(at_start, "EVERY", 0.05)
     server = start_redis(appendonly=True)
     worker(server.url)
     assert asked(server.url) == {}
     server.restart()
+    assert set(asked(server.url)) == {"restart"}
+    (ledger,) = doctor.snapshot.Operator(an_app(conf={"idem_store": server.url})).ledgers()
+    wait_for(
+        lambda: len(kept.read(ledger, servers.NAME)["runs"]) == 2, message="a worker to note when it was"
+    )
     found = asked(server.url)
     assert set(found) == {"restart"}
     assert found["restart"].severity == "note"

@@ -131,7 +131,7 @@ def _try_store(app: Any, ledger: Ledger, watches: list[Watch]) -> None:
 
 
 class Watch(Looks):
-    """Notes the run of a server, and checks that the note still exists. It is lost only together with all records.
+    """Notes the runs of a server, and checks that the note still exists. It is lost only together with all records.
 
     Raises:
         StoreError: the store did not answer, or refused.
@@ -140,21 +140,24 @@ class Watch(Looks):
     def __init__(self, ledger: Ledger) -> None:
         super().__init__("looking after the store's note", self._look_after, EVERY, EVERY)
         self._ledger = ledger
-        self._born, _ = self._note("")
+        self._sees = True
+        run = self._run()
+        self._sees = bool(run)  # a refused question is a line in the server's log: not one each minute
+        self._born, _ = servers.note(ledger, run, "")
 
-    def _note(self, born: str) -> tuple[str, bool]:
+    def _run(self) -> dict[str, Any]:
         try:
-            run = run_of(infos(self._ledger.store))
+            return run_of(infos(self._ledger.store)) if self._sees else {}
         except StoreError:  # a user with the least rights
-            run = {}
-        return servers.note(self._ledger, run, born)
+            return {}
 
     def _look_after(self, _: threading.Event) -> None:
         try:
             with FORKS.held_off:
-                if servers.unchanged(self._ledger, self._born):
+                run = self._run()
+                if servers.unchanged(self._ledger, self._born, run):
                     return
-                self._born, lost = self._note(self._born)
+                self._born, lost = servers.note(self._ledger, run, self._born)
         except StoreError:  # the tasks report it
             return
         if lost:

@@ -1,7 +1,7 @@
 """Notes the runs of a store's server that workers have seen: restart, failover, restored database, loss of data.
 
-Workers note the present run when they start, and check every minute that the note still exists. The note is lost only
-together with the records. The worker then notes the loss.
+Workers note the present run when they start, and check every minute that it is still the same and that the note still
+exists. The note is lost only together with the records. The worker then notes the loss.
 """
 
 from __future__ import annotations
@@ -71,9 +71,15 @@ def _differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return (one["run"], one["line"]) != (other["run"], other["line"])
 
 
-def unchanged(ledger: Ledger, born: str) -> bool:
-    """Whether the note that a worker has seen still exists. Raises ``StoreError``: the store did not answer."""
-    return bool(kept.read(ledger, NAME).get("born") == born)
+def unchanged(ledger: Ledger, born: str, run: Json) -> bool:
+    """Whether the note that a worker has seen still exists, and says what the present run of the server is.
+
+    Raises:
+        StoreError: the store did not answer.
+    """
+    noted = kept.read(ledger, NAME)
+    runs = noted.get("runs")
+    return bool(noted.get("born") == born and (not run or (runs and not _differ(runs[-1], run))))
 
 
 class Change(NamedTuple):
