@@ -175,7 +175,7 @@ def test_doctor_says_it_of_a_store_that_is_away() -> None:
     code, output = line(Shop(idem_store="redis://:hunter2@127.0.0.1:1/0").app, "doctor")
     assert code == 1
     assert "store-down: redis://127.0.0.1:1/0" in output
-    assert "-> Start it, or set idem_store to where it is." in output
+    assert "-> Start it, or set idem_store to where it is. " in output
     assert "hunter2" not in output
 
 

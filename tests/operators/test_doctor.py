@@ -184,7 +184,12 @@ def test_a_redis_that_forgets(start_redis: Callable[..., RedisServer]) -> None:
         client.config_set("maxmemory-policy", "noeviction")
         client.config_set("appendonly", "yes")
         assert asked(server) == {}
-        assert "replicas:0" in asked(server, idem_durability="replicas:1")["replicas"].change
+        found = asked(server, idem_durability="replicas:1")
+        assert found["replicas"].change.endswith('idem_durability = "none".')
+        assert "replicas" in found["not-writable"].change
+        client.config_set("min-replicas-to-write", 2)
+        assert "min-replicas-to-write" in asked(server)["not-writable"].change
+        client.config_set("min-replicas-to-write", 0)
 
 
 def test_a_store_that_is_away(idem: Idem) -> None:

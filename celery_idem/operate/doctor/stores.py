@@ -57,7 +57,7 @@ def store_answers(s: Snapshot) -> Iterator[Finding]:
                 "store-down",
                 store.url,
                 f"{store.error} {_meanwhile(s, store)}".strip(),
-                "Start it, or set idem_store to where it is.",
+                "Start it, or set idem_store to where it is. If it refuses: user and password there.",
             )
         elif store.unseen:
             yield note(
@@ -101,6 +101,11 @@ def _how_to_write(store: StoreFacts) -> str:
         return "In PostgreSQL: default_transaction_read_only off, for the server, the database and this user."
     if store.info.get("blocked", "0") != "0":
         return "End the session that locks the table: select * from pg_locks where relation = 'celery_idem'::regclass."
+    if store.durability != "none":
+        return "Look at its replicas and its disk: each write waits for them (idem_durability). Else: rights, locks."
+    if "min_slaves_good_slaves" in store.info:
+        good = store.info["min_slaves_good_slaves"]
+        return f"Bring its replicas back: min-replicas-to-write wants more than the {good} that are well."
     return "Make it writable for the user in idem_store: rights, free disk space, locks."
 
 
@@ -191,8 +196,9 @@ def replicas(s: Snapshot) -> Iterator[Finding]:
                 yield error(
                     "replicas",
                     store.url,
-                    f"Every write waits for {wanted} replicas and {connected} are connected, so no claim succeeds.",
-                    f'Connect {wanted} replicas, or set idem_durability = "replicas:{connected}" ("none" for 0).',
+                    f"Every write waits for replicas ({wanted}), and fewer are there ({connected}): no claim succeeds.",
+                    "Bring its replicas back. Until then you may set idem_durability = "
+                    + (f'"replicas:{connected}".' if connected else '"none".'),
                 )
         elif connected:
             yield warning(
