@@ -122,6 +122,23 @@ def test_what_a_change_does(store: str, change: str) -> None:
         assert says in found[code]["wrong"]
 
 
+@pytest.mark.parametrize("name", ["shop.other", "shop.send"], ids=["unguarded", "taken by another task"])
+def test_a_name_that_stays_without_its_intents(store: str, name: str) -> None:
+    """Its messages still find a task, and that one does not know what was done."""
+    app = release(store, name="shop.other")
+    command_line(app)("doctor", "--save")
+    if name == "shop.other":
+        app.tasks.pop("shop.other")
+        app.task(shared=False, name="shop.send")(first)
+    else:
+        app = release(store, name="shop.send", aliases=("shop.other",))
+    status, found = against(app)
+    assert status == 1
+    assert (
+        "2 remembered intents are not found, and 1 that are open stay so" in found["guard-removed"]["wrong"]
+    )
+
+
 def test_a_change_of_what_nothing_is_stored_of_is_a_note() -> None:
     app = release(f"memory://{uuid.uuid4().hex}")
     command_line(app)("doctor", "--save")

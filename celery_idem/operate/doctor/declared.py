@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,9 +137,10 @@ def of_stores(operator: Operator) -> dict[str, Json]:
     """
     found = {name: one for ledger in operator.ledgers() for name, one in kept.read(ledger, NAME).items()}
     if not found:
+        namespaces = ", ".join(sorted({ledger.namespace for ledger in operator.ledgers()}))
         raise ConfigurationError(
-            "No declarations are kept in the store: workers note them when they start. Start one of the last release, "
-            "or write a file with the last release's code: `idem doctor --save FILE`."
+            f"No declarations are kept in the store (namespace {namespaces}): workers note them when they start. Start "
+            "one of the last release, or write a file with the last release's code: `idem doctor --save FILE`."
         )
     return found
 
@@ -180,7 +181,7 @@ def changes(operator: Operator, before: Mapping[str, Json]) -> list[Finding]:
     after = of_tasks(operator.tasks())
     own = {name: one for name, one in before.items() if name in after or one["app"] == str(operator.app.main)}
     changed = {name: one for name, one in own.items() if name not in after or _differ(one, after[name])}
-    return list(compare(own, after, _count(operator, changed)))
+    return list(compare(own, after, _count(operator, changed), operator.app.tasks))
 
 
 def _differ(old: Json, new: Json) -> bool:
@@ -201,34 +202,45 @@ def _count(operator: Operator, changed: Mapping[str, Json]) -> dict[str, Counts]
 
 
 def compare(
-    before: Mapping[str, Json], after: Mapping[str, Json], counts: Mapping[str, Counts]
+    before: Mapping[str, Json],
+    after: Mapping[str, Json],
+    counts: Mapping[str, Counts],
+    names: Container[str] = (),
 ) -> Iterator[Finding]:
     """Return what each change does: which calls run again, and which do not fit any more. Pure.
 
     Args:
         counts: numbers of intents, of each task that has changed.
+        names: names of all tasks of this release, guarded or not.
     """
-    new_names = set(after) - set(before)
+    added = {name: after[name] for name in set(after) - set(before)}
     for name, old in sorted(before.items()):
         there = counts.get(name, Counts())
         new = after.get(name)
         if new is None:
-            yield _missing(name, old, {other: after[other] for other in new_names}, after, there)
+            yield _missing(name, old, added, there, old["name"] in names)
         else:
             yield from _key_changes(name, old, new, there)
             yield from _call_changes(name, old, new, there)
 
 
-def _missing(
-    name: str, old: Json, added: Mapping[str, Json], after: Mapping[str, Json], there: Counts
-) -> Finding:
-    same = [n for n, one in after.items() if one["name"] == old["name"]]
+def _missing(name: str, old: Json, added: Mapping[str, Json], there: Counts, named: bool) -> Finding:
+    same = [n for n, one in added.items() if one["name"] == old["name"]]
+    if named and not same:
+        return Finding(
+            "error" if sum(there) else "warning",
+            "guard-removed",
+            old["name"],
+            "The task of that name has no intent any more, or is another one. What comes under it runs as often as it "
+            f"comes: {there.remembered} remembered intents are not found, and {there.open} that are open stay so.",
+            "Keep its intent. Else deploy when nothing of it is open, and no earlier call or message comes again.",
+        )
     alike = same or [n for n, one in added.items() if _shape(one) == _shape(old)]
     if alike:
         return Finding(
             "error" if sum(there) else "warning",
             "renamed",
-            after[alike[0]]["name"],
+            added[alike[0]]["name"],
             f"It was {name} before, so all its keys change: {_what_is_there(there)}",
             f'Give it aliases=("{name}",): its keys stay as they are, and messages under that name reach it.',
         )
