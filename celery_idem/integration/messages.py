@@ -456,6 +456,11 @@ def of_the_broker(app: Celery, error: Exception) -> bool:
     return isinstance(error, (OperationalError, OSError, *known))
 
 
+def of_its_place(error: Exception) -> bool:
+    """Whether RabbitMQ refuses the queue or exchange of one call: there is none, or it was declared in another way."""
+    return getattr(error, "code", None) in (404, 406)
+
+
 class BrokerError(IdempotencyError):
     """The broker did not take a call. Recovery goes on later."""
 

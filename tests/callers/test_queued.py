@@ -15,9 +15,11 @@ from typing import Any
 import httpx
 import pydantic
 import pytest
+from amqp.exceptions import PreconditionFailed
 from celery import Celery, group
 from kombu import Exchange, Queue
 from kombu.exceptions import OperationalError
+from kombu.transport.memory import Transport
 
 from celery_idem import IdempotentTask, Ledger
 from celery_idem.adapters.http import door
@@ -135,17 +137,28 @@ def test_what_the_broker_does_not_take_is_accepted_with_the_setting(
     assert task.delay("1").id == first.id
 
 
-def test_a_call_of_which_no_message_can_be_made_holds_up_no_other(app: Celery) -> None:
+def test_a_call_of_which_no_message_can_be_made_holds_up_no_other(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
     app.conf.task_create_missing_queues = False
     ledger, task = Ledger.from_app(app), app.tasks["shop.pay"]
-    for invoice, options in (("bad", {"queue": "nowhere"}), ("good", {})):
+    real = app.send_task
+
+    def refuses(name: str, *args: Any, **options: Any) -> Any:
+        if options["task_id"] == "refused":
+            raise PreconditionFailed
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(app, "send_task", refuses)
+    monkeypatch.setattr(Transport, "channel_errors", (PreconditionFailed,))
+    for invoice, options in (("bad", {"queue": "nowhere"}), ("refused", {}), ("good", {})):
         call = of_submission(task, task.intent_key(invoice), (invoice,), {}, invoice, options)
         request = Request(owners.mint(), invoice, Fingerprint(), task.guard.options.policy, call=call)
         ledger.accept(task.intent_key(invoice), request, 0)
     found = {each.entry.key: each.published for each in recover(app)}
-    assert found == {task.intent_key("bad"): False, task.intent_key("good"): True}
+    assert found == {task.intent_key(n): n == "good" for n in ("bad", "refused", "good")}
     assert messages(app) == 1
-    assert not list(recover(app))  # the bad one waits for its next turn
+    assert not list(recover(app))  # the others wait for their next turn
 
 
 class Tenant(enum.Enum):
