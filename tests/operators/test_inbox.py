@@ -300,7 +300,7 @@ def test_pages_and_filters(outage: None, client: TestClient, ledger: Ledger) -> 
     assert len(listed(older_than="1e999", scope="")) == 50
     assert counts == [113] * 6 + [3, 110, 0, 0, 113]
     filtered = client.get("/", params={"reason": "ReadTimeout"}).text
-    assert "In all there are 113." in filtered
+    assert "There are 113 in all." in filtered
     assert 'href="?reason=ReadTimeout&amp;page=2"' in filtered
 
 
