@@ -1,4 +1,4 @@
-"""What takes long to read: nobody waits for long, everybody gets what is there, and one reading goes on at a time."""
+"""Slow readings: no caller waits for long, each gets what is known, and one reading runs at a time."""
 
 from __future__ import annotations
 

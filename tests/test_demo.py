@@ -136,7 +136,7 @@ def test_a_signal_at_the_start_leaves_no_process(demos: MakeDemo) -> None:
     # Among them Valkey and its launcher.
     wait_for(lambda: len(demo.processes()) > 8, 30, demo.program.log_tail, every=0.1)
     demo.program.send(signal.SIGINT)
-    demo.program.send(signal.SIGINT)  # somebody impatient
+    demo.program.send(signal.SIGINT)  # an impatient user
     assert demo.wait_for_end(STOP_WITHIN) == 128 + signal.SIGINT
     wait_for(lambda: not demo.processes(), 5, lambda: f"the end of {demo.processes()}", every=0.2)
 

@@ -346,7 +346,7 @@ def test_also_with_a_callers_key_and_a_computed_intent() -> None:
     assert key({"number": 1}) == key({"number": 1}) != key({"number": 2})
     by_field = taking(Traced, intent=lambda a: {"n": a["x"].number}).intent_key
     assert by_field({"number": 1}) == by_field(Traced(number=1))
-    with pytest.raises(AttributeError):  # never a key from what nobody sent
+    with pytest.raises(AttributeError):  # never a key from values that were not sent
         taking(Traced, intent=lambda a: {"t": a["x"].trace}).intent_key({"number": 1})
 
 

@@ -15,7 +15,7 @@ SAYS = (
 
 
 def newer(state: State = State.RUNNING) -> bytes:
-    """A record as a later release might write it: another number, and parts that nobody here knows."""
+    """A record as a later release might write it: another number, and parts that this version does not know."""
     packed = bytearray(record.pack(Record(state, owner=b"twelve-bytes", fence=5)))
     packed[12] = record.VERSION + 1
     return bytes(packed) + b"something new"
@@ -53,7 +53,7 @@ def test_a_worker_that_meets_one_runs_nothing_and_keeps_the_message(on_store_err
     assert ran == []
     stored = ledger.store.read(f"{ledger.namespace}:{key}").stored
     assert stored is not None
-    assert stored.value == value  # nobody here wrote over it
+    assert stored.value == value  # this version did not overwrite it
     with pytest.raises(IdempotencyError, match=SAYS):
         ledger.get(key)
     assert list(ledger.list()) == []

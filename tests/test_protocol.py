@@ -320,7 +320,7 @@ def test_what_is_accepted_happens_without_its_callers() -> None:
         told = protocol.standing(record, STAMP, now, PRINT, a_request().policy)
         assert isinstance(told, Busy)
         assert protocol.accept(record, STAMP, now, a_request(), LEASE) == (told, None)
-    forgotten = LAPSED + protocol.OVERDUE + 1  # nobody has recovered it: the next call publishes a message
+    forgotten = LAPSED + protocol.OVERDUE + 1  # it was not recovered: the next call publishes a message
     assert protocol.accept(record, STAMP, forgotten, a_request(), LEASE) == (None, None)
 
 
@@ -349,7 +349,7 @@ def test_what_recovery_gives_up_is_told_until_that_is_known() -> None:
     assert isinstance(tell, Tell)
     assert new is not None
     assert (tell.first, new.state, protocol.due(new)) == (True, State.IN_DOUBT, protocol.PUBLISHED_WAIT)
-    later = STAMP + protocol.PUBLISHED_WAIT  # whoever was to tell it may be dead
+    later = STAMP + protocol.PUBLISHED_WAIT  # the process that had to tell it may be dead
     assert protocol.recover(new, STAMP, later - 1, True, policy) == (None, None)
     again, newer = protocol.recover(new, STAMP, later, False, policy)
     assert isinstance(again, Tell)
@@ -383,7 +383,7 @@ def test_a_question_whose_asker_died_is_published_again_and_not_for_ever() -> No
     assert isinstance(tell, Tell)
     assert given_up is not None
     assert (tell.first, given_up.asking) == (True, b"")
-    assert isinstance(protocol.claim(given_up, STAMP, STAMP, request)[0], Ask)  # whoever calls may ask
+    assert isinstance(protocol.claim(given_up, STAMP, STAMP, request)[0], Ask)  # the next caller may ask
 
 
 def test_finished_steps_are_not_replaced_unread() -> None:
@@ -544,7 +544,7 @@ def test_whether_a_transaction_settled_it_is_found_out_by_writing() -> None:
                 assert isinstance(decision, Done)
             assert new == (record if owner == OWN and state in (State.RUNNING, State.IN_DOUBT) else None)
     assert committed(None) == (Refused(None), None)
-    decision, new = committed(None, keep=0)  # then that it is gone says that it was settled
+    decision, new = committed(None, keep=0)  # then an absent record means that it was settled
     assert isinstance(decision, Done)
     assert (decision.record.outcome, new) == (OUTCOME, None)
 

@@ -69,7 +69,7 @@ def test_an_answer_to_a_question_that_somebody_else_took_over_runs_nothing() -> 
     assert isinstance(decision, Busy)
     assert new is None
     decision, new = protocol.conclude(taken_over, STAMP, request, OUTCOME, "")
-    assert decision == Replay(OUTCOME)  # evidence counts, whoever asked
+    assert decision == Replay(OUTCOME)  # evidence counts, whichever worker asked
     for state in (State.SUCCEEDED, State.FAILED):
         settled = held(state, owner=OTHER)
         assert settled is not None

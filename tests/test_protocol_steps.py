@@ -18,7 +18,7 @@ def test_steps_run_once() -> None:
     decision, _ = protocol.begin_step(begun, OWN, "charge", policy)
     assert isinstance(decision, StepOpen)
     decision, _ = protocol.begin_step(begun, OWN, "charge", a_request(on_crash="rerun").policy)
-    assert isinstance(decision, Done)  # its destination is idempotent by itself
+    assert isinstance(decision, Done)  # its destination is idempotent
     _, ended = protocol.end_step(begun, OWN, "charge", b"j1", LEASE)
     assert ended is not None
     assert ended.open_steps == ()
@@ -45,7 +45,7 @@ def test_a_step_whose_error_was_swallowed_stays_open() -> None:
     assert mailed.open_steps == ("charge",)
     decision, _ = protocol.begin_step(
         mailed, OWN, "charge", policy
-    )  # the next attempt: nobody knows whether it was
+    )  # the next attempt does not know whether it had an effect
     assert isinstance(decision, StepOpen)
     rerun = a_request(on_crash="rerun").policy
     _, again = protocol.begin_step(mailed, OWN, "log", rerun)

@@ -27,7 +27,7 @@ def test_a_claim_whose_reply_got_lost_is_taken_up_by_the_message_that_carries_it
     with pytest.raises(Left):
         bench.runner.run(lost)
     assert bench.state is State.RUNNING
-    with pytest.raises(Left):  # nobody else takes it
+    with pytest.raises(Left):  # no other execution takes it
         bench.run(task_id="two")
     carried = lost.came_back[0][1]
     job = FakeJob("taken up", carried=carried)

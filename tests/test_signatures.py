@@ -463,7 +463,7 @@ def test_signature_is_the_way_out(given: Any, bind: bool, where: str) -> None:
         task.apply(args, kwargs).get()
     assert GOT == [1, 2]
     assert task.intent_key(1) == task.intent_key(order=1, dry=True) != task.intent_key(2)
-    # Celery's own method of that name is as ever:
+    # Celery's own method of that name is unchanged:
     assert task.signature((1,), immutable=True) == task.si(1)
 
 

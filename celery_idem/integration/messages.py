@@ -47,6 +47,9 @@ _HEADERS = (
 )  # fmt: skip
 """Celery's own headers that a record keeps, because they cannot be derived. They are kept unless they are None or 0."""
 
+_CELERYS = frozenset({"lang", "task", "id", "argsrepr", "kwargsrepr", *_HEADERS})
+"""All of Celery's own headers."""
+
 CARRIED = "idem-carried"
 """Header of a message that is published again: owners of its earlier claims whose reply was lost."""
 
@@ -144,16 +147,15 @@ def _kept_as(guard: Guarding, key: str, call: Call) -> bytes:
 
 def _hides(app: Celery, guard: Guarding, canvas: Any) -> bool:
     """Whether secret values have to be left out of a call, because it is kept in clear."""
-    secret = guard.declaration.secret or (canvas and _has_secrets(app, canvas))
-    return bool(secret and guard.ledger.codec.seal is None)
-
-
-def _has_secrets(app: Celery, canvas: Any) -> bool:
-    """Whether a canvas has a signature of a task with secrets."""
-    return any(publishing.has_secrets(app, name) for name in _tasks_in(canvas))
+    if guard.ledger.codec.seal is not None:
+        return False
+    return bool(guard.declaration.secret) or any(
+        publishing.has_secrets(app, name) for name in _tasks_in(canvas)
+    )
 
 
 def _tasks_in(value: Any) -> Iterator[str]:
+    """Return the names of the tasks of all signatures in a canvas."""
     if isinstance(value, Mapping):
         if isinstance(value.get("task"), str):
             yield value["task"]
@@ -222,9 +224,10 @@ def of_message(
         if hidden:
             args, kwargs, canvas = *publishing.without_secrets(task.guard.declaration, args, kwargs), {}
         content_type, encoding, written = dumps((args, kwargs, canvas), serializer=serializer)
+        others = {name: value for name, value in headers.items() if name not in _CELERYS}
         call = Call(
             headers["id"],
-            _kept({**headers, "compression": compression}, _custom(headers), headers["id"]),
+            _kept({**headers, "compression": compression}, others, headers["id"]),
             {n: v for n, v in kept.items() if v},
             content_type,
             encoding,
@@ -239,13 +242,6 @@ def of_message(
     except Exception as error:
         events.diagnose(logging.DEBUG, "%s: the call of its retry is not kept", task.name, error=error)
         return Why.UNWRITABLE.packed
-
-
-_CELERYS = frozenset({"lang", "task", "id", "argsrepr", "kwargsrepr", *_HEADERS})
-
-
-def _custom(headers: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in headers.items() if name not in _CELERYS}
 
 
 def accepted_at(owner: bytes, stamp: int, seal: Seal | None) -> str:

@@ -310,7 +310,7 @@ def test_a_slow_store_does_not_slow_the_loop(
         async def check() -> None:
             await all_ways("")  # connections, imports
             proxy.delay = 1.0
-            for turn in range(5):  # a busy machine may be away for so long by itself
+            for turn in range(5):  # a busy machine may pause for so long without a fault
                 if await lag(partial(all_ways, str(turn))) < 0.25:
                     break
             else:

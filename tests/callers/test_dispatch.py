@@ -101,7 +101,7 @@ def test_chord(shop: Celery, done: Effects, name: str) -> None:
 
 
 def test_link(shop: Celery, done: Effects, name: str) -> None:
-    """A replay is an ordinary success, so its links are published; they are guarded by themselves."""
+    """A replay is an ordinary success, so its links are published. They have their own guard."""
     number, after = shop.tasks["shop.number"], shop.tasks["shop.after"]
     for _ in range(2):
         number.apply_async((name, 3), link=after.s(name)).get(WITHIN)

@@ -271,7 +271,7 @@ def test_what_cannot_be_offered() -> None:
         with pytest.raises(ConfigurationError, match=words):
             door(app, [task], token="x")
     for closed in ({}, {"token": ""}, {"token": {}}, {"token": "x", "authenticate": lambda request: ""}):
-        with pytest.raises(ConfigurationError, match="closed until you say"):
+        with pytest.raises(ConfigurationError, match="needs to know who may use it"):
             door(app, [], **closed)
 
 

@@ -189,7 +189,7 @@ def test_confirmations_of_many_are_awaited_together(
 
     told = {receipt.code for receipt in pay.submit_many([(str(n),) for n in range(250)], queue=queue)}
     assert (told, queued(), len(awaited)) == ({""}, 250, 3)
-    # The broker refuses what the queue has no room for: of that hundred nobody knows which it took.
+    # The broker refuses what the queue has no room for: it is unknown which of that hundred it took.
     told = {receipt.code for receipt in pay.submit_many([(f"{n} more",) for n in range(150)], queue=queue)}
     assert (told, queued()) == ({"", "not_sent"}, 350)
     receipts = pay.submit_many([("the last",)], queue=queue)

@@ -390,7 +390,7 @@ def test_by_name_without_any_task(redis: RedisServer, worker: CeleryWorker, done
     call: dict[str, Any] = {"kwargs": {"customer": name, "invoice": "7", "cents": 1}, "occurrence": "x"}
     receipts = [submit(app, "shop.pay", **call) for _ in range(3)]
     assert {receipt.status for receipt in receipts} == {"accepted"}
-    assert {receipt.key for receipt in receipts} == {""}  # nobody here knows the signature
+    assert {receipt.key for receipt in receipts} == {""}  # this process does not know the signature
     answers = [receipt.wait(20) for receipt in receipts]
     assert {answer.status for answer in answers} == {"executed"}
     assert [answer.result for answer in answers] == [{"paid": 1, "invoice": "7"}] * 3

@@ -13,7 +13,7 @@ from celery_idem.integration import answers
 
 
 def shop(url: str, effects: str) -> Any:
-    """The task, in an application whose broker nobody needs."""
+    """The task, in an application that needs no broker."""
     app = Celery("crash", broker="memory://", backend=url, set_as_current=False)
 
     @app.task(base=IdempotentTask, name="shop.pay", shared=False, intent=("order",))

@@ -60,7 +60,7 @@ def test_duplicates_wait_outside_of_the_slot_and_get_the_winners_answer(stage: S
     stage.effects.wait(name)
     duplicates = [stage.slow.delay(name) for _ in range(6)]
     if stage.kind.concurrency > 1:
-        # More duplicates than slots: would they wait in them, nobody else would get one.
+        # More duplicates than slots: if they waited in them, no other task would get one.
         assert stage.pay.delay(f"{name}-other").get(timeout=SOON)
         wait_for(lambda: all(stage.worker.sent_back(d.id) for d in duplicates), SOON, "six that wait")
         assert {d.state for d in duplicates} == {"PENDING"}  # nothing happened yet: no retry is told anywhere

@@ -98,7 +98,7 @@ class Bug(Exception):
 
 
 def in_steps(app: Celery, **options: Any) -> tuple[Any, list[str], list[bool]]:
-    """Charges, and then meets a bug until somebody mends it."""
+    """Charges, and then meets a bug until it is mended."""
     charged: list[str] = []
     mended: list[bool] = []
 

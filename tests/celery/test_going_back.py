@@ -135,7 +135,7 @@ def test_a_history_of_dead_letters_does_not_travel(app: Celery) -> None:
 
 
 def test_celery_reports_nothing_of_it(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a retry, nor a state, nor a message that somebody sent."""
+    """Neither a retry, nor a state, nor a message that a caller sent."""
     app.conf.task_send_sent_event = True
     sent: list[str] = []
     monkeypatch.setattr(
@@ -338,6 +338,6 @@ def test_a_death_and_the_broker_is_away(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(request, "_publish_again", away)
     assert request._carry_out(Again(), "shop.pay:1", 0) is True
     assert rejected == [True]
-    app.tasks["shop.pay"].acks_late = False  # nobody else has the message: Celery's own error
+    app.tasks["shop.pay"].acks_late = False  # acknowledged: Celery's own error
     with pytest.raises(ConnectionError):
         request._carry_out(Again(), "shop.pay:1", 0)

@@ -1,4 +1,4 @@
-"""Tests that pass without the guard would prove nothing: here the guard is gone, and they must fail."""
+"""Tests that pass without the guard would prove nothing: here there is no guard, and they must fail."""
 
 from __future__ import annotations
 

@@ -461,7 +461,7 @@ WAYS: dict[str, Any] = {
 def test_an_ambient_scope_holds_for_every_way_of_calling(way: str, acme: str) -> None:
     shop = Shop(idem_scope=ambient)
     WAYS[way](shop)
-    tenant.set(None)  # a worker is nobody's
+    tenant.set(None)  # a worker has no tenant
     drain(shop.app)
     assert shop.done["line a/1"] == 1
     key = shop.line.intent_key("a", 1, scope=acme)

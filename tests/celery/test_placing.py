@@ -129,7 +129,7 @@ def test_so_it_does_in_a_plain_call(charged: Any) -> None:
 
 
 class BoundByItsAuthor:
-    """Celery's ``on_bound`` does nothing, so nobody calls it."""
+    """Celery's ``on_bound`` does nothing, so overrides do not call it."""
 
     @classmethod
     def on_bound(cls, app: Celery) -> None:

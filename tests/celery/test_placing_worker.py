@@ -1,4 +1,4 @@
-"""A worker, with a task class and a request class that are somebody else's."""
+"""A worker, with a task class and a request class of another package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The store dies before the body, while it runs, and for longer than anybody has patience for."""
+"""The store dies before the body, while it runs, and for longer than any patience."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_down_before_the_body_it_comes_back_and_uses_no_retries(
 
 
 def test_frozen_before_the_body(stage: Stage, store: RedisServer, name: str) -> None:
-    """Whether the claim was applied, nobody knows at first: whoever comes back with it takes it up."""
+    """At first it is unknown whether the claim was applied. The delivery that comes back with it takes it up."""
     store.pause()
     try:
         result = stage.app.tasks["pay"].delay(name)

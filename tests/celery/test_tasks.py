@@ -232,7 +232,7 @@ def test_a_duplicate_may_be_told_at_once(stage: Stage, name: str) -> None:
 
 
 def test_other_values_while_it_runs_are_told_at_once(stage: Stage, name: str) -> None:
-    """The fingerprint comes before the state: nobody waits for an answer that is not theirs."""
+    """The fingerprint comes before the state: no caller waits for the answer to another call."""
     first = stage.app.tasks["slow_pay"].delay(name, 5)
     stage.effects.wait(name)
     with pytest.raises(FingerprintMismatch):

@@ -26,7 +26,7 @@ KEPT = 1.0  # seconds that an outcome is kept
 def test_what_is_delivered_again_after_its_record_expired(
     broker: str, request: pytest.FixtureRequest, redis: RedisServer, tmp_path: Path
 ) -> None:
-    """First deliveries that nobody acknowledged; meanwhile the actions were done, and their records expired."""
+    """First deliveries that were not acknowledged; meanwhile the actions were done, and their records expired."""
     server: Any = redis if broker == "redis" else request.getfixturevalue("rabbitmq")
     place = {
         "broker": server.url,

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.redis, pytest.mark.slow]
 WAITERS = 100
 
 LEASE = 30.0
-"""Seconds: the default, so that nobody comes back earlier to see whether the holder has died."""
+"""Seconds: the default, so that no duplicate comes back earlier to see whether the holder has died."""
 
 
 @pytest.fixture(scope="module")

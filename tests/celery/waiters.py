@@ -25,7 +25,7 @@ PATIENCE = 60.0
 """Seconds for all of them to come to an end after the body."""
 
 LONGEST = 90.0
-"""Seconds that anybody here waits for the body, which gives up after 60."""
+"""Seconds that waiters wait for the body, which gives up after 60."""
 
 
 class Cost(NamedTuple):

@@ -1,4 +1,4 @@
-"""The person who settles what is in doubt, when the monkey is gone and everybody is awake.
+"""The person who settles what is in doubt, after the monkey has ended and all processes are awake.
 
 What happened is asked of the destination, as a person would look it up there, and nowhere else.
 """
@@ -94,7 +94,7 @@ def _asleep(stage: Stage) -> bool:
 
 
 def _held(entry: Entry) -> bool:
-    """Somebody works on it, or a retry is due that may still come. Ticks begin for as long as beats run."""
+    """A worker has it, or a retry is due that may still come. Ticks begin as long as beats run."""
     return _counts(entry) and entry.state in ("running", "scheduled") and entry.retry_after > 0
 
 

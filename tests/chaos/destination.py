@@ -29,7 +29,7 @@ WITHIN = 30.0  # seconds for an answer: it is never away, only the machine may b
 
 # -- the client, in workers ---------------------------------------------------------------------------------
 def tell(port: int, request: dict[str, Any]) -> dict[str, Any]:
-    """One request, one answer. Raises OSError when the destination is gone, which no run means to happen."""
+    """One request, one answer. Raises OSError if the destination does not run, which no run intends."""
     with socket.create_connection(("127.0.0.1", port), timeout=WITHIN) as connection:
         connection.sendall(json.dumps(request).encode() + b"\n")
         answer: dict[str, Any] = json.loads(connection.makefile("rb").readline())

@@ -105,7 +105,7 @@ def of_receipt(told: dict[str, Any]) -> Told:
 
 
 def _doubt(told: dict[str, Any]) -> Told:
-    # "Nobody is working on it any more. Call again once": an agent does what it is told.
+    # "No worker has it any more. Call again once": an agent follows the advice.
     kind = AGAIN if told["code"] == "undecided" else IN_DOUBT
     return Told(kind, detail=f"{told['reason']} {told['next']}")
 

@@ -81,7 +81,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Intent:
-    """One action somebody means to happen once, and how its body and its destination behave.
+    """One action that is meant to happen once, and how its body and its destination behave.
 
     `before`, `during` and `after` are seconds: in the body before its request, at the destination, and in the
     body after the answer. `busy` is how often the destination says "not now" first. `fate` is what becomes of
@@ -157,7 +157,7 @@ class Plan:
         doors = {name: weight for name, weight in DOORS.items() if not keyed or name in KEYED_DOORS}
         fate = _one_of(random, FATES)
         calls = []
-        # While one sleeps somebody has to come: to take over, or to ask.
+        # While one sleeps, another has to come: to take over, or to ask.
         for n in range(random.randint(2 if fate.startswith("frozen") else 1, 5)):
             later = random.random() * SPREAD if n else 0.0
             broker = BROKERS[random.randrange(2)]

@@ -229,5 +229,5 @@ def reconcile_tick(task: IdempotentTask) -> Happened | NotHappened:
     reconcile=reconcile_tick,
 )
 def tick(self: IdempotentTask) -> int:
-    """What two beats send: one effect a second, whoever is first."""
+    """What two beats send: one effect a second, whichever beat is first."""
     return effect(self, self.claim.key, "tick")

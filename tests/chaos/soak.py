@@ -30,7 +30,7 @@ from tests.support.effects import Effects
 from tests.support.processes import Program
 from tests.support.servers import ServerMissingError
 
-# Intents a minute where nobody says how many: about forty calls a second, what two cores do.
+# Default number of intents a minute: about forty calls a second, as many as two cores can do.
 PER_MINUTE = 800
 
 # Seconds after the last call until the last caller must have its answer, and how often the run's own length on

@@ -27,7 +27,7 @@ from tests.support.workers import READY_WITHIN, ROOT, CeleryWorker
 
 S = TypeVar("S", bound=Server)
 
-# Pool processes of each worker: enough that a frozen one leaves somebody to take over.
+# Pool processes of each worker: enough that another one can take over from a frozen one.
 CONCURRENCY = 4
 
 # Seconds a store's client waits for a reply: shorter than most of plan.STORE_FROZEN, so that replies get lost.

@@ -1,4 +1,4 @@
-"""The story of one intent: everything anybody wrote down about it, in order, and the faults around it."""
+"""The story of one intent: everything that was written about it, in order, and the faults around it."""
 
 from __future__ import annotations
 

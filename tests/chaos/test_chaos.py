@@ -1,4 +1,4 @@
-"""A short soak, and the proof that a soak notices: of the plan, of the judge, and of a guard that is gone."""
+"""A short soak, and the proof that a soak notices: of the plan, of the judge, and of a missing guard."""
 
 from __future__ import annotations
 

@@ -91,5 +91,5 @@ def charge(invoice: str, hold: str = "") -> str:
 
 @app.task(shared=False, base=IdempotentTask, name="shop.charge_blindly", intent=("invoice",))
 def charge_blindly(invoice: str, hold: str = "") -> str:
-    """The same where nobody can be asked whether it happened."""
+    """The same, if no destination can be asked whether it happened."""
     return _shop().charge(invoice, hold)

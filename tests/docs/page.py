@@ -140,7 +140,7 @@ class Page:
             # Never left: Celery's stopping is a flag that all workers of a process share, and with two of
             # them one may miss it. This process ends at once when its page is done, see `main`.
             # A worker takes the process's event loop when there is one. Two workers with one loop read each
-            # other's sockets, and a message that the wrong one has read is served by nobody.
+            # other's sockets, and a message that the wrong one has read is not served.
             set_event_loop(None)
             running = start_worker(app, pool="threads", concurrency=4, perform_ping_check=False)
             worker = self.workers[id(app)] = running.__enter__()

@@ -1,4 +1,4 @@
-"""What the command line says to somebody who got something wrong, or whose store is away. See ``test_messages``."""
+"""What the command line says after a wrong command, or without a store. See ``test_messages``."""
 
 from __future__ import annotations
 

@@ -63,14 +63,14 @@ class Shop:
         return self.app.task(**how, **options)(charge)
 
     def take_over(self, key: str) -> None:
-        """Somebody else has the intent now."""
+        """Another execution has the intent now."""
         stored = self.store.read(f"idem:{key}").stored
         assert stored is not None
         record = unpack(stored.value, stored.stamp, key)._replace(owner=owners.mint())
         assert self.store.replace(f"idem:{key}", stored, pack(record)).done
 
     def held(self, task: Any, *args: Any, lease: int = HOUR) -> str:
-        """A claim of somebody else's that stands."""
+        """Another execution's claim."""
         key = task.intent_key(*args)
         policy = POLICY if lease == HOUR else Policy(lease=lease, result_ttl=HOUR, failure_ttl=HOUR)
         decision, _ = task.guard.ledger.claim(key, Request(owners.mint(), "other", Fingerprint(), policy))

@@ -64,5 +64,5 @@ def test_a_duplicate_waits_and_a_killed_worker_is_redelivered(
 
     assert first.get(timeout=60) == again.get(timeout=60) == "a"
     assert other.get(timeout=60) == "b"
-    assert done.counts() == {"a": 1, "b": 2}  # "rerun" said so: a destination that is idempotent by itself
+    assert done.counts() == {"a": 1, "b": 2}  # "rerun" said so: a destination that is idempotent
     assert "Direct exchanges are not supported" not in worker.log_text()

@@ -71,7 +71,7 @@ def test_a_duplicate_came_meanwhile(stage: Stage) -> None:
             "the result",
             "the result",
             2,
-        ),  # whoever takes over sees to it that the first caller is answered
+        ),  # the execution that takes over makes sure that the first caller gets an answer
         "reconcile": ("the result", "the result", 1),
     }
     seen = {policy: case.again().wait_answer() for policy, case in frozen.cases.items()}
@@ -119,7 +119,7 @@ def test_a_duplicate_came_before_the_effect(stage: Stage) -> None:
     for policy in (
         "rerun",
         "reconcile",
-    ):  # of the others, nobody took over: their effect is still theirs to do
+    ):  # no execution took over the others, so they have their effect themselves
         case = frozen.cases[policy]
         case.gate.open()
         sees = case.wait_final_answer("the result")

@@ -1,4 +1,4 @@
-"""Tests that pass without the guard would prove nothing: here the guard is gone, and they must fail.
+"""Tests that pass without the guard would prove nothing: here there is no guard, and they must fail.
 
 Those here take seconds; `FAULTS_APP=tests.faults.unguarded` does it to all of them (see CONTRIBUTING.md).
 """
@@ -29,7 +29,7 @@ def stage(make_stage: Callable[..., Stage], own_redis: RedisServer) -> Stage:
 @pytest.fixture(autouse=True)
 def _unguarded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conftest, "APP", "tests.faults.unguarded")
-    # No record ever comes to be, so nobody waits for one: what has to be noticed is the effect.
+    # There is never a record, so no caller waits for one. The effect has to be noticed.
     monkeypatch.setattr(Case, "wait_state", lambda case, *states, timeout=0.0: states[0])
     monkeypatch.setattr(Case, "state", "succeeded")
 

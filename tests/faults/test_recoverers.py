@@ -36,7 +36,7 @@ def make(server: str) -> Celery:
 
 
 def accept(app: Celery, number: int) -> None:
-    """Calls that nobody has published."""
+    """Calls that were not published."""
     task = app.tasks["shop.pay"]
     for n in range(number):
         call = messages.of_submission(task, task.intent_key(str(n)), (str(n),), {}, f"task-{n}", {})

@@ -1,4 +1,4 @@
-"""Nobody calls again: what had begun or was accepted ends all the same, and its callers receive an answer.
+"""No caller calls again. What had begun or was accepted ends nevertheless, and its callers receive an answer.
 
 Where the broker is a Redis database, the tests empty it, which is as good as a broker that loses everything.
 """
@@ -235,7 +235,7 @@ def test_hosts_on_rabbitmq(on_rabbitmq: Stage, own_redis: RedisServer) -> None:
     assert {answer for (policy, _), answer in sees.items() if policy != "reconcile"} == {"OutcomeUnknown"}
     ran = {("reconcile", "before effect"), *(key for key in left if key[1] == "after effect")}
     assert {key: case.effects for key, case in left.items()} == {key: int(key in ran) for key in left}
-    # Its asker dies, and then nobody is left whose broker is the same.
+    # Its asker dies, and then no worker is left on the same broker.
     linked, then = intents(2)
     after = chain(
         told(stage, "reconcile.early", linked, **HANG), told(stage, "rerun.early", then)

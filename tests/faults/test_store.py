@@ -41,7 +41,7 @@ def hang(stage: Stage, at: str = "after effect") -> dict[str, Case]:
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_store_killed_before_settle(make: Callable[..., Stage], keeps: bool) -> None:
-    """Settling keeps trying, through a reconnect; a record that is gone is written anew."""
+    """Settling keeps trying, through a reconnect; a lost record is written again."""
     stage = make(keeps=keeps)
     cases = hang(stage)
     stage.store.kill()
@@ -59,7 +59,7 @@ def test_store_killed_before_settle(make: Callable[..., Stage], keeps: bool) -> 
 
 
 def test_store_dead_for_longer_than_patience(make: Callable[..., Stage]) -> None:
-    """The caller gets the truth, which its worker knows; what nobody could write down, nobody else knows."""
+    """The caller gets the outcome from its worker. It could not be written, so no other process knows it."""
     stage = make(keeps=True, FAULTS_PATIENCE="0.5", FAULTS_LEASE="2")
     cases = {p: c for p, c in hang(stage).items() if p != "resume"}
     stage.store.kill()
@@ -80,7 +80,7 @@ def test_store_dead_for_longer_than_patience(make: Callable[..., Stage]) -> None
 
 
 def test_store_frozen_during_claim(make: Callable[..., Stage]) -> None:
-    """The claim is written when the store wakes up, by nobody any more; it is not taken for a crash."""
+    """The claim is written when the store wakes up, and its process does not know; it does not count as a crash."""
     stage = make(keeps=False)
     stage.store.pause()
     cases = {policy: stage.call(f"{policy}.late") for policy in POLICIES}
@@ -130,7 +130,7 @@ def test_child_killed_while_the_store_is_dead(make: Callable[..., Stage]) -> Non
         if policy != "in_doubt":
             case.wait_state("succeeded" if sees == "the result" else "in_doubt")
             case.row("child killed after effect, store dead", "late", sees)
-    # Nobody could write the doubt down; the next caller finds a holder whose process is gone.
+    # The doubt could not be written. The next caller finds a holder whose process is dead.
     case = cases["in_doubt"]
     assert case.again().wait_answer() == "OutcomeUnknown"
     assert (case.effects, case.state) == (1, "in_doubt")
@@ -150,7 +150,7 @@ def test_what_lost_data_costs(make: Callable[..., Stage]) -> None:
 
 
 def test_running_work_gets_its_record_back(make: Callable[..., Stage]) -> None:
-    """At its next renewal, a sixth of the lease later; then a duplicate finds somebody at work."""
+    """At its next renewal, a sixth of the lease later; then a duplicate finds a holder."""
     stage = make(keeps=False, FAULTS_LEASE="2")
     cases = hang(stage)
     stage.store.kill()

@@ -12,7 +12,7 @@ def test_the_page_shows_the_rows() -> None:
 
 
 def test_at_most_one_effect_unless_the_author_said_rerun() -> None:
-    """And nobody is left without an answer, but where Celery had thrown the message away with its worker."""
+    """And each caller gets an answer, except where Celery has dropped the message with its worker."""
     for row in read(COMMITTED).values():
         lost = "back without its data, then a duplicate" in row.fault
         assert row.effects <= 1 or row.policy == "rerun" or lost, row

@@ -18,7 +18,7 @@ def effects() -> Effects:
 
 
 class Unsure(Exception):
-    """Nobody knows whether it took effect."""
+    """It is unknown whether it took effect."""
 
 
 def make(url: str, queue: str) -> Celery:

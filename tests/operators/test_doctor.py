@@ -301,7 +301,7 @@ def test_a_worker_starts_though_its_store_is_away(
 
 
 class Odd:
-    """As an attribute of a task: whoever reads it gets an error."""
+    """As an attribute of a task: reading it raises an error."""
 
     def __get__(self, *_: object) -> object:
         raise LookupError("no such tenant")

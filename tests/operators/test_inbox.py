@@ -205,7 +205,7 @@ def test_what_is_running_has_no_buttons(client: TestClient, ledger: Ledger) -> N
 
 
 def test_the_timeline_of_a_contested_intent(client: TestClient, ledger: Ledger) -> None:
-    claimed(ledger, key("a"), lease=0)  # its worker fell silent
+    claimed(ledger, key("a"), lease=0)  # its worker stopped renewing
     post(client, "/resolve", key=key("a"), decision="not_happened", evidence="looked twice")
     text = client.get("/intent", params={"key": key("a")}).text
     story = re.findall(r"(claimed|last heard of|not happened|released)", text.partition("What happened")[2])
@@ -222,7 +222,7 @@ def test_the_timeline_of_a_contested_intent(client: TestClient, ledger: Ledger) 
 
 @pytest.fixture
 def half_way(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Readings stop after three records until the event is set; nobody waits long for them."""
+    """Readings stop after three records until the event is set; no visitor waits long for them."""
     go = threading.Event()
     read = ledger.store.open
 
@@ -300,7 +300,7 @@ def test_pages_and_filters(outage: None, client: TestClient, ledger: Ledger) -> 
     assert len(listed(older_than="1e999", scope="")) == 50
     assert counts == [113] * 6 + [3, 110, 0, 0, 113]
     filtered = client.get("/", params={"reason": "ReadTimeout"}).text
-    assert "In all there are 113." in filtered
+    assert "There are 113 in all." in filtered
     assert 'href="?reason=ReadTimeout&amp;page=2"' in filtered
 
 
@@ -327,7 +327,7 @@ def test_one_decision_for_all_that_a_filter_shows(outage: None, client: TestClie
     assert states() == before
 
     ours = hidden(client.get("/", params={"task": "shop.send_invoice"}))
-    in_doubt(ledger, key("later"))  # nobody has looked at that one: it is not among the 110
+    in_doubt(ledger, key("later"))  # the page did not show that one: it is not among the 110
     done = decide(**ours, number="110")
     assert "110 intents are succeeded now" in done.text
     assert states() == {"succeeded": 111, "in_doubt": 4, "running": 1}
@@ -399,7 +399,7 @@ def picture(browser: Any, name: str) -> None:
 
 
 def wide(browser: Any) -> bool:
-    """Must somebody scroll sideways?"""
+    """Whether a visitor has to scroll sideways."""
     script = "return document.documentElement.scrollWidth > document.documentElement.clientWidth"
     return bool(browser.execute_script(script))
 

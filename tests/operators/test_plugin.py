@@ -1,4 +1,4 @@
-"""The pytest plugin, in a suite of somebody else's: what passes, and what fails with --idem-duplicate."""
+"""The pytest plugin, in another project's suite: what passes, and what fails with --idem-duplicate."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_by_command_line(app: Celery, idem: Idem, incident: list[str], tmp_path:
     after = states(app)
     assert after["in_doubt"] == after["lapsed"] == 0
     assert sum(after.values()) == thousand.INTENTS
-    assert after["running"] == 10  # nobody touched what is at work
+    assert after["running"] == 10  # what runs was not touched
 
 
 @pytest.mark.slow

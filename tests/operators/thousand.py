@@ -29,7 +29,7 @@ def key(n: int) -> str:
 
 
 def fill(app: Celery) -> list[str]:
-    """Make them; the keys of those in doubt. Some are still running, and one worker fell silent."""
+    """Make them; the keys of those in doubt. Some are still running, and one worker stopped renewing."""
     ledger = Ledger.from_app(app)
     doubtful = []
     for n in range(INTENTS):

@@ -1,4 +1,4 @@
-"""An application with faults that need no store to be seen, and options that stop whoever counts retries one by one."""
+"""An application with faults that are seen without a store, and with retries that cannot be counted one by one."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def _is_no_effect(error: BaseException) -> bool:
 
 
 class Ambiguous(Exception):
-    """The body's error after which nobody knows."""
+    """The body's error after which the effect is unknown."""
 
 
 class Again(Exception):
@@ -568,7 +568,7 @@ class World:
         return actor.pauses > 1 and actor.claim is None and actor.name[0] != "submitter"
 
     def waits_for_the_lock(self, actor: Actor) -> bool:
-        """A transaction has rewritten the record, and has not ended: nobody else writes it."""
+        """A transaction has rewritten the record, and has not ended: no other process writes it."""
         assert actor.at is not None
         writes = actor.at.kind in ("replace", "lock")
         return writes and self.lock is not None and (self.lock.sent or self.lock.holder != actor.name)
@@ -759,7 +759,7 @@ class World:
 
     def limit(self, actor: Actor, what: str) -> None:
         """A soft time limit comes. A body that has ended is to be remembered all the same, and one that has not begun
-        is to leave nothing behind; only of one that it interrupts, nobody knows how it ended."""
+        is to leave nothing behind; only of one that it interrupts, it is unknown how it ended."""
         actor.limited = True
         over = actor.claim is not None and self.bodies[actor.claim.owner] == "over"
         known = over and actor.ending in (State.SUCCEEDED, State.FAILED)
@@ -867,7 +867,7 @@ class World:
             self.broken(f"different answers: {self.answers}")
 
     def check_refusal(self, actor: Actor) -> None:
-        """Rule 4: an owner that nobody succeeded must be heard."""
+        """Rule 4: the outcome of an owner without a successor must be accepted."""
         record = self.record()
         if record is None or actor.claim is None or record.owner != actor.claim.owner:
             return
@@ -974,7 +974,7 @@ class World:
         if claim.lost:
             raise LeaseLost("too late to begin", KEY)
         known = [receipt for name, receipt in self.effects if name == part]
-        if self.scenario.on_crash == "rerun" and known:  # a destination that is idempotent by itself
+        if self.scenario.on_crash == "rerun" and known:  # a destination that is idempotent
             return known[0]
         receipt = f"{part} {len(known) + 1}"
         self.effects.append((part, receipt))
@@ -1131,7 +1131,7 @@ class World:
         return None if stored is None else unpack(stored.value, stored.stamp, KEY)
 
     def began(self, actor: Actor, claim: Hold) -> None:
-        """A body begins: nobody else may believe that it holds the intent, and the fence has grown."""
+        """A body begins: no other execution may believe that it holds the intent, and the fence has grown."""
         silent = sum(state == "running" for state in self.bodies.values())
         if silent >= self.scenario.max_attempts:
             self.broken(f"a body runs after {silent} that ended without a word")
@@ -1254,7 +1254,7 @@ class World:
         self.judge()
 
     def recover_all(self) -> None:
-        """Nobody calls again: what was accepted or had begun ends all the same, and its callers receive an answer."""
+        """No caller calls again. What was accepted or had begun ends, and its callers receive an answer."""
         while (wait := self.due_in()) is not None:
             self.clock.now += wait
             self.begin(Actor(("recoverer", self.recoverers), self.recover))

@@ -332,7 +332,7 @@ def claim_is_not_carried(self: Any, job: Any, error: Any, carried: Any) -> None:
 
 
 def every_owner_is_carried(self: Ledger, key: str, request: Request, *also: Any) -> Any:
-    """Whoever comes takes up whatever runs."""
+    """Every delivery takes up what runs."""
     entry = self.get(key)
     owners = (entry.record.owner,) if entry is not None else ()
     return _ledger_claim(self, key, request._replace(carried=(*request.carried, *owners)))
@@ -401,7 +401,7 @@ def an_inquiry_without_an_answer_releases(self: Any, job: Any) -> Any:
 
 
 def an_inquiry_takes_the_jobs_place(self: Any, job: Any) -> Any:
-    """It asks under the task id of whoever holds the intent."""
+    """It asks under the holder's task id."""
     given = runner_module.Request
     runner_module.Request = lambda owner, task_id, *more: given(owner, job.task_id, *more)
     try:

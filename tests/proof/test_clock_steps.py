@@ -1,4 +1,4 @@
-"""The store's clock is set back, or ahead: nobody takes over from a holder that lives, and nobody waits for ever."""
+"""The store's clock is set back, or ahead: no living holder loses its intent, and no caller waits for ever."""
 
 from __future__ import annotations
 

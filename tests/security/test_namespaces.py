@@ -48,7 +48,7 @@ def theirs(shared_url: str) -> Celery:
 
 
 def crafted(theirs: Celery) -> list[str]:
-    """Keys that somebody could try who knows everything about the neighbour but has no access to the store."""
+    """Keys that an attacker could try who knows everything about the neighbour but has no access to the store."""
     keys = []
     for customer in ("c1", "c2", "c3"):
         key = theirs.tasks["shop.pay"].intent_key(customer)

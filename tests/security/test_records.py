@@ -1,4 +1,4 @@
-"""A record that somebody else wrote: whoever may write to the store decides what callers are told, and nothing more.
+"""A record that another program wrote: a writer to the store decides what callers receive, and nothing more.
 
 Nothing is unpickled that the application does not accept, nothing but an exception is made of a stored error, and
 what is no record is an error that names the key.
@@ -48,7 +48,7 @@ def no_trace() -> None:
 
 
 def write(app: Celery, key: str, payload: bytes, succeeded: bool = True, **parts: Any) -> None:
-    """A record as somebody with access to the store may write it."""
+    """A record as a program with access to the store may write it."""
     state = State.SUCCEEDED if succeeded else State.FAILED
     ledger = Ledger.from_app(app)
     record = Record(

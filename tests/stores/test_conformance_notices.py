@@ -66,7 +66,7 @@ class Overwrites(Wrong):
 
 
 class LooksBeforeItWrites(Wrong):
-    """A race: somebody else may write between the look and the write."""
+    """A race: another writer may come between the read and the write."""
 
     def create(self, key: str, value: bytes, ttl: int | None = None, due: int | None = None) -> Reply:
         held = self.read(key).stored

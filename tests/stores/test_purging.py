@@ -1,4 +1,4 @@
-"""Expired rows go by themselves: in small batches, beside other workers, and nothing else goes."""
+"""Workers delete expired rows, in small batches, beside other workers, and delete nothing else."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_store_that_fails_is_tried_again_and_a_backlog_is_not_done_in_one_go(p
 def test_no_process_is_forked_in_the_middle_of_a_statement(
     purgers: list[Purger], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would inherit locks that nobody opens. A statement that hangs keeps it for a moment only."""
+    """It would inherit locks that no thread releases. A statement that hangs delays it only for a moment."""
     monkeypatch.setattr(looks, "FORK_WAITS", 0.2)
     within, go = threading.Event(), threading.Event()
 

@@ -214,7 +214,7 @@ def test_tls(start_redis: Callable[..., RedisServer], tmp_path: Path) -> None:
     store = open_store(f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate}")
     assert store.create("a", MINE).done
     assert store.read("a").done
-    with pytest.raises(StoreError):  # a certificate that nobody vouches for
+    with pytest.raises(StoreError):  # a certificate of an unknown authority
         open_store(f"rediss://127.0.0.1:{port}/0").read("a")
 
 

@@ -237,7 +237,7 @@ def test_applications_with_other_prefixes_do_not_see_each_other(redis_url: str) 
 
 @pytest.fixture(scope="module")
 def encrypted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server with a certificate that nobody signed and that is of another host: its address, and its database 0."""
+    """A server with a self-signed certificate of another host: its address, and its database 0."""
     folder = tmp_path_factory.mktemp("tls")
     port, certificate, options = tls(folder, "elsewhere")
     options += ("--tls-ca-cert-file", str(certificate))

@@ -1,4 +1,4 @@
-"""``settle_in``: rows and outcome commit together, wherever the process dies, and whoever wakes up late."""
+"""``settle_in``: rows and outcome commit together, wherever the process dies, and whichever process is late."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_a_switchover_that_leaves_connections_alive_costs_no_claim() -> None:
             )
         (change,) = servers.changes(kept.read(noted, servers.NAME), run_of(infos(store)), 0.0)
         assert change.kind == "recovery", "a promotion begins another timeline"
-        primary.kill()  # a machine that is gone for good is asked first, and is no hindrance
+        primary.kill()  # a machine that does not come back is asked first, and does not matter
         store.close()
         assert store.read("before").done
 

@@ -273,7 +273,7 @@ def test_the_doctor_asks_each_node(cluster: Cluster) -> None:
 
 
 def test_the_urls_first_node_leaves_the_cluster(tmp_path: Path) -> None:
-    """Its slots are moved away and it is removed, under load: nobody is left asking it."""
+    """Its slots are moved away and it is removed, under load: no client asks it any more."""
     with running(lambda: Cluster(tmp_path / "cluster")) as cluster:
         cluster.give_away(range(50, 5461), *cluster.nodes[:2])
         used = open_store(cluster.url)
@@ -382,7 +382,7 @@ def test_a_replica_that_missed_a_claim_is_promoted(
     store = open_store(f"{master.url}?socket_timeout=4", durability)
     assert store.create("before", MINE).done
     assert acknowledged(master)
-    with client(replica) as promoted:  # as when the network between the two was cut, and somebody promoted it
+    with client(replica) as promoted:  # as an operator does when the network is cut
         promoted.execute_command("REPLICAOF", "NO", "ONE")
     if durability == "none":
         assert store.create("a", MINE).done
@@ -397,7 +397,7 @@ def test_a_replica_that_missed_a_claim_is_promoted(
 
 @pytest.mark.parametrize("durability", ["none", "replicas:1"])
 def test_a_failover_in_the_middle_of_a_claim_to_a_replica_that_lags(tmp_path: Path, durability: str) -> None:
-    """Without waiting, a claim that was won is forgotten, and won again; with it nobody was told that it was won."""
+    """Without waiting, a claim is forgotten, and won again. With waiting, no caller was told that it had won it."""
     with running(lambda: Watched(tmp_path / "watched")) as servers:
         wait_for(lambda: acknowledged(servers.master), 30, "the replica's first acknowledgement")
         store = open_store(f"{servers.url}&socket_timeout=20", durability)
@@ -449,7 +449,7 @@ def role(server: RedisServer) -> str:
 
 @pytest.mark.slow
 def test_a_master_that_only_slept_is_left_alone(tmp_path: Path) -> None:
-    """Its connections are still there when it wakes up, demoted: nobody may go on writing to it."""
+    """Its connections still exist when it wakes up, demoted: no client may write to it."""
     with running(lambda: Watched(tmp_path / "watched")) as servers:
         store = open_store(f"{servers.url}&socket_timeout=0.5")
         assert store.create("a", MINE).done

@@ -133,7 +133,7 @@ class Program:
         self._popen.wait()
         for process in family:
             _signal(process, signal.SIGKILL)
-        # Orphans are reaped by init, not by us: wait until they are gone or dead and unreaped.
+        # Orphans are reaped by init, not by us: wait until they do not exist, or are dead and unreaped.
         wait_for(lambda: not any(_lives(p) for p in family), GRACE, f"the end of {family}")
         _started.discard(self)
 

@@ -1,4 +1,4 @@
-"""A TCP proxy that can cut its connections and delay replies: few servers can do either by themselves."""
+"""A TCP proxy that can cut its connections and delay replies: few servers can do either."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 READY_WITHIN = 60.0
 
 # Below the range from which Linux (32768) and macOS (49152) hand out ports to connecting sockets. A port from
-# that range could be taken by somebody's outgoing connection while our server is down between kill and
+# that range could be taken by another program's outgoing connection while our server is down between kill and
 # restart; worse, a client that keeps knocking can then connect to itself.
 PORTS = range(15000, 32000)
 
@@ -342,7 +342,7 @@ class RabbitMQServer(Server):
 
     @contextlib.contextmanager
     def memory_alarm(self) -> Iterator[None]:
-        """It takes no message from anybody meanwhile."""
+        """It takes no messages meanwhile."""
         self._limit_memory("absolute", "1MB")
         try:
             yield
@@ -446,7 +446,7 @@ class PostgresServer(Server):
         return self.url_for(name)
 
     def stop(self) -> None:
-        """Its fast shutdown: SIGTERM would wait for every client to leave by itself."""
+        """Its fast shutdown: SIGTERM would wait for every client to disconnect."""
         if self._program is not None:
             self._program.stop(number=signal.SIGINT)
 
