@@ -11,6 +11,7 @@ import gc
 import os
 import signal
 import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -61,6 +62,9 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # A shell that starts the run in the background has it ignore SIGINT, and so would every child.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Otherwise every process compiles what it imports anew, and pytest rewrites each test file.
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def pytest_keyboard_interrupt() -> None:

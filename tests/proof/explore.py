@@ -6,8 +6,9 @@ import argparse
 import sys
 import time
 
-from tests.proof.explorer import Coverage, Scenario, explore
+from tests.proof.explorer import Scenario
 from tests.proof.scenarios import CI, DEEP
+from tests.proof.search import Coverage, explore
 
 
 def line(scenario: Scenario, coverage: Coverage, seconds: float) -> str:

@@ -34,7 +34,6 @@ from typing import Any, NamedTuple
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
-from celery_idem.core import protocol
 from celery_idem.core.errors import (
     FingerprintMismatch,
     IdempotencyError,
@@ -72,6 +71,8 @@ from celery_idem.engine.runner import Job, Options, Runner, Why
 from celery_idem.engine.steps import run_step
 from celery_idem.stores.base import Reply
 from celery_idem.stores.memory import MemoryStore
+from tests.proof import standing
+from tests.proof.standing import Outlook, Standing, due_in, part
 from tests.proof.transaction import Inside, Lock, LostCommit
 
 KEY = "shop.charge:0123456789abcdef0123456789abcdef"
@@ -276,13 +277,27 @@ class Actor:
     def carried(self) -> tuple[bytes, ...]:
         return self.message.carried if self.message else ()
 
-    @property
-    def kind(self) -> tuple[Any, ...] | None:
-        """Those of one kind differ in their names alone, until they begin. None: like no other."""
-        if self.message is not None:
-            first = len(self.message.lineage) == 1
-            return (self.told, self.message._replace(lineage=(), task_id="")) if first else None
-        return (self.told, self.name[0]) if self.name[0] in ("operator", "inquirer", "submitter") else None
+
+class Shared:
+    """An attribute of the world that all actors share. Whoever uses it is noted.
+
+    Args:
+        place: in `Standing.shared`. The first is what the store holds.
+    """
+
+    def __init__(self, place: int) -> None:
+        self.bit = 1 << place
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = f"_{name}"
+
+    def __get__(self, world: World, owner: type) -> Any:
+        world.used |= self.bit
+        return world.__dict__[self.name]
+
+    def __set__(self, world: World, value: Any) -> None:
+        world.used |= self.bit
+        world.__dict__[self.name] = value
 
 
 class Clock:
@@ -338,6 +353,7 @@ class Watching(MemoryStore):
 
     def held(self) -> Stored | None:
         """What stands there, without a stop."""
+        self.world.used |= 1
         return self._held(STORED, self.world.clock())
 
 
@@ -412,7 +428,24 @@ class ModelJob(Job):
 class World:
     """One run of one scenario."""
 
+    since = Shared(1)
+    begun = Shared(2)
+    told = Shared(2)
+    published = Shared(3)
+    revoked = Shared(4)
+    left = Shared(5)
+    ghosts = Shared(6)
+    effects = Shared(7)
+    answers = Shared(8)
+    bodies = Shared(9)
+    highest_fence = Shared(10)
+    excused = Shared(11)
+    expired = Shared(12)
+    lock = Shared(13)
+    dead_owners = Shared(14)
+
     def __init__(self, scenario: Scenario) -> None:
+        self.used = 0
         self.scenario = scenario
         self.clock = Clock()
         self.store = Watching(self)
@@ -431,21 +464,7 @@ class World:
             no_effect_errors=(NoEffect,),
         )
         self.hub = getcurrent()
-        self.left = {
-            "odd": scenario.odd,
-            "crashes": scenario.crashes,
-            "down": scenario.down,
-            "late": scenario.late,
-            "lapses": scenario.lapses,
-            "copies": scenario.copies,
-            "soft": scenario.soft,
-            "rollbacks": scenario.rollbacks,
-            "losses": scenario.losses,
-            "unsent": scenario.unsent,
-            "revocations": scenario.revocations,
-            "backs": scenario.backs,
-            "expiries": scenario.expiries,
-        }
+        self.left = {name: getattr(scenario, name) for name in BUDGET}
         self.actors: list[Actor] = []
         self.graveyard: list[greenlet] = []
         self.ghosts: list[tuple[Any, Actor, Callable[[], Reply]]] = []
@@ -467,8 +486,9 @@ class World:
         self.closing = False
         self.violation = ""
         self.replaying = False  # what happens has been judged before
+        self.looked = False  # a choice came to something that looks at all actors
         self.steps = 0
-        self.trace: list[str] = []
+        self.trace: list[tuple[Any, ...]] = []
         for n in range(scenario.actors):
             number = 0 if scenario.same_message else n
             value = "2" if scenario.mismatch and n == scenario.actors - 1 else "1"
@@ -513,86 +533,6 @@ class World:
         """Remember what a greenlet learns: its past is a number, the same for the same past."""
         actor.told = PASTS.setdefault((actor.told, what, self.clock.now), len(PASTS))
 
-    def enabled(self) -> list[tuple[Any, str]]:
-        """All choices here, always in the same order."""
-        choices: list[tuple[Any, str]] = []
-        left = self.left
-        for actor in self.actors:
-            point = actor.at
-            if self.has_a_twin(actor):
-                continue
-            if point is not None and actor.message is not None and actor.pauses == 1:
-                choices += [
-                    (actor, what) for what, of in (("lose", "losses"), ("revoke", "revocations")) if left[of]
-                ]
-            if point is None or not self.may_go(actor):
-                continue
-            if not self.waits_for_the_lock(actor):
-                choices += [(actor, option) for option in point.options]
-            if point.kind == "body" and left["odd"]:
-                choices += [(actor, ending) for ending in self.scenario.endings]
-            if point.kind in ("create", "replace", "read", "lock") and actor.name[0] != "operator":
-                if left["down"]:
-                    choices.append((actor, "down"))
-                if left["late"] and point.kind in ("create", "replace"):
-                    choices.append((actor, "late"))
-            if point.kind == "commit":
-                choices += [(actor, what) for what in ("rollback", "late") if left[PLURALS[what]]]
-            if left["soft"] and actor.message is not None and not actor.limited:
-                choices += self.limits(actor, point)
-            if point.kind == "publish" and left["unsent"]:
-                choices.append((actor, "unsent"))
-            mortal = actor.message is not None or actor.name[0] in MORTAL
-            if left["crashes"] and mortal and actor.pauses > 1:
-                choices.append((actor, "crash"))
-        for n, (what, _, _) in enumerate(self.ghosts):
-            if self.lock is None or what[0] != "replace":
-                choices.append((None, f"ghost {n}"))
-        if left["lapses"] and self.actors:
-            choices.append((None, "lapse"))
-        if left["backs"] and self.actors:
-            choices.append((None, "back"))
-        if left["expiries"] and not any(self.amid(actor) for actor in self.actors):
-            choices.append((None, "expire"))
-        return choices
-
-    def has_a_twin(self, actor: Actor) -> bool:
-        """Another that has not begun either stands before it: which of the two begins makes no difference."""
-        return actor.pauses == 1 and any(
-            other.pauses == 1 and other.kind is not None and other.kind == actor.kind
-            for other in self.actors[: self.actors.index(actor)]
-        )
-
-    def amid(self, actor: Actor) -> bool:
-        """In the middle of a claim, or about to publish what recovery took: that takes no time, as results are kept."""
-        return actor.pauses > 1 and actor.claim is None and actor.name[0] != "submitter"
-
-    def waits_for_the_lock(self, actor: Actor) -> bool:
-        """A transaction has rewritten the record, and has not ended: no other process writes it."""
-        assert actor.at is not None
-        writes = actor.at.kind in ("replace", "lock")
-        return writes and self.lock is not None and (self.lock.sent or self.lock.holder != actor.name)
-
-    def limits(self, actor: Actor, point: Point) -> list[tuple[Any, str]]:
-        """When a soft time limit may come here."""
-        choices = [(actor, "soft")] if actor.pauses > 1 else []  # before it did anything, it is no delivery
-        if point.kind in ("create", "replace", "commit") and not self.waits_for_the_lock(actor):
-            choices.append((actor, "soft after"))
-        if point.kind in ("create", "replace") and self.left["late"]:
-            choices.append((actor, "soft late"))
-        return choices
-
-    def may_go(self, actor: Actor) -> bool:
-        """A message that met a busy intent, or has come back too often, waits."""
-        message = actor.message
-        if actor.at is not None and actor.at.kind == "look":
-            return self.due_in() == 0
-        if message is None or actor.pauses > 1:
-            return True
-        if len(message.lineage) - 1 > self.scenario.hops and not self.closing:
-            return False
-        return message.waits_for is None or message.waits_for != (self.store.held(), self.clock.now)
-
     def broken(self, what: str) -> None:
         """An invariant does not hold. Remembered too: what runs here catches exceptions for a living."""
         self.violation = self.violation or what
@@ -604,8 +544,10 @@ class World:
 
     def do(self, choice: tuple[Any, str]) -> None:
         actor, what = choice
+        self.looked = False
+        self.used = 0
         self.steps += 1
-        self.trace.append(f"{what} {actor.name} {actor.at.kind}" if actor else what)
+        self.trace.append((what, actor.name, actor.at.kind) if actor else (what,))
         if self.steps > STEPS_AT_MOST:
             self.broken("livelock")
         if what == "lapse":
@@ -620,6 +562,7 @@ class World:
             self.left["losses" if what == "lose" else "revocations"] -= 1
             self.drop(actor, what == "revoke")
         elif what.startswith("ghost"):
+            self.looked = True  # at what its sender knows
             _, ghost, call = self.ghosts.pop(int(what.split()[1]))
             self.apply(ghost, call)
         elif what == "crash":
@@ -640,31 +583,34 @@ class World:
             self.resume(actor, what)
         self.start_new()
 
-    def state(self) -> tuple[Any, ...]:
-        """Everything the future depends on."""
-        return (
-            self.store.held(),
+    def state(self) -> Standing:
+        """Where this run stands."""
+        return Standing(
+            frozenset(map(part, self.actors)),
+            (
+                self.store._held(STORED, self.clock()),
+                self._since,
+                frozenset(self._begun - self._told),
+                frozenset(self._published),
+                self._revoked,
+                tuple(self._left.values()),
+                tuple(what for what, _, _ in self._ghosts),
+                tuple(self._effects),
+                frozenset(self._answers),
+                tuple(sorted(self._bodies.items())),
+                self._highest_fence,
+                self._excused,
+                self._expired,
+                self._lock,
+                frozenset(self._dead_owners),
+            ),
             self.clock.now,
             self.clock.behind,
-            self.since,
-            frozenset(self.begun - self.told),
-            frozenset(self.published),
-            self.revoked,
-            tuple(self.left.values()),
-            tuple(sorted(((a.name, a.told, a.message, a.hold) for a in self.actors), key=_name_first)),
-            tuple(what for what, _, _ in self.ghosts),
-            tuple(self.effects),
-            frozenset(self.answers),
-            tuple(sorted(self.bodies.items())),
-            self.highest_fence,
-            self.excused,
-            self.expired,
-            self.lock,
-            frozenset(self.dead_owners),
         )
 
     def expire(self) -> None:
         """Nothing is left of an outcome, and the broker delivers the first message again."""
+        self.looked = True
         self.left["expiries"] -= 1
         self.expired = self.excused = True
         self.clock.now += AGES + LEASE
@@ -768,6 +714,8 @@ class World:
 
     def primitive(self, kind: str, arguments: Any, call: Callable[[], Reply]) -> Reply:
         actor = self.current()
+        if actor.watched is not None or actor.parent is not None:
+            self.tell(actor, arguments)  # made of what the other thread of its claim may change from here on
         choice = self.pause(Point(kind))
         if choice in ("late", "soft late"):
             self.ghosts.append(((kind, arguments), actor, call))
@@ -1059,11 +1007,7 @@ class World:
 
     def due_in(self) -> int | None:
         """Microseconds until recovery has to look at the record; None: never."""
-        stored, record = self.store.held(), self.record()
-        due = None if record is None else protocol.due(record)
-        if stored is None or due is None or due >= protocol.NEVER:
-            return None
-        return max(0, stored.stamp + due - self.clock())
+        return due_in(self.store.held(), self.clock())
 
     def recover(self, actor: Actor) -> None:
         """As the recovering thread of a worker's main process, once it has found the record overdue."""
@@ -1135,6 +1079,7 @@ class World:
         silent = sum(state == "running" for state in self.bodies.values())
         if silent >= self.scenario.max_attempts:
             self.broken(f"a body runs after {silent} that ended without a word")
+        self.looked = True
         actor.claim = claim
         actor.ending = None
         if claim.fence <= self.highest_fence:
@@ -1239,7 +1184,8 @@ class World:
         self.closing = True
         self.left = dict.fromkeys(self.left, 0)
         while self.ghosts:
-            self.do(next(choice for choice in self.enabled() if choice[1].startswith("ghost")))
+            waiting = self.lock is not None and self.ghosts[0][0][0] == "replace"
+            self.do((None, f"ghost {int(waiting)}"))
         for actor in [a for a in self.actors if a.at is not None and a.at.kind == "look"]:
             self.kill(actor)
         self.drain()
@@ -1274,9 +1220,11 @@ class World:
     def drain(self) -> None:
         self.start_new()
         while self.actors:
-            choices = [c for c in self.enabled() if c[1] == "go"]
-            if choices:
-                self.do(choices[0])
+            clock = (self.clock.now, self.clock.behind)
+            parts = [part(actor) for actor in self.actors]
+            ready = Outlook(self.scenario, parts, self.store.held(), clock, self.lock, True).first_to_go()
+            if ready is not None:
+                self.do(self.named((ready.name, "go")))
             else:
                 self.steps += 1
                 if self.steps > STEPS_AT_MOST:
@@ -1297,10 +1245,6 @@ class World:
             self.broken("failed, with its rows committed")
 
 
-def _name_first(part: tuple[Any, ...]) -> str:
-    return str(part[0])  # names are unique, and of different types
-
-
 def _frozen(answer: tuple[str, Any]) -> tuple[Any, ...]:
     return tuple(tuple(part) if isinstance(part, list) else part for part in answer)
 
@@ -1309,14 +1253,29 @@ def _fingerprint(message: Message) -> Fingerprint:
     return Fingerprint(("cents",), b"cent" + message.value.encode().ljust(8))
 
 
+BUDGET = (
+    *(
+        "odd",
+        "crashes",
+        "down",
+        "late",
+        "lapses",
+        "copies",
+        "soft",
+        "rollbacks",
+        "losses",
+        "unsent",
+        "revocations",
+    ),
+    *("backs", "expiries"),
+)
+"""Fields of `Scenario` that say how often something may happen."""
+
+LEFT = (5, 6, 13)
+"""Places in `Standing.shared` of what is left of it, of what is under way, and of the lock."""
+
 HOLDS_CALL = (State.RUNNING, State.SCHEDULED, State.ACCEPTED)
 """What recovery publishes again."""
-
-MORTAL = ("inquirer", "submitter", "recoverer")
-"""Who may die, besides deliveries."""
-
-PLURALS = {"rollback": "rollbacks", "late": "late"}
-"""What a commit may come to, and what it uses up."""
 
 PASTS: dict[tuple[Any, ...], int] = {}
 """Numbers of what greenlets were told: equal numbers, equal pasts."""
@@ -1383,7 +1342,7 @@ def modelled() -> Iterator[Callable[[World], None]]:
     cached = {"pack": lru_cache(100_000)(pack), "unpack": lru_cache(100_000)(unpack)}
     packing = [
         (module, name, standard)
-        for module in (*ours, sys.modules[__name__])
+        for module in (*ours, sys.modules[__name__], standing)
         for name, standard in (("pack", pack), ("unpack", unpack))
         if getattr(module, name, None) is standard
     ]
@@ -1414,90 +1373,3 @@ def modelled() -> Iterator[Callable[[World], None]]:
             setattr(module, name, standard)
         log.setLevel(level)
         deaf()
-
-
-@dataclass
-class Coverage:
-    """What one scenario came to.
-
-    Attributes:
-        schedules: runs to the end.
-        cut: runs that came to a state known already, whose futures had all been run.
-        states: different states.
-    """
-
-    schedules: int = 0
-    cut: int = 0
-    states: int = 0
-    steps: int = 0
-    violation: str = ""
-    trace: tuple[str, ...] = ()
-
-
-def explore(scenario: Scenario, at_most: int = 10_000_000) -> Coverage:
-    """Every schedule of a scenario, or until one breaks an invariant.
-
-    Args:
-        at_most: runs; more are an error: the scenario is too large to be exhausted.
-    """
-    seen: set[Any] = set()
-    coverage = Coverage()
-    effects = 0
-    path: list[Fork] = []
-    with modelled() as enter:
-        while True:
-            world = World(scenario)
-            enter(world)
-            try:
-                world.start_new()
-                if _run(world, path, seen):
-                    world.close()
-                    coverage.schedules += 1
-                else:
-                    coverage.cut += 1
-            except Violation as violation:
-                coverage.violation = str(violation)
-                coverage.trace = tuple(world.trace)
-            finally:
-                world.bury()
-            coverage.steps += world.steps
-            effects += len(world.effects)
-            coverage.states = len(seen)
-            if coverage.violation:
-                return coverage
-            if coverage.schedules + coverage.cut >= at_most:
-                raise AssertionError(f"{scenario.name}: more than {at_most} runs")
-            while path and path[-1].taken + 1 >= len(path[-1].choices):
-                path.pop()
-            if not path:
-                assert effects, "no body ever had an effect: the model is broken, and proves nothing"
-                return coverage
-            path[-1].taken += 1
-
-
-@dataclass
-class Fork:
-    """The choices at one point of the schedule, by the actor's name, and which is taken."""
-
-    choices: list[tuple[Any, str]]
-    taken: int = 0
-
-
-def _run(world: World, path: list[Fork], seen: set[Any]) -> bool:
-    """Along the path, then on to the end of one schedule; False when it is cut off at a known state."""
-    world.replaying = True
-    for fork in path[:-1]:
-        world.do(world.named(fork.choices[fork.taken]))
-    world.replaying = False
-    if path:
-        world.do(world.named(path[-1].choices[path[-1].taken]))
-    while True:
-        choices = world.enabled()
-        if not choices:
-            return True
-        state = world.state()
-        if state in seen:
-            return False
-        seen.add(state)
-        path.append(Fork([(actor.name if actor else None, what) for actor, what in choices]))
-        world.do(choices[0])

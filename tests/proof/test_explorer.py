@@ -10,9 +10,10 @@ import time
 import pytest
 
 from tests.proof.explore import line
-from tests.proof.explorer import Scenario, explore
+from tests.proof.explorer import Scenario
 from tests.proof.mutants import MUTANTS, Mutant, mutated
 from tests.proof.scenarios import CI, DEEP
+from tests.proof.search import explore
 
 # The largest take 20 s of CPU: on a busy machine ten times as long.
 pytestmark = pytest.mark.timeout(900)

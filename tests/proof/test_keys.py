@@ -138,9 +138,9 @@ NAMES: list[Any] = [
 # fmt: on
 
 ALIKE = [
-    [spelling for spelling in values if meant(spelling) == meant(value)]
-    for values in (ATOMS, NAMES)
-    for value in values
+    [spelling for spelling, means in spellings if means == meaning_]
+    for spellings in ([(value, meant(value)) for value in values] for values in (ATOMS, NAMES))
+    for _, meaning_ in spellings
 ]
 """For each atom, then for each name: those that mean the same."""
 

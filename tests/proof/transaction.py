@@ -70,6 +70,7 @@ class Inside(Store):
     ) -> Reply:
         """The lock, and what will be there after the commit."""
         world = self.world
+        world.tell(self.actor, (old, value))
         choice = world.pause_at("lock")
         if choice == "down":
             raise LostCommit("no answer")
