@@ -141,7 +141,8 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
     try:
         messages.publish(app, entry.key, call)
     except Exception as error:  # of any driver, router or serializer
-        if messages.of_its_place(error) or not messages.of_the_broker(app, error):  # the next try comes as late as after a publication
+        # The next try then comes as late as after a publication.
+        if messages.of_its_place(error) or not messages.of_the_broker(app, error):
             why = f"no message can be made of its call ({type(error).__name__}: {error})"
             events.diagnose(logging.WARNING, "recovery: %s: %s", entry.key, why)
             return Found(entry, False, why)

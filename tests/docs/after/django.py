@@ -79,7 +79,7 @@ asyncio.run(by_asgi())
 
 # In a site whose views each run in a transaction, behind a proxy that changes the host.
 connections["default"].settings_dict["ATOMIC_REQUESTS"] = True
-with override_settings(USE_X_FORWARDED_HOST=True, ALLOWED_HOSTS=["shop.example"]):
+with override_settings(USE_X_FORWARDED_HOST=True, ALLOWED_HOSTS=["testserver", "shop.example"]):
     page = client.get("/ops/idem/intent", {"key": keys[2]}).content.decode()
     form = urlencode(form_of(page, **DECISION))
     proxied = {"Origin": "http://shop.example", "X-Forwarded-Host": "shop.example"}
