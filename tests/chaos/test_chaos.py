@@ -187,7 +187,7 @@ def soaked(options: soak.Options) -> Run:
 @pytest.mark.rabbitmq
 @pytest.mark.timeout(600)  # about 35 s; the rest are the bounds of its waits on a machine that is busy
 def test_a_short_soak(tmp_path: Path) -> None:
-    plan = Plan(seed=26, seconds=10, count=150)
+    plan = Plan(seed=26, seconds=10, count=80)
     run = soaked(soak.Options(plan, tmp_path))
     assert run.verdict.violations == [], (soak.Options(plan, tmp_path).replay, run.stories)
     # It was no walk in the park.
