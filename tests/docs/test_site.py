@@ -24,6 +24,9 @@ pytest.importorskip("material", reason="the site needs the extra `docs`")
 
 HEIGHT = 900
 
+LONGEST_WORD = 22
+"""Characters: the letters of a title are 16 pixels wide, and a phone has 390 less the margins."""
+
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
@@ -113,6 +116,13 @@ def test_the_hooks_have_run(site: Path) -> None:
     } == set()
 
 
+def may_be_wide(page: str) -> bool:
+    """Words that are not long are wrapped on any screen, and a browser takes half a second for each page."""
+    (article,) = re.findall(r"<article.*?</article>", page, re.DOTALL)
+    words = re.sub(r"<[^>]+>", "", article).split()
+    return bool(re.search(r"<(?:table|pre|img)\b", article)) or max(map(len, words)) > LONGEST_WORD
+
+
 @pytest.mark.timeout(300)
 def test_no_page_is_wider_than_a_phone(site: Path, address: str, browser: Any) -> None:
     """Also: every request that a page made went to our own server."""
@@ -121,7 +131,9 @@ def test_no_page_is_wider_than_a_phone(site: Path, address: str, browser: Any) -
     browser.execute_cdp_cmd("Network.enable", {})
     browser.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["*/search/search_index.json"]})
     too_wide, foreign = {}, set()
-    for name in pages(site):
+    looked_at = [name for name in pages(site) if may_be_wide((site / name).read_text())]
+    assert 40 < len(looked_at) < len(pages(site))
+    for name in looked_at:
         browser.get(f"{address}/{name}")
         width, loaded = browser.execute_script(
             "return [document.documentElement.scrollWidth,"
