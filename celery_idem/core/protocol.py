@@ -1093,9 +1093,9 @@ def begin_step(
 ) -> tuple[StepDecision, Record | None]:
     """Decide whether a step may run. ``Done``: yes, once the returned record is written.
 
-    No step may begin while a step of an earlier attempt is open, because how that one ended is unknown. A step that
-    this execution left open (its body swallowed the error) stays open beside the new one. So if this attempt dies, the
-    next one does not simply run it again.
+    While a step of an earlier attempt is open, no other step may begin (except with ``rerun``), because it is unknown
+    how that one ended. A step that this execution left open (its body swallowed the error) stays open beside the new
+    one. So if this attempt dies, the next one does not simply run it again.
 
     Args:
         begun: steps that this execution began. Its body knows how those ended.
