@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from celery_idem.core.errors import IdempotencyError
+from celery_idem.core.errors import IdempotencyError, StoreError
 from celery_idem.core.model import State
+from celery_idem.core.sealing import check
 from celery_idem.engine.entries import Entry
 from celery_idem.integration import messages
 from celery_idem.integration.publishing import HIDDEN
@@ -77,6 +78,10 @@ def retry(
         )
     labels = labels or Labels()
     why = _of_another(task, entry, known, labels)
+    try:  # before the failure is forgotten
+        check(task.guard.ledger.codec.seal, entry.record, entry.key)
+    except StoreError as error:
+        why = why or str(error).removesuffix(".")
     if why or dry_run:
         return Retried(why=why)
     operator.forget(entry.key)

@@ -129,7 +129,7 @@ def test_a_call_with_labels_takes_them(shop: Shop) -> None:
 def test_no_scope_of_the_operators_process_becomes_part_of_it(shop: Shop) -> None:
     key = shop.fails(shop.charge, "o1")
     shop.mended = True
-    shop.app.conf.idem_scope, type(shop.charge)._guard_made = (lambda: "operators"), None
+    shop.app.conf.idem_scope, shop.charge.__class__._guard_made = (lambda: "operators"), None
     assert shop.idem("retry", key, "--yes").exit_code == 0
     shop.works()
     assert [(entry.key, entry.state) for entry in shop.ledger.list()] == [(key, "succeeded")]

@@ -313,9 +313,11 @@ def test_without_the_key_what_was_released_is_not_accepted_again(memory: str) ->
     assert ledger.store.read(f"{ledger.namespace}:{key}").stored == before
 
 
-def test_without_the_key_commands_say_so(locked: tuple[Celery, Any]) -> None:
+def test_without_the_key_commands_say_so(locked: tuple[Celery, Any], tmp_path: Path) -> None:
     app, pay = locked
-    doubtful = pay.intent_key("in doubt", "")
+    doubtful, failed = pay.intent_key("in doubt", ""), pay.intent_key("refused", "")
+    file = tmp_path / "calls.jsonl"
+    file.write_text(json.dumps({"key": failed, "args": ["refused", CARD, PIN]}))
     evidence = ("--evidence", "seen", "--yes")
     for words in (
         ("show", doubtful),
@@ -323,6 +325,7 @@ def test_without_the_key_commands_say_so(locked: tuple[Celery, Any]) -> None:
         ("resolve", doubtful, "--not-happened", "--run", *evidence),
         ("reconcile", "--yes"),
         ("reconcile", "--yes", "--without-arguments"),
+        ("retry", failed, "--yes", "--arguments", str(file)),
     ):
         said = " ".join(command_line(app, *words).split())
         assert SAYS in said.replace("│ ", ""), (words, said)
