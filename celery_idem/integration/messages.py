@@ -106,6 +106,8 @@ def _of_delivery(app: Celery, guard: Guarding, request: Context, args: Any, kwar
         name = registry.type_to_name.get(content_type) or app.conf.task_serializer
         written, encoding, body = dumps((args, kwargs, canvas), serializer=name)
         content_type = "" if request.is_eager or request.called_directly else written
+    if isinstance(body, str):
+        body = body.encode()
     return Call(
         task_id,
         headers,
@@ -117,7 +119,7 @@ def _of_delivery(app: Celery, guard: Guarding, request: Context, args: Any, kwar
         guard.broker,
         hidden,
         None,
-        str_to_bytes(body),
+        body,
     )
 
 
@@ -147,11 +149,10 @@ def _kept_as(guard: Guarding, key: str, call: Call) -> bytes:
 
 def _hides(app: Celery, guard: Guarding, canvas: Any) -> bool:
     """Whether secret values have to be left out of a call, because it is kept in clear."""
-    if guard.ledger.codec.seal is not None:
-        return False
-    return bool(guard.declaration.secret) or any(
-        publishing.has_secrets(app, name) for name in _tasks_in(canvas)
+    secret = guard.declaration.secret or (
+        canvas and any(publishing.has_secrets(app, name) for name in _tasks_in(canvas))
     )
+    return bool(secret and guard.ledger.codec.seal is None)
 
 
 def _tasks_in(value: Any) -> Iterator[str]:
