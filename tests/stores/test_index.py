@@ -128,11 +128,11 @@ def test_wrong_entries_are_corrected_when_they_are_met(ledger: Ledger) -> None:
 def test_recovery_looks_at_what_is_overdue_the_oldest_first_and_no_further() -> None:
     clock = FakeClock()
     ledger = Ledger(MemoryStore(clock))
-    for n, lease in enumerate((40, 20, 30, 900)):
+    for n, lease in enumerate((40, 10, 30, 900)):
         claim(ledger, str(n), LIVE._replace(lease=lease * 1_000_000))
     for n in range(50):  # people wait for them, once their callers are told
         claim(ledger, f"doubt{n}").doubt("unknown", 0.0)
-    clock.advance(20)
+    clock.advance(10)
     assert list(ledger.overdue()) == []  # within the grace
     clock.advance(60)
     for n in range(50):

@@ -40,7 +40,8 @@ class CeleryWorker:
         name: str | None = None,
         loglevel: str = "INFO",
     ) -> None:
-        self.name = name or f"worker{next(_numbers)}"
+        # Processes of one run share a RabbitMQ, where a worker's own queue goes by its name.
+        self.name = name or f"worker{next(_numbers)}{os.environ.get('PYTEST_XDIST_WORKER', '')}"
         folder.mkdir(parents=True, exist_ok=True)
         command = [
             sys.executable,
