@@ -163,7 +163,7 @@ class _Batches:
                 for call, entry in ready:
                     if self._is_like_the_first(call):
                         try:
-                            self.template.publish(call, entry)
+                            self.template.publish(call.task_id, call.args, call.kwargs, call.headers(entry))
                         except Exception as error:
                             if messages.of_the_broker(self.task.app, error):
                                 self.producer.connection.collect()

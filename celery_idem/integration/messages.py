@@ -11,6 +11,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from celery.app.routes import Router
 from celery.app.task import Context
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu.exceptions import OperationalError
@@ -283,9 +284,13 @@ def of_submission(
         if "exchange" in kept:
             kept["exchange"] = getattr(kept["exchange"], "name", kept["exchange"])
         if not kept.keys() & {"queue", "exchange"}:  # recovery runs in a worker, which may have other routes
-            routed = task.app.amqp.router.route(
-                {**task._get_exec_options(), **kept}, task.name, args, kwargs, task_type=task
-            )
+            given, router = {**task._get_exec_options(), **kept}, task.app.amqp.router
+            if (
+                type(router) is Router and not router.routes and "queue" not in given
+            ):  # in short, because it is usual
+                routed = {"queue": task.app.conf.task_default_queue, **given}
+            else:
+                routed = router.route(given, task.name, args, kwargs, task_type=task)
             for name in ("queue", "exchange", "routing_key", "priority"):
                 if routed.get(name) is not None:
                     kept[name] = getattr(routed[name], "name", routed[name])

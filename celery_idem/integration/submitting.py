@@ -11,14 +11,14 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
-from functools import partial
+from functools import cached_property, partial
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from celery.utils import uuid
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 
-from celery_idem.core import keys, protocol
+from celery_idem.core import calls, keys, protocol
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.model import (
     ACCEPTED_AT,
@@ -36,7 +36,7 @@ from celery_idem.core.model import (
 from celery_idem.engine import events, owners
 from celery_idem.engine.entries import Entry
 from celery_idem.engine.ledger import Ledger
-from celery_idem.integration import messages
+from celery_idem.integration import messages, templates
 from celery_idem.integration.awaiting import in_thread, warn_on_loop
 from celery_idem.integration.guarded import GuardedTask
 from celery_idem.integration.looking import PLAIN_POLICY, Look, from_celery, from_record
@@ -240,11 +240,15 @@ class Submission:
         wait += 0.0 if due is None else max(0.0, (due - app.now()).total_seconds())
         self.wait = int(wait * MICROSECONDS)
 
-    @property
+    @cached_property
     def recovers(self) -> bool:
         """Whether recovery can publish the call."""
+        if not self.task.guard.settings.recover or calls.missing(self.call) is not None:
+            return False
+        if not (self.source.secret or self.options.keys() & {"link", "link_error"}):
+            return True  # nothing in it can be hidden
         call, _ = messages.call_in(self.task.app, self.key, self.call)
-        return self.task.guard.settings.recover and call is not None and call.publishable
+        return call is not None and call.publishable
 
     def as_accepted(self) -> None:
         """Replace the arguments by those in the record, because the author may have changed the objects since."""
@@ -266,15 +270,26 @@ class Submission:
         Args:
             entry: the record in which it is accepted; None if it is not.
         """
+        app = self.task.app
+        recovers = entry is not None and not app.conf.task_always_eager and self.recovers
+        given = {name: value for name, value in self.options.items() if name != "task_id"}
+        if entry is not None and recovers and not more and templates.fits(self.task, given):
+            headers = self.headers(entry)
+
+            def publish_alone(producer: Any, **_: Any) -> None:
+                template = templates.Template(self.task, given, producer, single=True)
+                template.publish(self.task_id, self.args, self.kwargs, headers)
+
+            messages.in_time(app, publish_alone)
+            return self.task_id
         options = {**self.options, **more, "headers": self._given(entry), messages.DECIDED: True}
 
         def publish(**more: Any) -> Any:
             return self.task.apply_async(self.args, self.kwargs, **self.own, **{**more, **options})
 
-        app = self.task.app
-        if entry is None or app.conf.task_always_eager or not self.recovers:
-            return str(publish().id)
-        return str(messages.in_time(app, publish, options.pop("producer", None)).id)
+        if recovers:
+            return str(messages.in_time(app, publish, options.pop("producer", None)).id)
+        return str(publish().id)
 
     def _given(self, entry: Entry | None) -> dict[str, Any]:
         headers = {**(self.options.get("headers") or {}), MESSAGE: self.task_id}

@@ -1,13 +1,13 @@
-"""Makes the messages of many calls of one task. Celery makes the first, and the others are made from it.
+"""Makes the messages of calls of one task. Celery makes the first, and the others are made from it.
 
 So some work is done once, and not for each call: routing, options of the task, and declaring the queue. Subscribing to
-the result is left out, because a caller that waits for a result subscribes then.
+the result is left out, because a caller that waits for a result subscribes then. That helps a single call too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from celery import Celery
 from celery.app.routes import MapRoute, Router
@@ -18,11 +18,7 @@ from celery_idem.integration import publishing
 from celery_idem.integration.confirming import confirmed_together
 from celery_idem.integration.guarded import GuardedTask
 from celery_idem.integration.messages import BRIEFLY
-from celery_idem.integration.submitting import Submission
 from celery_idem.integration.transactions import warn_if_open
-
-if TYPE_CHECKING:
-    from celery_idem.engine.entries import Entry
 
 UNFLUSHED = 1 << 20
 """Commands that kombu may buffer. A hundred calls make fewer, so kombu sends them together at the end."""
@@ -59,52 +55,60 @@ def _only(owner: Any, name: str, modules: tuple[str, ...]) -> bool:
 
 
 class Template:
-    """Publishes the messages of one ``submit_many``.
+    """Publishes the messages of one ``submit_many``, or of one ``submit``.
+
+    Args:
+        options: of ``apply_async``, for all calls.
+        single: there is one call, whose message is sent as Celery sends it.
 
     Attributes:
         buffers: the broker's transport takes many messages at once.
     """
 
-    def __init__(self, task: GuardedTask, options: Mapping[str, Any], producer: Any) -> None:
+    def __init__(
+        self, task: GuardedTask, options: Mapping[str, Any], producer: Any, single: bool = False
+    ) -> None:
         self._task, self._options = task, options
         self._secret = bool(task.guard.declaration.secret)
         self._parent = task.app.current_worker_task if options.get("add_to_parent", True) else None
         self.buffers = bool(getattr(producer, "supports_batch_publish", False))  # kombu 5.7
         self._real = producer
-        self._producer = _Declared(producer)
+        self._producer = producer if single else _Declared(producer)
         self._first: _App | None = None
 
     def together(self) -> Any:
         """Return a context at whose end all its messages are sent, or confirmed, together, if the transport can."""
         return self._real.batch(UNFLUSHED) if self.buffers else confirmed_together(self._real)
 
-    def publish(self, call: Submission, entry: Entry) -> None:
+    def publish(
+        self, task_id: str, args: Sequence[Any], kwargs: Mapping[str, Any], headers: Mapping[str, Any]
+    ) -> None:
         """Publish one call.
 
         Raises:
             Exception: of the driver, the serializer or a receiver of a signal.
         """
         task = self._task
-        own: dict[str, Any] = {"headers": call.headers(entry)}
+        own: dict[str, Any] = {"headers": headers}
         if self._secret:
-            shown = publishing.shown(task.guard.declaration, call.args, call.kwargs)
+            shown = publishing.shown(task.guard.declaration, args, kwargs)
             own |= {name: text for name, text in shown.items() if name not in self._options}
         if self._first is None:
-            self._first = self._made_by_celery(call, own)
+            self._first = self._made_by_celery(task_id, args, kwargs, own)
         rest, options, sent = self._first.amqp.rest, self._first.amqp.options, self._first.amqp.sent
         amqp = task.app.amqp
-        message = amqp.create_task_message(
-            call.task_id, task.name, call.args, call.kwargs, *rest, **{**options, **own}
-        )
+        message = amqp.create_task_message(task_id, task.name, args, kwargs, *rest, **{**options, **own})
         amqp.send_task_message(self._producer, task.name, message, **{**sent, **own})
         if self._parent is not None:
-            self._parent.add_trail(task.app.AsyncResult(call.task_id))
+            self._parent.add_trail(task.app.AsyncResult(task_id))
 
-    def _made_by_celery(self, call: Submission, own: Mapping[str, Any]) -> _App:
+    def _made_by_celery(
+        self, task_id: str, args: Sequence[Any], kwargs: Mapping[str, Any], own: Mapping[str, Any]
+    ) -> _App:
         warn_if_open(self._task.name)
         first = _App(self._task.app)
-        options = {**BRIEFLY, **self._options, **own, "add_to_parent": False, "task_id": call.task_id}
-        Task.apply_async(_Task(self._task, first), call.args, call.kwargs, producer=self._producer, **options)
+        options = {**BRIEFLY, **self._options, **own, "add_to_parent": False, "task_id": task_id}
+        Task.apply_async(_Task(self._task, first), args, kwargs, producer=self._producer, **options)
         return first
 
 
@@ -128,9 +132,23 @@ class _App(_StandIn):
     def __init__(self, real: Any) -> None:
         super().__init__(real)
         self.amqp = _Amqp(real.amqp)
+        if type(real.backend).on_task_call.__module__ == "celery.backends.redis":
+            self.backend = _Backend()  # others make what the answer needs, such as a queue
+            self.AsyncResult = _no_result
 
     def send_task(self, *args: Any, **options: Any) -> Any:
         return Celery.send_task(self, *args, **options)
+
+
+class _Backend:
+    """Redis as result backend: it would subscribe to the result now."""
+
+    def on_task_call(self, producer: Any, task_id: str) -> None:
+        """Do nothing."""
+
+
+def _no_result(*_: Any, **__: Any) -> None:
+    """Celery's result object unsubscribes when nobody holds it any more."""
 
 
 class _Amqp(_StandIn):
