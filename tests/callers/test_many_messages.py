@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import amqp
+import kombu.pools
 import pytest
 import redis
 from celery import Celery, signals
@@ -175,6 +176,7 @@ def test_confirmations_of_many_are_awaited_together(
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(amqp.Channel, "basic_publish_confirm", counted)
+    kombu.pools.reset()  # a channel of an earlier test would have the real one
     queue, full = f"many-{uuid.uuid4().hex}", {"x-max-length": 350, "x-overflow": "reject-publish"}
     app.conf.update(
         broker_url=rabbitmq.url,
