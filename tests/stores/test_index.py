@@ -128,7 +128,9 @@ def test_wrong_entries_are_corrected_when_they_are_met(ledger: Ledger) -> None:
 def test_recovery_looks_at_what_is_overdue_the_oldest_first_and_no_further(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(protocol, "PUBLISHED_WAIT", 20_000_000)  # another test's application may have shortened it
+    monkeypatch.setattr(
+        protocol, "PUBLISHED_WAIT", 20_000_000
+    )  # another test's application may have shortened it
     clock = FakeClock()
     ledger = Ledger(MemoryStore(clock))
     for n, lease in enumerate((40, 10, 30, 900)):
