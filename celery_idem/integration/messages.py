@@ -284,13 +284,11 @@ def of_submission(
         if "exchange" in kept:
             kept["exchange"] = getattr(kept["exchange"], "name", kept["exchange"])
         if not kept.keys() & {"queue", "exchange"}:  # recovery runs in a worker, which may have other routes
-            given, router = {**task._get_exec_options(), **kept}, task.app.amqp.router
-            if (
-                type(router) is Router and not router.routes and "queue" not in given
-            ):  # in short, because it is usual
-                routed = {"queue": task.app.conf.task_default_queue, **given}
-            else:
-                routed = router.route(given, task.name, args, kwargs, task_type=task)
+            routed, router = {**task._get_exec_options(), **kept}, task.app.amqp.router
+            if type(router) is not Router or router.routes or routed["queue"] is not None:
+                routed = router.route(routed, task.name, args, kwargs, task_type=task)
+            else:  # what most applications have: nothing to look for
+                routed["queue"] = task.app.conf.task_default_queue
             for name in ("queue", "exchange", "routing_key", "priority"):
                 if routed.get(name) is not None:
                     kept[name] = getattr(routed[name], "name", routed[name])
