@@ -156,6 +156,7 @@ def test_a_replica_that_lags_and_then_takes_over(
     with redis_py.Redis.from_url(replica.url) as client, redis_py.Redis.from_url(primary.url) as other:
         client.replicaof("127.0.0.1", str(primary.port))
         wait_for(lambda: client.info("replication")["master_link_status"] == "up", message="the replica")
+        wait_for(lambda: client.info("server")["uptime_in_seconds"] >= 2, message="a start before the note")
         worker(primary.url)
         wait_for(lambda: client.exists("idem~kept:servers"), message="the note at the replica")
         found = asked(primary.url)
