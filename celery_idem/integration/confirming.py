@@ -72,8 +72,11 @@ class _Sent:
     def wait(self) -> None:
         end = monotonic() + PATIENCE
         while self._waiting:
-            if self._channel.connection is None:
-                raise ConnectionError("the broker closed the channel before it had confirmed all messages")
-            self._channel.connection.drain_events(timeout=max(0.01, end - monotonic()))
+            left = end - monotonic()
+            if self._channel.connection is None or left <= 0:
+                raise ConnectionError(
+                    "the broker closed the channel, or did not confirm all messages in time"
+                )
+            self._channel.connection.drain_events(timeout=left)
         if self._refused:
             raise ConnectionError("the broker refused a message")

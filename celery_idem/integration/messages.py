@@ -285,7 +285,7 @@ def of_submission(
             kept["exchange"] = getattr(kept["exchange"], "name", kept["exchange"])
         if not kept.keys() & {"queue", "exchange"}:  # recovery runs in a worker, which may have other routes
             routed, router = {**task._get_exec_options(), **kept}, task.app.amqp.router
-            if type(router) is not Router or router.routes or routed["queue"] is not None:
+            if type(router) is not Router or router.routes or routed.get("queue") is not None:
                 routed = router.route(routed, task.name, args, kwargs, task_type=task)
             else:  # what most applications have: nothing to look for
                 routed["queue"] = task.app.conf.task_default_queue

@@ -7,6 +7,7 @@ the result is left out, because a caller that waits for a result subscribes then
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from celery import Celery
@@ -126,6 +127,8 @@ class _Task(_StandIn):
     def __init__(self, real: Any, app: _App) -> None:
         super().__init__(real)
         self._get_app = lambda: app
+        # Nobody gets the result object. Celery's own one sends an UNSUBSCRIBE when it is deleted.
+        self.AsyncResult = lambda task_id: SimpleNamespace()
 
 
 class _App(_StandIn):
@@ -133,22 +136,17 @@ class _App(_StandIn):
         super().__init__(real)
         self.amqp = _Amqp(real.amqp)
         if type(real.backend).on_task_call.__module__ == "celery.backends.redis":
-            self.backend = _Backend()  # others make what the answer needs, such as a queue
-            self.AsyncResult = _no_result
+            self.backend = _Backend()  # other backends prepare what the answer needs, such as a queue
 
     def send_task(self, *args: Any, **options: Any) -> Any:
         return Celery.send_task(self, *args, **options)
 
 
 class _Backend:
-    """Redis as result backend: it would subscribe to the result now."""
+    """Replaces Redis as result backend, which would subscribe to the result."""
 
     def on_task_call(self, producer: Any, task_id: str) -> None:
         """Do nothing."""
-
-
-def _no_result(*_: Any, **__: Any) -> None:
-    """Celery's result object unsubscribes when nobody holds it any more."""
 
 
 class _Amqp(_StandIn):
