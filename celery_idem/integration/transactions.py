@@ -31,12 +31,20 @@ def after(connection: Any, job: Job) -> None:
     if hasattr(connection, "exec_driver_sql"):
         # SQLAlchemy's commit event of a connection comes before the commit. After the commit, the connection returns to
         # its pool, or begins again.
-        event = sys.modules["sqlalchemy.event"]  # the author uses it, so it is loaded
-        engine = connection.engine
-        if not event.contains(engine.pool, "checkin", _checked_in):
-            event.listen(engine.pool, "checkin", _checked_in)
-            event.listen(engine, "begin", _begun)
+        _listen(connection.engine.pool, "checkin", _checked_in)
+        _listen(connection.engine, "begin", _begun)
         connection.info.setdefault(_JOBS, []).append(job)
+
+
+def _listen(target: Any, name: str, hook: Callable[..., None]) -> None:
+    """Have SQLAlchemy call ``hook`` at an event of ``target``, once.
+
+    ``event.contains`` is not asked, because it goes by ``id(target)``. It keeps that of a pool that ``Engine.dispose``
+    has replaced, and another engine's pool may get the same ``id``. The new pool has the old one's hooks.
+    """
+    if hook not in getattr(target.dispatch, name):
+        event = sys.modules["sqlalchemy.event"]  # the author uses it, so it is loaded
+        event.listen(target, name, hook)
 
 
 def _checked_in(_: object, record: Any) -> None:
@@ -64,11 +72,9 @@ def on_commit(connection: Any, job: Job) -> bool:
     if not _is_session(connection):
         return False
     session = connection.registry() if hasattr(connection, "registry") else connection  # for a scoped_session
-    event = sys.modules["sqlalchemy.event"]  # the author uses it, so it is loaded
     session.connection()  # begins a transaction, if there is none
-    if not event.contains(session, "after_commit", _committed):
-        event.listen(session, "after_commit", _committed)
-        event.listen(session, "after_transaction_end", _ended)
+    _listen(session, "after_commit", _committed)
+    _listen(session, "after_transaction_end", _ended)
     session.info.setdefault(_JOBS, []).append([_innermost(session), job])
     return True
 

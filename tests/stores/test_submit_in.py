@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from celery import Celery
 from kombu.exceptions import OperationalError
 from psycopg.rows import dict_row
+from sqlalchemy.event import registry
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import NullPool
@@ -184,6 +185,27 @@ def test_a_connection_that_stays_open_publishes_when_it_begins_again(shop: Shop)
         connection.commit()
         connection.execute(ORDERS.select())
         assert (shop.state(), shop.messages()) == ("accepted", 1)
+
+
+def test_it_is_published_from_every_engine_and_from_every_pool(shop: Shop) -> None:
+    """SQLAlchemy remembers the `id` of a pool that it has replaced, and another pool may get it."""
+    first, second = shop.engine, sa.create_engine(shop.engine.url, poolclass=NullPool)
+    shop.state()
+    by_connection(shop, lambda: None)
+    remembered = registry._key_to_collection
+    key = (id(first.pool), "checkin", id(transactions._checked_in))
+    remembered[(id(second.pool), *key[1:])] = remembered[key]
+    shop.engine = second
+    with shop.engine.begin() as connection:
+        shop.place(connection, 8)
+    assert shop.messages() == 2
+    for order in range(9, 12):  # as a process that disposes of it after each fork
+        shop.engine.dispose()
+        with shop.engine.begin() as connection:
+            shop.place(connection, order)
+    assert shop.messages() == 5
+    assert list(shop.engine.pool.dispatch.checkin).count(transactions._checked_in) == 1
+    first.dispose()
 
 
 def test_the_broker_is_away_and_recovery_publishes(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
