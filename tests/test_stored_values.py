@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kombu.serialization import register, registry, unregister
 
 from celery_idem import ConfigurationError, IdempotentTask, ResultUnavailable
+from celery_idem.core import calls
 from celery_idem.core.model import Note, Record, State, Step
 from celery_idem.core.record import pack, unpack
 from celery_idem.core.results import Codec
@@ -212,3 +213,16 @@ def test_steps_of_undecodable_names_do_not_meet(bench: Bench) -> None:
     assert bench.ledger.forget(FakeJob().key)
     bench.run(body)
     assert sent == [one, other, "failed"]
+
+
+@pytest.mark.parametrize("part", ["headers", "properties", "options"])
+def test_a_call_keeps_the_types_of_what_is_equal(part: str) -> None:
+    """Heads of calls come from a cache, and True == 1 == 1.0."""
+    for value in (True, 1, 1.0, False, 0, "1", [1], [True]):
+        parts: dict[str, Any] = {"headers": {}, "properties": {}, "options": None} | {part: {"x": value}}
+        call = calls.Call(
+            "id", parts["headers"], parts["properties"], "", "", "", "", "", False, parts["options"], b"[]"
+        )
+        again = calls.unpack(calls.pack(call))
+        assert repr(getattr(again, part)["x"]) == repr(value)
+        assert again == call

@@ -84,26 +84,34 @@ def pack(call: Call) -> bytes:
     Raises:
         TypeError, ValueError: kombu's JSON has no form for a header's value.
     """
-    task_id, headers, properties, *rest, body = call
+    task_id, *parts, body = call
     try:
-        head = _head(tuple(headers.items()), tuple(properties.items()), *rest)
-    except TypeError:  # a header with a list or a mapping cannot be a key of the cache
-        head = _nested((headers, properties, *rest)).encode("utf-8", "surrogatepass")
+        head = _head(*[_frozen(part) if part.__class__ is dict else part for part in parts])
+    except TypeError:  # a list or a mapping inside cannot be a key of the cache
+        head = _encoded(parts)
     named = task_id.encode("utf-8", "surrogatepass")
     return b"".join((b"\x01", _LENGTH.pack(len(named)), named, head, b"\n", body))
 
 
-def _nested(parts: Any) -> str:
-    with suppress(TypeError):  # a date, bytes, …
-        text = _encode(parts)
-        if '"__type__"' not in text:
-            return text
-    return to_json(parts)
+def _frozen(part: dict[str, Any]) -> tuple[tuple[str, type, Any], ...]:
+    """Return a mapping as a key of the cache. The types tell True from 1, which are equal."""
+    return tuple([(name, value.__class__, value) for name, value in part.items()])
 
 
 @lru_cache(maxsize=256)  # most calls of one producer differ only in the id and the body
-def _head(headers: tuple[tuple[str, Any], ...], properties: tuple[tuple[str, Any], ...], *rest: Any) -> bytes:
-    return _encode((dict(headers), dict(properties), *rest)).encode("utf-8", "surrogatepass")
+def _head(*parts: Any) -> bytes:
+    return _encoded(
+        [{name: value for name, _, value in part} if part.__class__ is tuple else part for part in parts]
+    )
+
+
+def _encoded(parts: Any) -> bytes:
+    text = ""
+    with suppress(TypeError):  # a date, bytes, …
+        text = _encode(parts)
+    if not text or '"__type__"' in text:
+        text = to_json(parts)
+    return text.encode("utf-8", "surrogatepass")
 
 
 def unpack(packed: bytes) -> Call:

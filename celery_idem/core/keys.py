@@ -440,10 +440,10 @@ def label(what: str, value: Any) -> str | None:
     Raises:
         IntentError: it is of another type, or empty.
     """
-    if isinstance(value, Enum):
-        value = value.value
     if value is None:
         return None
+    if isinstance(value, Enum):
+        return label(what, value.value)
     if not isinstance(value, (str, int)) or isinstance(value, bool):
         raise IntentError(f"{what} must be text, not {type(value).__name__}.", None, what)
     try:

@@ -108,9 +108,10 @@ class _Batches:
         try:
             args, kwargs, given = _parts(self.task, call)
             own = {"scope": self.scope, "occurrence": None, "idempotency_key": None}
-            own.update((name, given.pop(name)) for name in keys.LABELS.keys() & given.keys())
+            if given:
+                own.update((name, given.pop(name)) for name in keys.LABELS.keys() & given.keys())
+                _check_options(self.task, given)
             own["scope"] = in_scope(self.task.guard.settings.scope, own["scope"])
-            _check_options(self.task, given)
             return Submission(self.task, args, kwargs, own, {**self.options, **given})
         except (TypeError, IntentError) as error:
             return Receipt("failed", "", reason=str(error), code="invalid")

@@ -275,10 +275,11 @@ def of_submission(
     if not settings.keep_call:
         return Why.OFF.packed
     try:
-        kept = {name: value for name, value in options.items() if name not in _NOT_KEPT and value is not None}
-        for name, value in kept.items():
-            if isinstance(value, datetime):
-                kept[name] = value.isoformat()
+        kept = {
+            name: value.isoformat() if isinstance(value, datetime) else value
+            for name, value in options.items()
+            if value is not None and name not in _NOT_KEPT
+        }
         if not isinstance(kept.get("queue", ""), str):
             kept |= _place(kept.pop("queue"), kept)
         if "exchange" in kept:
@@ -288,7 +289,7 @@ def of_submission(
             if type(router) is not Router or router.routes or routed.get("queue") is not None:
                 routed = router.route(routed, task.name, args, kwargs, task_type=task)
             else:  # what most applications have: nothing to look for
-                routed["queue"] = task.app.conf.task_default_queue
+                routed["queue"] = task.guard.queue
             for name in ("queue", "exchange", "routing_key", "priority"):
                 if routed.get(name) is not None:
                     kept[name] = getattr(routed[name], "name", routed[name])

@@ -75,15 +75,24 @@ def without_secrets(declaration: keys.Declaration, args: Any, kwargs: Any) -> tu
     return positional, {name: HIDDEN if name in hidden else value for name, value in kwargs.items()}
 
 
-def shown(declaration: keys.Declaration, args: Any, kwargs: Any) -> dict[str, str]:
-    """Return the texts of the arguments for Celery's log, events and monitors, without secret values."""
+def shown(
+    declaration: keys.Declaration, args: Any, kwargs: Any, amqp: Any = None, levels: int = 3
+) -> dict[str, str]:
+    """Return the texts of the arguments for Celery's log, events and monitors, without secret values.
+
+    Args:
+        amqp: the application's, which has the maximum lengths; None: those of Celery.
+        levels: depth, ``task_repr_maxlevels``. 3 is Celery's default, in releases without that setting too.
+    """
     from celery.app.amqp import AMQP  # here it is loaded already; not every process needs it
     from celery.utils.saferepr import saferepr
 
-    positional, named = without_secrets(declaration, args, kwargs)
+    if declaration.secret:
+        args, kwargs = without_secrets(declaration, args, kwargs)
+    sizes = amqp or AMQP
     return {
-        "argsrepr": saferepr(positional, maxlen=AMQP.argsrepr_maxsize),
-        "kwargsrepr": saferepr(named, maxlen=AMQP.kwargsrepr_maxsize),
+        "argsrepr": saferepr(args, sizes.argsrepr_maxsize, levels),
+        "kwargsrepr": saferepr(kwargs, sizes.kwargsrepr_maxsize, levels) if kwargs else "{}",
     }
 
 

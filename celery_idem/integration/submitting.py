@@ -191,8 +191,6 @@ class Submission:
         key: key of its intent.
         call: the packed call, for the record.
         wait: microseconds until recovery publishes it, unless a worker has claimed it.
-        source: where the receipt looks for answers, if this call published nothing.
-        mine: the same, if this call was accepted.
 
     Raises:
         TypeError, IntentError: as ``IdempotentTask.submit``.
@@ -218,12 +216,9 @@ class Submission:
         self.task, self.args, self.kwargs, self.own = task, tuple(args), dict(kwargs), own
         self.task_id = str(options.get("task_id") or uuid())
         self.options = {**options, "task_id": self.task_id}
-        secret = bool(declaration.secret)
-        self.source = Look(app, ledger, fingerprint, policy, published=False, secret=secret)
-        self.mine = self.source._replace(published=True)
         due = _due(app, options)
         expires = options.get("expires", task.expires)
-        if isinstance(expires, Real):
+        if expires is not None and isinstance(expires, Real):  # the second is slow
             expires = app.now() + timedelta(seconds=float(expires))
         self.call = messages.of_submission(
             task,
@@ -240,12 +235,27 @@ class Submission:
         wait += 0.0 if due is None else max(0.0, (due - app.now()).total_seconds())
         self.wait = int(wait * MICROSECONDS)
 
+    @property
+    def source(self) -> Look:
+        """Where the receipt looks for answers, if this call published nothing."""
+        return self._look(published=False)
+
+    @property
+    def mine(self) -> Look:
+        """The same, if this call was accepted."""
+        return self._look(published=True)
+
+    def _look(self, published: bool) -> Look:
+        guard, request = self.task.guard, self.request
+        secret = bool(guard.declaration.secret)
+        return Look(self.task.app, guard.ledger, request.fingerprint, request.policy, published, secret)
+
     @cached_property
     def recovers(self) -> bool:
         """Whether recovery can publish the call."""
         if not self.task.guard.settings.recover or calls.missing(self.call) is not None:
             return False
-        if not (self.source.secret or self.options.keys() & {"link", "link_error"}):
+        if not (self.task.guard.declaration.secret or self.options.keys() & {"link", "link_error"}):
             return True  # nothing in it can be hidden
         call, _ = messages.call_in(self.task.app, self.key, self.call)
         return call is not None and call.publishable

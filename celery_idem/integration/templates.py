@@ -69,13 +69,13 @@ class Template:
     def __init__(
         self, task: GuardedTask, options: Mapping[str, Any], producer: Any, single: bool = False
     ) -> None:
-        self._task, self._options = task, options
-        self._secret = bool(task.guard.declaration.secret)
+        self._task, self._options, self._amqp = task, options, task.app.amqp
+        self._levels = task.app.conf.get("task_repr_maxlevels", 3)  # the setting is slow to read
         self._parent = task.app.current_worker_task if options.get("add_to_parent", True) else None
         self.buffers = bool(getattr(producer, "supports_batch_publish", False))  # kombu 5.7
         self._real = producer
         self._producer = producer if single else _Declared(producer)
-        self._first: _App | None = None
+        self._first: _Amqp | None = None
 
     def together(self) -> Any:
         """Return a context at whose end all its messages are sent, or confirmed, together, if the transport can."""
@@ -89,28 +89,28 @@ class Template:
         Raises:
             Exception: of the driver, the serializer or a receiver of a signal.
         """
-        task = self._task
-        own: dict[str, Any] = {"headers": headers}
-        if self._secret:
-            shown = publishing.shown(task.guard.declaration, args, kwargs)
-            own |= {name: text for name, text in shown.items() if name not in self._options}
+        task, amqp = self._task, self._amqp
+        shown = publishing.shown(task.guard.declaration, args, kwargs, amqp, self._levels)
         if self._first is None:
-            self._first = self._made_by_celery(task_id, args, kwargs, own)
-        rest, options, sent = self._first.amqp.rest, self._first.amqp.options, self._first.amqp.sent
-        amqp = task.app.amqp
-        message = amqp.create_task_message(task_id, task.name, args, kwargs, *rest, **{**options, **own})
-        amqp.send_task_message(self._producer, task.name, message, **{**sent, **own})
+            self._first = self._made_by_celery(task_id, args, kwargs, headers)
+        options = {**shown, **self._first.options, "headers": headers}
+        message = amqp.create_task_message(task_id, task.name, args, kwargs, *self._first.rest, **options)
+        # Our apply_async gives Celery these texts if there are secrets. Celery then sends them as properties too.
+        texts = shown if task.guard.declaration.secret else {}
+        sent = {**texts, **self._first.sent, "headers": headers}
+        amqp.send_task_message(self._producer, task.name, message, **sent)
         if self._parent is not None:
             self._parent.add_trail(task.app.AsyncResult(task_id))
 
     def _made_by_celery(
-        self, task_id: str, args: Sequence[Any], kwargs: Mapping[str, Any], own: Mapping[str, Any]
-    ) -> _App:
+        self, task_id: str, args: Sequence[Any], kwargs: Mapping[str, Any], headers: Mapping[str, Any]
+    ) -> _Amqp:
         warn_if_open(self._task.name)
-        first = _App(self._task.app)
-        options = {**BRIEFLY, **self._options, **own, "add_to_parent": False, "task_id": task_id}
-        Task.apply_async(_Task(self._task, first), args, kwargs, producer=self._producer, **options)
-        return first
+        app = _App(self._task.app)
+        own = {"headers": headers, "add_to_parent": False, "task_id": task_id}
+        options = {**BRIEFLY, **self._options, **own}
+        Task.apply_async(_Task(self._task, app), args, kwargs, producer=self._producer, **options)
+        return app.amqp
 
 
 class _StandIn:
