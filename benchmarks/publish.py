@@ -1,7 +1,7 @@
 """Measures the caller's side: ``python -m benchmarks.publish``.
 
 A new intent through ``submit`` and ``apply_async``, against bare Celery's ``apply_async``, and through
-``submit_many``, a thousand at once, against ``submit``; and a duplicate of a finished one through ``submit``, against
+``submit_many``, ten thousand at once, against ``submit``; and a duplicate of a finished one through ``submit``, against
 one GET. Broker and store are servers of their own, and the broker counts its commands: a duplicate sends it none.
 """
 
@@ -27,7 +27,7 @@ ROUNDS, COUNT = 9, 500
 DUPLICATE = 1.3
 """Target: a duplicate's cost over one GET."""
 
-MANY, SINGLE = 1_000, 100
+MANY, SINGLE = 10_000, 500
 """New intents of a round: at once, and one by one beside them."""
 
 TOGETHER = 0.2
@@ -103,7 +103,7 @@ def rows(rounds: int = ROUNDS, count: int = COUNT) -> list[Row]:
     return [
         *compared("Publish, a new intent: p50", published, "bare Celery: apply_async", "µs"),
         *compared(
-            "Publish, a thousand new intents at once: each",
+            "Publish, ten thousand new intents at once: each",
             many,
             "celery_idem: submit",
             "µs",

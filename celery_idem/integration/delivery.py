@@ -127,9 +127,6 @@ class Guard(NamedTuple):
     broker: str = ""
     """The broker of the task's messages (see ``calls.Call``)."""
 
-    queue: str = ""
-    """``task_default_queue``. Celery's settings are slow to read."""
-
     unusable: str = ""
     """Why results could not be read again, when this guard was made; "" if they can."""
 
@@ -161,7 +158,6 @@ class Guard(NamedTuple):
             if ledger.store.announces and is_backends(ledger.store, task.app)
             else None,
             broker=messages.broker_of(task.app),
-            queue=task.app.conf.task_default_queue,
             unusable=ledger.codec.unusable(),
         )
 

@@ -69,6 +69,7 @@ class _Batches:
 
     Attributes:
         template: makes the messages of calls without own options; None: Celery makes each message.
+        like: the first call without options of its own.
         broken: the broker did not take a message, so the next accepted calls are left to recovery.
     """
 
@@ -82,6 +83,7 @@ class _Batches:
         fit = producer is not None and templates.fits(task, options)
         self.template = templates.Template(task, options, producer) if fit else None
         self.broken = False
+        self.like: Submission | None = None
 
     def submit(self, batch: list[Call]) -> list[Receipt]:
         made = [self._read(call) for call in batch]
@@ -112,7 +114,11 @@ class _Batches:
                 own.update((name, given.pop(name)) for name in keys.LABELS.keys() & given.keys())
                 _check_options(self.task, given)
             own["scope"] = in_scope(self.task.guard.settings.scope, own["scope"])
-            return Submission(self.task, args, kwargs, own, {**self.options, **given})
+            if given or self.template is None:
+                return Submission(self.task, args, kwargs, own, {**self.options, **given})
+            made = Submission(self.task, args, kwargs, own, self.options, like=self.like)
+            self.like = made.like
+            return made
         except (TypeError, IntentError) as error:
             return Receipt("failed", "", reason=str(error), code="invalid")
 
@@ -162,7 +168,7 @@ class _Batches:
         try:
             with self.template.together():
                 for call, entry in ready:
-                    if self._is_like_the_first(call):
+                    if call.like is self.like:
                         try:
                             self.template.publish(call.task_id, call.args, call.kwargs, call.headers(entry))
                         except Exception as error:
@@ -175,13 +181,6 @@ class _Batches:
             events.diagnose(logging.WARNING, "%s: publishing again, one by one", self.task.name, error=error)
             return set()
         return taken
-
-    def _is_like_the_first(self, call: Submission) -> bool:
-        """Whether a call has no options of its own, beside its task id."""
-        given = {name: value for name, value in call.options.items() if name != "task_id"}
-        return given.keys() == self.options.keys() and all(
-            given[name] is value for name, value in self.options.items()
-        )
 
     def _sent(self, call: Submission, entry: Entry | None) -> Receipt:
         if self.broken and entry is not None and call.recovers:

@@ -60,8 +60,10 @@ _OURS = frozenset({KEY, MESSAGE, ACCEPTED_AT, PUBLISHED, "idem-waits", CARRIED})
 _NO_LIMITS = [None, None]
 """Celery's header ``timelimit`` of a message without limits."""
 
-_NOT_KEPT = frozenset({"connection", "producer", "retry", "retry_policy", "add_to_parent", "task_id"})
-"""Options of ``apply_async`` that only make sense in the calling process, or that the call has already."""
+_NOT_KEPT = frozenset({
+    "connection", "producer", "retry", "retry_policy", "add_to_parent", "task_id", "countdown", "eta", "expires",
+})  # fmt: skip
+"""Options of ``apply_async`` that only make sense in the calling process, or that each call has of its own."""
 
 DECIDED = "idem_decided"
 """Option of our ``apply_async``: publish this call, because the record was read already."""
@@ -267,13 +269,14 @@ def accepted_in(header: Any, seal: Seal | None) -> Stored | None:
         return None
 
 
-def of_submission(
-    task: GuardedTask, key: str, args: Any, kwargs: Any, task_id: str, options: Mapping[str, Any]
-) -> bytes:
-    """Return the call that ``submit`` accepts, packed. Its message is made later. It never raises."""
-    settings, declaration = task.guard.settings, task.guard.declaration
-    if not settings.keep_call:
-        return Why.OFF.packed
+def kept_options(
+    task: GuardedTask, options: Mapping[str, Any], args: Any, kwargs: Any
+) -> Mapping[str, Any] | None:
+    """Return options of ``apply_async`` as a record keeps them; None if one cannot be kept. It never raises.
+
+    Args:
+        args, kwargs: only a router with routes sees them.
+    """
     try:
         kept = {
             name: value.isoformat() if isinstance(value, datetime) else value
@@ -289,10 +292,38 @@ def of_submission(
             if type(router) is not Router or router.routes or routed.get("queue") is not None:
                 routed = router.route(routed, task.name, args, kwargs, task_type=task)
             else:  # what most applications have: nothing to look for
-                routed["queue"] = task.guard.queue
+                routed["queue"] = task.app.conf.task_default_queue
             for name in ("queue", "exchange", "routing_key", "priority"):
                 if routed.get(name) is not None:
                     kept[name] = getattr(routed[name], "name", routed[name])
+        return kept
+    except Exception as error:  # of a router, or of a value of any kind
+        events.diagnose(logging.DEBUG, "%s: the options of its calls are not kept", task.name, error=error)
+        return None
+
+
+def of_submission(
+    task: GuardedTask,
+    key: str,
+    args: Any,
+    kwargs: Any,
+    task_id: str,
+    options: Mapping[str, Any] | None,
+    own: Mapping[str, Any],
+) -> bytes:
+    """Return the call that ``submit`` accepts, packed. Its message is made later. It never raises.
+
+    Args:
+        options: of ``kept_options``.
+        own: more options, of this call only.
+    """
+    settings, declaration = task.guard.settings, task.guard.declaration
+    if not settings.keep_call:
+        return Why.OFF.packed
+    if options is None:
+        return Why.UNWRITABLE.packed
+    try:
+        kept = {**options, **{name: value for name, value in own.items() if value is not None}}
         links = {name: kept[name] for name in ("link", "link_error") if name in kept}
         hidden = _hides(task.app, task.guard, links)
         serializer = kept.get("serializer") or task.serializer

@@ -189,6 +189,7 @@ class Submission:
             may have been made in another process, where it returns another scope.
         options: options of ``apply_async``.
         key: key of its intent.
+        like: the first call with the same options; the call itself, if it has options of its own.
         call: the packed call, for the record.
         wait: microseconds until recovery publishes it, unless a worker has claimed it.
 
@@ -204,6 +205,7 @@ class Submission:
         own: Mapping[str, Any],
         options: Mapping[str, Any],
         seconds: float | None = None,
+        like: Submission | None = None,
     ) -> None:
         guard, app = task.guard, task.app
         declaration, ledger, policy = guard.declaration, guard.ledger, guard.options.policy
@@ -220,15 +222,13 @@ class Submission:
         expires = options.get("expires", task.expires)
         if expires is not None and isinstance(expires, Real):  # the second is slow
             expires = app.now() + timedelta(seconds=float(expires))
-        self.call = messages.of_submission(
-            task,
-            self.key,
-            args,
-            kwargs,
-            self.task_id,
-            {**self.options, **own, "countdown": None, "eta": due, "expires": expires},
+        self.like = like or self
+        self._kept: Mapping[str, Any] | None = (
+            messages.kept_options(task, options, args, kwargs) if like is None else like._kept
         )
-        digest = keys.scope_digest(ledger.namespace, own["scope"])
+        own = {**own, "eta": _written(due), "expires": _written(expires)}
+        self.call = messages.of_submission(task, self.key, args, kwargs, self.task_id, self._kept, own)
+        digest = keys.scope_digest(ledger.namespace, self.own["scope"])
         self.request = Request(owners.mint(), self.task_id, fingerprint, policy, scope=digest, call=self.call)
         # Not a default value, so that tests can shorten it.
         wait = ACCEPTED_FOR if seconds is None else seconds
@@ -432,6 +432,10 @@ def _due(app: Celery, options: Mapping[str, Any]) -> datetime | None:
         eta = maybe_iso8601(eta)
     aware: datetime | None = maybe_make_aware(eta, app.timezone) if eta else None
     return aware
+
+
+def _written(time: Any) -> Any:
+    return time.isoformat() if isinstance(time, datetime) else time
 
 
 def _withdraw(ledger: Ledger, key: str, owner: bytes) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from celery import Celery
 from celery.app.routes import MapRoute, Router
 from celery.app.task import Task
+from celery.utils.nodenames import anon_nodename
 
 from celery_idem.core import keys
 from celery_idem.integration import publishing
@@ -70,7 +71,9 @@ class Template:
         self, task: GuardedTask, options: Mapping[str, Any], producer: Any, single: bool = False
     ) -> None:
         self._task, self._options, self._amqp = task, options, task.app.amqp
-        self._levels = task.app.conf.get("task_repr_maxlevels", 3)  # the setting is slow to read
+        # What Celery would find out again for each message.
+        self._levels = task.app.conf.get("task_repr_maxlevels", 3)
+        self._origin = anon_nodename()
         self._parent = task.app.current_worker_task if options.get("add_to_parent", True) else None
         self.buffers = bool(getattr(producer, "supports_batch_publish", False))  # kombu 5.7
         self._real = producer
@@ -93,7 +96,7 @@ class Template:
         shown = publishing.shown(task.guard.declaration, args, kwargs, amqp, self._levels)
         if self._first is None:
             self._first = self._made_by_celery(task_id, args, kwargs, headers)
-        options = {**shown, **self._first.options, "headers": headers}
+        options = {"origin": self._origin, **shown, **self._first.options, "headers": headers}
         message = amqp.create_task_message(task_id, task.name, args, kwargs, *self._first.rest, **options)
         # Our apply_async gives Celery these texts if there are secrets. Celery then sends them as properties too.
         texts = shown if task.guard.declaration.secret else {}

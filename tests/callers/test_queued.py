@@ -152,7 +152,7 @@ def test_a_call_of_which_no_message_can_be_made_holds_up_no_other(
     monkeypatch.setattr(app, "send_task", refuses)
     monkeypatch.setattr(Transport, "channel_errors", (PreconditionFailed,))
     for invoice, options in (("bad", {"queue": "nowhere"}), ("refused", {}), ("good", {})):
-        call = of_submission(task, task.intent_key(invoice), (invoice,), {}, invoice, options)
+        call = of_submission(task, task.intent_key(invoice), (invoice,), {}, invoice, options, {})
         request = Request(owners.mint(), invoice, Fingerprint(), task.guard.options.policy, call=call)
         ledger.accept(task.intent_key(invoice), request, 0)
     found = {each.entry.key: each.published for each in recover(app)}

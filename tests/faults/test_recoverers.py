@@ -39,7 +39,7 @@ def accept(app: Celery, number: int) -> None:
     """Calls that were not published."""
     task = app.tasks["shop.pay"]
     for n in range(number):
-        call = messages.of_submission(task, task.intent_key(str(n)), (str(n),), {}, f"task-{n}", {})
+        call = messages.of_submission(task, task.intent_key(str(n)), (str(n),), {}, f"task-{n}", {}, {})
         request = Request(owners.mint(), f"task-{n}", Fingerprint(), task.guard.options.policy, call=call)
         task.guard.ledger.accept(task.intent_key(str(n)), request, 0)
 

@@ -255,7 +255,7 @@ def given_up_by_recovery(stage: Stage) -> None:
     stage.monkeypatch.setattr(protocol, "JITTER", 1)
     app = make()
     task = app.tasks["shop.pay"]
-    call = messages.of_submission(task, task.intent_key("a"), ("a",), {}, "one", {})
+    call = messages.of_submission(task, task.intent_key("a"), ("a",), {}, "one", {}, {})
     ledger, policy = Ledger.from_app(app), task.guard.options.policy
     request = Request(owners.mint(), "one", Fingerprint(), policy._replace(lease=0), call=call)
     ledger.claim(task.intent_key("a"), request)
