@@ -45,7 +45,7 @@ def user_and_host() -> str:
 
 
 by_option = click.option(
-    "--by", default=user_and_host, show_default="user@host", help="Your name, for the record."
+    "--by", default=user_and_host, show_default="user@host", help="Your name, for the record and the log."
 )
 fence_option = click.option(
     "--fence",

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from celery_idem.cli.deciding import by_option
 from celery_idem.cli.reading import LINES, Reading, filters, within_option
 from celery_idem.cli.screen import Screen, command, printable, yes_option
 from celery_idem.core.errors import IdempotencyError, StoreError
@@ -212,9 +213,10 @@ _ADVICE = {
 )
 @filters
 @click.option("--steps", is_flag=True, help="Forget finished steps too: they RUN AGAIN.")
+@by_option
 @yes_option
 def forget(
-    screen: Screen, operator: Operator, keys: tuple[str, ...], which: Which, steps: bool, yes: bool
+    screen: Screen, operator: Operator, keys: tuple[str, ...], which: Which, steps: bool, by: str, yes: bool
 ) -> None:
     """Delete intents: the next call with the same key RUNS.
 
@@ -245,7 +247,7 @@ def forget(
     def one(seen: tuple[str, int]) -> tuple[str, bool | IdempotencyError]:
         key, fence = seen
         try:
-            return key, operator.forget(key, steps, fence)
+            return key, operator.forget(key, steps, fence, by)
         except StoreError:
             raise
         except IdempotencyError as error:

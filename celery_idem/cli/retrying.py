@@ -6,6 +6,7 @@ from typing import Any, TextIO
 
 import click
 
+from celery_idem.cli.deciding import by_option
 from celery_idem.cli.reading import Time, arguments_option
 from celery_idem.cli.screen import Screen, command, yes_option
 from celery_idem.core.errors import IdempotencyError
@@ -26,6 +27,7 @@ from celery_idem.operate.retrying import retry as run_again
 @click.option("--occurrence", help="Occurrence of the calls.")
 @click.option("--idempotency-key", help="The caller's own key.")
 @click.option("--dry-run", is_flag=True, help="Say what would be published.")
+@by_option
 @yes_option
 def retry(
     screen: Screen,
@@ -35,6 +37,7 @@ def retry(
     since: float,
     arguments: TextIO | None,
     dry_run: bool,
+    by: str,
     yes: bool,
     **labels: Any,
 ) -> None:
@@ -57,7 +60,7 @@ def retry(
         )
     left = later = 0
     for entry in entries:
-        done = run_again(operator, entry, given.get(entry.key), said, dry_run)
+        done = run_again(operator, entry, given.get(entry.key), said, dry_run, by)
         left += bool(done.why)
         later += done.later
         _print(screen, entry.key, done)

@@ -99,7 +99,7 @@ KINDS = {
         WARNING, {**_TASK, "tries": int, "state": str}, says="overdue; its call was published again"
     ),
     "resolved": Kind(WARNING, {"by": str, "what": str}, says="an operator settled it"),
-    "forgotten": Kind(WARNING, {}, says="an operator removed the record; the next call runs"),
+    "forgotten": Kind(WARNING, {"by": str}, says="an operator removed the record; the next call runs"),
     "shadow": Kind(INFO, {**_TASK, "would": str, "why": str}, says="shadow mode; the call ran"),
 }
 """Every kind of event. ``stale_settle`` is the alarm: an execution finished an effect after another one had taken the

@@ -570,7 +570,7 @@ class Ledger:
     def _no_intent(self, key: str) -> IdempotencyError:
         return IdempotencyError(f"There is no intent {key} in {self.store.url}.", key)
 
-    def forget(self, key: str, steps: bool = False, fence: int | None = None) -> bool:
+    def forget(self, key: str, steps: bool = False, fence: int | None = None, by: str = "") -> bool:
         """Let an intent run again, in whatever state it is: the next call with this key runs.
 
         Finished steps of an action that is not done stay, with the values of ``must_match``, so the next call does not
@@ -580,6 +580,7 @@ class Ledger:
         Args:
             steps: forget finished steps too, so that they run again.
             fence: fence of the record that the person looked at; None: the one that is stored now.
+            by: who decides. Only the event has it, because there is no record then.
 
         Returns:
             False if there was no record.
@@ -601,7 +602,7 @@ class Ledger:
 
         found: bool = self._change(key, decide, Policy(0, result_ttl=keep, failure_ttl=keep), lenient=True)[0]
         if found:
-            events.emit("forgotten", key)
+            events.emit("forgotten", key, by=by)
         return found
 
     def note_shadow(

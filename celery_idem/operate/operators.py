@@ -327,9 +327,9 @@ class Operator:
         """See ``Ledger.cancel``."""
         return self.ledger_of(key).cancel(key, by=by, evidence=evidence, fence=fence)
 
-    def forget(self, key: str, steps: bool = False, fence: int | None = None) -> bool:
+    def forget(self, key: str, steps: bool = False, fence: int | None = None, by: str = "") -> bool:
         """See ``Ledger.forget``."""
-        return self.ledger_of(key).forget(key, steps, fence)
+        return self.ledger_of(key).forget(key, steps, fence, by)
 
     def purge(self) -> int:
         """See ``Ledger.purge``; each store once."""

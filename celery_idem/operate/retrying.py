@@ -43,6 +43,7 @@ def retry(
     given: Arguments | None = None,
     labels: Labels | None = None,
     dry_run: bool = False,
+    by: str = "",
 ) -> Retried:
     """Let an intent that failed or was released run again, and publish its call.
 
@@ -51,6 +52,7 @@ def retry(
             call while the intent is open, or from the result backend (``result_extended``).
         labels: the call's scope, occurrence and own key. The record has only digests of them.
         dry_run: publish nothing.
+        by: who decides.
     """
     task = operator.task_of(entry.key)
     if task is None:
@@ -84,7 +86,7 @@ def retry(
         why = why or str(error).removesuffix(".")
     if why or dry_run:
         return Retried(why=why)
-    operator.forget(entry.key)
+    operator.forget(entry.key, by=by)
     try:
         receipt = submit_call(Submission(task, known.args, known.kwargs, labels._asdict(), {}))
     except Exception as error:  # of any driver, router or serializer: recovery could not publish it either

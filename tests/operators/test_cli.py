@@ -25,6 +25,7 @@ from celery_idem.cli import reading, records, screen
 from celery_idem.core.model import Outcome, State
 from celery_idem.core.results import Codec
 from celery_idem.core.sealing import Seal
+from celery_idem.engine import events
 from celery_idem.engine.entries import WAITING
 from tests.operators.conftest import Idem, use_store
 from tests.operators.forms import hidden
@@ -328,8 +329,12 @@ def test_only_what_is_in_doubt_is_resolved(idem: Idem, ledger: Ledger, settle: A
 
 def test_forget_lets_it_happen_again(idem: Idem, ledger: Ledger) -> None:
     succeeded(ledger, key("a"))
-    assert idem("forget", key("a"), "--yes").exit_code == 0
+    heard: list[events.Event] = []
+    stop = events.listen(heard.append, here=True)
+    assert idem("forget", key("a"), "--yes", "--by", "ann").exit_code == 0
+    stop()
     assert ledger.get(key("a")) is None
+    assert [(event.kind, event.details["by"]) for event in heard] == [("forgotten", "ann")]
 
 
 def test_forget_many_takes_a_state_and_the_number(idem: Idem, ledger: Ledger) -> None:

@@ -270,7 +270,7 @@ def resolved(stage: Stage) -> None:
 
 def forgotten(stage: Stage) -> None:
     stage.run()
-    assert stage.ledger.forget(KEY)
+    assert stage.ledger.forget(KEY, by="jo")
 
 
 def shadow(stage: Stage) -> None:
