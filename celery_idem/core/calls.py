@@ -84,25 +84,25 @@ def pack(call: Call) -> bytes:
     Raises:
         TypeError, ValueError: kombu's JSON has no form for a header's value.
     """
-    task_id, *parts, body = call
+    task_id, headers, properties, *rest, options, body = call
+    given = options or {}
+    names = tuple(headers), tuple(properties), None if options is None else tuple(given)
     try:
-        head = _head(*[_frozen(part) if part.__class__ is dict else part for part in parts])
+        head = _head(names, *headers.values(), *properties.values(), *given.values(), *rest)
     except TypeError:  # a list or a mapping inside cannot be a key of the cache
-        head = _encoded(parts)
+        head = _encoded((headers, properties, *rest, options))
     named = task_id.encode("utf-8", "surrogatepass")
     return b"".join((b"\x01", _LENGTH.pack(len(named)), named, head, b"\n", body))
 
 
-def _frozen(part: dict[str, Any]) -> tuple[tuple[str, type, Any], ...]:
-    """Return a mapping as a key of the cache. The types tell True from 1, which are equal."""
-    return tuple([(name, value.__class__, value) for name, value in part.items()])
-
-
-@lru_cache(maxsize=256)  # most calls of one producer differ only in the id and the body
-def _head(*parts: Any) -> bytes:
-    return _encoded(
-        [{name: value for name, _, value in part} if part.__class__ is tuple else part for part in parts]
+# Most calls of one producer differ only in the id and the body. ``typed`` tells True from 1, which are equal.
+@lru_cache(maxsize=256, typed=True)
+def _head(names: Any, *values: Any) -> bytes:
+    left = iter(values)
+    headers, properties, options = (
+        one if one is None else dict(zip(one, left, strict=False)) for one in names
     )
+    return _encoded((headers, properties, *left, options))
 
 
 def _encoded(parts: Any) -> bytes:
