@@ -1,4 +1,4 @@
-"""A task that has another name in the next release: callers of both releases mean the same actions."""
+"""A task that is renamed in a release: calls from both releases have the same idempotency keys."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_what_is_no_name_is_refused(aliases: object) -> None:
 
 
 def test_a_name_for_the_next_release() -> None:
-    """While workers of both releases run, each knows both names, and the key is the same."""
+    """Workers of both releases know both names, and the key is the same."""
     apps = a_task("shop.a", aliases=("shop.a", "shop.b")), a_task("shop.b", aliases=("shop.a",))
     for app in apps:
         assert app.tasks["shop.a"] is app.tasks["shop.b"]
