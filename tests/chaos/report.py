@@ -153,7 +153,7 @@ def table(run: Run) -> Table:
     result.add_row("settled by asking the destination", f"{run.reconciled:,}", "reconcile")
     result.add_row("settled by a person", f"{by_operator:,}", _counts(summary["settled_by_operator"]))
     result.add_row("late requests it refused", f"{summary['requests_voided']:,}", "by their fence")
-    result.add_row("repeated ones it knew", f"{summary['requests_repeated']:,}", "by their downstream_key")
+    result.add_row("repeats it recognised", f"{summary['requests_repeated']:,}", "by their downstream_key")
     result.add_row("outcomes that came too late", f"{run.alarms:,}", "stale_settle")
     result.add_section()
     for kind in run.plan.kinds:
