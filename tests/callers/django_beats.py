@@ -58,10 +58,10 @@ def main() -> None:
             assert "every minute" in beat.schedule  # both beats read the entry before one writes it
         for beat in beats:
             print(beat.apply_async(beat.schedule["every minute"]).id)
-            assert OCCURRENCE not in str(beat.schedule["every minute"].options), "the stamp is for one tick"
+            assert OCCURRENCE not in str(beat.schedule["every minute"].options), "the entry must not keep it"
     app.conf.beat_schedule = {
         "every minute": {"task": "shop.number", "schedule": 60.0}
-    }  # beat copied it there
+    }  # django-celery-beat copies such entries to its database
     print(json.dumps([checked(app, beat_scheduler=one) for one in (DatabaseScheduler, Scheduler)]))
 
 

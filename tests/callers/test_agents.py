@@ -157,7 +157,7 @@ def test_langgraph_resume_with_a_finished_sibling(pay: Any, done: Effects, name:
 
         def put_writes(self, config: Any, writes: Any, task_id: str, task_path: str = "") -> None:
             if self.loses and any(channel == "answer" for channel, _ in writes):
-                self.loses = False  # killed once
+                self.loses = False  # as if the process was killed, once
                 return
             super().put_writes(config, writes, task_id, task_path)
 

@@ -311,7 +311,7 @@ def test_a_slow_store_does_not_slow_the_loop(
             pay.submit(**order("task"))
 
         async def check() -> None:
-            await all_ways("")  # connections, imports
+            await all_ways("")  # opens connections and imports modules
             proxy.delay = 1.0
             for turn in range(5):  # on a busy machine the loop may pause for other reasons
                 if await lag(partial(all_ways, str(turn))) < 0.25:

@@ -72,7 +72,7 @@ async def call(
     return told
 
 
-@pytest.mark.parametrize("connect", ["http"], indirect=True)  # a process less
+@pytest.mark.parametrize("connect", ["http"], indirect=True)  # one transport is enough
 def test_a_tool_tells_what_it_is(connect: Callable[[Session], None]) -> None:
     async def session(client: Client) -> None:
         tools = {tool.name: tool for tool in (await client.list_tools()).tools}
@@ -125,7 +125,7 @@ def test_a_client_that_times_out(
     assert done.count(f"slow-{name}") == 1
 
 
-@pytest.mark.parametrize("connect", ["http"], indirect=True)  # a process less
+@pytest.mark.parametrize("connect", ["http"], indirect=True)  # one transport is enough
 def test_what_went_wrong_is_an_answer(connect: Callable[[Session], None], done: Effects, name: str) -> None:
     async def session(client: Client) -> None:
         for how, status, words in [
@@ -158,7 +158,7 @@ def test_the_host_may_bring_the_key(connect: Callable[[Session], None], done: Ef
     assert done.count(f"pay-{name}-7") == 2
 
 
-@pytest.mark.parametrize("connect", ["http"], indirect=True)  # a process less
+@pytest.mark.parametrize("connect", ["http"], indirect=True)  # one transport is enough
 def test_mistakes_are_told(connect: Callable[[Session], None], name: str) -> None:
     async def session(client: Client) -> None:
         for arguments, words in [

@@ -60,7 +60,7 @@ def test_the_first_name_is_the_one_in_keys() -> None:
     app = a_task("shop.c", aliases=("shop.a", "shop.b"))
     assert app.tasks["shop.c"] is app.tasks["shop.a"] is app.tasks["shop.b"]
     assert [name for name in app.tasks if name.startswith("shop.")][-1] == "shop.c", (
-        "what a worker's log shows"
+        "a worker's log shows the last name"
     )
     assert app.tasks["shop.b"].intent_key(1).startswith("shop.a:")
     seen = doctor.gather(app)
@@ -71,7 +71,7 @@ def test_the_first_name_is_the_one_in_keys() -> None:
     assert declared.of_tasks(Operator(app).tasks())["shop.a"]["name"] == "shop.c"
     (counter,) = prometheus.Events(app).collect()
     counted = {sample.labels["task"] for sample in counter.samples}
-    assert counted & {"shop.a", "shop.b", "shop.c"} == {"shop.a"}, "events have that name"
+    assert counted & {"shop.a", "shop.b", "shop.c"} == {"shop.a"}, "events use the first name"
 
 
 @pytest.mark.parametrize("aliases", [("",), {"shop.a": 1}, 7])

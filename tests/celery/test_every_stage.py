@@ -62,7 +62,7 @@ def test_duplicates_wait_outside_of_the_slot_and_get_the_winners_answer(stage: S
     if stage.kind.concurrency > 1:
         # There are more duplicates than slots. If they waited in their slots, no other task could run.
         assert stage.pay.delay(f"{name}-other").get(timeout=SOON)
-        wait_for(lambda: all(stage.worker.sent_back(d.id) for d in duplicates), SOON, "six that wait")
+        wait_for(lambda: all(stage.worker.sent_back(d.id) for d in duplicates), SOON, "all six to go back")
         assert {d.state for d in duplicates} == {"PENDING"}  # no RETRY state is stored
     stage.gate(name).open()
     assert stage.answers(first, *duplicates) == [f"slow {name}"] * 7

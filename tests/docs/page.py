@@ -163,7 +163,7 @@ class Page:
             return
         if words[0] == "celery" and "worker" in words:
             app = words[words.index("-A") + 1]
-            if app in self.started:  # "stop the worker, start it again"
+            if app in self.started:  # the page starts this worker again
                 self.started.pop(app).stop()
             processes = int(words[words.index("--concurrency") + 1]) if "--concurrency" in words else 2
             worker = self.started[app] = CeleryWorker(
