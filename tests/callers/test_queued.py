@@ -221,7 +221,7 @@ def test_a_call_that_was_made_without_a_scope_is_accepted_without_one(
 ) -> None:
     app.conf.update(idem_scope=f"{__name__}:current_tenant", idem_accept_on_publish=True)
     monkeypatch.setitem(globals(), "tenant", "of the process that publishes it")
-    app.tasks["shop.pay"].apply_async(("1",), headers={MESSAGE: ""})  # as for a signature that a message contains
+    app.tasks["shop.pay"].apply_async(("1",), headers={MESSAGE: ""})  # as for a signature inside a message
     ((headers, _),) = taken(app)
     assert [entry.key for entry in Ledger.from_app(app).list()] == [headers[KEY]]
     assert SCOPE not in headers
