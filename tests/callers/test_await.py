@@ -149,7 +149,10 @@ def test_the_result_wakes_who_waits(
 
 
 def test_a_result_that_is_not_published_is_found(shop: Celery, redis: RedisServer, folder: Path) -> None:
-    """A wait ends by looking if the task ignores its result, or if the result backend cannot publish."""
+    """If no result is published, a wait finds the answer at its next look.
+
+    This happens if the task ignores its result or the result backend cannot publish.
+    """
     key = shop.tasks["shop.slow"].intent_key("a")
     ignoring = shops.make(redis.url, folder)
     ignoring.tasks["shop.slow"].ignore_result = True

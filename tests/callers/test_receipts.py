@@ -410,7 +410,7 @@ def test_by_name_without_any_task(redis: RedisServer, worker: CeleryWorker, done
 def test_by_name_a_failure_may_not_be_final(
     redis: RedisServer, worker: CeleryWorker, done: Effects, name: str
 ) -> None:
-    """A failed receipt by name is not final: without the record, Celery's result does not show if a new call runs."""
+    """A failure that is known only from Celery's result is not final: a new call may run the body again."""
     app = Celery("orchestrator", broker=redis.url, backend=redis.url, set_as_current=False)
     for how, count in (("brief", 2), ("error", 1)):
         for _ in range(2):

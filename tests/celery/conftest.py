@@ -1,4 +1,4 @@
-"""One Redis for this folder, and a worker for each combination of pool, broker and time of acknowledgement."""
+"""One Redis for this folder, and workers that differ in pool, broker and time of acknowledgement."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from tests.support.workers import CeleryWorker
 ENV = "CELERY_TESTS_LEASES"
 
 LEASE = 2.0
-"""Seconds. Short, so that the test takes three leases only. Long enough for delays on a busy machine."""
+"""Seconds. Short, so that three leases pass soon. Long enough for delays on a busy machine."""
 
 LOOK = 0.5
 """Seconds between a body's looks at its gate. A thousand bodies must leave CPU time for other work."""

@@ -308,7 +308,7 @@ def test_the_broker_is_away_and_comes_back(app: Celery, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("store", ["there", "away"])
 def test_the_broker_stays_away(late: bool, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With late acknowledgement the broker requeues the message. Otherwise the caller receives an error."""
+    """With late acknowledgement the message is rejected and requeued. Otherwise the caller receives an error."""
     monkeypatch.setattr(delivery, "BROKER_PATIENCE", 0.2)
     app = make(NOWHERE, task_acks_late=late)
     if store == "away":

@@ -355,7 +355,7 @@ def test_loops_hand_their_identity_to_every_call(set_on: str, task_cls: Any) -> 
 def test_copied_headers_give_no_call_anothers_key(shop: Shop) -> None:
     """A body that copies its headers into other calls gives them its scope and not its key.
 
-    This holds for calls by task and by name, which do not use the task class.
+    This holds for calls by task and for `send_task`, which does not use the task class.
     """
     shop.line.apply_async(("a", 1), scope="acme", idempotency_key="evt_1")
     message = take(shop.app)

@@ -1,4 +1,4 @@
-"""The guard surrounds everything that a task's base classes call and cannot be bypassed.
+"""The guard surrounds everything that a task's base classes call, and no call can bypass it.
 
 Ordinary tasks have no guard.
 """

@@ -1,4 +1,7 @@
-"""The store goes down before the body, during it, and for longer than the worker waits. No body runs twice."""
+"""The store goes down before the body, during it, and for longer than the worker waits.
+
+No body runs twice, except with `on_store_error="run"`.
+"""
 
 from __future__ import annotations
 

@@ -55,8 +55,7 @@ class Counter:
 
     def now(self) -> tuple[int, int]:
         store, broker = self._store.info("commandstats"), self._broker.info("commandstats")
-        # Redis also counts each command inside a script. Only scripts are counted here. This leaves out the GET with
-        # which `submit` begins, because it looks like the GETs inside scripts.
+        # Redis also counts each command inside a script. Only the scripts come from clients, so only they are counted.
         commands = sum(store.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("evalsha", "eval"))
         return commands - self._began[0], broker.get("cmdstat_lpush", {"calls": 0})["calls"] - self._began[1]
 
