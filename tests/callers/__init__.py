@@ -1,1 +1,1 @@
-"""The caller's door: everything that may call a task, with a real worker and counted effects."""
+"""All ways to call a task, tested with a real worker and counted effects."""

@@ -1,4 +1,4 @@
-"""The shop's worker where broker, results and store are three servers."""
+"""The shop's worker with broker, results and store on three servers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shop with a schedule, for beats in processes of their own."""
+"""The shop with a beat schedule. Each beat runs in a separate process."""
 
 from __future__ import annotations
 
@@ -21,4 +21,4 @@ app = make(
         },
     },
 )
-del app.tasks["shop.pay"]  # this beat does not know that task: it sends it by name
+del app.tasks["shop.pay"]  # beat then sends this task by name, without its class

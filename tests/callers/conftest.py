@@ -23,7 +23,7 @@ from tests.support.workers import READY_WITHIN, ROOT, CeleryWorker
 
 @pytest.fixture(scope="package")
 def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """Its own: the session's is emptied by every test that uses it, below this folder's worker."""
+    """A Redis server for this folder only. Tests empty the session's server, which would break this worker."""
     with running(lambda: RedisServer(tmp_path_factory.mktemp("callers-redis"))) as server:
         yield server
 
@@ -47,7 +47,7 @@ def worker(shop_env: dict[str, str], folder: Path) -> Iterator[CeleryWorker]:
 
 @contextlib.contextmanager
 def served(app: str, env: dict[str, str], folder: Path) -> Iterator[str]:
-    """An ASGI application behind a real server; its address."""
+    """Serve an ASGI application on a real server and yield its address."""
     port = free_port()
     words = [sys.executable, "-m", "uvicorn", app, "--host", "127.0.0.1", "--port", str(port)]
     log = folder / f"{app.partition(':')[0]}.log"
@@ -73,13 +73,13 @@ def mcp_url(worker: CeleryWorker, shop_env: dict[str, str], folder: Path) -> Ite
 
 @pytest.fixture(scope="package")
 def shop(redis: RedisServer, folder: Path) -> Celery:
-    """The caller's side, in this process."""
+    """The callers' application, in this process."""
     return shops.make(redis.url, folder)
 
 
 @pytest.fixture(scope="package")
 def done(folder: Path) -> Effects:
-    """What the worker did."""
+    """The effects that the worker recorded."""
     return Effects(folder / "effects.jsonl")
 
 
@@ -91,7 +91,7 @@ def name() -> str:
 
 @pytest.fixture
 def app() -> Iterator[Celery]:
-    """Its queue is in memory, and no worker looks at it."""
+    """An application whose queue is in memory and has no worker."""
     app = Celery("queued", broker="memory://", backend="cache+memory://", set_as_current=False)
     queue = f"queued-{uuid.uuid4().hex}"
     app.conf.update(idem_store=f"memory://{uuid.uuid4().hex}", task_default_queue=queue)

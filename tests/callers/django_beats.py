@@ -1,7 +1,7 @@
-"""Two beats that keep their schedule in one database (django-celery-beat), which fire the same ticks.
+"""Two beats that keep their schedule in one database (django-celery-beat) and send the same ticks.
 
-Environment: `CALLERS_URL` and `CALLERS_FOLDER` as for the shop, `CALLERS_TICKER` the intent, `CALLERS_DATABASE`
-a file for SQLite, `CALLERS_LAST_RUNS` when the entry last ran (ISO 8601), for one tick after the other.
+Environment: `CALLERS_URL` and `CALLERS_FOLDER` as for the shop. `CALLERS_TICKER` is the `name` argument of the task.
+`CALLERS_DATABASE` is the SQLite file. `CALLERS_LAST_RUNS` has, for each tick, when the entry last ran (ISO 8601).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.callers.shop import FOLDER, URL, make  # noqa: E402
 
 
 class Scheduler(Ticks, DatabaseScheduler):
-    """As docs/how-to/beat.md says."""
+    """The scheduler of docs/how-to/beat.md."""
 
 
 def main() -> None:
@@ -55,18 +55,18 @@ def main() -> None:
         )
         beats = [Scheduler(app=make(URL, FOLDER)) for _ in range(2)]
         for beat in beats:
-            assert "every minute" in beat.schedule  # both have read it before either writes
+            assert "every minute" in beat.schedule  # both beats read the entry before one writes it
         for beat in beats:
             print(beat.apply_async(beat.schedule["every minute"]).id)
-            assert OCCURRENCE not in str(beat.schedule["every minute"].options), "the stamp is for one tick"
+            assert OCCURRENCE not in str(beat.schedule["every minute"].options), "the entry must not keep it"
     app.conf.beat_schedule = {
         "every minute": {"task": "shop.number", "schedule": 60.0}
-    }  # beat copied it there
+    }  # django-celery-beat copies such entries to its database
     print(json.dumps([checked(app, beat_scheduler=one) for one in (DatabaseScheduler, Scheduler)]))
 
 
 def checked(app: Celery, **conf: type) -> dict[str, str]:
-    """What the doctor says of the schedule: the plain scheduler, and ours."""
+    """Return what the doctor reports about the schedule."""
     app.conf.update({name: f"{one.__module__}:{one.__qualname__}" for name, one in conf.items()})
     if conf:
         often, _ = IntervalSchedule.objects.get_or_create(every=5, period="minutes")
@@ -76,7 +76,7 @@ def checked(app: Celery, **conf: type) -> dict[str, str]:
         once = {**defaults, "one_off": True}
         own = {**defaults, "headers": json.dumps({OCCURRENCE: "2026"})}
         off = {**defaults, "enabled": False}
-        # Such rows are beat's to refuse; the others are read all the same.
+        # Beat itself refuses such rows. The doctor must skip them and read the others.
         wrong = [PeriodicTask(name=h, task="shop.greet", interval=often, headers=h) for h in ("null", "{")]
         PeriodicTask.objects.bulk_create(wrong, ignore_conflicts=True)
         for name, given in {"once": once, "its own": own, "off": off}.items():

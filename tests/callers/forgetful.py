@@ -1,4 +1,7 @@
-"""Callers without a memory: every ``submit`` takes its call for the first. The worker's claim is not touched."""
+"""A ``Ledger.accept`` that does not read the store: every ``submit`` treats its call as new.
+
+The worker's claim is not changed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The HTTP door inside a FastAPI application, for a real server."""
+"""The HTTP adapter inside a FastAPI application, for a real server."""
 
 from __future__ import annotations
 

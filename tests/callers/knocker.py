@@ -1,10 +1,10 @@
-"""Processes that knock at doors: each reads one order per line, does its calls when told, writes the answers.
+"""Processes that call tasks. Each reads one order per line, makes its calls and writes the results.
 
     {"door": "http", "calls": [{"args": […], "kwargs": {…}}], "gate": "/tmp/…/go"}
     [{"paid": 1, "invoice": "7"}, …]
 
-Every door answers with the value that the caller got in the end. Calls of one order are made at once, each
-on a thread of its own.
+A "door" is one way to call a task. Each returns the result that its caller receives at the end. An order's calls
+start together, in several threads, when its gate file appears.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.callers.shop import URL
 from tests.callers.shop import app as shop
 from tests.support.effects import Gate
 
-WITHIN = float(os.environ.get("CALLERS_WITHIN", "30"))  # seconds for one answer
+WITHIN = float(os.environ.get("CALLERS_WITHIN", "30"))  # seconds to wait for one result
 NAMES = ("customer", "invoice", "cents", "currency", "note")
 pay = shop.tasks["shop.pay"]
 stranger = Celery("stranger", broker=URL, backend=URL, set_as_current=False)  # knows no task
@@ -37,7 +37,7 @@ Kwargs = dict[str, Any]
 
 
 def named(args: Args, kwargs: Kwargs) -> Kwargs:
-    """Doors with JSON objects have names only; their order stays the caller's."""
+    """Return the call as named arguments only, in the caller's order. Adapters that take JSON objects need this."""
     return {**kwargs, **dict(zip(NAMES, args, strict=False))}
 
 
@@ -68,7 +68,7 @@ def http(args: Args, kwargs: Kwargs) -> Any:
     url = f"{os.environ['CALLERS_HTTP']}/actions/tasks/shop.pay"
     headers = {"authorization": "Bearer secret-a"}
     until = time.monotonic() + WITHIN
-    while True:  # a client that follows the rules: 409 with Retry-After is no answer yet
+    while True:  # 202 and 409 with Retry-After mean: call again later
         answer = httpx.post(url, json=named(args, kwargs), headers=headers, timeout=WITHIN)
         if answer.status_code not in (202, 409) or time.monotonic() > until:
             return answer.json()["result"]
@@ -147,7 +147,7 @@ FRAMEWORKS = ("langgraph", "openai_agents", "pydantic_ai")
 
 
 def main() -> None:
-    """A fork for each pair of files: where its orders come from, and where its answers go."""
+    """Fork one process for each pair of file descriptors: the first for its orders, the second for its results."""
     for door in ("httpx", "tests.callers.test_mcp"):
         importlib.import_module(door)
     pairs = [[int(file) for file in word.split(",")] for word in sys.argv[1:]]
@@ -173,7 +173,7 @@ def serve(orders: Iterable[str], answers: TextIO) -> None:
 def _said(result: Callable[[], Any]) -> Any:
     try:
         return result()
-    except BaseException as error:  # the test shows it
+    except BaseException as error:  # the failing assertion of the test shows it
         return repr(error)
 
 

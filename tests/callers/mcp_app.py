@@ -1,4 +1,4 @@
-"""The MCP door: `python -m tests.callers.mcp_app` on stdio, and `app` for a real HTTP server."""
+"""The MCP adapter: `python -m tests.callers.mcp_app SCOPE` serves stdio, `app` is for a real HTTP server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TASKS = ["shop.pay", "shop.slow", "shop.fails"]
 
 
 class Tokens:
-    """Two hosts, and one of them with two users."""
+    """The tokens of two hosts. The first host has two users."""
 
     async def verify_token(self, token: str) -> AccessToken | None:
         known = {"token-a": ("host-a", "ann"), "token-b": ("host-a", "bob"), "token-c": ("host-c", None)}

@@ -1,4 +1,4 @@
-"""A shop whose tasks have counted effects. `CALLERS_URL` and `CALLERS_FOLDER` say where, for workers and callers."""
+"""A shop whose tasks have counted effects. Workers and callers read `CALLERS_URL` and `CALLERS_FOLDER`."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if os.environ.get("CALLERS_FORGET"):
 
 
 NO_BROKER = {"task_publish_retry": False, "broker_transport_options": {"max_retries": 1, "interval_start": 0}}
-"""Settings for an application whose broker is away: kombu would try for six seconds."""
+"""Settings for an application whose broker cannot be reached. Without them kombu retries for six seconds."""
 
 
 class Brief(Exception):
-    """The service said no before anything happened."""
+    """The service refused before it did anything."""
 
 
 class NoAnswer(Exception):
-    """The service may have done it."""
+    """The service did not answer, so the effect may have happened."""
 
 
 def make(url: str, folder: Path, name: str = "shop", **conf: Any) -> Celery:
-    """The shop's application against one Redis."""
+    """Return the shop's application, with one Redis for broker, results and store unless ``conf`` says otherwise."""
     app = Celery(name, broker=url, backend=url, set_as_current=False)
     app.conf.update(
         task_acks_late=True,

@@ -1,6 +1,6 @@
-"""Agent frameworks with their real packages and no model: a task as a function becomes their tool.
+"""A task that is wrapped as a function works as a tool of each agent framework, as in docs/how-to/agents.md.
 
-What stands here are the recipes of docs/how-to/agents.md.
+The framework packages are the real ones. A script takes the place of the model.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def test_odd_signatures() -> None:
 
 
 def test_langgraph_resume_begins_the_node_anew(pay: Any, done: Effects, name: str) -> None:
-    """A node asks a person after it has paid. Resuming begins the node anew, payment included."""
+    """A node pays and then asks a person. LangGraph repeats the whole node on resume; the payment is replayed."""
     from langchain_core.tools import StructuredTool
     from langgraph.checkpoint.memory import InMemorySaver
     from langgraph.graph import END, START, StateGraph
@@ -141,10 +141,11 @@ def test_langgraph_resume_begins_the_node_anew(pay: Any, done: Effects, name: st
 
 @pytest.mark.parametrize("lost", [True, False], ids=["writes lost", "writes kept"])
 def test_langgraph_resume_with_a_finished_sibling(pay: Any, done: Effects, name: str, lost: bool) -> None:
-    """Two nodes of one step: one pays and finishes, the other asks a person.
+    """Two nodes run in one step: one pays and finishes, the other asks a person.
 
-    The checkpointer keeps what a finished node wrote, so that resuming does not run it again. It does where these
-    writes were lost: LangGraph saves them after the node, and its process may be killed in between.
+    The checkpointer keeps what a finished node wrote, so LangGraph does not repeat that node on resume. If the writes
+    are lost, LangGraph repeats the node and the payment is replayed. LangGraph saves the writes after the node, so
+    they are lost if the process is killed in between.
     """
     from langchain_core.tools import StructuredTool
     from langgraph.checkpoint.memory import InMemorySaver
@@ -156,7 +157,7 @@ def test_langgraph_resume_with_a_finished_sibling(pay: Any, done: Effects, name:
 
         def put_writes(self, config: Any, writes: Any, task_id: str, task_path: str = "") -> None:
             if self.loses and any(channel == "answer" for channel, _ in writes):
-                self.loses = False  # killed once
+                self.loses = False  # as if the process was killed, once
                 return
             super().put_writes(config, writes, task_id, task_path)
 
@@ -189,7 +190,7 @@ def test_langgraph_resume_with_a_finished_sibling(pay: Any, done: Effects, name:
 
 
 def test_langgraph_resume_with_a_finished_sibling_call(pay: Any, done: Effects, name: str) -> None:
-    """Two calls of one tool node, and one of them asks a person: resuming makes both again, whatever was kept."""
+    """One tool node makes two calls, and one of them asks a person. LangGraph repeats both; the payment is replayed."""
     from langchain_core.messages import AIMessage
     from langgraph.checkpoint.memory import InMemorySaver
     from langgraph.graph import END, START, MessagesState, StateGraph
@@ -223,7 +224,7 @@ def test_langgraph_resume_with_a_finished_sibling_call(pay: Any, done: Effects, 
 
 
 def test_langgraph_tool_node(pay: Any, done: Effects, name: str) -> None:
-    """The model asks for the same twice in one turn, and once more in the next, each under a new call id."""
+    """The model makes the same call twice in one turn and once in the next, each time with a new call id."""
     from langchain_core.messages import AIMessage
     from langgraph.graph import END, START, MessagesState, StateGraph
     from langgraph.prebuilt import ToolNode
@@ -265,7 +266,7 @@ def test_openai_agents(make: Any, shop: Celery, done: Effects, name: str) -> Non
     from openai.types.responses import ResponseFunctionToolCall, ResponseOutputMessage, ResponseOutputText
 
     class Script(agents.Model):
-        """Says what it is told to say, and keeps what it gets to read."""
+        """A model that makes the given calls in order and keeps the tool results that it receives."""
 
         def __init__(self, *plans: dict[str, Any]) -> None:
             self.plans = list(plans)
@@ -338,7 +339,7 @@ def test_pydantic_ai(make: Any, shop: Celery, done: Effects, name: str) -> None:
 
 
 def airflow_pay(context: dict[str, Any], shop: Celery, customer: str, invoice: str, cents: int) -> Any:
-    """The recipe's body: keyed by dag, run, task and map index, which are the same in every try."""
+    """The task body of the recipe. Its key has dag, run, task and map index, which are the same in every try."""
     from celery_idem import submit
 
     ti = context["ti"]
@@ -351,7 +352,7 @@ def airflow_pay(context: dict[str, Any], shop: Celery, customer: str, invoice: s
 
 
 def test_airflow_recipe(shop: Celery, done: Effects, name: str) -> None:
-    """With Airflow's own names for what a task instance knows; Airflow itself is not needed."""
+    """A repeated try pays once. The test has a task instance with Airflow's attribute names and needs no Airflow."""
 
     class TaskInstance:
         def __init__(self, run: str, try_number: int, map_index: int = -1) -> None:

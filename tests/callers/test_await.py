@@ -1,4 +1,4 @@
-"""`asubmit` and `async_wait`, with a real worker: the same answers, and a loop that is never blocked."""
+"""`asubmit` and `async_wait` give the same receipts as `submit` and `wait` and never block the event loop."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.redis, pytest.mark.usefixtures("worker")]
 
-NEVER = 1000.0  # seconds, longer than any test runs: who waits so long for its next look has to be woken
+NEVER = 1000.0  # seconds: longer than any test, so that only a wake-up can end a wait
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_the_time_is_up(shop: Celery, folder: Path, name: str) -> None:
 def test_the_result_wakes_who_waits(
     redis: RedisServer, shop: Celery, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing else can, once it is subscribed: its next look is a quarter of an hour away."""
+    """A published result ends the wait. The next look is 1000 seconds away, so nothing else can end it."""
     monkeypatch.setattr(receipts, "LONGEST_LOOK", NEVER)
     monkeypatch.setattr(receipts, "LONGEST_LOOK_IF_WOKEN", NEVER)
     heard: list[float] = []
@@ -138,7 +138,7 @@ def test_the_result_wakes_who_waits(
         with contextlib.closing(redis_py.Redis.from_url(redis.url)) as client:
             before = len(heard)
             assert client.client_kill_filter(_type="pubsub")
-            await until(lambda: len(heard) > before)  # subscribed again
+            await until(lambda: len(heard) > before)  # it has subscribed again
         before = len(heard)
         gate.open()
         found = await waiting
@@ -149,7 +149,10 @@ def test_the_result_wakes_who_waits(
 
 
 def test_a_result_that_is_not_published_is_found(shop: Celery, redis: RedisServer, folder: Path) -> None:
-    """Of a task that keeps none, and in a result backend that cannot announce anything."""
+    """If no result is published, a wait finds the answer at its next look.
+
+    This happens if the task ignores its result or the result backend cannot publish.
+    """
     key = shop.tasks["shop.slow"].intent_key("a")
     ignoring = shops.make(redis.url, folder)
     ignoring.tasks["shop.slow"].ignore_result = True
@@ -171,7 +174,7 @@ def test_a_result_that_is_not_published_is_found(shop: Celery, redis: RedisServe
 
 
 class Ends:
-    """A source whose second look has the answer."""
+    """A source whose second look finds the final status."""
 
     def __init__(self, app: Celery) -> None:
         self.app, self.looks = app, 0
@@ -224,7 +227,7 @@ def test_a_cancelled_submit_is_whole_or_nothing(
             proxy.delay = 0.2
             begun = asyncio.ensure_future(pay.asubmit(name, "7", 1))
             waits = asyncio.ensure_future(pay.asubmit(f"{name}-none", "7", 1))
-            await until(lambda: pool._work_queue.qsize() == 1)  # the first one asks the store
+            await until(lambda: pool._work_queue.qsize() == 1)  # the first call is reading the store
             for task in (begun, waits):
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
@@ -245,7 +248,7 @@ def test_a_cancelled_submit_is_whole_or_nothing(
 
 @contextlib.contextmanager
 def store_behind(redis: RedisServer, folder: Path) -> Iterator[tuple[Celery, Proxy]]:
-    """The shop with its store behind a proxy. The worker has a way of its own to the same store."""
+    """The shop with its store behind a proxy. The worker reaches the same store directly."""
     proxy = Proxy(redis.port)
     try:
         yield shops.make(redis.url, folder, idem_store=f"redis://127.0.0.1:{proxy.port}/0"), proxy
@@ -254,7 +257,7 @@ def store_behind(redis: RedisServer, folder: Path) -> Iterator[tuple[Celery, Pro
 
 
 async def lag(what: Callable[[], Awaitable[object]]) -> float:
-    """Seconds that the loop was away at most, while something ran on it."""
+    """Return the longest time, in seconds, that the loop was blocked while ``what`` ran on it."""
     longest = 0.0
 
     async def tick() -> None:
@@ -267,7 +270,7 @@ async def lag(what: Callable[[], Awaitable[object]]) -> float:
     ticking = asyncio.ensure_future(tick())
     await asyncio.sleep(0)
     await what()
-    await asyncio.sleep(0.05)  # so that the tick that was held up is counted
+    await asyncio.sleep(0.05)  # so that a tick that was delayed is counted too
     ticking.cancel()
     return longest
 
@@ -275,7 +278,10 @@ async def lag(what: Callable[[], Awaitable[object]]) -> float:
 def test_a_slow_store_does_not_slow_the_loop(
     redis: RedisServer, folder: Path, done: Effects, name: str
 ) -> None:
-    """Every way in at once, with a store that takes a second for each answer; and the blocking one, which shows it."""
+    """A store that needs a second for each reply does not block the loop: by task, HTTP and MCP at the same time.
+
+    The blocking call does block it, which shows that the measurement works.
+    """
     with store_behind(redis, folder) as (app, proxy):
         pay = app.tasks["shop.pay"]
         http = httpx.AsyncClient(
@@ -308,9 +314,9 @@ def test_a_slow_store_does_not_slow_the_loop(
             pay.submit(**order("task"))
 
         async def check() -> None:
-            await all_ways("")  # connections, imports
+            await all_ways("")  # opens connections and imports modules
             proxy.delay = 1.0
-            for turn in range(5):  # a busy machine may pause for so long without a fault
+            for turn in range(5):  # on a busy machine the loop may pause for other reasons
                 if await lag(partial(all_ways, str(turn))) < 0.25:
                     break
             else:
@@ -338,7 +344,7 @@ def test_a_store_that_is_away_is_waited_for(redis: RedisServer, folder: Path, na
 
     found, answer = asyncio.run(wait())
     assert found.status in receipts.PENDING
-    assert answer.status == "executed"  # as Celery's result says
+    assert answer.status == "executed"  # from Celery's result
 
 
 def test_a_thousand_wait_in_few_threads_and_little_memory(redis: RedisServer, name: str) -> None:

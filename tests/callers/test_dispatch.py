@@ -1,7 +1,6 @@
-"""Everything Celery dispatches with: one test for each row of docs/reference/dispatch.md.
+"""All ways to dispatch a Celery task: one test for each row of docs/reference/dispatch.md.
 
-Each way is used several times for the same intent, and must give every caller the answer
-while the effect happens once.
+Each test sends the same intent several times. Every caller must receive the result, and the effect must happen once.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from tests.support.workers import ROOT
 
 pytestmark = [pytest.mark.redis, pytest.mark.usefixtures("worker")]
 
-WITHIN = 20.0  # seconds for an answer: a busy machine, and a duplicate's way back through the queue
+WITHIN = 20.0  # seconds to wait for a result: the machine may be busy, and duplicates go back to the queue
 
 
 def paid(cents: int) -> dict[str, Any]:
@@ -57,7 +56,7 @@ def test_apply_async(shop: Celery, done: Effects, name: str) -> None:
 
 
 def test_send_task(redis: RedisServer, shop: Celery, done: Effects, name: str) -> None:
-    """From an application that knows no task, and from one that does (Celery goes past the task class)."""
+    """`send_task` is guarded whether or not the sending application knows the task. It never uses the task class."""
     stranger = Celery("stranger", broker=redis.url, backend=redis.url, set_as_current=False)
     results = [app.send_task("shop.pay", (name, "7", 1)) for app in (stranger, shop, stranger)]
     results += [stranger.send_task("shop.pay", (), {"invoice": "7", "cents": 1, "customer": name})]
@@ -91,7 +90,7 @@ def test_group(shop: Celery, done: Effects, name: str) -> None:
 
 
 def test_chord(shop: Celery, done: Effects, name: str) -> None:
-    """Also with a duplicate inside one header: its replay counts as a part like any other."""
+    """A chord completes when its header has a duplicate: the replay counts as one of the header's results."""
     number, total = shop.tasks["shop.number"], shop.tasks["shop.total"]
     results = [
         chord([number.s(name, 1), number.s(name, 2), number.s(name, 2)])(total.s(name)) for _ in range(2)
@@ -101,7 +100,7 @@ def test_chord(shop: Celery, done: Effects, name: str) -> None:
 
 
 def test_link(shop: Celery, done: Effects, name: str) -> None:
-    """A replay is an ordinary success, so its links are published. They have their own guard."""
+    """A replay is a success, so Celery publishes its links again. The linked task has its own guard."""
     number, after = shop.tasks["shop.number"], shop.tasks["shop.after"]
     for _ in range(2):
         number.apply_async((name, 3), link=after.s(name)).get(WITHIN)
@@ -118,7 +117,7 @@ def test_replace_by_a_guarded_task(shop: Celery, done: Effects, name: str) -> No
 
 
 def test_replace_by_a_plain_task(shop: Celery, done: Effects, name: str) -> None:
-    """That message must not be published twice: duplicates get the result of the first."""
+    """The plain task is published once. Duplicates receive the result of the first."""
     hands_over = shop.tasks["shop.hands_over"]
     results = [hands_over.delay(name, "shop.plain") for _ in range(3)]
     assert [result.get(WITHIN) for result in results] == [f"plain {name}"] * 3
@@ -128,7 +127,7 @@ def test_replace_by_a_plain_task(shop: Celery, done: Effects, name: str) -> None
 
 
 def test_replace_keeps_scope_and_occurrence(shop: Celery, done: Effects, name: str) -> None:
-    """Else the second month's action would be taken for the first month's."""
+    """The replacement keeps the occurrence. Without it, the second month would replay the first month's result."""
     hands_over = shop.tasks["shop.hands_over"]
     for occurrence in ("2026-11", "2026-12", "2026-12"):
         assert hands_over.apply_async((name, "shop.number"), occurrence=occurrence).get(WITHIN) == 1
@@ -167,7 +166,7 @@ def test_eager_and_direct(shop: Celery, done: Effects, name: str) -> None:
 
 
 def test_retry_of_the_caller(shop: Celery, done: Effects, name: str) -> None:
-    """A client whose patience is shorter than the task, in a loop."""
+    """A client that times out and calls again in a loop receives the result of the one effect."""
     pay = shop.tasks["shop.pay"]
     for _ in range(10):
         try:
@@ -221,7 +220,10 @@ print([result.get(20) for result in sent])
 
 
 def test_django_on_commit(redis: RedisServer, done: Effects, name: str) -> None:
-    """In a process of its own: Django's settings are one per process."""
+    """Calls on commit are published after the commit and not after a rollback.
+
+    This runs in a separate process because Django's settings can be set once per process.
+    """
     words = [sys.executable, "-c", DJANGO, redis.url, name]
     ran = subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert ran.returncode == 0, ran.stderr
@@ -233,7 +235,7 @@ def test_django_on_commit(redis: RedisServer, done: Effects, name: str) -> None:
 
 
 def test_two_beats(shop_env: dict[str, str], done: Effects, tmp_path: Path, name: str) -> None:
-    """Both fire every tick; every tick happens once."""
+    """Two beats send every tick, and each tick has one effect."""
     env = {**os.environ, **shop_env, "CALLERS_TICKER": name, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-m", "celery", "-A", "tests.callers.beat_app:app", "beat", "--loglevel", "INFO"]
     words += ["--scheduler", "celery_idem.adapters.beat:Scheduler", "--pidfile", ""]
@@ -252,8 +254,8 @@ def test_two_beats(shop_env: dict[str, str], done: Effects, tmp_path: Path, name
     passed = (datetime.now(timezone.utc) - started).total_seconds()
     ticks = wait_for(lambda: max(done.count(f"number-{name}-1") - 3, 0)) + 3
     assert 4 <= ticks <= passed + 1, (fired, passed)
-    assert ticks < sum(fired) / 2, "the two beats did not collapse"  # two entries each, seen by two beats
-    assert done.count(f"number-{name}-2") == 1  # its own occurrence stays
+    assert ticks < sum(fired) / 2, "calls of both beats had effects"  # half of the calls are of this entry
+    assert done.count(f"number-{name}-2") == 1  # an occurrence in the entry's options is kept
     assert wait_for(lambda: done.count(f"pay-{name}-7") >= ticks - 1)
     assert done.count(f"pay-{name}-7") <= passed + 1
 
@@ -261,7 +263,7 @@ def test_two_beats(shop_env: dict[str, str], done: Effects, tmp_path: Path, name
 def test_two_beats_on_one_database(
     shop: Celery, shop_env: dict[str, str], done: Effects, tmp_path: Path, name: str
 ) -> None:
-    """django-celery-beat with the mix-in: a tick that both fire happens once, another tick once more."""
+    """With django-celery-beat and the mix-in, a tick that both beats send has one effect. The next tick has another."""
     now = datetime.now(timezone.utc)
     env = {
         **os.environ,
@@ -294,7 +296,7 @@ def tick(plan: Any, last: datetime, now: datetime) -> datetime:
 
 
 def at(text: str) -> datetime:
-    # Python 3.10's fromisoformat wants three or six decimals.
+    # datetime.fromisoformat of Python 3.10 accepts only three or six decimals.
     when = datetime.strptime(f"2026-11-24 {text}{'' if '.' in text else '.0'}", "%Y-%m-%d %H:%M:%S.%f")  # noqa: DTZ007
     return when.replace(tzinfo=timezone.utc)
 
@@ -305,7 +307,7 @@ def at(text: str) -> datetime:
         (10, "10:00:03.2", "10:00:10.001", "10:00:10"),
         (10, "10:00:09.999", "10:00:10.4", "10:00:10"),  # another beat, another phase: the same tick
         (10, "10:00:10.001", "10:00:20.002", "10:00:20"),
-        (10, "10:00:10.001", "10:07:00", "10:00:20"),  # it was down: what it missed first
+        (10, "10:00:10.001", "10:07:00", "10:00:20"),  # after downtime: the first tick that it missed
         (0.5, "10:00:00.1", "10:00:00.6", "10:00:00.5"),
         (crontab(), "10:00:00.3", "10:01:00.2", "10:01:00"),
         (crontab(), "10:00:59.9", "10:01:04", "10:01:00"),
@@ -317,7 +319,7 @@ def test_the_tick_is_the_first_one_due(plan: Any, last: str, now: str, due: str)
 
 
 def test_no_tick_is_skipped_or_repeated() -> None:
-    """A beat that is always a little late, and sometimes by more than an interval."""
+    """A beat that runs late sends no tick twice, even if it is late by more than an interval."""
     plan = aligned(10)
     now = at("10:00:03")
     ticks = []
@@ -334,7 +336,7 @@ def test_no_tick_is_skipped_or_repeated() -> None:
 
 
 def test_an_entry_keeps_what_it_is(tmp_path: Path) -> None:
-    """The stamp is not for the next tick, and crontabs are left alone."""
+    """The occurrence of one tick is not kept in the entry, and crontab schedules are not changed."""
     app = Celery("ticks", set_as_current=False)
     app.conf.beat_schedule_filename = str(tmp_path / "schedule")
     app.conf.beat_schedule = {
@@ -354,7 +356,7 @@ def test_an_entry_keeps_what_it_is(tmp_path: Path) -> None:
     assert following.total_run_count == 1
     assert "idem-occurrence" not in following.options["headers"]
     scheduler.close()
-    again = Scheduler(app=app, schedule_filename=str(tmp_path / "schedule"))  # from the file
+    again = Scheduler(app=app, schedule_filename=str(tmp_path / "schedule"))  # reads the file
     assert again.schedule["a"].total_run_count == 1
     assert isinstance(again.schedule["a"].schedule, aligned)
     assert isinstance(again.schedule["a"], ScheduleEntry)

@@ -1,6 +1,7 @@
-"""Ten retries from four processes at once, reworded, reordered, defaulted: one effect, ten right answers.
+"""Ten calls of one action from four processes have one effect, and all ten receive its result.
 
-Once for each door.
+The calls differ in their free text, the order of their arguments and the use of defaults. The test runs once for
+each way to call a task (a "door").
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Knocker:
         self._orders.flush()
 
     def hear(self, timeout: float = 90.0) -> list[Any]:
-        """The answers to its order. All processes are killed when they do not come in time."""
+        """Return the results of the order. Kill all processes if they do not come in time."""
         timer = threading.Timer(timeout, os.killpg, (self._family.pid, signal.SIGKILL))
         timer.start()
         try:
@@ -60,7 +61,7 @@ class Knocker:
 
 @contextlib.contextmanager
 def knocking(env: dict[str, str], http_url: str, mcp_url: str, folder: Path) -> Iterator[list[Knocker]]:
-    """Four processes of callers of one shop, forks of one that has imported what they need."""
+    """Start four caller processes. They are forks of one process, so the imports are done once."""
     env = {**os.environ, **env, "CALLERS_HTTP": http_url, "CALLERS_MCP": mcp_url}
     pipes = [(os.pipe(), os.pipe()) for _ in range(PROCESSES)]  # for orders and for answers
     theirs = [(orders[0], answers[1]) for orders, answers in pipes]
@@ -92,7 +93,7 @@ def knockers(shop_env: dict[str, str], http_url: str, mcp_url: str, folder: Path
 
 
 def reworded(values: dict[str, Any], random_: random.Random) -> dict[str, Any]:
-    """One way to say the same: some by position, the rest by name in any order, the default said or not."""
+    """Return the same action in another form: arguments by position or by name, with or without the default."""
     values = {**values, "currency": "EUR", "note": f"in other words, {random_.random()}"}
     positional = random_.randint(0, 3)
     names = [*NAMES[positional:]]
@@ -103,7 +104,10 @@ def reworded(values: dict[str, Any], random_: random.Random) -> dict[str, Any]:
 
 
 def knock(knockers: list[Knocker], folder: Path, name: str, door: str) -> list[Any]:
-    """Ten calls of one action at once, and their answers. Frameworks take long to import: one process does."""
+    """Make ten calls of one action at once and return their results.
+
+    Agent frameworks take seconds to import, so one process makes all of their calls.
+    """
     if door in FRAMEWORKS:
         knockers = knockers[:1]
     random_ = random.Random(door)

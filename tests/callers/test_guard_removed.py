@@ -1,6 +1,6 @@
-"""Checks that pass without the guard would prove nothing: here the worker has none, and they must fail.
+"""The tests of this folder fail if the guard is removed. A test that passes without the guard proves nothing.
 
-The callers' side is whole: what notices is the count at the destination.
+The worker runs every body and ``submit`` treats every call as new. The count of effects must show it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RESUMED: list[Callable[[Any, Effects, str], None]] = [
 
 @dataclass
 class Unguarded:
-    """A shop beside the others' one, in a database of its own."""
+    """A second shop, in another Redis database."""
 
     pay: Any
     done: Effects
@@ -55,14 +55,14 @@ def unguarded(redis: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> I
         ends.callback(worker.kill)
         http_url = ends.enter_context(served("tests.callers.http_app:app", env, folder))
         mcp_url = ends.enter_context(served("tests.callers.mcp_app:app", env, folder))
-        # No record tells a caller of its outcome: to wait long for one would prove nothing.
+        # Callers without a record never receive their result, so they wait only briefly.
         brief = {**env, "CALLERS_WITHIN": "3"}
         knockers = ends.enter_context(test_doors.knocking(brief, http_url, f"{mcp_url}/mcp", folder))
         pay = function(shop.make(url, folder), "shop.pay", wait=3)
         yield Unguarded(pay, Effects(folder / "effects.jsonl"), knockers)
 
 
-# One framework: all of them call the same function, and each takes seconds to import.
+# One framework is enough: all call the same function, and each takes seconds to import.
 @pytest.mark.parametrize("door", [door for door in DOORS if door not in FRAMEWORKS[1:]])
 def test_without_the_claim_the_check_of_this_door_fails(
     unguarded: Unguarded, tmp_path: Path, name: str, door: str
@@ -71,8 +71,8 @@ def test_without_the_claim_the_check_of_this_door_fails(
         test_doors.test_ten_retries_from_four_processes(
             unguarded.knockers, unguarded.done, tmp_path, name, door
         )
-    # The check may have failed on an answer, before a second message ran. The HTTP door sends none beside one that
-    # still waits for a worker: there it takes another call.
+    # The test may have failed on a result before a second message ran. The HTTP adapter publishes no second message
+    # while the first waits for a worker. So the calls are repeated until the effect happens twice.
     wait_for(
         lambda: unguarded.count(name) > 1 or not test_doors.knock(unguarded.knockers, tmp_path, name, door),
         message="something to happen twice",
@@ -86,7 +86,7 @@ def test_without_the_claim_resuming_pays_twice(
     test: Callable[[Any, Effects, str], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Else what the first call had accepted would stop the second.
+    # Otherwise the record that the first call accepted would stop the second call.
     monkeypatch.setattr(Ledger, "accept", forgetful.accept)
     with pytest.raises(AssertionError):
         test(unguarded.pay, unguarded.done, name)

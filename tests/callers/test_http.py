@@ -1,4 +1,4 @@
-"""The HTTP door behind a real server: the draft's rules, closed doors, bounds, and a fuzzer."""
+"""The HTTP adapter on a real server: the rules of the IETF draft, refused requests, limits, and a fuzzer."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_two_keys(client: httpx.Client, name: str) -> None:
 
 
 def test_a_body_without_an_end(http_url: str) -> None:
-    """Chunked, so that no Content-Length gives it away."""
+    """A body above the limit is refused, also if it is chunked and has no Content-Length."""
 
     def chunks() -> Iterator[bytes]:
         for _ in range(1000):
@@ -198,7 +198,7 @@ def test_a_body_without_an_end(http_url: str) -> None:
         answer = httpx.post(
             f"{http_url}/actions/tasks/shop.pay", content=chunks(), headers=headers, timeout=20
         )
-    except httpx.WriteError:  # it hung up while we were still talking
+    except httpx.WriteError:  # the server closed the connection before the whole body was sent
         return
     assert answer.status_code == 413
 
@@ -228,7 +228,7 @@ def test_document(client: httpx.Client) -> None:
 
 
 def test_servers_away(redis: RedisServer, folder: Path, name: str) -> None:
-    """The broker: accepted all the same. The store: nothing was done, call again."""
+    """Without the broker a call is accepted. Without the store it is refused, and calling again is safe."""
     from starlette.testclient import TestClient
 
     away = f"redis://127.0.0.1:{free_port()}/0"
@@ -283,14 +283,14 @@ def test_fuzzed_against_its_own_document(http_url: str, tmp_path: Path, done: Ef
         f"{http_url}/actions/openapi.json",
         "--header=Authorization: Bearer secret-a",
         "--header=Prefer: wait=0",
-        "--include-path-regex=pay|intents",  # the others fail, or never end, on purpose
+        "--include-path-regex=pay|intents",  # the other tasks fail or wait on purpose
         "--max-examples=15",
         "--phases=examples,coverage,fuzzing",
         "--seed=7",
         "--generation-database=none",
         "--no-color",
     ]
-    # Valid data may be known already with other arguments; everything else it checks stays as it is.
+    # Valid data may conflict with an earlier call. All other checks stay as they are.
     (tmp_path / "schemathesis.toml").write_text(
         '[checks]\npositive_data_acceptance.expected-statuses = ["2xx", 404, 409, 422]\n'
     )
@@ -300,5 +300,5 @@ def test_fuzzed_against_its_own_document(http_url: str, tmp_path: Path, done: Ef
 
 
 def test_worker_is_there(worker: CeleryWorker) -> None:
-    """What was fuzzed did not end the worker."""
+    """The worker is alive after the requests of the fuzzer."""
     assert worker.alive

@@ -1,4 +1,4 @@
-"""``submit_many``: as ``submit`` of each, whatever is wrong with some of them."""
+"""``submit_many`` returns what ``submit`` of each call would return, also if some of the calls are wrong."""
 
 from __future__ import annotations
 

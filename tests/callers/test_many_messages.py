@@ -1,4 +1,4 @@
-"""``submit_many``: its messages are those of ``submit``, and a broker that breaks loses none of them."""
+"""``submit_many`` publishes the same messages as ``submit`` and loses none of them if the broker fails."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def app(redis_server: RedisServer) -> Iterator[Celery]:
 
 
 def empty(app: Celery) -> None:
-    """Nothing is accepted or queued, and one queue is bound to an exchange of its own."""
+    """Delete all records and messages, and bind one queue to a separate exchange."""
     redis.Redis.from_url(app.conf.broker_url).flushdb()
     with app.connection_for_write() as connection:
         Queue("many-bound", Exchange("many-exchange"), "many-key").bind(connection.default_channel).declare()
 
 
 def taken(app: Celery) -> list[Any]:
-    """Take what is in the queues, oldest first: whole messages, with the body as it is."""
+    """Take the messages from the queues, oldest first, with their bodies still encoded."""
     client = redis.Redis.from_url(app.conf.broker_url)
     found = []
     for queue in sorted(client.keys(QUEUE + "*")):
@@ -69,7 +69,7 @@ def taken(app: Celery) -> list[Any]:
 
 
 def without_ids(message: Any) -> Any:
-    """Leave out of a message what belongs to its own delivery or moment; the task id becomes a word."""
+    """Return the message as text, without its task id, delivery tag and times."""
     queue, message = message
     task_id, times = message["headers"]["id"], ("eta", "expires", "idem-published", "idem-accepted")
     headers = {name: bool(value) if name in times else value for name, value in message["headers"].items()}
@@ -177,7 +177,7 @@ def test_confirmations_of_many_are_awaited_together(
     monkeypatch.setattr(amqp.Channel, "basic_publish_confirm", counted)
     queue, full = f"many-{uuid.uuid4().hex}", {"x-max-length": 350, "x-overflow": "reject-publish"}
     app.conf.update(
-        # Another name of the same host: a pooled channel of an earlier test would have the real method.
+        # Another name of the same host, so that kombu opens a new channel. A pooled one has the real method.
         broker_url=rabbitmq.url.replace("127.0.0.1", "localhost"),
         broker_transport_options={"confirm_publish": True},
         task_queues=[Queue(queue, queue_arguments=full)],
@@ -190,7 +190,7 @@ def test_confirmations_of_many_are_awaited_together(
 
     told = {receipt.code for receipt in pay.submit_many([(str(n),) for n in range(250)], queue=queue)}
     assert (told, queued(), len(awaited)) == ({""}, 250, 3)
-    # The broker refuses what the queue has no room for: it is unknown which of that hundred it took.
+    # The queue has no room for all of them, and the broker does not say which of that hundred it refused.
     told = {receipt.code for receipt in pay.submit_many([(f"{n} more",) for n in range(150)], queue=queue)}
     assert (told, queued()) == ({"", "not_sent"}, 350)
     receipts = pay.submit_many([("the last",)], queue=queue)

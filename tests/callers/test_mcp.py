@@ -1,4 +1,4 @@
-"""The MCP door, spoken to by the SDK's own client over stdio and over HTTP, with a real worker behind it."""
+"""The MCP adapter with the SDK's client over stdio and HTTP, and a real worker."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def over_stdio(env: dict[str, str], scope: str = "desk") -> Client:
 
 @pytest.fixture(params=["stdio", "http"])
 def connect(request: pytest.FixtureRequest) -> Callable[[Session], None]:
-    """`connect(session)`: run it with a client that is connected over this transport."""
+    """Return a function that runs a session with a client connected over this transport."""
 
     def run(session: Session) -> None:
         async def main() -> None:
@@ -72,7 +72,7 @@ async def call(
     return told
 
 
-@pytest.mark.parametrize("connect", ["http"], indirect=True)  # a process less
+@pytest.mark.parametrize("connect", ["http"], indirect=True)  # one transport is enough
 def test_a_tool_tells_what_it_is(connect: Callable[[Session], None]) -> None:
     async def session(client: Client) -> None:
         tools = {tool.name: tool for tool in (await client.list_tools()).tools}
@@ -125,7 +125,7 @@ def test_a_client_that_times_out(
     assert done.count(f"slow-{name}") == 1
 
 
-@pytest.mark.parametrize("connect", ["http"], indirect=True)  # a process less
+@pytest.mark.parametrize("connect", ["http"], indirect=True)  # one transport is enough
 def test_what_went_wrong_is_an_answer(connect: Callable[[Session], None], done: Effects, name: str) -> None:
     async def session(client: Client) -> None:
         for how, status, words in [
@@ -158,7 +158,7 @@ def test_the_host_may_bring_the_key(connect: Callable[[Session], None], done: Ef
     assert done.count(f"pay-{name}-7") == 2
 
 
-@pytest.mark.parametrize("connect", ["http"], indirect=True)  # a process less
+@pytest.mark.parametrize("connect", ["http"], indirect=True)  # one transport is enough
 def test_mistakes_are_told(connect: Callable[[Session], None], name: str) -> None:
     async def session(client: Client) -> None:
         for arguments, words in [
@@ -184,7 +184,7 @@ def test_mistakes_are_told(connect: Callable[[Session], None], name: str) -> Non
 def test_in_progress_names_the_key(
     shop_env: dict[str, str], shop: Celery, folder: Path, done: Effects, name: str
 ) -> None:
-    """In this process, so that the wait is ours to choose."""
+    """An unfinished call names the key to look up. The server runs in this process, so that its wait is short."""
 
     async def session() -> None:
         async with Client(server(shop, ["shop.slow"], wait=0.2)) as client:
@@ -203,7 +203,7 @@ def test_in_progress_names_the_key(
 
 
 def test_the_scope_is_the_host(mcp_url: str, shop_env: dict[str, str], done: Effects, name: str) -> None:
-    """Two users of one host, another host, and a desk: four scopes; the same user twice: one."""
+    """Each user of a host, a host without users, and a stdio server have separate scopes: four in this test."""
 
     async def pay(client: Client, **more: Any) -> str:
         return str((await call(client, "shop_pay", customer=name, invoice="7", cents=1, **more))["status"])

@@ -1,4 +1,4 @@
-"""Producers in other languages: their messages, and a real worker."""
+"""Producers in other languages publish messages that a real worker guards."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from tests.support.servers import RedisServer
 
 pytestmark = [pytest.mark.redis, pytest.mark.usefixtures("worker")]
 
-WITHIN = 20.0  # seconds for an answer: a busy machine, and a duplicate's way back through the queue
+WITHIN = 20.0  # seconds to wait for a result: the machine may be busy, and duplicates go back to the queue
 
 
 def test_a_call_from_every_language_has_one_effect(
     redis: RedisServer, shop: Celery, done: Effects, name: str
 ) -> None:
-    """With the key that the producer derived, and without one. Each producer then reads how the action ended."""
+    """Calls from all languages have one effect, with the key that the producer derived or without a key.
+
+    Each producer can then read the record.
+    """
     pay = shop.tasks["shop.pay"]
-    customer = f"gro\u0308ße-{name}"  # in another normal form than Python's caller has it
+    customer = f"gro\u0308ße-{name}"  # NFD; the Python caller below uses NFC
     bare = {"task": "shop.pay", "args": [customer], "kwargs": {"invoice": "7", "cents": 2**60}}
     full = {
         **bare,

@@ -1,4 +1,7 @@
-"""Repeats of something that is queued and that no worker has claimed yet: one message, whatever the caller does."""
+"""Repeated calls of an action that is queued and not yet claimed publish one message.
+
+Recovery publishes the accepted calls that the broker did not take.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,7 @@ def test_what_was_claimed_since_may_be_published_again(app: Celery) -> None:
     ledger = Ledger.from_app(app)
     entry = ledger.get(task.intent_key("1"))
     assert entry is not None
-    # A record of which nothing happened: the caller is told to call again, and then it is published.
+    # A released record: the effect did not happen, so the next call is published.
     from tests.operators.intents import claimed
 
     key = task.intent_key("2")
@@ -100,7 +103,7 @@ def test_two_publishers_are_one_message(app: Celery) -> None:
     assert task.s("1").apply_async().id == first.id
     assert messages(app) == 1
     assert task.submit("1").task_id == first.id
-    # What the record cannot answer for this id, or something waits for by its own, is a message.
+    # Each of these is published: its arguments differ, or something waits for this call's own task id.
     others = [
         task.delay("1", cents=2),
         task.apply_async(("1",), task_id="mine"),
@@ -158,7 +161,7 @@ def test_a_call_of_which_no_message_can_be_made_holds_up_no_other(
     found = {each.entry.key: each.published for each in recover(app)}
     assert found == {task.intent_key(n): n == "good" for n in ("bad", "refused", "good")}
     assert messages(app) == 1
-    assert not list(recover(app))  # the others wait for their next turn
+    assert not list(recover(app))  # the others wait for their back-off
 
 
 class Tenant(enum.Enum):
@@ -187,7 +190,7 @@ def broker_away(app: Celery) -> Iterator[None]:
 
 
 def taken(app: Celery) -> list[Any]:
-    """The headers and the body of each message in the queue."""
+    """Take all messages from the queue and return the headers and body of each."""
     found = []
     with (
         app.connection_for_read() as connection,
@@ -218,7 +221,7 @@ def test_a_call_that_was_made_without_a_scope_is_accepted_without_one(
 ) -> None:
     app.conf.update(idem_scope=f"{__name__}:current_tenant", idem_accept_on_publish=True)
     monkeypatch.setitem(globals(), "tenant", "of the process that publishes it")
-    app.tasks["shop.pay"].apply_async(("1",), headers={MESSAGE: ""})  # as of a signature in a message
+    app.tasks["shop.pay"].apply_async(("1",), headers={MESSAGE: ""})  # as for a signature inside a message
     ((headers, _),) = taken(app)
     assert [entry.key for entry in Ledger.from_app(app).list()] == [headers[KEY]]
     assert SCOPE not in headers
@@ -229,7 +232,7 @@ def test_recovery_publishes_to_the_queue_that_its_producer_chose(app: Celery) ->
     queue = app.conf.task_routes["shop.*"]
     with broker_away(app):
         assert app.tasks["shop.pay"].submit("1").status == "accepted"
-    app.conf.task_routes = None  # of a worker, which takes its queues from the command line
+    app.conf.task_routes = None  # as in a worker that gets its queues from the command line
     del app.amqp.router
     assert [one.published for one in recover(app)] == [True]
     assert messages(app) == 0
@@ -270,7 +273,7 @@ def test_an_accepted_call_expires_when_its_caller_said(app: Celery) -> None:
     task = app.tasks["shop.pay"]
     with broker_away(app):
         late, soon = task.submit("1", expires=60), task.submit("2", expires=0.2)
-        task.expires = 0.2  # the task's own
+        task.expires = 0.2  # the default of the task
         own = task.submit("3")
     time.sleep(0.3)
     assert {one.entry.key: one.published for one in recover(app)} == {

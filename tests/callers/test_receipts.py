@@ -1,4 +1,4 @@
-"""`submit` and its receipt: every status, seen through a real worker."""
+"""`submit` and its receipt: every status, with a real worker."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_scope_occurrence_and_own_keys_are_other_intents(
     assert {receipt.wait(20).status for receipt in receipts} == {"executed"}
     assert {pay.submit(name, "7", 1, **call).status for call in calls} == {"replayed"}
     assert done.count(f"pay-{name}-7") == 4
-    # With the caller's own key every argument must match, the free text too.
+    # With the caller's own key every argument must match, also a free parameter.
     other = pay.submit(name, "7", 1, note="reworded", idempotency_key=f"mine-{name}")
     assert (other.status, other.differs) == ("conflict", ("note",))
 
@@ -116,7 +116,7 @@ def test_failed_is_final_and_known(shop: Celery, worker: CeleryWorker, done: Eff
 
 def test_nothing_was_done(shop: Celery, worker: CeleryWorker, done: Effects, name: str) -> None:
     fails = shop.tasks["shop.fails"]
-    for count in (1, 2):  # it may be tried again, and then it is
+    for count in (1, 2):  # calling again runs the body again
         answer = fails.submit(name, how="brief").wait(20)
         assert (answer.status, answer.reason, answer.final) == ("not_run", "Brief: brief", False)
         assert answer.next == "Nothing was done. Safe to call again unchanged."
@@ -218,7 +218,7 @@ def test_an_unpickled_receipt_says_that_it_cannot_wait(
     assert found.wait(20).result == f"slow {name}"
     again = pickle.loads(pickle.dumps(found))  # noqa: S301  # ours
     assert again == found
-    assert again.wait() is again  # nothing to look for
+    assert again.wait() is again  # the status is final
 
 
 # --- options ---------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def test_a_misspelt_option_is_refused_before_it_makes_another_action(shop: Celer
 
 
 def calls_of(client: Any) -> dict[str, int]:
-    """Commands by name as the server counted them; those inside a script count as well."""
+    """Return the server's count of each command. Commands inside a script are counted too."""
     stats = client.info("commandstats")
     return {name.removeprefix("cmdstat_"): entry["calls"] for name, entry in stats.items()}
 
@@ -298,7 +298,10 @@ def calls_of(client: Any) -> dict[str, int]:
 def test_a_duplicate_costs_one_store_command_and_no_message(
     start_redis: Callable[..., RedisServer], start_worker: Callable[..., CeleryWorker], tmp_path: Path
 ) -> None:
-    """Broker, results and store on three servers, which count for themselves."""
+    """A duplicate costs one script call in the store, and no command to the broker or the result backend.
+
+    Broker, results and store are three servers, so that each has its own counts.
+    """
     broker, results, store = (start_redis() for _ in range(3))
     app = shops.make(broker.url, tmp_path, result_backend=results.url, idem_store=store.url)
     env = {"CALLERS_URL": broker.url, "CALLERS_FOLDER": str(tmp_path)}
@@ -306,7 +309,7 @@ def test_a_duplicate_costs_one_store_command_and_no_message(
     worker = start_worker("tests.callers.apart:app", env=env)
     pay = app.tasks["shop.pay"]
     assert pay.submit("acme", "7", 1).wait(20).status == "executed"
-    worker.stop()  # its own heartbeats and polls would count too
+    worker.stop()  # its heartbeats and polls would be counted too
     clients = [redis_py.Redis.from_url(server.url) for server in (broker, results, store)]
     before = [calls_of(client) for client in clients]
     assert pay.submit("acme", "7", 1, note="reworded").status == "replayed"
@@ -321,7 +324,7 @@ def test_a_duplicate_costs_one_store_command_and_no_message(
     ]
     assert grown[0] == {}
     assert grown[1] == {}
-    # One script each, which would have accepted it.
+    # Each duplicate runs one script: the one that accepts a new call.
     assert grown[2] == {"evalsha": 2, "get": 2, "set": 2, "time": 2}
     for client in clients:
         client.close()
@@ -337,11 +340,11 @@ def test_a_store_that_is_down_accepts_nothing(
     app = shops.make(redis.url, folder, idem_store=away)
     receipt = app.tasks["shop.pay"].submit(name, "7", 1)
     assert (receipt.status, receipt.code, receipt.task_id) == ("not_run", "store_error", "")
-    # The author's explicit way to fail open: it is published, and the worker guards.
+    # With on_store_error "run" the message is published without a record, and the worker guards it.
     app = shops.make(redis.url, folder, idem_store=away, idem_on_store_error="run")
     receipt = app.tasks["shop.pay"].submit(name, "7", 1)
     assert receipt.status == "accepted"
-    # Its own store does not answer, so Celery's result tells.
+    # The receipt's store does not answer, so its status comes from Celery's result.
     assert (receipt.wait(20).status, receipt.wait(20).result) == ("executed", {"paid": 1, "invoice": "7"})
     assert done.count(f"pay-{name}-7") == 1
     app = shops.make(redis.url, folder, idem_store=away, idem_on_store_error="raise")
@@ -357,7 +360,7 @@ def test_what_the_broker_does_not_take_is_accepted_all_the_same(
     receipt = app.tasks["shop.pay"].submit(name, "7", 1)
     assert (receipt.status, receipt.code) == ("accepted", "not_sent")
     assert app.tasks["shop.pay"].submit(name, "7", 1).status == "in_progress"
-    # A worker whose broker is there publishes it from the record.
+    # The worker reaches its broker and publishes the call from the record.
     assert receipt.wait(30).result == {"paid": 1, "invoice": "7"}
     assert done.count(f"pay-{name}-7") == 1
 
@@ -398,7 +401,7 @@ def test_by_name_without_any_task(redis: RedisServer, worker: CeleryWorker, done
 
     other = submit(app, "shop.pay", (name, "7", 2), occurrence="x").wait(20)
     assert (other.status, other.differs) == ("conflict", ("cents",))
-    assert other.key.startswith("shop.pay:")  # what the worker said about it
+    assert other.key.startswith("shop.pay:")  # the worker returned it
     doubtful = submit(app, "shop.fails", (name, "doubt")).wait(20)
     assert doubtful.status == "in_doubt"
     assert submit(app, "shop.fails", (f"{name}-2",)).wait(20).status == "failed"
@@ -407,7 +410,7 @@ def test_by_name_without_any_task(redis: RedisServer, worker: CeleryWorker, done
 def test_by_name_a_failure_may_not_be_final(
     redis: RedisServer, worker: CeleryWorker, done: Effects, name: str
 ) -> None:
-    """Without a record Celery's result looks the same, whether the body is tried again or not."""
+    """A failure that is known only from Celery's result is not final: a new call may run the body again."""
     app = Celery("orchestrator", broker=redis.url, backend=redis.url, set_as_current=False)
     for how, count in (("brief", 2), ("error", 1)):
         for _ in range(2):
@@ -418,7 +421,10 @@ def test_by_name_a_failure_may_not_be_final(
 
 
 def test_celerys_own_failure_is_not_final(shop: Celery, done: Effects, name: str) -> None:
-    """As when its connection to the result backend breaks before the task begins: no record was made."""
+    """A failure that Celery stored before the task began is not final, because there is no record.
+
+    Celery does this, for example, if its connection to the result backend breaks.
+    """
     receipt = submit(shop, "shop.pay", (name, "7", 1), queue="nobody")
     shop.backend.mark_as_failure(receipt.task_id, ConnectionError("Connection reset by peer"))
     answer = receipt.wait(20)

@@ -1,4 +1,4 @@
-"""A task that has another name in the next release: callers of both releases mean the same actions."""
+"""A task that is renamed in a release: calls from both releases have the same idempotency keys."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_first_name_is_the_one_in_keys() -> None:
     app = a_task("shop.c", aliases=("shop.a", "shop.b"))
     assert app.tasks["shop.c"] is app.tasks["shop.a"] is app.tasks["shop.b"]
     assert [name for name in app.tasks if name.startswith("shop.")][-1] == "shop.c", (
-        "what a worker's log shows"
+        "a worker's log shows the last name"
     )
     assert app.tasks["shop.b"].intent_key(1).startswith("shop.a:")
     seen = doctor.gather(app)
@@ -71,7 +71,7 @@ def test_the_first_name_is_the_one_in_keys() -> None:
     assert declared.of_tasks(Operator(app).tasks())["shop.a"]["name"] == "shop.c"
     (counter,) = prometheus.Events(app).collect()
     counted = {sample.labels["task"] for sample in counter.samples}
-    assert counted & {"shop.a", "shop.b", "shop.c"} == {"shop.a"}, "events have that name"
+    assert counted & {"shop.a", "shop.b", "shop.c"} == {"shop.a"}, "events use the first name"
 
 
 @pytest.mark.parametrize("aliases", [("",), {"shop.a": 1}, 7])
@@ -81,7 +81,7 @@ def test_what_is_no_name_is_refused(aliases: object) -> None:
 
 
 def test_a_name_for_the_next_release() -> None:
-    """While workers of both releases run, each knows both names, and the key is the same."""
+    """Workers of both releases know both names, and the key is the same."""
     apps = a_task("shop.a", aliases=("shop.a", "shop.b")), a_task("shop.b", aliases=("shop.a",))
     for app in apps:
         assert app.tasks["shop.a"] is app.tasks["shop.b"]

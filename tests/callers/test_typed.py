@@ -1,4 +1,4 @@
-"""The typed decorator when the program runs; what a type checker sees is in tests/typing."""
+"""The typed decorator at run time. Tests of what a type checker sees are in tests/typing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker's process that runs one task and exits; for tests that kill it somewhere on the way."""
+"""A process that runs one task as a worker does and exits. The tests kill it before it has finished."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from celery_idem.integration import answers
 
 
 def shop(url: str, effects: str) -> Any:
-    """The task, in an application that needs no broker."""
+    """Return the task of an application that needs no broker."""
     app = Celery("crash", broker="memory://", backend=url, set_as_current=False)
 
     @app.task(base=IdempotentTask, name="shop.pay", shared=False, intent=("order",))
@@ -26,7 +26,7 @@ def shop(url: str, effects: str) -> Any:
 
 
 def run(url: str, effects: str, order: str, apart: bool) -> None:
-    """As a pool's process runs a message that was acknowledged early.
+    """Run the task as a pool process runs a message that was acknowledged early.
 
     Args:
         apart: Celery writes the result itself, after the outcome.

@@ -1,6 +1,6 @@
-"""The application of this folder's tests: the same for the worker (from its environment) and for the test.
+"""The application of this folder's tests. The worker makes it from its environment, the test from its fixtures.
 
-Every task counts what it does in an effects ledger, under the name it was called with.
+Every task records its effects under its ``name`` argument.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ENV = "CELERY_TESTS"
 
 
 class Declined(Exception):
-    """The destination said no: an outcome like any other."""
+    """The destination refused. This is an outcome and is replayed."""
 
     def __init__(self, reason: str, cents: int = 0) -> None:
         super().__init__(reason, cents)
@@ -34,7 +34,7 @@ class Declined(Exception):
 
 
 class Busy(Exception):
-    """Worth another try."""
+    """An error that Celery retries automatically."""
 
 
 class Order(pydantic.BaseModel):
@@ -116,7 +116,7 @@ def add_tasks(app: Celery, effects: Effects, folder: Path) -> None:
     @task("longer_than_its_lease", lease=1.5)
     def longer_than_its_lease(name: str) -> str:
         effects.add(name)
-        time.sleep(3.2)  # two leases: this is the work
+        time.sleep(3.2)  # more than two leases
         return "done"
 
     @task("refuses_to_wait", on_duplicate="raise")
@@ -256,7 +256,7 @@ def add_tasks(app: Celery, effects: Effects, folder: Path) -> None:
         if not self.request.retries:
             self.retry(countdown=0, throw=False)
             Gate(folder / f"gate-{name}").wait(60)
-            time.sleep(0.5)  # until the retry has met this body: that is what the task is for
+            time.sleep(0.5)  # so that the retry is delivered while this body still runs
         return "done"
 
     @task("instant", bind=True, on_duplicate="raise")
@@ -265,7 +265,7 @@ def add_tasks(app: Celery, effects: Effects, folder: Path) -> None:
             try:
                 raise self.retry(countdown=0)
             finally:
-                time.sleep(0.002)  # what a body still has to close: about what the retry takes to come
+                time.sleep(0.002)  # about the time until the retry is delivered
         effects.add(name)
         return "done"
 

@@ -1,4 +1,4 @@
-"""One Redis for this folder, and workers by stage: a pool, a broker, and when it acknowledges."""
+"""One Redis for this folder, and workers that differ in pool, broker and time of acknowledgement."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.servers import RabbitMQServer, RedisServer
 from tests.support.workers import CeleryWorker
 
 SOON = 60.0
-"""Seconds until an answer that has not come is a failure. Most come within one."""
+"""Seconds to wait for a result before the test fails. Most results come within one second."""
 
 
 class Kind(NamedTuple):
@@ -56,7 +56,7 @@ class Stage:
     folder: Path
 
     def __getattr__(self, name: str) -> Any:
-        """A task by its name."""
+        """Return the task of this name."""
         try:
             return self.app.tasks[name]
         except KeyError:
@@ -71,7 +71,7 @@ class Stage:
 
 @pytest.fixture(scope="package")
 def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """Its own: the session's is emptied by tests that use it, below this folder's workers."""
+    """A Redis server for this folder only. Tests empty the session's server, which would break these workers."""
     with running(lambda: RedisServer(tmp_path_factory.mktemp("celery-redis"))) as server:
         yield server
 
@@ -97,7 +97,7 @@ def start(
 def stage(
     request: pytest.FixtureRequest, redis: RedisServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Stage]:
-    """Of the kind in the parameter (`indirect`); prefork on Redis with late acknowledgement without one."""
+    """A running worker of the kind in the `indirect` parameter. Default: prefork, Redis, late acknowledgement."""
     kind: Kind = getattr(request, "param", Kind("prefork", "redis", True))
     broker = redis.url
     if kind.broker == "rabbitmq":
@@ -106,7 +106,7 @@ def stage(
     stage = start(kind, broker, redis.url_for(1), tmp_path_factory.mktemp(str(kind)))
     yield stage
     stage.worker.kill()
-    gc.collect()  # results say goodbye to the backend, so they must not outlive its server
+    gc.collect()  # results unsubscribe when they are deleted, which needs the server
     stage.app.close()
 
 
@@ -119,5 +119,5 @@ def _log(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture
 def name(request: pytest.FixtureRequest) -> str:
-    """An intent that no other test has."""
+    """A name that no other test uses."""
     return f"{request.node.originalname}-{uuid.uuid4().hex[:8]}"

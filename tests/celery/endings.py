@@ -1,6 +1,6 @@
-"""Every way for a body to end, each as a task: the rows of docs/explanation/endings.md.
+"""One task for each way in which a body can end: the rows of docs/explanation/endings.md.
 
-A body tells its effects ledger what it did. `row` is what the page says of it.
+Each body records its effects.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ ENV = "CELERY_TESTS"
 
 
 class Declined(Exception):
-    """The destination said no."""
+    """The destination refused."""
 
 
 class Busy(Exception):
-    """Nothing is known of it: worth another try."""
+    """In no list of the guard; Celery retries it automatically."""
 
 
 class Refused(Exception):
@@ -42,12 +42,12 @@ class Timeout(Exception):
 
 
 class Case(NamedTuple):
-    """One row.
+    """One row of the table.
 
     Attributes:
-        did: what the page says that the body did.
+        did: the page's text for what the body does.
         body: `(task, effect, name, part)`; `effect()` is one effect at the destination.
-        answers: whether Celery ever has an answer for the caller.
+        answers: whether Celery ever has a result for the caller.
     """
 
     did: str

@@ -1,4 +1,4 @@
-"""Two workers, each with a queue of its own; a topic and a fanout exchange give every message to both."""
+"""An application for two workers with separate queues. A topic and a fanout exchange copy each message to both."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make(broker: str, store: str, folder: Path, prefix: str) -> Celery:
 
 
 if "EXCHANGES_BROKER" in os.environ:
-    logging.getLogger("celery_idem").setLevel(logging.DEBUG)  # then Celery's log has every delivery
+    logging.getLogger("celery_idem").setLevel(logging.DEBUG)  # so that the worker's log has every delivery
     app = make(
         os.environ["EXCHANGES_BROKER"],
         os.environ["EXCHANGES_STORE"],

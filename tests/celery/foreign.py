@@ -1,4 +1,4 @@
-"""An application with a task class and a request class of its own, for the worker of `test_placing_worker.py`."""
+"""An application with its own task and request classes, for the worker of `test_placing_worker.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A broker, a worker and a store in this very process: messages are delivered when the test says so."""
+"""A broker, a worker and a store in this process. The test decides when messages are delivered."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from celery_idem.engine.entries import Entry
 
 
 class InProcess:
-    """An application with a broker in memory, and a worker that is this test."""
+    """An application with broker and store in memory. The test takes the place of the worker."""
 
     def __init__(self, **conf: Any) -> None:
         name = uuid.uuid4().hex
@@ -34,10 +34,10 @@ class InProcess:
         return self.app.task(name=name, shared=False, bind=True, **{"intent": ("name",), **options})
 
     def deliver(self, most: int = 20) -> list[str]:
-        """Run what is in the queue, ETA or not, and what that publishes; the states it ended in.
+        """Run all messages, those that they publish too, without waiting for ETAs. Return the state of each.
 
         Raises:
-            AssertionError: it does not come to an end.
+            AssertionError: there are more than ``most`` messages.
         """
         states = []
         with Connection(self.app.conf.broker_url) as connection, connection.SimpleQueue(self.queue) as queue:

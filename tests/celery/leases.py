@@ -1,6 +1,6 @@
-"""Many leases in one process: the application of a worker that holds them, and what renewing them costs.
+"""A worker that holds many leases in one process, and a measurement of what it costs to renew them.
 
-Used by ``test_leases`` and by ``benchmarks/leases.py``. The application is made from the environment.
+Used by ``test_leases`` and by ``benchmarks/leases.py``. The worker makes its application from the environment.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from tests.support.workers import CeleryWorker
 ENV = "CELERY_TESTS_LEASES"
 
 LEASE = 2.0
-"""Seconds: short, so that three of them are soon over; long beside what a busy machine holds up."""
+"""Seconds. Short, so that three leases pass soon. Long enough for delays on a busy machine."""
 
 LOOK = 0.5
-"""Seconds between a body's looks at its gate: a thousand of them must leave time for others."""
+"""Seconds between a body's looks at its gate. A thousand bodies must leave CPU time for other work."""
 
 PATIENCE = 90.0
-"""Seconds for a thousand bodies to begin, or to end, on a busy machine."""
+"""Seconds in which a thousand bodies begin or end on a busy machine."""
 
 
 def make(broker: str, store: str, folder: str) -> Celery:
@@ -51,8 +51,8 @@ def make(broker: str, store: str, folder: str) -> Celery:
         lost = False
         while not gate.exists():
             lost = lost or self.claim.lost
-            time.sleep(LOOK)  # this is the work
-        effects.add(str(n))  # a thousand at once, so the leases do not matter any more
+            time.sleep(LOOK)
+        effects.add(str(n))  # a thousand at once: after the measurement, so a late renewal does not matter
         return lost
 
     @app.task(name="threads", shared=False)
@@ -67,17 +67,17 @@ if ENV in os.environ:
 
 
 class Cost(NamedTuple):
-    """What renewing cost while nothing else was done.
+    """The cost of renewing leases while nothing else was done.
 
     Attributes:
-        seconds: how long it was watched.
-        commands: that the store got.
-        states: of the records when they were looked at, by name: how many of each.
-        renewers: threads that renew, in the worker's process.
-        threads: all of them.
-        oldest: seconds; the greatest age of a record that was seen. A lease renewed in time has less than it.
-        lost: bodies that were told to have lost their lease.
-        effects: by how often they happened.
+        seconds: length of the measurement.
+        commands: commands that the store received.
+        states: the number of records in each state, as an average over all looks.
+        renewers: threads of the worker's process that renew leases.
+        threads: all threads of the worker's process.
+        oldest: the greatest age of a record, in seconds. It is less than the lease if every renewal was in time.
+        lost: bodies that saw ``claim.lost``.
+        effects: for each number of times that an effect happened, how many effects there are.
     """
 
     seconds: float
@@ -91,7 +91,7 @@ class Cost(NamedTuple):
 
 
 def hold_many(pool: str, number: int, broker: RedisServer, store: RedisServer, folder: Path) -> Cost:
-    """A worker with so many leases at once, watched for more than three times their length."""
+    """Start a worker that holds ``number`` leases at once, and measure for more than three leases."""
     place = (broker.url, store.url, str(folder))
     app = make(*place)
     worker = CeleryWorker(
@@ -126,7 +126,7 @@ def _hold_many(app: Celery, number: int, store: RedisServer, folder: Path) -> Co
                 states[entry.state] = states.get(entry.state, 0) + 1
                 oldest = max(oldest, entry.age)
         seconds = time.monotonic() - began
-        commands = _evaluated(client) - before - looks  # a listing asks for the time
+        commands = _evaluated(client) - before - looks  # each listing runs one script, for the time
     (folder / "gate").touch()
     lost = sum(result.get(timeout=PATIENCE) for result in results)
     counts = Effects(folder / "effects.jsonl").counts().values()

@@ -1,4 +1,4 @@
-"""The answer that is written together with the outcome is what Celery itself writes, to the byte."""
+"""The Celery result that the guard writes together with the outcome has exactly the bytes that Celery writes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NOON = datetime(2026, 11, 28, 12, tzinfo=timezone.utc)
 
 
 class Shop:
-    """An application whose worker is this test: each task is traced as a worker does it."""
+    """An application without a worker. The test traces each task as a worker does."""
 
     def __init__(self, url: str, options: dict[str, Any], **conf: Any) -> None:
         self_ = self
@@ -36,7 +36,7 @@ class Shop:
         self.app.conf.update(conf)
         self.app.now = lambda: NOON  # type: ignore[method-assign]
         self.client = redis_py.Redis.from_url(url)
-        self.seen: list[Any] | None = None  # what the body finds in its place
+        self.seen: list[Any] | None = None  # the stored result at the start of each body
 
         @self.app.task(
             base=IdempotentTask, name="shop.pay", shared=False, bind=True, **{"intent": ("order",), **options}
@@ -70,7 +70,7 @@ class Shop:
         return task_id
 
     def stored(self, task_id: str) -> tuple[bytes | None, int]:
-        """The result, and how long it is kept, rounded up to minutes: the second look may come a little later."""
+        """Return the stored result and its TTL, rounded up to minutes because the looks differ by some seconds."""
         key = self.app.backend.get_key_for_task(task_id)
         ttl: Any = self.client.ttl(key)
         return self.client.get(key), -(-ttl // 60) * 60 if ttl > 0 else ttl  # type: ignore[return-value]
@@ -84,14 +84,16 @@ class Clock(datetime):
 
 @pytest.fixture(autouse=True)
 def noon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For Celery before 5.5, which does not ask the application for the time of a result."""
+    """Freeze the time of results for Celery before 5.5, which does not use ``app.now``."""
     monkeypatch.setattr(base, "datetime", Clock, raising=False)
 
 
 @contextmanager
 def commands(client: Any) -> Iterator[Callable[[], list[str]]]:
-    """What the server executes meanwhile: names of commands, those within a script left out, and what a connection
-    says when it opens or when an earlier test's result is garbage."""
+    """Record the names of the commands that the server executes meanwhile.
+
+    Commands within a script are left out. So are those of a new connection and of a deleted result of an earlier test.
+    """
     seen: list[str] = []
     with client.monitor() as monitor:
 
@@ -157,7 +159,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 def both(
     shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch, conf: dict[str, Any], run: Any
 ) -> list[Any]:
-    """What stands in the database after Celery's own write, and after the combined one."""
+    """Return the stored result after Celery's own write and after the guard's."""
     found = []
     task_id = str(uuid.uuid4())
     for ours in (False, True):
@@ -253,7 +255,10 @@ WRITTEN = ["MULTI", "SETEX", "PUBLISH", "EXEC"]
 def test_where_a_state_may_stand_celery_writes_started(
     shop: Callable[..., Shop], request_: dict[str, Any], before: list[str]
 ) -> None:
-    """It reads first, and keeps a success. The claim has been made by then: a duplicate has not started."""
+    """Celery writes STARTED itself if the message was delivered before, because it must keep a stored success.
+
+    It does so after the claim, so a duplicate never becomes STARTED.
+    """
     there = shop(task_track_started=True)
     there.run("warm")
     with commands(there.client) as executed:
@@ -262,7 +267,7 @@ def test_where_a_state_may_stand_celery_writes_started(
     with commands(there.client) as executed:
         there.run("o1", **request_)
         assert executed()[0] == "EVALSHA"
-        assert executed().count("PUBLISH") == 1, "of its answer"
+        assert executed().count("PUBLISH") == 1, "only the result is published"
 
 
 def test_a_state_of_the_authors_own_is_not_put_off(shop: Callable[..., Shop]) -> None:
@@ -360,7 +365,7 @@ def test_what_the_caller_gets_is_what_left_the_task(shop: Callable[..., Shop]) -
     cls = type(there.app.tasks["shop.pay"])
     inner = cls.__call__
 
-    def outer(self: Any, *args: Any, **kwargs: Any) -> Any:  # as instrumentation puts around every task
+    def outer(self: Any, *args: Any, **kwargs: Any) -> Any:  # as instrumentation wraps every task
         return {"wrapped": inner(self, *args, **kwargs)}
 
     cls.__call__ = outer

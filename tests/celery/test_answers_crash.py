@@ -1,4 +1,4 @@
-"""A process is killed between any two bytes that it sends: its caller and the record never disagree."""
+"""A process is killed while it writes: the record and the result that its caller sees never disagree."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ processes.set_forkserver_preload(["tests.celery.answers_app", "celery.backends.r
 
 
 class Cutter:
-    """Passes on so many bytes of what a process sends to a server, kills the process, and drops the rest."""
+    """A proxy that forwards the first ``most`` bytes that a process sends, then kills the process."""
 
     def __init__(self, target: int, most: int) -> None:
         self._target, self._left = target, most
@@ -76,7 +76,7 @@ class Cutter:
 
 
 def killed_after(url: str, effects: Path, order: str, most: int, apart: bool = False) -> int:
-    """Run a call in a process that dies after so many bytes; how many it sent."""
+    """Run a call in a process that is killed after ``most`` bytes. Return how many bytes were forwarded."""
     port = urlsplit(url).port
     assert port is not None
     cutter = Cutter(port, most)
@@ -89,12 +89,12 @@ def killed_after(url: str, effects: Path, order: str, most: int, apart: bool = F
 
 
 def sent_by_one_that_lives(url: str, effects: Path, apart: bool = False) -> int:
-    killed_after(url, effects, "first", 1 << 20, apart)  # it brings the scripts to the server
+    killed_after(url, effects, "first", 1 << 20, apart)  # this call loads the scripts into the server
     return killed_after(url, effects, "whole", 1 << 20, apart)
 
 
 def seen(url: str, order: str) -> tuple[str, str]:
-    """State of the record, and of the result as its caller sees it."""
+    """Return the state of the record and the state of the result that the caller sees."""
     pay = shop(url, "")
     entry = Ledger.from_app(pay.app).get(pay.intent_key(order))
     return (entry.state if entry else "absent"), pay.app.backend.get_task_meta(order)["status"]
@@ -109,7 +109,7 @@ def test_killed_anywhere_caller_and_record_agree(redis_url: str, tmp_path: Path)
     whole = sent_by_one_that_lives(redis_url, effects)
     assert seen(redis_url, "whole") == ("succeeded", "SUCCESS")
     found = set()
-    # All of the last command's end, and every forty bytes before it: each word of what is sent is cut somewhere.
+    # Every six bytes in the last thirty, and every forty bytes before them.
     for most in (*range(1, whole - 30, 40), *range(whole - 30, whole + 1, 6), whole):
         order = f"o{most}"
         killed_after(redis_url, effects, order, most)
@@ -121,7 +121,7 @@ def test_killed_anywhere_caller_and_record_agree(redis_url: str, tmp_path: Path)
 
 
 def test_where_celery_writes_after_the_outcome_they_can_disagree(redis_url: str, tmp_path: Path) -> None:
-    """The check above notices it."""
+    """Without the combined write, a kill leaves a stored outcome without a result. So the test above can fail."""
     effects = tmp_path / "effects"
     whole = sent_by_one_that_lives(redis_url, effects, apart=True)
     found = set()

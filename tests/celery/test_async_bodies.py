@@ -1,4 +1,4 @@
-"""``self.claim`` and ``self.step`` wherever the body's context goes: coroutines, threads, greenlets."""
+"""``self.claim`` and ``self.step`` work in coroutines, threads and greenlets that have the body's context."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_nested_bodies_have_their_own_claims_and_scopes(app: Celery, place: Call
 
 @place
 def test_a_body_that_calls_its_own_intent_runs_on(app: Celery, place: Callable[..., Any]) -> None:
-    """It holds the claim: to wait for it would be to wait for itself."""
+    """A body that calls its own intent runs it inside its claim. Waiting for the claim would be a deadlock."""
 
     @app.task(base=IdempotentTask, bind=True, name="pay", intent=("order",))
     def pay(self: Any, order: str, deep: int = 1) -> int:
@@ -151,7 +151,7 @@ def test_a_thread_that_outlives_the_body_sees_that_it_has_ended(app: Celery) -> 
                 self.step("late", effects.append, order)
             except IdempotencyError as error:
                 found.append(str(error))
-            self("o2")  # its own business: it is claimed like any other call
+            self("o2")  # another intent, claimed like any other call
             found.append(self.claim.lost)
 
         if not threads:

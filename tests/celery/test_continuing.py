@@ -1,4 +1,4 @@
-"""What continues an intent: its own retries, however they are asked for, and redeliveries."""
+"""Retries, however the body asks for them, and redeliveries continue the same intent."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_retry_is_the_same_intent_whatever_the_body_did_to_its_arguments(
     assert here.states == ["succeeded"]
     assert here.effects == [8]
     assert {headers[KEY] for headers in here.headers[1:]} == {here.entries[0].key}
-    # And it is known by what its caller sent.
+    # The fingerprint is still that of the caller's arguments.
     for cents, state in ((5, "SUCCESS"), (8, "FAILURE")):
         send("count", kwargs={**arguments, "cents": cents}, headers=dict(labels))
         assert here.deliver() == [state]
@@ -169,7 +169,7 @@ def test_a_retry_with_a_task_id_of_its_own_is_the_one_that_is_waited_for(here: I
 
 
 def mailing(here: InProcess, **options: Any) -> Any:
-    """Sends a batch of messages; hands each that fails over to a retry of its own."""
+    """Declare a task that sends a batch of messages and publishes a separate retry for each that fails."""
 
     @here.task("mail", **options)
     def mail(self: Any, messages: list[str]) -> int:
@@ -195,7 +195,7 @@ def test_each_part_of_a_batch_is_an_intent_of_its_own(here: InProcess) -> None:
         for _ in range(2):
             mail.apply_async((["a", "bad1", "b", "bad2"],), link=told.s(), **labels)
             here.deliver()
-        # Its links are told of the batch, once for each call; a part has none.
+        # The links run for the batch, once for each call. They do not run for a part.
         assert sorted(here.effects) == ["a", "b", "bad1", "bad2", "told 4", "told 4"]
     assert len(here.entries) == 9
 
@@ -321,7 +321,7 @@ def test_a_retry_of_a_call_inside_another_body_is_none_of_that_body(here: InProc
 
     outer.delay("a")
     assert here.deliver() == ["RETRY"]
-    assert here.states == ["released", "released"]  # nothing is on its way
+    assert here.states == ["released", "released"]  # no retry was published
 
 
 def test_ignore_and_reject_after_a_published_retry_leave_it_its_turn(here: InProcess) -> None:
@@ -375,7 +375,7 @@ def test_an_eager_retry_runs_in_place_however_it_was_asked_for(here: InProcess, 
 
 @pytest.mark.parametrize("conf", [{}, {"task_eager_propagates": True}])
 def test_an_eager_retry_that_is_raised_to_its_caller_keeps_nobody_waiting(conf: dict[str, Any]) -> None:
-    """Celery hands the `Retry` over where errors propagate, and runs it nowhere."""
+    """The intent is released. If errors propagate, Celery raises the `Retry` to the caller and does not run it."""
     here = InProcess(**conf)
 
     @here.task("poll")
@@ -422,7 +422,7 @@ def test_shadow_mode_leaves_a_retry_what_it_is() -> None:
 
 
 def test_a_retry_that_comes_before_its_body_has_ended_waits(stage: Stage, name: str) -> None:
-    """Duplicates of this task receive InProgress. Its own retry is none."""
+    """The retry waits for its body, although a duplicate of this task receives InProgress at once."""
     result = stage.hasty.delay(name)
     stage.effects.wait(name)
     stage.gate(name).open()
@@ -443,7 +443,10 @@ def test_a_redelivery_of_the_running_message_waits(stage: Stage, name: str) -> N
 
 
 def test_of_many_instant_retries_none_is_lost(stage: Stage, name: str) -> None:
-    """Two at a time: a queue without others in it brings the retry while its body still closes something."""
+    """No retry is lost, also if it is delivered before its body has ended.
+
+    There are only two calls at a time, so that the queue is short and the retry is delivered at once.
+    """
     for n in range(0, 120, 2):
         results = [stage.instant.delay(f"{name}-{n + more}") for more in range(2)]
         assert [result.get(timeout=SOON) for result in results] == ["done", "done"]

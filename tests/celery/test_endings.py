@@ -1,6 +1,6 @@
-"""docs/explanation/endings.md: every row of its table is a case that runs here, with a real worker.
+"""Each row of the table in docs/explanation/endings.md is a case that runs here with a real worker.
 
-`CELERY_IDEM_WRITE_PAGES=1 pytest tests/celery/test_endings.py` writes the table anew.
+`CELERY_IDEM_WRITE_PAGES=1 pytest tests/celery/test_endings.py` rewrites the table.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ HEAD = "| the body | recorded | the caller gets | a duplicate gets | effects |\n
 RECORDED = {"scheduled": "scheduled", "released": "released", "in_doubt": "in doubt", "exited": "in doubt"}
 
 OVER = {"succeeded", "failed", "released", "in_doubt"}
-"""States in which no message is on its way any more."""
+"""States in which no message is expected."""
 
 
 @pytest.fixture(scope="module")
 def rows(redis: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """What was seen of each case. All of them run at once."""
+    """The observed table row of each case. All cases run at the same time."""
     folder = tmp_path_factory.mktemp("endings")
     kind = Kind("prefork", "redis", True)
     stage = start(kind, redis.url, redis.url_for(1), folder, "tests.celery.endings:app")
@@ -55,7 +55,7 @@ def round_of_calls(stage: Stage, number: int) -> dict[str, str]:
 
 
 def answer(stage: Stage, name: str, result: AsyncResult, number: int) -> str:
-    """What the caller gets, once no part of the case is under way."""
+    """Return what the caller gets, after all parts of the case have ended."""
     told = "nothing"
     if endings.CASES[name].answers:
         value = result.get(timeout=SOON, propagate=False)
@@ -79,7 +79,7 @@ def shorter(value: Any) -> str:
 
 
 def recorded(stage: Stage, name: str) -> str:
-    """The states that the record of the call went through."""
+    """Return the states that the record of the call went through."""
     states: list[str] = []
     for event in Effects(stage.folder / "events.jsonl").of(stage.app.tasks[name].intent_key(name)):
         state = RECORDED.get(str(event["event"]), "")
@@ -90,7 +90,7 @@ def recorded(stage: Stage, name: str) -> str:
     entry = Ledger.from_app(stage.app).get(stage.app.tasks[name].intent_key(name))
     last = entry.state.replace("_", " ") if entry else ""
     if last not in states[-1:]:
-        states.append(last)  # after a question to the destination
+        states.append(last)  # the state after the reconcile function was called
     return " → ".join(states)
 
 

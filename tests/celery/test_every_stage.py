@@ -1,4 +1,4 @@
-"""What must hold with every pool, every broker, and however early a message is acknowledged."""
+"""The guarantees hold with every pool, with both brokers, and with early and late acknowledgement."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def test_duplicates_wait_outside_of_the_slot_and_get_the_winners_answer(stage: S
     stage.effects.wait(name)
     duplicates = [stage.slow.delay(name) for _ in range(6)]
     if stage.kind.concurrency > 1:
-        # More duplicates than slots: if they waited in them, no other task would get one.
+        # There are more duplicates than slots. If they waited in their slots, no other task could run.
         assert stage.pay.delay(f"{name}-other").get(timeout=SOON)
-        wait_for(lambda: all(stage.worker.sent_back(d.id) for d in duplicates), SOON, "six that wait")
-        assert {d.state for d in duplicates} == {"PENDING"}  # nothing happened yet: no retry is told anywhere
+        wait_for(lambda: all(stage.worker.sent_back(d.id) for d in duplicates), SOON, "all six to go back")
+        assert {d.state for d in duplicates} == {"PENDING"}  # no RETRY state is stored
     stage.gate(name).open()
     assert stage.answers(first, *duplicates) == [f"slow {name}"] * 7
     assert [d.retries for d in duplicates] == [0] * 6
@@ -98,7 +98,7 @@ def test_a_chord_whose_members_are_duplicates_of_something_running(stage: Stage,
 
 
 def test_canvas_goes_on_from_a_replay(stage: Stage, name: str) -> None:
-    """Chain, group, chord and links behave the second time as they did the first."""
+    """After a replay, chains, groups, chords and links continue as they did the first time."""
     answer = {"paid": 5, "of": [name]}
     for n in range(2):
         steps = chain(stage.pay.s(name, 5), stage.told.s(f"{name}-chain-{n}"), stage.plain.s())
@@ -171,7 +171,7 @@ def test_a_hundred_publishes_at_once_are_one_effect(stage: Stage, name: str) -> 
 
 
 def test_a_foreign_producer_that_knows_nothing_of_us(stage: Stage, name: str) -> None:
-    """The least that Celery's protocol asks for, from any language."""
+    """A message with only the headers that Celery's protocol requires is guarded."""
 
     def send(args: list[Any], kwargs: dict[str, Any]) -> str:
         task_id = str(uuid.uuid4())

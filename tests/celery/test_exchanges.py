@@ -1,4 +1,4 @@
-"""On exchanges that give every queue a copy, the copies that wait do not multiply."""
+"""If an exchange copies a message to several queues, copies that wait do not multiply."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def test_copies_that_wait_do_not_multiply(
     }
 
     def received(kind: str) -> list[int]:
-        """How many deliveries of the one message each worker had."""
+        """Return how many deliveries of the message each worker had, the smaller number first."""
         return sorted(worker.log_text().count(f"[{sent[kind].id}] received") for worker in workers)
 
     for kind in sent:
-        # The worker that runs it has one; the other one's copy comes back, to it alone.
+        # The worker that runs the body has one delivery. The other copy goes back to its own queue only.
         wait_for(
             lambda kind=kind: received(kind)[1] >= 4, message=lambda: str({k: received(k) for k in sent})
         )

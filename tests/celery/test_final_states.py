@@ -1,5 +1,4 @@
-"""How a body can end that is neither a value nor an error: Ignore after a state of its own. And steps after a
-failure."""
+"""If a body stores a final state and raises Ignore, this state is its outcome. Finished steps outlive a failure."""
 
 from __future__ import annotations
 
@@ -98,7 +97,7 @@ class Bug(Exception):
 
 
 def in_steps(app: Celery, **options: Any) -> tuple[Any, list[str], list[bool]]:
-    """Charges, and then meets a bug until it is mended."""
+    """Declare a task that charges in a step and then raises Bug until ``mended`` is filled."""
     charged: list[str] = []
     mended: list[bool] = []
 
@@ -123,11 +122,11 @@ def test_a_failed_intent_that_is_forgotten_does_not_charge_again(app: Celery) ->
         pay("o1")
     assert ledger.forget(key)
     assert ledger.get(key).state == "released"
-    with pytest.raises(FingerprintMismatch):  # what was charged was another amount
+    with pytest.raises(FingerprintMismatch):  # another amount was charged
         pay("o1", 6)
     assert pay("o1") == pay("o1") == "done"
     assert len(charged) == 1
-    assert ledger.forget(key)  # done, and meant to happen once more
+    assert ledger.forget(key)  # it succeeded; forgetting it lets it happen once more
     assert pay("o1") == "done"
     assert len(charged) == 2
 
@@ -150,7 +149,7 @@ def test_when_failure_ttl_is_over_it_goes_on_after_its_steps(app: Celery, ttls: 
         with pytest.raises(Bug):
             pay("o1")
     assert charged == charged[:1]
-    told = pay.submit("o1", scope="other")  # looked up, published: nothing stands there
+    told = pay.submit("o1", scope="other")  # there is no record, so it is published
     assert told.status == "accepted"
     mended.append(True)
     assert pay("o1") == "done"

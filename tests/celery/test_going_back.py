@@ -1,4 +1,4 @@
-"""A message that waits goes back as it was, to its own queue alone; and what happens where it cannot."""
+"""A message that waits goes back unchanged, to its own queue only. If it cannot go back, it waits in its slot."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make(broker: str = "memory://", **conf: Any) -> Celery:
         task_default_queue=f"q-{uuid.uuid4().hex}",
         task_publish_retry=False,
         accept_content=["json", "pickle", "yaml"],
-        broker_transport_options={"max_retries": 1, "interval_start": 0},  # kombu would try for four seconds
+        broker_transport_options={"max_retries": 1, "interval_start": 0},  # default: four seconds
         **conf,
     )
 
@@ -53,7 +53,7 @@ def app() -> Iterator[Celery]:
 
 
 def delivered(app: Celery, what: Any = "a", **request: Any) -> Delivery:
-    """A delivery of a call while another execution has its intent."""
+    """Return a delivery of a call."""
     task = app.tasks["shop.pay"]
     info = {"exchange": "", "routing_key": app.conf.task_default_queue, "priority": None}
     form = {"id": uuid.uuid4().hex, "args": [what], "kwargs": {}, "delivery_info": info, **request}
@@ -67,7 +67,7 @@ def run(job: Delivery) -> Any:
 
 
 def taken(app: Celery, queue: str | None = None) -> Any:
-    """The message that is in the queue."""
+    """Take one message from the queue."""
     with app.connection_for_read() as connection:
         message = connection.default_channel.basic_get(queue or app.conf.task_default_queue)
         assert message is not None
@@ -76,7 +76,7 @@ def taken(app: Celery, queue: str | None = None) -> Any:
 
 
 def from_a_worker(app: Celery, message: Any) -> Context:
-    """The request of a message as the worker's main process gives it to a child."""
+    """Return the request of a message as a worker's main process passes it to a pool process."""
     request = IdempotentRequest(message, app=app, task=app.tasks["shop.pay"])
     args, kwargs, embed = message.payload
     return Context({**request.request_dict, **embed}, args=args, kwargs=kwargs, called_directly=False)
@@ -87,7 +87,7 @@ def from_a_worker(app: Celery, message: Any) -> Context:
 
 @pytest.mark.parametrize("how", ["duplicate", "retry", "death"])
 def test_it_keeps_what_it_was_published_with(app: Celery, how: str) -> None:
-    """The serializer, so that its arguments can be written at all: JSON has no set, nor pickle's tuples."""
+    """A message keeps its serializer and options. JSON could not write these arguments: they contain a set."""
     task = app.tasks["shop.pay"]
     what = {"a", "b"}
     claimed(Ledger.from_app(app), task.intent_key(what))
@@ -135,7 +135,7 @@ def test_a_history_of_dead_letters_does_not_travel(app: Celery) -> None:
 
 
 def test_celery_reports_nothing_of_it(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a retry, nor a state, nor a message that a caller sent."""
+    """Celery sends no event for a message that waits."""
     app.conf.task_send_sent_event = True
     sent: list[str] = []
     monkeypatch.setattr(
@@ -192,7 +192,7 @@ DELAY = "0." * 27 + "1."
 def test_it_goes_to_the_queue_that_it_came_from(
     broker: str, queues: list[Queue], exchange: str, routing_key: str, queue: str | None
 ) -> None:
-    """Through the default exchange: whatever else is bound to the exchange it came by gets no copy."""
+    """A message goes back through the default exchange, so that no other queue of its exchange gets a copy."""
     route = {"queue": "z", "exchange": "elsewhere", "routing_key": "elsewhere"}
     app = make(broker, task_queues=[*queues, Queue("z")], task_routes={"shop.*": route})
     app.amqp.queues.select([q.name for q in queues])
@@ -213,7 +213,10 @@ def test_it_goes_to_the_queue_that_it_came_from(
 
 @pytest.mark.parametrize("prefix", ["", "eu_"])
 def test_with_native_delays_it_goes_by_its_own_exchange(prefix: str) -> None:
-    """The broker waits, and Celery would take the default queue's routing key."""
+    """With native delays a message goes back through the exchange of its own queue.
+
+    Celery alone would use the routing key of the default queue.
+    """
     other = Queue("other", Exchange("others", type="topic"), "other", queue_arguments=QUORUM)
     app = make(AMQP, task_queues=[Queue("main", ORDERS, "main", queue_arguments=QUORUM), other])
     for exchange, key in (("others", "other"), (f"{prefix}celery_delayed_delivery", f"{DELAY}other")):
@@ -237,7 +240,7 @@ def test_with_native_delays_it_goes_by_its_own_exchange(prefix: str) -> None:
 def test_with_native_delays_it_goes_to_its_queue_where_another_one_would_get_a_copy(
     queues: list[Queue],
 ) -> None:
-    """Each copy that waits would become two, and each of those again."""
+    """If another queue would get a copy, the message goes directly to its own queue. Otherwise copies would double."""
     for queue in queues:
         queue.queue_arguments = QUORUM
     app = make(AMQP, task_queues=queues)
@@ -271,7 +274,7 @@ def test_a_fanout_of_redis_waits_in_place(monkeypatch: pytest.MonkeyPatch) -> No
     claim = claimed(Ledger.from_app(app), copy.key)
     with pytest.raises(InProgress):
         run(stranger)
-    copy.task_id = claim.task_id  # a copy of the very message: the other delivery answers for both
+    copy.task_id = claim.task_id  # another copy of the same message: the running delivery gives the result
     with pytest.raises(Waiting):
         run(copy)
 
@@ -305,7 +308,7 @@ def test_the_broker_is_away_and_comes_back(app: Celery, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("store", ["there", "away"])
 def test_the_broker_stays_away(late: bool, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Back to its queue where the broker still has the message; else the caller learns that nothing ran."""
+    """With late acknowledgement the message is rejected and requeued. Otherwise the caller receives an error."""
     monkeypatch.setattr(delivery, "BROKER_PATIENCE", 0.2)
     app = make(NOWHERE, task_acks_late=late)
     if store == "away":
@@ -338,6 +341,6 @@ def test_a_death_and_the_broker_is_away(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(request, "_publish_again", away)
     assert request._carry_out(Again(), "shop.pay:1", 0) is True
     assert rejected == [True]
-    app.tasks["shop.pay"].acks_late = False  # acknowledged: Celery's own error
+    app.tasks["shop.pay"].acks_late = False  # the message was acknowledged: Celery handles the error
     with pytest.raises(ConnectionError):
         request._carry_out(Again(), "shop.pay:1", 0)

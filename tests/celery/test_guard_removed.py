@@ -1,4 +1,4 @@
-"""Tests that pass without the guard would prove nothing: here there is no guard, and they must fail."""
+"""The tests of this folder fail if the guard is removed. A test that passes without the guard proves nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Scope, occurrence and a caller's own key belong to a call however it was built: one form, carried or refused."""
+"""Scope, occurrence and a caller's key reach the worker however the call was built.
+
+Each value has one normal form. A value without one is refused.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ class Place(Enum):
 
 
 class Shop:
-    """Tasks whose effects are counted where they happen."""
+    """Tasks with counted effects."""
 
     def __init__(self, **conf: Any) -> None:
         self.app = app = application(**conf)
@@ -76,7 +79,7 @@ def shop() -> Shop:
 
 
 def stranger(shop: Shop) -> Celery:
-    """A process of the same broker that has none of the tasks, but can dispatch what comes after x.plain."""
+    """Return an application that knows only x.plain. It can still publish what follows x.plain in a canvas."""
     app = Celery("stranger", broker="memory://", backend="cache+memory://", set_as_current=False)
     app.conf.task_default_queue = shop.app.conf.task_default_queue
 
@@ -103,7 +106,7 @@ def test_a_replacement_under_a_callers_key_runs_all_of_it(shop: Shop) -> None:
 
 
 def test_a_redelivered_replacement_gives_each_of_its_calls_the_same_key(shop: Shop) -> None:
-    """In another order too: what tells them apart is what they are, not where they stand."""
+    """The keys do not depend on the order of the calls."""
     shop.split.apply_async(("a", [1, 2, 3]), idempotency_key="evt_1")
     message = take(shop.app)
     made = []
@@ -146,7 +149,7 @@ def test_a_replacements_own_key_stays_its_own(shop: Shop) -> None:
 
 
 def calls(shop: Shop, given: dict[str, Any]) -> dict[str, Any]:
-    """Ways to build the same call of x.line for a process that does not have it; each publishes when called."""
+    """Return functions that publish a call of x.line, each built in another way by a process without that task."""
     app = stranger(shop)
     line = app.signature("x.line", ("a", 1)).set(**given)
     last = app.signature("x.line", ("a", 1), immutable=True).set(**given)
@@ -166,7 +169,7 @@ def calls(shop: Shop, given: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("way", list(calls(Shop(), {})))
 def test_identity_is_carried_by_a_process_that_does_not_have_the_task(shop: Shop, way: str) -> None:
-    """Also by one that dispatches what another one built: it has never heard of this package's options."""
+    """Scope and occurrence reach the worker, also through a process that does not know the task or its options."""
     given = {"scope": Place.ACME, "occurrence": 7}
     calls(shop, given)[way]()
     app = stranger(shop)
@@ -186,7 +189,7 @@ def test_identity_is_carried_by_a_process_that_does_not_have_the_task(shop: Shop
 
 
 def test_what_is_inside_a_message_needs_nothing_of_ours_where_it_is_dispatched(shop: Shop) -> None:
-    """The headers are in the signature already when it leaves the process that built it."""
+    """A signature in a message contains the headers, so any process can publish it."""
     part = signature("x.line", ("a", 1), immutable=True, app=shop.app).set(scope="acme")
     nested = chain(part, group([part, part], app=shop.app), app=shop.app)
     (shop.plain.s() | nested | chord([part], part, app=shop.app)).apply_async()
@@ -199,7 +202,7 @@ def test_what_is_inside_a_message_needs_nothing_of_ours_where_it_is_dispatched(s
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("how", ["set", "call", "inside a group"])
 def test_options_of_a_chain_hold_for_all_of_it(shop: Shop, how: str, known: bool) -> None:
-    """Celery gives them to its first part only: the later parts of two tenants were one action."""
+    """Scope and occurrence of a chain apply to all of its parts. Celery alone gives options to the first part only."""
     app = shop.app if known else stranger(shop)
 
     def line(n: int) -> Any:
@@ -226,12 +229,12 @@ def test_options_of_a_chain_hold_for_all_of_it(shop: Shop, how: str, known: bool
     for n in (1, 2, 3, 4, 5, 7):
         key = shop.line.intent_key("a", n, scope="globex")
         assert look_up(shop.app, key, "globex") is not None
-    assert shop.done["line a/6"] == 3, "scopes; its occurrence is its own"
+    assert shop.done["line a/6"] == 3, "one for each scope: it has its own occurrence"
     assert look_up(shop.app, shop.line.intent_key("a", 6, occurrence="own")) is not None
 
 
 def test_a_callers_key_of_a_chain(shop: Shop) -> None:
-    """Its first part has the key. The later ones are parts of that action, told apart by what they are."""
+    """The first part of a chain has the caller's key. Later parts have keys derived from it and their arguments."""
     for key in ("evt_1", "evt_1", "evt_2"):
         chain(shop.line.si("a", 1), shop.line.si("a", 2), shop.line.si("a", 3), app=shop.app).apply_async(
             idempotency_key=key
@@ -246,7 +249,7 @@ def test_a_callers_key_of_a_chain(shop: Shop) -> None:
     ids=["published", "published without the task", "in place"],
 )
 def test_a_callers_key_of_a_group(shop: Shop, known: bool, eager: bool) -> None:
-    """Each of its calls is a part of that action; one key for all would let only one of them run."""
+    """Each call of a group has a key derived from the caller's. With one key for all, only one call would run."""
     app = shop.app if known else stranger(shop)
     name = shop.line.name
     for key in ("evt_1", "evt_1", "evt_2"):
@@ -273,7 +276,7 @@ def test_a_scope_of_a_chain_that_has_no_form_is_refused(shop: Shop) -> None:
 
 
 def test_a_property_that_arrives_is_read(shop: Shop) -> None:
-    """From a process without this package, over a broker that keeps properties it does not know."""
+    """A scope in the message's properties is used. A process without this package may send it there."""
     shop.app.send_task("x.line", ("a", 1), scope="acme")
     message = take(shop.app)
     assert message.properties["scope"] == "acme"  # an ordinary task may use it for something else
@@ -350,7 +353,10 @@ def test_loops_hand_their_identity_to_every_call(set_on: str, task_cls: Any) -> 
 
 
 def test_copied_headers_give_no_call_anothers_key(shop: Shop) -> None:
-    """A body that hands its headers on, as for tracing: by the task, and by name, which goes past it."""
+    """A body that copies its headers into other calls gives them its scope and not its key.
+
+    This holds for calls by task and for `send_task`, which does not use the task class.
+    """
     shop.line.apply_async(("a", 1), scope="acme", idempotency_key="evt_1")
     message = take(shop.app)
     copied = {**message.headers, "trace": "t1"}
@@ -363,7 +369,7 @@ def test_copied_headers_give_no_call_anothers_key(shop: Shop) -> None:
     assert [shop.done[f"line a/{n}"] for n in (1, 2, 3)] == [1, 1, 1]
     assert all(headers[SCOPE] == "acme" and headers["trace"] == "t1" for headers in seen)
     assert all(CALLER_KEY not in headers and headers[PART_OF] == copied[KEY] for headers in seen)
-    # A producer in another language copies them as well, and no Celery signal is there to see it.
+    # A producer in another language copies them too, without Celery's signals.
     shop.app.send_task("x.line", ("a", 4))
     foreign = take(shop.app)
     foreign.headers.update(copied)
@@ -372,7 +378,7 @@ def test_copied_headers_give_no_call_anothers_key(shop: Shop) -> None:
 
 
 def test_a_message_that_comes_back_is_its_own(shop: Shop) -> None:
-    """What was derived at its first delivery travels with its retry, also when its arguments change."""
+    """A retry keeps the key of the first delivery, also if its arguments change."""
 
     @shop.app.task(base=IdempotentTask, bind=True, shared=False, lazy=False, name="x.retry", intent=("a",))
     def retries(self: Any, a: int) -> int:
@@ -517,7 +523,7 @@ def test_an_ambient_scope_gives_way_and_is_asked_where_the_call_is_made(acme: st
     shop.line.delay("a", 1)
     message = take(shop.app)
     assert SCOPE not in message.headers
-    tenant.set(acme)  # of the worker
+    tenant.set(acme)  # the worker's tenant
     deliver(shop.app, message)
     assert look_up(Shop(idem_store=shop.app.conf.idem_store).app, shop.line.intent_key("a", 1)) is None
     assert Ledger.from_app(shop.app).get(message.headers[KEY]).record.scope == b""  # type: ignore[union-attr]
@@ -527,7 +533,7 @@ def test_an_ambient_scope_gives_way_and_is_asked_where_the_call_is_made(acme: st
     (shop.plain.s() | shop.line.si("a", 2)).apply_async()
     tenant.set(acme)
     drain(shop.app)
-    assert shop.done["line a/2"] == 0, "it was published without the scope that could not be told"
+    assert shop.done["line a/2"] == 0, "it was published without a scope, which could not be read"
 
 
 def test_a_foreign_message_is_given_no_scope_by_its_worker(acme: str) -> None:
@@ -541,7 +547,7 @@ def test_a_foreign_message_is_given_no_scope_by_its_worker(acme: str) -> None:
 
 
 def test_what_was_built_outside_of_any_tenant_stays_there(acme: str) -> None:
-    """Though the worker that publishes the next part, or a replacement, is inside of one."""
+    """A call that was built without a tenant gets none from the worker that publishes it later."""
     shop = Shop(idem_scope=ambient)
     tenant.set(None)
     (shop.plain.s() | shop.line.si("a", 1)).apply_async()

@@ -1,4 +1,4 @@
-"""Without a worker: eager and direct calls, declarations, Django."""
+"""Eager and direct calls, declarations and Django, without a worker."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.workers import ROOT
 
 
 class Here:
-    """The application of this folder in this process: no broker, a store in memory."""
+    """This folder's application in the test process, with broker and store in memory."""
 
     def __init__(self, folder: Path, **conf: Any) -> None:
         store = f"memory://{uuid.uuid4().hex}"
@@ -55,7 +55,7 @@ def eager(tmp_path: Path) -> Here:
 
 
 def test_the_question_of_a_step_has_the_claim(here: Here) -> None:
-    """It is asked on a thread of its own, of an attempt that took over: its fence tells it from the earlier one."""
+    """The reconcile function of a step runs with the claim of the attempt that took over, not of the earlier one."""
     asked: list[tuple[int, str]] = []
     fences: list[int] = []
 
@@ -153,7 +153,7 @@ def test_a_retry_of_a_direct_call_is_the_callers_business(here: Here) -> None:
     for n in (1, 2):
         with pytest.raises(Retry):
             here.retried_slowly("a")
-        with pytest.raises(Declined):  # Celery raises what it was given
+        with pytest.raises(Declined):  # Celery raises the error of `self.retry(exc=…)`
             here.retried("b", 1)
         with pytest.raises(Busy):
             here.autoretried("c", 1)

@@ -1,4 +1,4 @@
-"""Many leases in one process: one thread renews them, together, and none lapses."""
+"""One thread renews all leases of a process together, and none lapses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.redis, pytest.mark.slow]
 
 
 class Counting(RedisStore):
-    """Notes each exchange with the server: the thread, and how many commands went in it."""
+    """A store that records the thread and the number of commands of each exchange with the server."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
@@ -41,7 +41,7 @@ def test_a_thousand_leases_are_one_round_trip_on_one_thread(redis_url: str) -> N
     renewer = Renewer()
     _, first = ledger.claim("first", Request(owners.mint(), "task", Fingerprint(), policy))
     assert first is not None
-    first.release(0.0)  # the server knows the script from here on
+    first.release(0.0)  # the scripts are loaded into the server now
     assert ledger.forget("first")
     for n in range(1000):
         decision, claim = ledger.claim(f"k{n}", Request(owners.mint(), "task", Fingerprint(), policy))
@@ -59,14 +59,14 @@ def test_a_thousand_leases_are_one_round_trip_on_one_thread(redis_url: str) -> N
     wait_for(for_three_leases, 80.0, "every lease to be renewed for three times its length", LEASE / 4)
     renewals = [(thread, replies) for thread, replies in store.exchanges if thread == "celery_idem leases"]
     watched = time.monotonic() - watched
-    # A thread that got no turn for a whole lease catches up at its next look.
+    # If the thread did not run for a whole lease, it renews at its next look.
     wait_for(lambda: not any(claim.lost for claim in claims), 80.0, "every claim to be trusted")
     assert {entry.record.state.name for entry in ledger.list()} == {"RUNNING"}
     for claim in claims:
         renewer.unwatch(claim)
-    # What was claimed between two looks stays together: a few large batches, that take turns.
+    # Claims made between two looks are renewed together, so there are a few large batches.
     assert sum(replies for _, replies in renewals) > len(claims) / 4 * len(renewals)
-    # However slow the machine is: no more exchanges than looks in that time, and one that was under way.
+    # Also on a slow machine there are no more exchanges than looks, and one that had begun before.
     assert len(renewals) <= watched * LOOKS_PER_LEASE / LEASE + 2
 
 
@@ -80,5 +80,5 @@ def test_a_real_worker_keeps_all_its_leases(start_redis: Any, tmp_path: Path) ->
     assert cost.renewers == 1
     assert cost.lost == 0
     assert cost.effects == {1: number}
-    # Each lease at most once per look.
+    # Each lease is renewed at most once per look.
     assert cost.commands <= number * (LOOKS_PER_LEASE * cost.seconds / LEASE + 1)

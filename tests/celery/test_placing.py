@@ -1,4 +1,7 @@
-"""Where the guard stands: around whatever a task's bases call, past nothing, and not in an ordinary task at all."""
+"""The guard surrounds everything that a task's base classes call, and no call can bypass it.
+
+Ordinary tasks have no guard.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ def make(**options: Any) -> Celery:
 
 @contextlib.contextmanager
 def context() -> Iterator[None]:
-    """Stands for Flask's ``app.app_context()``."""
+    """A stand-in for Flask's ``app.app_context()``."""
     contexts.append("opened")
     try:
         yield
@@ -68,7 +71,7 @@ class CallsSuper(Task):
 
 
 def charge(self: Any, order: str, again: str = "") -> Any:
-    assert contexts[-1] == "opened", "the body runs inside of what its bases call"
+    assert contexts[-1] == "opened", "the body must run inside its base classes' __call__"
     done.append(order)
     if again:
         self(again)
@@ -117,7 +120,7 @@ def charged(request: pytest.FixtureRequest) -> Any:
 def test_what_a_base_class_calls_runs_inside_the_guard(charged: Any) -> None:
     first = charged.apply(("a",))
     assert [charged.apply(("a",)).get(), charged("a")] == [first.get()] * 2
-    assert first.get() == [charged.intent_key("a"), first.id], "the body has this very request"
+    assert first.get() == [charged.intent_key("a"), first.id], "the body must have this request"
     assert done == ["a"]
     assert contexts == ["opened", "closed"]
 
@@ -162,12 +165,12 @@ def test_a_body_that_calls_its_own_task_is_guarded_there(charged: Any) -> None:
     for _ in range(2):
         charged.apply(("a", "b"))
     charged("b")
-    charged.apply(("c", "c"))  # its own intent, which it holds
+    charged.apply(("c", "c"))  # it calls its own intent, for which it has the claim
     assert done == ["a", "b", "c", "c"]
 
 
 def test_a_second_body_in_one_context_is_guarded_as_well() -> None:
-    """The base class's ``__call__`` runs another intent before its own body."""
+    """The body is guarded if its base class's ``__call__`` runs another intent first."""
     app = make()
 
     class Base(IdempotentTask):
@@ -237,7 +240,7 @@ def replaced_on_the_class(task: Any) -> Callable[[str], Any]:
 
 
 def wrapped_on_the_class(task: Any) -> Callable[[str], Any]:
-    """As tracing tools do it."""
+    """Wrap ``__call__`` as tracing tools do."""
     call = type(task).__call__
 
     @functools.wraps(call)
@@ -314,7 +317,7 @@ def test_run_is_the_body_alone_and_reads_like_it() -> None:
 
 
 class Opaque:
-    """A callable that says nothing of its parameters."""
+    """A callable without a readable signature."""
 
     __signature__ = "none"
 
@@ -417,7 +420,7 @@ def test_a_task_without_an_intent_may_have_a_guarded_one_as_its_base() -> None:
 
 
 def delivered(task: Any, number: str, **request: Any) -> None:
-    """As by a worker, without one."""
+    """Run the task as a worker does."""
     message = {"id": number, "delivery_info": {}, **request}
     outcome = trace_task(task._get_current_object(), number, (), {}, message, app=task.app)
     assert outcome.info is None, outcome
@@ -425,10 +428,10 @@ def delivered(task: Any, number: str, **request: Any) -> None:
 
 @pytest.mark.parametrize("guarded", [False, True])
 def test_a_body_has_the_request_of_its_delivery(guarded: bool) -> None:
-    """What it publishes are its children, and what it takes out of its chain does not run."""
+    """Calls that the body publishes become its children, and it can stop its chain."""
     app = make(task_cls=IdempotentTask) if not guarded else make()
     number = uuid.uuid4().hex
-    app.conf.task_default_queue = number  # the broker in memory is one for all tests of the process
+    app.conf.task_default_queue = number  # all tests of the process share one broker in memory
     options = {"base": that_calls_super(Task), "intent": ALL_ARGUMENTS} if guarded else {}
 
     @app.task(bind=True, name="publishes", shared=False, **options)
@@ -576,7 +579,10 @@ def test_a_request_of_ones_own_stands_above_ours() -> None:
 
 
 def test_an_answer_is_expected_of_a_task_and_its_own_errors_are_as_its_author_said() -> None:
-    """Celery's log and Sentry ask the task's ``throws`` while the call is under way."""
+    """During a replay ``throws`` contains the replayed error, so Celery's log and Sentry treat it as expected.
+
+    Otherwise ``throws`` is what the author declared.
+    """
     app = make(task_annotations={"by.annotation": {"throws": (OSError,)}})
     asked: list[Any] = []
 

@@ -1,4 +1,4 @@
-"""A worker, with a task class and a request class of another package."""
+"""The guard works in a worker whose task and request classes come from another package."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_base_class_that_calls_run_runs_once(work: tuple[Celery, Effects], tas
 
 
 def test_the_death_of_a_process_is_known_and_told(work: tuple[Celery, Effects], name: str) -> None:
-    """The lease is longer than the wait: only the worker's main process can have said so."""
+    """The worker's main process reports the death of a pool process. The lease would lapse only after the test."""
     app, effects = work
     with pytest.raises(OutcomeUnknown):
         app.tasks["dies"].delay(name).get(timeout=SOON)

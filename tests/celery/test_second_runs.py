@@ -1,4 +1,4 @@
-"""What a second run of a body gets, where it is asked for, and what it must not get of the first one."""
+"""A second run of a body gets the original arguments, and not the final state that the first run stored."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_arguments_that_cannot_be_copied_are_given_as_they_are(app: Celery) -> N
             raise Timeout
         return list(lines)
 
-    frame = sys._getframe()  # no iterator of 3.11's is beyond copying; a frame is
+    frame = sys._getframe()  # Python 3.11 can copy every iterator, but not a frame
     assert mail("o1", lines) == [1, 2]
     with pytest.raises(TypeError, match="frame"):
         mail("o2", frame)
@@ -166,5 +166,5 @@ def test_a_retry_that_is_asked_for_after_the_end_is_refused_before_it_is_publish
     mail.apply(("stolen",))
     assert len(refused) == 1
     assert "raise self.retry(exc=error)" in str(refused[0])
-    mail.apply(("closed",))  # released: such a retry runs
+    mail.apply(("closed",))  # the intent was released, so its retry runs
     assert len(refused) == 1

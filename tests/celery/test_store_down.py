@@ -1,4 +1,7 @@
-"""The store dies before the body, while it runs, and for longer than any patience."""
+"""The store goes down before the body, during it, and for longer than the worker waits.
+
+No body runs twice, except with `on_store_error="run"`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from tests.support.waiting import wait_for
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """Of its own, so that broker and results live on; with its data on disk, as a store should be."""
+    """A separate server, so that broker and results stay up. It keeps its data on disk, as a store should."""
     with running(lambda: RedisServer(tmp_path_factory.mktemp("store"), appendonly=True)) as server:
         yield server
 
@@ -43,7 +46,7 @@ def test_down_before_the_body_it_comes_back_and_uses_no_retries(
 ) -> None:
     store.kill()
     results = [stage.pay.delay(name) for _ in range(3)]
-    retried = stage.retried.delay(f"{name}-retried", 3)  # needs every retry that it has
+    retried = stage.retried.delay(f"{name}-retried", 3)  # it needs all of its retries
     wait_for(
         lambda: all(stage.worker.sent_back(r.id) for r in (*results, retried)),
         SOON,
@@ -58,7 +61,7 @@ def test_down_before_the_body_it_comes_back_and_uses_no_retries(
 
 
 def test_frozen_before_the_body(stage: Stage, store: RedisServer, name: str) -> None:
-    """At first it is unknown whether the claim was applied. The delivery that comes back with it takes it up."""
+    """The store may apply a claim after the worker stopped waiting. The redelivered message takes up that claim."""
     store.pause()
     try:
         result = stage.app.tasks["pay"].delay(name)
@@ -91,7 +94,7 @@ def test_down_for_longer_than_patience_ends_in_doubt_and_not_in_a_second_effect(
     stage.effects.wait(name)
     store.kill()
     stage.gate(name).open()
-    assert result.get(timeout=SOON) == "done"  # its own caller gets the truth, which is known here
+    assert result.get(timeout=SOON) == "done"  # the first caller gets the result: this worker knows it
     store.restart()
     with pytest.raises(OutcomeUnknown) as caught:
         stage.impatient.delay(name).get(timeout=SOON)
@@ -106,7 +109,7 @@ def test_a_task_may_raise_or_run_without_a_store(stage: Stage, store: RedisServe
     with pytest.raises(StoreError):
         stage.on_store_error_raise.delay(name).get(timeout=SOON)
     assert stage.effects.count(name) == 0
-    for n in (1, 2):  # its author said so: twice
+    for n in (1, 2):  # on_store_error="run" lets both calls run
         assert stage.on_store_error_run.delay(name).get(timeout=SOON) == "done"
         assert stage.effects.count(name) == n
     store.restart()

@@ -1,4 +1,4 @@
-"""Every kind of task and every kind of ending, with a real worker."""
+"""All kinds of tasks and all kinds of endings, with a real worker."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_class_based_task(stage: Stage, name: str) -> None:
 
 
 def test_a_task_that_has_never_heard_of_us(stage: Stage, name: str) -> None:
-    """Guarded by `task_cls` and `task_annotations` alone."""
+    """A task that was not changed is guarded by `task_cls` and `task_annotations` alone."""
     refund = stage.app.tasks["old.refund"]
     assert [refund.delay(name, 5).get(timeout=SOON) for _ in range(2)] == [5, 5]
     with pytest.raises(FingerprintMismatch):
@@ -175,7 +175,7 @@ def test_a_forged_key_of_another_task_does_not_count(stage: Stage, name: str) ->
 
 def test_a_result_that_no_serializer_takes_is_done_all_the_same(stage: Stage, name: str) -> None:
     first = stage.odd.delay(name)
-    with pytest.raises(Exception, match="serializ"):  # Celery's own, of its result backend
+    with pytest.raises(Exception, match="serializ"):  # the error of Celery's result backend
         first.get(timeout=SOON)
     with pytest.raises(ResultUnavailable) as caught:
         stage.odd.delay(name).get(timeout=SOON)
@@ -206,7 +206,7 @@ BOTH = [Kind("prefork", "redis", True), Kind("prefork", "rabbitmq", True)]
 
 @pytest.mark.parametrize("stage", BOTH, indirect=True, ids=str)
 def test_a_rejected_message_that_goes_back_to_its_queue_runs_again(stage: Stage, name: str) -> None:
-    """The broker hands it out again at once, with the same task id: that is a run, and no duplicate of one."""
+    """The requeued message runs. It is not a duplicate, although its task id is the same."""
     first = stage.requeued.delay(name, 2)
     assert first.get(timeout=SOON) == "done"
     assert (stage.effects.count(f"try {name}"), stage.effects.count(name)) == (3, 1)
@@ -232,7 +232,7 @@ def test_a_duplicate_may_be_told_at_once(stage: Stage, name: str) -> None:
 
 
 def test_other_values_while_it_runs_are_told_at_once(stage: Stage, name: str) -> None:
-    """The fingerprint comes before the state: no caller waits for the answer to another call."""
+    """The fingerprint is compared before the state, so a caller does not wait for the result of another call."""
     first = stage.app.tasks["slow_pay"].delay(name, 5)
     stage.effects.wait(name)
     with pytest.raises(FingerprintMismatch):
@@ -277,7 +277,7 @@ def test_a_duplicate_does_not_give_up_while_the_winner_runs_on(stage: Stage, nam
 
 
 def test_a_lease_is_kept_while_the_body_runs_longer(stage: Stage, name: str) -> None:
-    """`idem_lease` of this task is 1.5 s, and its body takes two of them."""
+    """The lease is renewed while the body runs: the lease is 1.5 s and the body takes 3.2 s."""
     task = stage.app.tasks["longer_than_its_lease"]
     results = [task.delay(name) for _ in range(3)]
     assert stage.answers(*results) == ["done"] * 3
@@ -301,7 +301,7 @@ def test_a_replayed_error_is_no_message_to_the_workers_main_process(
     stage: Stage, name: str, kind: str
 ) -> None:
     special = stage.special
-    with pytest.raises(Exception, match=f"of {name}"):  # run here, so that the worker is spared the first one
+    with pytest.raises(Exception, match=f"of {name}"):  # run here: it could end a worker
         special(name, kind)
     assert state_of(stage, special.intent_key(name, kind)) == "failed"
     for _ in range(2):

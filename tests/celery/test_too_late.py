@@ -1,4 +1,4 @@
-"""A message that is delivered again when its record may have expired. Real brokers; the effects are counted."""
+"""A message that is redelivered after its record may have expired is in doubt and does not run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ KEPT = 1.0  # seconds that an outcome is kept
 def test_what_is_delivered_again_after_its_record_expired(
     broker: str, request: pytest.FixtureRequest, redis: RedisServer, tmp_path: Path
 ) -> None:
-    """First deliveries that were not acknowledged; meanwhile the actions were done, and their records expired."""
+    """A message that is redelivered after its record expired is in doubt, unless the task has `late="run"`.
+
+    A first delivery runs, however old it is.
+    """
     server: Any = redis if broker == "redis" else request.getfixturevalue("rabbitmq")
     place = {
         "broker": server.url,
@@ -44,7 +47,7 @@ def test_what_is_delivered_again_after_its_record_expired(
     pay, slow = app.tasks["pay"], app.tasks["slow"]
     (tmp_path / "gate-allowed").touch()
     calls = {"again": pay.apply_async(("again",)), "allowed": slow.apply_async(("allowed",))}
-    with app.connection_for_read() as connection:  # closed without an acknowledgement
+    with app.connection_for_read() as connection:  # it is closed without acknowledging
         queue = connection.default_channel
         for _ in calls:
             wait_for(lambda: queue.basic_get(place["queue"]), SOON, "a first delivery")
@@ -61,7 +64,7 @@ def test_what_is_delivered_again_after_its_record_expired(
         with pytest.raises(OutcomeUnknown, match="so late"):
             calls["again"].get(timeout=SOON)
         assert calls["allowed"].get(timeout=SOON) == "slow allowed"
-        assert first.get(timeout=SOON) == {"paid": 5, "of": ["first"]}  # as old, and never delivered before
+        assert first.get(timeout=SOON) == {"paid": 5, "of": ["first"]}  # also old, but not delivered before
         counted = {one: effects.count(one) for one in ("again", "allowed", "first")}
         assert counted == {"again": 1, "allowed": 2, "first": 1}
         entry = ledger.get(pay.intent_key("again"))
@@ -81,7 +84,7 @@ def test_when_a_call_was_due_first_stays_with_its_messages() -> None:
             raise self.retry(countdown=0)
 
     before = int(time.time())
-    tries.apply_async((1,), headers={PUBLISHED: 5})  # copied from elsewhere, as beat's are
+    tries.apply_async((1,), headers={PUBLISHED: 5})  # a header copied from another message
     tries.apply_async((2,), countdown=1000)
     tries.apply_async((3,), eta="2001-09-09T01:46:40+00:00")
     due = [hand.take(app).headers[PUBLISHED] for _ in range(3)]

@@ -1,4 +1,4 @@
-"""A hundred that wait for one long body: what each may ask of the store and the broker is bounded."""
+"""A hundred callers wait for one long body. The commands and messages that each of them costs are bounded."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ pytestmark = [pytest.mark.redis, pytest.mark.slow]
 WAITERS = 100
 
 LEASE = 30.0
-"""Seconds: the default, so that no duplicate comes back earlier to see whether the holder has died."""
+"""Seconds. This is the default. With a shorter lease, duplicates come back earlier to see if the holder is dead."""
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """Only for records, so that its commands are the guard's."""
+    """A Redis server for records only, so that all of its commands come from the guard."""
     with running(lambda: RedisServer(tmp_path_factory.mktemp("waiters-store"))) as server:
         yield server
 
@@ -55,7 +55,7 @@ def test_duplicates_at_the_worker(stage: Stage, redis: RedisServer, store: Redis
     cost = at_the_worker(stage, lambda: Counter(store, redis), name, WAITERS, came_back_three_times)
     assert cost.answers == [f"slow {name}"] * (WAITERS + 1)
     assert stage.effects.count(name) == 1
-    # None of them had a message or a command more than the waiting took; the last look gives the answer.
+    # No duplicate costs more messages and commands than its back-off allows.
     assert cost.messages <= WAITERS * most_returns(cost.seconds)
     assert cost.commands <= WAITERS * most_commands(cost.seconds) + renewals(cost.seconds, LEASE)
 
@@ -68,5 +68,5 @@ def test_receipts(stage: Stage, redis: RedisServer, store: RedisServer, name: st
     assert cost.answers == [f"slow {name}"] * (WAITERS + 1)
     assert stage.effects.count(name) == 1
     assert cost.messages == 0
-    looks = 1 + most_looks(cost.seconds)  # submit's own, and those of `wait`
-    assert cost.commands <= (WAITERS + 1) * looks + renewals(cost.seconds, LEASE)  # and the first caller
+    looks = 1 + most_looks(cost.seconds)  # one of `submit`, the others of `wait`
+    assert cost.commands <= (WAITERS + 1) * looks + renewals(cost.seconds, LEASE)  # 1: the first caller

@@ -1,4 +1,4 @@
-"""The same worker with the claim taken out of the runner: every body runs, whatever is known."""
+"""The same worker without the claim in its runner: every message runs its body."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What it costs that many wait for one long body, counted by the servers themselves.
+"""Measures what it costs when many callers wait for one long body. The servers count the commands.
 
 Used by ``test_waiters`` and by ``benchmarks/waiters.py``.
 """
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from tests.support.servers import RedisServer
 
 PATIENCE = 60.0
-"""Seconds for all of them to come to an end after the body."""
+"""Seconds in which all waiters receive the result after the body has ended."""
 
 LONGEST = 90.0
-"""Seconds that waiters wait for the body, which gives up after 60."""
+"""Seconds that waiters wait for the body. The body itself ends after at most 60 seconds."""
 
 
 class Cost(NamedTuple):
-    """What waiting cost.
+    """The cost of waiting.
 
     Attributes:
-        seconds: how long the body ran while they waited.
-        commands: to the store, less those of the execution itself.
-        messages: published to the broker, less the first one of each.
-        answers: what they got.
+        seconds: how long the body ran while the callers waited.
+        commands: scripts that the store ran in that time.
+        messages: messages published to the broker, less the first one of each caller.
+        answers: the results that the callers received.
     """
 
     seconds: float
@@ -45,7 +45,7 @@ class Cost(NamedTuple):
 
 
 class Counter:
-    """Commands to the store and messages published, since it was made."""
+    """Counts the store's commands and the published messages since its creation."""
 
     def __init__(self, store: RedisServer, broker: RedisServer) -> None:
         self._store = redis_py.Redis.from_url(store.url)
@@ -55,8 +55,7 @@ class Counter:
 
     def now(self) -> tuple[int, int]:
         store, broker = self._store.info("commandstats"), self._broker.info("commandstats")
-        # A script counts once, and then each command that it calls: only what came over the wire counts. The
-        # plain GET with which `submit` begins cannot be told from those within scripts: one more a receipt.
+        # Redis also counts each command inside a script. Only the scripts come from clients, so only they are counted.
         commands = sum(store.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("evalsha", "eval"))
         return commands - self._began[0], broker.get("cmdstat_lpush", {"calls": 0})["calls"] - self._began[1]
 
@@ -66,8 +65,11 @@ class Counter:
 
 
 def most_returns(seconds: float) -> int:
-    """How often a duplicate may come back in that time: each pause is half as long again as the one
-    before, a tenth less by chance. (In its first pauses the lease's end is further away.)"""
+    """Return how often a duplicate may come back in that time.
+
+    Each pause is longer than the one before by the factor in ``BACKOFF``. Jitter can shorten it by a tenth. The first
+    pauses end before the lease does, so the lease does not shorten them.
+    """
     first, growth, longest = BACKOFF
     returns, at, pause = 0, 0.0, first
     while at < seconds:
@@ -78,7 +80,7 @@ def most_returns(seconds: float) -> int:
 
 
 def most_looks(seconds: float) -> int:
-    """How often a receipt may look in that time."""
+    """Return how often a receipt may look in that time."""
     looks, at, pause = 0, 0.0, FIRST_LOOK
     while at < seconds:
         looks += 1
@@ -88,12 +90,12 @@ def most_looks(seconds: float) -> int:
 
 
 def most_commands(seconds: float) -> int:
-    """Of one duplicate at the worker: its looks in the slot, one each time it comes back."""
+    """Return the most commands of one duplicate at the worker: its looks in the slot and one for each return."""
     return 1 + SLOT_WAITS + most_returns(seconds)
 
 
 def renewals(seconds: float, lease: float) -> int:
-    """Those of the execution itself, at most."""
+    """Return the most commands of the execution itself."""
     return 2 + int(6 * seconds / lease)
 
 
@@ -104,7 +106,7 @@ def at_the_worker(
     number: int,
     enough: Callable[[float, Counter], bool],
 ) -> Cost:
-    """So many deliveries of an intent whose body runs until ``enough(seconds, counter)``."""
+    """Deliver an intent ``number`` times more while its body runs, until ``enough(seconds, counter)``."""
     first = stage.slow.apply_async((name,))
     stage.effects.wait(name)
     count = counter()
@@ -115,7 +117,7 @@ def at_the_worker(
     )
     stage.gate(name).open()
     first.get(timeout=PATIENCE)
-    seconds = time.monotonic() - began  # until the outcome was there: on a busy machine that is later
+    seconds = time.monotonic() - began  # until the outcome is stored, which may take long on a busy machine
     answers = [result.get(timeout=PATIENCE + seconds) for result in (first, *others)]
     commands, messages = count.now()
     count.close()
@@ -129,7 +131,7 @@ def at_receipts(
     number: int,
     enough: Callable[[float, Counter], bool],
 ) -> Cost:
-    """So many callers that submit the intent while its body runs, and wait for its answer."""
+    """Submit the intent from ``number`` callers while its body runs. All wait for its result."""
     first = stage.slow.submit(name)
     stage.effects.wait(name)
     count = counter()

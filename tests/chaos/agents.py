@@ -1,9 +1,9 @@
-"""Agents: a process that makes the calls of a work file and writes down what each caller was told.
+"""A process of agents: it makes the calls of a work file and writes down what each caller received.
 
     python -m tests.chaos.agents WORK ANSWERS
 
-An agent behaves as agents do: when no answer comes in time, or the answer is an error that says nothing, it
-calls again, reworded, by the same door. It stops at a value, a "no", or "in doubt"; and at the deadline.
+An agent calls again through the same door, with other words, if it receives nothing in time or an error that does not
+say what happened. It stops when it receives a value, a refusal or "in doubt", and at the deadline.
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ from tests.chaos import doors, shop
 from tests.chaos.plan import Call
 from tests.support.effects import Effects
 
-# Callers at once. At fifty calls a second, with ten seconds of a store that is away and a lease to lapse.
+# Callers at once. Enough for fifty calls a second while the store is down for some seconds and a lease must lapse.
 THREADS = 150
 
-STOP = "stop"  # a file in the run's folder: agents that still wait write down what they heard, and end
+STOP = "stop"  # a file in the run's folder: if it exists, agents write down what they received, and end
 
-PAUSE = (0.2, 2.0)  # seconds until an agent calls again: at first, and at most
+PAUSE = (0.2, 2.0)  # seconds until an agent calls again: the first pause and the longest
 
-# An agent waits longer each time: or else a slow minute doubles the messages, which makes it slower still.
+# An agent waits longer each time. Otherwise a slow minute doubles the messages, and they slow the machine even more.
 MORE_PATIENCE = 1.7
 LONGEST_PATIENCE = 25.0  # seconds
 
 
 @dataclass(frozen=True)
 class Work:
-    """Calls of one process: `calls` are (intent's number, place in its calls, the call); times since `start`."""
+    """The calls of one process.
+
+    `calls` are (number of the intent, place among its calls, the call). The times of calls count from `start`.
+    """
 
     start: float
     deadline: float
@@ -61,7 +64,7 @@ def call_until_told(number: int, place: int, call: Call, deadline: float, answer
         asked = time.time()
         try:
             told = door(intent, f"in other words {len(tries)}", patience)
-        except Exception as error:  # of any driver: a lost answer
+        except Exception as error:  # an error of any driver: the reply is lost
             told = doors.Told(doors.AGAIN, detail=f"{type(error).__name__}: {error}"[:300])
         tries.append({"at": asked, "told": told.kind, "detail": told.detail, "took": time.time() - asked})
         if told.kind != doors.AGAIN or time.time() + pause > deadline or (shop.FOLDER / STOP).exists():

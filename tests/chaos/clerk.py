@@ -1,6 +1,6 @@
-"""The person who settles what is in doubt, after the monkey has ended and all processes are awake.
+"""The operator who settles the intents in doubt, after the monkey has stopped and all processes run again.
 
-What happened is asked of the destination, as a person would look it up there, and nowhere else.
+As a person would, it asks only the destination what happened.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from tests.chaos.stage import Stage
 from tests.support.waiting import wait_for
 from tests.support.workers import ROOT
 
-# How many are decided by the command line, which starts a process for each; the rest by what is behind it.
+# How many intents are decided on the command line, which starts a process for each. The others use its Python API.
 BY_COMMAND = 3
 
-# Seconds until nobody works on anything any more: bodies end within one and leases lapse in two, but what callers have
-# sent anew on a busy machine is worked off first. Without an end to be seen in that time something hangs.
+# Seconds until no worker runs anything. A body ends within one second and a lease lapses in two, but on a busy machine
+# the workers first run what callers have sent again. If they are not done by then, something hangs.
 QUIET_WITHIN = 600.0
 
 
 class Settled(NamedTuple):
-    """One decision of the operator's."""
+    """One decision of the operator."""
 
     key: str
     ref: str
@@ -41,14 +41,14 @@ class Settled(NamedTuple):
 
 
 class Records:
-    """What the store holds at the end, by reference."""
+    """The records in the store at the end."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
         self.ledger = Ledger(open_store(stage.store.url_for(0)))
 
     def key(self, intent: Intent) -> str:
-        """As the task derives it: the shop's own declaration, without a worker."""
+        """Return the idempotency key, derived from the task's declaration."""
         from tests.chaos.shop import app
 
         declaration = app.tasks[intent.task].idem_declaration
@@ -66,13 +66,13 @@ class Records:
 def settle(stage: Stage, plan: Plan, records: Records) -> list[Settled]:
     """Decide every intent that is in doubt or lapsed, by what the destination says.
 
-    What its owner, which woke up late, ends between the look and the decision is decided already.
+    An intent is skipped if its owner settles it between the look and the decision.
     """
     by_key = {records.key(intent): intent for intent in plan.intents()}
     wait_for(
         lambda: not _asleep(stage) and not any(map(_held, records.ledger.list())),
         QUIET_WITHIN,
-        lambda: f"everybody to be done: {[entry for entry in records.ledger.list() if _held(entry)][:5]}",
+        lambda: f"all executions to end: {[entry for entry in records.ledger.list() if _held(entry)][:5]}",
         every=0.25,
     )
     settled: list[Settled] = []
@@ -85,7 +85,7 @@ def settle(stage: Stage, plan: Plan, records: Records) -> list[Settled]:
 
 
 def _asleep(stage: Stage) -> bool:
-    """An execution that its plan sent to sleep, and that the waker has not woken yet."""
+    """Return whether a process that its plan has frozen is still frozen."""
     for note in stage.folder.glob("frozen-*"):
         with contextlib.suppress(psutil.Error, ValueError):
             if psutil.Process(int(note.read_text())).status() == psutil.STATUS_STOPPED:
@@ -94,20 +94,20 @@ def _asleep(stage: Stage) -> bool:
 
 
 def _held(entry: Entry) -> bool:
-    """A worker has it, or a retry is due that may still come. Ticks begin as long as beats run."""
+    """Return whether a worker holds the intent, or a retry may still come."""
     return _counts(entry) and entry.state in ("running", "scheduled") and entry.retry_after > 0
 
 
 def _counts(entry: Entry) -> bool:
-    """The second links of chains have no effect: their callers ask for the first ones again."""
+    """Return whether the entry must be settled. The second links of chains have no effect and need not."""
     return entry.task != "chaos.after"
 
 
 def _decide(stage: Stage, ledger: Ledger, entry: Entry, intent: Intent | None, number: int) -> Settled | None:
-    """None: what was looked at is not what stands there any more."""
+    """Decide one entry. Return None if its record has changed since it was read."""
     ref = intent.ref if intent is not None else entry.key
     parts = intent.parts if intent is not None else ("tick",)
-    # Asked as `shop.reconcile` asks: what is still under way from this execution, or comes late, is void from now on.
+    # As in `shop.reconcile`: asking also voids the requests of this execution that have not arrived yet.
     done: dict[str, int] = {}
     for part in parts:
         question = {"do": "ask", "ref": ref, "part": part, "void_below": entry.record.fence + 1}
@@ -120,14 +120,14 @@ def _decide(stage: Stage, ledger: Ledger, entry: Entry, intent: Intent | None, n
     what = "happened"
     missing = [part for part in parts if part not in done]
     if missing and not set(done) <= {step.name for step in entry.record.steps}:
-        # The step that was left open has happened, a later one has not: a person does that one by hand.
+        # The open step has happened and a later one has not. A person does the later one by hand.
         for part in missing:
             request = {"do": "effect", "ref": ref, "part": part, "fence": 0, "key": "", "by": "operator"}
             done[part] = tell(stage.destination, request)["receipt"]
         what, missing = "happened, the rest by hand", []
     happened = None
     if missing or not done:
-        what = "not happened"  # of steps, those that are done stay done
+        what = "not happened"  # finished steps are kept
     elif intent is None:
         happened = Happened(done["tick"])
     else:

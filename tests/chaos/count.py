@@ -1,4 +1,4 @@
-"""The judgement, from the destination's ledger: pure, so that it can be judged itself."""
+"""The verdict on a run, from the destination's ledger. It is a pure function, so that it can be tested."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TICK = "chaos.tick:"
 
 @dataclass(frozen=True)
 class Violation:
-    """One promise that was not kept: `kind` is one of KINDS, `ref` the intent."""
+    """One broken promise. `kind` is one of KINDS, `ref` is the intent."""
 
     kind: str
     ref: str
@@ -25,7 +25,7 @@ class Violation:
 KINDS = {
     "double": "effects that happened twice",
     "lost": "intents that did not happen",
-    "not meant": "effects nobody meant",
+    "not meant": "effects that were not meant",
     "unsettled": "intents without an outcome",
     "wrong answer": "callers with a wrong answer",
     "no answer": "callers without an answer",
@@ -34,7 +34,7 @@ KINDS = {
 
 @dataclass
 class Verdict:
-    """What a run came to."""
+    """The result of a run."""
 
     intents: int = 0
     calls: int = 0
@@ -62,9 +62,9 @@ def judge(
     """Compare what was meant with what happened.
 
     Args:
-        effects: the destination's ledger: `intent` is the reference, `part` which of its effects.
-        answers: what callers were told, the last of each caller counts.
-        states: of the records, by reference; an intent without one is "absent".
+        effects: the destination's ledger. `intent` is the reference, `part` names one of its effects.
+        answers: what callers received. The last one of each caller counts.
+        states: the states of the records, by reference. An intent without a record is "absent".
     """
     verdict = Verdict()
     done: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -87,7 +87,7 @@ def judge(
         for place in range(len(intent.calls)):
             verdict.calls += 1
             verdict.violations += _answer(intent, place, last.get((intent.ref, place)), right, verdict.told)
-    for ref, parts in done.items():  # what was not in the plan: the beats' ticks
+    for ref, parts in done.items():  # effects that are not in the plan; ticks of the beats are allowed
         verdict.ticks += ref.startswith(TICK)
         for part, receipts in parts.items():
             if not ref.startswith(TICK):

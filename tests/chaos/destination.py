@@ -1,11 +1,11 @@
-"""The destination of all effects, a process of its own that no fault touches, and its client.
+"""The destination of all effects, and its client. It runs in a process that no fault touches.
 
     python -m tests.chaos.destination FOLDER PORT
 
-It is what a careful payment service is: it can be asked what became of an action, by reference; asking also
-voids what may still be under way from an earlier execution (every request has the fence of its claim); it
-takes an idempotency key from whoever has one. It does not count for us: without a key, what is sent twice is
-done twice. `FOLDER/effects.jsonl` is its ledger, written and synced before it answers.
+It behaves as a careful payment service. A client can ask what became of an action, by reference. Asking also voids the
+requests of earlier executions that have not arrived yet: every request has the fence of its claim. A request may have
+an idempotency key. Without one, a request that is sent twice is done twice. `FOLDER/effects.jsonl` is its ledger,
+written and synced before it replies.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from typing import Any
 from tests.chaos.plan import Plan
 from tests.support.effects import Effects
 
-WITHIN = 30.0  # seconds for an answer: it is never away, only the machine may be busy
+WITHIN = 30.0  # seconds to wait for a reply: the destination is always up, but the machine may be busy
 
 
 # -- the client, in workers ---------------------------------------------------------------------------------
 def tell(port: int, request: dict[str, Any]) -> dict[str, Any]:
-    """One request, one answer. Raises OSError if the destination does not run, which no run intends."""
+    """Send one request and return the reply. Raise OSError if the destination does not run, which is never planned."""
     with socket.create_connection(("127.0.0.1", port), timeout=WITHIN) as connection:
         connection.sendall(json.dumps(request).encode() + b"\n")
         answer: dict[str, Any] = json.loads(connection.makefile("rb").readline())
@@ -38,7 +38,7 @@ def tell(port: int, request: dict[str, Any]) -> dict[str, Any]:
 
 # -- the service --------------------------------------------------------------------------------------------
 class Books:
-    """Its ledger and what it has to remember."""
+    """The ledger of the destination and its state."""
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self._plan = plan
@@ -58,7 +58,7 @@ class Books:
         else:
             intent = self._plan.intent(int(ref[1:])) if ref.startswith("i") else None
             lasts = intent.during if intent is not None else 0.0
-            time.sleep(lasts / 2)  # on its way, and then the answer's way back
+            time.sleep(lasts / 2)  # the way of the request; below, the way of the reply
             told = self._do(ref, part, request, intent)
             time.sleep(lasts / 2)
         self._requests.add(ref, at=time.time(), request=request, told=told)
@@ -106,7 +106,7 @@ class _Service(socketserver.ThreadingTCPServer):
     request_queue_size = 256
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that was killed before it got its answer is nothing to talk about."""
+        """Log nothing: clients may be killed before they receive the reply."""
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""Every way to hand a call over: one function each, from an intent to what its caller was told.
+"""One function for each way to call a task ("door"). It takes an intent and returns what its caller received.
 
-All run in an agents' process (`agents`), against the application of one broker.
+All of them run in a process of agents (`agents`), with the application of one broker.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from celery_idem.integration.receipts import Receipt
 from tests.chaos import shop
 from tests.chaos.plan import Intent
 
-# What a caller may be told. The first three are answers, the last one means: ask again.
+# What a caller may receive. The first three are answers. The last one means: call again.
 VALUE, DECLINED, IN_DOUBT, WRONG, AGAIN = "value", "declined", "in doubt", "wrong", "again"
 
-# Errors of a delivery after which a caller asks again by the same key: nothing happened, somebody else has the
-# intent, or Celery lost the message. The last three are Celery's own, done or not: it calls a task failed when
-# its connection to the result backend, or to the broker, is cut just then.
+# Errors after which a caller calls again with the same key: nothing happened, another execution has the intent, or
+# Celery lost the message. The last three come from Celery, whether the effect happened or not: it marks a task as
+# failed if its connection to the result backend or the broker is cut at that moment.
 PASSING = ("NotNow", "LeaseLost", "InProgress", "StoreError", "WorkerLostError", "TaskRevokedError")
 PASSING += ("ConnectionError", "TimeoutError", "OperationalError")
 
-LOOK_EVERY = (0.02, 0.5)  # seconds between two looks at a Celery result: at first, and at most
+LOOK_EVERY = (0.02, 0.5)  # seconds between two looks at a Celery result: the first pause and the longest
 
 URL = os.environ.get("CHAOS_DOOR", "")
-TOKEN = "chaos"  # of the HTTP door, which is on loopback for one run
+TOKEN = "chaos"  # of the HTTP adapter, which is on loopback and runs for one test
 
-# An orchestrator of its own. Celery shares task classes among the applications of a process, so it has them too, and
-# `submit` accepts its calls: in the workers' store.
+# The application of an orchestrator. Celery shares tasks among the applications of a process, so it has the tasks too,
+# and `submit` accepts its calls in the workers' store.
 stranger = Celery("stranger", broker=shop.BROKER, backend=shop.BACKEND, set_as_current=False)
 stranger.conf.update(
     task_default_queue="chaos",
@@ -49,7 +49,7 @@ stranger.conf.update(
 
 
 class Told(NamedTuple):
-    """What a caller heard: one of the words above, the value, and details for the story."""
+    """What a caller received: one of the words above, the value, and details for the story."""
 
     kind: str
     value: Any = None
@@ -57,7 +57,7 @@ class Told(NamedTuple):
 
 
 def arguments(intent: Intent, note: str) -> dict[str, Any]:
-    # With a key of the caller's own every argument must be the same; else the note is free.
+    # With the caller's key every argument must match. Without it the note is free.
     return {"ref": intent.ref, "cents": intent.cents, "note": "" if intent.key else note}
 
 
@@ -91,7 +91,7 @@ def of_result(result: AsyncResult, patience: float) -> Told:
 
 
 def of_receipt(told: dict[str, Any]) -> Told:
-    """A receipt as its dictionary."""
+    """Return what the caller of this receipt, given as its dictionary, received."""
     if told["status"] in ("executed", "replayed"):
         return Told(VALUE, told["result"])
     if told["status"] == "in_doubt":
@@ -105,7 +105,7 @@ def of_receipt(told: dict[str, Any]) -> Told:
 
 
 def _doubt(told: dict[str, Any]) -> Told:
-    # "No worker has it any more. Call again once": an agent follows the advice.
+    # With the code "undecided" the receipt advises to call again once, and the agent does.
     kind = AGAIN if told["code"] == "undecided" else IN_DOUBT
     return Told(kind, detail=f"{told['reason']} {told['next']}")
 
@@ -140,7 +140,7 @@ def chain(intent: Intent, note: str, patience: float) -> Told:
     told = of_result(sent, patience)
     if (
         told.kind == AGAIN and sent.parent is not None
-    ):  # the end of a chain waits for ever for a first that failed
+    ):  # if the first task failed, the last one of the chain never ends
         first_told = of_result(sent.parent, 0)
         return first_told if first_told.kind != VALUE else told
     return told
@@ -157,7 +157,7 @@ def tool(intent: Intent, note: str, patience: float) -> Told:
 
 @cache
 def _client() -> httpx.Client:
-    # As many connections as there are agents (`agents.THREADS`): none waits for another's answer.
+    # As many connections as agents (`agents.THREADS`), so that no agent waits for another.
     return httpx.Client(
         limits=httpx.Limits(max_connections=None), headers={"authorization": f"Bearer {TOKEN}"}
     )

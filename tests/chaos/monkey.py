@@ -1,4 +1,4 @@
-"""The monkey: brings the faults of the plan about, each at its time, and writes down what it did."""
+"""The monkey brings about the faults of the plan, each at its time, and writes down what it did."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tests.chaos.plan import Fault, Plan
 from tests.chaos.stage import Stage
 from tests.support.effects import Effects
 
-LOOK_EVERY = 0.1  # seconds between two looks of the waker: short beside a lease
+LOOK_EVERY = 0.1  # seconds between two looks of the waker: much shorter than a lease
 
 
 class Waker:
-    """Wakes who went to sleep by plan, when its time is over; in the end everybody."""
+    """Resumes each process that its intent's plan has frozen, when its time is over."""
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self._folder = folder
@@ -48,12 +48,12 @@ class Waker:
                 asleep = self._plan.intent(int(note.name.rpartition("-i")[2])).asleep
                 if time.time() - note.stat().st_mtime > asleep:
                     self._woken.add(note)
-                    with contextlib.suppress(OSError, ValueError):  # killed meanwhile
+                    with contextlib.suppress(OSError, ValueError):  # the process may have been killed
                         os.kill(int(note.read_text()), signal.SIGCONT)
 
 
 class Monkey:
-    """Runs on threads of its own from `start` to `stop`; after that, whatever it broke goes again."""
+    """Runs in separate threads from `start` to `stop`. After `stop`, everything that it broke works again."""
 
     def __init__(self, stage: Stage, faults: list[Fault], ledger: Path) -> None:
         self._stage = stage
@@ -61,19 +61,19 @@ class Monkey:
         self._ledger = Effects(ledger)
         self._stopping = threading.Event()
         self._running: list[threading.Thread] = []
-        # One fault at a time for a store and for a worker: neither can be frozen while it is dead.
+        # One fault at a time for the store and for each worker: a dead one cannot be frozen.
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
         self._thread = threading.Thread(target=self._follow, name="monkey", daemon=True)
         self.done = 0
         self.current = ""
 
     def start(self, start: float) -> None:
-        """`start` is the time (seconds since the epoch) that the plan's times count from."""
+        """Start the monkey. The plan's times count from `start`, in seconds since the epoch."""
         self._start = start
         self._thread.start()
 
     def stop(self) -> None:
-        """Return when every fault is over."""
+        """Start no more faults, and return when every fault is over."""
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -118,7 +118,7 @@ class Monkey:
         pid = self._child(fault)
         if pid is None:
             return {"failed": "no child"}
-        process = psutil.Process(pid)  # knows the start time too: a reused pid is not hit
+        process = psutil.Process(pid)  # it checks the start time, so a reused pid is not hit
         process.suspend()
         self._stopping.wait(fault.seconds)
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -162,14 +162,17 @@ class Monkey:
             return {"connections": _cut(client)}
 
     def _kill_host(self, _: Fault) -> dict[str, Any]:
-        """Every worker with all its processes, at once."""
+        """Kill all workers with all their processes at once."""
         workers = [worker for broker in self._stage.plan.brokers if (worker := self._stage.worker(broker))]
         for worker in workers:
             worker.kill()
         return {"victims": [worker.pid for worker in workers]} if workers else {"failed": "no worker"}
 
     def _empty_broker(self, fault: Fault) -> dict[str, Any]:
-        """It loses every message. On Redis as one that is restarted empty: its clients declare their queues again."""
+        """Delete all messages of the broker.
+
+        Redis behaves as after a restart without data: its connections are cut and clients declare their queues again.
+        """
         if fault.broker == "redis":
             with redis.Redis.from_url(self._stage.redis.url_for(0)) as client:
                 lost = int(client.llen("chaos")) + int(client.hlen("unacked"))
@@ -186,5 +189,5 @@ class Monkey:
 
 
 def _cut(client: redis.Redis) -> int:
-    """Close all connections but this one's; how many."""
+    """Close all connections but this one, and return their number."""
     return sum(client.client_kill_filter(_type=kind, skipme=True) for kind in ("normal", "pubsub"))

@@ -1,6 +1,6 @@
-"""The timeline of a run as SVG: faults in lanes, and below them what the destination and the callers saw.
+"""Draws the timeline of a run as SVG: faults in lanes, and below them the effects and the waiting callers.
 
-Plain SVG with a style of its own for light and dark; no script, no font, nothing from elsewhere.
+The SVG has styles for light and dark, and no script, font or other external resource.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ WIDTH, LEFT, RIGHT = 960, 166, 22
 LANE, GAP, CHART = 15, 12, 84  # heights
 BUCKETS = 180  # bars across: about five pixels each
 
-# One hue for deaths, one for sleep, one for cuts; each also has a lane, so that colour is never needed.
+# One colour for kills, one for freezes, one for cuts. Each fault also has a lane, so the colours are not needed.
 STYLE = """
 .chaos { font: 12px system-ui, sans-serif; fill: #24292f }
 .chaos .paper { fill: #ffffff } .chaos .lane { fill: #f0f2f4 } .chaos .grid { stroke: #d8dce0 }
@@ -31,7 +31,7 @@ STYLE = """
 
 
 def picture(run: Run) -> str:
-    """The SVG's text."""
+    """Return the text of the SVG."""
     times = [float(effect["at"]) for effect in run.effects] + [float(a["ended"]) for a in run.answers]
     span = max([run.plan.seconds, *(at - run.start for at in times)]) + 0.5
     drawing = _Drawing(span)
@@ -87,7 +87,7 @@ class _Drawing:
         self._y = 54.0
 
     def lane(self, name: str, kind: str, faults: Sequence[tuple[float, float]]) -> None:
-        """One row of faults; what is over at once is as wide as a line must be to be seen."""
+        """Draw one row of faults. A fault without duration gets the smallest visible width."""
         self._words(LEFT - 8, self._y + LANE - 4, name, anchor="end")
         self._box(LEFT, self._y, WIDTH - LEFT - RIGHT, LANE - 2, "lane")
         for began, ended in faults:
@@ -96,14 +96,14 @@ class _Drawing:
         self._y += LANE
 
     def bars(self, name: str, kind: str, times: Sequence[float]) -> None:
-        """How many a second."""
+        """Draw how many events there are per second."""
         counts = [0] * BUCKETS
         for at in times:
             counts[min(BUCKETS - 1, max(0, int(at / self._span * BUCKETS)))] += 1
         self._chart(name, kind, [count / (self._span / BUCKETS) for count in counts])
 
     def level(self, name: str, kind: str, spans: Sequence[tuple[float, float]]) -> None:
-        """How many at a time, at the middle of each bucket."""
+        """Draw how many spans are open in the middle of each bucket."""
         middles = [(n + 0.5) * self._span / BUCKETS for n in range(BUCKETS)]
         self._chart(name, kind, [float(sum(a <= at <= b for a, b in spans)) for at in middles])
 

@@ -1,7 +1,7 @@
-"""Everything random of a run, drawn from its seed before anything starts.
+"""Draws everything random of a run from its seed before anything starts.
 
-An intent is drawn from the seed and its own number, a fault from the seed and its kind: a run with fewer
-intents, or with some kinds of fault only, has the same ones as the large run, less the rest.
+An intent depends on the seed and its number only, a fault on the seed, its kind and its broker. So a run with fewer
+intents or fewer kinds of fault has a part of the large run's intents and faults.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 BROKERS = ("redis", "rabbitmq")
 
-# What a crash means for a task, and which share of the intents is of it. See `shop` for their bodies.
+# What a crash means for a task, and the percentage of intents that have it. See `shop` for the bodies.
 POLICIES = {"reconcile": 35, "in_doubt": 25, "resume": 15, "rerun": 15, "retry": 10}
 
-# Both ways of Celery's to treat the message of a process that dies.
+# When Celery acknowledges a message: before the body or after it.
 ACKS = ("early", "late")
 
-# How calls are handed over (see `doors`), by weight: MCP and HTTP cost more of the machine than the rest.
+# Ways to call (see `doors`) and their weights. MCP and HTTP cost more CPU than the others.
 DOORS = {
     "delay": 20,
     "send_task": 15,
@@ -31,11 +31,11 @@ DOORS = {
     "mcp": 5,
 }
 
-# Doors that can carry a key of the caller's own.
+# Doors that can carry a caller's key.
 KEYED_DOORS = ("delay", "send_task", "submit", "submit_by_name", "http")
 
-# Every kind of fault, and the mean seconds between two of a kind at one target. A worker that was killed needs
-# some seconds to be back: more often, and there is nobody left to be broken.
+# Every kind of fault, and the mean seconds between two of a kind at one target. A killed worker needs some seconds to
+# start again. With more frequent faults there would be no worker left to break.
 FAULTS = {
     "kill child": 5.0,
     "freeze child": 10.0,
@@ -48,30 +48,30 @@ FAULTS = {
     "empty broker": 30.0,
 }
 
-# Seconds a frozen process sleeps: from within its lease to more than twice as long (see `shop.LEASE`).
+# Seconds that a frozen process sleeps: from less than its lease to more than twice the lease (see `shop.LEASE`).
 FROZEN = (1.0, 5.0)
-# What becomes of an intent's first execution at a chosen point, in percent: a fault by the clock seldom hits the
-# moment before an effect. And the kinds of fault that these belong to.
+# What happens to an intent's first execution at a chosen point, in percent. A fault at a random time seldom hits the
+# moment before an effect. FATE_OF names the kind of fault to which each belongs.
 FATES = {"": 91, "killed before": 3, "killed after": 3, "frozen before": 2, "frozen after": 1}
 FATE_OF = {"killed": "kill child", "frozen": "freeze child"}
-# Seconds such a one is frozen: always past its lease.
+# Seconds that such an execution is frozen: always longer than its lease.
 ASLEEP = (2.5, 5.0)
 
-# Seconds a frozen store sleeps: around its clients' time limit, so that some replies come and some are lost.
+# Seconds that a frozen store sleeps: around its clients' timeout, so that some replies come and some are lost.
 STORE_FROZEN = (0.3, 2.0)
-# Seconds a killed store stays away.
+# Seconds that a killed store stays down.
 STORE_AWAY = (0.1, 2.5)
 
-# Seconds at most in each of three parts of a body: long enough to be hit, short enough for two cores.
+# The longest time of each of the three parts of a body, in seconds: faults can hit it, and two cores can run it.
 LONGEST = 0.06
 
-# Seconds between the first call of an intent and its last: some come while the first runs, some long after.
+# The longest time between an intent's first call and its last, in seconds. Some come while the first runs, some later.
 SPREAD = 8.0
 
 
 @dataclass(frozen=True)
 class Call:
-    """One agent that wants the action done: when, by which door, and how long it waits before it calls again."""
+    """One agent's call: when, through which door, and how long the agent waits before it calls again."""
 
     at: float
     door: str
@@ -83,9 +83,9 @@ class Call:
 class Intent:
     """One action that is meant to happen once, and how its body and its destination behave.
 
-    `before`, `during` and `after` are seconds: in the body before its request, at the destination, and in the
-    body after the answer. `busy` is how often the destination says "not now" first. `fate` is what becomes of
-    the first execution, and where (see FATES); `asleep` is for how many seconds it is frozen.
+    `before`, `during` and `after` are seconds: in the body before its request, at the destination, and in the body
+    after the reply. `busy` is how often the destination first says "not now". `fate` is what happens to the first
+    execution, and where (see FATES). `asleep` is for how many seconds it is frozen.
     """
 
     number: int
@@ -104,7 +104,7 @@ class Intent:
 
     @property
     def ref(self) -> str:
-        """What the shop calls it."""
+        """The intent's name in the shop."""
         return f"i{self.number:06}"
 
     @property
@@ -113,7 +113,7 @@ class Intent:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Its effects, by name."""
+        """The names of its effects."""
         if self.declined:
             return ()
         return ("charge", "mail") if self.policy == "resume" else ("charge",)
@@ -121,7 +121,7 @@ class Intent:
 
 @dataclass(frozen=True)
 class Fault:
-    """`broker` says whose worker or connections; `child` picks one of a worker's processes."""
+    """One fault. `broker` names the worker or the connections; `child` selects one of the worker's processes."""
 
     at: float
     kind: str
@@ -132,7 +132,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run. `seconds` is how long calls and faults go on; `kinds` are the faults it has."""
+    """The plan of a run. `seconds` is how long calls and faults continue; `kinds` are its kinds of fault."""
 
     seed: int
     seconds: float
@@ -149,7 +149,7 @@ class Plan:
         return cls(**{**values, "brokers": tuple(values["brokers"]), "kinds": tuple(values["kinds"])})
 
     def intent(self, number: int) -> Intent:
-        """The intent with this number; the same in every process."""
+        """Return the intent with this number. It is the same in every process."""
         random = Random(f"{self.seed} intent {number}")
         policy = _one_of(random, POLICIES)
         keyed = random.random() < 0.1
@@ -157,7 +157,7 @@ class Plan:
         doors = {name: weight for name, weight in DOORS.items() if not keyed or name in KEYED_DOORS}
         fate = _one_of(random, FATES)
         calls = []
-        # While one sleeps, another has to come: to take over, or to ask.
+        # While one execution is frozen, another call has to come, to take over or to ask.
         for n in range(random.randint(2 if fate.startswith("frozen") else 1, 5)):
             later = random.random() * SPREAD if n else 0.0
             broker = BROKERS[random.randrange(2)]
@@ -186,7 +186,7 @@ class Plan:
         return [self.intent(number) for number in range(self.count)]
 
     def faults(self) -> list[Fault]:
-        """All faults, the first first. Spread out, so that even a short run has each kind."""
+        """Return all faults in order of time. They are spread out, so that a short run has each kind too."""
         found = []
         for kind in self.kinds:
             for broker in ("",) if kind.endswith(("store", "host")) else self.brokers:
@@ -199,7 +199,7 @@ class Plan:
 
 
 def _lasting(random: Random, kind: str) -> float:
-    """Seconds a fault lasts; 0.0 for what is over at once."""
+    """Return how many seconds a fault lasts, or 0.0 if it has no duration."""
     lasting = {"freeze store": STORE_FROZEN, "kill store": STORE_AWAY}
     if kind.startswith("freeze") or kind in lasting:
         return random.uniform(*lasting.get(kind, FROZEN))

@@ -1,4 +1,4 @@
-"""What a run came to, for people: lines while it runs, a table at the end, a page with a picture, and JSON."""
+"""Reports a run: lines while it runs, a table at the end, a page with a picture, and JSON."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from tests.chaos.plan import FAULTS, Plan
 
 Lines = Sequence[Mapping[str, Any]]
 
-QUIET_EVERY = 10.0  # seconds between two lines of progress where there is no terminal to move one on
+QUIET_EVERY = 10.0  # seconds between two lines of progress if the output is no terminal
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a report tells. `starts` says how often each worker was started."""
+    """The data of a report. `starts` says how often each worker was started."""
 
     plan: Plan
     replay: str
@@ -83,7 +83,7 @@ class Run:
 
 
 class Screen:
-    """Lines as things happen; on a terminal a moving one for what happens now."""
+    """Prints lines of progress. On a terminal one status line shows the current state."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False)
@@ -108,7 +108,7 @@ class Screen:
         self._console.print(escape(text), soft_wrap=True)
 
     def tell(self, run: Run) -> None:
-        """The table, and what an offended reader needs."""
+        """Print the table, the violations and their stories, and the verdict."""
         self._status.stop()
         self._console.print(table(run))
         verdict = run.verdict
@@ -127,11 +127,11 @@ class Screen:
                 "[green]Every intent took effect exactly once, and every caller has the right answer.[/]"
             )
         else:
-            self._console.print(f"[red]FAILED.[/] The same plan again: {escape(run.replay)}", soft_wrap=True)
+            self._console.print(f"[red]FAILED.[/] To run the same plan: {escape(run.replay)}", soft_wrap=True)
 
 
 def table(run: Run) -> Table:
-    """Promises first, then how hard they were tried."""
+    """Return the table of results: first the promises, then the faults."""
     summary, verdict = run.summary, run.verdict
     result = Table(title=f"{run.plan.seconds / 60:g} minutes of chaos, seed {run.plan.seed}", box=SIMPLE)
     result.title_justify = "left"
@@ -139,13 +139,13 @@ def table(run: Run) -> Table:
     result.add_column("count", justify="right", no_wrap=True)
     result.add_column("")
     result.add_row("intents", f"{verdict.intents:,}")
-    result.add_row("callers, who called", f"{verdict.calls:,}", f"{verdict.messages:,} times by every door")
+    result.add_row("callers", f"{verdict.calls:,}", f"with {verdict.messages:,} calls through all doors")
     result.add_row(
         "effects, at the destination", f"{verdict.effects:,}", f"with {verdict.ticks:,} of two beats"
     )
     for kind, words in KINDS.items():
         count = verdict.of(kind)
-        # A word beside the colour, for those who cannot see it and for logs.
+        # A word as well as a colour, for logs and for readers who cannot see the colour.
         result.add_row(words, str(count), "[red]FAILED[/]" if count else "[green]ok[/]")
     result.add_section()
     by_operator = sum(summary["settled_by_operator"].values())
@@ -153,7 +153,7 @@ def table(run: Run) -> Table:
     result.add_row("settled by asking the destination", f"{run.reconciled:,}", "reconcile")
     result.add_row("settled by a person", f"{by_operator:,}", _counts(summary["settled_by_operator"]))
     result.add_row("late requests it refused", f"{summary['requests_voided']:,}", "by their fence")
-    result.add_row("second requests it knew", f"{summary['requests_repeated']:,}", "by their downstream_key")
+    result.add_row("repeats it recognised", f"{summary['requests_repeated']:,}", "by their downstream_key")
     result.add_row("outcomes that came too late", f"{run.alarms:,}", "stale_settle")
     result.add_section()
     for kind in run.plan.kinds:
@@ -169,7 +169,7 @@ def _counts(numbers: Mapping[str, int]) -> str:
 
 
 def write(run: Run, folder: Path) -> Path:
-    """The page, the picture and the figures into `folder`; the page's path."""
+    """Write the page, the picture and the figures into `folder`. Return the path of the page."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = picture(run)
     (folder / "chaos.svg").write_text(drawn)
@@ -201,7 +201,7 @@ pre {{ overflow-x: auto }}</style>
 <h1>Promises {verdict}</h1>
 {drawn}
 <pre>{html.escape(console.export_text())}</pre>
-<p>The same plan again: <code>{html.escape(run.replay)}</code></p>
+<p>To run the same plan: <code>{html.escape(run.replay)}</code></p>
 {stories}
 </html>
 """

@@ -1,4 +1,4 @@
-"""The HTTP and the MCP door of one broker's shop, as one ASGI application for a real server."""
+"""The HTTP and MCP adapters of one broker's shop, as one ASGI application for a real server."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tests.chaos.plan import ACKS, POLICIES
 from tests.chaos.shop import app as shop
 
 TASKS = [f"chaos.{policy}.{acks}" for policy in POLICIES for acks in ACKS]
-WAIT = 3.0  # seconds a request waits for its answer: agents have more patience or less (plan.Call)
+WAIT = 3.0  # seconds that a request waits for its result: agents wait shorter or longer (plan.Call)
 
-# The scope is none, as for every other door: their callers all mean the same intents.
+# Without a scope, as in all other doors, because all callers mean the same intents.
 mcp = server(shop, TASKS, scope=None, wait=WAIT).streamable_http_app(json_response=True, stateless_http=True)
 http = door(shop, TASKS, token=TOKEN, wait=WAIT)
 app = Starlette(routes=[Mount("/actions", http), *mcp.routes], lifespan=mcp.router.lifespan_context)

@@ -1,13 +1,13 @@
-"""The Celery application of the soak: one task per policy and acknowledgement, all with effects elsewhere.
+"""The Celery application of the soak: one task for each policy and time of acknowledgement.
 
 =========  ==================================================================================
 policy     its body
 =========  ==================================================================================
 reconcile  one charge; after a crash the destination is asked by reference
-in_doubt   one charge; nobody can ask, so a person decides (Celery IDem's default)
+in_doubt   one charge; there is no reconcile function, so a person decides (Celery IDem's default)
 resume     a charge and a mail as two steps; the destination can be asked about the charge only
-rerun      one charge with an idempotency key: the destination does not do it twice
-retry      one charge; "not now" is Celery's own retry
+rerun      one charge with an idempotency key, so the destination does not do it twice
+retry      one charge; after "not now" the body calls `self.retry`
 =========  ==================================================================================
 """
 
@@ -27,7 +27,7 @@ from celery_idem.integration import submitting
 from tests.chaos import destination
 from tests.chaos.plan import ACKS, POLICIES, Intent, Plan
 
-# Without an environment the module is here for its names only.
+# Without these variables the module only provides its names.
 FOLDER = Path(os.environ.get("CHAOS_FOLDER", "."))
 BROKER = os.environ.get("CHAOS_BROKER", "memory://")
 STORE = os.environ.get("CHAOS_STORE", "memory://chaos")
@@ -35,12 +35,12 @@ BACKEND = os.environ.get("CHAOS_BACKEND", "cache+memory://")
 DESTINATION = int(os.environ.get("CHAOS_DESTINATION", "0"))
 PLAN = Plan.from_json(os.environ["CHAOS_PLAN"]) if "CHAOS_PLAN" in os.environ else Plan(0, 0, 0)
 
-# Seconds. Frozen processes (plan.FROZEN) sleep past it, and a store that is restarted lets some of it pass.
+# Seconds. Some frozen processes (plan.FROZEN) sleep longer, and a part of it passes while the store restarts.
 LEASE = 2.0
-# Seconds until Redis hands an unacknowledged message out again: soon enough to happen often.
+# Seconds until Redis delivers an unacknowledged message again: short, so that it happens often.
 VISIBILITY = 5.0
 
-# A run has no minutes: recovery publishes what was accepted, and publishes again, after seconds.
+# Recovery publishes open intents after some seconds, because a run may last less than a minute.
 submitting.ACCEPTED_FOR = 5.0
 protocol.PUBLISHED_WAIT, protocol.JITTER = 5_000_000, 1_000_000
 
@@ -51,10 +51,9 @@ app.conf.update(
     task_default_queue="chaos",
     task_track_started=True,
     worker_prefetch_multiplier=2,
-    # A worker's own limit on restarts of its connection is not what we are here for.
     worker_cancel_long_running_tasks_on_connection_loss=False,
     broker_connection_retry_on_startup=True,
-    broker_connection_max_retries=None,
+    broker_connection_max_retries=None,  # the limit of retries is not tested here
     result_expires=3600,
     beat_scheduler="celery_idem.adapters.beat:Scheduler",
     beat_schedule={"tick": {"task": "chaos.tick", "schedule": 1.0}},
@@ -70,11 +69,11 @@ app.conf.update(
 
 
 class Declined(Exception):
-    """The destination's answer is no, for good: an outcome like any other."""
+    """The destination refuses for good. This is an outcome and is replayed."""
 
 
 class NotNow(Exception):
-    """The destination has not taken the request: nothing happened."""
+    """The destination did not take the request, so nothing happened."""
 
 
 def intent_of(ref: str) -> Intent:
@@ -82,7 +81,7 @@ def intent_of(ref: str) -> Intent:
 
 
 def meet_fate(ref: str, what: str) -> None:
-    """What is planned for an intent's first execution at this point: its end, or a sleep (see `monkey.Waker`)."""
+    """Kill or freeze this process if that is planned for the intent's first execution here (see `monkey.Waker`)."""
     if not ref.startswith("i") or intent_of(ref).fate != what:
         return
     try:
@@ -95,10 +94,11 @@ def meet_fate(ref: str, what: str) -> None:
 
 
 def effect(self: IdempotentTask, ref: str, part: str = "charge", key: str = "") -> int:
-    """One request to the destination, and its receipt.
+    """Send one request to the destination and return its receipt.
 
     Raises:
-        NotNow, Declined: the destination said so.
+        NotNow: the destination did not take the request.
+        Declined: the destination refused for good.
     """
     meet_fate(ref, "frozen before")
     told = destination.tell(
@@ -126,25 +126,25 @@ def effect(self: IdempotentTask, ref: str, part: str = "charge", key: str = "") 
 
 
 def ask(ref: str, part: str, void_below: int) -> int | None:
-    """The receipt of what happened. Whatever has an older fence, and did not happen, never will."""
+    """Return the receipt of the effect, or None. Requests with an older fence are void from now on."""
     told = destination.tell(DESTINATION, {"do": "ask", "ref": ref, "part": part, "void_below": void_below})
     receipt: int | None = told["receipt"]
     return receipt
 
 
 def answer(ref: str, cents: int, receipts: dict[str, int]) -> dict[str, Any]:
-    """What every caller gets."""
+    """Return the result that every caller receives."""
     return {"ref": ref, "cents": cents, "receipts": receipts}
 
 
 def reconcile(task: IdempotentTask, ref: str, cents: int, note: str = "") -> Happened | NotHappened:
-    # The claim still has the fence of the execution that is asked about: void that one too.
+    # The claim has the fence of the execution that the question is about. Void that one too.
     receipt = ask(ref, "charge", task.claim.fence + 1)
     return NotHappened() if receipt is None else Happened(answer(ref, cents, {"charge": receipt}))
 
 
 def reconcile_step(self: IdempotentTask, ref: str) -> Happened | NotHappened:
-    # This execution took over and has a fence of its own: void the earlier ones.
+    # This execution took over and has a new fence. Void the earlier ones.
     receipt = ask(ref, "charge", self.claim.fence)
     return NotHappened() if receipt is None else Happened(receipt)
 
@@ -208,7 +208,7 @@ for policy in POLICIES:
 
 @app.task(base=IdempotentTask, name="chaos.after", intent=ALL_ARGUMENTS, acks_late=True, on_crash="rerun")
 def after(result: dict[str, Any]) -> dict[str, Any]:
-    """The second link of a chain: it only hands on."""
+    """The second link of a chain. It returns the result of the first."""
     return result
 
 
@@ -229,5 +229,5 @@ def reconcile_tick(task: IdempotentTask) -> Happened | NotHappened:
     reconcile=reconcile_tick,
 )
 def tick(self: IdempotentTask) -> int:
-    """What two beats send: one effect a second, whichever beat is first."""
+    """The task that two beats send: one effect each second."""
     return effect(self, self.claim.key, "tick")

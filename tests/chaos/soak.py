@@ -1,8 +1,8 @@
-"""One run from beginning to end: start, break, drain, settle, count, tell.
+"""Runs the soak: start everything, break things, drain, settle, count and report.
 
     python -m tests.chaos --minutes 3 --seed 7        (or: make chaos ARGS="--minutes 3 --seed 7")
 
-Exit status: 0 when every promise was kept, 1 when one was not, 2 when a server is missing here.
+Exit status: 0 if every promise was kept, 1 if one was not, 2 if a server is missing here.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ from tests.support.effects import Effects
 from tests.support.processes import Program
 from tests.support.servers import ServerMissingError
 
-# Default number of intents a minute: about forty calls a second, as many as two cores can do.
+# Default number of intents a minute. It makes about forty calls a second, as many as two cores can do.
 PER_MINUTE = 800
 
-# Seconds after the last call until the last caller must have its answer, and how often the run's own length on
-# top of it: what piles up on a busy machine takes its time. Those who were told "in doubt" have as long again.
+# Time after the last call in which the last caller must receive its result: this many seconds, plus this many times
+# the length of the run, because messages pile up on a busy machine. Callers that call again have as long once more.
 DRAIN = (120.0, 2.0)
 
-# Seconds without any answer after which nobody is waited for any more. A lease lapses in two, a worker is back
-# within ten, an agent calls again within thirty.
+# Seconds without any answer after which the run stops waiting. A lease lapses in two seconds, a worker is back within
+# ten, and an agent calls again within thirty.
 STALLED = 90.0
 
-# Seconds beyond that for agents to write down what they heard: more than agents.LONGEST_PATIENCE.
+# More seconds for agents to write down what they received: longer than agents.LONGEST_PATIENCE.
 GRACE = 40.0
 
-# How often the operator settles, and callers ask again, at most. It ends when nothing is in doubt and everybody has
-# an answer. An execution that was let run may meet the fate that its plan has for it, once; a caller may be told "in
-# doubt" of what a late owner settles a moment later; and on a busy machine a lease of two seconds lapses by itself.
-# What is not settled after that many turns is a fault.
+# How often the operator settles and callers call again, at most. It ends when nothing is in doubt and all callers have
+# an answer. One turn may not be enough: an execution that the operator allowed may meet its planned fate; a caller may
+# receive "in doubt" just before a late owner settles; and on a busy machine a lease of two seconds may lapse. What is
+# not settled after all turns is a fault.
 TURNS = 6
 
-STORIES = 3  # of offending intents, in full
+STORIES = 3  # how many intents with violations are reported in full
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a run is asked for. `app` is what workers run (see `Stage`), `folder` where everything is written."""
+    """The options of a run. `app` is the workers' application (see `Stage`); all files are written to `folder`."""
 
     plan: Plan
     folder: Path
@@ -86,17 +86,17 @@ class Options:
 
 
 def run(options: Options, show: Callable[[str], None]) -> report.Run:
-    """Do it all. `show` is called with a line about how far it is, about twice a second.
+    """Run a plan. `show` is called about twice a second with a line of progress.
 
     Raises:
-        ServerMissingError: a server cannot be had here.
+        ServerMissingError: a server is not installed here.
         AssertionError: something that no fault touches did not start, or did not end.
     """
     plan, folder = options.plan, options.folder
     drain = DRAIN[0] + DRAIN[1] * plan.seconds
     show("starting brokers, store, workers, doors, beats")
     with Stage(folder, plan, options.app) as stage, Waker(folder, plan):
-        # Agents import for some seconds before they are ready for the first call.
+        # Agents need some seconds for their imports before the first call.
         start = time.time() + 5.0
         calls = [(i.number, n, call) for i in plan.intents() for n, call in enumerate(i.calls)]
         agents = _agents(stage, "agents", start, start + plan.seconds + drain, calls)
@@ -171,7 +171,7 @@ def run(options: Options, show: Callable[[str], None]) -> report.Run:
 def _agents(
     stage: Stage, name: str, start: float, deadline: float, calls: list[tuple[int, int, Call]]
 ) -> list[Program]:
-    """One process of agents for each broker that has a call."""
+    """Start one process of agents for each broker that has a call."""
     found = []
     for broker in stage.plan.brokers:
         mine = [(number, place, call) for number, place, call in calls if call.broker == broker]
@@ -181,8 +181,7 @@ def _agents(
 
 
 def _wait(folder: Path, agents: list[Program], until: float, look: Callable[[], None]) -> None:
-    """Return when the agents are done. At `until`, or when nobody is told anything any more, they are to stop:
-    who has no answer then has none."""
+    """Return when the agents are done. They are stopped at `until`, or if no answer comes for `STALLED` seconds."""
     answers = folder / "answers.jsonl"
     stop = folder / STOP
     heard, at = 0, time.time()
@@ -201,7 +200,7 @@ def _wait(folder: Path, agents: list[Program], until: float, look: Callable[[], 
 
 
 def _unanswered(folder: Path, calls: list[tuple[int, int, Call]]) -> list[tuple[int, int, Call]]:
-    """Callers that were told "in doubt", or nothing: the operator tells them to ask again, now."""
+    """Return the calls whose callers received "in doubt" or nothing, to be made again now."""
     known = {
         (int(str(a["intent"])[1:]), a["call"]): a["told"] for a in Effects(folder / "answers.jsonl").all()
     }
@@ -229,26 +228,26 @@ def _counts(folder: Path, plan: Plan) -> str:
 
 # -- the command line ---------------------------------------------------------------------------------------
 def parse(words: list[str] | None = None) -> tuple[Options, bool]:
-    """The options, and whether everything that was written is kept."""
+    """Return the options, and whether to keep all files."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.chaos", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--minutes", type=float, default=3.0, help="how long calls and faults go on [3]")
+    parser.add_argument("--minutes", type=float, default=3.0, help="how long calls and faults continue [3]")
     parser.add_argument("--hours", type=float, help="the same in hours")
-    parser.add_argument("--seed", type=int, help="of everything random [a new one, printed]")
-    parser.add_argument("--intents", type=int, help=f"how many [{PER_MINUTE} a minute]")
-    parser.add_argument("--brokers", default=",".join(BROKERS), help="which of them [all]: %(default)s")
+    parser.add_argument("--seed", type=int, help="seed of everything random [a new one, printed]")
+    parser.add_argument("--intents", type=int, help=f"number of intents [{PER_MINUTE} a minute]")
+    parser.add_argument("--brokers", default=",".join(BROKERS), help="brokers to use [all]: %(default)s")
     parser.add_argument(
-        "--only", default=",".join(FAULTS), help="kinds of fault [all], none for none: %(default)s"
+        "--only", default=",".join(FAULTS), help='kinds of fault [all], or "none": %(default)s'
     )
     parser.add_argument(
         "--report", type=Path, default=Path("build/chaos"), help="folder of the report [%(default)s]"
     )
     parser.add_argument(
-        "--keep", action="store_true", help="keep every log and ledger; kept anyway after a failure"
+        "--keep", action="store_true", help="keep all logs and ledgers; after a failure they are always kept"
     )
     parser.add_argument(
-        "--app", default=Options.app, help="what workers run; tests.chaos.unguarded:app has to fail"
+        "--app", default=Options.app, help="application of the workers; tests.chaos.unguarded:app must fail"
     )
     given = parser.parse_args(words)
     seconds = 3600 * given.hours if given.hours else 60 * given.minutes
@@ -259,7 +258,7 @@ def parse(words: list[str] | None = None) -> tuple[Options, bool]:
         if unknown:
             parser.error(f"there is no {unknown.pop()!r}; there are: {', '.join(known)}")
     if seconds <= 0 or (given.intents is not None and given.intents < 1):
-        parser.error("a run needs some time, and an intent")
+        parser.error("a run needs more than 0 seconds and at least one intent")
     plan = Plan(
         seed=given.seed if given.seed is not None else random.SystemRandom().randrange(1_000_000),
         seconds=seconds,
@@ -273,13 +272,13 @@ def parse(words: list[str] | None = None) -> tuple[Options, bool]:
 
 def main(words: list[str] | None = None) -> int:
     options, keep = parse(words)
-    # Also in the background, where a shell has a program ignore SIGINT.
+    # A shell lets background programs ignore SIGINT, so its handler is set too.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     status = 1
     try:
         with report.Screen() as screen:
-            screen.say(f"seed {options.plan.seed}; the same again: {options.replay}")
+            screen.say(f"seed {options.plan.seed}; to run the same plan: {options.replay}")
             try:
                 outcome = run(options, screen.now)
             except ServerMissingError as error:
@@ -287,10 +286,10 @@ def main(words: list[str] | None = None) -> int:
                 return 2
             screen.tell(outcome)
             if options.report is not None:
-                screen.say(f"the picture of it: {report.write(outcome, options.report)}")
+                screen.say(f"report with a picture: {report.write(outcome, options.report)}")
             status = 0 if outcome.verdict.kept else 1
     except KeyboardInterrupt:
-        print(f"interrupted: everything that was started is stopped ({os.getpid()})")
+        print(f"interrupted: all processes of the run are stopped ({os.getpid()})")
         status = 130
     finally:
         if status == 1 or keep:

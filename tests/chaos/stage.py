@@ -1,4 +1,7 @@
-"""Everything that runs: brokers, store, destination, workers, beats, doors and agents. All end with the stage."""
+"""Starts everything that runs: brokers, store, destination, workers, beats, web servers and agents.
+
+All of them end with the stage.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +30,13 @@ from tests.support.workers import READY_WITHIN, ROOT, CeleryWorker
 
 S = TypeVar("S", bound=Server)
 
-# Pool processes of each worker: enough that another one can take over from a frozen one.
+# Pool processes of each worker: enough to take over from a frozen one.
 CONCURRENCY = 4
 
-# Seconds a store's client waits for a reply: shorter than most of plan.STORE_FROZEN, so that replies get lost.
+# Seconds that a client of the store waits for a reply: shorter than most of plan.STORE_FROZEN, to lose replies.
 STORE_TIMEOUT = 1.0
 
-LOOK_EVERY = 0.25  # seconds between two looks whether a worker still lives
+LOOK_EVERY = 0.25  # seconds between two checks whether a program runs
 
 
 class Alive(Protocol):
@@ -62,7 +65,7 @@ class Kept:
                 try:
                     self.current = self._start()
                     self.starts += 1
-                except AssertionError as error:  # killed while it started
+                except AssertionError as error:  # it was killed while it started
                     self.errors.append(str(error))
             self._stopping.wait(LOOK_EVERY)
 
@@ -77,7 +80,7 @@ class Kept:
 
 
 class Stage:
-    """`app` is what workers run: with tests.chaos.unguarded the soak has to fail."""
+    """All processes of a run. `app` is the workers' application: with tests.chaos.unguarded the soak must fail."""
 
     def __init__(self, folder: Path, plan: Plan, app: str = "tests.chaos.shop:app") -> None:
         self.folder = folder
@@ -105,7 +108,7 @@ class Stage:
     # -- starting ---------------------------------------------------------------------------------------
     def _start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Results are on the broker's Redis, because the store goes away.
+        # Results are in the broker's Redis, because faults take the store down.
         self.redis = self._server(RedisServer(self.folder / "redis"))
         self.store = self._server(_store(self.folder / "store"))
         self._brokers = {"redis": self.redis.url_for(0)}
@@ -122,7 +125,7 @@ class Stage:
             self._start_door(broker)
         for worker in self.workers.values():
             worker.wait_ready()
-        # Two beats with one schedule, on both brokers where there are two.
+        # Two beats with the same schedule, one on each broker if there are two.
         for name, broker in zip(("beat1", "beat2"), (self.plan.brokers * 2)[:2], strict=True):
             self._keep(name, lambda name=name, broker=broker: self._beat(name, broker))  # type: ignore[misc]
 
@@ -175,7 +178,7 @@ class Stage:
 
     # -- for the soak and the monkey ----------------------------------------------------------------------
     def environment(self, broker: str) -> dict[str, str]:
-        """What a process of this broker's side needs to know."""
+        """Return the environment of a process that uses this broker."""
         return {
             **os.environ,
             "CHAOS_PLAN": self.plan.to_json(),
@@ -194,18 +197,18 @@ class Stage:
         return self._program(words, f"{name}-{broker}", broker)
 
     def worker(self, broker: str) -> CeleryWorker | None:
-        """The worker that lives now, if one does."""
+        """Return the worker of this broker if it is alive."""
         current = self.workers[broker].current
         assert current is None or isinstance(current, CeleryWorker)
         return current if current is not None and current.alive else None
 
     def logs(self) -> list[Path]:
-        """Every log there is, for the story of an intent."""
+        """Return all log files."""
         return sorted(self.folder.rglob("*.log"))
 
 
 def _store(folder: Path) -> RedisServer:
-    """A Valkey or Redis that has on disk what it answered (appendfsync always, see RedisServer)."""
+    """Return a Valkey or Redis that syncs each write to disk before it replies (appendfsync always)."""
     try:
         return ValkeyServer(folder, appendonly=True)
     except ServerMissingError:

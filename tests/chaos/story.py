@@ -1,4 +1,4 @@
-"""The story of one intent: everything that was written about it, in order, and the faults around it."""
+"""The story of one intent: all entries about it in order of time, and the faults at that time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.chaos.plan import Intent
 
-LINES = 60  # of one story: a longer one is in the logs
+LINES = 60  # the most lines of one story
 
 _STAMP = re.compile(r"^\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3})")
 
@@ -29,7 +29,7 @@ def story(
     faults: Iterable[Mapping[str, Any]],
     logs: Iterable[Path],
 ) -> list[str]:
-    """Lines, the oldest first, with the seconds since `start` (a time since the epoch)."""
+    """Return lines, the oldest first, with the seconds since `start` (seconds since the epoch)."""
     moments: Moments = []
     for effect in effects:
         if effect["intent"] == ref:
@@ -64,7 +64,7 @@ def story(
 
 
 def _logged(key: str, logs: Iterable[Path]) -> Moments:
-    """Lines of logs that name the key, with the time at their beginning."""
+    """Return the log lines that name the key, with their times."""
     found: Moments = []
     for log in logs:
         for line in log.read_text(errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""A short soak, and the proof that a soak notices: of the plan, of the judge, and of a missing guard."""
+"""A short soak, and tests of the soak itself: of its plan, of its verdict, and that it fails without the guard."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ Line = dict[str, Any]
 
 
 class Case:
-    """A run in which everything went well, to be spoilt."""
+    """A run without violations. The tests change one thing in it."""
 
     def __init__(self) -> None:
         self.intents = PLAN.intents()
@@ -169,7 +169,7 @@ def test_the_judge_notices(case: Case, spoil: Callable[[Case], None], kind: str)
 
 
 def test_the_last_answer_counts(case: Case) -> None:
-    """Who was told "in doubt" asks again when it is settled."""
+    """A caller that received "in doubt" calls again after the decision, and only the last answer counts."""
     case.answers.insert(0, {**case.answers[0], "told": "in doubt"})
     assert case.judge().violations == []
 
@@ -185,14 +185,14 @@ def soaked(options: soak.Options) -> Run:
 @pytest.mark.slow
 @pytest.mark.redis
 @pytest.mark.rabbitmq
-@pytest.mark.timeout(600)  # about 35 s; the rest are the bounds of its waits on a machine that is busy
+@pytest.mark.timeout(600)  # it takes about 35 s, and longer on a busy machine
 def test_a_short_soak(tmp_path: Path) -> None:
     plan = Plan(seed=26, seconds=10, count=80)
     run = soaked(soak.Options(plan, tmp_path))
     assert run.verdict.violations == [], (soak.Options(plan, tmp_path).replay, run.stories)
-    # It was no walk in the park.
+    # The faults were brought about.
     assert all(run.faults_of(kind) for kind in ("kill store", "freeze store", "cut broker", "empty broker"))
-    # One of them may find that the other took its victim.
+    # One of these two may find that the other has killed its worker.
     assert run.faults_of("kill host") + run.faults_of("kill worker") > 0
     assert run.verdict.ticks > 5
     assert run.verdict.calls < run.verdict.messages
@@ -202,7 +202,7 @@ def test_a_short_soak(tmp_path: Path) -> None:
 @pytest.mark.redis
 @pytest.mark.timeout(300)
 def test_without_the_guard(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """The same soak of workers whose runner claims nothing: it has to fail, and to say what happened."""
+    """A soak of workers without the claim must fail and must say what happened."""
     words = [
         "--seed",
         "20",
@@ -226,12 +226,12 @@ def test_without_the_guard(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
 
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A soak of its own, everything of it below `tmp_path`."""
+    """A soak in a separate process, with all its files below `tmp_path`."""
     words = [sys.executable, "-m", "tests.chaos", "--minutes", "1", "--brokers", "redis"]
     process = subprocess.Popen(
         words,
         cwd=ROOT,
-        # Not forked from the same process as others: `family` looks at the environment.
+        # Not forked by the tests' fork server, because `family` reads the environment.
         env={**os.environ, "TMPDIR": str(tmp_path), forks.ADDRESS: ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -247,7 +247,7 @@ def started(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def family(folder: Path) -> list[psutil.Process]:
-    """Processes that were told of the folder, by their words or their environment."""
+    """Return the processes that have the folder in their command line or environment."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -263,7 +263,7 @@ def family(folder: Path) -> list[psutil.Process]:
 @pytest.mark.redis
 @pytest.mark.timeout(200)
 def test_a_signal_leaves_nothing(started: subprocess.Popen[str], tmp_path: Path) -> None:
-    """Ctrl-C ends it in the same way: Python makes of it what this signal is turned into."""
+    """SIGTERM ends all processes of a soak. Ctrl-C has the same handler."""
 
     wait_for(lambda: [*tmp_path.rglob("agents-*.log")], 90, "agents", every=0.2)
     assert len(family(tmp_path)) > 8

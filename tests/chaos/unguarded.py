@@ -1,4 +1,4 @@
-"""The soak's worker with the claim taken out of the runner: every body runs, whatever is known."""
+"""The soak's worker without the claim in its runner: every message runs its body."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.chaos import shop
 
 
 def run(self: Runner, job: Job) -> Any:
-    """Leave no record of what `submit` had accepted either: its callers would wait for ever."""
+    """Run the body, then delete the record that `submit` accepted. Otherwise its callers would wait for ever."""
     try:
         return unguarded.run(self, job)
     finally:

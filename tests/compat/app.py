@@ -1,4 +1,4 @@
-"""A small application for the compatibility matrix: what any version of Celery has to get right with us."""
+"""A small application for the compatibility matrix. It must work with every supported version of Celery."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make(broker: str, backend: str | None, queue: str, quorum: bool) -> Celery:
         task_default_queue=queue,
         worker_prefetch_multiplier=1,
         broker_connection_retry_on_startup=True,
-        # Seconds. A dead process is known at once, so nothing here waits for a lease to lapse.
+        # Seconds. The worker reports a dead process at once, so no test waits for a lease to lapse.
         idem_lease=5,
     )
     if broker.startswith("redis"):
@@ -37,7 +37,7 @@ def make(broker: str, backend: str | None, queue: str, quorum: bool) -> Celery:
             "unacked_restore_interval": 1,
             "unacked_restore_throttle": 1,
         }
-    if quorum:  # as docs/how-to/rabbitmq-quorum-queues.md says
+    if quorum:  # as in docs/how-to/rabbitmq-quorum-queues.md
         exchange = Exchange(queue, type="topic")
         app.conf.task_queues = [
             Queue(queue, exchange, routing_key=queue, queue_arguments={"x-queue-type": "quorum"})
@@ -79,7 +79,7 @@ def make(broker: str, backend: str | None, queue: str, quorum: bool) -> Celery:
 
     @app.task(base=IdempotentTask, shared=False, name="compat.dies", intent=("name",), reconcile=ask)
     def dies(name: str, at: str) -> str:
-        """Its process is killed once, before or after the effect, or told to exit after it."""
+        """Kill the process once, before or after the effect, or raise SystemExit once after it."""
         once = FOLDER / f"died-{name}"
         for point in ("before", "after"):
             if at == point and not once.exists():

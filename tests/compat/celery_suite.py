@@ -1,11 +1,11 @@
-"""Celery's own unit tests, with and without our task class for every task: `make celery-suite`.
+"""Runs Celery's own unit tests with and without our task class: `make celery-suite`.
 
-A task without an intent has to be what it would be without us. Nobody has written down what that is as Celery's authors
-have in their tests, so those run twice, as they are: once, and once with `task_cls=IdempotentTask` as the default of
-every application (`guarded.py`). The same tests have to fail: some do in any environment, as root more of them.
+A task without an intent must behave as an ordinary Celery task. Celery's own tests describe that behaviour best. They
+run unchanged, twice: once as they are, and once with `task_cls=IdempotentTask` as the default of every application
+(`guarded.py`). The same tests must fail in both runs. Some fail in any environment, and more of them as root.
 
-It takes Celery's source archive of the version that is installed here, and an environment of its own with what those
-tests need, in `build/celery-suite`; so it needs the network, and some ten minutes. `make test` does not run it.
+The script downloads Celery's source archive and installs what those tests need into a separate environment in
+`build/celery-suite`. It needs the network and about ten minutes. `make test` does not run it.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ import celery
 ROOT = Path(__file__).resolve().parents[2]
 
 DJANGOS = (
-    "asks for Celery's Django class, which Celery puts in the place of its own default only: any other task "
-    "class stays. With both, it is celery_idem.adapters.django:IdempotentDjangoTask"
+    "expects Celery's Django task class. Celery replaces only its own default with it and keeps any other task "
+    "class. Projects that need both use celery_idem.adapters.django:IdempotentDjangoTask"
 )
 
 EXPECTED = {
     "t.unit.fixups.test_django.test_DjangoFixup::test_install": DJANGOS,
     "t.unit.fixups.test_django.test_DjangoFixup::test_install_subclassed_app_without_custom_task_cls": DJANGOS,
 }
-"""Tests that may fail with our class and not without, each with the reason."""
+"""Tests that may fail with our class only, each with the reason."""
 
 NEEDLESS = ("mypy", "pre-commit")
-"""Of what Celery's tests require: they do not."""
+"""Packages in the requirements of Celery's tests that the tests do not need."""
 
 ALIKE = "2"
-"""Processes: more than two make its tests of timers fail by chance."""
+"""Number of processes. With more than two, Celery's tests of timers sometimes fail."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def main(words: Sequence[str] | None = None) -> int:
         prog="python -m tests.compat.celery_suite", description=__doc__.split("\n")[0]
     )
     parser.add_argument(
-        "--celery", default=celery.__version__, help="a version; the default is the installed one"
+        "--celery", default=celery.__version__, help="version of Celery; the default is the installed one"
     )
     parser.add_argument(
         "tests", nargs="*", default=["t/unit"], help="what to run, below t/unit; the default is all"
@@ -59,7 +59,7 @@ def main(words: Sequence[str] | None = None) -> int:
     without = failures(source, python, folder / "without", asked.tests)
     guarded = failures(source, python, folder / "with", asked.tests, ours=True)
     differing = {name for name in without ^ guarded if name not in EXPECTED}
-    if differing:  # by chance? Their files once more, in one process
+    if differing:  # this may be chance, so their files run once more, in one process
         files = sorted({file_of(name, source) for name in differing})
         print(f"{len(differing)} tests differ: once more, {' '.join(files)}", flush=True)
         again = failures(source, python, folder / "without-again", files, processes="0")
@@ -72,7 +72,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def prepared(folder: Path, version: str) -> tuple[Path, Path]:
-    """Celery's tests without Celery's source, and an interpreter that has this Celery installed."""
+    """Return a folder with Celery's tests and without its source, and an interpreter with this Celery installed."""
     source, python = folder / f"celery-{version}", folder / "venv" / "bin" / "python"
     ready = folder / "ready"
     if ready.exists():
@@ -82,13 +82,13 @@ def prepared(folder: Path, version: str) -> tuple[Path, Path]:
     print(f"fetching Celery {version} and what its tests need …", flush=True)
     venv.create(folder / "venv", with_pip=True)
     pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    # By name: `--no-binary :all:` would build everything that building Celery needs.
+    # `--no-binary :all:` would also build all packages that are needed to build Celery.
     fetch = ["download", "--no-deps", "--no-binary", "celery", f"celery=={version}", "--dest", str(folder)]
     subprocess.run([*pip, *fetch], check=True)
     with tarfile.open(folder / f"celery-{version}.tar.gz") as archive:
         archive.extractall(folder)  # noqa: S202  # from the registry that Celery itself is installed from
-    shutil.rmtree(source / "celery")  # the installed one is tested
-    needed = source / "requirements" / "needed.txt"  # beside the others: they include each other
+    shutil.rmtree(source / "celery")  # the installed Celery is tested
+    needed = source / "requirements" / "needed.txt"  # in this folder, because the files include each other
     lines = (source / "requirements" / "test.txt").read_text().splitlines()
     needed.write_text("\n".join(line for line in lines if not line.startswith(NEEDLESS)))
     own = [f"celery[redis]=={version}", "redis>=5,!=5.3.*", "rfc8785", "pytest-xdist"]
@@ -100,7 +100,7 @@ def prepared(folder: Path, version: str) -> tuple[Path, Path]:
 def failures(
     source: Path, python: Path, out: Path, tests: Sequence[str], *, ours: bool = False, processes: str = ALIKE
 ) -> set[str]:
-    """The tests that failed or had an error."""
+    """Run the tests and return the names of those that failed or had an error."""
     words = ["-m", "pytest", "-q", "-n", processes, "--dist", "loadfile", "-p", "no:cacheprovider", *tests]
     if ours:
         words += ["-p", "tests.compat.guarded"]
@@ -114,9 +114,9 @@ def failures(
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-    if done.returncode not in (0, 1) or not report.exists():  # 1: tests failed. All else is not about tests.
+    if done.returncode not in (0, 1) or not report.exists():  # 1 means that tests failed
         raise SystemExit(f"pytest ended with {done.returncode}: see {log.name}")
-    cases = list(ET.parse(report).iter("testcase"))  # noqa: S314  # pytest's own
+    cases = list(ET.parse(report).iter("testcase"))  # noqa: S314  # pytest wrote the file
     failed = {
         f"{case.get('classname')}::{case.get('name')}"
         for case in cases
@@ -127,7 +127,7 @@ def failures(
 
 
 def file_of(name: str, source: Path) -> str:
-    """`t.unit.app.test_app.test_App::test_x` is in t/unit/app/test_app.py."""
+    """Return the file of a test: `t.unit.app.test_app.test_App::test_x` is in t/unit/app/test_app.py."""
     parts = name.split("::", maxsplit=1)[0].split(".")
     while parts and not (source / Path(*parts)).with_suffix(".py").is_file():
         parts.pop()

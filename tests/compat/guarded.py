@@ -1,4 +1,4 @@
-"""A pytest plugin: every application whose author names no task class gets ours. `-p tests.compat.guarded`."""
+"""A pytest plugin that makes IdempotentTask the default task class: `-p tests.compat.guarded`."""
 
 from celery.app.base import Celery
 

@@ -1,4 +1,4 @@
-"""A real worker on each broker, in under half a minute: the part that runs for every version of the matrix."""
+"""Tests with a real worker on each broker that run for every version of the matrix, in less than half a minute."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.waiting import wait_for
 from tests.support.workers import CeleryWorker
 
 SOON = 40.0
-"""Seconds until an answer that has not come is a failure. Most come within one, after a kill within five."""
+"""Seconds to wait for a result before the test fails. Most results come within one second, after a kill within five."""
 
 BROKERS = [
     pytest.param("redis", marks=pytest.mark.redis),
@@ -44,7 +44,7 @@ class Stage(NamedTuple):
 
 @pytest.fixture(scope="module")
 def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """Its own: the session's is emptied by tests that use it, below this file's workers."""
+    """A Redis server for this file only. Tests empty the session's server, which would break these workers."""
     with running(lambda: RedisServer(tmp_path_factory.mktemp("compat-redis"))) as server:
         yield server
 
@@ -75,7 +75,7 @@ def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         app = make(broker, backend, queue, quorum)
         yield Stage(app, worker, Effects(folder / "effects.jsonl"), folder, kind)
     finally:
-        print(worker.log_tail(200))  # pytest shows it when a test failed
+        print(worker.log_tail(200))  # pytest shows it if a test fails
         worker.kill()
 
 
@@ -138,7 +138,7 @@ def test_a_process_that_dies(stage: Stage, name: str, at: str) -> None:
 
 
 def test_a_message_that_was_dead_lettered(stage: Stage, name: str) -> None:
-    """RabbitMQ then notes when and where in a header, with a datetime: not JSON, but kept when we publish again."""
+    """A dead-lettered message can go back to its queue, although RabbitMQ adds a header with a datetime to it."""
     if stage.broker not in ("rabbitmq", "quorum"):
         pytest.skip("Redis has no dead letters")
     first = stage.call("slow", name)

@@ -1,6 +1,7 @@
-"""pytest-celery with this project's own image as the worker, on a Redis and on a RabbitMQ broker.
+"""Fixtures for pytest-celery with this project's image as the worker, on a Redis and on a RabbitMQ broker.
 
-Its fixtures that are overridden here would pull newest images, build a worker image of 1 GB, and leave volumes.
+The fixtures of pytest-celery that are overridden here would pull the newest images, build a worker image of 1 GB and
+leave volumes.
 """
 
 from __future__ import annotations
@@ -35,14 +36,17 @@ from tests.support.servers import free_port
 # -- the engine -----------------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def docker_client(docker_engine: str) -> docker.DockerClient:
-    """Skips, or fails under REQUIRE_DOCKER=1, where no engine answers."""
+    """The client of the Docker engine. Without an engine the test skips, or fails under REQUIRE_DOCKER=1."""
     return docker.from_env()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def published_ports() -> Any:
-    """On a machine that is a container itself pytest-docker-tools would call containers by their own addresses and
-    ports, but pytest-celery asks it for a port alone and calls localhost: only published ports can work."""
+    """Make pytest-docker-tools use published ports, also if the tests run in a container.
+
+    There it would use the containers' own addresses and ports. pytest-celery asks it for the port only and connects to
+    localhost, which needs published ports.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tools, "tests_inside_container", lambda: False)
         yield
@@ -50,19 +54,21 @@ def published_ports() -> Any:
 
 @pytest.fixture(scope="module", autouse=True)
 def django_settings() -> Any:
-    """When pytest-celery ends a backend it looks at every object of the process. Django's settings, which other tests
-    import, cannot be looked at before they are configured."""
+    """Configure Django's settings, which other tests import.
+
+    When pytest-celery ends a backend, it inspects every object of the process. Settings that are not configured raise.
+    """
     from django.conf import UserSettingsHolder, global_settings, settings
 
     before = vars(settings)["_wrapped"]
-    settings._wrapped = UserSettingsHolder(global_settings)  # MonkeyPatch would look at them too
+    settings._wrapped = UserSettingsHolder(global_settings)  # MonkeyPatch would read them first and fail
     yield
     settings._wrapped = before
 
 
 # -- brokers and the result backend ---------------------------------------------------------------------
-# The images' VOLUME would leave an anonymous volume behind each time: memory takes its place. Ports of our
-# own choice, because those that the engine picks change when a container starts again.
+# The images' VOLUME would leave an anonymous volume each time, so tmpfs replaces it. The ports are fixed here, because
+# ports that the engine selects change when a container restarts.
 def _redis(image: str, ports: str, command: str) -> Any:
     return container(
         image=image,
@@ -102,7 +108,7 @@ def default_rabbitmq_broker_ports() -> dict[str, tuple[str, int]]:
     return {"5672/tcp": ("127.0.0.1", free_port())}
 
 
-# pytest-celery's own lists come out of a set: the order, and so the tests' names, would differ from run to run.
+# pytest-celery makes its lists from a set, so their order and the names of the tests would differ between runs.
 @pytest.fixture(params=[CELERY_REDIS_BROKER, CELERY_RABBITMQ_BROKER])
 def celery_broker(request: pytest.FixtureRequest) -> CeleryTestBroker:
     return request.getfixturevalue(request.param)
@@ -114,7 +120,7 @@ def celery_backend(request: pytest.FixtureRequest) -> CeleryTestBackend:
 
 
 # -- the worker -----------------------------------------------------------------------------------------
-# The image of the project's own Dockerfile: what users build is what is tested.
+# The image of the project's Dockerfile, which users build too.
 celery_base_worker_image = build(path=str(ROOT), tag="celery-idem-test-worker")
 
 
@@ -133,12 +139,12 @@ def default_worker_env(
 
 @pytest.fixture
 def default_worker_command() -> list[str]:
-    # Four at once: the tests hold three and leave one free.
+    # Four processes: the tests hold three of them.
     return CeleryWorkerContainer.command("--concurrency", "4", "--without-gossip", "--without-mingle")
 
 
 @pytest.fixture
 def destination(celery_setup: CeleryTestSetup) -> shop.Shop:
-    """The worker's destination, from outside the containers."""
+    """The worker's destination, reached from outside the containers."""
     assert celery_setup.backend is not None
     return shop.Shop(celery_setup.backend.config(vhost=shop.DATABASE)["host_url"])

@@ -1,7 +1,7 @@
-"""The application in the worker's container: pytest-celery copies this file into it as `app.py`.
+"""The application in the worker's container. pytest-celery copies this file into it as `app.py`.
 
-The destination of its charges, and the gate that holds a task half way, are keys in a database of the result
-backend's Redis that neither Celery nor the store uses.
+The destination of its charges and the gate that holds a task half way are keys in the result backend's Redis. Their
+database is used by neither Celery nor the store.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from celery_idem import Happened, IdempotentTask, NotHappened
 
 DATABASE = 9
 
-# Seconds. Short, so that a dead worker's message and claim come free while a test waits.
+# Seconds. Short, so that a dead worker's message is redelivered and its lease lapses while a test waits.
 VISIBILITY = 3
 LEASE = 2.0
 
-# Seconds that a task waits at the gate: longer than any test, so that none gets by unseen.
+# Seconds that a task waits at the gate: longer than any test.
 AT_THE_GATE = 120.0
 
-# Tests import this file too, and must not find it to be their current application. Broker and result backend,
-# which is the store as well, come from the container's environment.
+# Tests import this file too, so the application must not become their current one. The broker and the result backend,
+# which is also the store, come from the container's environment.
 app = Celery("shop", set_as_current=False)
 app.conf.update(
     task_acks_late=True,
@@ -43,13 +43,13 @@ if os.environ.get("CELERY_BROKER_URL", "").startswith("redis"):
 
 
 class Shop:
-    """Where charges land."""
+    """The destination of the charges."""
 
     def __init__(self, url: str) -> None:
         self.redis = redis.Redis.from_url(url, decode_responses=True)
 
     def charge(self, invoice: str, hold: str) -> str:
-        """Charge an invoice; stop at the gate "before" or "after" that, where `hold` says so."""
+        """Charge an invoice. `hold` can be "before" or "after": wait at the gate before or after the charge."""
         self.redis.incr(f"bodies:{invoice}")
         if hold == "before":
             self.wait()
@@ -62,7 +62,7 @@ class Shop:
         return int(self.redis.get(f"charges:{invoice}") or 0)
 
     def bodies(self, invoice: str) -> int:
-        """How often a body began."""
+        """Return how often a body began."""
         return int(self.redis.get(f"bodies:{invoice}") or 0)
 
     def open_gate(self) -> None:
@@ -91,5 +91,5 @@ def charge(invoice: str, hold: str = "") -> str:
 
 @app.task(shared=False, base=IdempotentTask, name="shop.charge_blindly", intent=("invoice",))
 def charge_blindly(invoice: str, hold: str = "") -> str:
-    """The same, if no destination can be asked whether it happened."""
+    """The same without a reconcile function."""
     return _shop().charge(invoice, hold)

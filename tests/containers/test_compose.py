@@ -1,4 +1,4 @@
-"""`docker-compose.yml` as a user runs it: it comes up, a task goes through it, and it takes effect once."""
+"""`docker-compose.yml` starts as a user runs it, and a task that is sent twice has one effect."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Seconds. Pulling the images takes the longest, where they are not there yet; building and starting about 40.
+# Seconds. Pulling missing images takes the longest. Building and starting take about 40.
 UP_WITHIN = 600
 ANSWER_WITHIN = 60
 
@@ -48,7 +48,7 @@ def ports() -> dict[str, str]:
 
 @pytest.fixture
 def compose(docker_compose: list[str], ports: dict[str, str]) -> Iterator[Compose]:
-    """`compose("ps", "-q")` in a project of the test's own, taken down again with its volumes and images."""
+    """`compose("ps", "-q")` runs in a project for this test, which is removed with its volumes and images."""
     project = f"celery-idem-test-{uuid.uuid4().hex[:8]}"
 
     def run(*words: str, timeout: float = 120, check: bool = True) -> str:
@@ -66,7 +66,7 @@ def compose(docker_compose: list[str], ports: dict[str, str]) -> Iterator[Compos
     try:
         yield run
     finally:
-        print(run("logs", "--no-color", "--tail", "40", check=False))  # pytest shows it when the test failed
+        print(run("logs", "--no-color", "--tail", "40", check=False))  # pytest shows it if the test fails
         run("down", "--volumes", "--rmi", "local", "--timeout", "5")
 
 
@@ -79,7 +79,7 @@ def test_a_task_goes_through_the_composed_services_once(compose: Compose, ports:
         lambda: f"the worker to be healthy, it is {_health(worker)}",
     )
 
-    # From outside the containers, over the published ports: an orchestrator that only knows the task's name.
+    # An orchestrator outside the containers uses the published ports and knows only the task's name.
     answers = subprocess.run(
         [sys.executable, "-c", SEND_INVOICE],
         cwd=ROOT,
@@ -99,7 +99,7 @@ def test_a_task_goes_through_the_composed_services_once(compose: Compose, ports:
     assert second == first
     assert compose("exec", "-T", "billing", "python", "-c", COUNT_INVOICES).strip() == "1"
 
-    # What the file promises of Redis.
+    # The file's comments promise these settings of Redis.
     redis = ("exec", "-T", "redis", "redis-cli", "config", "get")
     assert compose(*redis, "maxmemory-policy").split() == ["maxmemory-policy", "noeviction"]
     assert compose(*redis, "appendonly").split() == ["appendonly", "yes"]

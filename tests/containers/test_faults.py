@@ -1,4 +1,4 @@
-"""A worker container that dies half way, and a broker container that freezes: every intent takes effect once."""
+"""Every intent takes effect once if a worker container dies half way or a broker container freezes."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from celery_idem import OutcomeUnknown
 from tests.containers.shop import VISIBILITY, Shop
 from tests.support.waiting import wait_for
 
-# Seconds. Building the worker's image takes the longest, about 40 once; a test 10 to 25.
+# Seconds. The worker's image is built once, in about 40. A test takes 10 to 25.
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(300)]
 
-# Seconds until an answer is there: redelivery takes up to 6, a restarted worker 3, a lapsed lease 2.
+# Seconds to wait for a result. Redelivery takes up to 6, the restart of a worker 3, a lapsed lease 2.
 ANSWER_WITHIN = 60
 
 
 def send(setup: CeleryTestSetup, task: str, invoice: str, hold: str = "") -> AsyncResult:
-    """By name alone, as an orchestrator does that has no task classes: the worker derives the key."""
+    """Send a task by name, as an orchestrator without task classes does. The worker derives the key."""
     return setup.app.send_task(task, kwargs={"invoice": invoice, "hold": hold})
 
 
 def insist(setup: CeleryTestSetup, task: str, invoice: str) -> AsyncResult:
-    """As an agent does: an error says nothing about what was done, so send it again."""
+    """Send a task and send it again after an error, as an agent does."""
     deadline = time.monotonic() + ANSWER_WITHIN
     while True:
         try:
             return send(setup, task, invoice)
-        except OperationalError:  # after four seconds, Celery's time to connect
+        except OperationalError:  # after four seconds, Celery's connection timeout
             if time.monotonic() > deadline:
                 raise
 
 
-# On RabbitMQ too a killed worker's messages come back: tests/faults/test_worker_ended.py, without containers.
+# tests/faults/test_worker_ended.py shows the same on RabbitMQ, without containers.
 @pytest.mark.parametrize("celery_broker", [CELERY_REDIS_BROKER], indirect=True)
 def test_a_worker_container_killed_half_way(celery_setup: CeleryTestSetup, destination: Shop) -> None:
     half_way = [
@@ -68,7 +68,7 @@ def test_a_worker_container_killed_half_way(celery_setup: CeleryTestSetup, desti
         with pytest.raises(OutcomeUnknown):
             answers["nobody to ask"].get(timeout=ANSWER_WITHIN)
     assert {invoice: destination.charges(invoice) for invoice in first} == dict.fromkeys(first, 1)
-    # The destination was asked where it could be, and only what it did not know ran a second time.
+    # With a reconcile function, only the intent that the destination did not know ran a second time.
     assert {invoice: destination.bodies(invoice) for invoice in first} == {
         "charged": 1,
         "not yet charged": 2,
@@ -93,13 +93,13 @@ def test_a_broker_container_frozen_and_thawed(
     broker.pause()
     frozen_at = time.monotonic()
     try:
-        # What runs goes on to its end, but cannot be acknowledged. Who publishes now is kept waiting, gets an error,
-        # or cannot know whether the message arrived.
+        # Running tasks end, but their messages cannot be acknowledged. A caller that publishes now waits, receives an
+        # error, or cannot know whether the message arrived.
         late = [publishers.submit(insist, celery_setup, "shop.charge", "late") for _ in range(2)]
         destination.open_gate()
         for invoice, result in running.items():
             assert result.get(timeout=ANSWER_WITHIN) == f"receipt for {invoice}"
-        # Long enough for a Redis broker to hand out again what was not acknowledged.
+        # Long enough for a Redis broker to redeliver what was not acknowledged.
         wait_for(lambda: time.monotonic() - frozen_at > VISIBILITY + 1, ANSWER_WITHIN, "the freeze to last")
     finally:
         broker.unpause()

@@ -1,1 +1,1 @@
-"""The documentation, executed: what a page says is what happens."""
+"""Tests that run the code of the documentation and compare its texts with the code."""

@@ -1,4 +1,4 @@
-"""The service that the pages call ``billing``: it keeps what it did, and so it is where effects are counted."""
+"""The service that the pages call ``billing``. It keeps its invoices, so that effects can be counted."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import threading
 
 
 class Billing:
-    """Creates an invoice for every call, as a service without idempotency keys does.
+    """A service that creates an invoice for every call, also if the idempotency key is the same.
 
-    It notes the key it is given, so that it can be asked for it afterwards.
+    It keeps the key of each invoice, so that the invoice can be found by it.
     """
 
     def __init__(self) -> None:
@@ -17,7 +17,7 @@ class Billing:
 
     @property
     def invoices(self) -> int:
-        """How many there are."""
+        """The number of invoices."""
         return len(self._made)
 
     def create(
@@ -34,5 +34,5 @@ class Billing:
         return invoice
 
     def find(self, idempotency_key: str) -> dict[str, object] | None:
-        """The invoice made with this key; None when there is none."""
+        """Return the invoice that was made with this key, or None."""
         return next((invoice for key, invoice in self._made if key == idempotency_key), None)

@@ -1,17 +1,17 @@
 """Runs one page of the documentation: ``python -m tests.docs.page README.md redis://127.0.0.1:6379``.
 
-Blocks run from top to bottom, in a process and a folder of their own:
+The blocks of a page run from top to bottom, in one process and a temporary folder:
 
-* ``python``: in one module. A worker (threads, in this process) serves every Celery application that a
-  block called ``app`` and its tasks, also those that come later.
-* ``python title="shop.py"``: becomes that file.
-* ``console``: each line ``$ python …`` and ``$ celery …`` runs, and must print what stands below it;
-  ``…`` stands for anything. ``celery … worker`` and ``redis-server … &`` are started, and ended with the page.
-  ``$ redis-cli …`` runs too. Lines with other commands are not run.
+* ``python``: all blocks run in one module. If a block defines a Celery application named ``app``, a worker (threads, in
+  this process) serves it and its tasks, including tasks of later blocks.
+* ``python title="shop.py"``: the block is written to that file.
+* ``console``: each line ``$ python …``, ``$ celery …`` and ``$ redis-cli …`` runs and must print the lines below it.
+  ``…`` in these lines matches any text. ``celery … worker`` and ``redis-server … &`` run until the page ends. Other
+  commands do not run.
 
-``localhost:6379`` in a block is replaced by the server's address, and the ports in ``OWN_PORTS`` by free ones. What a
-page cannot show, such as a service to talk to, stands in a comment: ``<!-- setup`` to ``-->`` is Python that runs too.
-A block below a comment ``<!-- not run: reason -->`` is only compiled. ``after/README.py`` runs at the end of README.md.
+``localhost:6379`` in a block is replaced by the server's address, and the ports in ``OWN_PORTS`` by free ones. Code
+that a page does not show is in a comment: Python from ``<!-- setup`` to ``-->`` runs too. A Python block below the
+comment ``<!-- not run: reason -->`` is only compiled. ``after/README.py`` runs at the end of README.md.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Seconds that one line of a console block may take: a start of Python and Celery, a lapsed lease, a slow machine.
+# Seconds that one line of a console block may take. It may start Celery or wait for a lease, on a slow machine.
 PATIENCE = 120.0
 
 OWN_PORTS = ("6390", "6391")
-"""Of servers that a page starts itself, because it breaks them."""
+"""Ports of servers that a page starts itself, because it breaks them."""
 
 _BLOCK = re.compile(
     r"^<!-- setup\n(?P<setup>.*?)^-->$"
@@ -58,7 +58,7 @@ _BLOCK = re.compile(
 
 
 class Block(NamedTuple):
-    """A piece of a page. ``line`` is that of its first line of code."""
+    """One block of a page. ``line`` is the number of its first line of code."""
 
     language: str
     code: str
@@ -68,7 +68,7 @@ class Block(NamedTuple):
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """The blocks of a page that are to be run, in order."""
+    """Yield the blocks of a page in order."""
     text = page.read_text()
     for found in _BLOCK.finditer(text):
         part = "setup" if found["setup"] is not None else "code"
@@ -94,9 +94,9 @@ class Page:
         self.folder = folder
         self.ending = contextlib.ExitStack()
         self.printed = Path(self.ending.enter_context(tempfile.TemporaryDirectory()))
-        self.workers: dict[int, TestWorkController] = {}  # in this process, by application
+        self.workers: dict[int, TestWorkController] = {}  # in this process, by the id of the application
         self.running: list[contextlib.AbstractContextManager[TestWorkController]] = []
-        self.started: dict[str, CeleryWorker] = {}  # by a page's own command
+        self.started: dict[str, CeleryWorker] = {}  # started by a command of the page, by application
         self.ports: dict[str, str] = {}
         self.module = types.ModuleType("page")
         self.module.__dict__["billing"] = Billing()
@@ -124,11 +124,11 @@ class Page:
 
     def python(self, code: str, line: int, source: Path) -> None:
         self.serve()
-        # Empty lines in front: a traceback then shows the page's own line numbers.
-        exec(compile("\n" * (line - 1) + code, str(source), "exec"), self.module.__dict__)  # noqa: S102  # the point
+        # Empty lines in front make a traceback show the line numbers of the page.
+        exec(compile("\n" * (line - 1) + code, str(source), "exec"), self.module.__dict__)  # noqa: S102
 
     def serve(self) -> None:
-        """A worker for the page's current application, which knows all tasks that are there by now."""
+        """Start a worker for the current application of the page, or tell it about new tasks."""
         from celery.contrib.testing.worker import start_worker
         from kombu.asynchronous import set_event_loop
 
@@ -137,10 +137,10 @@ class Page:
             return
         worker = self.workers.get(id(app))
         if worker is None:
-            # Never left: Celery's stopping is a flag that all workers of a process share, and with two of
-            # them one may miss it. This process ends at once when its page is done, see `main`.
-            # A worker takes the process's event loop when there is one. Two workers with one loop read each
-            # other's sockets, and a message that the wrong one has read is not served.
+            # The context is never left. Celery's flag for stopping is shared by all workers of a process, and one of
+            # two workers may miss it. The process ends with `os._exit` instead.
+            # A worker uses the event loop of the process if there is one. Two workers with one loop read each other's
+            # sockets, and then nothing serves the messages. So the loop is removed first.
             set_event_loop(None)
             running = start_worker(app, pool="threads", concurrency=4, perform_ping_check=False)
             worker = self.workers[id(app)] = running.__enter__()
@@ -163,7 +163,7 @@ class Page:
             return
         if words[0] == "celery" and "worker" in words:
             app = words[words.index("-A") + 1]
-            if app in self.started:  # "stop the worker, start it again"
+            if app in self.started:  # the page starts this worker again
                 self.started.pop(app).stop()
             processes = int(words[words.index("--concurrency") + 1]) if "--concurrency" in words else 2
             worker = self.started[app] = CeleryWorker(
@@ -192,7 +192,7 @@ class Page:
         )
 
     def forked(self, words: list[str], env: dict[str, str]) -> str:
-        """What a Python program prints."""
+        """Run a Python program and return what it prints."""
         out, errors = self.printed / "out", self.printed / "errors"
         for file in (out, errors):
             file.write_text("")
@@ -218,7 +218,7 @@ def _pattern(expected: str) -> str:
 def main() -> None:
     path = Path(sys.argv[1]).resolve()
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)  # what a block writes by a relative name belongs to the page
+        os.chdir(folder)  # relative paths in blocks are in this folder
         page = Page(path, sys.argv[2], Path(folder))
         with page.ending:
             for block in blocks(path):
@@ -238,4 +238,4 @@ if __name__ == "__main__":
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)  # without waiting for the threads of the in-process workers
+        os._exit(status)  # do not wait for the threads of the workers in this process

@@ -1,4 +1,4 @@
-"""What the command line says after a wrong command, or without a store. See ``test_messages``."""
+"""The messages of the command line after a wrong command or without a store. See ``test_messages``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.operators.intents import in_doubt
 
 
 def line(app: Celery, *words: str, **options: Any) -> tuple[int, str]:
-    """Exit status, and what is printed; an exception that is no message of ours fails the test."""
+    """Run a command and return its exit status and output. An exception other than SystemExit fails the test."""
     result = CliRunner().invoke(idem, list(words), obj=CLIContext(app, True, "."), **options)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -29,7 +29,7 @@ def line(app: Celery, *words: str, **options: Any) -> tuple[int, str]:
 
 
 class Operator:
-    """A shop with something to look at: ``{doubtful}`` and ``{settled}`` in a command are keys."""
+    """An operator of a shop with two intents. ``{doubtful}`` and ``{settled}`` in a command stand for their keys."""
 
     def __init__(self) -> None:
         self.shop = Shop()
@@ -145,7 +145,7 @@ def test_the_command_line_says_what_was_wrong(
     assert code == status, output
     assert [word for word in wanted if word not in output] == [], output
     assert [word for word in SECRETS if word in output] == [], output
-    assert operator.say(("list", "--json"))[1].count("\n") == 2  # and nothing was changed
+    assert operator.say(("list", "--json"))[1].count("\n") == 2  # nothing was changed
 
 
 def test_a_port_that_is_taken() -> None:
@@ -186,7 +186,7 @@ def test_no_store_and_a_misspelt_setting(words: tuple[str, ...], monkeypatch: py
     assert "needs a store" in output
     assert "Set idem_store" in output
     slip = Celery("slip", set_as_current=False, idem_leese=5)
-    monkeypatch.setattr(_state, "default_app", slip)  # as in a Django site
+    monkeypatch.setattr(_state, "default_app", slip)  # as in a Django project
     code, output = line(slip, *words)
     assert code == 1
     assert "Did you mean idem_lease?" in output

@@ -1,7 +1,7 @@
-"""Messages that a user can meet, provoked: each says what happened, to what, and what to do next.
+"""Each error message says what happened, to which task or intent, and what to do next.
 
-The words below are looked for in the message as it is printed. What a message must never have in it is
-another caller's value, a password, or a name of our internals.
+Each function below causes one error. The table names the words that its message must contain. No message may contain
+another caller's value, a password or the name of an internal module.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ POLICY = Policy(lease=HOUR, result_ttl=HOUR, failure_ttl=HOUR)
 
 
 class Shop:
-    """An application with a store in memory that can be taken away."""
+    """An application with a store in memory that can be made to fail."""
 
     def __init__(self, **settings: Any) -> None:
         url = f"memory://{uuid.uuid4().hex}"
@@ -57,20 +57,20 @@ class Shop:
             return body(self) if body else "done"
 
         options = {"intent": ("customer",), "must_match": ("cents",), **options}
-        # Not lazy: the message is raised here, and not when the application is used first. Not shared: Celery
-        # gives such a task to every application of the process, and these are wrong on purpose.
+        # Not lazy, so that errors are raised here and not when the application is first used. Not shared, because
+        # Celery adds shared tasks to all applications of the process, and these tasks are wrong on purpose.
         how = {"base": IdempotentTask, "bind": True, "name": "shop.charge", "lazy": False, "shared": False}
         return self.app.task(**how, **options)(charge)
 
     def take_over(self, key: str) -> None:
-        """Another execution has the intent now."""
+        """Give the intent to another execution."""
         stored = self.store.read(f"idem:{key}").stored
         assert stored is not None
         record = unpack(stored.value, stored.stamp, key)._replace(owner=owners.mint())
         assert self.store.replace(f"idem:{key}", stored, pack(record)).done
 
     def held(self, task: Any, *args: Any, lease: int = HOUR) -> str:
-        """Another execution's claim."""
+        """Claim the intent for another execution, and return its key."""
         key = task.intent_key(*args)
         policy = POLICY if lease == HOUR else Policy(lease=lease, result_ttl=HOUR, failure_ttl=HOUR)
         decision, _ = task.guard.ledger.claim(key, Request(owners.mint(), "other", Fingerprint(), policy))
@@ -324,7 +324,7 @@ MESSAGES: list[tuple[Callable[[Shop], None], type[Exception], tuple[str, ...]]] 
 ]
 
 SECRETS = ("hunter2", "123456", "654321", "ledger", "protocol.py", "Traceback")
-"""A password, two values of two callers, and words that mean nothing to a user."""
+"""A password, the values of two callers, and internal words."""
 
 
 @pytest.mark.parametrize(
@@ -372,7 +372,7 @@ def test_a_store_that_is_away_is_named_with_the_reason(url: str, words: tuple[st
     message = str(raised.value)
     assert [word for word in (*words, KEY, "Nothing was run") if word not in message] == [], message
     assert [word for word in SECRETS if word in message] == [], message
-    assert len(message) < 400, message  # no dump of a client
+    assert len(message) < 400, message  # it does not contain the representation of a client
 
 
 MISWRITTEN: list[tuple[str, tuple[str, ...]]] = [
@@ -432,7 +432,7 @@ def test_a_postgresql_user_without_the_rights(postgres: PostgresServer) -> None:
         assert "Let the owner of the database run what `celery -A proj idem schema` prints." in str(
             none.value
         )
-        open_store(url).read("idem:x")  # as its owner, which makes the table
+        open_store(url).read("idem:x")  # the owner's first read creates the table
         with pytest.raises(StoreError, match=r"permission denied for table celery_idem.* needs more rights"):
             run(task, "c1")
     finally:

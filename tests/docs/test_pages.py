@@ -1,4 +1,4 @@
-"""Every page's code runs, in order, against a real server and real workers. See ``page.py``."""
+"""The code of every page runs in order, with a real server and real workers. See ``page.py``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tests.docs.page import ROOT, blocks
 from tests.support.processes import Program
 from tests.support.waiting import wait_for
 
-# Seconds. The tutorial starts some twenty programs, one after the other: fifteen seconds alone, three times that on a
-# busy machine. Below the limit for pytest, so that the page's output is shown.
+# Seconds. The tutorial starts about twenty programs one after the other: in fifteen seconds, or 45 on a busy machine.
+# Less than pytest's timeout, so that the output of the page is shown.
 PATIENCE = 250.0
 
 PAGES = [
@@ -27,7 +27,7 @@ PAGES = [
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_says_is_what_happens(page: Path, redis_url: str, tmp_path: Path) -> None:
-    # As a Program: whatever the page has started ends with it, also when it hangs.
+    # A Program ends everything that the page has started, also if the page hangs.
     run = Program(
         [sys.executable, "-m", "tests.docs.page", page, redis_url],
         log=tmp_path / "page.log",
@@ -43,6 +43,6 @@ def test_what_a_page_says_is_what_happens(page: Path, redis_url: str, tmp_path: 
 
 
 def test_the_readme_is_among_them() -> None:
-    """A change of the way blocks are found must not make the test above an empty one."""
+    """The README and its blocks are found. Otherwise the test above could run nothing."""
     assert PAGES[0].name == "README.md"
     assert len(list(blocks(PAGES[0]))) >= 7

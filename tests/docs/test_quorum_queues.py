@@ -1,4 +1,4 @@
-"""The configuration of the how-to for quorum queues, on a real RabbitMQ."""
+"""The configuration of the how-to for quorum queues works on a real RabbitMQ."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def test_a_duplicate_waits_and_a_killed_worker_is_redelivered(
 
     first = shop.work.delay("a", str(tmp_path))
     done.wait("a")
-    again = shop.work.delay("a", str(tmp_path))  # comes back with a countdown, which RabbitMQ waits for
+    again = shop.work.delay("a", str(tmp_path))  # it goes back with a countdown, for which RabbitMQ waits
     other = shop.work.delay("b", str(tmp_path), die=True)
     done.wait("b")
     (tmp_path / "gate").touch()
 
     assert first.get(timeout=60) == again.get(timeout=60) == "a"
     assert other.get(timeout=60) == "b"
-    assert done.counts() == {"a": 1, "b": 2}  # "rerun" said so: a destination that is idempotent
+    assert done.counts() == {"a": 1, "b": 2}  # b ran again, because of on_crash="rerun"
     assert "Direct exchanges are not supported" not in worker.log_text()

@@ -1,4 +1,4 @@
-"""The hand-written half of the reference says what the code says. (The other half is made from the docstrings.)"""
+"""The hand-written pages of the reference agree with the code. The other pages are made from docstrings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REFERENCE = ROOT / "docs" / "reference"
 
 
 def rows(page: str) -> list[list[str]]:
-    """The cells of every row of every table on a page; `\\|` is no border."""
+    """Return the cells of every row of every table on a page. `\\|` does not separate cells."""
     lines = (REFERENCE / page).read_text().splitlines()
     return [
         [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
@@ -55,7 +55,7 @@ def test_every_option_of_a_task_is_there() -> None:
 
 def test_every_kind_of_store_is_there() -> None:
     text = (REFERENCE / "settings.md").read_text()
-    spellings = {"unix", "postgresql+psycopg"}  # of redis-py and of SQLAlchemy: accepted, not recommended
+    spellings = {"unix", "postgresql+psycopg"}  # accepted as in redis-py and SQLAlchemy, but not recommended
     assert [scheme for scheme in schemes() if f"{scheme}://" not in text and scheme not in spellings] == []
 
 

@@ -1,4 +1,4 @@
-"""The built site, as a browser shows it. `make docs` builds the same one."""
+"""The site that `make docs` builds: its files, and how a browser shows it."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ pytest.importorskip("material", reason="the site needs the extra `docs`")
 HEIGHT = 900
 
 LONGEST_WORD = 22
-"""Characters: the letters of a title are 16 pixels wide, and a phone has 390 less the margins."""
+"""Characters. The letters of a title are 16 pixels wide, and a phone has 390 pixels less the margins."""
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
-        """Nothing: a test's output is about what it found."""
+        """Log nothing."""
 
 
 class Loaded(HTMLParser):
-    """What a page makes a browser load."""
+    """A parser that collects the addresses that a page makes a browser load."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def pages(site: Path) -> list[str]:
 
 
 def wide(browser: Any, width: int) -> None:
-    """Gives the page a window of this width; the browser's own is never narrower than 500 pixels."""
+    """Show the page at this width. A real window of the browser is never narrower than 500 pixels."""
     size = {"width": width, "height": HEIGHT, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
@@ -117,7 +117,10 @@ def test_the_hooks_have_run(site: Path) -> None:
 
 
 def may_be_wide(page: str) -> bool:
-    """Words that are not long are wrapped on any screen, and a browser takes half a second for each page."""
+    """Return whether a page could be too wide: it has a table, code, an image or a long word.
+
+    Other pages are left out, because a browser takes half a second for each page.
+    """
     (article,) = re.findall(r"<article.*?</article>", page, re.DOTALL)
     words = re.sub(r"<[^>]+>", "", article).split()
     return bool(re.search(r"<(?:table|pre|img)\b", article)) or max(map(len, words)) > LONGEST_WORD
@@ -125,9 +128,9 @@ def may_be_wide(page: str) -> bool:
 
 @pytest.mark.timeout(300)
 def test_no_page_is_wider_than_a_phone(site: Path, address: str, browser: Any) -> None:
-    """Also: every request that a page made went to our own server."""
+    """No page is wider than 390 pixels or loads anything from another server."""
     wide(browser, 390)
-    # Each page would make the index of all pages for its search.
+    # Otherwise each page would build the index of all pages for its search.
     browser.execute_cdp_cmd("Network.enable", {})
     browser.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["*/search/search_index.json"]})
     too_wide, foreign = {}, set()
@@ -148,10 +151,10 @@ def test_no_page_is_wider_than_a_phone(site: Path, address: str, browser: Any) -
 
 @pytest.mark.timeout(300)
 def test_no_title_in_the_menu_wraps(site: Path, address: str, browser: Any) -> None:
-    """A page whose heading is longer than a line gets a short title in `docs/_site.py`."""
+    """All titles in the menu fit in one line. A longer heading needs a short title in `docs/_site.py`."""
     wide(browser, 1280)
     seen, wrapped = 0, set()
-    # One page of each folder: the tabs and the menu of a tab are the same on all its pages.
+    # One page of each folder is enough: all pages of a tab have the same tabs and menu.
     for name in ["index.html", "guarantees.html", *sorted(_first_of_each_folder(site))]:
         browser.get(f"{address}/{name}")
         lines = browser.execute_script(

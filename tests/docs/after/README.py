@@ -1,7 +1,7 @@
-# What README.md claims and does not show: with the names of its own blocks.
+# Tests claims of README.md that its blocks do not show. The names come from those blocks.
 # ruff: noqa: F821
 
-# "Tasks whose code is not yours are guarded by configuration": `app` is the one of that block.
+# "Tasks whose code is not yours are guarded by configuration": `app` comes from that block.
 charged = []
 
 
@@ -14,7 +14,7 @@ def thirdparty_charge(order_id, cents):
 assert [thirdparty_charge.apply(("o1", 5)).get() for _ in range(2)] == [5, 5]
 assert charged == ["o1"]
 
-# "When a worker dies half way": the effect is there, the record is not.
+# "When a worker dies half way": the effect has happened, and the record has no outcome.
 from celery_idem.core.model import MICROSECONDS, Fingerprint, Policy, Request  # noqa: E402
 from celery_idem.engine import owners  # noqa: E402
 from tests.support.waiting import wait_for  # noqa: E402

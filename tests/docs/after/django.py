@@ -1,5 +1,5 @@
 # ruff: noqa: E402
-"""The inbox in the page's site: for superusers, in their own name, by WSGI and by ASGI."""
+"""Tests the inbox in the site of the page, by WSGI and ASGI: only superusers may use it, under their own names."""
 
 import asyncio
 import html
@@ -45,7 +45,7 @@ def send(client, form):
 
 DECISION = {"decision": "happened", "result": '"seen"', "evidence": "in the ledger of the bank"}
 
-# By WSGI, behind Django's own check of forms.
+# By WSGI, with Django's CSRF check.
 client = Client(enforce_csrf_checks=True)
 signed_out = client.get("/ops/idem/intent?key=x")
 assert signed_out.status_code == 302, signed_out
@@ -77,7 +77,7 @@ async def by_asgi():
 
 asyncio.run(by_asgi())
 
-# In a site whose views each run in a transaction, behind a proxy that changes the host.
+# In a site with ATOMIC_REQUESTS, behind a proxy that changes the host.
 connections["default"].settings_dict["ATOMIC_REQUESTS"] = True
 with override_settings(USE_X_FORWARDED_HOST=True, ALLOWED_HOSTS=["testserver", "shop.example"]):
     page = client.get("/ops/idem/intent", {"key": keys[2]}).content.decode()
