@@ -1,1 +1,1 @@
-"""What is shipped: built, checked, and installed into an empty environment."""
+"""The distribution: it is built and checked, and it works without other packages."""
