@@ -190,7 +190,7 @@ def test_a_replica_that_lags_and_then_takes_over(
 def test_runs_of_a_postgresql(
     noted: list[tuple[str, str]], present: tuple[str, str], what: str | None
 ) -> None:
-    """The identifier and the timeline of a PostgreSQL server tell a recovery from a copy."""
+    """`doctor` distinguishes a recovery from a copy by the identifier and the timeline of a PostgreSQL server."""
     runs = [{"run": run, "line": line, "since": 900.0 + n} for n, (run, line) in enumerate(noted)]
     store = doctor.StoreFacts(
         "postgresql://x",

@@ -1,1 +1,1 @@
-"""The distribution: it is built and checked, and it works without other packages."""
+"""The distribution: it is built, checked, and run with only its declared requirements."""

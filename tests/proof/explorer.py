@@ -129,7 +129,7 @@ class SoftLimit(Exception):
 
 
 class Exit(BaseException):
-    """The process is told to exit."""
+    """Stands in for SystemExit: the process exits."""
 
 
 ENDINGS = {
@@ -712,7 +712,7 @@ class World:
         return SoftLimit("too long")
 
     def limit(self, actor: Actor, what: str) -> None:
-        """Raise a soft time limit in a delivery.
+        """Note that a soft time limit comes, and whether the intent may then be in doubt.
 
         If the body has ended, its outcome must be stored. If it has not begun, nothing must be left. Only if the limit
         interrupts the body, it is unknown how the body ended.

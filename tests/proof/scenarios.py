@@ -11,7 +11,7 @@ from tests.proof.explorer import Scenario
 EXITS = ("exit_before", "exit_after")
 
 CI = (
-    # Two deliveries, a crash, a lapse, a lost reply. The store wrote before, later, or not.
+    # Two deliveries, a crash, a lapse, a lost reply. The store has written, or writes later, or never.
     Scenario("in doubt: crash", crashes=1, lapses=2),
     Scenario("in doubt: silent store", down=1, late=1),
     Scenario("in doubt: silent store, at once given up", down=1, late=1, patience=0.0),

@@ -88,7 +88,7 @@ def timeless(late: Late | None) -> Late | None:
 
 
 def step(hold: Hold, act: Callable[[], Any]) -> Any:
-    """Begin or end a step, and return the result. A refusal raises LeaseLost."""
+    """Begin or end a step, and return the result. It is "lost" if the step is refused with LeaseLost."""
     try:
         decision = act()
     except LeaseLost:
