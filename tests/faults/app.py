@@ -1,8 +1,7 @@
-"""The application under faults: one task per policy, and crash points named by a call's arguments.
+"""The application of the fault tests: one task per policy. The arguments of a call name a crash point.
 
-A point inside the body is reached by the body itself; a point around the record is put into the
-store by a `CrashingStore`. Whatever the point, the crash happens once per intent: what comes after it
-is what is to be seen.
+The body itself crashes at a point inside the body. A `CrashingStore` crashes at a point around a write of
+the record. An intent crashes only once, so that the test sees what follows the crash.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from celery_idem.stores import open_store
 from celery_idem.testing import CrashingStore, use_store
 from tests.support.effects import Effects, Gate
 
-# Without an environment the module is here for its names only: a test asks it for keys.
+# The tests import this module without the environment, for its names and to compute keys.
 FOLDER = Path(os.environ.get("FAULTS_FOLDER", "."))
 STORE_URL = os.environ.get("FAULTS_STORE", "memory://faults")
 BROKER = os.environ.get("FAULTS_BROKER", "memory://")
@@ -30,7 +29,7 @@ EFFECTS = Effects(FOLDER / "effects.jsonl")
 STORE = CrashingStore(open_store(STORE_URL))
 use_store(STORE_URL, STORE)
 
-if "FAULTS_PUBLISHED_WAIT" in os.environ:  # microseconds; a test has no minute
+if "FAULTS_PUBLISHED_WAIT" in os.environ:  # microseconds; the default is too long for a test
     protocol.PUBLISHED_WAIT, protocol.JITTER = int(os.environ["FAULTS_PUBLISHED_WAIT"]), 1 << 16
 protocol.ELSEWHERE = int(os.environ.get("FAULTS_ELSEWHERE", protocol.ELSEWHERE))
 
@@ -38,15 +37,15 @@ LEASE = 60.0  # seconds
 
 POLICIES = ("in_doubt", "resume", "rerun", "reconcile")
 
-# What happens to a pool process' message, as Celery lets its users choose.
+# When a message is acknowledged: the choices that Celery offers.
 ACKS = {
     "early": {"acks_late": False},
     "late": {"acks_late": True},
     "late+reject": {"acks_late": True, "reject_on_worker_lost": True},
 }
 
-# A crash around the record: where in the store it happens. The claim is the create, the outcome the
-# last replace; a body with a step writes two more before it.
+# A crash around a write of the record, and where in the store it happens. The claim is the create. The
+# outcome is the last replace; a body with a step replaces the record twice before it.
 AROUND = {
     "before claim": "before create",
     "after claim": "after create",
@@ -77,7 +76,7 @@ app.conf.update(
 
 
 def first(intent: str, what: str) -> bool:
-    """True for the first process that asks, of all processes ever."""
+    """Return True for the first call with these arguments, in whichever process."""
     try:
         os.close(os.open(FOLDER / f"{what}-{intent}".replace(" ", "-"), os.O_CREAT | os.O_EXCL))
     except FileExistsError:
@@ -90,7 +89,10 @@ def gate(intent: str) -> Gate:
 
 
 def crash(intent: str, how: str) -> None:
-    """`how`: "kill", "exit", "soft" (what a soft time limit does), or "hang" until the intent's gate opens."""
+    """Crash this process.
+
+    `how` is "kill", "exit", "soft" (what a soft time limit does), or "hang" until the intent's gate opens.
+    """
     if how == "kill":
         (FOLDER / f"died-{intent}").write_text(f"{os.getpid()} {time.time()}")
         os.kill(os.getpid(), signal.SIGKILL)
@@ -106,7 +108,7 @@ def crash(intent: str, how: str) -> None:
 
 @task_prerun.connect
 def set_crash(kwargs: dict[str, str], **_: object) -> None:
-    """Celery's last word before it calls the task: a crash around the record is set here."""
+    """Prepare a crash around a write of the record, just before Celery calls the task."""
     point, how = kwargs.get("at", ""), kwargs.get("how", "")
     STORE.heal()
     if point in AROUND and first(kwargs["intent"], "crash"):
@@ -119,8 +121,8 @@ def effect(self: IdempotentTask, intent: str, at: str, how: str) -> str:
     crashes = at in ("before effect", "after effect", "asked") and first(intent, "crash")
     if crashes and at != "after effect":
         crash(intent, how)
-        if self.claim.lost:  # what an author does who starts an effect after a long time
-            raise LeaseLost("somebody may have taken over", self.claim.key)
+        if self.claim.lost:  # as an author checks before an effect that begins after a long time
+            raise LeaseLost("another worker may have taken over", self.claim.key)
     EFFECTS.add(intent)
     if crashes and at == "after effect":
         crash(intent, how)
@@ -130,8 +132,8 @@ def effect(self: IdempotentTask, intent: str, at: str, how: str) -> str:
 def ask(
     _task: object, intent: str, at: str = "", how: str = "", **_: object
 ) -> Happened | NotHappened | Unknown:
-    """What the destination knows."""
-    if at == "asked" and first(intent, "ask"):  # after the crash that it is asked about
+    """Reconcile: report what the destination knows."""
+    if at == "asked" and first(intent, "ask"):  # the body has crashed; now the question crashes as well
         crash(intent, how)
     return Happened(f"done: {intent}") if EFFECTS.count(intent) else NotHappened()
 
@@ -170,12 +172,12 @@ def ambiguous(self: IdempotentTask, intent: str, policy: str, at: str = "", how:
     raise ConnectionError("the destination did not answer")
 
 
-# Given up after one publication.
+# Recovery publishes this task once, then gives it up.
 app.task(
     base=IdempotentTask, bind=True, name="untaken.early", intent=("intent",), max_attempts=1, reconcile=ask
 )(body)
 
-# Nothing is published again for it.
+# Recovery does not publish this task.
 app.task(
     base=IdempotentTask, bind=True, name="stays.early", intent=("intent",), recover=False, reconcile=ask
 )(body)

@@ -1,4 +1,4 @@
-"""A stage for faults: a broker, a store, workers, and the destination where effects are counted."""
+"""Fixtures of the fault tests: a broker, a store, workers, and a destination that counts effects."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from tests.support.workers import CeleryWorker
 
 BROKERS = ("rabbitmq", "redis")
 
-# What the workers run. With "tests.faults.unguarded" these tests have to fail.
+# The application of the workers. With "tests.faults.unguarded" these tests have to fail.
 APP = os.environ.get("FAULTS_APP", "tests.faults.app")
 
-# Seconds. Below the lease, so that what is decided in time was not decided by the lease;
-# far above what a decision takes, so that a busy machine fails no test.
+# Seconds. Shorter than the lease, so that a decision within this time was not caused by the lease;
+# much longer than a decision takes, so that no test fails on a busy machine.
 SOON = faulty.LEASE - 10.0
 
 
 class Case:
-    """One call, from its publication to what everybody sees of it."""
+    """One call: its message, its record, its effects, and the answer that its caller receives."""
 
     def __init__(self, stage: Stage, task: str, intent: str, result: AsyncResult) -> None:
         self.stage = stage
@@ -61,7 +61,7 @@ class Case:
         return Gate(self.stage.folder / f"gate-{self.intent}")
 
     def wait_answer(self, timeout: float = SOON) -> str:
-        """What the caller sees: "result", or the name of the exception."""
+        """Wait for the caller's answer. Return "the result" or the name of the exception."""
         wait_for(
             lambda: self.result.state in READY_STATES,
             timeout,
@@ -81,7 +81,7 @@ class Case:
         )
 
     def wait_final_answer(self, expected: str) -> str:
-        """The same of a caller that looks again: an answer of a moment may be followed by what is known later."""
+        """Read the answer again until it is the expected one: a later answer may replace the first."""
 
         def answer() -> str:
             self.result = AsyncResult(self.result.id, app=self.stage.publisher)
@@ -94,17 +94,17 @@ class Case:
         )
 
     def wait_hanging(self, timeout: float = SOON) -> int:
-        """Wait until the body hangs where it was told to; the pid of its process."""
+        """Wait until the body hangs at its crash point. Return the pid of its process."""
         place = self.stage.folder / f"hangs-{self.intent}"
         text = wait_for(lambda: place.exists() and place.read_text(), timeout, f"{self.intent} to hang")
         return int(text)
 
     def again(self, **options: Any) -> Case:
-        """The same action once more, as another message of another caller."""
+        """Publish the same action again, as a new message of another caller."""
         return self.stage.call(self.task, self.intent, **options)
 
     def row(self, fault: str, acks: str, sees: str) -> None:
-        """Write down what was observed, and compare it with what the documentation says."""
+        """Record what was observed, and compare it with what the documentation says."""
         row = Row(
             fault=fault,
             policy=self.task.partition(".")[0],
@@ -119,7 +119,7 @@ class Case:
 
 
 class Stage:
-    """One broker, one store, one folder; any number of workers."""
+    """One broker, one store, one folder and any number of workers."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class Stage:
         )
         self.publisher.conf.task_default_queue = self.queue
         if broker_name == "rabbitmq":
-            # Publishing waits until it has the message on its disk: one that is killed comes back with it.
+            # Publishing waits until the message is on the broker's disk, so that it survives a kill.
             self.publisher.conf.broker_transport_options = {"confirm_publish": True}
         self.ledger = Ledger(open_store(store.url_for(1)))
 
@@ -161,7 +161,7 @@ class Stage:
         return worker
 
     def call(self, task: str, intent: str = "", at: str = "", how: str = "", **options: Any) -> Case:
-        """Publish, as a producer that knows nothing of us: the worker derives the key."""
+        """Publish as a producer that does not use celery_idem: the worker derives the key."""
         intent = intent or uuid.uuid4().hex[:12]
         kwargs = {"intent": intent, "policy": task.partition(".")[0], "at": at, "how": how}
         return Case(self, task, intent, self.publisher.send_task(task, kwargs=kwargs, **options))
@@ -179,7 +179,7 @@ class Stage:
 
 @pytest.fixture(scope="module")
 def make_stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Stage]]:
-    """`make_stage("redis", broker_url, store)`: a Stage that is taken down after the module."""
+    """`make_stage("redis", broker_url, store)` returns a Stage, which is closed after the module."""
     stages: list[Stage] = []
 
     def make(broker_name: str, broker_url: str, store: RedisServer, *more: Any) -> Stage:
@@ -194,14 +194,14 @@ def make_stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
 
 @pytest.fixture(scope="module")
 def own_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """A Redis of the module's own: broker, store and results in databases 0, 1 and 2."""
+    """A Redis for one test module: broker, store and results in databases 0, 1 and 2."""
     with running(lambda: RedisServer(tmp_path_factory.mktemp("redis"))) as server:
         yield server
 
 
 @pytest.fixture(scope="module", params=BROKERS)
 def stage(request: pytest.FixtureRequest, make_stage: Callable[..., Stage], own_redis: RedisServer) -> Stage:
-    """A stage for each broker, without workers."""
+    """A stage with each of the brokers, without workers."""
     if request.param == "redis":
         return make_stage("redis", own_redis.url_for(0), own_redis)
     rabbitmq: RabbitMQServer = request.getfixturevalue("rabbitmq")

@@ -1,4 +1,4 @@
-"""An application whose broker has been away. What recovery publishes, and what its task does, is noted in a Redis."""
+"""An application whose broker was down. It notes in a Redis what recovery publishes and what the task does."""
 
 from __future__ import annotations
 

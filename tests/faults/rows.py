@@ -1,4 +1,4 @@
-"""What the suite observed: one row for each fault, policy, acknowledgement and broker."""
+"""Rows of what the fault tests observed: one for each fault, policy, acknowledgement and broker."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 
 OBSERVED = ROOT / "build" / "faults.jsonl"
-"""A line for each case that a test observed since the table was last written."""
+"""One line for each case observed since the table was last written."""
 
 COMMITTED = Path(__file__).with_name("observed.jsonl")
-"""What the table in docs/guarantees.md shows, sorted."""
+"""The rows of the table in docs/guarantees.md, sorted."""
 
 ADVICE = "if this is as it should be, run python -m tests.faults.table"
 
@@ -21,13 +21,13 @@ class Row(NamedTuple):
     """One case.
 
     Attributes:
-        fault: what was done to it.
+        fault: what the test did to the call.
         policy: ``on_crash``, or "reconcile".
         acks: "early", "late" or "late+reject" (with ``reject_on_worker_lost``).
         broker: "rabbitmq" or "redis".
         effects: counted at the destination.
-        sees: what the caller of the message got.
-        ends: state of the record.
+        sees: the answer that the caller received.
+        ends: the final state of the record.
     """
 
     fault: str
@@ -44,14 +44,14 @@ class Row(NamedTuple):
 
 
 def observe(row: Row) -> None:
-    """Write a row down. Several test processes may do so at once: each line is one write."""
+    """Append a row to the file. Each line is one write, because several test processes append at once."""
     OBSERVED.parent.mkdir(exist_ok=True)
     with OBSERVED.open("a") as file:
         file.write(json.dumps(row._asdict()) + "\n")
 
 
 def read(path: Path) -> dict[tuple[str, str, str, str], Row]:
-    """Rows by case; the last of a case counts."""
+    """Return the rows by case. The last row of a case counts."""
     lines = path.read_text().splitlines() if path.exists() else []
     rows = (Row(**json.loads(line)) for line in lines)
     return {row.case: row for row in rows}

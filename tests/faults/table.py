@@ -1,7 +1,7 @@
-"""The table in docs/guarantees.md, made of what the suite observed.
+"""Writes the table in docs/guarantees.md from what the fault tests observed.
 
-`python -m tests.faults.table` moves the rows that tests observed since its last run (build/faults.jsonl) to
-tests/faults/observed.jsonl and writes the table anew.
+`python -m tests.faults.table` moves the rows observed since its last run (build/faults.jsonl) to
+tests/faults/observed.jsonl and rewrites the table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NAMES = {"rabbitmq": "RabbitMQ", "redis": "Redis"}
 
 
 def render(rows: list[Row]) -> str:
-    """One line for each fault and policy; cases that ended alike share it."""
+    """Return the table. Cases of a fault and a policy that ended in the same way share one line."""
     alike: dict[tuple[str, str, int, str, str], list[Row]] = defaultdict(list)
     for row in rows:
         alike[row.fault, row.policy, row.effects, row.sees, row.ends].append(row)
@@ -38,14 +38,14 @@ def render(rows: list[Row]) -> str:
 
 
 def page_with(text: str, rows: list[Row]) -> str:
-    """The page with its table written anew."""
+    """Return the page with a new table."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n\n{render(rows)}\n\n{END}{after}"
 
 
 def main() -> None:
-    """Move the rows and write the table."""
+    """Move the rows and rewrite the table."""
     rows = list((read(COMMITTED) | read(OBSERVED)).values())
     write(COMMITTED, rows)
     OBSERVED.unlink(missing_ok=True)

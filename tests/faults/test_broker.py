@@ -1,4 +1,4 @@
-"""The broker goes away, or hands a message out again while its task is running."""
+"""The broker is killed, or it redelivers a message while the task is running."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.faults.test_recovery import ANSWERED_WITHIN, Producer
 from tests.support.servers import RabbitMQServer, RedisServer
 from tests.support.waiting import wait_for
 
-BACK_WITHIN = 30.0  # seconds until a restarted broker has handed out what it still had, on a busy machine
+BACK_WITHIN = 30.0  # seconds in which a restarted broker redelivers its messages, on a busy machine
 
 
 @pytest.mark.parametrize("broker", BROKERS)
 def test_broker_cut(
     broker: str, make_stage: Callable[..., Stage], own_redis: RedisServer, tmp_path: Path
 ) -> None:
-    """Its worker runs on, and what the broker hands out again when it is back finds the outcome."""
+    """The worker finishes its tasks. What the restarted broker redelivers finds the outcomes."""
     kind: Callable[[], RabbitMQServer | RedisServer] = (
         (lambda: RabbitMQServer(tmp_path / broker))
         if broker == "rabbitmq"
@@ -45,15 +45,15 @@ def test_broker_cut(
         for case in cases.values():
             assert case.wait_answer() == "the result"
         server.restart()
-        # As a supervisor would: with some versions of kombu a worker does not survive the loss of its Redis.
+        # Like a supervisor: with some versions of kombu a worker does not survive the loss of its Redis.
         worker.kill()
         worker = stage.start_worker(concurrency=8, env={"FAULTS_VISIBILITY": "2"})
         late = [case for (_, acks), case in cases.items() if acks == "late"]
         wait_for(
-            # The first worker may have been back in time to get them once more itself.
+            # The first worker may have reconnected in time and received the redeliveries itself.
             lambda: all(received(stage, case) > 1 for case in late),
             BACK_WITHIN,
-            lambda: f"the deliveries nobody could acknowledge\n{worker.log_tail()}",
+            lambda: f"redeliveries of what could not be acknowledged\n{worker.log_tail()}",
         )
         for (_, acks), case in cases.items():
             assert case.again().wait_answer(BACK_WITHIN) == "the result"
@@ -80,7 +80,7 @@ def received(stage: Stage, case: Case) -> int:
 
 
 def test_visibility_timeout_shorter_than_the_task(stage: Stage) -> None:
-    """Redis hands the message out again and again while the body runs."""
+    """Redis redelivers the message several times while the body runs. The body runs once."""
     for _ in range(2):
         stage.start_worker(concurrency=4, env={"FAULTS_VISIBILITY": "1"})
     cases = {policy: stage.call(f"{policy}.late", at="after effect", how="hang") for policy in POLICIES}
@@ -96,7 +96,7 @@ def test_visibility_timeout_shorter_than_the_task(stage: Stage) -> None:
 
 
 def test_eta_longer_than_the_visibility_timeout(stage: Stage) -> None:
-    """Several copies wait for the same moment, in several workers."""
+    """Redelivered copies of a message wait for the same ETA in two workers. The body runs once."""
     for _ in range(2):
         stage.start_worker(concurrency=4, env={"FAULTS_VISIBILITY": "1"})
     cases = {policy: stage.call(f"{policy}.late", countdown=4) for policy in POLICIES}

@@ -1,4 +1,4 @@
-"""A pool process is killed (SIGKILL, as when memory runs out) at each point of a task's life."""
+"""A pool process is killed (SIGKILL, as when memory runs out) at each point of an execution."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def worker(stage: Stage) -> CeleryWorker:
 
 
 def expected(point: str, policy: str) -> tuple[str, int]:
-    """What the caller must see, and how many effects there must be."""
+    """Return the answer that the caller must receive, and the number of effects."""
     out = 1 if point in EFFECT_IS_OUT else 0
     if point in BEFORE or point in DONE:
         return "the result", 1
@@ -31,7 +31,7 @@ def expected(point: str, policy: str) -> tuple[str, int]:
         return "the result", 1
     if policy == "rerun":
         return "the result", 1 + out
-    # resume: a crash inside the step is in doubt, one around it is not
+    # "resume": a crash inside the step is in doubt, a crash outside the step is not.
     if point in ("before effect", "after effect"):
         return "OutcomeUnknown", out
     return "the result", 1
@@ -56,7 +56,7 @@ def test_child_killed(stage: Stage, point: str, policy: str) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.usefixtures("worker")
 def test_a_death_is_decided_long_before_the_lease_ends(stage: Stage, policy: str) -> None:
-    """By the clocks of the dying process and of the store, which are one here."""
+    """The parent process reports the death. Process and store run on one host, so their clocks agree."""
     case = stage.call(f"{policy}.late", at="after effect", how="kill")
     case.wait_state("in_doubt" if expected("after effect", policy)[0] == "OutcomeUnknown" else "succeeded")
     entry = case.entry

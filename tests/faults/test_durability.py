@@ -1,4 +1,4 @@
-"""`idem_durability`: a write that is not where it was asked to be is an error, and says so."""
+"""`idem_durability`: a write that the disk or a replica did not confirm raises an error that says so."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_replicas_are_waited_for(start_redis: Callable[..., RedisServer]) -> Non
     replica = start_redis(options=("--replicaof", "127.0.0.1", str(main.port)))
     copy = RedisStore(replica.url)
     wait_for(lambda: b"master_link_status:up" in copy.execute("INFO", "replication"), message="the replica")
-    # The write stands, and the same caller makes it durable by writing it again.
+    # The record was written. The same caller makes it durable by writing it again.
     again = store.create("k", VALUE)
     assert again.done
     assert again.stored is not None

@@ -1,4 +1,7 @@
-"""A worker is stopped (SIGSTOP) past its lease and goes on: a late outcome, a stale one, a late effect."""
+"""A worker is stopped (SIGSTOP) until its lease has lapsed, and then continues.
+
+Its outcome is late, or it is stale, or its effect is late.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ from tests.support.servers import RedisServer
 from tests.support.waiting import wait_for
 from tests.support.workers import CeleryWorker
 
-LEASE = 1.0  # seconds: it has to lapse in the test
+LEASE = 1.0  # seconds: short, because it has to lapse in the test
 
-# What a duplicate does is what these tests are about: nothing else is to come meanwhile.
+# Recovery is off: it would publish the call again, and only the test's duplicate may take over.
 ENV = {"FAULTS_LEASE": str(LEASE), "FAULTS_RECOVER": "0"}
 
 
 class Frozen(NamedTuple):
-    """Bodies that hang in a worker whose processes are stopped, past their lease."""
+    """Bodies that hang in a worker whose processes are stopped. Their leases have lapsed."""
 
     stage: Stage
     worker: CeleryWorker
@@ -51,7 +54,7 @@ def go_on(frozen: Frozen) -> None:
 
 
 def test_nobody_took_over(stage: Stage) -> None:
-    """The outcome comes late, and counts: the effect happened."""
+    """An outcome after the lease is accepted if no other worker took over: the effect happened."""
     frozen = freeze(stage, "after effect")
     go_on(frozen)
     for case in frozen.cases.values():
@@ -63,10 +66,10 @@ def test_nobody_took_over(stage: Stage) -> None:
 def test_a_duplicate_came_meanwhile(stage: Stage) -> None:
     frozen = freeze(stage, "after effect")
     stage.start_worker(concurrency=2, env=ENV)
-    # What the duplicate sees; what the first sees, later; effects.
+    # The duplicate's answer, the first caller's final answer, the number of effects.
     expected = {
         "in_doubt": ("OutcomeUnknown", "the result", 1),
-        "resume": ("OutcomeUnknown", "LeaseLost", 1),  # the duplicate took over, and stopped at the open step
+        "resume": ("OutcomeUnknown", "LeaseLost", 1),  # the duplicate took over and stopped at the open step
         "rerun": (
             "the result",
             "the result",
@@ -76,7 +79,7 @@ def test_a_duplicate_came_meanwhile(stage: Stage) -> None:
     }
     seen = {policy: case.again().wait_answer() for policy, case in frozen.cases.items()}
     frozen.worker.resume()
-    wait_for(lambda: "lease_lost" in frozen.worker.log_text(), message="the news that somebody took over")
+    wait_for(lambda: "lease_lost" in frozen.worker.log_text(), message="the worker to notice the takeover")
     go_on(frozen)
     for policy, case in frozen.cases.items():
         sees = case.wait_final_answer(expected[policy][1])
@@ -98,13 +101,16 @@ def test_a_duplicate_came_meanwhile(stage: Stage) -> None:
     (note,) = suspect.pop("rerun")
     assert note.late is not None
     assert note.late.place.endswith(f", process {frozen.cases['rerun'].wait_hanging()}")
-    assert note.late.stood_place not in ("", note.late.place)  # the other worker's, which has settled it
+    assert note.late.stood_place not in ("", note.late.place)  # the other worker, which settled the intent
     assert note.late.task_id == frozen.cases["rerun"].result.id
     assert set(suspect.values()) == {()}
 
 
 def test_a_duplicate_came_before_the_effect(stage: Stage) -> None:
-    """The first body looks at `self.claim.lost` before it acts; a destination that asks for the fence needs no look."""
+    """The first body checks `self.claim.lost` before its effect, so the effect happens once.
+
+    A destination that compares fences does not need this check.
+    """
     frozen = freeze(stage, "before effect")
     stage.start_worker(concurrency=2, env=ENV)
     expected = {
@@ -115,11 +121,11 @@ def test_a_duplicate_came_before_the_effect(stage: Stage) -> None:
     }
     seen = {policy: case.again().wait_answer() for policy, case in frozen.cases.items()}
     frozen.worker.resume()
-    wait_for(lambda: "lease_lost" in frozen.worker.log_text(), message="the news that somebody took over")
+    wait_for(lambda: "lease_lost" in frozen.worker.log_text(), message="the worker to notice the takeover")
     for policy in (
         "rerun",
         "reconcile",
-    ):  # no execution took over the others, so they have their effect themselves
+    ):  # nothing took over the other two, so their own bodies would have the effect
         case = frozen.cases[policy]
         case.gate.open()
         sees = case.wait_final_answer("the result")

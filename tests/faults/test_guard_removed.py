@@ -1,6 +1,7 @@
-"""Tests that pass without the guard would prove nothing: here there is no guard, and they must fail.
+"""Runs some fault tests without the guard. They must fail: a test that passes without the guard proves nothing.
 
-Those here take seconds; `FAULTS_APP=tests.faults.unguarded` does it to all of them (see CONTRIBUTING.md).
+The tests chosen here take seconds. `FAULTS_APP=tests.faults.unguarded` removes the guard from all fault tests
+(see CONTRIBUTING.md).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tests.support.workers import CeleryWorker
 
 
 def of(test: Callable[..., None], **arguments: str) -> object:
-    """One of their cases."""
+    """Return one case of a parametrized test."""
     return pytest.param(partial(test, **arguments), id="-".join([test.__name__, *arguments.values()]))
 
 
@@ -29,7 +30,7 @@ def stage(make_stage: Callable[..., Stage], own_redis: RedisServer) -> Stage:
 @pytest.fixture(autouse=True)
 def _unguarded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conftest, "APP", "tests.faults.unguarded")
-    # There is never a record, so no caller waits for one. The effect has to be noticed.
+    # Without the guard there is no record to wait for. The tests have to fail because of the effects.
     monkeypatch.setattr(Case, "wait_state", lambda case, *states, timeout=0.0: states[0])
     monkeypatch.setattr(Case, "state", "succeeded")
 

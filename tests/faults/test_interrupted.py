@@ -1,4 +1,4 @@
-"""A body is interrupted: by time limits, by an exit, by a revocation; and a process ends after its work."""
+"""A body is interrupted by a time limit, a SystemExit or a revocation, or its process is killed after the task."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tests.faults.conftest import Stage
 from tests.support.waiting import wait_for
 from tests.support.workers import CeleryWorker
 
-# Of a body that is interrupted after its effect, inside its step where it has one: what the caller
-# sees, and the effects there are in the end.
+# The caller's answer and the number of effects, for a body that is interrupted after its effect.
+# With "resume" the interruption is inside a step.
 AFTER_EFFECT = {
     "in_doubt": ("OutcomeUnknown", 1),
     "resume": ("OutcomeUnknown", 1),
@@ -21,7 +21,7 @@ AFTER_EFFECT = {
     "reconcile": ("the result", 1),
 }
 
-LIMIT = 2.0  # seconds: time enough to get to the effect, whatever else the machine does
+LIMIT = 2.0  # seconds: enough to reach the effect on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def worker(stage: Stage) -> CeleryWorker:
 
 @pytest.fixture(scope="module", autouse=True)
 def _worker(worker: CeleryWorker) -> None:
-    """Every test here needs it."""
+    """Start the worker for every test of this module."""
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -48,7 +48,7 @@ def test_hard_time_limit(stage: Stage, policy: str) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_soft_time_limit(stage: Stage, policy: str) -> None:
-    """It is the author's own order to stop: nothing is run again for it, only asked about."""
+    """The author asked for the interruption, so no policy runs the body again; only `reconcile` asks."""
     case = stage.call(f"{policy}.late", at="after effect", how="hang", soft_time_limit=LIMIT)
     sees = case.wait_answer()
     assert (sees, case.effects) == ("the result" if policy == "reconcile" else "OutcomeUnknown", 1)
@@ -78,7 +78,7 @@ def test_exit(stage: Stage, policy: str) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGKILL"])
 def test_revoked(stage: Stage, number: str, policy: str) -> None:
-    """Its caller gets what it asked for, a revoked task; the next one gets the truth."""
+    """The caller receives TaskRevokedError. The next caller receives what the policy decides."""
     cases = {
         acks: stage.call(f"{policy}.{acks}", at="after effect", how="hang") for acks in ("early", "late")
     }

@@ -1,6 +1,6 @@
-"""Calls that were accepted while the broker was away, when it is back.
+"""Calls that were accepted while the broker was down run once when it is back.
 
-``OUTAGE=100000 OUTAGE_WORKERS=2 pytest tests/faults/test_outage.py`` is the same with more of them.
+``OUTAGE=100000 OUTAGE_WORKERS=2 pytest tests/faults/test_outage.py`` runs it with more calls and workers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CALLS = int(os.environ.get("OUTAGE", "250"))
 WORKERS = int(os.environ.get("OUTAGE_WORKERS", "1"))
 
 PATIENCE = 60 + CALLS / 10
-"""Seconds: ten a second, on the slowest machine."""
+"""Seconds. The slowest machine runs ten calls a second."""
 
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(2 * PATIENCE)]
 
@@ -66,6 +66,7 @@ def test_all_are_published_oldest_first_at_a_bounded_rate_and_run_once(
         f"second, {len(published) - CALLS} of them again; {len(effects)} effects, {len(set(effects))} different; "
         f"the furthest out of turn was {late} hundreds late"
     )
-    if WORKERS == 1:  # a hundred are accepted at one moment; several workers do not wait for each other
+    # A hundred calls are accepted at one moment. Several workers do not wait for each other.
+    if WORKERS == 1:
         assert late == 0
         assert [number // 100 for number in effects] == in_turn

@@ -1,4 +1,4 @@
-"""Recovery without workers: what it publishes, and what it tells, where others do the same or a server is away."""
+"""Recovery without workers: what it publishes and answers while others recover too, or a server is down."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make(server: str) -> Celery:
 
 
 def accept(app: Celery, number: int) -> None:
-    """Calls that were not published."""
+    """Accept calls without publishing them."""
     task = app.tasks["shop.pay"]
     for n in range(number):
         call = messages.of_submission(task, task.intent_key(str(n)), (str(n),), {}, f"task-{n}", {}, {})
@@ -52,7 +52,8 @@ def queued(app: Celery) -> int:
 def test_several_that_look_at_once_publish_each_call_once(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recovering.FORKS, "held_off", nullcontext())  # of one process; here they are four
+    # In a process only one recovery runs at a time. Here four threads stand for four processes.
+    monkeypatch.setattr(recovering.FORKS, "held_off", nullcontext())
     monkeypatch.setattr(recovering, "PAUSE", 0.0)
     app = make(redis_url)
     accept(app, 40)
@@ -77,7 +78,7 @@ def test_a_store_that_is_away_is_looked_at_again(
     recoverer = recovering.Recoverer(app)
     with caplog.at_level(logging.WARNING):
         recoverer.start()
-        wait_for(lambda: "recovery failed; trying again" in caplog.text, message="a look that failed")
+        wait_for(lambda: "recovery failed; trying again" in caplog.text, message="a recovery that fails")
     assert queued(app) == 0
     server.restart()
     wait_for(lambda: queued(app) == 3, message="the calls to be published")

@@ -1,6 +1,6 @@
-"""No caller calls again. What had begun or was accepted ends nevertheless, and its callers receive an answer.
+"""What was begun or accepted ends although no caller calls again, and its callers receive an answer.
 
-Where the broker is a Redis database, the tests empty it, which is as good as a broker that loses everything.
+Where the broker is a Redis database, the tests empty it, as if the broker had lost every message.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from tests.support.servers import RabbitMQServer, RedisServer
 from tests.support.waiting import wait_for
 
 SHORT = {"FAULTS_LEASE": "2", "FAULTS_PUBLISHED_WAIT": "2000000"}
-ANSWERED_WITHIN = 60.0  # seconds; lease and five seconds on a quiet machine
+ANSWERED_WITHIN = 60.0  # seconds; on a quiet machine it takes the lease and five seconds
 
 
 class Producer:
-    """A process that has the tasks, and calls them with `submit`."""
+    """A producer that has the tasks and calls them with `submit`."""
 
     def __init__(self, stage: Stage, broker: str = "", **transport: Any) -> None:
         self.app = Celery(
@@ -68,14 +68,14 @@ def on_rabbitmq(
 
 
 def without_workers(stage: Stage) -> Iterator[Stage]:
-    """At the end none is left: another test has the same store."""
+    """Yield the stage, then kill its workers: the next test uses the same store."""
     yield stage
     for worker in stage.workers:
         worker.kill()
 
 
 def lose_everything(stage: Stage) -> None:
-    """The broker's database is empty. Records and results are in others."""
+    """Empty the broker's database. Records and results are in other databases."""
     with stage.publisher.connection_for_write() as connection:
         connection.default_channel.client.flushdb()
 
@@ -103,7 +103,7 @@ from tests.faults.app import app
 IdempotentTask.apply_async = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 app.tasks["in_doubt.early"].submit(intent=sys.argv[1], policy="in_doubt")
 """
-"""A process that is killed between what it accepts and what it publishes."""
+"""A process that is killed after it accepts the call and before it publishes the message."""
 
 
 def environment(stage: Stage) -> dict[str, str]:
@@ -169,10 +169,10 @@ def test_what_a_killed_host_left(stage: Stage) -> None:
     wait_for(
         lambda: recover(stage, "--dry-run").count("not published: ") == 3,
         ANSWERED_WITHIN,
-        "the unknown task, the one that says recover=False, and the doubt that is only to be told to be overdue",
+        "the unknown task, the task with recover=False, and the doubt that only needs its answer to be overdue",
     )
     assert not stage.publisher.connection_for_read().default_channel.client.exists(stage.queue)
-    for _ in range(2):  # both look for what is overdue
+    for _ in range(2):  # both run recovery
         stage.start_worker(concurrency=4, env=SHORT)
     sees = {policy: case.wait_answer(ANSWERED_WITHIN) for policy, case in before.items()}
     assert sees == {"in_doubt": "OutcomeUnknown", "resume": "OutcomeUnknown", "reconcile": "the result"}
@@ -201,7 +201,10 @@ def test_what_a_killed_host_left(stage: Stage) -> None:
 
 @pytest.mark.rabbitmq
 def test_hosts_on_rabbitmq(on_rabbitmq: Stage, own_redis: RedisServer) -> None:
-    """A worker of another queue, and those of another broker, find what a killed host left: they run none of it."""
+    """Workers of another queue or another broker recover what a killed host left, and do not run it themselves.
+
+    When no worker of the first broker is left, a worker of another broker does run it.
+    """
     stage = on_rabbitmq
     first = stage.start_worker(concurrency=8, env=SHORT)
     left = {
@@ -235,7 +238,7 @@ def test_hosts_on_rabbitmq(on_rabbitmq: Stage, own_redis: RedisServer) -> None:
     assert {answer for (policy, _), answer in sees.items() if policy != "reconcile"} == {"OutcomeUnknown"}
     ran = {("reconcile", "before effect"), *(key for key in left if key[1] == "after effect")}
     assert {key: case.effects for key, case in left.items()} == {key: int(key in ran) for key in left}
-    # Its asker dies, and then no worker is left on the same broker.
+    # The worker that asks the destination is killed, and then no worker is left on this broker.
     linked, then = intents(2)
     after = chain(
         told(stage, "reconcile.early", linked, **HANG), told(stage, "rerun.early", then)
@@ -255,7 +258,10 @@ def test_hosts_on_rabbitmq(on_rabbitmq: Stage, own_redis: RedisServer) -> None:
 
 
 def test_everything_dies_twice(stage: Stage) -> None:
-    """`RECOVERY_ACTIONS` says how many actions there are."""
+    """The workers and the broker's messages are lost twice. Every action still has its effect exactly once.
+
+    The environment variable RECOVERY_ACTIONS sets the number of actions.
+    """
     number = int(os.environ.get("RECOVERY_ACTIONS", "300"))
     producer = Producer(stage)
     receipts = {}

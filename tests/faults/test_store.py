@@ -1,4 +1,4 @@
-"""The store goes away: killed, frozen, and back with or without its data. Broker and results live elsewhere."""
+"""The store is killed, frozen, or restarted with or without its data. Broker and results are on another server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.faults.conftest import Case, Stage
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_for
 
-# A store that answers within half a second, or not at all: nothing here waits for the usual five.
+# The store answers within half a second or counts as dead. The default of five seconds would slow the tests.
 QUICK = "?socket_timeout=0.5"
 
 
@@ -21,7 +21,7 @@ QUICK = "?socket_timeout=0.5"
 def make(
     make_stage: Callable[..., Stage], own_redis: RedisServer, start_redis: Callable[..., RedisServer]
 ) -> Callable[..., Stage]:
-    """`make(keeps=True, FAULTS_X=…)`: a stage whose store, alone, keeps its data, with a worker."""
+    """`make(keeps=True, FAULTS_X=…)` returns a stage with a worker and a separate store that keeps its data."""
 
     def make(*, keeps: bool, **env: str) -> Stage:
         store = start_redis(appendonly=keeps)
@@ -41,14 +41,14 @@ def hang(stage: Stage, at: str = "after effect") -> dict[str, Case]:
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_store_killed_before_settle(make: Callable[..., Stage], keeps: bool) -> None:
-    """Settling keeps trying, through a reconnect; a lost record is written again."""
+    """The worker tries to settle until the store is back. If the store lost the record, it is written again."""
     stage = make(keeps=keeps)
     cases = hang(stage)
     stage.store.kill()
     for case in cases.values():
         case.gate.open()
     log = stage.workers[0].log_text
-    wait_for(lambda: log().count("store_error") >= len(cases), message="everybody to meet the dead store")
+    wait_for(lambda: log().count("store_error") >= len(cases), message="an error of the store in each case")
     stage.store.restart()
     for case in cases.values():
         sees = case.wait_answer()
@@ -59,7 +59,7 @@ def test_store_killed_before_settle(make: Callable[..., Stage], keeps: bool) -> 
 
 
 def test_store_dead_for_longer_than_patience(make: Callable[..., Stage]) -> None:
-    """The caller gets the outcome from its worker. It could not be written, so no other process knows it."""
+    """The caller receives the outcome, but it is not in the record: the next caller gets what the policy decides."""
     stage = make(keeps=True, FAULTS_PATIENCE="0.5", FAULTS_LEASE="2")
     cases = {p: c for p, c in hang(stage).items() if p != "resume"}
     stage.store.kill()
@@ -80,7 +80,7 @@ def test_store_dead_for_longer_than_patience(make: Callable[..., Stage]) -> None
 
 
 def test_store_frozen_during_claim(make: Callable[..., Stage]) -> None:
-    """The claim is written when the store wakes up, and its process does not know; it does not count as a crash."""
+    """The store writes the claim late, and its process receives no answer. The body runs, without a doubt."""
     stage = make(keeps=False)
     stage.store.pause()
     cases = {policy: stage.call(f"{policy}.late") for policy in POLICIES}
@@ -110,7 +110,7 @@ def test_store_frozen_during_settle(make: Callable[..., Stage]) -> None:
 
 
 def test_child_killed_while_the_store_is_dead(make: Callable[..., Stage]) -> None:
-    """The parent cannot end the claim. Who can be told is told; the rest waits for the store."""
+    """The parent cannot end the claim. A doubt is answered at once; other policies wait for the store."""
     stage = make(keeps=True)
     cases = hang(stage)
     stage.store.kill()
@@ -130,7 +130,7 @@ def test_child_killed_while_the_store_is_dead(make: Callable[..., Stage]) -> Non
         if policy != "in_doubt":
             case.wait_state("succeeded" if sees == "the result" else "in_doubt")
             case.row("child killed after effect, store dead", "late", sees)
-    # The doubt could not be written. The next caller finds a holder whose process is dead.
+    # The doubt could not be written. The next caller finds a claim whose process is dead.
     case = cases["in_doubt"]
     assert case.again().wait_answer() == "OutcomeUnknown"
     assert (case.effects, case.state) == (1, "in_doubt")
@@ -138,7 +138,7 @@ def test_child_killed_while_the_store_is_dead(make: Callable[..., Stage]) -> Non
 
 
 def test_what_lost_data_costs(make: Callable[..., Stage]) -> None:
-    """A store that comes back empty knows of nothing that was done, or was running and not renewed since."""
+    """A finished action runs again if the store has lost its record."""
     stage = make(keeps=False)
     case = stage.call("in_doubt.late")
     assert case.wait_answer() == "the result"
@@ -150,7 +150,7 @@ def test_what_lost_data_costs(make: Callable[..., Stage]) -> None:
 
 
 def test_running_work_gets_its_record_back(make: Callable[..., Stage]) -> None:
-    """At its next renewal, a sixth of the lease later; then a duplicate finds a holder."""
+    """The next renewal writes the lost record again. A duplicate that comes later finds the claim."""
     stage = make(keeps=False, FAULTS_LEASE="2")
     cases = hang(stage)
     stage.store.kill()

@@ -1,4 +1,4 @@
-"""The guarantees in the documentation are the rows that the tests of this folder compare with (`Case.row`)."""
+"""The table in the documentation shows the rows that the fault tests compare with (`Case.row`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ def test_the_page_shows_the_rows() -> None:
 
 
 def test_at_most_one_effect_unless_the_author_said_rerun() -> None:
-    """And each caller gets an answer, except where Celery has dropped the message with its worker."""
+    """An action has at most one effect unless its policy is "rerun" or the store lost its data.
+
+    Each caller receives an answer, except where Celery dropped the message with its worker.
+    """
     for row in read(COMMITTED).values():
         lost = "back without its data, then a duplicate" in row.fault
         assert row.effects <= 1 or row.policy == "rerun" or lost, row

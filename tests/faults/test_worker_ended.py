@@ -1,4 +1,4 @@
-"""The whole worker ends: killed with all its processes, shut down cold, shut down warm."""
+"""A whole worker ends: it is killed with all its processes, or it is shut down, cold or warm."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from tests.support.servers import RedisServer
 
 ACKS = ("early", "late")
 
-# Seconds. A lease that a host's death is decided by, and a visibility timeout of the same length: both
-# have to pass in the test. Redis hands a message out again after the second.
+# Seconds. Both have to pass in the test: the death of a host is noticed when the lease has lapsed, and
+# Redis redelivers a message after the visibility timeout.
 LEASE = 2.0
 VISIBILITY = 2.0
 SHORT = {"FAULTS_LEASE": str(LEASE), "FAULTS_VISIBILITY": str(VISIBILITY)}
 
-# Of a body that ends after its effect, inside its step where it has one.
+# The caller's answer and the number of effects, for a body that ends after its effect. With "resume"
+# it ends inside a step.
 AFTER_EFFECT = {
     "in_doubt": ("OutcomeUnknown", 1),
     "resume": ("OutcomeUnknown", 1),
@@ -29,13 +30,13 @@ AFTER_EFFECT = {
 
 @pytest.fixture(params=BROKERS)
 def stage(request: pytest.FixtureRequest, make_stage: Callable[..., Stage], own_redis: RedisServer) -> Stage:
-    """A stage of the test's own: what one worker left behind is no business of another test's."""
+    """A stage for one test, so that a test does not find what the worker of another test left."""
     url = own_redis.url_for(0) if request.param == "redis" else request.getfixturevalue("rabbitmq").url
     return make_stage(request.param, url, own_redis)
 
 
 def hang(stage: Stage) -> dict[tuple[str, str], Case]:
-    """A worker's processes, one for each policy and acknowledgement, all hanging after their effect."""
+    """Return one case for each policy and acknowledgement, each of which hangs after its effect."""
     cases = {
         (policy, acks): stage.call(f"{policy}.{acks}", at="after effect", how="hang")
         for policy in POLICIES
@@ -58,7 +59,7 @@ def test_worker_killed(stage: Stage) -> None:
     cases = hang(stage)
     worker.kill()
     stage.start_worker(concurrency=4, env=SHORT)
-    # With early acknowledgement Celery has no message any more. The record has it.
+    # With early acknowledgement the broker no longer has the message. The record holds the call.
     for (policy, acks), case in cases.items():
         end(case, "worker killed after effect", acks, AFTER_EFFECT[policy])
 
@@ -67,7 +68,7 @@ def test_cold_shutdown(stage: Stage) -> None:
     worker = stage.start_worker(concurrency=8)
     cases = hang(stage)
     worker.cold_stop()
-    assert cases["in_doubt", "early"].result.state == "FAILURE"  # told at once, with no worker left
+    assert cases["in_doubt", "early"].result.state == "FAILURE"  # answered at once, without a worker
     stage.start_worker(concurrency=4)
     for (policy, acks), case in cases.items():
         end(case, "cold shutdown after effect", acks, AFTER_EFFECT[policy])

@@ -1,4 +1,4 @@
-"""The same worker with the claim taken out of the runner: every body runs, whatever is known.
+"""The same application without the claim in the runner: every body runs, whatever the record says.
 
 `FAULTS_APP=tests.faults.unguarded pytest tests/faults` has to fail; see CONTRIBUTING.md.
 """
@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from celery_idem.engine.runner import Runner
-from tests.celery import unguarded  # importing it takes the claim out
+from tests.celery import unguarded  # the import removes the claim
 from tests.faults import app as faults
 
 assert Runner.run is unguarded.run

@@ -1,4 +1,4 @@
-"""A real headless Chromium, and a real server for it to look at."""
+"""A headless Chromium, and a server whose pages it shows."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.support.waiting import wait_for
 
 
 class BrowserMissingError(Exception):
-    """There is no Chromium here; the message says what to install."""
+    """Chromium is not installed. The message says what to install."""
 
 
 @contextlib.contextmanager
 def chromium() -> Iterator[webdriver.Chrome]:
-    """A browser with a window of a laptop's size."""
+    """Yield a browser with a window as large as a laptop's."""
     binary, driver = (
         shutil.which("chromium") or shutil.which("chromium-browser"),
         shutil.which("chromedriver"),
@@ -35,13 +35,13 @@ def chromium() -> Iterator[webdriver.Chrome]:
     options.add_argument("--headless=new")
     options.add_argument("--window-size=1280,900")
     options.add_argument("--disable-dev-shm-usage")  # containers have little shared memory
-    options.add_argument("--disable-gpu")  # there is none, and its emulation takes a fifth of the CPU
+    options.add_argument("--disable-gpu")  # emulating a GPU takes a fifth of the CPU
     if os.geteuid() == 0:
         options.add_argument("--no-sandbox")
     browser = webdriver.Chrome(options=options, service=Service(driver))
     try:
         browser.set_page_load_timeout(30)
-        browser.implicitly_wait(10)  # a click returns before the page it leads to is there
+        browser.implicitly_wait(10)  # a click returns before the next page is loaded
         yield browser
     finally:
         browser.quit()
@@ -49,7 +49,7 @@ def chromium() -> Iterator[webdriver.Chrome]:
 
 @contextlib.contextmanager
 def served(site: Any) -> Iterator[str]:
-    """The address of an ASGI application that is served while the block runs."""
+    """Serve an ASGI application while the block runs. Yields its address."""
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(site, host="127.0.0.1", port=port, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)

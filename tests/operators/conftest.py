@@ -1,4 +1,4 @@
-"""A shop whose store, destination and command line belong to one test."""
+"""Fixtures: an application with a store, a destination and a command line for each test."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Idem = Callable[..., Result]
 
 
 def use_store(app: Celery, url: str) -> None:
-    """Point an application that was used before at another store."""
+    """Give an application that was used before another store."""
     app.conf.idem_store = url
     wiring._ledgers.pop(app, None)
     for task in app.tasks.values():
@@ -49,7 +49,7 @@ def ledger(app: Celery) -> Ledger:
 
 @pytest.fixture
 def billing_knows(app: Celery, tmp_path: Path) -> Callable[..., None]:
-    """`billing_knows(customer="inv-1")`: what the destination will answer."""
+    """`billing_knows(customer="inv-1")` sets what the destination answers."""
 
     def tell(**known: str) -> None:
         (tmp_path / "destination.json").write_text(json.dumps(known))
@@ -58,7 +58,7 @@ def billing_knows(app: Celery, tmp_path: Path) -> Callable[..., None]:
 
 
 def command_line(app: Celery) -> Idem:
-    """`idem("list", "--json")` as `celery -A shop idem list --json`."""
+    """Return a function: `idem("list", "--json")` runs `celery -A shop idem list --json`."""
 
     def run(*words: str, **options: Any) -> Result:
         result = CliRunner().invoke(idem, list(words), obj=CLIContext(app, True, "."), **options)
@@ -76,7 +76,7 @@ def _idem(app: Celery) -> Idem:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """A Chromium, driven by Selenium."""
+    """A Chromium controlled by Selenium."""
     from tests.operators.browser import BrowserMissingError, chromium  # the other tests need no Selenium
 
     try:

@@ -1,4 +1,4 @@
-"""A guarded task whose events go to Prometheus; PROMETHEUS_MULTIPROC_DIR comes from the test."""
+"""A guarded task whose events go to Prometheus. The test sets PROMETHEUS_MULTIPROC_DIR."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intents in every state, made through the ledger as workers make them."""
+"""Creates intents in several states through the ledger, as workers do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KEEP = 3600 * MICROSECONDS
 
 
 def message(*args: Any, task_id: str = "a-task", queue: str = "celery") -> bytes:
-    """The call as an open record holds it."""
+    """Return a call as an open record holds it."""
     body = json.dumps([args, {}, {}]).encode()
     return calls.pack(
         calls.Call(task_id, {}, {}, "application/json", "utf-8", "", queue, "", False, None, body)
@@ -30,7 +30,7 @@ def claimed(
     call: bytes = b"",
     **policy: Any,
 ) -> Any:
-    """A running claim."""
+    """Claim an intent and return the claim."""
     rules = Policy(lease=int(lease * MICROSECONDS), result_ttl=KEEP, failure_ttl=KEEP, **policy)
     decision, claim = ledger.claim(
         key,
@@ -59,7 +59,10 @@ def in_doubt(
 
 
 def suspected(ledger: Ledger, key: str, first: object = "inv-1", second: object = "inv-2") -> tuple[Any, Any]:
-    """An intent whose first execution ended after another had taken it over and ended. Returns both holds."""
+    """Create an intent with two outcomes and return both claims.
+
+    A second execution took the intent over and settled it. Then the first execution ended as well.
+    """
     call = message("a", 7)
     late = claimed(ledger, key, lease=0, on_crash="rerun", place="shop@web-1, process 11", call=call)
     stands = claimed(ledger, key, on_crash="rerun", place="shop@web-2, process 22", call=call)

@@ -1,4 +1,4 @@
-"""An application as a newcomer has it, logging at INFO. What Sentry would get goes to a file."""
+"""An application with default settings that logs at INFO. Events for Sentry are written to a file."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ app.conf.update(worker_prefetch_multiplier=1, idem_lease=10)
 
 
 WORK = 0.7
-"""Seconds: a duplicate waits for less inside its slot, so it goes back to the broker."""
+"""Seconds: longer than a duplicate waits in its worker slot, so the duplicate goes back to the broker."""
 
 
 class Timeout(Exception):
-    """The destination may have done it."""
+    """The destination did not answer, so it is unknown whether the effect happened."""
 
 
 def task(name: str, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""An application whose actions end in doubt, wait, and are cancelled."""
+"""An application whose actions end in doubt, wait for a retry, or can be cancelled."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def effects() -> Effects:
 
 
 class Unsure(Exception):
-    """It is unknown whether it took effect."""
+    """It is unknown whether the effect happened."""
 
 
 def make(url: str, queue: str) -> Celery:
-    """The application with this Redis as its broker, result backend and store."""
+    """Return the application with this Redis as its broker, result backend and store."""
     app = Celery("scene", broker=url, backend=url, set_as_current=False)
     app.conf.update(idem_lease=3.0, idem_recover=False, task_default_queue=queue)
     guarded = {"base": IdempotentTask, "bind": True, "shared": False}
@@ -60,9 +60,9 @@ def make(url: str, queue: str) -> Celery:
 
     @app.task(**guarded, name="scene.long", intent=("what",))
     def long(self: Any, what: str, heeds: bool = True) -> str:
-        """Runs until it is asked to stop."""
+        """Run until an operator cancels the intent."""
         effects().add(f"begun {what}")
-        wait_for(lambda: self.claim.cancelled, message="somebody asks it to stop")
+        wait_for(lambda: self.claim.cancelled, message="an operator to cancel it")
         if heeds:
             raise Ignore
         effects().add(what)

@@ -1,4 +1,4 @@
-"""Tasks that other people's monitors look at. What they receive in a worker goes to files in SEEN_FOLDER."""
+"""Tasks for tests of other monitoring tools. The tools write what they receive to files in SEEN_FOLDER."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An application with intents to look after. The store's address is in IDEM_TEST_STORE."""
+"""The application of most operator tests. IDEM_TEST_STORE is the address of its store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ app.conf.update(idem_store=os.environ.get("IDEM_TEST_STORE", "memory://operators
 
 
 def destination() -> dict[str, str]:
-    """What the billing system knows: a file, invoice id by customer."""
+    """Read what the billing system knows from a file: the invoice id of each customer."""
     path = Path(os.environ["IDEM_TEST_DESTINATION"])
     known: dict[str, str] = json.loads(path.read_text())
     return known

@@ -1,4 +1,4 @@
-"""Operators see which action it is, run it, answer its caller, or cancel it: with a worker and a Redis."""
+"""Operators see which action an intent is, run it, answer its caller or cancel it, with a worker and a Redis."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Scene(NamedTuple):
         return "" if entry is None else entry.state
 
     def answered(self, task_id: str) -> Any:
-        """What the caller gets who asks anew: a result object keeps the first final state that it saw."""
+        """Wait for the result with a new result object: an old one keeps the first final state that it read."""
         wait_for(lambda: self.app.AsyncResult(task_id).successful(), message="the result")
         return self.app.AsyncResult(task_id).result
 
@@ -101,7 +101,7 @@ def test_an_operator_sees_which_action_it_is_and_its_caller_gets_what_happened(o
     assert on.idem("resolve", key, "--happened", '"inv-9"', *SEEN).exit_code == 0
     assert on.answered(result.id) == "inv-9"
     on.effects.wait("told inv-9")
-    for words in (("show", key), ("decisions",)):  # which action was decided is still seen
+    for words in (("show", key), ("decisions",)):  # the decided action is still named
         assert says in on.idem(*words).output
     assert (on.effects.count("told inv-9"), on.effects.count("ada")) == (1, 0)
 
@@ -208,7 +208,7 @@ def test_what_waits_for_its_retry_is_cancelled_and_its_caller_is_told(on: Scene)
     with pytest.raises(Cancelled):
         on.call("later", "report").get(timeout=60)
     assert on.effects.count("report") == 0
-    assert on.idem("cancel", key, *SEEN).exit_code == 0  # once more changes nothing
+    assert on.idem("cancel", key, *SEEN).exit_code == 0  # a second cancellation changes nothing
     assert on.idem("forget", key, "--yes").exit_code == 0
     on.call("later", "report").get(timeout=60)
     assert on.effects.count("report") == 1
@@ -253,7 +253,7 @@ def test_what_is_in_doubt_or_not_there_is_not_cancelled(on: Scene) -> None:
 
 
 def doubted(on: Scene, customer: str) -> Any:
-    """A call that is in doubt, and of which the alert fired: the exporter's own sample, as it grows by the minute."""
+    """Make a call that ends in doubt, and return its result object."""
     result = on.call("send_invoice", customer, 7)
     with pytest.raises(OutcomeUnknown):
         result.get(timeout=60)
@@ -262,7 +262,7 @@ def doubted(on: Scene, customer: str) -> Any:
 
 
 def alarmed(on: Scene, folder: Path) -> str:
-    """What the alert says to do that fires on the metrics of the exporter."""
+    """Let the alert fire on the exporter's sample, which then grows each minute. Return what the alert says to do."""
     scraped = on.idem("metrics", "--once").output
     oldest = re.findall(
         r'^(celery_idem_oldest_seconds\{[^}]*state="in_doubt"[^}]*\}) (\S+)$', scraped, re.MULTILINE
@@ -286,7 +286,7 @@ def test_from_an_alert_to_a_settled_intent_in_three_commands(on: Scene, tmp_path
     assert key
     shown = on.idem("show", key[0]).output  # 2
     assert "customer_id = 'gus'" in shown
-    # The command is the one that `show` proposes, with its fence; billing has no such invoice.
+    # `show` proposes the command, with the fence. Billing has no such invoice.
     proposed = re.search(r"celery -A \S+ idem (resolve \S+) [^`\n]*(--fence \d+)", shown)
     assert proposed, shown
     words = [*shlex.split(proposed[1]), *proposed[2].split(), "--not-happened", "--run", *SEEN]
@@ -308,9 +308,9 @@ def test_from_an_alert_to_a_settled_intent_in_four_clicks(on: Scene, tmp_path: P
         assert page.status_code == 200
         return page
 
-    door = click(client.get, "/", headers={"accept": "text/html"})  # 1, sent on to the form for signing in
+    door = click(client.get, "/", headers={"accept": "text/html"})  # 1, redirected to the sign-in form
     signed = {**hidden(door), "name": "ann", "token": TOKEN}
-    overview = click(client.post, "/sign-in", data=signed)  # 2, sent on to the list
+    overview = click(client.post, "/sign-in", data=signed)  # 2, redirected to the list
     link = re.search(r'href="([^"]*/intent\?key=[^"]+)"[^§]{0,400}?invoice 7 for customer hal', overview.text)
     assert link, overview.text
     page = click(client.get, link[1])  # 3

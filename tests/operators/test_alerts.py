@@ -1,4 +1,4 @@
-"""The alert rules of ``docs/ops``: each fires when it should, and what it says to do shows what it is about."""
+"""The alert rules of ``docs/ops``: each fires when it should, and the commands that it names can be run."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def oldest(state: str, values: str) -> tuple[str, str]:
     return f'celery_idem_oldest_seconds{{task="{TASK}",state="{state}"}}', values
 
 
-# Series, a sample each minute; at which minute it is looked at; the alert, None: none fires.
+# The series with a sample each minute, the minute at which it is evaluated, and the alert that fires (or None).
 SCENES: dict[str, tuple[list[tuple[str, str]], int, str | None]] = {
     "in doubt": ([oldest("in_doubt", "840+60x30")], 8, "IdemInDoubt"),
     "lapsed, and no delivery comes": ([oldest("lapsed", "840+60x30")], 8, "IdemInDoubt"),
     "in doubt for some minutes": ([oldest("in_doubt", "0+60x12")], 12, None),
     "running for hours": ([oldest("running", "7200+60x30")], 30, None),
     "the first double": ([events("stale_settle", "0 0 0 1 1 1")], 5, "IdemDoubleRun"),
-    # Why the counters begin at 0.
+    # This is why the counters begin at 0.
     "the first double, of a counter that begins at 1": ([events("stale_settle", "_ _ _ 1 1 1")], 5, None),
     "a store that fails": ([events("store_error", "0+10x30")], 30, "IdemStoreErrors"),
     "a store that failed once": ([events("store_error", "0 0 1 1 1 1 1 1 1 1 1 1")], 11, None),
@@ -75,13 +75,13 @@ SCENES: dict[str, tuple[list[tuple[str, str]], int, str | None]] = {
 def promtool(*words: str) -> None:
     program = shutil.which("promtool")
     if program is None:
-        missing("promtool, of the package prometheus")
+        missing("promtool, from the package prometheus")
     done = subprocess.run([program, *words], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def fired(scenes: dict[str, tuple[list[tuple[str, str]], int, str | None]], tmp_path: Path) -> None:
-    """Have promtool run the shipped rules over the scenes, and compare the alerts that fire."""
+    """Let promtool evaluate the shipped rules on the scenes, and compare the alerts that fire."""
     tests = [
         {
             "name": name,
@@ -127,7 +127,7 @@ def test_the_alert_the_dashboard_and_the_command_mean_the_same_by_waiting() -> N
 
 
 def test_a_doubt_that_is_asked_about_again_and_again_does_not_stay_young() -> None:
-    """Each question to the destination is a write. The alert goes by how long it is in doubt."""
+    """Each question to the destination writes the record. The alert uses the time since the intent is in doubt."""
     record = Record(state=State.IN_DOUBT, fence=1 * MICROSECONDS)
     entry = Entry(f"{TASK}:{7:032x}", record, stamp=1000 * MICROSECONDS, now=1001 * MICROSECONDS)
     assert tallied([entry]) == {(TASK, "in_doubt"): Tally(1, 1000.0)}
@@ -137,7 +137,7 @@ def test_a_doubt_that_is_asked_about_again_and_again_does_not_stay_young() -> No
 def test_what_an_alert_says_to_do_can_be_done(
     name: str, app: Celery, ledger: Ledger, idem: Idem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it is about is listed by the command that it names."""
+    """The command that an alert names runs, and it lists the intents of the alert."""
     claimed(ledger, send_invoice.intent_key("lapsed", 7), lease=0)
     suspected(ledger, send_invoice.intent_key("twice", 7))
     says = alerts()[name]["annotations"]["what_to_do"].replace("{{ $labels.task }}", TASK)

@@ -1,4 +1,7 @@
-"""Key drift and its opposite, found in what real calls leave behind."""
+"""`idem audit` finds key drift, and its opposite, in the records of calls.
+
+Drift: one action has several keys. The opposite ("spread"): several actions share a key.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +84,7 @@ def test_calls_far_apart_are_not_retries(shop: Celery) -> None:
 def test_a_free_argument_that_says_what_the_action_is(shop: Celery) -> None:
     for n in range(20):
         shop.tasks["shop.remind"].apply((f"cus{n}", 1))
-        shop.tasks["shop.remind"].apply((f"cus{n}", 2))  # another invoice: this reminder is never sent
+        shop.tasks["shop.remind"].apply((f"cus{n}", 2))  # another invoice; its reminder is never sent
     (suspicion,) = found(shop)
     assert (suspicion["kind"], suspicion["parameters"], suspicion["calls"]) == ("spread", ["invoice_id"], 20)
     assert suspicion["likely"]
@@ -158,7 +161,7 @@ def test_scope_and_occurrence_drift_too(shop: Celery) -> None:
 
 
 def test_the_same_through_headers_alone(idem: Idem, app: Celery) -> None:
-    """A worker that trusts the key in the header digests the arguments all the same."""
+    """A worker that takes the key from the header also digests the arguments."""
     task = app.tasks["shop.remind"]
     task.apply(("a",), headers={"idem-key": task.intent_key("a")})
     entry = Ledger.from_app(app).get(task.intent_key("a"))

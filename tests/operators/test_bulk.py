@@ -1,4 +1,4 @@
-"""Many decisions at once: by a file, or one decision for several keys. What is wrong with one stops no other."""
+"""Many decisions at once: from a file, or one decision for several keys. A wrong decision stops no other."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_every_line_is_decided_and_a_bad_one_stops_nothing(
     assert entry is not None
     assert (entry.record.notes[-1].by, entry.record.notes[-1].evidence) == tuple(SEEN.values())
 
-    # For people: the lines that were not carried out, and why; a second run decides nothing twice.
+    # Without --json: the lines that were not carried out, and why. A second run decides nothing twice.
     again = idem("resolve", "--from", file, "--yes")
     assert again.exit_code == 1
     assert "line 4:" not in again.stdout
@@ -116,7 +116,7 @@ def test_every_line_is_decided_and_a_bad_one_stops_nothing(
 def test_what_did_not_happen_runs_at_once_from_its_record(
     idem: Idem, app: Celery, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a file and by key; a call that the broker did not take is published by a second run."""
+    """A file or a key can be given. A call that the broker did not take is published by a second run."""
     for customer in ("a", "b", "gone"):
         in_doubt(ledger, key(customer), call=message(customer, 7, task_id=f"id-{customer}", queue="again"))
     file = decisions(tmp_path, *({"key": key(c), "not_happened": True, "run": True, **SEEN} for c in "ab"))
@@ -171,7 +171,7 @@ def test_a_value_that_is_too_large_is_said_not_to_reach_its_callers(
 def test_what_list_prints_is_a_file_once_a_decision_is_added(
     idem: Idem, ledger: Ledger, tmp_path: Path
 ) -> None:
-    """With its fence: an intent that was taken up again since is not decided by old evidence."""
+    """The line has the fence: old evidence does not decide an intent that was claimed again since."""
     for customer in ("a", "b"):
         in_doubt(ledger, key(customer))
     listed = rows(idem("list", "--json", "--state", "in_doubt").output)
@@ -236,7 +236,7 @@ def test_several_keys_in_one_command(idem: Idem, ledger: Ledger) -> None:
         in_doubt(ledger, key(customer))
     words = ("--not-happened", "--evidence", "not there", "--by", "ann")
     assert idem("resolve", key("a"), "nowhere", *words, "--yes").exit_code == 1
-    assert state(ledger, "a") == "in_doubt"  # a key that is not there: nothing was decided
+    assert state(ledger, "a") == "in_doubt"  # one of the keys does not exist, so nothing was decided
     refused = idem("resolve", key("a"), key("b"), *words, input="n\n")
     assert "2 intents: each will be released" in refused.output
     assert idem("resolve", key("a"), key("b"), key("a"), *words, "--yes").exit_code == 0
@@ -250,7 +250,10 @@ def test_several_keys_in_one_command(idem: Idem, ledger: Ledger) -> None:
 def test_thousands_by_page_and_by_file(
     app: Celery, idem: Idem, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same 5,000 twice. What it costs is counted, because the time is the machine's business."""
+    """5,000 intents are decided from a file, and the same again on a page of the inbox.
+
+    The test counts the exchanges with Redis, because the time depends on the machine.
+    """
     monkeypatch.setattr("celery_idem.adapters.inbox.PATIENCE", 240.0)
     url = urlsplit(redis_url)
     copy_url = url._replace(path="/1").geturl()
@@ -264,7 +267,7 @@ def test_thousands_by_page_and_by_file(
             for name in names:
                 for database in (0, 1):
                     copies.copy(names[0], name, destination_db=database)
-            copies.execute(raise_on_error=False)  # of the first to itself
+            copies.execute(raise_on_error=False)  # the copy of the first record to itself fails
         assert idem("reindex").exit_code == 0
 
         def exchanges() -> int:
@@ -274,7 +277,7 @@ def test_thousands_by_page_and_by_file(
         lines = ({"key": key(f"c{n}"), "not_happened": True, **SEEN} for n in range(MANY))
         done = idem("resolve", "--from", decisions(tmp_path, *lines), "--yes")
         assert done.stdout == "5,000 settled.\n"
-        assert exchanges() - before <= 2 * MANY + 500  # one that reads it, one that writes it
+        assert exchanges() - before <= 2 * MANY + 500  # one read and one write for each intent
         assert Counter(entry.state for entry in ledger.list()) == {"released": MANY}
 
         use_store(app, copy_url)

@@ -1,4 +1,4 @@
-"""The command line: what it says, what it changes, and that it changes nothing else."""
+"""The command line: its output, its exit statuses, and what it changes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def key(customer: str) -> str:
     return send_invoice.intent_key(customer, 7)
 
 
-# --- looking ---------------------------------------------------------------------------
+# --- reading ---------------------------------------------------------------------------
 
 
 def test_list_filters_by_state_and_task(idem: Idem, ledger: Ledger) -> None:
@@ -279,7 +279,7 @@ def test_old_evidence_says_nothing_of_a_later_attempt(idem: Idem, ledger: Ledger
     seen = json.loads(idem("show", key("a"), "--json").output)["fence"]
     assert f"--fence {seen} --not-happened" in idem("show", key("a")).output
     ledger.resolve(key("a"), NotHappened(), by="bob")
-    in_doubt(ledger, key("a"))  # taken up again, and once more in doubt
+    in_doubt(ledger, key("a"))  # claimed again, and in doubt again
     words = ("resolve", key("a"), "--not-happened", "--evidence", "nothing there", "--yes")
     refused = idem(*words, "--fence", str(seen))
     assert refused.exit_code == 1
@@ -404,7 +404,7 @@ def test_reconcile_asks_and_settles(idem: Idem, ledger: Ledger, billing_knows: A
 def test_reconcile_does_not_ask_about_another_call(
     idem: Idem, app: Celery, ledger: Ledger, billing_knows: Any, tmp_path: Path
 ) -> None:
-    """A mixed-up file of arguments: billing knows nothing of customer z, and that would read as "did not happen"."""
+    """Arguments of another call are refused: billing does not know customer z and would answer "did not happen"."""
     billing_knows(a="inv")
     digester = app.tasks["shop.send_invoice"].guard.digester
     claimed(ledger, key("a"), lease=0, digests=digester.of(("a", 7), {"note": "please"}))
@@ -464,7 +464,7 @@ def test_show_says_what_can_be_done_in_each_state(idem: Idem, ledger: Ledger) ->
 
 
 def test_pictures_of_the_command_line(idem: Idem, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kept in the documentation when IDEM_PICTURES=1, by `make pictures`; made in any case, so that they cannot rot."""
+    """The pictures can be made. `make pictures` sets IDEM_PICTURES=1, which writes them to the documentation."""
     for n in range(4):
         known = {"call": message(f"cus-{n}", 7), "place": f"celery@web-{n % 2 + 1}, process {20411 + n}"}
         in_doubt(ledger, key(f"cus-{n}"), "the body was interrupted by ReadTimeout", **known)
@@ -475,7 +475,7 @@ def test_pictures_of_the_command_line(idem: Idem, ledger: Ledger, monkeypatch: p
         monkeypatch.setattr(screen.Screen, "console", console)
         assert idem(*words).exit_code == 0
         svg = console.export_svg(title=shlex.join(["celery", "-A", "shop", "idem", *words]), unique_id=name)
-        svg = re.sub(r"@font-face \{.*?\}\n", "", svg, flags=re.DOTALL)  # fonts of another site
+        svg = re.sub(r"@font-face \{.*?\}\n", "", svg, flags=re.DOTALL)  # they load from another site
         assert key("cus-0") in svg
         if os.environ.get("IDEM_PICTURES") == "1":
             (ROOT / "docs" / "img" / f"cli-{name}.svg").write_text(svg)

@@ -1,4 +1,4 @@
-"""What a deployment does to the intents of the one before it: `idem doctor --against`."""
+"""`idem doctor --against` shows what a new release does to the intents of the release before it."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def release(
     app.task(base=IdempotentTask, shared=False, **options)(body)
     app.finalize()
     for name in [name for name in app.tasks if not name.startswith(("celery.", "shop."))]:
-        app.tasks.pop(name)  # other tests of this run share tasks with every application
+        app.tasks.pop(name)  # shared tasks of other tests
     return app
 
 
 def claimed(app: Celery, *args: Any) -> None:
-    """An open intent: a message of this release is under way."""
+    """Claim an intent, as if a message of this release were being executed."""
     (task,) = (task for name, task in app.tasks.items() if name == "shop.send")
     request = Request(owners.mint(), "task", Fingerprint(), Policy(10**9, 10**9, 10**9))
     Ledger.from_app(app).claim(task.intent_key(*args), request)
@@ -59,7 +59,7 @@ def against(app: Celery, *words: str) -> tuple[int, dict[str, dict[str, str]]]:
 
 @pytest.fixture
 def store() -> str:
-    """One that the first release has used: one intent is open and two are remembered."""
+    """A store that the first release has used: one intent is open, two are remembered."""
     url = f"memory://{uuid.uuid4().hex}"
     app = release(url)
     for customer in "ab":
@@ -124,7 +124,7 @@ def test_what_a_change_does(store: str, change: str) -> None:
 
 @pytest.mark.parametrize("name", ["shop.other", "shop.send"], ids=["unguarded", "taken by another task"])
 def test_a_name_that_stays_without_its_intents(store: str, name: str) -> None:
-    """Its messages still find a task, and that one does not know what was done."""
+    """Messages with the old name reach a task that does not know the old records. That is an error."""
     app = release(store, name="shop.other")
     command_line(app)("doctor", "--save")
     if name == "shop.other":
@@ -154,7 +154,7 @@ def test_a_default_in_the_intent(store: str) -> None:
 
 
 def test_a_namespace_is_seen_by_a_file(store: str, tmp_path: Path) -> None:
-    """The store's own declarations are in the namespace, so another one has none."""
+    """A change of namespace is found with a file only: another namespace of the store has no declarations."""
     path = str(tmp_path / "declared.json")
     command_line(release(store))("doctor", "--save", path)
     assert against(release(store), path) == (0, {})

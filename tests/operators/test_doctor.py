@@ -1,4 +1,4 @@
-"""Deliberately wrong set-ups, each an application, and the fault that ``doctor`` must name."""
+"""``doctor`` names the fault of each wrong set-up, and the setting to change."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ GOOD: dict[str, Any] = {
 def an_app(
     body: Callable[..., Any] | None = None, *, conf: dict[str, Any] | None = None, **options: Any
 ) -> Celery:
-    """An application with one guarded task and nothing wrong, but for what the test puts in."""
+    """Return an application with one guarded task. Only what the test gives is wrong with it."""
 
     def send(customer_id: str, cents: int = 0) -> None: ...
 
@@ -52,7 +52,7 @@ def an_app(
 
 
 def without_others(app: Celery) -> Celery:
-    """Plugins and other tests of this run share tasks with every application; they are none of ours."""
+    """Remove the tasks that plugins and other tests share with every application."""
     app.finalize()
     for name, task in list(app.tasks.items()):
         if not name.startswith("celery.") and type(task).__module__ != __name__:
@@ -66,7 +66,7 @@ def with_text(customer_id: str, note: str) -> None: ...
 
 
 def codes(app: Celery, **options: Any) -> dict[str, str]:
-    """Codes of what was found, without asking any store, and what to change."""
+    """Return the code of each finding and what to change, without asking a store."""
     found = doctor.examine(doctor.gather(app, ask=False, **options), doctor.CHEAP)
     return {finding.code: finding.change for finding in found}
 
@@ -122,7 +122,7 @@ def test_each_fault_is_named_with_the_setting_to_change(code: str) -> None:
     make, change = WRONG[code]
     found = codes(make())
     assert change in found[code]
-    # Nothing else is wrong with it, apart from what the same value makes wrong too.
+    # There is no other finding, except those that the same value causes.
     assert set(found) <= {code, "retention-result", "hard-limit", "lease-visibility"}
 
 
@@ -238,7 +238,7 @@ def test_calls_that_records_do_not_hold() -> None:
         claimed(ledger, f"wrong.a:{n}", call=why.packed)
     facts = tuple(asking.facts_of(ledger, "none"))
     said = [finding.wrong for finding in stores.calls_not_kept(doctor.Snapshot(stores=facts))]
-    assert len(said) == 2  # what the author switched off is no finding
+    assert len(said) == 2  # calls that the author chose not to keep are no finding
     assert "2 open intents" in next(one for one in said if "max_call_bytes" in one)
 
 
@@ -253,7 +253,7 @@ def found_in(ledger: Ledger) -> set[str]:
 def test_exit_status_for_a_ci(idem: Idem) -> None:
     warning = an_app(conf={"idem_store": "redis://localhost:1/0"}, lease=0.5)
     run = command_line(warning)
-    assert run("doctor").exit_code == 1  # the store is away
+    assert run("doctor").exit_code == 1  # the store does not answer
     assert "short-lease" in run("doctor").output
     fine = command_line(an_app(conf={"idem_store": "memory://doctor"}, lease=0.5))
     assert fine("doctor").exit_code == 1  # memory://
@@ -269,7 +269,7 @@ def test_strict_fails_on_a_warning(start_redis: Callable[..., RedisServer]) -> N
 
 @pytest.mark.redis
 def test_a_worker_says_so_when_it_starts(redis_url: str, start_worker: Callable[..., CeleryWorker]) -> None:
-    """What is wrong, that its store answers, and nothing of what an author's own attributes do."""
+    """A worker logs the findings and that its store answered. An attribute that raises stops no check."""
     worker = start_worker("tests.operators.wrong", env={"IDEM_TEST_REDIS": redis_url})
     wait_for(lambda: "answered in" in worker.log_text(), 20, worker.log_text)
     text = worker.log_text()
@@ -297,11 +297,11 @@ def test_a_worker_starts_though_its_store_is_away(
     assert "s3cret" not in worker.log_text()
 
 
-# --- what no check may trip over ------------------------------------------------------------------
+# --- odd values that may not stop a check ---------------------------------------------------------
 
 
 class Odd:
-    """As an attribute of a task: reading it raises an error."""
+    """An attribute of a task that raises an error when it is read."""
 
     def __get__(self, *_: object) -> object:
         raise LookupError("no such tenant")
@@ -394,7 +394,7 @@ def test_odd_configuration_stops_no_check(conf: dict[str, Any]) -> None:
 
 
 def started(app: Celery) -> None:
-    """The checks as a worker starts them."""
+    """Run the checks as a worker does at its start."""
     at_start.AtStart(SimpleNamespace(app=None, steps=[])).start(SimpleNamespace(app=app, pool_cls=None))
 
 

@@ -1,4 +1,4 @@
-"""Stores in which something is wrong, or was: real servers that are full, emptied or read-only, or failed over."""
+"""``doctor`` finds servers that are full, lost their data, are read-only, or failed over."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def fill(client: redis_py.Redis, count: int) -> None:
 
 @pytest.fixture
 def worker() -> Iterator[Callable[[str], None]]:
-    """Start what a worker does with its stores, and wait until it has noted what it saw."""
+    """Run the start-up step of a worker, and wait until it has written its note about the server."""
     steps: list[at_start.AtStart] = []
 
     def start(url: str) -> None:
@@ -129,12 +129,12 @@ def test_a_redis_that_was_restarted_with_its_data(
     assert asked(server.url) == {}
     (ledger,) = doctor.snapshot.Operator(an_app(conf={"idem_store": server.url})).ledgers()
     noted = kept.read(ledger, servers.NAME)["runs"][0]["since"]
-    # Redis counts its uptime in whole seconds: a start that soon after the note may seem to be before it.
+    # Redis counts its uptime in whole seconds, so a start shortly after the note could seem to be before it.
     wait_for(lambda: ledger.store.read("").now / 1e6 > noted + 1, message="a second to pass")
     server.restart()
     assert set(asked(server.url)) == {"restart"}
     wait_for(
-        lambda: len(kept.read(ledger, servers.NAME)["runs"]) == 2, message="a worker to note when it was"
+        lambda: len(kept.read(ledger, servers.NAME)["runs"]) == 2, message="a worker to note the restart"
     )
     found = asked(server.url)
     assert set(found) == {"restart"}
@@ -166,7 +166,7 @@ def test_a_replica_that_lags_and_then_takes_over(
         replica.pause()
         try:
             fill(other, 3)
-            wait_for(lambda: "replica-lags" in asked(primary.url), 30, message="the replica to be missed")
+            wait_for(lambda: "replica-lags" in asked(primary.url), 30, message="the replica to lag")
             assert " bytes behind" in asked(primary.url)["replica-lags"].wrong
         finally:
             replica.resume()
@@ -190,7 +190,7 @@ def test_a_replica_that_lags_and_then_takes_over(
 def test_runs_of_a_postgresql(
     noted: list[tuple[str, str]], present: tuple[str, str], what: str | None
 ) -> None:
-    """Each server's identifier and timeline."""
+    """`doctor` distinguishes a recovery from a copy by the identifier and the timeline of a PostgreSQL server."""
     runs = [{"run": run, "line": line, "since": 900.0 + n} for n, (run, line) in enumerate(noted)]
     store = doctor.StoreFacts(
         "postgresql://x",

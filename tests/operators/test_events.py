@@ -1,4 +1,4 @@
-"""Every documented kind of event is provoked here, with the fields it is documented with, and nothing else is."""
+"""Every documented kind of event is emitted with its documented fields, and no other kind is emitted."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Stage:
-    """Where a provocation happens: a runner without Celery, and what else it asks for."""
+    """What the functions below use to provoke an event: a runner without Celery, a folder, a monkeypatch."""
 
     def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.bench = Bench()
@@ -64,7 +64,7 @@ class Stage:
             self.run(Ended(kind))
 
     def dead_owner(self) -> int:
-        """The id of a child of this process that has ended; this process' next claim is that one's."""
+        """Start a child process that ends, and return its id. The next claims of this process are the child's."""
         child = subprocess.Popen([sys.executable, "-c", ""])
         child.wait(60)
         minted = owners.prefix(child.pid) + os.urandom(5)
@@ -133,7 +133,7 @@ def released_after_a_question(stage: Stage) -> None:
 
 
 def taken_over(stage: Stage) -> None:
-    """By another execution, which the renewal notices and so does the end."""
+    """Another execution takes over. The renewal notices it, and settling notices it as well."""
 
     def body(hold: Hold) -> str:
         stage.bench.lapse()
@@ -340,7 +340,7 @@ def test_what_is_emitted_is_as_documented(
     assert {(record.levelno, record.msg) for record in logged} == {
         (said.level, f"{kind} %s: {said.says} [%s]")
     }
-    for record in logged:  # readable, and for programs: which intent, which task, and where
+    for record in logged:  # the text and the fields name the intent, the task and the process
         line, data = record.getMessage(), vars(record)
         assert data["idem_key"] in line
         assert f"host={data['idem_host']} pid={os.getpid()}]" in line
@@ -350,11 +350,11 @@ def test_what_is_emitted_is_as_documented(
     ]
 
 
-# --- the code, and the page -------------------------------------------------------------------
+# --- the source code and the documentation ----------------------------------------------------
 
 
 def calls(function: str) -> list[ast.Call]:
-    """Calls of ``events.<function>`` in the package."""
+    """Return the calls of ``events.<function>`` in the package."""
     return [
         node
         for path in (ROOT / "celery_idem").rglob("*.py")
@@ -364,7 +364,7 @@ def calls(function: str) -> list[ast.Call]:
 
 
 def test_every_call_says_a_documented_kind_and_its_fields() -> None:
-    """By the source: a branch that no test reaches must not say something else."""
+    """Checked in the source, because no test reaches some of the branches."""
     found = set()
     for call in calls("emit"):
         kind = ast.literal_eval(call.args[0])
@@ -376,7 +376,7 @@ def test_every_call_says_a_documented_kind_and_its_fields() -> None:
 
 
 def test_nothing_else_writes_to_a_log() -> None:
-    """The command line silences logging for its own output."""
+    """The command line is an exception: it switches logging off while it prints."""
     for path in (ROOT / "celery_idem").rglob("*.py"):
         text = path.read_text()
         if path.name != "events.py" and "cli" not in path.parts:

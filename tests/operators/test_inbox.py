@@ -1,4 +1,4 @@
-"""The inbox: closed, harmless to look at, and usable by keyboard, on a phone, in the dark."""
+"""The inbox: access, safety of its pages and forms, decisions, and use by keyboard, on a phone or in dark mode."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def key(customer: str) -> str:
 
 @pytest.fixture
 def client(app: Celery) -> TestClient:
-    """A browser that ann has signed in with."""
+    """A client in which the operator "ann" is signed in."""
     client = TestClient(inbox(app, token=TOKEN))
     assert post(client, "/sign-in", name="ann", token=TOKEN).url.path == "/"
     return client
 
 
 def post(client: TestClient, path: str, **form: str) -> Any:
-    """Send the form that stands on the page of an intent, or on the first page."""
+    """Send the form of an intent's page for "/resolve", or the form of the first page."""
     ours = form_for(client, form["key"]) if path == "/resolve" else hidden(client.get("/"))
     return client.post(path, data={**ours, **form})
 
 
-# --- closed -----------------------------------------------------------------------------
+# --- access -----------------------------------------------------------------------------
 
 
 def test_it_does_not_open_without_a_token_or_the_hosts_word(app: Celery) -> None:
@@ -111,7 +111,7 @@ def state(ledger: Ledger, customer: str) -> str:
     return entry.state
 
 
-# --- harmless ---------------------------------------------------------------------------
+# --- safety -----------------------------------------------------------------------------
 
 
 def test_a_form_of_another_site_is_refused(client: TestClient, ledger: Ledger) -> None:
@@ -187,7 +187,7 @@ def test_a_decision_is_about_the_attempt_that_the_page_showed(client: TestClient
     in_doubt(ledger, key("a"))
     seen = form_for(client, key("a"))["fence"]
     ledger.resolve(key("a"), NotHappened(), by="bob")
-    in_doubt(ledger, key("a"))  # taken up again, and once more in doubt
+    in_doubt(ledger, key("a"))  # claimed again, and in doubt again
     form = {"key": key("a"), "decision": "not_happened", "evidence": "not there"}
     late = post(client, "/resolve", **form, fence=seen)
     assert "taken up again since you looked" in late.text
@@ -222,7 +222,7 @@ def test_the_timeline_of_a_contested_intent(client: TestClient, ledger: Ledger) 
 
 @pytest.fixture
 def half_way(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Readings stop after three records until the event is set; no visitor waits long for them."""
+    """Reading the store stops after three records until the event is set. Pages do not wait for it."""
     go = threading.Event()
     read = ledger.store.open
 
@@ -251,7 +251,7 @@ def test_many_records_are_shown_as_far_as_they_are_read(
     assert "At least 3 intents wait" in page
     assert "Look again" in page
 
-    # A decision is not asked for twice, although the reading began before it was made.
+    # A decided intent is not shown again, although the reading began before the decision.
     chosen = unquote(re.findall(r'/intent\?key=([^"]+)"', page)[0])
     post(client, "/resolve", key=chosen, decision="not_happened", evidence="not there")
     page = client.get("/").text
@@ -265,12 +265,12 @@ def test_many_records_are_shown_as_far_as_they_are_read(
     assert f">{chosen}<" not in page
 
 
-# --- many of them ---------------------------------------------------------------------------
+# --- many intents ---------------------------------------------------------------------------
 
 
 @pytest.fixture
 def outage(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many in doubt of two kinds, and others beside them."""
+    """Many intents of two tasks in doubt, and some in other states."""
     monkeypatch.setattr("celery_idem.adapters.inbox.PATIENCE", 60.0)
     for n in range(110):
         in_doubt(ledger, key(f"cus-{n}"), "the body was interrupted by ReadTimeout")
@@ -288,7 +288,7 @@ def test_pages_and_filters(outage: None, client: TestClient, ledger: Ledger) -> 
         counts.append(int(heading[1]))
         return [unquote(found) for found in re.findall(r'/intent\?key=([^"]+)"', page)]
 
-    counts: list[int] = []  # in the heading: the number that is to be typed
+    counts: list[int] = []  # in the heading: the number that an operator has to type
     pages = [listed(page=str(n)) for n in (1, 2, 3)]
     assert [len(page) for page in pages] == [50, 50, 13]
     assert len({key for page in pages for key in page}) == 113
@@ -327,7 +327,7 @@ def test_one_decision_for_all_that_a_filter_shows(outage: None, client: TestClie
     assert states() == before
 
     ours = hidden(client.get("/", params={"task": "shop.send_invoice"}))
-    in_doubt(ledger, key("later"))  # the page did not show that one: it is not among the 110
+    in_doubt(ledger, key("later"))  # the page did not show this intent, so it is not among the 110
     done = decide(**ours, number="110")
     assert "110 intents are succeeded now" in done.text
     assert states() == {"succeeded": 111, "in_doubt": 4, "running": 1}
@@ -391,7 +391,7 @@ def operator(app: Celery, ledger: Ledger) -> Iterator[str]:
 
 
 def picture(browser: Any, name: str) -> None:
-    """Kept in the documentation when IDEM_PICTURES=1, by `make pictures`; taken in any case, so that it cannot rot."""
+    """Take a picture. `make pictures` sets IDEM_PICTURES=1, which writes it to the documentation."""
     png = browser.get_screenshot_as_png()
     assert len(png) > 10_000
     if os.environ.get("IDEM_PICTURES") == "1":
@@ -399,14 +399,14 @@ def picture(browser: Any, name: str) -> None:
 
 
 def wide(browser: Any) -> bool:
-    """Whether a visitor has to scroll sideways."""
+    """Return whether the page has to be scrolled sideways."""
     script = "return document.documentElement.scrollWidth > document.documentElement.clientWidth"
     return bool(browser.execute_script(script))
 
 
 @pytest.fixture
 def look(browser: webdriver.Chrome) -> Iterator[Callable[[str, int, int], None]]:
-    """`look("dark", width, height)`: what the browser's user prefers."""
+    """`look("dark", width, height)` sets the preferred colour scheme and the size of the window."""
 
     def prefer(scheme: str, width: int, height: int) -> None:
         features = [{"name": "prefers-color-scheme", "value": scheme}]
@@ -437,8 +437,8 @@ def test_light_dark_and_on_a_phone(operator: str, browser: webdriver.Chrome, loo
         browser.find_element(By.CSS_SELECTOR, ".timeline")
         assert not wide(browser)
         picture(browser, name.replace("inbox", "intent"))
-    assert len(grounds) == 2  # the style sheet was applied, and knows the dark
-    look("light", 320, 844)  # the narrowest: no heading is cut, and nothing needs a scroll to the side
+    assert len(grounds) == 2  # the style sheet was applied, and it has a dark scheme
+    look("light", 320, 844)  # the narrowest phone: no heading is cut, and no page scrolls sideways
     here = browser.current_url
     for address in (here, f"{operator}figures", f"{operator}decisions", operator):
         browser.get(address)
@@ -462,7 +462,7 @@ def test_by_keyboard_alone(operator: str, browser: webdriver.Chrome, ledger: Led
 
     link = tab_to(".doubtful a")
     chosen = link.find_element(By.CSS_SELECTOR, ".key").text
-    assert link.value_of_css_property("outline-style") != "none"  # one sees where one is
+    assert link.value_of_css_property("outline-style") != "none"  # the focus is visible
     link.send_keys(Keys.ENTER)
     tab_to("#evidence-no").send_keys("nothing there")
     tab_to("button.no").send_keys(Keys.ENTER)
@@ -495,6 +495,6 @@ def test_every_field_has_a_label_and_the_console_is_quiet(operator: str, browser
         ".filter(e => e.labels.length === 0).length"
     )
     assert unlabelled == 0
-    # A broken content security policy would be told here. /favicon.ico is the browser's own idea.
+    # The browser reports violations of the content security policy here. It asks for /favicon.ico itself.
     told = [line for line in browser.get_log("browser") if "favicon" not in line["message"]]
     assert told == []

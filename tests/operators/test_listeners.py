@@ -1,4 +1,4 @@
-"""Listeners that fail or block harm no task, and what monitors make of our events."""
+"""Listeners that fail or block do not disturb tasks. Monitors show our events correctly."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_listener_that_blocks_holds_up_no_task(app: Celery, blocked: threading
         for number in range(20):
             assert send_invoice.apply(("a", number)).get() == f"inv-a-{number}"
         held_up = time.monotonic() - began
-        assert heard == []  # the blocked one comes before
+        assert heard == []  # the blocked listener comes first
         blocked.set()
         wait_for(lambda: len(heard) == 20, message="all the events")
     finally:
@@ -112,7 +112,7 @@ def test_a_receiver_of_a_signal_that_blocks_holds_up_no_task(app: Celery) -> Non
 
 
 def test_each_kind_has_a_message_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
-    """Sentry groups what is logged by the message before its arguments are filled in."""
+    """Sentry groups log records by the message before its arguments are filled in."""
     with caplog.at_level(logging.DEBUG, "celery_idem"):
         for kind in events.LEVELS:
             events.emit(kind, "shop.send_invoice:1", why=kind)
@@ -122,8 +122,8 @@ def test_each_kind_has_a_message_of_its_own(caplog: pytest.LogCaptureFixture) ->
     for record in emitted:
         texts[vars(record)["idem_event"]].add(record.msg)
     assert set(texts) == set(events.LEVELS)
-    assert all(len(found) == 1 for found in texts.values())  # fixed
-    assert len({text for (text,) in texts.values()}) == len(texts)  # and not that of any other kind
+    assert all(len(found) == 1 for found in texts.values())  # each kind has one message
+    assert len({text for (text,) in texts.values()}) == len(texts)  # no two kinds share a message
 
 
 class Dispatcher:
@@ -147,7 +147,7 @@ class Dispatcher:
 def test_no_event_makes_a_worker_that_does_not_exist(
     app: Celery, monkeypatch: pytest.MonkeyPatch, kind: str, node: str | None
 ) -> None:
-    """Whatever thread and process it comes from: the main process (``died``), a side thread, a web server."""
+    """The event may come from the main process (``died``), another thread, or a web server."""
     state = State()
     state.event(
         {"type": "worker-online", "hostname": "w1@here", "timestamp": 1.0, "local_received": 1.0, "clock": 1}
@@ -166,7 +166,7 @@ def test_no_event_makes_a_worker_that_does_not_exist(
 def test_an_eager_call_in_a_body_is_no_task_to_a_monitor(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No worker has received it, so an event of it would make a task without a name."""
+    """No worker received the call, so its event would create a task without a name in the monitor."""
     state = State()
     monkeypatch.setattr(events, "worker", ["w1@here"])
     monkeypatch.setattr(app.events, "default_dispatcher", lambda hostname=None: Dispatcher(state, hostname))
@@ -174,7 +174,7 @@ def test_an_eager_call_in_a_body_is_no_task_to_a_monitor(
     try:
         for _ in range(2):
             send_invoice.apply(("c1", "eager")).get()
-        events.emit("replayed", "shop.send_invoice:1", task_id="t1")  # of a message
+        events.emit("replayed", "shop.send_invoice:1", task_id="t1")  # as for a message
     finally:
         stop()
     wait_for(lambda: state.event_count >= 2, message="the events")
@@ -184,7 +184,7 @@ def test_an_eager_call_in_a_body_is_no_task_to_a_monitor(
 def test_nor_where_another_thread_says_what_happened_to_it(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the one that renews leases does."""
+    """An eager call has no events in a monitor, even if another thread, such as the renewing one, emits them."""
 
     @app.task(name="shop.loses", base=IdempotentTask, intent=("n",), bind=True, shared=False)
     def loses(self: Any, n: int) -> None:

@@ -1,4 +1,7 @@
-"""A listing names each intent once, whatever the server's SCAN does; a beginning of a key is one intent or none."""
+"""A listing names each intent once, although SCAN may repeat keys.
+
+The beginning of a key stands for an intent only if no other key begins with it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from tests.operators.intents import claimed, in_doubt, succeeded
 
 @pytest.fixture(autouse=True)
 def repeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store whose scan names every key three times, the first one at once and the others at the end."""
+    """Make the scan name every key three times: some copies follow at once, others at the end."""
     scan = MemoryStore.scan
 
     def again(self: MemoryStore, prefix: str) -> Iterator[object]:
@@ -51,8 +54,8 @@ def test_the_memory_is_bounded(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) 
         succeeded(ledger, key)
     found = [entry.key for entry in ledger.list()]
     assert sorted(set(found)) == keys  # none is missing
-    assert found[0] != found[1]  # what comes again at once is left out
-    assert len(found) > 20  # what comes again much later is not
+    assert found[0] != found[1]  # a key that is repeated at once is left out
+    assert len(found) > 20  # a key that is repeated much later is not
 
 
 @pytest.mark.parametrize("command", ["show", "forget", "resolve"])

@@ -1,4 +1,4 @@
-"""What a user sees who runs a worker at INFO, parses its log, or has Sentry."""
+"""What a worker logs at INFO, as text and as JSON, and which events Sentry receives."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ FILES = {"sentry_sdk": "LOGGED_SENTRY", "pythonjsonlogger": "LOGGED_JSON"}
 
 
 class Seen(NamedTuple):
-    """What a worker did, and what was seen of it.
+    """The calls that a worker executed, and its logs.
 
     Attributes:
-        calls: task, what it was called for, id, and answer of each call of a guarded task.
-        lines: of its log since it was ready, without tracebacks.
-        log: all of it.
+        calls: task, argument, id and answer of each call of a guarded task.
+        lines: of the log since the worker was ready, without tracebacks.
+        log: the whole log.
         json: the same lines, as python-json-logger writes them.
-        sentry: events that Sentry would have received.
+        sentry: the events that Sentry would receive.
     """
 
     calls: list[tuple[str, int, str, Any]]
@@ -44,7 +44,7 @@ class Seen(NamedTuple):
 
 @pytest.fixture(scope="module")
 def seen(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """Two hundred calls, most of them twice or more; and two of a task without a guard."""
+    """Two hundred calls, most of them duplicates, and two calls of a task without a guard."""
     folder, url = tmp_path_factory.mktemp("logged"), redis_server.url
     logged.app.conf.update(broker_url=url, result_backend=url)
     use_store(logged.app, url)
@@ -81,7 +81,7 @@ def seen(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def _complete(log: str, calls: int) -> str | None:
-    """The log, when Celery's last line about each call is there."""
+    """Return the log if it has Celery's last line about each call."""
     ends = re.findall(r"\] (?:succeeded in|raised (?:un)?expected)", log)
     return log if len(ends) == calls else None
 
@@ -101,8 +101,8 @@ def test_a_worker_at_info_says_little_and_shows_no_traceback_of_an_answer(seen: 
         "OutcomeUnknown": 24,
     }
     assert len(seen.lines) <= 3 * len(seen.calls)
-    assert max(len(seen.of(task_id)) for _, _, task_id, _ in seen.calls) <= 4  # of one that waited
-    # What failed now, or is in doubt now: once for each intent, with its traceback.
+    assert max(len(seen.of(task_id)) for _, _, task_id, _ in seen.calls) <= 4  # of a call that waited
+    # A failure or a new doubt is logged once for each intent, with its traceback.
     errors = [line for line in seen.lines if "ERROR/" in line]
     assert len(errors) == 8 + 8 + 2
     assert sum("in_doubt logged.unsure:" in line for line in errors) == 8
@@ -116,7 +116,7 @@ def test_the_log_says_which_task_and_where(seen: Seen) -> None:
         line for line in seen.lines if re.search(r": (INFO|WARNING|ERROR)/[^]]+\] \w+ logged\.\w+:", line)
     ]
     said = Counter(re.sub(r"^.*?\] (\w+) .*$", r"\1", line) for line in ours)
-    assert said["waiting"] == 6  # of each that waits, once
+    assert said["waiting"] == 6  # once for each call that waits
     assert said["replayed"] == 6 + 16 + 2 + 60 + 5
     assert (said["mismatch"], said["in_doubt"], said["still_in_doubt"]) == (5, 8, 16)
     ids = {task_id for _, _, task_id, _ in seen.calls}

@@ -1,4 +1,4 @@
-"""What others show of a replay, a wait and a doubt: compared with ``docs/reference/what-others-show.md``."""
+"""What other monitoring tools show of a replay, a wait and a doubt, as in ``docs/reference/what-others-show.md``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.workers import CeleryWorker
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/reference/what-others-show.md").read_text()
 
-# What celery-exporter (danihodovic/celery-exporter) makes counters of; it receives no other event of a task.
+# The events that celery-exporter (danihodovic/celery-exporter) counts; it receives no other event of a task.
 EXPORTED = {
     f"task-{what}" for what in ("sent", "received", "started", "succeeded", "failed", "rejected", "revoked")
 }
@@ -34,12 +34,12 @@ EXPORTED.add("task-retried")
 
 
 class Seen(NamedTuple):
-    """What was to be seen of one call.
+    """What is visible of one call.
 
     Attributes:
         events: types of the events of its task. Two processes send them, so they come in any order.
-        state: of the task in the picture that monitors have.
-        result: its result's state.
+        state: of the task in monitors.
+        result: state of its result.
         spans: for each span of its execution in a worker: the events in it, its status, and its links.
     """
 
@@ -50,7 +50,7 @@ class Seen(NamedTuple):
 
     @property
     def says(self) -> tuple[set[str], str, str, list[str]]:
-        """As the page's table has it."""
+        """Return the row of the page's table."""
         last = self.spans[-1]
         said = [event["name"].removeprefix("celery_idem.") for event in last["events"]]
         said = [*dict.fromkeys(name for name in said if name != "exception")]
@@ -59,7 +59,7 @@ class Seen(NamedTuple):
 
 
 def rows() -> dict[str, tuple[set[str], str, str, list[str]]]:
-    """The page's first table: by the first cell, the backticked words of the others."""
+    """Return the page's first table: by the first cell, the words in backticks of the other cells."""
     found = {}
     for line in PAGE.partition("| call |")[2].partition("\n\n")[0].splitlines()[2:]:
         name, *cells = (cell.strip() for cell in line.strip("| ").split(" | "))
@@ -69,7 +69,7 @@ def rows() -> dict[str, tuple[set[str], str, str, list[str]]]:
 
 
 def flowers_state() -> State:
-    """The picture that Flower has, where it is installed; it is a subclass of Celery's."""
+    """Return Flower's state of events if Flower is installed, else Celery's."""
     try:
         from flower.events import EventsState
     except ImportError:
@@ -104,7 +104,7 @@ def look(
 
 
 def end(result: AsyncResult) -> AsyncResult:
-    """Its answer, and all that follows it, is there."""
+    """Wait for the answer of a call, and return its result object."""
     try:
         result.get(timeout=60)
     except NoAnswerError:
@@ -146,7 +146,7 @@ def test_what_others_show_is_as_the_page_says(look: Callable[[AsyncResult], Seen
     wait_for(lambda: look(second).state == "SUCCESS", message=lambda: str(look(second)))
     assert set(expected) == {*calls, "a duplicate that waits"}
 
-    # A replay's span leads to that of the execution, in another trace.
+    # The span of a replay has a link to the span of the execution, which is in another trace.
     for replay, execution in (
         (calls["its replay"], calls["the execution"]),
         (calls["the replay of a failure"], calls["a failure"]),
@@ -160,12 +160,12 @@ def test_what_others_show_is_as_the_page_says(look: Callable[[AsyncResult], Seen
         )
     assert len(look(second).spans) > 1  # one for each round
 
-    # What celery-exporter counts: a replay is a success, and a wait is more receptions; it knows nothing of ours.
+    # celery-exporter counts a replay as a success and each round of a wait as a reception; it ignores our events.
     assert look(second).events & EXPORTED == {"task-received", "task-started", "task-succeeded"}
 
 
 def test_flower_counts_them_by_type() -> None:
-    """The name and labels that the page gives."""
+    """Flower's counter has the name and the labels that the page gives."""
     events = pytest.importorskip("flower.events")
     metrics = events.get_prometheus_metrics()
     (family,) = metrics.events.describe()

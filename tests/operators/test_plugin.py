@@ -1,4 +1,4 @@
-"""The pytest plugin, in another project's suite: what passes, and what fails with --idem-duplicate."""
+"""The pytest plugin in the test suite of another project: which tests pass, and which fail with --idem-duplicate."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_the_store_is_empty():
 
 
 def outcome(folder: Path, *options: str) -> dict[str, str]:
-    """Outcome by test of a run of the suite."""
+    """Run the suite and return the outcome of each test."""
     (folder / "test_theirs.py").write_text(SUITE)
     words = [
         sys.executable,

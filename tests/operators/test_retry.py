@@ -1,4 +1,4 @@
-"""``idem retry``: what failed runs again, with the same arguments, and nothing else does."""
+"""``idem retry`` runs failed intents again with the same arguments, and no others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Declined(Exception):
 
 
 class Shop:
-    """Tasks whose destination declines until it is mended."""
+    """An application with tasks whose destination declines until `mended` is true."""
 
     def __init__(self, effects: Effects, **conf: Any) -> None:
         app = Celery("retried", set_as_current=False, broker="memory://", backend="cache+memory://")
@@ -57,7 +57,7 @@ class Shop:
         return str(next(entry.key for entry in self.ledger.list("failed") if entry.task == task.name))
 
     def works(self) -> None:
-        """As a worker: take what was published, one message each."""
+        """Execute the published messages, as a worker does, until no intent is accepted."""
         while any(entry.state == "accepted" for entry in self.ledger.list()):
             self.work()
 
@@ -89,7 +89,7 @@ def test_what_failed_runs_again_with_its_arguments(shop: Shop) -> None:
     shop.works()
     assert [(one["intent"], one["cents"]) for one in shop.effects.all()] == [("o1", 7)]
     assert shop.charge.AsyncResult(said["task_id"]).get(timeout=30) == "charged o1"
-    assert shop.charge.apply(("o1", 7)).get() == "charged o1"  # as every caller from now on
+    assert shop.charge.apply(("o1", 7)).get() == "charged o1"  # every later caller receives the same
 
     again = shop.idem("retry", key, "--yes")
     assert again.exit_code == 1
@@ -158,7 +158,7 @@ def unreachable(*_: object) -> None:
 
 
 def test_an_open_record_has_the_call_itself(shop: Shop) -> None:
-    """Released: the same message, so the caller that waits gets its answer."""
+    """A released intent is retried with the message of its record, so the waiting caller receives its answer."""
     sent = shop.released.apply_async(("o1", 9), scope="acme")
     shop.work()
     (entry,) = shop.ledger.list()
@@ -180,7 +180,7 @@ def test_a_broker_that_is_away_leaves_it_to_recovery(shop: Shop, tmp_path: Path)
     key = shop.fails(shop.charge, "o1")
     other = shop.fails(
         shop.secret, "o2", 5, "4111"
-    )  # its record holds no whole call, so recovery has none to publish
+    )  # its record does not hold the whole call, so recovery cannot publish it
     path = tmp_path / "calls.jsonl"
     path.write_text(json.dumps({"key": other, "args": ["o2", 5, "4111"]}))
     with pytest.MonkeyPatch.context() as broken:

@@ -1,4 +1,4 @@
-"""Shadow mode: everything runs, what would have been collapsed is counted, and nothing of it is ever replayed."""
+"""Shadow mode: every call runs, duplicates are counted, and no outcome of shadow mode is replayed later."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def test_switched_off_nothing_of_it_is_replayed(shop: Celery, ran: Ran) -> None:
     assert json.loads(command_line(shop)("stats", "--json").output) == []
     shop.conf.idem_shadow = False
     use_store(shop, shop.conf.idem_store)
-    assert charge.apply(("a", 2)).get() == "charged a 2"  # with other cents: no mismatch either
-    assert charge.apply(("a", 2)).get() == "charged a 2"  # and now it is guarded
+    assert charge.apply(("a", 2)).get() == "charged a 2"  # other cents: no mismatch with the shadow call
+    assert charge.apply(("a", 2)).get() == "charged a 2"  # now it is guarded
     with pytest.raises(FingerprintMismatch):
         charge.apply(("a", 3)).get()
 
@@ -109,7 +109,7 @@ def test_a_store_that_is_away_stops_nothing(shop: Celery, ran: Ran) -> None:
     finally:
         stop()
     assert ran == ["a", "a", "a"]
-    assert [event.kind for event in heard] == ["store_error"]  # once, and then it is left alone
+    assert [event.kind for event in heard] == ["store_error"]  # once; later calls do not try the store
 
 
 def test_ready_when_enough_was_seen_and_nothing_looks_wrong(shop: Celery) -> None:

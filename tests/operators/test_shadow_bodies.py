@@ -1,4 +1,4 @@
-"""Shadow mode changes nothing for any body: whatever it uses of the guard, and whatever goes wrong in the guard."""
+"""Shadow mode changes nothing for a body, whatever the body uses of the guard and however the guard fails."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_submit_publishes_what_an_older_record_knows(app: Celery, ran: Ran) -> N
 
 
 def test_an_older_record_is_no_answer_to_a_call_that_runs(app: Celery, ran: Ran) -> None:
-    """It ran now, so no caller may be told that it was done earlier, or that its values were refused."""
+    """The call ran, so its receipt must not say that it was done earlier or that its values were refused."""
     app.conf.task_always_eager = app.conf.task_store_eager_result = True
     charge = task(app, lambda self, what, cents=1: ran.append(cents) or len(ran), must_match=("cents",))
     app.conf.idem_shadow = False

@@ -1,4 +1,4 @@
-"""An effect that may have happened twice: what the record keeps of it, and where an operator meets it."""
+"""An effect that may have happened twice: what the record keeps about it, and where an operator sees it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_refused_end_is_noted_once_and_changes_nothing_else(state: State) -> N
     decision, noted = protocol.settle(stands, late, OUTCOME, True, STAMP, STAMP + 5)
     assert decision == Refused(stands)
     assert noted is not None
-    lease = stands.lease - 5 if state is State.SCHEDULED else stands.lease  # its retry is due as before
+    lease = stands.lease - 5 if state is State.SCHEDULED else stands.lease  # its retry is not delayed
     assert noted._replace(notes=stands.notes) == stands._replace(lease=lease)
     (note,) = noted.notes
     assert (note.at, note.by) == (STAMP + 5, OWN.hex())
@@ -76,7 +76,7 @@ def test_nothing_is_suspected_where_no_other_execution_stands() -> None:
     _, settled = protocol.settle(late, late, OUTCOME)
     other = Outcome(True, b"j2")
     assert protocol.settle(settled, late, other, True, STAMP, STAMP) == (Refused(settled), None)
-    # In an author's transaction the effect is rolled back.
+    # Without suspicion: in the author's transaction the effect is rolled back.
     stands = late._replace(owner=OTHER)
     assert protocol.settle(stands, late, OUTCOME) == (Refused(stands), None)
 
@@ -109,7 +109,7 @@ def test_a_settled_record_is_kept_as_long_as_without_the_note() -> None:
 
 
 def test_a_record_of_another_policy_is_not_deleted_early() -> None:
-    """Kept for longer than the late writer's own policy says: then as long again as that says."""
+    """The late writer's policy has a shorter retention. The record is kept for at least that time after the note."""
     clock = FakeClock()
     ledger = Ledger(MemoryStore(clock))
     late = claimed(ledger, KEY, lease=0, on_crash="rerun")
@@ -129,9 +129,7 @@ def test_the_one_that_has_it_goes_on_and_its_outcome_keeps_the_note() -> None:
     stands = claimed(ledger, KEY, on_crash="rerun")
     clock.advance(20)
     late.settle(OUTCOME, 0.0)
-    clock.advance(
-        20
-    )  # 40 s after its claim: the note has moved a deadline of 30 s, and its next renewal does
+    clock.advance(20)  # 40 s after the claim with a lease of 30 s: the note has extended the lease
     stands.renew()
     stands.begin_step("charge")
     stands.end_step("charge", b"j1", 0.0)
@@ -240,7 +238,7 @@ def test_the_inbox_shows_both_attempts(app: Celery, ledger: Ledger) -> None:
 
 
 def test_one_filter_for_all_that_waits(app: Celery, idem: Idem, ledger: Ledger) -> None:
-    """What the alert's query matches is what the command that it names lists, and what the inbox counts."""
+    """The alert's command lists the same intents that `stats` and the inbox count."""
     claimed(ledger, key("lapsed"), lease=0)
     claimed(ledger, key("doubt")).doubt("why", 0.0)
     claimed(ledger, key("runs"))

@@ -1,4 +1,4 @@
-"""The operator's table, docs/reference/symptoms.md: its commands are commands, and what it names exists."""
+"""The table docs/reference/symptoms.md: its commands can be run, and the names in it exist."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_what_a_row_is_about_is_a_name_of_the_package() -> None:
 def test_its_commands_are_commands(
     command: str, app: Celery, ledger: Ledger, idem: Idem, tmp_path: Path
 ) -> None:
-    """They run, with nothing decided: no question is answered. 2 would be wrong usage."""
+    """Each command runs. It decides nothing, because no question is answered. Status 2 would be wrong usage."""
     key = send_invoice.intent_key("a", 7)
     claimed(ledger, key).doubt("why", 0.0)
     (tmp_path / "decided.jsonl").write_text("")

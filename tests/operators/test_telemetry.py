@@ -1,4 +1,4 @@
-"""One seam, many listeners: what each of them shows of the same events."""
+"""Signals, logs, OpenTelemetry, Prometheus and monitors show the same events."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_a_replays_span_links_to_that_of_the_execution(app: Celery, ledger: Ledg
         assert entry is not None
         assert entry.record.outcome is not None
         sizes[name] = len(entry.record.outcome.trace)
-    assert sizes == {"before": 0, "a": 25, "after": 0}  # costs nothing where it is not installed
+    assert sizes == {"before": 0, "a": 25, "after": 0}  # no bytes where it is not installed
 
 
 def test_prometheus_in_one_process(app: Celery, ledger: Ledger) -> None:
@@ -152,7 +152,7 @@ def test_prometheus_in_one_process(app: Celery, ledger: Ledger) -> None:
     stop = prometheus.install(app, registry)
     registry.register(prometheus.Intents(app, every=0))
     try:
-        for kind in events.KINDS:  # 0 before the first: `increase` of a counter that begins at 1 is 0
+        for kind in events.KINDS:  # 0 before the first event: `increase` of a counter that begins at 1 is 0
             count = {"task": "shop.send_invoice", "kind": kind}
             assert registry.get_sample_value("celery_idem_events_total", count) == 0
         send_invoice.apply(("a", 7))
@@ -191,7 +191,7 @@ def test_an_installed_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Monitor:
-    """What ``celery events`` and Flower are: a receiver of events with a picture of all tasks."""
+    """A receiver of events that keeps the state of all tasks, like ``celery events`` and Flower."""
 
     def __init__(self, app: Celery, state: State | None = None) -> None:
         self.state = state or State()
@@ -221,7 +221,7 @@ class Monitor:
 
 
 def counts(folder: Path) -> dict[str, float]:
-    """What the worker has written so far, by kind."""
+    """Return the counters that the worker has written so far, by kind."""
     from prometheus_client import CollectorRegistry
     from prometheus_client.multiprocess import MultiProcessCollector
 
@@ -249,7 +249,7 @@ def test_a_prefork_worker_is_seen_by_monitors_and_counted(
             lambda: {"task-idem-replayed", "task-idem-mismatch"} <= set(monitor.types),
             message=lambda: str(monitor.types),
         )
-        # Flower's picture of the tasks survives them: the ends are Celery's own.
+        # Our events do not change the states that Flower shows: those come from Celery's own events.
         wait_for(
             lambda: (
                 sorted(str(task.state) for _, task in monitor.state.itertasks())
@@ -266,7 +266,7 @@ def test_a_prefork_worker_is_seen_by_monitors_and_counted(
     )
     assert done.returncode == 0, done.stderr
     found = {sample: set(labels) for sample, labels in exported(done.stdout)}
-    assert found == METRICS  # what dashboard and alerts are compared with below
+    assert found == METRICS  # the dashboard and the alerts are compared with METRICS below
     for kind in ("settled", "replayed", "mismatch"):
         assert f'celery_idem_events_total{{kind="{kind}",task="counted.send"}} 1.0' in done.stdout
     assert 'celery_idem_intents{state="running",task="counted.send"} 0.0' in done.stdout
@@ -283,7 +283,7 @@ METRICS = {
 
 
 def exported(text: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Names and labels of the series in what an exporter serves."""
+    """Yield the name and the labels of each series that an exporter serves."""
     from prometheus_client.parser import text_string_to_metric_families
 
     for family in text_string_to_metric_families(text):

@@ -1,4 +1,4 @@
-"""The incident: 1,000 intents, 40 in doubt, settled by command line and by browser, on both kinds of store."""
+"""An incident: of 1,000 intents 40 are in doubt. They are settled by command line and by browser."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_by_command_line(app: Celery, idem: Idem, incident: list[str], tmp_path:
     assert dry["summary"] == {"happened": 20, "not_happened": 20, "unknown": 0, "skipped": 0}
     assert states(app)["in_doubt"] == thousand.IN_DOUBT
 
-    # Thirty by asking, in two runs; the rest by hand, as if their destination had stayed away.
+    # Thirty are settled by asking, in two runs, the rest by hand, as if their destination did not answer.
     for _ in range(2):
         assert idem("reconcile", "--yes", "--limit", "15", "--arguments", given).exit_code == 0
     left = [
@@ -66,13 +66,13 @@ def test_by_command_line(app: Celery, idem: Idem, incident: list[str], tmp_path:
     after = states(app)
     assert after["in_doubt"] == after["lapsed"] == 0
     assert sum(after.values()) == thousand.INTENTS
-    assert after["running"] == 10  # what runs was not touched
+    assert after["running"] == 10  # running intents were not changed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("store", [pytest.param("redis", marks=pytest.mark.redis)], indirect=True)
 def test_by_browser(app: Celery, incident: list[str], browser: webdriver.Chrome) -> None:
-    """Eight of them; the others wait on."""
+    """An operator settles eight intents in the browser. The others stay in doubt."""
     with served(inbox(app, token=TOKEN)) as address:
         sign_in(browser, address)
         assert "40 intents wait" in browser.find_element(By.TAG_NAME, "h1").text

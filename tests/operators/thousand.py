@@ -1,10 +1,10 @@
-"""A thousand intents, forty of them in doubt, as an incident leaves them behind.
+"""Creates a thousand intents, forty of them in doubt, as after an incident.
 
 ::
 
     python -m tests.operators.thousand redis://localhost:6379/0
 
-fills a store to look at with the command line or the inbox.
+fills a store, to be viewed with the command line or the inbox.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def key(n: int) -> str:
 
 
 def fill(app: Celery) -> list[str]:
-    """Make them; the keys of those in doubt. Some are still running, and one worker stopped renewing."""
+    """Create the intents and return the keys of those in doubt. Some of the others are running."""
     ledger = Ledger.from_app(app)
     doubtful = []
     for n in range(INTENTS):
@@ -45,13 +45,13 @@ def fill(app: Celery) -> list[str]:
 
 
 def destination() -> dict[str, str]:
-    """What billing knows: every second one of those in doubt did happen."""
+    """Return what billing knows: every second intent in doubt did happen."""
     doubtful = range(0, INTENTS, INTENTS // IN_DOUBT)
     return {f"cus-{n}": f"inv-from-billing-{n}" for n in list(doubtful)[::2]}
 
 
 def arguments(path: Path) -> Path:
-    """The arguments of the calls in doubt, as an orchestrator's log has them."""
+    """Write the arguments of the calls in doubt to a file, as an orchestrator's log has them."""
     lines = [{"key": key(n), "args": [f"cus-{n}", n]} for n in range(0, INTENTS, INTENTS // IN_DOUBT)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path

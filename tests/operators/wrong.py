@@ -1,4 +1,7 @@
-"""An application with faults that are seen without a store, and with retries that cannot be counted one by one."""
+"""An application with faults that `doctor` finds without a store.
+
+The retries of some tasks are too many to be counted one by one.
+"""
 
 from __future__ import annotations
 

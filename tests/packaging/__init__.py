@@ -1,1 +1,1 @@
-"""What is shipped: built, checked, and installed into an empty environment."""
+"""The distribution: it is built, checked, and run with only its declared requirements."""

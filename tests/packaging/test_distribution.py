@@ -1,6 +1,6 @@
-"""Wheel and source archive: what they hold, and that they need nothing but what they ask for.
+"""Wheel and source archive: their files, and that the wheel works with only its declared requirements.
 
-pip uses the index that this machine is set up for.
+pip uses the index that is configured on this machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # downloads of a cold pip cache
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # downloads, if pip's cache is empty
 
 PROMISES = {
     "sql": ("celery_idem.stores.sql", "sqlalchemy", "psycopg"),
@@ -32,11 +32,11 @@ PROMISES = {
     "prometheus": ("celery_idem.telemetry.prometheus", "prometheus_client"),
     "otel": ("celery_idem.telemetry.otel", "opentelemetry"),
 }
-"""What can be imported with one extra alone."""
+"""The modules that can be imported with one extra alone."""
 
 
 def run(*words: str | Path, cwd: Path | None = None) -> str:
-    """A program's output; its failure is the test's, with everything it said."""
+    """Run a program and return its output. If it fails, the test fails and shows the whole output."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")
     }
@@ -49,7 +49,7 @@ def run(*words: str | Path, cwd: Path | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The source archive, and the wheel that is built from it (not from this folder)."""
+    """The source archive, and the wheel that is built from the archive."""
     pytest.importorskip("build", reason="pip install build twine")
     folder = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--outdir", folder, ROOT, cwd=folder)
@@ -60,28 +60,28 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def unpacked(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel's files, as pip puts them into an environment."""
+    """A folder with the wheel's files, as pip installs them."""
     folder = tmp_path_factory.mktemp("wheel")
     with zipfile.ZipFile(built[1]) as files:
-        files.extractall(folder)  # noqa: S202  # our own
+        files.extractall(folder)  # noqa: S202  # the wheel is ours
     return folder
 
 
 @pytest.fixture(scope="module")
 def asked(unpacked: Path) -> list[str]:
-    """What the wheel asks for."""
+    """The wheel's requirements."""
     (metadata,) = unpacked.glob("*.dist-info/METADATA")
     return message_from_string(metadata.read_text()).get_all("Requires-Dist") or []
 
 
 @pytest.fixture(scope="module")
 def installed() -> Mapping[str, list[str]]:
-    """Distributions by what can be imported here."""
+    """The installed distributions by the modules that they provide."""
     return packages_distributions()
 
 
 def run_with(folder: Path, distributions: set[str], installed: Mapping[str, list[str]], program: str) -> str:
-    """Run a program on the wheel's files, where nothing but these distributions can be imported."""
+    """Run a program on the wheel's files. Of the installed distributions only these can be imported."""
     foreign = {top for top, owners in installed.items() if not distributions & {*map(canonical, owners)}}
     absent = f"""
 import sys
@@ -142,7 +142,7 @@ for url in ("sqlite:///x.db", "postgresql://u@h/d"):
 """
     wanted = closure(asked, set())
     said = run_with(unpacked, wanted, installed, program)
-    # A missing extra is a message, not a stack: it names the extra.
+    # The message about a missing extra names the extra.
     assert said.count("pip install 'celery_idem[sql]'") == 2
     foreign = {"sqlalchemy", "rich", "starlette", "mcp", "prometheus-client", "django", "pydantic"}
     assert wanted & {*foreign, "opentelemetry-api"} == set()
@@ -152,7 +152,7 @@ for url in ("sqlite:///x.db", "postgresql://u@h/d"):
 def test_an_extra_alone(
     unpacked: Path, asked: list[str], installed: Mapping[str, list[str]], extra: str
 ) -> None:
-    """What the wheel asks for is enough: everything else that is installed here cannot be imported."""
+    """The wheel's requirements with one extra are enough: no other installed distribution can be imported."""
     run_with(unpacked, closure(asked, {extra}), installed, f"import {', '.join(PROMISES[extra])}")
 
 
@@ -161,7 +161,7 @@ def canonical(name: str) -> str:
 
 
 def closure(requirements: list[str], extras: set[str]) -> set[str]:
-    """The distributions that these requirements bring, of a project with these extras."""
+    """Return the distributions that pip would install for these requirements with these extras."""
     found: set[str] = set()
     left = [(requirement, frozenset(extras | {""})) for requirement in requirements]
     seen = set(left)
@@ -171,7 +171,7 @@ def closure(requirements: list[str], extras: set[str]) -> set[str]:
         if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in of):
             continue
         found.add(canonical(requirement.name))
-        with contextlib.suppress(PackageNotFoundError):  # one for another platform
+        with contextlib.suppress(PackageNotFoundError):  # a requirement of another platform
             more = {
                 (line, frozenset(requirement.extras | {""})) for line in requires(requirement.name) or ()
             } - seen

@@ -1,4 +1,4 @@
-"""Explore by hand: `python -m tests.proof.explore [--deep] [--only WORDS]` prints what each scenario came to."""
+"""`python -m tests.proof.explore [--deep] [--only WORDS]` explores the scenarios and prints each result."""
 
 from __future__ import annotations
 

@@ -1,23 +1,31 @@
-"""Every interleaving of a few deliveries of one intent, on the real runner, ledger, protocol and memory store.
+"""The world of the explorer: deliveries of one intent on the real runner, ledger, protocol and memory store.
 
-Each delivery runs in a greenlet and stops before every store primitive, before its body, its effect and its
-question to the destination; so do processes that submit or recover the intent. A scheduler then chooses: let one
-of them go on, crash it, keep its primitive from the store (the reply is an error), let the store apply it later (the
-reply is an error too), let the broker lose a message, set the store's clock back, let the clock run
-past the lease, or past the time that an outcome is kept. `explore` takes every choice everywhere, depth first, by
-running the whole world again with another choice (greenlets cannot be copied).
+`tests.proof.search.explore` runs every interleaving. Each delivery runs in a greenlet. It stops before every store
+primitive, its body, its effect and its question to the destination. Processes that submit or recover the intent do
+the same. At each stop a scheduler makes one of these choices:
 
-Two ways that lead to the same state have the same futures, so the second is cut off. *Same* is exact: store,
-clock, destination, what is still under way, the faults left, what the invariants remember, and for each
-greenlet everything it was ever told, which determines where it stands, as it is given nothing else.
+- One actor continues, or it crashes.
+- A primitive never reaches the store, or the store applies it later. In both cases the reply is an error.
+- The broker loses a message.
+- The store's clock is set back, or the clock runs past the lease or past the retention of an outcome.
 
-What is modelled: a body starts no effect once `claim.lost` is true, and the check and the effect are one step.
-Without that, or a destination that checks the fence, a process that sleeps between the two does the effect
-whatever a lock says. A destination that says "did not happen" has nothing under way for the same reason. A
-person who resolves looks at the destination and at the record in one step; an unhurried one writes the answer
-later, and names the attempt that was looked at. No worker sleeps in the middle of a claim, or of
-a recovery, for as long as an outcome is kept. A soft time limit's exception comes at a stop: before a
-primitive reached the store, after it was applied, or while it is still under way.
+`explore` tries every choice at every stop, depth first. Greenlets cannot be copied, so it runs the whole world again
+for another choice.
+
+Two schedules that lead to the same state have the same futures, so the second is cut off there. The state is exact:
+the store, the clock, the destination, the writes under way, the faults left, what the invariants remember, and for
+each greenlet everything it has received. A greenlet has no other input, so this determines where it is.
+
+Assumptions of the model:
+
+- A body starts no effect once `claim.lost` is true. The check and the effect are one step. Without this check, or a
+  destination that compares fences, a process that sleeps between the two has the effect in spite of any lock.
+- A destination that answers "did not happen" has nothing under way, for the same reason.
+- An operator looks at the destination and at the record in one step. An unhurried operator writes the answer later,
+  and names the attempt that it is about.
+- No worker sleeps during a claim or a recovery for as long as the retention of an outcome.
+- The exception of a soft time limit comes at a stop: before a primitive reaches the store, after it was applied, or
+  while it is under way.
 """
 
 from __future__ import annotations
@@ -79,29 +87,29 @@ KEY = "shop.charge:0123456789abcdef0123456789abcdef"
 STORED = f"idem:{KEY}"
 LEASE = 1_000_000
 AGES = 1_000 * LEASE
-"""Outcomes are kept longer than any run of the clock here."""
+"""Retention of outcomes, in microseconds: longer than the clock runs in a schedule, except in `World.expire`."""
 
 START = 1_000_000_000
 BACK = 5 * LEASE
-"""Microseconds that the store's clock is set back: more than is taken for an adjustment."""
+"""Microseconds by which the store's clock is set back: more than a small adjustment."""
 
 ACCEPTED_FOR = 2 * LEASE
 """Microseconds until recovery publishes an accepted call."""
 
 STEPS_AT_MOST = 400
-"""A schedule longer than this is a livelock: the longest honest one has about ninety steps."""
+"""A schedule with more steps than this is a livelock: the longest correct one has about ninety steps."""
 
 
-class Violation(AssertionError):  # says what happened
-    """An invariant does not hold."""
+class Violation(AssertionError):
+    """An invariant does not hold. The message says which."""
 
 
 class Declined(Exception):
-    """The body's own error: an outcome."""
+    """An error of the body that is an outcome."""
 
 
 class NoEffect(Exception):
-    """The body's error that proves that nothing happened."""
+    """An error of the body that proves that no effect happened."""
 
 
 def _is_no_effect(error: BaseException) -> bool:
@@ -109,7 +117,7 @@ def _is_no_effect(error: BaseException) -> bool:
 
 
 class Ambiguous(Exception):
-    """The body's error after which the effect is unknown."""
+    """An error of the body after which it is unknown whether the effect happened."""
 
 
 class Again(Exception):
@@ -117,11 +125,11 @@ class Again(Exception):
 
 
 class SoftLimit(Exception):
-    """A soft time limit, which comes wherever the process is."""
+    """A soft time limit, which may interrupt the process at any stop."""
 
 
 class Exit(BaseException):
-    """The process is told to exit."""
+    """Stands in for SystemExit: the process exits."""
 
 
 ENDINGS = {
@@ -132,11 +140,11 @@ ENDINGS = {
     SoftLimit: State.IN_DOUBT,
     Again: State.SCHEDULED,
 }
-"""Rule 5, in words of our own: where each of these takes an intent that its owner still holds."""
+"""Rule 5, written independently of the protocol: the state after each error if its owner still holds the intent."""
 
 
 class Left(Exception):
-    """The delivery ended by publishing its message again."""
+    """A delivery published its message again and ended."""
 
 
 @dataclass(frozen=True)
@@ -144,38 +152,38 @@ class Scenario:
     """What may happen in one world, and how often.
 
     Attributes:
-        actors: deliveries of the intent, each a message of its own.
+        actors: deliveries of the intent. Each has a separate message.
         same_message: the deliveries are copies of one message.
-        endings: how a body may end besides well.
-        odd: how many bodies may end so.
-        crashes: processes that die; their message is delivered again.
+        endings: how a body may end, besides returning a value.
+        odd: number of bodies that may end in one of these ways.
+        crashes: processes that die. Their message is delivered again.
         down: primitives that never reach the store.
-        late: primitives whose reply is an error, and which the store applies at any later time.
-        lapses: how often the clock jumps, by ``jump`` of a lease.
-        reconcile: the destination is asked, and says the truth, or that it cannot tell.
-        operators: people who look at the destination and resolve, once each, at any time.
-        unhurried: they write what they saw some time after they looked.
-        inquirers: people who have the destination asked, without a delivery.
-        renewals: renewals per claim, by a thread of its own.
-        steps: the body is two steps, each with an effect.
+        late: primitives whose reply is an error and which the store applies at any later time.
+        lapses: how often the clock jumps by ``jump`` leases.
+        reconcile: the destination is asked. It answers the truth, or that it does not know.
+        operators: people who look at the destination and resolve the intent, once each, at any time.
+        unhurried: the operators write their decision some time after they looked.
+        inquirers: people who let the destination be asked, without a delivery.
+        renewals: renewals of each claim, by a separate thread.
+        steps: the body has two steps, each with an effect.
         order: the second execution runs the steps in another order.
-        copies: how many re-published messages arrive twice.
-        mismatch: the last delivery means the same intent with another value.
+        copies: number of re-published messages that arrive twice.
+        mismatch: the last delivery has the same intent and another value.
         parent: the worker's main process reports that a child died.
         same_worker: a delivery can see that the process of a claim is dead.
-        soft: soft time limits, one a delivery, at any stop.
+        soft: soft time limits, at most one for each delivery, at any stop.
         rollbacks: commits that fail (``on_crash="transaction"``).
-        patience: seconds to keep trying to write an outcome.
-        hops: how often a message may come back before it waits for the end of the schedule.
-        recoverers: processes that look for what is overdue, once each. With them records hold their calls, and
-            when the schedule is over others look until nothing is overdue.
+        patience: seconds for which the worker tries to write an outcome.
+        hops: how often a message may be published again before it waits for the end of the schedule.
+        recoverers: processes that run recovery, once each. With them records hold their calls, and at the end
+            of the schedule recovery runs until nothing is overdue.
         submitters: callers that have their call accepted before they publish it.
-        early: a message is acknowledged before its task runs: that of a dead process does not come again.
+        early: a message is acknowledged before its task runs, so the message of a dead process is not redelivered.
         losses: messages that the broker loses.
         unsent: publications that the broker does not take.
         revocations: messages that Celery drops because their task was revoked.
-        backs: how often the store's clock is set back, by ``BACK``.
-        expiries: how often an outcome's time is over; then the broker delivers the first message again.
+        backs: how often the store's clock is set back by ``BACK``.
+        expiries: how often an outcome expires. Then the broker delivers the first message again.
     """
 
     name: str
@@ -216,7 +224,7 @@ class Scenario:
 
 
 class Message(NamedTuple):
-    """What travels through the broker. ``lineage`` names it whatever the order of events."""
+    """A message in the broker. ``lineage`` names it independently of the order of events."""
 
     lineage: tuple[int, ...]
     task_id: str
@@ -229,12 +237,12 @@ class Message(NamedTuple):
 
     @property
     def call(self) -> bytes:
-        """What the record keeps of it: enough to publish it again."""
+        """The call that the record keeps, so that the message can be published again."""
         return f"{self.task_id}|{self.value}".encode()
 
 
 class Point(NamedTuple):
-    """Where a greenlet stands: what it is about to do, and the choices for it."""
+    """A stop of a greenlet: what it does next, and the choices there."""
 
     kind: str
     options: tuple[str, ...] = ("go",)
@@ -242,7 +250,7 @@ class Point(NamedTuple):
 
 @dataclass
 class Actor:
-    """A greenlet and all that it was told."""
+    """A greenlet and everything that it received."""
 
     name: tuple[Any, ...]
     script: Callable[[Actor], None]
@@ -267,7 +275,7 @@ class Actor:
 
     @property
     def hold(self) -> tuple[Any, ...]:
-        """What a renewing thread, which is another greenlet, has told this one through its claim."""
+        """What this greenlet has received through its claim from the renewing thread, which is another greenlet."""
         claim = self.watched
         return (
             (claim.trusted_until, claim.taken_over, claim.written, claim.record) if claim is not None else ()
@@ -279,10 +287,10 @@ class Actor:
 
 
 class Shared:
-    """An attribute of the world that all actors share. Whoever uses it is noted.
+    """An attribute of the world that all actors share. The world notes each use.
 
     Args:
-        place: in `Standing.shared`. The first is what the store holds.
+        place: index in `Standing.shared`. Index 0 is what the store holds.
     """
 
     def __init__(self, place: int) -> None:
@@ -301,7 +309,7 @@ class Shared:
 
 
 class Clock:
-    """Time: microseconds for the store, whose clock may be set back; seconds for the worker."""
+    """The time: in microseconds for the store, whose clock may be set back, and in seconds for the worker."""
 
     def __init__(self) -> None:
         self.now = START
@@ -315,7 +323,7 @@ class Clock:
 
 
 class _Threading:
-    """What the ledger uses of ``threading``; waiting takes no time, faults are counted anyway."""
+    """Stands in for ``threading``. Waiting takes no time, because the number of faults is limited anyway."""
 
     class Event:
         def wait(self, timeout: float) -> None:
@@ -330,7 +338,7 @@ class _Threading:
 
 
 class Watching(MemoryStore):
-    """The real memory store, with a stop before each primitive and the invariants after each write."""
+    """The memory store with a stop before each primitive. The invariants are checked after each write."""
 
     def __init__(self, world: World) -> None:
         super().__init__(world.clock)
@@ -352,13 +360,13 @@ class Watching(MemoryStore):
         )
 
     def held(self) -> Stored | None:
-        """What stands there, without a stop."""
+        """Return the stored value, without a stop."""
         self.world.used |= 1
         return self._held(STORED, self.world.clock())
 
 
 class ModelRunner(Runner):
-    """The destination is asked on this thread: the scheduler knows no other."""
+    """A runner that asks the destination on this thread: the scheduler controls no other."""
 
     @staticmethod
     def bounded(ask: Callable[[], Answer], timeout: float) -> Answer:
@@ -366,7 +374,7 @@ class ModelRunner(Runner):
 
 
 class ModelJob(Job):
-    """One delivery's job in a world."""
+    """The job of one delivery."""
 
     def __init__(self, world: World, actor: Actor, message: Message) -> None:
         super().__init__(
@@ -472,9 +480,9 @@ class World:
         self.answers: set[Any] = set()
         self.bodies: dict[bytes, str] = {}
         self.highest_fence = 0
-        self.since = START  # when what stands in the store was written, whatever its clock said
-        self.begun: set[str] = set()  # task ids of executions: their callers are to receive an answer
-        self.told: set[str] = set()
+        self.since = START  # true time of the last write, independent of the store's clock
+        self.begun: set[str] = set()  # task ids of executions: their callers must receive an answer
+        self.told: set[str] = set()  # task ids whose callers received one
         self.published: set[Any] = set()  # by recovery
         self.revoked = False
         self.recoverers = scenario.recoverers
@@ -485,8 +493,8 @@ class World:
         self.expired = False
         self.closing = False
         self.violation = ""
-        self.replaying = False  # what happens has been judged before
-        self.looked = False  # a choice came to something that looks at all actors
+        self.replaying = False  # the invariants were checked in an earlier run
+        self.looked = False  # the last choice read the state of all actors
         self.steps = 0
         self.trace: list[tuple[Any, ...]] = []
         for n in range(scenario.actors):
@@ -505,7 +513,7 @@ class World:
     # --- the scheduler's side ---------------------------------------------------------
 
     def begin(self, actor: Actor) -> None:
-        """Run a new greenlet up to its first stop, where it has done nothing yet."""
+        """Add an actor. `start_new` runs its greenlet to the first stop, where it has done nothing yet."""
         actor.let = greenlet(lambda _: self._script(actor), parent=self.hub)
         actor.let.actor = actor
         self.actors.append(actor)
@@ -530,11 +538,11 @@ class World:
             self.actors.remove(actor)
 
     def tell(self, actor: Actor, what: Any) -> None:
-        """Remember what a greenlet learns: its past is a number, the same for the same past."""
+        """Remember what a greenlet receives. Its past is a number; equal pasts have equal numbers."""
         actor.told = PASTS.setdefault((actor.told, what, self.clock.now), len(PASTS))
 
     def broken(self, what: str) -> None:
-        """An invariant does not hold. Remembered too: what runs here catches exceptions for a living."""
+        """Raise a violation, and remember it, because the code under test may catch the exception."""
         self.violation = self.violation or what
         raise Violation(what)
 
@@ -562,7 +570,7 @@ class World:
             self.left["losses" if what == "lose" else "revocations"] -= 1
             self.drop(actor, what == "revoke")
         elif what.startswith("ghost"):
-            self.looked = True  # at what its sender knows
+            self.looked = True  # at the state of its sender
             _, ghost, call = self.ghosts.pop(int(what.split()[1]))
             self.apply(ghost, call)
         elif what == "crash":
@@ -584,7 +592,7 @@ class World:
         self.start_new()
 
     def state(self) -> Standing:
-        """Where this run stands."""
+        """Return the state of this run."""
         return Standing(
             frozenset(map(part, self.actors)),
             (
@@ -609,26 +617,26 @@ class World:
         )
 
     def expire(self) -> None:
-        """Nothing is left of an outcome, and the broker delivers the first message again."""
+        """Let an outcome expire, and deliver the first message again."""
         self.looked = True
         self.left["expiries"] -= 1
         self.expired = self.excused = True
         self.clock.now += AGES + LEASE
         for actor in [a for a in self.actors if a.message and a.pauses == 1]:
-            self.kill(actor)  # it has not arrived yet, and does so now
+            self.kill(actor)  # the message had not arrived; it arrives now
             self.deliver(actor.message)
         if self.scenario.actors:
             self.deliver(Message((0, 3), "task-0", "1", again=True))
 
     def crash(self, actor: Actor) -> None:
-        """The process dies at once."""
+        """Let a process die at its stop."""
         self.kill(actor)
         if self.lock is not None and self.lock.holder == actor.name and not self.lock.sent:
             self.lock = None
         self.died(actor)
 
     def died(self, actor: Actor) -> None:
-        """The broker delivers the message of a dead process again; its worker may report the death."""
+        """Redeliver the message of a dead process. Its worker may report the death."""
         self.excused = True
         if self.scenario.same_worker:
             self.dead_owners.update(actor.minted)
@@ -642,16 +650,16 @@ class World:
             self.begin(Actor(("parent", actor.name), self.report_death, knows_dead=prefix, parent=actor))
 
     def drop(self, actor: Actor, revoked: bool) -> None:
-        """A message is lost in the broker; or Celery drops it, and says so to the ledger."""
+        """Drop a message: the broker loses it, or Celery drops it and calls the ledger."""
         message = actor.message
         assert message is not None
         self.excused = self.excused or bool(
             message.carried
-        )  # the only one that knew that its claim never ran
+        )  # only this message proved that its claim never ran
         self.kill(actor)
         record = self.record()
         if record is None or record.task_id != message.task_id or record.state not in HOLDS_CALL:
-            self.told.add(message.task_id)  # a duplicate: no record publishes it again
+            self.told.add(message.task_id)  # a duplicate: recovery does not publish it
         if revoked:
             self.revoked = True
             self.told.add(message.task_id)
@@ -666,7 +674,7 @@ class World:
             self.graveyard.append(actor.let)
 
     def bury(self) -> None:
-        """Free the greenlets; whatever they still try meets `pause`, which ends them."""
+        """Free the greenlets. Each ends at its next call of `pause`."""
         for actor in list(self.actors):
             actor.dead = True
             if actor.let is not None:
@@ -704,8 +712,11 @@ class World:
         return SoftLimit("too long")
 
     def limit(self, actor: Actor, what: str) -> None:
-        """A soft time limit comes. A body that has ended is to be remembered all the same, and one that has not begun
-        is to leave nothing behind; only of one that it interrupts, it is unknown how it ended."""
+        """Note that a soft time limit comes, and whether the intent may then be in doubt.
+
+        If the body has ended, its outcome must be stored. If it has not begun, nothing must be left. Only if the limit
+        interrupts the body, it is unknown how the body ended.
+        """
         actor.limited = True
         over = actor.claim is not None and self.bodies[actor.claim.owner] == "over"
         known = over and actor.ending in (State.SUCCEEDED, State.FAILED)
@@ -715,7 +726,7 @@ class World:
     def primitive(self, kind: str, arguments: Any, call: Callable[[], Reply]) -> Reply:
         actor = self.current()
         if actor.watched is not None or actor.parent is not None:
-            self.tell(actor, arguments)  # made of what the other thread of its claim may change from here on
+            self.tell(actor, arguments)  # made from the claim, which the other thread may now change
         choice = self.pause(Point(kind))
         if choice in ("late", "soft late"):
             self.ghosts.append(((kind, arguments), actor, call))
@@ -740,7 +751,7 @@ class World:
         return reply
 
     def note(self, after: Stored | None) -> None:
-        """What a write promises to callers."""
+        """Remember which callers must receive an answer after a write."""
         assert after is not None
         new = unpack(after.value, after.stamp, KEY)
         if new.state in (State.RUNNING, State.SCHEDULED):
@@ -762,7 +773,7 @@ class World:
             self.deliver(message._replace(lineage=(*message.lineage, 2)))
 
     def execute(self, actor: Actor) -> None:
-        """A delivery, from its arrival to its answer."""
+        """Run a delivery from its arrival to its answer."""
         message = actor.message
         assert message is not None
         job = ModelJob(self, actor, message)
@@ -779,18 +790,16 @@ class World:
         self.told.add(message.task_id)
 
     def ended(self, actor: Actor, job: ModelJob, message: Message) -> None:
-        """Run a delivery to an end that its caller receives; what ends it otherwise is raised."""
+        """Run a delivery until its caller receives an answer. If it ends in another way, that is raised."""
         try:
             value = self.runner.run(job)
         except (NoEffect, Ambiguous, SoftLimit):
-            pass  # its caller may call again: the other deliveries, and the closing one, are such calls
+            pass  # the caller may call again, as the other deliveries and the last one do
         except FingerprintMismatch:
             if message.value == "1" and not self.scenario.mismatch:
                 self.broken("a mismatch with equal values")
         except Declined as error:
-            if (
-                not actor.unsettled
-            ):  # an error that could not be recorded may be followed by a run that ends well
+            if not actor.unsettled:  # if the error could not be stored, a later run may succeed
                 self.answered(actor, ("raised", str(error)))
         except LostCommit:
             if not actor.unsettled:
@@ -800,7 +809,7 @@ class World:
             self.excused = True
         except OutcomeUnknown:
             if self.scenario.recoverers and self.scenario.early:
-                self.pause(Point("answer"))  # its worker may die before it tells
+                self.pause(Point("answer"))  # the worker may die before it answers
             if self.closing and not self.excused and not self.asked_to_stop:
                 self.broken("in doubt for ever without a crash or an ambiguous end")
         else:
@@ -820,19 +829,19 @@ class World:
         if record is None or actor.claim is None or record.owner != actor.claim.owner:
             return
         if record.state.settled and self.scenario.on_crash == "transaction":
-            self.broken("an execution whose transaction settled the intent was told that it had lost it")
+            self.broken("an execution whose transaction settled the intent received LeaseLost")
         if actor.refused and not record.state.settled:
             self.broken("the rightful owner was refused")
 
     def body(self, actor: Actor, claim: Hold) -> Any:
-        """The author's code, which ends as the scheduler says."""
+        """Run the author's body. It ends as the scheduler chooses."""
         self.began(actor, claim)
         try:
             how = self.pause(Point("body"))
             value = self.act(actor, claim, how)
             actor.ending = State.SUCCEEDED
         except Exit:
-            raise  # as good as a crash: it ended without a word
+            raise  # like a crash: it did not report an outcome
         except BaseException as error:
             actor.ending = self.ending(error)
             self.excused = self.excused or isinstance(error, Ambiguous)
@@ -842,7 +851,7 @@ class World:
         return value
 
     def ending(self, error: BaseException) -> State | None:
-        """Rules 5 and 9: a transaction that has not committed had no effect."""
+        """Return the state that rule 5 demands. By rule 9, a transaction that did not commit had no effect."""
         state = ENDINGS.get(type(error))  # type: ignore[call-overload]
         in_transaction = self.scenario.on_crash == "transaction"
         return State.RELEASED if in_transaction and state is State.IN_DOUBT else state
@@ -873,7 +882,10 @@ class World:
         return value
 
     def in_transaction(self, actor: Actor, claim: Hold, how: str) -> str:
-        """As `with engine.begin() as connection, self.settle_in(connection): …`. No look at ``claim.lost``."""
+        """Run the body as `with engine.begin() as connection, self.settle_in(connection): …` does.
+
+        It does not check ``claim.lost``.
+        """
         receipt = f"charge {len(self.effects) + 1}"
 
         def insert() -> None:
@@ -918,7 +930,7 @@ class World:
         return [values["charge"], values["mail"]]
 
     def effect(self, actor: Actor, claim: Hold, part: str) -> str:
-        """The destination takes the effect, unless this execution knows that it is late."""
+        """Have the effect at the destination, unless the claim is lost."""
         if claim.lost:
             raise LeaseLost("too late to begin", KEY)
         known = [receipt for name, receipt in self.effects if name == part]
@@ -931,11 +943,11 @@ class World:
         return receipt
 
     def truth(self) -> Answer:
-        """What the destination says: in a model with steps, of the last of them."""
+        """Return the true answer of the destination: whether there is an effect."""
         return Happened(self.effects[0][1]) if self.effects else NotHappened()
 
     def operate(self, actor: Actor) -> None:
-        """A person looks at the destination and the record, and decides."""
+        """An operator looks at the destination and the record, and resolves the intent."""
         self.pause(Point("operator"))
         answer = self.truth()
         assert isinstance(answer, (Happened, NotHappened))
@@ -943,7 +955,7 @@ class World:
         if self.scenario.unhurried:
             record = self.doubtful()
             if record is None:
-                return  # a person is shown only what is in doubt, or lapsed
+                return  # operators see only what is in doubt or lapsed
             fence = record.fence
         self.tell(actor, (repr(answer), fence))
         actor.answer = answer
@@ -952,7 +964,7 @@ class World:
             self.ledger.resolve(KEY, answer, by="somebody", keep=AGES / 1e6, fence=fence)
 
     def doubtful(self) -> Record | None:
-        """The record, where it is one that people are shown."""
+        """Return the record if it is in doubt or lapsed."""
         stored, record = self.store.held(), self.record()
         if stored is None or record is None:
             return None
@@ -960,7 +972,7 @@ class World:
         return record if entry.state in ("in_doubt", "lapsed") else None
 
     def inquire(self, actor: Actor) -> None:
-        """A person who was shown a doubtful intent has the destination asked."""
+        """An operator lets the destination be asked about an intent in doubt."""
         self.pause(Point("inquirer"))
         record = self.doubtful()
         self.tell(actor, record)
@@ -972,19 +984,19 @@ class World:
             self.runner.inquire(job)
 
     def report_death(self, actor: Actor) -> None:
-        """The worker's main process saw a child die."""
+        """The worker's main process reports that a child died."""
         assert actor.parent is not None
         assert actor.parent.message is not None
         with contextlib.suppress(StoreError):
             self.ledger.died(KEY, actor.knows_dead, actor.parent.message.task_id, self.options.policy, 0)
 
     def publish(self, call: bytes, lineage: tuple[int, ...]) -> None:
-        """Publish a message from the call in a record."""
+        """Publish the call of a record."""
         task_id, value = call.decode().split("|")
         self.deliver(Message(lineage, task_id, value, again=True, published=self.clock.now))
 
     def submit(self, actor: Actor) -> None:
-        """As `submit`: accept, then publish."""
+        """Accept a call, then publish it, as `submit` does."""
         number = actor.name[1]
         self.pause(Point("submitter"))
         message = Message((60 + number,), f"task-submitted-{number}", "1", published=self.clock.now)
@@ -1006,11 +1018,11 @@ class World:
         self.deliver(message._replace(accepted=written))
 
     def due_in(self) -> int | None:
-        """Microseconds until recovery has to look at the record; None: never."""
+        """Return the microseconds until the record is overdue for recovery, or None."""
         return due_in(self.store.held(), self.clock())
 
     def recover(self, actor: Actor) -> None:
-        """As the recovering thread of a worker's main process, once it has found the record overdue."""
+        """Recover an overdue record, as the recovering thread of a worker's main process does."""
         self.pause(Point("look"))
         taken = None
         with contextlib.suppress(StoreError):
@@ -1018,7 +1030,7 @@ class World:
         if taken is None:
             return
         if self.pause(Point("publish")) == "unsent":
-            if isinstance(taken, Publish):  # else the result backend is away: it is told later
+            if isinstance(taken, Publish):  # else the result backend is down: the answer is written later
                 with contextlib.suppress(StoreError):
                     self.ledger.not_published(KEY, taken)
             return
@@ -1035,7 +1047,7 @@ class World:
         self.publish(record.call, (70 + actor.name[1],))
 
     def revoke(self, actor: Actor) -> None:
-        """A worker met a message whose task is revoked."""
+        """A worker received a message whose task is revoked."""
         self.pause(Point("revoker"))
         with contextlib.suppress(StoreError):
             self.ledger.revoked(KEY, actor.knows_dead.decode(), self.options.policy)
@@ -1059,7 +1071,7 @@ class World:
             self.kill(child)
 
     def mint(self) -> bytes:
-        """Unique, the same in every run of the same past, with the process in its first seven bytes."""
+        """Return a unique owner, the same in every run with the same past. Its first seven bytes name the process."""
         actor = self.current()
         first = {"inquirer": 200, "submitter": 201}.get(actor.name[0])
         numbers = actor.name if first is None else (first, actor.name[1])  # else the lineage
@@ -1075,10 +1087,10 @@ class World:
         return None if stored is None else unpack(stored.value, stored.stamp, KEY)
 
     def began(self, actor: Actor, claim: Hold) -> None:
-        """A body begins: no other execution may believe that it holds the intent, and the fence has grown."""
+        """Check that no other execution trusts its lease when a body begins, and that the fence has grown."""
         silent = sum(state == "running" for state in self.bodies.values())
         if silent >= self.scenario.max_attempts:
-            self.broken(f"a body runs after {silent} that ended without a word")
+            self.broken(f"a body runs after {silent} that did not report an outcome")
         self.looked = True
         actor.claim = claim
         actor.ending = None
@@ -1096,7 +1108,7 @@ class World:
         self.bodies[claim.owner] = "over"
 
     def written(self, who: Actor, before: Stored | None, after: Stored | None) -> None:
-        """The rules that can be seen from a single write, said again in other words than the protocol's."""
+        """Check the rules that a single write can break. They are written independently of the protocol."""
         assert after is not None
         new = unpack(after.value, after.stamp, KEY)
         expires = self.store._values[STORED][1]
@@ -1107,7 +1119,7 @@ class World:
         old = unpack(before.value, before.stamp, KEY)
         live = (
             bool(old.lease) and self.clock.now < self.since + old.lease
-        )  # ended by who knew: no clock says more
+        )  # lease 0: the claim was ended explicitly, so the clock does not matter
         mine = old.owner in who.minted
         taken = new.owner not in (old.owner, NO_OWNER)
         carried = old.owner in who.carried
@@ -1136,12 +1148,12 @@ class World:
         stepped = new == old._replace(notes=new.notes, noticed=new.noticed) and new.noticed is not None
         noted = noted or (stepped and self.clock.behind > 0)
         if old.state is State.RUNNING and live and not (mine or carried or parent or ends_the_dead or noted):
-            self.broken("somebody wrote over a live claim")
+            self.broken("a live claim was overwritten")
         its_task = who.message is not None and who.message.task_id == old.task_id
         revoked = who.name[0] == "revoker" and who.knows_dead == old.task_id.encode()
         revoked = revoked and old.state in (State.ACCEPTED, State.SCHEDULED)
         if old.state is State.SCHEDULED and live and not (its_task or noted or revoked):
-            self.broken("somebody wrote over a retry that is not due")
+            self.broken("a retry that is not due was overwritten")
         if who.name[0] == "submitter" and old.state not in (State.RELEASED, State.ACCEPTED):
             self.broken(f"a call was accepted over {old.state.name}")
         if who.name[0] == "recoverer" and new.lease and not noted:
@@ -1151,9 +1163,9 @@ class World:
         knows = asked or (who.name[0] == "parent" and old.asking.startswith(who.knows_dead))
         ended_it = new.state is State.IN_DOUBT and (new.asking != old.asking or new.lease < old.lease)
         if live and old.asking and ended_it and not (knows or old.asking in self.dead_owners):
-            self.broken("somebody ended a question that another asks")
+            self.broken("a question was ended by a process that did not ask it")
         if taken and carried and old.owner in self.bodies:
-            self.broken("a claim whose body had begun was taken up as if it had not")
+            self.broken("a claim was taken up again although its body had begun")
         if taken and new.state is State.RUNNING and not carried:
             self.taken_over(who, old, asked)
         in_transaction = self.scenario.on_crash == "transaction"
@@ -1165,7 +1177,7 @@ class World:
         set_free = new.state in (State.RELEASED, State.SCHEDULED) and old.state is not new.state
         never_ran = carried and old.owner not in self.bodies
         if set_free and not (mine or person or never_ran or revoked):
-            self.broken(f"{new.state.name} by somebody who is not the owner")
+            self.broken(f"{new.state.name} by a process that is not the owner")
         if new.state is State.IN_DOUBT and old.state is State.RUNNING and live and not (mine or parent):
             self.broken("a live claim was put in doubt")
 
@@ -1180,7 +1192,7 @@ class World:
                 self.broken("more attempts than max_attempts")
 
     def close(self) -> None:
-        """Let everything that is under way come to its end, without more faults, then call once more."""
+        """Let everything under way end without more faults, then call once more and check the end."""
         self.closing = True
         self.left = dict.fromkeys(self.left, 0)
         while self.ghosts:
@@ -1200,14 +1212,17 @@ class World:
         self.judge()
 
     def recover_all(self) -> None:
-        """No caller calls again. What was accepted or had begun ends, and its callers receive an answer."""
+        """Recover until nothing is overdue. Then every intent must have ended, and every caller must have an answer.
+
+        No caller calls again.
+        """
         while (wait := self.due_in()) is not None:
             self.clock.now += wait
             self.begin(Actor(("recoverer", self.recoverers), self.recover))
             self.recoverers += 1
             before = self.store.held()
             self.drain()
-            if self.store.held() is before:  # the clock was set back: there is a way to go until it tells
+            if self.store.held() is before:  # the clock was set back: the record is not overdue yet
                 self.clock.now += LEASE
         record = self.record()
         if record is None or self.revoked:
@@ -1269,20 +1284,20 @@ BUDGET = (
     ),
     *("backs", "expiries"),
 )
-"""Fields of `Scenario` that say how often something may happen."""
+"""The fields of `Scenario` that say how often something may happen."""
 
 LEFT = (5, 6, 13)
-"""Places in `Standing.shared` of what is left of it, of what is under way, and of the lock."""
+"""Indexes in `Standing.shared` of what is left of the budget, of the writes under way, and of the lock."""
 
 HOLDS_CALL = (State.RUNNING, State.SCHEDULED, State.ACCEPTED)
-"""What recovery publishes again."""
+"""The states in which recovery publishes the call."""
 
 PASTS: dict[tuple[Any, ...], int] = {}
-"""Numbers of what greenlets were told: equal numbers, equal pasts."""
+"""Numbers of the pasts of greenlets. Equal numbers mean equal pasts."""
 
 
 class Watcher:
-    """In place of the renewing thread."""
+    """Stands in for the renewing thread."""
 
     world: World
 
@@ -1295,7 +1310,10 @@ class Watcher:
 
 @contextlib.contextmanager
 def modelled() -> Iterator[Callable[[World], None]]:
-    """Clock, threads, tokens and the renewing thread of the package are the world's; yields what names the world."""
+    """Replace clock, threads, owners and the renewing thread of the package by those of a world.
+
+    Yields a function that sets the world.
+    """
     watcher = Watcher()
     now: list[World] = []
 
@@ -1323,7 +1341,7 @@ def modelled() -> Iterator[Callable[[World], None]]:
     def elapsed() -> float:
         return now[0].clock.monotonic()
 
-    # Whichever modules read the clock or wait: a rule that looks at the real time would prove nothing here.
+    # In every module of the package: a rule that read the real time would not be tested here.
     ours = [module for name, module in sys.modules.items() if name.startswith("celery_idem.")]
     saved: list[tuple[Any, str, Any]] = [
         (module, name, standard)

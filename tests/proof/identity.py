@@ -1,9 +1,9 @@
-"""Signatures, decorators and models made at random: `python -m tests.proof.identity --seed 1 --count 500`.
+"""Random signatures, decorators and models: `python -m tests.proof.identity --seed 1 --count 500`.
 
-Of each task, calls are made in several spellings (by position, by name, by default; a dictionary, its entries in
-another order, the model itself). What a call means is said by what the body got, or by how the model was put together,
-and not by the code under test: the same meaning has one key, another meaning another one. It prints all keys, so that
-two processes can be compared.
+Each task is called in several spellings: by position, by name or by default; with a dictionary, with its entries in
+another order, or with the model itself. The meaning of a call is what the body received, or how the model was built.
+It does not come from the code under test. Calls with the same meaning must have the same key, and calls with
+different meanings different keys. The program prints all keys, so that two processes can be compared.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BERLIN = dt.timezone(dt.timedelta(hours=2))
 
 
 class Sorted(NamedTuple):
-    """Calls of one task, by what they mean."""
+    """The keys of the calls of one task, by the meaning of the call."""
 
     keys: dict[str, set[str]]
 
@@ -76,7 +76,7 @@ VALUES: list[list[Callable[[], Any]]] = [  # each row is one value in several sp
 
 
 def a_signature(rng: random.Random, app: Celery) -> tuple[str, Sorted, str]:
-    """A body, maybe decorated, and its calls."""
+    """Make a task with a random signature and decorators, and compute the keys of its calls."""
     count = rng.randint(1, 4)
     kinds = sorted(
         rng.choice(
@@ -91,7 +91,7 @@ def a_signature(rng: random.Random, app: Celery) -> tuple[str, Sorted, str]:
     decorators = [rng.choice((passing, traced)) for _ in range(rng.randint(0, 3))]
     session = rng.choice((None, None, with_session, with_named_session))
     tenant = rng.random() < 0.2
-    if tenant:  # else its default stands before parameters without one
+    if tenant:  # else a parameter with a default would precede parameters without one
         kinds = [
             k if k is inspect.Parameter.KEYWORD_ONLY else inspect.Parameter.POSITIONAL_ONLY for k in kinds
         ]
@@ -131,7 +131,7 @@ def a_signature(rng: random.Random, app: Celery) -> tuple[str, Sorted, str]:
     for _ in range(4):
         action = {name: rng.randrange(len(VALUES)) for name in names}
         variants = [action]
-        variants += [{**action, name: rng.randrange(len(VALUES))} for name in names]  # differs in one alone
+        variants += [{**action, name: rng.randrange(len(VALUES))} for name in names]  # one parameter differs
         for variant in variants:
             for _ in range(2):
                 args, kwargs = _spelt(rng, variant, names, kinds, defaults, tenant, traced in decorators)
@@ -175,7 +175,7 @@ def _spelt(
         elif positional and (kind is inspect.Parameter.POSITIONAL_ONLY or rng.random() < 0.5 or later):
             args.append(value)
         elif kind is inspect.Parameter.POSITIONAL_ONLY:
-            continue  # left out before: so is this one, which has its default
+            continue  # an earlier one was left out, so this one is left out too; it has its default
         else:
             positional = False
             kwargs[name] = value
@@ -199,7 +199,7 @@ def _which(value: Any) -> int:
 
 
 class Kind(NamedTuple):
-    """A field's type, and values: each in several spellings that are valid for it."""
+    """The type of a field, and values for it, each in several valid spellings."""
 
     hint: Any
     values: list[list[Any]]
@@ -254,7 +254,7 @@ UNSENT = "not sent"
 
 
 def a_model(rng: random.Random, app: Celery) -> tuple[str, Sorted, str]:
-    """A task with a model, and its calls."""
+    """Make a task with a random model, and compute the keys of its calls."""
     kinds: dict[str, Kind] = {}
     fields: dict[str, Any] = {}
     minting = set()
@@ -329,7 +329,10 @@ def _some(rng: random.Random, kinds: Any, fields: Any, minting: set[str], name: 
 
 
 def made(seed: int, count: int) -> list[str]:
-    """All keys, in the order in which they were made. Raises where two actions have one, or one has two."""
+    """Return all keys in the order in which they were made.
+
+    Raises AssertionError if two actions share a key or one action has two keys.
+    """
     app = Celery("identity", broker="memory://", set_as_current=False)
     app.conf.update(idem_store=f"memory://{uuid.uuid4().hex}")
     app.finalize()

@@ -1,6 +1,6 @@
-"""The protocol with one rule broken at a time. A proof that does not notice one of these proves nothing.
+"""Mutants of the protocol, each with one broken rule. The proof is only worth something if it notices them all.
 
-Each mutant replaces functions of `celery_idem.core.protocol` (a few: what the ledger makes of its answers), and names
+A mutant replaces functions of `celery_idem.core.protocol`, or in a few cases of the ledger or the runner. It names
 the scenario that catches it.
 """
 
@@ -51,7 +51,7 @@ _why_in_doubt = protocol._why_in_doubt
 
 
 class Mutant(NamedTuple):
-    """A broken rule: what is replaced by what, and the scenario that must notice."""
+    """A broken rule: the functions that are replaced, and the scenario that must notice it."""
 
     name: str
     caught_by: str
@@ -115,7 +115,7 @@ def released_takes_another_value(record: Record, stamp: int, now: int, request: 
 
 
 def own_owner_forgotten(record: Record, stamp: int, now: int, request: Request) -> Any:
-    """A carried owner is not looked at while the record is RUNNING."""
+    """Ignore a carried owner while the record is RUNNING."""
     if record.state is State.RUNNING:
         request = _without(request)
     return _claim(record, stamp, now, request)
@@ -204,7 +204,7 @@ def conclude_forgets_max_attempts(
     return _conclude(record._replace(crashes=0), now, request, answer, reason)
 
 
-# --- rule 4: only the owner is heard --------------------------------------------------
+# --- rule 4: only the owner may write -------------------------------------------------
 
 
 def anybody_settles(record: Record | None, held: Record, outcome: Any, *where: Any) -> Any:
@@ -324,7 +324,7 @@ def _ends(kind: Raised, state: State) -> dict[str, Any]:
     return {"ENDINGS": {**protocol.ENDINGS, kind: state}}
 
 
-# --- what the ledger and the runner make of it ------------------------------------------
+# --- rules of the ledger and the runner -------------------------------------------------
 
 
 def claim_is_not_carried(self: Any, job: Any, error: Any, carried: Any) -> None:
@@ -332,14 +332,14 @@ def claim_is_not_carried(self: Any, job: Any, error: Any, carried: Any) -> None:
 
 
 def every_owner_is_carried(self: Ledger, key: str, request: Request, *also: Any) -> Any:
-    """Every delivery takes up what runs."""
+    """Let every delivery take up a running claim."""
     entry = self.get(key)
     owners = (entry.record.owner,) if entry is not None else ()
     return _ledger_claim(self, key, request._replace(carried=(*request.carried, *owners)))
 
 
 def claim_is_not_released(self: Any, job: Any, request: Any) -> None:
-    """An interrupted claim is left as it is."""
+    """Leave an interrupted claim as it is."""
 
 
 def only_the_last_claim_is_released(self: Any, job: Any, request: Any) -> None:
@@ -347,12 +347,12 @@ def only_the_last_claim_is_released(self: Any, job: Any, request: Any) -> None:
 
 
 def interrupted_in_the_middle(settle: Any, patience: float) -> Any:
-    """An outcome is written once, or not at all."""
+    """Do not write an outcome again after an interruption."""
     return settle(patience, False)
 
 
 def a_commit_is_believed(record: Record | None, held: Record, *promised: Any) -> Any:
-    """Whether or not it happened."""
+    """Take every transaction for committed."""
     if record is not None and record.owner == held.owner and record.outcome is None:
         return Done(record._replace(outcome=Outcome(True, b"j1"))), None
     return _committed(record, held, *promised)
@@ -401,7 +401,7 @@ def an_inquiry_without_an_answer_releases(self: Any, job: Any) -> Any:
 
 
 def an_inquiry_takes_the_jobs_place(self: Any, job: Any) -> Any:
-    """It asks under the holder's task id."""
+    """Ask with the task id of the holder."""
     given = runner_module.Request
     runner_module.Request = lambda owner, task_id, *more: given(owner, job.task_id, *more)
     try:

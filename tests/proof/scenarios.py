@@ -1,6 +1,6 @@
-"""The worlds that are explored to the last schedule: each rule of the protocol has one in which it matters.
+"""The scenarios that are explored completely. Each rule of the protocol matters in at least one of them.
 
-`CI` takes about a minute of one core; `DEEP` adds a third delivery, a second fault of a kind or a third return, and is
+`CI` takes about a minute of one core. `DEEP` adds a third delivery, a second fault of a kind or a third return. It is
 for `python -m tests.proof.explore --deep`.
 """
 
@@ -11,7 +11,7 @@ from tests.proof.explorer import Scenario
 EXITS = ("exit_before", "exit_after")
 
 CI = (
-    # Two deliveries, a crash, a lapse; a reply that is lost, before or after the store wrote, or much later.
+    # Two deliveries, a crash, a lapse, a lost reply. The store has written, or writes later, or never.
     Scenario("in doubt: crash", crashes=1, lapses=2),
     Scenario("in doubt: silent store", down=1, late=1),
     Scenario("in doubt: silent store, at once given up", down=1, late=1, patience=0.0),
@@ -59,7 +59,7 @@ CI = (
     Scenario("another value", mismatch=True, endings=("no_effect", "error"), odd=1),
     Scenario("renewals", renewals=1, jump=0.6, lapses=2, on_crash="rerun", hops=1),
     Scenario("renewals between steps", renewals=1, on_crash="resume", steps=True, late=1, actors=1),
-    # A process that dies, and says so, or is seen to be dead.
+    # A process that dies: it reports its exit, its worker reports the death, or another process sees it.
     Scenario("exits: in doubt", endings=EXITS, odd=1, late=1, hops=1),
     Scenario(
         "exits: resume",
@@ -80,7 +80,7 @@ CI = (
     Scenario(
         "deaths seen and reported", same_worker=True, parent=True, crashes=1, on_crash="rerun", actors=1
     ),
-    # A soft time limit, whose exception comes wherever it likes.
+    # A soft time limit, whose exception may come at any stop.
     Scenario("limits: in doubt", soft=1, down=1, hops=1),
     Scenario("limits: silent store", soft=1, late=1, actors=1),
     Scenario("limits: ends", soft=1, endings=("retry", "no_effect", "error"), odd=1, hops=1),
@@ -100,7 +100,7 @@ CI = (
     ),
     Scenario("transaction: limits", on_crash="transaction", soft=1, hops=1),
     Scenario("transaction: renewals", on_crash="transaction", renewals=1, jump=0.6, lapses=2, actors=1),
-    # People who ask without a delivery, who take their time, and whose decision meets a retry.
+    # Operators who ask without a delivery, who decide later than they looked, and whose decision meets a retry.
     Scenario("inquiry", inquirers=1, reconcile="truth", crashes=1, late=1, actors=1, hops=1),
     Scenario("inquiry: cannot tell", inquirers=1, reconcile="unknown", crashes=1, actors=1, hops=1),
     Scenario("inquiry against a retry", inquirers=1, reconcile="truth", endings=("retry",), odd=1, actors=1),
@@ -117,7 +117,7 @@ CI = (
         actors=1,
         hops=1,
     ),
-    # The record holds the call, and recovery publishes it: for a dead worker, a lost message, a dead submitter.
+    # Recovery publishes the call of a record after the death of a worker or a submitter, or a lost message.
     Scenario("recovery: crash", recoverers=2, early=True, crashes=1, jump=2.1, actors=1),
     Scenario(
         "recovery: crash, called again",
@@ -191,7 +191,7 @@ CI = (
     ),
     Scenario("accepted: revoked", submitters=1, recoverers=1, revocations=1, jump=2.1, actors=0, hops=1),
     Scenario("revoked: a copy runs", same_message=True, recoverers=1, revocations=1, jump=2.1, hops=1),
-    # An outcome's time is over, and a message of its call is still there.
+    # An outcome has expired, and a message of its call is delivered afterwards.
     Scenario("late: in doubt", expiries=1, crashes=1, actors=1, hops=1),
     Scenario("late: reconcile", expiries=1, crashes=1, reconcile="truth", actors=1, hops=1),
     Scenario("late: a retry", expiries=1, endings=("retry",), odd=1, actors=1),

@@ -1,9 +1,9 @@
-"""Depth first through everything that may happen in a scenario, with as few runs of it as that takes.
+"""Depth-first search through everything that may happen in a scenario, with as few runs as possible.
 
-Greenlets cannot be copied: to try another choice, the whole world is run again up to it. So a choice is not run when it
-is known what it comes to. It is once it was run at another standing that differs only in what had no part in it: in
-actors that are not near the one that went, and in what it did not use of what all share. When a run gets to a
-standing that was found in this way, it has to be that standing.
+Greenlets cannot be copied, so the whole world is run again to try another choice. To save runs, a choice is not run if
+its result is known. The result is known if the choice was run in another state that differs only in what the choice
+did not use: in actors that are not near the chosen one, and in shared attributes that it did not read or write. A run
+that later reaches a state found in this way checks that it really is that state.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from tests.proof.standing import Choice, Outlook, Part, Standing
 
 @dataclass
 class Coverage:
-    """What one scenario came to.
+    """The result of exploring one scenario.
 
     Attributes:
-        schedules: different ends, each with what follows when all is let come to its end.
-        cut: choices that came to a standing known already, whose futures had all been explored.
-        states: different standings.
-        runs: of the world, from its beginning.
-        steps: choices that these ran.
+        schedules: number of different states without further choices. Each was then run to its end.
+        cut: choices that led to a known state, whose futures are explored already.
+        states: number of different states.
+        runs: runs of the world from its beginning.
+        steps: choices made in these runs.
+        violation: the broken invariant, or "".
+        trace: the choices that led to the violation.
     """
 
     schedules: int = 0
@@ -37,10 +39,13 @@ class Coverage:
 
 
 class Move(NamedTuple):
-    """What a choice made of a standing.
+    """How a choice changed a state.
 
     Attributes:
-        shared: what it used of what the actors share, afterwards.
+        gone: the parts of actors that the choice removed or replaced.
+        come: the parts that it added.
+        shared: the new values of the shared attributes that the choice used.
+        clock: both clocks afterwards.
     """
 
     gone: frozenset[Part]
@@ -50,7 +55,7 @@ class Move(NamedTuple):
 
 
 class Fork:
-    """A standing and its choices."""
+    """A state and its choices."""
 
     def __init__(self, scenario: Scenario, standing: Standing) -> None:
         self.standing = standing
@@ -70,11 +75,11 @@ class Fork:
 
 
 def _name(actor: Part) -> str:
-    return str(actor.name)  # unique, and of different types
+    return str(actor.name)  # names are unique, but their parts have different types
 
 
 class Search:
-    """All schedules of one scenario."""
+    """The search through all schedules of one scenario."""
 
     def __init__(self, scenario: Scenario, at_most: int) -> None:
         self.scenario = scenario
@@ -85,7 +90,7 @@ class Search:
         self._moves: dict[Any, dict[tuple[int, ...], dict[tuple[Any, ...], Move]]] = {}
         self._path: list[Fork] = []
         self._world: World | None = None
-        self._trail: list[tuple[Fork, int]] = []  # which choices it has gone through
+        self._trail: list[tuple[Fork, int]] = []  # the choices that the world has made
 
     def run(self) -> None:
         with modelled() as self._enter:
@@ -122,7 +127,7 @@ class Search:
         self._end()
 
     def _foreseen(self, fork: Fork) -> Standing | None:
-        """What the choice comes to, where that is known."""
+        """Return the state after the choice, if it is known."""
         before = fork.standing
         for used, moves in self._moves.get((fork.choice, fork.near(), before[2:]), {}).items():
             move = moves.get(tuple([before.shared[place] for place in used]))
@@ -134,7 +139,7 @@ class Search:
         return None
 
     def _try(self, fork: Fork) -> Standing:
-        """Run the choice."""
+        """Run the choice and return the state after it."""
         before, near = fork.standing, fork.near()
         world = self._world_at(len(self._path) - 1, before)
         self._trail.append((fork, fork.taken))
@@ -150,7 +155,7 @@ class Search:
         return after
 
     def _world_at(self, depth: int, standing: Standing) -> World:
-        """A world that has gone the path, down to here."""
+        """Return a world that has made the choices of the path down to this depth."""
         way = [(fork, fork.taken) for fork in self._path[:depth]]
         world, gone = self._world, len(self._trail)
         if world is None or self._trail != way[:gone]:
@@ -183,10 +188,10 @@ class Search:
 
 
 def explore(scenario: Scenario, at_most: int = 10_000_000) -> Coverage:
-    """Every schedule of a scenario, or until one breaks an invariant.
+    """Explore every schedule of a scenario, or stop at the first that breaks an invariant.
 
     Args:
-        at_most: runs; more are an error: the scenario is too large to be exhausted.
+        at_most: highest number of runs. More are an error: the scenario is too large to be explored completely.
     """
     search = Search(scenario, at_most)
     search.run()

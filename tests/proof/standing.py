@@ -1,4 +1,4 @@
-"""Where a run of the explorer stands: everything the future depends on, and what there is to choose."""
+"""The state of a run of the explorer ("standing"): everything the future depends on, and the possible choices."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ if TYPE_CHECKING:
     from tests.proof.explorer import Actor, Message, Point, Scenario
 
 MORTAL = ("inquirer", "submitter", "recoverer")
-"""Who may die, besides deliveries."""
+"""The kinds of actors that may die, besides deliveries."""
 
 PLURALS = {"rollback": "rollbacks", "late": "late"}
-"""What a commit may come to, and what it uses up."""
+"""The choices at a commit, and the budget that each uses."""
 
 Choice = tuple[Any, str]
-"""The name of an actor, None where it is nobody's; and what happens."""
+"""The name of an actor, or None if the choice concerns no actor, and what happens."""
 
 
 class Part(NamedTuple):
-    """One actor: what it was told determines where it stands, but for what comes from the renewing thread of its claim.
+    """The state of one actor. What it received determines its position, together with `hold`.
 
     Attributes:
-        hold: what that thread has told this one through its claim.
+        told: number of what it received (see `explorer.PASTS`).
+        hold: what the renewing thread of its claim has written into the claim.
         claimed: its body has begun.
         parent: the name of the actor whose claim it renews, or whose death it reports.
     """
@@ -43,7 +44,7 @@ class Part(NamedTuple):
 
     @property
     def kind(self) -> tuple[Any, ...] | None:
-        """Those of one kind differ in their names alone, until they begin. None: like no other."""
+        """A value that is equal for actors that differ only in their names until they begin, else None."""
         if self.message is not None:
             first = len(self.message.lineage) == 1
             return (self.told, self.message._replace(lineage=(), task_id="")) if first else None
@@ -65,7 +66,7 @@ def part(actor: Actor) -> Part:
 
 
 class Standing(NamedTuple):
-    """Everything the future depends on: of each actor, what they share (see `explorer.Shared`), and both clocks."""
+    """Everything the future depends on: each actor, what actors share (see `explorer.Shared`), and both clocks."""
 
     actors: frozenset[Part]
     shared: tuple[Any, ...]
@@ -73,7 +74,7 @@ class Standing(NamedTuple):
     behind: int
 
     def near(self, name: tuple[Any, ...]) -> frozenset[Part]:
-        """An actor, and those whose claim is its own: no other actor matters for what it does next."""
+        """Return an actor and those that share its claim. No other actor matters for what it does next."""
         (mine,) = (one for one in self.actors if one.name == name)
         return frozenset(
             one for one in self.actors if one is mine or one.parent == name or mine.parent == one.name
@@ -81,7 +82,7 @@ class Standing(NamedTuple):
 
 
 class Outlook:
-    """What there is to choose."""
+    """The possible choices in a state."""
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class Outlook:
         self.closing = closing
 
     def choices(self, left: Mapping[str, int], ghosts: Sequence[Any]) -> list[Choice]:
-        """All there are, always in the same order."""
+        """Return all choices, always in the same order."""
         choices: list[Choice] = []
         for number, actor in enumerate(self.actors):
             if not self._has_a_twin(number):
@@ -146,7 +147,7 @@ class Outlook:
         return choices
 
     def first_to_go(self) -> Part | None:
-        """At the end of a schedule, where nothing else is left to choose."""
+        """Return the first actor that may continue. Used at the end of a schedule, where there are no choices."""
         return next(
             (
                 actor
@@ -157,7 +158,7 @@ class Outlook:
         )
 
     def _has_a_twin(self, number: int) -> bool:
-        """Another that has not begun either stands before it: which of the two begins makes no difference."""
+        """Return whether an earlier actor is of the same kind, and neither has begun: either may begin first."""
         actor = self.actors[number]
         return actor.pauses == 1 and any(
             other.pauses == 1 and other.kind is not None and other.kind == actor.kind
@@ -166,20 +167,23 @@ class Outlook:
 
     @staticmethod
     def _amid(actor: Part) -> bool:
-        """In the middle of a claim, or about to publish what recovery took: that takes no time, as results are kept."""
+        """Return whether an actor is in the middle of a claim, or about to publish what recovery took.
+
+        Meanwhile no outcome expires: this takes much less time than the retention of outcomes.
+        """
         return actor.pauses > 1 and not actor.claimed and actor.name[0] != "submitter"
 
     def _waits_for_the_lock(self, actor: Part) -> bool:
-        """A transaction has rewritten the record, and has not ended: nobody else writes it."""
+        """Return whether an actor has to wait because the transaction of another has written the record."""
         assert actor.at is not None
         writes = actor.at.kind in ("replace", "lock")
         return writes and self.lock is not None and (self.lock.sent or self.lock.holder != actor.name)
 
     def _limits(self, actor: Part, left: Mapping[str, int]) -> list[str]:
-        """When a soft time limit may come here."""
+        """Return the choices for a soft time limit at this stop."""
         assert actor.at is not None
         kind = actor.at.kind
-        choices = ["soft"] if actor.pauses > 1 else []  # before it did anything, it is no delivery
+        choices = ["soft"] if actor.pauses > 1 else []  # at its first stop the delivery has not begun
         if kind in ("create", "replace", "commit") and not self._waits_for_the_lock(actor):
             choices.append("soft after")
         if kind in ("create", "replace") and left["late"]:
@@ -187,7 +191,7 @@ class Outlook:
         return choices
 
     def _may_go(self, actor: Part) -> bool:
-        """A message that met a busy intent, or has come back too often, waits."""
+        """Return whether an actor may continue. A message waits if its intent was busy or it came back too often."""
         if actor.at is not None and actor.at.kind == "look":
             return due_in(self.held, self.now - self.behind) == 0
         message = actor.message
@@ -199,7 +203,7 @@ class Outlook:
 
 
 def due_in(stored: Stored | None, now: int) -> int | None:
-    """Microseconds until recovery has to look at the record; None: never."""
+    """Return the microseconds until the record is overdue for recovery, or None if it never is."""
     due = None if stored is None else protocol.due(unpack(stored.value, stored.stamp, ""))
     if stored is None or due is None or due >= protocol.NEVER:
         return None

@@ -1,4 +1,4 @@
-"""The store's clock is set back, or ahead: no living holder loses its intent, and no caller waits for ever."""
+"""The store's clock is set back or ahead: no live worker loses its claim, and no caller waits for ever."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ POLICY = Policy(lease=LEASE, result_ttl=10**12, failure_ttl=10**12, on_crash="re
 
 
 class Times:
-    """Real time, and a store whose clock may be set."""
+    """The real time, and the store's clock, which may be set."""
 
     def __init__(self) -> None:
         self.real = 1_000_000 * HOUR
@@ -62,7 +62,7 @@ def ledger(times: Times) -> Ledger:
 
 @pytest.fixture
 def stepped() -> Iterator[list[float]]:
-    """By how much each ``clock_stepped`` said."""
+    """The steps in seconds that ``clock_stepped`` events reported."""
     seen: list[float] = []
 
     def hear(event: events.Event) -> None:
@@ -128,7 +128,7 @@ def test_a_worker_that_lives_is_not_taken_for_dead(times: Times, ledger: Ledger,
 
 
 def test_a_mark_is_answered_at_once_and_trusted_only_from_then(times: Times, ledger: Ledger) -> None:
-    """A renewal that meets the mark of another must not take that write for its own."""
+    """A renewal does not take the mark of another process for its own earlier write."""
     claim = held(ledger)
     times.off -= HOUR
     ask(ledger)
@@ -181,7 +181,7 @@ def test_an_asker_whose_renewal_lost_its_reply_goes_on_asking(times: Times, ledg
     times.real += LEASE // 3
     offered = claim.renewal()
     assert offered is not None
-    ledger.store.replace(*offered)  # and its reply is not heard of
+    ledger.store.replace(*offered)  # its reply is lost
     times.real += LEASE // 3
     claim.renew()
     claim.renew()
@@ -221,7 +221,7 @@ def test_a_renewal_tells_of_a_clock_that_stepped(times: Times, ledger: Ledger, s
 def test_nobody_takes_over_from_a_holder_that_renews(
     times: Times, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Any step back, and a step ahead of half a lease: what the guarantees page says is tolerated."""
+    """Steps back of any length and steps ahead of up to half a lease are tolerated, as the guarantees page says."""
     monkeypatch.setattr(events, "emit", lambda kind, key, **details: None)
     chance = random.Random(7)
     claim, lives, stepped_at, took_over = held(ledger), True, 0, 0

@@ -1,7 +1,8 @@
-"""What ends a hold ends it for good: every order of an ending and a renewal beside it, and thousands on a real server.
+"""A claim that has ended is not brought back by a renewal that runs at the same time.
 
-In the model both run in greenlets that stop before each call of the store, and again before they hear what it said.
-One more thing may happen at any time, once: the store loses the record, or the reply to a call of the ending.
+The model tries every order of an ending and a renewal. Both run in greenlets that stop before each call of the store
+and before its reply. Once, at any stop, the store may lose the record, or a reply to the ending may be lost. Another
+test runs a thousand endings on a real server.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ ENDINGS: dict[str, tuple[Callable[[Hold], object], State | None]] = {
     "in doubt": (lambda hold: hold.doubt("why", 1.0), State.IN_DOUBT),
     "exited": (lambda hold: hold.exit("why", 1.0), State.RUNNING),
 }
-"""How a hold may end, and what is then left of a record whose outcome is kept for no time."""
+"""How a claim may end, and the state of its record afterwards. None: the record is deleted, as it is kept for 0 s."""
 
 
 class Stopping(MemoryStore):
-    """Stops before each call, and before its reply is heard."""
+    """A memory store that stops before each call and before its reply."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +67,7 @@ class Stopping(MemoryStore):
 
 
 class ModelLock:
-    """The claim's lock: another greenlet waits."""
+    """The claim's lock. A greenlet that does not get it waits."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -82,7 +83,7 @@ class ModelLock:
 
 
 class World:
-    """One run: an ending and a renewal of one claim, along the choices of ``path`` and then the first ones."""
+    """One run of an ending and a renewal of one claim. It makes the choices of ``path``, then always the first."""
 
     def __init__(self, ending: str, path: list[int]) -> None:
         self.path = path
@@ -105,7 +106,7 @@ class World:
         self.faults = 1
 
     def run(self) -> Stored | None:
-        """What the store holds in the end."""
+        """Run both to their end, and return what the store holds."""
         self.store.stop = self.stop
         while self.at:
             choices = [
@@ -152,7 +153,7 @@ def test_no_order_of_an_ending_and_a_renewal_brings_the_hold_back(
         world = World(ending, path)
         left = world.run()
         state = State(left.value[STATE_AT]) if left is not None else None
-        # Lost after it was written, a record is of course not there.
+        # There is no record either if the store lost it after the ending wrote it.
         assert state == ENDINGS[ending][1] or (state is None and " forget, " in world.trace), world.trace
         runs += 1
         while path and path[-1] + 1 >= world.sizes[len(path) - 1]:
@@ -182,7 +183,7 @@ def test_renewals_beside_a_thousand_outcomes_leave_nothing(redis_url: str) -> No
     renewer.start()
     try:
         for n in itertools.count():
-            if n >= 1000 and met_nothing > 100:  # how often they meet is up to the machine
+            if n >= 1000 and met_nothing > 100:  # how often both run at the same time depends on the machine
                 break
             request = Request(owners.mint(), "task", Fingerprint(), FORGETFUL)
             decision, claim = ledger.claim(f"{KEY}{n}", request)

@@ -1,6 +1,6 @@
 """Every schedule of every scenario keeps the promise, and every broken rule is noticed.
 
-`pytest -s` prints how many schedules there were; `python -m tests.proof.explore` prints the same, with totals.
+`pytest -s` prints the numbers of schedules. `python -m tests.proof.explore` prints them with totals.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.proof.mutants import MUTANTS, Mutant, mutated
 from tests.proof.scenarios import CI, DEEP
 from tests.proof.search import explore
 
-# The largest take 20 s of CPU: on a busy machine ten times as long.
+# The largest scenarios take 20 s of CPU time, and ten times as long on a busy machine.
 pytestmark = pytest.mark.timeout(900)
 
 BY_NAME = {scenario.name: scenario for scenario in CI}

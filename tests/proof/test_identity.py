@@ -1,4 +1,4 @@
-"""One action has one key and two never share one, in every process. The seed is printed."""
+"""One action has one key and two actions never share a key, in every process. The test prints its seed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 
 from tests.support.workers import ROOT
 
-pytest.importorskip("celery.utils.annotations", reason="Celery before 5.5 knows nothing of models")
+pytest.importorskip("celery.utils.annotations", reason="Celery before 5.5 does not support models")
 
 COUNT = 250
-"""Tasks: about three seconds on one core, and some seven thousand calls."""
+"""Number of tasks. They take about three seconds on one core, with about seven thousand calls."""
 
 
 def test_signatures_and_models_made_at_random_from_two_processes() -> None:

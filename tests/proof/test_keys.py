@@ -1,7 +1,7 @@
-"""One action has one key, two never share one: arguments made by Hypothesis, near one another on purpose.
+"""One action has one key, and two actions never share a key. Hypothesis makes pairs of similar arguments.
 
-What two calls mean is said by `meaning`, which was written from the documentation and shares no line with the code
-under test. `make fuzz` tries many more examples.
+`meaning` says what a call means. It was written from the documentation and shares no code with the code under test.
+`make fuzz` tries many more examples.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class Point:
 
 
 class Refused(Exception):
-    """This value means nothing that could be compared."""
+    """The value cannot be part of a key."""
 
 
 def meaning(value: Any) -> Any:
-    """What a value means: equal for values that are the same action's, hashable."""
+    """Return what a value means, as a hashable value. It is equal for values that stand for the same action."""
     if value is None or isinstance(value, bool):
         return ("only", repr(value))
     if isinstance(value, Enum):
@@ -109,7 +109,7 @@ def _mapping(value: dict[Any, Any]) -> Any:
 
 
 def meant(*values: Any) -> Any:
-    """What the values mean together; None where one of them means nothing."""
+    """Return what the values mean together, or None if one of them is refused."""
     try:
         return tuple(meaning(value) for value in values)
     except Refused:
@@ -142,11 +142,11 @@ ALIKE = [
     for spellings in ([(value, meant(value)) for value in values] for values in (ATOMS, NAMES))
     for _, meaning_ in spellings
 ]
-"""For each atom, then for each name: those that mean the same."""
+"""For each atom, then for each name: the atoms or names that mean the same."""
 
 
 class Pair(NamedTuple):
-    """Two values that are alike, but for a few places."""
+    """Two values that are equal in meaning, except in a few places."""
 
     one: Any
     other: Any
@@ -161,7 +161,7 @@ def atoms(draw: st.DrawFn) -> Pair:
 
 @st.composite
 def collections(draw: st.DrawFn, inner: st.SearchStrategy[Pair]) -> Pair:
-    """Of pairs: the same kind of collection twice, the second spelt otherwise."""
+    """Draw two collections of the same kind from pairs. The second has another spelling."""
     ones, others = zip(*items, strict=True) if (items := draw(st.lists(inner, max_size=3))) else ((), ())
     kind = draw(st.sampled_from(["list", "map", "point", "set"]))
     if kind == "list":
@@ -195,7 +195,7 @@ pairs = st.recursive(atoms(), collections, max_leaves=6)
 
 
 def task(customer: Any, invoice: Any = 1, **more: Any) -> None:
-    """What is called."""
+    """The task whose calls are compared."""
 
 
 DECLARATION = declare("shop.charge", signature(task), ("customer", "invoice"))
@@ -207,7 +207,7 @@ class Call(NamedTuple):
     means: Any
 
     def key(self) -> str | None:
-        """None where it is refused; any other error than ours is one."""
+        """Return the key, or None if the call is refused. Any other error fails the test."""
         try:
             return DECLARATION.key("idem", DECLARATION.bind(self.args, self.kwargs))
         except IntentError:
@@ -215,7 +215,7 @@ class Call(NamedTuple):
 
 
 def spellings(customer: Any, invoice: Any) -> list[Call]:
-    """The ways to pass both, and one that leaves the invoice to its default."""
+    """Return the ways to pass both arguments, and one call that uses the default of the invoice."""
     means = meant(customer, invoice)
     return [
         Call((customer, invoice), {}, means),
@@ -246,7 +246,7 @@ def test_one_action_has_one_key_and_two_never_share_one(calls: tuple[Call, Call]
 
 @pytest.mark.parametrize("alike", [True, False])
 def test_calls_are_near_one_another(alike: bool) -> None:
-    """Else the test above proves nothing: it meets one action in two spellings, and two actions that are close."""
+    """The examples include one action in two spellings and two similar actions, else the test above proves nothing."""
     one, other = find(
         near_calls(),
         lambda calls: (
@@ -293,7 +293,7 @@ def test_an_extra_argument_cannot_hide_a_positional_one() -> None:
         declaration.bind((1,), {"customer": 2})
 
 
-class Tenant(str, Enum):  # as code written before Python 3.11 has it
+class Tenant(str, Enum):  # as in code from before Python 3.11
     ACME = "acme"
 
 

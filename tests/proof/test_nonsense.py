@@ -1,4 +1,4 @@
-"""Stores with arbitrary bytes where a record should be. The seed is printed."""
+"""Nothing runs if the store holds arbitrary bytes instead of a record. The tests print their seed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ POLICY = Policy(lease=1_000_000, result_ttl=10**9, failure_ttl=10**9, on_crash="
 
 
 def nonsense(rng: random.Random) -> bytes:
-    """Bytes that no release of ours ever wrote: of a wrong version, or too short for a record."""
+    """Return bytes that no release ever wrote: they have a wrong version or are too short for a record."""
     value = bytearray(rng.randbytes(rng.randrange(1, 80)))
     if len(value) > 12:
         value[12] = rng.randrange(2, 256)
@@ -64,7 +64,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
 
 
 def put(store: Store, value: bytes) -> None:
-    """In place of whatever stands there."""
+    """Write a value in place of what is stored."""
     stored = store.read(STORED).stored
     reply = store.create(STORED, value) if stored is None else store.replace(STORED, stored, value)
     assert reply.done
@@ -84,10 +84,10 @@ def test_nonsense_never_runs(store: Store) -> None:
 
 @pytest.mark.parametrize("policy", ["raise", "retry", "run"])
 def test_no_body_runs_on_nonsense(store: Store, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a delivery and a person do: `on_store_error="run"` is for a store that does not answer."""
+    """Neither a delivery nor an operator gets past nonsense: `on_store_error="run"` is for a store that is down."""
     monkeypatch.setattr(
         delivery, "INLINE_LIMIT", 0.0
-    )  # seconds: a call in this process would wait for the store
+    )  # seconds; else the eager call would wait for the store
     app = Celery("nonsense", broker="memory://", backend="cache+memory://", set_as_current=False)
     url = f"memory://{uuid.uuid4().hex}"
     app.conf.update(idem_store=url, idem_on_store_error=policy)
@@ -109,7 +109,7 @@ def test_no_body_runs_on_nonsense(store: Store, policy: str, monkeypatch: pytest
 
 @pytest.mark.redis
 def test_raw_nonsense_in_redis_never_runs(redis_url: str) -> None:
-    """Too short even for the stamp before a record, down to nothing at all."""
+    """The value may be too short for the stamp before a record, or empty."""
     rng = random.Random(seed := secrets.randbelow(10**9))
     print("seed", seed)
     store = open_store(redis_url)
@@ -124,7 +124,7 @@ def test_raw_nonsense_in_redis_never_runs(redis_url: str) -> None:
 
 @pytest.mark.redis
 def test_scripts_with_arbitrary_bytes(redis_url: str) -> None:
-    """Whatever stands there and whatever they are given: they write what the primitives say, or raise StoreError."""
+    """The scripts write what the primitives promise or raise StoreError, for any stored value and any argument."""
     rng = random.Random(seed := secrets.randbelow(10**9))
     print("seed", seed)
     store = open_store(redis_url)

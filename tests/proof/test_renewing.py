@@ -1,6 +1,6 @@
-"""The body's thread and the renewing thread write the same record: no order of the two may cost the lease.
+"""The body's thread and the renewing thread write the same record. In no order of writes is the lease lost.
 
-Each test forces one order by calling one side from inside the other's store call.
+Each test forces one order: it calls one side from inside a store call of the other side.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Clock:
 
 
 class Hooked(MemoryStore):
-    """Calls ``after`` once, after the next replacement was applied; may lose its reply."""
+    """A store that calls ``after`` once after the next replacement, and may lose the reply of that replacement."""
 
     after: Callable[[], None] | None = None
     lose = False
@@ -80,7 +80,7 @@ def deadline(ledger: Ledger) -> float:
 
 
 def assert_renewed(clock: Clock, ledger: Ledger, claim: Hold) -> None:
-    """A renewal from here on moves the deadline, and trust ends before it."""
+    """Assert that the next renewal moves the deadline, and that the worker trusts the claim for a shorter time."""
     clock.now += 1000
     claim.renew()
     assert deadline(ledger) == pytest.approx(clock.monotonic() + LEASE / 1e6)
@@ -96,7 +96,7 @@ def test_a_step_that_overtakes_a_renewal_does_not_end_the_renewals(clock: Clock)
         assert run_step(claim, ledger.codec, "charge", lambda: "ch_1", None, 0.0) == "ch_1"
 
     store.after = step
-    claim.renew()  # its write is in, and before it is noted the body does a whole step
+    claim.renew()  # after its write, and before the claim notes it, the body runs a whole step
 
     entry = ledger.get(KEY)
     assert entry is not None
@@ -168,12 +168,12 @@ def test_a_step_whose_reply_got_lost_does_not_end_the_renewals(clock: Clock) -> 
 
 
 def test_a_claim_whose_reply_got_lost_is_trusted_from_when_it_was_written(clock: Clock) -> None:
-    """A client that sends again after a broken connection meets its own claim."""
+    """A client that resends the claim after a broken connection finds its own earlier claim."""
 
     class Resending(MemoryStore):
         def create(self, key: str, value: bytes, ttl: int | None = None, due: int | None = None) -> Reply:
             super().create(key, value, ttl, due)
-            clock.now += LEASE // 2  # connecting anew takes its time
+            clock.now += LEASE // 2  # reconnecting takes time
             return super().create(key, value, ttl, due)
 
     ledger = Ledger(Resending(clock))

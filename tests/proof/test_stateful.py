@@ -1,7 +1,7 @@
-"""The same random operations on every store, and on the pure protocol over a plain variable: equal answers.
+"""The same random operations have the same results on every store and on the pure protocol over a plain variable.
 
-Leases are an hour, or nothing at all, so that the clocks of the stores do not matter. Owners are given, so
-records must be equal but for what a clock says (fence, and the times of the notes).
+Leases are an hour or zero, so that the clocks of the stores do not matter. The tests choose the owners, so the records
+must be equal except for what comes from a clock: the fence and the times of the notes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ HOUR = 3_600_000_000
 DAY = 24 * HOUR
 owners = itertools.count(1)
 PROCESS = 7
-"""Bytes of an owner that name its process (see `celery_idem.engine.owners`): here each has its own."""
+"""Bytes of an owner that name its process (see `celery_idem.engine.owners`). Here each owner has another process."""
 
 POLICIES = st.builds(
     Policy,
@@ -75,7 +75,7 @@ OUTCOMES = st.sampled_from(
 
 
 def plain(record: Record | None) -> Any:
-    """A record without what a clock says."""
+    """Return a record without what comes from a clock."""
     if record is None:
         return None
     notes = tuple(note._replace(at=0, late=timeless(note.late)) for note in record.notes)
@@ -88,7 +88,7 @@ def timeless(late: Late | None) -> Late | None:
 
 
 def step(hold: Hold, act: Callable[[], Any]) -> Any:
-    """What a step's beginning or end came to; its refusal is an error."""
+    """Begin or end a step, and return the result. It is "lost" if the step is refused with LeaseLost."""
     try:
         decision = act()
     except LeaseLost:
@@ -101,7 +101,7 @@ def lost(expected: Any) -> Any:
 
 
 def told(decision: Any) -> Any:
-    """A decision without what a clock says."""
+    """Return a decision without what comes from a clock."""
     if decision is None:
         return None
     if isinstance(decision, Busy):
@@ -114,7 +114,7 @@ def told(decision: Any) -> Any:
 
 
 class Pure:
-    """The protocol over a variable. The clock counts calls."""
+    """The pure protocol over a variable. Its clock counts calls."""
 
     def __init__(self) -> None:
         self.record: Record | None = None
@@ -123,7 +123,7 @@ class Pure:
 
     def _written(self, decision: Any, new: Record | None) -> Any:
         if new is not None:
-            # As a store would give it back: a record that its bytes do not hold would be no record.
+            # Packed and unpacked, as a store returns it.
             self.stamp = max(self.now, self.stamp + 1)
             self.record = unpack(pack(new), self.stamp, "")
         return told(decision)
@@ -147,7 +147,7 @@ class Pure:
 
 
 class Machine(RuleBasedStateMachine):
-    """One intent, a growing list of claims, every store at once."""
+    """One intent and a growing list of claims, on all stores at once."""
 
     stores: dict[str, Any]
 
@@ -167,7 +167,7 @@ class Machine(RuleBasedStateMachine):
             assert plain(entry.record if entry else None) == plain(self.pure.record), name
 
     def keep(self, request: Request, expected: Any, got: dict[str, Any]) -> None:
-        """Remember a hold that all stores gave."""
+        """Remember the claim or the question that all stores granted."""
         held = {name: claim for name, (_, claim) in got.items()}
         self.same(expected, {name: told(decision) for name, (decision, _) in got.items()})
         if expected[0] == "Acquired":
@@ -195,7 +195,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.questions)
     @rule(answer=ANSWERS, which=st.integers(0, 3))
     def conclude(self, answer: Any, which: int) -> None:
-        # Once: what a store holds already is taken for one's own write whose reply got lost.
+        # Only once: a second call would find its own result in the store, and take it for a write with a lost reply.
         request, held = self.questions.pop(which % len(self.questions))
         outcome = Outcome(True, b"j1") if isinstance(answer, Happened) else None
         reason = answer.reason if isinstance(answer, Unknown) else ""
@@ -208,7 +208,7 @@ class Machine(RuleBasedStateMachine):
         request, held, mine = self.claims[which % len(self.claims)]
         expected = self.pure.act(lambda record: pure(record, request, mine))
         self.same(expected, {n: told(real(held[n])) for n in self.ledgers})
-        if expected[0] == "Done":  # an execution ends once; what it wrote last it answers from memory
+        if expected[0] == "Done":  # an execution ends once; afterwards the claim answers from memory
             del self.claims[which % len(self.claims)]
 
     @precondition(lambda self: self.claims)
@@ -287,7 +287,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.claims)
     @rule(which=st.integers(0, 3), again=st.integers(0, 2))
     def died(self, which: int, again: int) -> None:
-        """The main process knows that this one's process is dead."""
+        """The main process reports that the process of a claim is dead."""
         q, _, _ = self.claims[which % len(self.claims)]
         prefix, pure = q.owner[:PROCESS], self.pure
         expected = pure.act(lambda r: protocol.died(r, pure.stamp, prefix, q.task_id, q.policy, again))
@@ -297,7 +297,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.claims)
     @rule(which=st.integers(0, 3))
     def lapse(self, which: int) -> None:
-        """A delivery sees that this one's process is dead."""
+        """A delivery sees that the process of a claim is dead."""
         owner = self.claims[which % len(self.claims)][0].owner
         self.pure.act(lambda record: (None, protocol.lapse(record, owner)))
         for ledger in self.ledgers.values():
@@ -334,7 +334,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.claims)
     @rule(which=st.integers(0, 3))
     def renew(self, which: int) -> None:
-        """Changes nothing that can be seen but the time, unless its holder was taken for dead; nor does a lost one."""
+        """A renewal changes only the time, unless the holder was taken for dead. A lost claim changes nothing."""
         request, held, _ = self.claims[which % len(self.claims)]
         self.pure.act(lambda record: protocol.renew(record, request.owner, request.policy.lease))
         for name in self.ledgers:
@@ -344,7 +344,7 @@ class Machine(RuleBasedStateMachine):
 
 @pytest.fixture
 def stores(redis_url: str, valkey_url: str, postgres_url: str, tmp_path: Path) -> Iterator[dict[str, Any]]:
-    """Every store there is."""
+    """One store of every kind."""
     with ExitStack() as ends:
         sentinels = ends.enter_context(running(lambda: Watched(tmp_path / "sentinels")))
         cluster = ends.enter_context(running(lambda: Cluster(tmp_path / "cluster")))

@@ -1,9 +1,8 @@
-"""A database in which the author's rows and our records are, for `on_crash="transaction"`.
+"""A model of a database that holds the author's rows and our records, for `on_crash="transaction"`.
 
-What a transaction writes is seen by others when it commits, and until it ends nobody else writes the
-record: they wait, as a database makes them. A commit may fail, or be sent and answered by an error; then
-the row stays locked until the database has carried it out. The process that dies before it has sent a
-commit is rolled back.
+Others see the writes of a transaction when it commits. Until it ends, others that write the record wait. A commit may
+fail. A commit may also be sent and answered by an error; then the row stays locked until the database has carried the
+commit out. If a process dies before it sends the commit, its transaction is rolled back.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class Lock(NamedTuple):
-    """The record as one transaction has rewritten it.
+    """The record as one uncommitted transaction has written it.
 
     Attributes:
         holder: name of the execution.
-        sent: its commit is under way, so it no longer matters whether the execution lives.
+        sent: the commit is under way, so it no longer matters whether the execution is alive.
     """
 
     holder: object
@@ -33,11 +32,11 @@ class Lock(NamedTuple):
 
 
 class LostCommit(Exception):
-    """The driver's error for a commit that failed, or whose answer did not come."""
+    """The driver's error for a commit that failed or was not answered."""
 
 
 class Inside(Store):
-    """The record seen from within one transaction."""
+    """The store as one transaction sees it."""
 
     url = "model:"
 
@@ -68,7 +67,7 @@ class Inside(Store):
     def replace(
         self, key: str, old: Stored, value: bytes, ttl: int | None = None, due: int | None = None
     ) -> Reply:
-        """The lock, and what will be there after the commit."""
+        """Lock the record, and prepare the write for the commit."""
         world = self.world
         world.tell(self.actor, (old, value))
         choice = world.pause_at("lock")
@@ -91,7 +90,7 @@ class Inside(Store):
         return reply
 
     def commit(self) -> None:
-        """Of rows and record together."""
+        """Commit the rows and the record together."""
         world = self.world
         choice = world.pause_at("commit")
         commit = self._commit
@@ -108,7 +107,7 @@ class Inside(Store):
             raise world.soft_limit()
 
     def rollback(self) -> None:
-        """The end of a transaction that did not commit."""
+        """End a transaction that did not commit."""
         lock = self.world.lock
         if lock is not None and lock.holder == self.actor.name and not lock.sent:
             self.world.lock = None

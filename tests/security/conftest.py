@@ -1,4 +1,4 @@
-"""Two applications that share a store and differ only in their namespace, and a test's own command line."""
+"""Two applications that share a store and differ only in their namespace, and a command line for tests."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from click.testing import CliRunner
 from celery_idem import IdempotentTask
 from celery_idem.cli import idem
 
-# What stands in records and arguments of the neighbour, and must be seen nowhere else.
+# A text in records and results of the namespace "theirs". Another namespace must never see it.
 MARK = "s3cret-of-the-neighbour"
 
 
 def application(url: str, namespace: str, **conf: Any) -> Celery:
-    """A shop whose results say what they were called with."""
+    """Return an application whose results contain the arguments of the calls."""
     app = Celery("shop", broker="memory://", backend="cache+memory://", set_as_current=False)
-    # The broker in memory is one for all tests of the process: each application has a queue of its own.
+    # All tests of a process share one memory broker, so each application has another queue.
     app.conf.update(
         idem_store=url, idem_namespace=namespace, task_default_queue=f"test-{uuid.uuid4().hex}", **conf
     )
@@ -40,7 +40,7 @@ def application(url: str, namespace: str, **conf: Any) -> Celery:
 
 
 def command_line(app: Celery, *words: str) -> str:
-    """What ``celery -A shop idem …`` prints, errors included."""
+    """Return what ``celery -A shop idem …`` prints, including errors."""
     result = CliRunner().invoke(idem, list(words), obj=CLIContext(app, True, "."))
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -57,7 +57,7 @@ def shared_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def memory_app() -> Callable[..., Celery]:
-    """`memory_app(namespace="a", idem_lease=5)`: an application with a store of its own."""
+    """`memory_app(namespace="a", idem_lease=5)` returns an application. Those of one test share a memory store."""
     url = f"memory://{uuid.uuid4().hex}"
 
     def make(namespace: str = "ours", **conf: Any) -> Celery:

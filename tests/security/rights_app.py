@@ -1,4 +1,7 @@
-"""A worker whose store is reached by a user with few rights. `RIGHTS_BROKER`, `RIGHTS_STORE` and `RIGHTS_FOLDER`."""
+"""An application whose database user has few rights.
+
+RIGHTS_BROKER, RIGHTS_STORE and RIGHTS_FOLDER configure it.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,14 @@ def make(broker: str, store: str, folder: Path, **conf: Any) -> Celery:
     effects = Effects(folder / "effects.jsonl")
     backend = "cache+memory://" if broker == "memory://" else broker
     app = Celery("rights", broker=broker, backend=backend, set_as_current=False)
-    # Seconds. A dead child is known at once, so nothing waits for a lease to lapse.
+    # The lease is in seconds. The worker notices a dead child at once, so no test waits for the lease.
     app.conf.update(
         task_acks_late=True, task_reject_on_worker_lost=True, idem_store=store, idem_lease=5, **conf
     )
     how: dict[str, Any] = {"base": IdempotentTask, "bind": True, "shared": False, "lazy": False}
 
     def pay(self: Any, name: str, how: str = "") -> str:
-        """Every way an execution writes its record."""
+        """Write the record in every way that an execution can write it, depending on `how`."""
         if how == "retry" and not self.request.retries:
             raise self.retry(countdown=0)
         self.step("charge", effects.add, name)

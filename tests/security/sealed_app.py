@@ -1,4 +1,7 @@
-"""A worker whose records are sealed. `SEALED_URL`, `SEALED_QUEUE`, `SEALED_FOLDER` and `SEALED_KEYS`."""
+"""An application whose records are sealed.
+
+SEALED_URL, SEALED_QUEUE, SEALED_FOLDER and SEALED_KEYS configure it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from celery_idem import IdempotentTask
 
 def make(url: str, queue: str, folder: Path, keys: list[str]) -> Celery:
     app = Celery("sealed", broker=url, backend=url, set_as_current=False)
-    # The message is acknowledged before the body, so that only the record can bring it back.
+    # The message is acknowledged before the body, so that only recovery can publish the call again.
     early = {"task_default_queue": queue, "task_acks_late": False, "idem_lease": 2, "idem_on_crash": "rerun"}
     app.conf.update(idem_seal_keys=keys, **early)
 

@@ -1,4 +1,4 @@
-"""What a stranger, a crafted record or another site's page can do at the HTTP door, the inbox and the terminal."""
+"""The HTTP adapter, the inbox and the command line resist strangers, crafted records and pages of other sites."""
 
 from __future__ import annotations
 
@@ -110,11 +110,11 @@ def test_what_is_too_much_for_the_door(
     )
     assert answer.status_code == status, answer.text
     fits = site.post("/tasks/shop.pay", json={"customer": "a"}, headers={"idempotency-key": "k" * 255})
-    assert fits.status_code == 202  # so it was not something else that was wrong
+    assert fits.status_code == 202  # so the requests above were refused for their size or form alone
 
 
 def test_an_agents_arguments_name_no_option_of_ours(memory_app: Callable[..., Celery]) -> None:
-    """A model writes arguments: not whose action it is, nor under which key, nor what Celery does with it."""
+    """The arguments that a model writes cannot set the scope, the idempotency key or an option of Celery."""
     tool = tool_of(memory_app(), "shop.pay")
     for name in (
         "scope",
@@ -134,7 +134,7 @@ def test_an_agents_arguments_name_no_option_of_ours(memory_app: Callable[..., Ce
 
 
 def test_a_guessed_owner_takes_over_nothing(memory_app: Callable[..., Celery]) -> None:
-    """A message may carry owners of claims whose reply got lost. It must have the very token."""
+    """A message may carry the owner of a claim whose reply was lost. Only the exact owner takes the claim up."""
     app = memory_app(idem_on_duplicate="raise")
     task = app.tasks["shop.pay"]
     claim = claimed(Ledger.from_app(app), task.intent_key("c1"))
@@ -151,22 +151,22 @@ def test_a_guessed_owner_takes_over_nothing(memory_app: Callable[..., Celery]) -
         assert type(answer.result).__name__ == "InProgress"
     assert (
         task.apply(("c1",), headers={CARRIED: [real.hex()]}).state == "SUCCESS"
-    )  # so the test is none of a dud
+    )  # the real owner works, so the refusals above are due to the guesses
 
 
 def test_owner_tokens_share_nothing_that_tells_the_next() -> None:
     tokens = [owners.mint() for _ in range(2000)]
     assert len(set(tokens)) == 2000
-    assert len({token[:7] for token in tokens}) == 1  # of this process
+    assert len({token[:7] for token in tokens}) == 1  # they name this process
     for at in range(7, 12):
-        assert len({token[at] for token in tokens}) > 200  # of 256: a counter would show
+        assert len({token[at] for token in tokens}) > 200  # of 256; a counter would have fewer
 
 
 # --- the inbox -----------------------------------------------------------------------------------
 
 
 def crafted(app: Celery) -> str:
-    """A record with markup and terminal codes in everything that is text; its key."""
+    """Write records with markup and terminal codes in every text. Return the key of one of them."""
     ledger = Ledger.from_app(app)
     key = app.tasks["shop.pay"].intent_key("c1")
     in_doubt(ledger, key, BAD)
@@ -205,13 +205,13 @@ def test_no_page_runs_what_a_record_says(memory_app: Callable[..., Celery]) -> N
         answers.append(pages.post(path, data={**form, "until": BAD, "number": BAD, "reason": BAD}))
         assert answers[-1].status_code == 400
     for answer in answers:
-        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", answer.text)  # means nothing to a browser
+        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", answer.text)  # browsers ignore these characters
         assert inert(text), text
         policy = answer.headers["content-security-policy"]
         assert "default-src 'none'" in policy
         assert "frame-ancestors 'none'" in policy
         assert "script-src" not in policy
-    assert any("alert(1)" in answer.text for answer in answers)  # it was there to be seen
+    assert any("alert(1)" in answer.text for answer in answers)  # the pages did show the text
 
 
 FORM = {"decision": "not_happened", "evidence": "seen"}
@@ -246,7 +246,7 @@ def test_another_sites_page_decides_nothing(
 
 
 def test_our_own_page_decides(memory_app: Callable[..., Celery]) -> None:
-    """Without this one the test above would pass for a form that never works."""
+    """The form of our own page works. Without this test, the test above would pass if no form worked."""
     app = memory_app()
     key = app.tasks["shop.pay"].intent_key("c1")
     in_doubt(Ledger.from_app(app), key)
@@ -282,7 +282,7 @@ def test_a_crafted_result_is_told_to_be_none(memory_app: Callable[..., Celery], 
 
 
 def test_a_sign_in_ends(memory_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a shift, and with a new token."""
+    """A session ends after twelve hours, and when the token is replaced."""
     app = memory_app()
     pages = TestClient(inbox(app, token=TOKEN))
     form = {**hidden(pages.get("/sign-in")), "name": "ann", "token": TOKEN}

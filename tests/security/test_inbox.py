@@ -1,4 +1,4 @@
-"""What a stranger, another site's page, a crafted record or a host around it can do to the inbox."""
+"""The inbox resists strangers, pages of other sites and crafted records, and it respects its host application."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_forged_or_foreign_session_is_nobody(app: Celery, ledger: Ledger, key:
 
 
 def test_a_session_of_another_user_opens_no_form(app: Celery, ledger: Ledger, key: str) -> None:
-    """Mallory plants her own cookie into Ann's browser, and knows the token in its forms."""
+    """Mallory puts her cookie into Ann's browser and knows the CSRF token of its forms. She cannot decide as Ann."""
     site = inbox(app, authenticate=lambda request: request.headers.get("x-user"))
     mallory = TestClient(site, headers={"x-user": "mallory"})
     form = form_for(mallory, key)
@@ -115,7 +115,7 @@ def test_the_cookie_is_for_this_place_alone(app: Celery, scheme: str, secure: bo
 
 
 def test_one_secret_serves_several_processes(app: Celery, key: str) -> None:
-    """With the host's sign-in each process makes a secret of its own unless it is given one."""
+    """With the host's sign-in, several processes need one secret. Without it each process makes another one."""
 
     def served(secret: str | None) -> TestClient:
         return TestClient(inbox(app, authenticate=lambda request: "ann", secret=secret))
@@ -141,7 +141,7 @@ def test_a_name_is_text_in_one_cookie(app: Celery, name: str) -> None:
     answer = pages.post("/sign-in", data={**form, "name": name}, follow_redirects=False)
     assert answer.status_code == 303
     (cookie,) = answer.headers.get_list("set-cookie")
-    assert len(cookie) < 4096  # browsers drop a larger one without a word
+    assert len(cookie) < 4096  # browsers silently drop a larger cookie
     assert pages.post("/sign-in", data={**form, "name": "n" * 101}).status_code in (401, 403)
 
 
@@ -208,7 +208,7 @@ def test_odd_fields_decide_nothing(
 
 
 def test_half_a_surrogate_pair_costs_no_page(app: Celery, ledger: Ledger, key: str) -> None:
-    """Python's JSON and its errors' texts may have one. No encoding does."""
+    """A lone surrogate in JSON or in the text of an error cannot be encoded, but no page fails because of it."""
     other = app.tasks["shop.pay"].intent_key("c2")
     in_doubt(ledger, other, "\ud800")
     pages = signed_in(app)
@@ -244,7 +244,7 @@ def test_one_of_two_who_decide_at_once_is_refused(app: Celery, ledger: Ledger) -
         assert state(ledger, one) == won
 
 
-# --- the store, and what is around it ----------------------------------------------------------------
+# --- the store and the host application --------------------------------------------------------------
 
 
 def test_a_store_that_is_away_is_a_503(
@@ -262,7 +262,7 @@ def test_a_store_that_is_away_is_a_503(
         assert answer.status_code == 503
         assert "it is &lt;away&gt;" in answer.text
     monkeypatch.undo()
-    assert decide(pages, form).status_code == 303  # what was typed is still in the browser
+    assert decide(pages, form).status_code == 303  # the same form can be sent again
 
 
 @pytest.mark.parametrize("path", ["//evil.example/", "/;a=b/", "/\\evil.example/", "/%2f%2fevil.example/"])

@@ -1,4 +1,4 @@
-"""One namespace sees nothing of another's, whatever key it asks for and through whatever door."""
+"""A namespace sees nothing of another namespace, with any key and through any API, adapter or command."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ TOKEN = "a-token-of-enough-characters"
 BEARER = {"authorization": f"Bearer {TOKEN}"}
 DOUBTED = "the neighbour's doubt"
 
-# Ours, as an attacker would choose it: a pattern, a prefix of theirs, theirs in another case or with our own mark.
+# Our namespaces, as an attacker would choose them: patterns, a prefix of "theirs", and "theirs" with a suffix.
 OURS = ("ours", "*", "[t]heirs", "their?", "their", "theirs2")
 
 
 @pytest.fixture
 def theirs(shared_url: str) -> Celery:
-    """The neighbour: a result, an intent in doubt, and a shadow record, all with the mark or the doubt."""
+    """The other application, with a result, an intent in doubt and a shadow record that must not be seen."""
     app = application(shared_url, "theirs")
     pay = app.tasks["shop.pay"]
     assert MARK in pay.apply(("c1", 7)).get()
@@ -48,7 +48,7 @@ def theirs(shared_url: str) -> Celery:
 
 
 def crafted(theirs: Celery) -> list[str]:
-    """Keys that an attacker could try who knows everything about the neighbour but has no access to the store."""
+    """Return keys for an attacker who knows everything about the other application but cannot access the store."""
     keys = []
     for customer in ("c1", "c2", "c3"):
         key = theirs.tasks["shop.pay"].intent_key(customer)
@@ -84,7 +84,7 @@ def crafted(theirs: Celery) -> list[str]:
 
 
 class Doors:
-    """Everything that the doors of an application say, by door."""
+    """Everything that the APIs, adapters and commands of an application return, by name."""
 
     def __init__(self, app: Celery) -> None:
         self.app, self.ledger, self.operator = app, Ledger.from_app(app), Operator(app)
@@ -97,11 +97,11 @@ class Doors:
         try:
             self.said[name].append(repr(call(*words)))
         except IdempotencyError as refusal:
-            asked = max(map(str, words), key=len, default="")  # a refusal may repeat what it was asked for
+            asked = max(map(str, words), key=len, default="")  # a refusal may repeat the given key
             self.said[name].append(str(refusal).replace(asked, "") if asked else str(refusal))
 
     def lists(self) -> None:
-        """What takes no key."""
+        """Call everything that takes no key."""
         for words in (
             ("list",),
             ("list", "--state=in_doubt"),
@@ -130,7 +130,7 @@ class Doors:
         self.say("change", lambda key: (self.ledger.forget(key), self.operator.forget(key)), key)
 
     def ask(self, key: str) -> None:
-        """The same questions as ``look`` through the doors that people and programs use."""
+        """Ask about a key as ``look`` does, through the adapters and the command line."""
         path = "".join(f"%{byte:02x}" for byte in key.encode())
         self.say("http", lambda: _body(self.http.get(f"/intents/{path}")))
         self.say("inbox", lambda: _body(self.pages.get("/intent", params={"key": key})))
@@ -158,11 +158,11 @@ def test_no_door_shows_the_neighbour(theirs: Celery, shared_url: str, namespace:
     for key in keys:
         ours.look(key)
         ours.change(key)
-    for key in (*keys[:3], *keys[-8:]):  # slower, and on the same foundation
+    for key in (*keys[:3], *keys[-8:]):  # these are slower, and use the same ledger
         ours.ask(key)
     for name, answers in ours.said.items():
         for sign in (MARK, DOUBTED, "in_doubt", "<Entry", "Receipt("):
-            # A gauge of our own that is 0 names the state and counts nothing.
+            # One of our own gauges with the value 0 names the state.
             told = re.sub(r'state="in_doubt",task="[^"]*"} 0\.0', "", "".join(answers))
             assert sign not in told, name
     assert _all(theirs) == before  # nothing was resolved, forgotten or asked about
@@ -174,7 +174,7 @@ def _all(app: Celery) -> list[Any]:
 
 
 def test_the_neighbour_sees_itself(theirs: Celery) -> None:
-    """Without this one the test above would pass for an empty store, or for doors that say nothing."""
+    """The other application sees its own records. Without this test, the one above would pass for an empty store."""
     doors = Doors(theirs)
     key = theirs.tasks["shop.pay"].intent_key("c1")
     doors.lists()
@@ -195,7 +195,7 @@ def test_the_same_call_of_two_namespaces_is_two_actions(theirs: Celery, shared_u
 
 
 def test_a_key_in_a_header_is_looked_up_in_our_own_namespace(theirs: Celery, shared_url: str) -> None:
-    """Who can publish may choose a key within a task, but not the namespace that its worker looks in."""
+    """A producer may choose a key of a task, but not the namespace in which the worker looks it up."""
     ours = application(shared_url, "ours")
     pay = ours.tasks["shop.pay"]
     stolen = theirs.tasks["shop.pay"].intent_key("c1")
@@ -224,14 +224,14 @@ def test_nothing_of_the_neighbour_is_logged(
     assert DOUBTED not in caplog.text
 
 
-# --- scopes: callers of one door -----------------------------------------------------------------
+# --- scopes: callers of one application ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("audit", [True, False])
 def test_a_computed_key_does_not_open_another_scopes_record(
     memory_app: Callable[..., Celery], audit: bool
 ) -> None:
-    """The key of a call is a digest of what everybody may know: the scope's name, the customer, the invoice."""
+    """Anyone can compute a key from the names of scope, customer and invoice. It shows only records of one's scope."""
     app = memory_app("theirs", idem_audit=audit)
     pay = app.tasks["shop.pay"]
     tool = tool_of(app, "shop.pay")

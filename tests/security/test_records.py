@@ -1,7 +1,7 @@
-"""A record that another program wrote: a writer to the store decides what callers receive, and nothing more.
+"""A program that can write to the store decides what callers receive, but cannot run code.
 
-Nothing is unpickled that the application does not accept, nothing but an exception is made of a stored error, and
-what is no record is an error that names the key.
+Pickle is not read unless the application accepts it. A stored error only ever becomes an exception. A value that is no
+record raises an error that names the key.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def go_off(what: str) -> None:
 
 
 class Bomb:
-    """Unpickling it leaves a trace."""
+    """An object that leaves a trace in `RUNS` when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return go_off, ("unpickled",)
@@ -48,7 +48,7 @@ def no_trace() -> None:
 
 
 def write(app: Celery, key: str, payload: bytes, succeeded: bool = True, **parts: Any) -> None:
-    """A record as a program with access to the store may write it."""
+    """Write a record, as a program with access to the store can."""
     state = State.SUCCEEDED if succeeded else State.FAILED
     ledger = Ledger.from_app(app)
     record = Record(
@@ -83,7 +83,7 @@ def test_pickle_is_not_read_unless_results_may_be_pickled(
 
 
 def test_pickle_is_read_where_the_application_says_so(memory_app: Callable[..., Celery]) -> None:
-    """Without this one the test above would pass for a bomb that is a dud."""
+    """Pickle is read if the application accepts it. Without this test, a broken pickle would pass the one above."""
     app = memory_app(result_accept_content=["json", "application/x-python-serialize"])
     task = app.tasks["shop.pay"]
     write(app, task.intent_key("c1"), BOMB)
@@ -161,7 +161,7 @@ def test_a_stored_error_is_only_ever_rebuilt_as_an_exception(
     made = Codec().decode_error(error(module, name, *json.loads(text)), "k")
     assert isinstance(made, Exception)
     assert type(made).__name__ == name.rpartition(".")[2]
-    # A new class of that name, and not the thing itself: nothing but our stand-in and the interpreter's own is below.
+    # It is a new class of that name, not the named object: its only bases are our stand-in and built-in classes.
     assert {base.__module__ for base in type(made).__mro__[1:]} == {
         "celery_idem.core.stored_errors",
         "builtins",
@@ -172,7 +172,7 @@ def test_a_stored_error_is_only_ever_rebuilt_as_an_exception(
 
 @pytest.mark.parametrize("name", ["Ignore", "Reject", "Retry"])
 def test_a_stored_error_is_no_order_to_celery(name: str, memory_app: Callable[..., Celery]) -> None:
-    """A forged Reject(requeue=True) would go round in circles, at a hundred times a second."""
+    """A forged Reject(requeue=True) does not requeue the message, which would loop a hundred times a second."""
     app = memory_app()
     task = app.tasks["shop.pay"]
     write(app, task.intent_key("c1"), error("celery.exceptions", name, "forged", True), succeeded=False)
@@ -190,7 +190,7 @@ def test_no_module_is_imported_to_find_a_class(tmp_path: Path, monkeypatch: pyte
 
 
 def test_no_module_is_asked_for_what_it_would_import_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`celery` is such a module itself: its attributes are imported when they are first asked for."""
+    """Modules that import on attribute access, like `celery`, import nothing."""
     lazy = type(sys)("lazy_module_of_a_test")
     lazy.__getattr__ = RUNS.append  # type: ignore[method-assign]
     monkeypatch.setitem(sys.modules, lazy.__name__, lazy)
@@ -251,7 +251,7 @@ def test_a_stored_error_that_is_none_names_its_key(payload: bytes) -> None:
         b"\0" * 8,
         b"somebody else's value",
         b"\xff" * 200,
-        # Claims four thousand million steps, and two gigabytes of text: must not be believed.
+        # These two claim to hold four thousand million steps and two gigabytes of text.
         struct.pack(">12sBBHHBQ", b"x" * 12, 1, 1, 1 << 4, 1, 0, 1) + b"\xff\xff\xff\xff",
         struct.pack(">12sBBHHBQ", b"x" * 12, 1, 1, 1 << 7, 1, 0, 1) + b"\x7f\xff\xff\xff",
         struct.pack(">12sBBHHBQ", b"x" * 12, 9, 1, 0, 1, 0, 1),

@@ -1,4 +1,4 @@
-"""The rights that docs/security.md names are enough for a worker and for its operators, and for nothing more."""
+"""The rights in docs/security.md are enough for a worker and for operators, and they allow nothing more."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def block(language: str) -> str:
 
 @pytest.fixture
 def served(tmp_path: Path, start_worker: Callable[..., CeleryWorker]) -> Callable[[str, str], Celery]:
-    """`served(broker, store)`: a worker there, and its application."""
+    """`served(broker, store)` starts a worker and returns its application."""
 
     def start(broker: str, store: str) -> Celery:
         env = {"RIGHTS_BROKER": broker, "RIGHTS_STORE": store, "RIGHTS_FOLDER": str(tmp_path)}
@@ -84,7 +84,7 @@ def refused_to_write(app: Celery, key: str) -> None:
 
 @pytest.fixture
 def redis_users(start_redis: Callable[..., RedisServer]) -> RedisServer:
-    """A server with the users of the page."""
+    """A server with the users of docs/security.md."""
     import redis
 
     server = start_redis()
@@ -126,7 +126,7 @@ def test_redis_users(redis_users: RedisServer, served: Callable[[str, str], Cele
 
 @pytest.fixture
 def shop_database(postgres: PostgresServer, tmp_path: Path) -> Iterator[str]:
-    """A database with the table and the roles of the page; its URL without the user."""
+    """The URL, without the user, of a database with the table and the roles of docs/security.md."""
     import psycopg
 
     url = postgres.create_database(f"rights_{uuid.uuid4().hex}")
@@ -137,7 +137,7 @@ def shop_database(postgres: PostgresServer, tmp_path: Path) -> Iterator[str]:
     yield url.replace("postgres@", "{}@")
     with psycopg.connect(
         url, autocommit=True
-    ) as admin:  # roles belong to the server, which other tests use too
+    ) as admin:  # roles belong to the server, which other tests use as well
         admin.execute("DROP OWNED BY shop_worker, shop_reader; DROP ROLE shop_worker, shop_reader")
 
 
@@ -157,7 +157,7 @@ def test_postgresql_roles(
         open_store(shop_database.format("postgres")),
     )
     owner.create("other:a", b"x" * 40)
-    assert worker.read("other:a").stored is None  # row level security: their rows are not there
+    assert worker.read("other:a").stored is None  # row level security hides the rows of other namespaces
     assert [key for key, _ in worker.scan("") if not key.startswith(("idem:", "idem~"))] == []
     with pytest.raises(StoreError, match="policy"):
         worker.create("other:b", b"x" * 40)

@@ -1,4 +1,4 @@
-"""Records with sealed values: what the bytes in the store show, and what happens without the right key."""
+"""Sealed records: the store does not show their values, and without the right key nothing runs or is lost."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CARD, PIN = "4111-1111-1111-1111", "pin-of-the-customer"
 
 
 def shop(url: str, *keys: str, **conf: Any) -> Celery:
-    """An application whose every kind of stored value has the card's number in it. ``app.ran`` has its effects."""
+    """Return an application that stores the card number in every kind of value. ``app.ran`` has its effects."""
     app = hand.application(idem_store=url, idem_seal_keys=list(keys), idem_lease=0.1, **conf)
     app.ran = []
 
@@ -77,7 +77,7 @@ def memory() -> str:
 
 
 def stored_bytes(url: str, tmp_path: Path) -> bytes:
-    """Everything that the store holds: keys, values, index."""
+    """Return everything that the store holds: keys, values and the index."""
     if url.startswith("sqlite"):
         return b"".join(path.read_bytes() for path in tmp_path.glob("idem.db*"))
     if url.startswith("redis"):
@@ -102,13 +102,13 @@ def stored_bytes(url: str, tmp_path: Path) -> bytes:
 
 
 def run_all_kinds(app: Celery) -> Any:
-    """A success, an error, one in doubt, and one that is accepted and not begun."""
+    """Make intents that succeeded, failed, are in doubt, and are accepted but not begun. Return the task."""
     pay = app.tasks["shop.pay"]
     for order in ("fine", "refused", "in doubt"):
         pay.submit(order, CARD, PIN)
         hand.drain(app)
     lost, ledger = pay.submit("accepted", CARD, PIN).key, Ledger.from_app(app)
-    assert hand.take(app) is not None  # its message is lost
+    assert hand.take(app) is not None  # the message is lost
     entry = ledger.get(lost)
     assert entry is not None
     ledger.sent(lost, entry.record.owner, 0)  # recovery need not wait
@@ -123,7 +123,7 @@ def test_no_value_is_in_the_store_and_each_is_given_back(url: str, tmp_path: Pat
     for value in (CARD, PIN, "bank says", "no money", "ValueError"):
         assert value.encode() not in found
         assert value.encode().hex().encode() not in found
-    # The order is in the records of the calls that are open, and nowhere in clear.
+    # All four records have sealed values.
     states = {entry.state: entry for entry in Ledger.from_app(app).list()}
     assert set(states) == {"succeeded", "failed", "in_doubt", "accepted"}
     assert all(sealing.sealed_with(entry.record) == {Seal([NEW]).newest} for entry in states.values())
@@ -140,7 +140,7 @@ def test_no_value_is_in_the_store_and_each_is_given_back(url: str, tmp_path: Pat
 
 
 def test_without_keys_the_same_search_finds_them(url: str, tmp_path: Path) -> None:
-    """The control of the test above; and the secret value is not there all the same."""
+    """Without keys the same search finds the values, except that of the secret parameter."""
     app = shop(url)
     run_all_kinds(app)
     found = stored_bytes(url, tmp_path)
@@ -254,7 +254,7 @@ def test_without_the_key_a_worker_runs_nothing_and_loses_nothing(
         result = pay.delay(order, CARD, PIN)
         hand.deliver(app, hand.take(app))
         if policy == "retry":
-            assert hand.take(app).headers["id"] == result.id  # it comes back
+            assert hand.take(app).headers["id"] == result.id  # the message was published again
         else:
             with pytest.raises(
                 StoreError, match=f"sealed with the key {Seal([NEW]).newest}.*Nothing was run"
@@ -266,7 +266,7 @@ def test_without_the_key_a_worker_runs_nothing_and_loses_nothing(
 
 @pytest.fixture
 def locked(memory: str) -> Iterator[tuple[Celery, Any]]:
-    """An application without the key of what is there, and its task."""
+    """An application that does not have the key of the stored records, and its task."""
     run_all_kinds(shop(memory, NEW))
     store = open_store(memory)
     before = dict(store.scan(""))
@@ -299,7 +299,7 @@ def test_without_the_key_callers_are_told(locked: tuple[Celery, Any]) -> None:
 
 
 def test_without_the_key_what_was_released_is_not_accepted_again(memory: str) -> None:
-    """Its finished step is sealed, so an acceptance would promise what no worker here can go on with."""
+    """A finished step of the record is sealed, so no worker with these keys could continue the call."""
     first = shop(memory, NEW)
     key = run_all_kinds(first).intent_key("in doubt", "")
     ledger = Ledger.from_app(first)
@@ -344,7 +344,7 @@ def test_recovery_leaves_what_it_cannot_open(locked: tuple[Celery, Any]) -> None
 
 
 def test_a_message_names_the_key_of_the_record_that_it_continues(memory: str) -> None:
-    """Its claim does not read the record, so without the key it would write over what others can open."""
+    """The claim does not read the record. Without this check it would overwrite a record that others can open."""
     caller = shop(memory, NEW)
     caller.tasks["shop.pay"].submit("fine", CARD, PIN)
     message = hand.take(caller)
@@ -385,7 +385,7 @@ def codes(app: Celery) -> dict[str, str]:
 
 
 def test_a_rotation(url: str) -> None:
-    run_all_kinds(shop(url))  # before there were keys
+    run_all_kinds(shop(url))  # records from before there were keys
     assert "not-sealed" in codes(shop(url))
     assert "in-clear" in codes(shop(url, OLD))
     assert resealed(shop(url, OLD))["resealed"] == 4
@@ -403,7 +403,7 @@ def test_a_rotation(url: str) -> None:
     assert resealed(app) == {"resealed": 0, **counts, "current": 5, "dry_run": False}
     assert used(app) == {new}
     assert not {"old-key", "in-clear", "key-missing", "not-sealed"} & set(codes(app))
-    for entry in Ledger.from_app(app).list():  # nothing but the fields was changed
+    for entry in Ledger.from_app(app).list():  # only the sealed fields were changed
         then, now = before[entry.key], entry.record
         assert (now.state, now.owner, now.fence) == (then.state, then.owner, then.fence)
         assert now.lease <= then.lease
@@ -460,7 +460,7 @@ def test_what_runs_is_left_to_its_execution(memory: str) -> None:
 
 
 def test_a_lost_key(memory: str) -> None:
-    """What was done stays done, what is in doubt stays so, and what was not begun waits for a call."""
+    """If a key is lost, outcomes and doubts stay, without their values. An accepted call runs when it is made again."""
     run_all_kinds(shop(memory, OLD))
     app = shop(memory, NEW)
     pay = app.tasks["shop.pay"]

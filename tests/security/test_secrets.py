@@ -1,4 +1,4 @@
-"""Values and passwords that must stay where they are: in messages of our errors, in logs, events, records, pages."""
+"""Secret values and passwords appear in no error message, log, event, record or page."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ TOKEN = "a-token-of-enough-characters"
 
 @pytest.fixture
 def told() -> Iterator[list[str]]:
-    """All events, as text."""
+    """All events as text."""
     seen: list[str] = []
     stop = events.listen(lambda event: seen.append(repr(event)), here=True)
     yield seen
@@ -59,7 +59,7 @@ def bare(text: str) -> str:
 
 
 def shop(memory_app: Callable[..., Celery], **conf: Any) -> tuple[Celery, Any]:
-    """A task with its secret in every place where one can be: in the intent, to be matched, free."""
+    """Return an application and a task with secret parameters: in the intent, in must_match, and a free one."""
     app = memory_app(**conf)
 
     def charge(self: Any, card: str, pin: str, note: str = "", **more: str) -> str:
@@ -103,7 +103,7 @@ def test_a_secret_value_is_in_no_log_event_record_metric_span_or_page(
     finally:
         for stop in stops:
             stop()
-    assert told, "nothing happened, so nothing was looked at"
+    assert told, "there was no event, so nothing was checked"
     stored = [bytes(value.value) for _, value in Ledger.from_app(app).store.scan("")]
     assert len(stored) >= 2
     pages = TestClient(inbox(app, authenticate=lambda request: "ann"))
@@ -112,7 +112,7 @@ def test_a_secret_value_is_in_no_log_event_record_metric_span_or_page(
         *told,
         *map(repr, stored),
         *(value.decode("latin-1") for value in stored),
-        # Celery's own log has them here, because an eager call has no message that says what to show instead.
+        # Celery's own log shows them here, because an eager call has no message with a hidden form of its arguments.
         *(repr(vars(record)) for record in caplog.records if record.name.startswith("celery_idem")),
         prometheus_client.generate_latest(registry).decode(),
         *(span.to_json() for span in spans.get_finished_spans()),
@@ -159,7 +159,7 @@ def test_what_a_function_makes_of_a_secret_is_not_shown(memory_app: Callable[...
 def test_celery_shows_no_secret_either(
     memory_app: Callable[..., Celery], args: tuple[str, ...], kwargs: dict[str, str]
 ) -> None:
-    """What a message carries for the worker's log, for events, and for Flower."""
+    """The headers of a message, which the worker's log, events and Flower show, have no secret values."""
     app = memory_app(task_send_sent_event=True)
     task = app.tasks["shop.login"]
     for publish in (task.apply_async, lambda *call: task.signature(*call).apply_async()):
@@ -170,7 +170,7 @@ def test_celery_shows_no_secret_either(
         assert "ann" in shown
         assert "(secret)" in shown
         assert shown == bare(shown)
-        assert VALUE.encode() in message.body  # it does get to the worker
+        assert VALUE.encode() in message.body  # the worker receives it
 
 
 def messages(app: Celery) -> Iterator[Any]:
@@ -180,7 +180,7 @@ def messages(app: Celery) -> Iterator[Any]:
 
 
 def test_a_worker_shows_no_secret_whoever_published_it(memory_app: Callable[..., Celery]) -> None:
-    """In its answers to `inspect`, in events, and in the log of the process that runs the task."""
+    """A worker hides secrets in its answers to `inspect`, in events and in its log, whichever producer published."""
     app = memory_app()
     other = Celery("other", broker="memory://", set_as_current=False)
     other.send_task(
@@ -200,7 +200,7 @@ def test_a_worker_shows_no_secret_whoever_published_it(memory_app: Callable[...,
     strange = kind(message, app=app, task=task, body=(None, None, {}), decoded=True)
     assert strange.info()["args"] == "(secret)"
     plain = request_class(app.tasks["shop.pay"])
-    assert not issubclass(plain, kind), "a task without secrets pays nothing"
+    assert not issubclass(plain, kind), "a task without secrets has no extra cost"
 
 
 def test_a_call_by_name_shows_no_secret_where_the_task_is_known(memory_app: Callable[..., Celery]) -> None:
@@ -215,7 +215,7 @@ def test_a_call_by_name_shows_no_secret_where_the_task_is_known(memory_app: Call
 def test_a_loop_over_calls_shows_no_secret(
     memory_app: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`map`, `starmap` and `chunks` are tasks of Celery's own, with every call among their arguments."""
+    """`map`, `starmap` and `chunks` are Celery tasks that have the calls as arguments. They hide secrets as well."""
     app = memory_app(task_send_sent_event=True)
     task = app.tasks["shop.login"]
     sent: list[Any] = []
@@ -234,7 +234,7 @@ def test_a_loop_over_calls_shows_no_secret(
 
 
 def test_the_wait_for_a_chord_shows_no_secret(memory_app: Callable[..., Celery]) -> None:
-    """Without a native chord its body is an argument of a task of Celery's own, which retries until it is time."""
+    """Without native chords the body of a chord is an argument of a Celery task. It hides secrets as well."""
     app = memory_app()
     body = app.tasks["shop.login"].si("ann", VALUE)
     for args in (("group", chain(app.tasks["shop.pay"].si("c1", 7), body)), ("group", dict(body))):
@@ -256,7 +256,7 @@ def _also(sent: list[Any], publish: Any) -> Any:
 
 
 def test_a_retry_that_is_given_up_shows_no_secret(memory_app: Callable[..., Celery]) -> None:
-    """Celery's error for it has all arguments in it, and is stored as the outcome."""
+    """Celery's MaxRetriesExceededError would contain all arguments, and it is stored as the outcome."""
     app = memory_app()
 
     def charge(self: Any, card: str) -> None:
@@ -273,7 +273,7 @@ def test_a_retry_that_is_given_up_shows_no_secret(memory_app: Callable[..., Cele
 
 
 def test_another_callers_secret_is_in_no_receipt(memory_app: Callable[..., Celery]) -> None:
-    """The body's error quotes the first caller's note; the second caller asks for the same action."""
+    """The body's error quotes the first caller's secret note. The second caller of the action does not receive it."""
     app = memory_app()
 
     def charge(card: str, note: str) -> None:
@@ -286,7 +286,7 @@ def test_another_callers_secret_is_in_no_receipt(memory_app: Callable[..., Celer
     told = site.post("/tasks/shop.quotes", json={"card": "c1", "note": OTHER})
     looked = site.get(f"/intents/{task.intent_key('c1', OTHER)}")
     receipt = task.submit("c1", OTHER)
-    stranger = Celery("stranger", broker="memory://", set_as_current=False)  # it does not have the task
+    stranger = Celery("stranger", broker="memory://", set_as_current=False)  # an application without the task
     stranger.conf.update(idem_store=app.conf.idem_store, idem_namespace=Ledger.from_app(app).namespace)
     from_outside = look_up(stranger, task.intent_key("c1", OTHER))
     assert from_outside is not None
@@ -357,7 +357,7 @@ def test_a_mismatch_tells_names_and_no_values(memory_app: Callable[..., Celery])
 
 
 def test_a_result_that_yaml_refuses_is_not_quoted(memory_app: Callable[..., Celery]) -> None:
-    """Its error shows the whole object."""
+    """YAML's error quotes the whole object. Ours does not."""
     app = memory_app(result_serializer="yaml", result_accept_content=["yaml"])
 
     def charge(a: int) -> Shy:
@@ -372,7 +372,7 @@ def test_a_result_that_yaml_refuses_is_not_quoted(memory_app: Callable[..., Cele
 
 # --- passwords in URLs ------------------------------------------------------------------------------------
 
-# A password, and the same with each character that means something in a URL and was not percent-encoded.
+# A password, then one for each character that has a meaning in URLs and is not percent-encoded here.
 PASSWORDS = ["hunterhunter", *(f"hunter{c}hunter" for c in "/?#;[]@:%&=+ ")]
 URLS = [
     "redis://:{}@127.0.0.1:1/0",
@@ -415,7 +415,7 @@ def test_a_password_that_was_not_encoded_is_explained() -> None:
     assert "hunter" not in str(refused.value)
     assert (
         redact("redis://:a%2Fb@host:6379/0") == "redis://host:6379/0"
-    )  # the ordinary one is named as before
+    )  # a password that is encoded is removed, and the rest of the URL is kept
 
 
 def test_a_wrong_setting_does_not_quote_the_password() -> None:
