@@ -1,4 +1,4 @@
-"""Models as arguments: one message has one key for ever, and two actions never share one."""
+"""Models as arguments: one message always has the same key, and two actions never share one."""
 
 from __future__ import annotations
 
@@ -401,7 +401,7 @@ def test_a_model_as_a_factory_is_its_defaults() -> None:
 
 
 def test_a_model_as_a_default_is_the_same_in_every_process() -> None:
-    def make() -> Any:  # as each process does when it imports the module
+    def make() -> Any:  # each process does this when it imports the module
         def place(x: Traced = Traced(number=1)) -> None: ...  # noqa: B008
 
         return a_task(place).intent_key
@@ -437,7 +437,7 @@ def test_validators_that_mint_are_refused() -> None:
 
 
 def test_a_validator_that_breaks_is_refused_and_not_read_in_another_way() -> None:
-    """Data that are invalid by a database that is away would have another key when it is back."""
+    """If the arguments were read as they are while a database is down, their key would change when it is back."""
 
     class Asking(BaseModel):
         number: int

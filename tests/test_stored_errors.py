@@ -1,4 +1,4 @@
-"""Stored errors: what a replay raises is the error again, and no message to Celery or to the interpreter."""
+"""Stored errors: a replay raises the same error, but never one that Celery or the interpreter would act on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class OurIgnore(celery.exceptions.Ignore):
 
 
 class Prefixed(Exception):
-    """Its constructor adds to what it is given, as many do."""
+    """An exception whose constructor adds to its text, as many do."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"shop: {reason}")
@@ -66,7 +66,7 @@ class Counting(Exception):
 
 
 class Registered(Exception):
-    """Subclasses of it are noted, so a replay may not make one."""
+    """An exception that records its subclasses: a replay must not create one."""
 
     known: ClassVar[list[type]] = []
 
@@ -120,7 +120,7 @@ def test_what_celery_or_the_interpreter_would_act_on_is_raised_as_a_stand_in(err
             "BaseException",
             "object",
         }
-        # As it goes to the worker's main process, and as Celery's result backend names it to a caller.
+        # It is pickled on its way to the worker's main process. A result backend names it to a caller by its class.
         sent = pickle.loads(pickle.dumps(found))  # noqa: S301  # as Celery does
         assert (type(sent), str(sent), sent.idem_replayed) == (type(found), str(found), True)
         assert type(found).__module__ not in sys.modules
