@@ -185,7 +185,7 @@ def test_every_claim_ends_as_its_row_says() -> None:
             assert not states, (met, CLAIM[row])
         else:
             assert states == {new.state}, (met, CLAIM[row])
-    assert used == set(range(len(CLAIM))), "a row of the table was never used"
+    assert used == set(range(len(CLAIM))), "a row that nothing can meet"
 
 
 def test_what_counts_as_too_late() -> None:

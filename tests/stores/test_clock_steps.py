@@ -1,4 +1,4 @@
-"""Real servers whose clock is set: the lease of a dead worker, of one that lives, and what a person may decide."""
+"""Real servers whose clock is changed: leases of dead and live workers, and what a person may decide meanwhile."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ HOUR = 3600 * MICROSECONDS
 SOON = 30.0
 
 Clocked = tuple[Store, Callable[[int], None]]
-"""A store, and how to set its clock: microseconds off the server's own."""
+"""A store, and a function that sets its clock, in microseconds off the server's own clock."""
 
 
 def redis_clocked(url: str, monkeypatch: pytest.MonkeyPatch) -> Clocked:
-    """The scripts as they are, but for what TIME says in them."""
+    """A Redis store whose scripts read a shifted TIME, and are otherwise unchanged."""
     shimmed = rb"\1; t[1] = t[1] + (redis.call('GET', 'off') or 0)"
 
     def source(name: str) -> bytes:
