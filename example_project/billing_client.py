@@ -3,7 +3,7 @@
 - `NotReached`: no connection was made, so nothing happened.
 - `NoAnswer`: the request went out and no answer came back. It may have happened. This is the one that charges
   customers twice.
-- `Refused`: the service answered that it will not.
+- `Refused`: the service answered with an error status, so nothing happened.
 """
 
 from __future__ import annotations

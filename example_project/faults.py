@@ -130,7 +130,7 @@ def _ask_and_kill(stage: Stage, calls: list[Call], path: str) -> None:
 
 
 def killed_and_nobody_to_ask(stage: Stage, say: Say) -> None:
-    """The same with a task without `reconcile`: the callers must receive "in doubt"."""
+    """A worker child is killed as above, in a task without `reconcile`. The callers must receive "in doubt"."""
     calls = [
         Call("billing.send_reminder", {"customer_id": "dune", "invoice_id": f"doubt-{n}"}, "first")
         for n in range(2)

@@ -25,8 +25,8 @@ IN_STORE = "(the store)"
     is_flag=False,
     flag_value=IN_STORE,
     metavar="[FILE]",
-    help="Say what changes for open and remembered intents since the last deployment: since its declarations, which "
-    "its workers noted in the store, or which --save wrote to FILE. Only this is looked at.",
+    help="Report only what changes for open and remembered intents since the last deployment. The declarations of that "
+    "are read from the store, where its workers wrote them, or from FILE, which --save wrote.",
 )
 @click.option(
     "--save",

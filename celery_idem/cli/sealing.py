@@ -34,7 +34,7 @@ def reseal(
 ) -> None:
     """Seal every record with the first of idem_seal_keys, while workers run.
 
-    For after a change of keys, and after keys were set for the first time. It may be stopped and run again.
+    Run it after keys were changed, or set for the first time. It may be stopped and run again.
     """
     if lost and not dry_run:
         screen.confirm(
