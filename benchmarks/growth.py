@@ -47,8 +47,8 @@ class Place(ABC):
     """One server with many records, and a store with few.
 
     Attributes:
-        url, small: of the two stores.
-        pid: of the server of the first.
+        url, small: the URLs of the two stores.
+        pid: the process id of the first store's server.
         kind: "redis" or "postgresql".
     """
 
@@ -233,7 +233,7 @@ def main() -> None:
             print(f"{at.kind}, {size:,} records (filled in {time.monotonic() - began:.0f} s)", flush=True)
             about = {"store": at.kind, "records": size}
             keep({**about, "what": "claim", **claims(at), "bytes per record": round(at.bytes() / size)})
-            if options.undisturbed:  # only now: claims on the other server are compared before
+            if options.undisturbed:  # only now, because the claims before compare two servers
                 os.sched_setscheduler(at.pid, os.SCHED_FIFO, os.sched_param(1))
             for name in wanted:
                 if name == "purge" and size != sizes[-1]:

@@ -169,7 +169,7 @@ def children(variants: Sequence[str], url: str, numbers: Path) -> None:
     numbers.write_text("".join(lines))
 
 
-# --- outside -----------------------------------------------------------------------------
+# --- the parent --------------------------------------------------------------------------
 
 
 def per_task(variants: Sequence[str] = VARIANTS) -> dict[str, float]:

@@ -272,7 +272,7 @@ def quiet(store: RedisServer) -> None:
             before, last[0] = last[0], reads(client)
             return last[0] == before + 1
 
-        wait_for(unchanged, DONE_WITHIN, "the store to be left alone", every=0.5)
+        wait_for(unchanged, DONE_WITHIN, "the store to be idle", every=0.5)
 
 
 Found = tuple[dict[str, list[Spent]], dict[str, Spent], dict[str, float]]

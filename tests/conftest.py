@@ -75,7 +75,10 @@ def pytest_keyboard_interrupt() -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Kills what an interrupted run left: xdist kills a process that does not end within ten seconds."""
+    """Kills what an interrupted run left, and ends the shared RabbitMQ.
+
+    xdist kills a process that does not end within ten seconds, before the fixtures of that process have ended.
+    """
     for process in INTERRUPTED:
         with contextlib.suppress(psutil.Error):
             process.kill()

@@ -48,7 +48,7 @@ class Demo:
 
     def processes(self) -> set[psutil.Process]:
         """Everything alive that carries the token or was seen below the demo. A zombie is dead."""
-        # Valkey overwrites its environment with its title, so it is found by descent, and remembered.
+        # Valkey overwrites its environment with its title. So it is found among the descendants, and remembered.
         self._seen.update(self.program.descendants())
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):

@@ -204,7 +204,7 @@ def test_nothing_is_kept_of_a_store_that_is_no_more() -> None:
     renewer.watch(claim)
     renewer.unwatch(claim)
     del place, claim
-    wait_for(lambda: (gc.collect(), not renewer._keepers)[1], SOON, "it to be forgotten")
+    wait_for(lambda: (gc.collect(), not renewer._keepers)[1], SOON, "its thread to be dropped")
 
 
 def test_the_trust_in_a_lease_ends_while_the_machine_is_suspended(
@@ -284,11 +284,11 @@ def test_a_body_learns_that_nobody_could_renew(ledger: Ledger) -> None:
     renewer.watch(claim)
     assert not claim.lost
     began = time.monotonic()
-    wait_for(lambda: claim.lost, SOON, "the body to be told")
+    wait_for(lambda: claim.lost, SOON, "the body to learn it")
     assert time.monotonic() - began < SOON
     # The body learns it before other workers may take over: in the store the lease is still live.
     store.heal()
-    wait_for(lambda: not claim.lost, SOON, "the next renewal, because nobody took over")
+    wait_for(lambda: not claim.lost, SOON, "the next renewal, as no worker took over")
     renewer.unwatch(claim)
 
 

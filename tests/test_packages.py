@@ -38,7 +38,7 @@ def test_only_public_modules_are_imported_from_elsewhere(package: str) -> None:
         if where == package
     }
     assert outside - public == set()
-    assert public - outside == set(), "named, and nobody else needs it"
+    assert public - outside == set(), "named, and no other package imports it"
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:

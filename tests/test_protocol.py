@@ -563,7 +563,8 @@ def test_what_has_not_begun_is_cancelled_and_what_runs_is_asked_to_stop() -> Non
                 assert isinstance(decision, Done)
                 assert new == record._replace(notes=(ASKED_TO_STOP,))
                 assert protocol.stopping(new)
-                assert protocol.cancel(new, STAMP, now, ASKED_TO_STOP)[1] is None  # it would look alive
+                # A second write would look like a sign of life.
+                assert protocol.cancel(new, STAMP, now, ASKED_TO_STOP)[1] is None
             else:
                 assert new is not None
                 assert new.outcome is not None
@@ -597,7 +598,7 @@ def test_a_write_that_changes_nothing_is_no_sign_of_life() -> None:
         new = protocol.rewritten(record, STAMP, STAMP + 30)
         assert new == record._replace(lease=70, recovery=Recovery(1, 40))
         late = protocol.rewritten(record, STAMP, STAMP + 300)
-        assert late == record._replace(lease=1, recovery=Recovery(1, 1))  # overdue, and not never
+        assert late == record._replace(lease=1, recovery=Recovery(1, 1))  # overdue, but not 0
     for record in (Record(State.IN_DOUBT), Record(State.SUCCEEDED, outcome=OUTCOME)):
         assert protocol.rewritten(record, STAMP, STAMP + 30) == record
     for held_by_another in (Record(State.RUNNING, lease=100), Record(State.IN_DOUBT, lease=100, asking=OWN)):

@@ -43,7 +43,7 @@ def python(program: str, *words: str) -> str:
         [sys.executable, *words, "-c", program],
         capture_output=True,
         text=True,
-        timeout=300,  # all modules, one after the other: 6 s alone
+        timeout=300,  # importing all modules takes 6 s on an idle machine
         env=environment,
         cwd=ROOT.parent.parent,
     )
@@ -94,7 +94,7 @@ def test_importing_it_loads_no_driver_and_no_extra() -> None:
 
 
 def test_it_imports_with_the_core_dependencies_alone() -> None:
-    """Every package that is not a core dependency refuses to be imported."""
+    """Here the packages of the extras cannot be imported."""
     program = f"""
 import sys
 class Missing:

@@ -204,7 +204,7 @@ def test_whatever_else_it_answers_is_no_answer(bench: Bench, answer: Any) -> Non
     with pytest.raises(OutcomeUnknown):
         bench.runner.run(job)
     assert job.ran == 0
-    assert bench.run(ask=Happened("after all")) == "after all"  # asked again, by the next one
+    assert bench.run(ask=Happened("after all")) == "after all"  # the next execution asks again
 
 
 def test_what_the_destination_said_survives_a_record_that_got_lost_meanwhile(bench: Bench) -> None:

@@ -114,7 +114,7 @@ def test_a_constant_in_capitals_beside_the_setting_is_nobodys_mistake() -> None:
     assert of_app(app.conf).lease == 12
 
 
-# --- slips of the pen -------------------------------------------------------------------------
+# --- misspelt names ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_annotations_are_options() -> None:
     assert pay.idem_declaration.must_match == ("b",)
 
 
-# --- what becomes of them --------------------------------------------------------------------------
+# --- how settings are used -------------------------------------------------------------------------
 
 
 def test_the_policy_is_in_microseconds() -> None:

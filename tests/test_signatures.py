@@ -256,7 +256,7 @@ def test_names_that_nobody_gives_are_refused_and_the_real_ones_listed() -> None:
         a_task(with_session(ship_in_session), ("session",))
 
 
-# --- what is not trusted -----------------------------------------------------------------------
+# --- decorators that are refused ---------------------------------------------------------------
 
 
 def first_dropped(fn: Any) -> Any:
@@ -511,7 +511,7 @@ def test_a_signature_that_is_none(wrong: Any) -> None:
         a_task(ship, signature=wrong)
 
 
-# --- who else reads the parameters ---------------------------------------------------------------
+# --- other users of the parameters ---------------------------------------------------------------
 
 
 def test_a_tool_offers_the_parameters_that_callers_give() -> None:

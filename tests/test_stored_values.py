@@ -26,7 +26,7 @@ from tests.support.jobs import Bench, FakeJob
 MARK = {"__type__": "uuid", "__value__": {"hex": "00" * 16}}
 
 
-# --- what looks like kombu's own marks ------------------------------------------------------------
+# --- values that look like kombu's marks -----------------------------------------------------------
 
 imitations = st.recursive(
     st.none() | st.integers() | st.text(max_size=5),
@@ -70,7 +70,7 @@ def test_what_could_not_be_read_again_is_done_without_a_value(bench: Bench) -> N
         bench.run()
 
 
-# --- serializers of the application's own ------------------------------------------------------------
+# --- the application's own serializers ---------------------------------------------------------------
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_a_stored_value_that_cannot_be_read_here_is_done(bench: Bench) -> None:
         bench.run()
 
 
-# --- nobody looks ------------------------------------------------------------------------------------
+# --- ignored results ---------------------------------------------------------------------------------
 
 
 def test_where_the_result_is_ignored_a_replay_is_quiet() -> None:

@@ -26,7 +26,7 @@ IN_STORE = "(the store)"
     flag_value=IN_STORE,
     metavar="[FILE]",
     help="Report only what changes for open and remembered intents since the last deployment. The declarations of that "
-    "are read from the store, where its workers wrote them, or from FILE, which --save wrote.",
+    "deployment are read from the store, where its workers wrote them, or from FILE, which --save wrote.",
 )
 @click.option(
     "--save",

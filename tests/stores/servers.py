@@ -210,7 +210,7 @@ class Cluster:
                     pipe.execute()
                 if one is taking:
                     one.execute_command("CLUSTER BUMPEPOCH")
-        wait_for(lambda: self._agreed(slots.start, target), 30, "every node to know of it")
+        wait_for(lambda: self._agreed(slots.start, target), 30, "every node to know the new owner")
 
     def _agreed(self, slot: int, owner: RedisServer) -> bool:
         for node in self.nodes:

@@ -122,11 +122,11 @@ def test_a_clock_that_is_set_back(clocked: Clocked) -> None:
         assert isinstance(claim(ledger, "shop.lives:1")[0], Busy)
         return isinstance(claim(ledger, "shop.dead:1")[0], Acquired)
 
-    wait_for(decided, SOON, "the lease of the dead one to be over")
+    wait_for(decided, SOON, "the dead worker's lease to lapse")
     wait_for(
         lambda: (entry := ledger.get("shop.resolved:1")) and entry.state == "lapsed",
         SOON,
-        "the same of another",
+        "the other dead worker's lease to lapse",
     )
     assert ledger.resolve("shop.resolved:1", NotHappened(), by="anna").state == "released"
 

@@ -185,7 +185,7 @@ def test_when_to_look() -> None:
     assert stamp + 1 + due == now + 7 + protocol.GRACE
 
 
-# --- Redis, where the index is a key of its own -----------------------------------------------
+# --- Redis, where the index is a separate key --------------------------------------------------
 
 
 def deleted(client: redis.Redis) -> None:

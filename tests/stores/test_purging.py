@@ -87,7 +87,7 @@ def test_two_workers_delete_what_has_expired_and_nothing_else(url: str, purgers:
         purgers[-1].start()
     wait_for(lambda: keys(url) == left, SOON, lambda: f"only {left} to be there, not {len(keys(url))} rows")
     open_store(url).create("later", VALUE, 1)
-    wait_for(lambda: keys(url) == left, SOON, "what expired later to go as well")
+    wait_for(lambda: keys(url) == left, SOON, "the later row to be deleted")
 
 
 @pytest.mark.postgres
@@ -98,9 +98,9 @@ def test_it_waits_for_nobody(postgres_url: str, purgers: list[Purger]) -> None:
         other.execute("SELECT 1 FROM celery_idem WHERE key = 'gone-7' FOR UPDATE")
         purgers.append(Purger(lambda: [store]))
         purgers[0].start()
-        wait_for(lambda: keys(postgres_url) == {*left, "gone-7"}, SOON, "all rows but the locked one to go")
+        wait_for(lambda: keys(postgres_url) == {*left, "gone-7"}, SOON, "all but the locked row to go")
         other.rollback()
-    wait_for(lambda: keys(postgres_url) == left, SOON, "that one to go")
+    wait_for(lambda: keys(postgres_url) == left, SOON, "the locked row to go")
 
 
 def test_a_store_that_fails_is_tried_again_and_a_backlog_is_not_done_in_one_go(purgers: list[Purger]) -> None:
@@ -142,7 +142,7 @@ def test_no_process_is_forked_in_the_middle_of_a_statement(
     assert forked(lambda: looks.FORKS.held_off.acquire(timeout=1)) == 0
     assert time.monotonic() - began >= 0.2
     go.set()
-    wait_for(lambda: forked(lambda: True) == 0, SOON, "forking as ever")
+    wait_for(lambda: forked(lambda: True) == 0, SOON, "forks to work again")
 
 
 def forked(check: Callable[[], bool]) -> int:

@@ -116,7 +116,7 @@ TAKEN: dict[str, tuple[Celery, dict[str, Any]]] = {
 }
 
 
-NEWER = pytest.mark.skipif(celery.VERSION < (5, 7), reason="this Celery's own backend does not do that")
+NEWER = pytest.mark.skipif(celery.VERSION < (5, 7), reason="the backend of this Celery cannot do that")
 """Marks options that the result backend of older versions of Celery does not have."""
 
 

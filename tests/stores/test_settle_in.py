@@ -222,7 +222,7 @@ def test_a_transaction_that_nobody_commits_is_an_error_and_nothing_is_settled(sh
 def test_nobody_is_told_of_a_success_that_can_still_be_rolled_back(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The store waits for a transaction that is open when the body returns. No answer does not prove a commit."""
+    """The store waits for a transaction that is open when the body returns. A time-out does not prove a commit."""
     kept: list[sa.Connection] = []
 
     def leave_open(task: Any, customer: str) -> None:

@@ -245,7 +245,7 @@ def test_a_store_that_cannot_tell_is_a_receipt(shop: Shop) -> None:
     assert (receipt.status, receipt.code) == ("not_run", "store_error")
     assert shop.ship.submit(7).status == "not_run"
     shop.app.conf.idem_on_store_error = "run"
-    shop.ship.__class__._guard_made = None  # type(…) is that of the proxy
+    shop.ship.__class__._guard_made = None  # type() would give the class of the proxy
     with Session(shop.engine) as session, session.begin():
         assert shop.ship.submit_in(session, 7).status == "not_run"
     assert shop.messages() == 0

@@ -273,7 +273,7 @@ def test_the_doctor_asks_each_node(cluster: Cluster) -> None:
 
 
 def test_the_urls_first_node_leaves_the_cluster(tmp_path: Path) -> None:
-    """Under load, its slots are moved away and it is removed. Clients go on with the other nodes."""
+    """The node's slots are moved away and it is removed, under load. Clients go on with the other nodes."""
     with running(lambda: Cluster(tmp_path / "cluster")) as cluster:
         cluster.give_away(range(50, 5461), *cluster.nodes[:2])
         used = open_store(cluster.url)
@@ -461,7 +461,7 @@ def test_a_master_that_only_slept_is_left_alone(tmp_path: Path) -> None:
             assert wait_for(lambda: written(store, "b"), 30)
         finally:
             servers.master.resume()
-        wait_for(lambda: role(servers.master) == "slave", 30, "the sleeper to learn that it is demoted")
+        wait_for(lambda: role(servers.master) == "slave", 30, "the paused master to be demoted")
         assert store.create("c", MINE).done
         with client(servers.replica) as promoted:
             assert promoted.exists("b", "c") == 2

@@ -49,7 +49,7 @@ class Effects:
         return Counter(str(effect["intent"]) for effect in self.all())
 
     def wait(self, intent: str, count: int = 1, timeout: float = 60.0) -> list[dict[str, object]]:
-        """Wait until `intent` took effect `count` times or more, and return these effects."""
+        """Waits until `intent` took effect `count` times or more, and returns these effects."""
         wait_for(
             lambda: self.count(intent) >= count, timeout, lambda: f"{count} × {intent!r} in {self.counts()}"
         )
@@ -70,5 +70,5 @@ class Gate:
         self.path.touch()
 
     def wait(self, timeout: float = 60.0) -> None:
-        """Return when the gate is open. Raises AssertionError after `timeout` seconds."""
+        """Waits until the gate is open. Raises AssertionError after `timeout` seconds."""
         wait_for(lambda: self.is_open, timeout, f"the gate {self.path}")

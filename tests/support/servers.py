@@ -462,7 +462,7 @@ class PostgresServer(Server):
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
 
 
-# -- small things ---------------------------------------------------------------------------------------
+# -- helpers --------------------------------------------------------------------------------------------
 def _on_path(program: str, package: str) -> Path:
     found = shutil.which(program)
     if found is None:

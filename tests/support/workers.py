@@ -96,7 +96,7 @@ class CeleryWorker:
         """
         children = self.child_pids()
         if pid is None:
-            assert len(children) == 1, f"say which of {children}\n{self.log_tail()}"
+            assert len(children) == 1, f"give one of {children}\n{self.log_tail()}"
             pid = children[0]
         assert pid in children, f"{pid} is not among {children}\n{self.log_tail()}"
         os.kill(pid, signal.SIGKILL)
