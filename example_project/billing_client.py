@@ -17,7 +17,7 @@ from typing import Any
 
 from example_project import witness
 
-# Longer than the slowest answer that the simulator arranges (7 s), so that a slow answer is no timeout.
+# Longer than the slowest answer that the simulator causes (9 s), so that a slow answer is no timeout.
 TIMEOUT = 10.0
 # No proxy: the billing service of the example is always on loopback or in the same compose network.
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open

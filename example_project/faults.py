@@ -58,7 +58,7 @@ def lost_response(stage: Stage, say: Say) -> None:
 def _pursue(
     stage: Stage, agent: Caller, goals: list[dict[str, Any]], say: Say, shown: tuple[int, ...]
 ) -> None:
-    """Let the agent pursue its goals to the end, and note its answers and numbers of calls."""
+    """Let the agent pursue its goals to the end, and record its answers and numbers of calls."""
     agent.tell(goals)
     ended = 0
     while ended < len(goals):

@@ -286,7 +286,7 @@ def test_a_body_learns_that_nobody_could_renew(ledger: Ledger) -> None:
     began = time.monotonic()
     wait_for(lambda: claim.lost, SOON, "the body to learn it")
     assert time.monotonic() - began < SOON
-    # The body learns it before other workers may take over: in the store the lease is still live.
+    # No other worker has taken over, so the next renewal restores the claim.
     store.heal()
     wait_for(lambda: not claim.lost, SOON, "the next renewal, as no worker took over")
     renewer.unwatch(claim)

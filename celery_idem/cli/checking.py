@@ -152,7 +152,7 @@ def shadow(screen: Screen, operator: Operator, clear: bool, yes: bool) -> None:
 def metrics(screen: Screen, operator: Operator, port: int, address: str, every: float, once: bool) -> None:
     """Serve metrics for Prometheus: counts of intents by state, and the workers' counts of events.
 
-    The workers' counts need the same PROMETHEUS_MULTIPROC_DIR for them and this command.
+    For the workers' counts, set the same PROMETHEUS_MULTIPROC_DIR for the workers and for this command.
     """
     from celery_idem.telemetry.prometheus import PATIENCE, exporter_registry
 

@@ -20,12 +20,12 @@ WORDS = {
 
 
 @command("reseal")
-@click.option("--dry-run", is_flag=True, help="Count what would be sealed anew, and change nothing.")
+@click.option("--dry-run", is_flag=True, help="Count what would be sealed again, and change nothing.")
 @click.option(
     "--lost",
     is_flag=True,
-    help="Give up, for ever, what is sealed with keys that idem_seal_keys does not have. What was done stays done, "
-    "without its result.",
+    help="Give up for ever the values that are sealed with keys which idem_seal_keys does not have. An action that is "
+    "done stays done, without its result.",
 )
 @within_option
 @yes_option
