@@ -1,9 +1,9 @@
 """The applications that the benchmarks run: one no-op task, guarded in different ways.
 
-``BENCH_VARIANT`` chooses, ``BENCH_URL`` is the Redis for broker and results, ``BENCH_STORE`` the
-one for whatever the guard keeps. Each guard is set up as its own documentation shows it, with a
-day to keep what it keeps. As a program, this publishes: it reads ``first count`` from standard
-input, a line at a time, and writes ``done`` when so many calls are on their way.
+``BENCH_VARIANT`` chooses the guard. ``BENCH_URL`` is the Redis for broker and results, ``BENCH_STORE`` the
+one for the guard's data. Each guard is set up as its documentation shows, and keeps its data for a day.
+Run as a program, this publishes calls: it reads lines ``first count`` from standard input, and writes
+``done`` when it has published them.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def make_idem() -> Any:
 
 
 def make_wasteful() -> Any:
-    """Ours with some needless work per task, to test the instruction count."""
+    """celery_idem with some needless work per task, to test the instruction count."""
     from celery_idem import IdempotentTask
     from celery_idem.core.record import unpack
 
@@ -128,7 +128,7 @@ def make_fencekit() -> Any:
 
 
 def make_relier() -> Any:
-    """Relier has its own application, with late acknowledgement and the started state, which are kept."""
+    """Relier has its own application. Its settings for late acknowledgement and the started state are kept."""
     global app  # noqa: PLW0603  # the worker is started with it
     os.environ["RELIER_REDIS_URL"] = STORE
     from relier import rl_task

@@ -1,8 +1,8 @@
 """Fills stores with many real records quickly.
 
-A hundred records in turn: one in doubt, one failed, one running (its lease is long over), one
-released; of the others every second one has a result of 115 bytes, and the rest ``null``. They
-were written over the past day and are kept for another, so a server expires none meanwhile.
+Of each hundred records, one is in doubt, one failed, one running (with a lapsed lease), one released. Of the
+others, every second one has a result of 115 bytes, and the rest ``null``. Their stamps are spread over the past
+day, and they are kept for another day, so a server expires none meanwhile.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CHUNK = 1_000
 TASK = "bench.noop"
 
 OPEN = "idem~open"
-"""The index of what is open."""
+"""The key of the index of open intents."""
 
 
 def record(n: int, now: int) -> Record:
@@ -58,7 +58,7 @@ def key(n: int) -> str:
 def rows(
     first: int, last: int, make: Callable[[int, int], Record] = record
 ) -> Iterator[tuple[str, int, bytes, int | None, int | None]]:
-    """Return key, stamp, value, time to live and when to look (microseconds) of the records ``first`` to ``last``."""
+    """Return key, stamp, value, time to live and due time (microseconds) of the records ``first`` to ``last``."""
     now = time.time_ns() // 1000
     for n in range(first, last):
         made = make(n, now)
@@ -115,7 +115,7 @@ def fill_postgresql(
             expires = None if ttl is None else time.time_ns() // 1000 + ttl
             copy.write_row((name, stamp, value, expires, None if due is None else stamp + due))
             shown(n, last)
-    connection.execute("VACUUM ANALYZE celery_idem")  # as autovacuum does in time
+    connection.execute("VACUUM ANALYZE celery_idem")  # autovacuum would do this later
 
 
 def shown(done: int, of: int) -> None:

@@ -1,12 +1,12 @@
 """Measures how the cost grows with the number of records: ``python -m benchmarks.growth --sizes 1000,1000000``.
 
-For each size, on a server of its own, filled with real records (``benchmarks.filling``):
+For each size, on a server filled with real records (``benchmarks.filling``), it measures:
 
 * a claim, in turn with a bare ``SET … NX EX`` (PostgreSQL: a bare ``INSERT`` into as large a
-  table), and with the same claim in a store of a thousand records. Both ratios are free of
-  whatever else the machine does, and the second is the growth itself;
-* what operators run (``benchmarks.operations``), each in a process of its own: how long it takes,
-  by how much it raises that process' peak memory, and what others notice of it meanwhile.
+  table), and with the same claim in a store of a thousand records. Other load hardly changes
+  the two ratios. The second ratio is the growth;
+* the operations that operators run (``benchmarks.operations``), each in a separate process: how
+  long one takes, how much it adds to that process' peak memory, and how it slows other clients.
 
 ``--json FILE`` keeps the rows. Ten million records on Redis need 4 GB, and about ten minutes.
 """
@@ -47,8 +47,8 @@ class Place(ABC):
     """One server with many records, and a store with few.
 
     Attributes:
-        url, small: of the two stores.
-        pid: of the server of the first.
+        url, small: the URLs of the two stores.
+        pid: the process id of the first store's server.
         kind: "redis" or "postgresql".
     """
 
@@ -112,7 +112,7 @@ class PostgresPlace(Place):
         self._few = psycopg.connect(self.small, autocommit=True)
         for url in (self.url, self.small):
             Ledger(open_store(url)).get("bench.noop:first")  # creates the table
-        # With its key, and without an index for listing or purging.
+        # The bare table has a primary key, and no index for listing or purging.
         self._connection.execute(
             'CREATE TABLE bare (key text COLLATE "C" PRIMARY KEY, stamp bigint, value bytea, expires bigint)'
         )
@@ -166,7 +166,7 @@ def claims(at: Place) -> dict[str, float]:
     calls = {"claim": claim(many), "few": claim(few), "bare": at.bare}
     orders = list(
         itertools.permutations(calls)
-    )  # every order, so that no one always follows the same other one
+    )  # every order, so that no call always follows the same other call
     rounds: list[dict[str, float]] = []
     for turn in range(ROUNDS):
         times: dict[str, list[float]] = {name: [] for name in calls}
@@ -233,7 +233,7 @@ def main() -> None:
             print(f"{at.kind}, {size:,} records (filled in {time.monotonic() - began:.0f} s)", flush=True)
             about = {"store": at.kind, "records": size}
             keep({**about, "what": "claim", **claims(at), "bytes per record": round(at.bytes() / size)})
-            if options.undisturbed:  # only now: claims on the other server are compared before
+            if options.undisturbed:  # only now, because the claims before compare two servers
                 os.sched_setscheduler(at.pid, os.SCHED_FIFO, os.sched_param(1))
             for name in wanted:
                 if name == "purge" and size != sizes[-1]:

@@ -1,12 +1,12 @@
 """Counts the instructions that a task costs its process: ``python -m benchmarks.instructions``.
 
-Counted by ``valgrind --tool=callgrind``, so nothing else on the machine matters, and the same
-Python counts the same to a fraction of a percent. What is counted is what a pool's process does
-for a message: Celery's own tracer decodes it, calls the task, and writes the result to a real
-Redis; the worker's main loop, which receives and acknowledges, is not part of it.
+``valgrind --tool=callgrind`` counts them, so other load does not matter, and the same Python gives the same
+count to a fraction of a percent. The count covers what a pool's process does for a message: Celery's tracer
+decodes it, calls the task, and writes the result to a real Redis. It does not cover the worker's main loop,
+which receives and acknowledges messages.
 
-Everything is imported once. Then a child is forked for each variant and number of tasks, and a
-difference of two is what so many tasks cost: no start, no first call.
+Everything is imported once. Then a child is forked for each variant and number of tasks. The difference
+between two numbers of tasks is the cost of tasks alone, without the start and the first call.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from celery_idem.integration.messages import BODY, ENCODING
 from tests.support.servers import RedisServer
 
 FEW, MANY = 20, 100
-"""Tasks of the two runs. The eighty between them are enough: the count repeats to a few parts in a thousand."""
+"""Tasks of the two runs. The difference of eighty is enough: counts differ by a few parts in a thousand."""
 
 IMPORTED = (
     "celery.app.trace",
@@ -46,7 +46,7 @@ IMPORTED = (
 VARIANTS = ("bare", "floor", "idem", "apart")
 
 PATIENCE = 600
-"""Seconds under valgrind, where Python is fifty times as slow: half a minute on a quiet machine."""
+"""Timeout in seconds. Under valgrind Python is fifty times as slow: half a minute on an idle machine."""
 
 
 class ValgrindMissingError(Exception):
@@ -90,9 +90,9 @@ def instructions(file: Path) -> int:
 
 
 def messages(noop: Any, number: int) -> list[tuple[str, dict[str, Any], bytes]]:
-    """What ``apply_async`` publishes, as a worker hands it to its pool: id, request and body.
+    """Return messages as a worker hands them to its pool: id, request and body.
 
-    Numbers as long as each other, and of this process alone: no two runs share an intent.
+    All arguments have the same number of digits. They depend on the pid, so that no two runs share an intent.
     """
     app = noop.app
     first = 10_000_000 + 1_000 * (os.getpid() % 10_000)
@@ -116,7 +116,7 @@ def messages(noop: Any, number: int) -> list[tuple[str, dict[str, Any], bytes]]:
         }
         text = app.backend.encode(message.body)
         body = text.encode() if isinstance(text, str) else text
-        # As the request class of a guarded task hands them over; Celery's hands over what the broker brought.
+        # The request class of a guarded task adds the body here. Celery's own class does not.
         properties = {"correlation_id": task_id, "reply_to": "", "delivery_mode": 2, "priority": 0}
         if hasattr(noop, "_with_key"):
             properties |= {"content_type": "application/json", BODY: body, ENCODING: "utf-8"}
@@ -125,8 +125,8 @@ def messages(noop: Any, number: int) -> list[tuple[str, dict[str, Any], bytes]]:
 
 
 def work(variant: str, tasks: int, url: str) -> None:
-    """In a forked child: so many messages through Celery's tracer."""
-    # The default: the result backend is the store. "apart": it is not, so Celery writes the result itself.
+    """Run messages through Celery's tracer, in a forked child."""
+    # "idem", the default: the result backend is the store. Otherwise Celery writes the result itself.
     store = f"{url}/1" if variant == "idem" else f"{url}/2"
     os.environ.update(
         BENCH_VARIANT=variant, BENCH_URL=f"{url}/0", BENCH_RESULTS=f"{url}/1", BENCH_STORE=store
@@ -144,11 +144,11 @@ def work(variant: str, tasks: int, url: str) -> None:
 
 
 def children(variants: Sequence[str], url: str, numbers: Path) -> None:
-    """Fork one child after the other, and note which process ran what."""
+    """Fork one child after the other, and write which process ran which variant."""
     for name in IMPORTED:
         importlib.import_module(name)
 
-    gc.freeze()  # imported objects stay: otherwise the number of garbage collections varies
+    gc.freeze()  # otherwise the number of garbage collections varies
     lines = []
     for variant in variants:
         for tasks in (FEW, MANY):
@@ -169,7 +169,7 @@ def children(variants: Sequence[str], url: str, numbers: Path) -> None:
     numbers.write_text("".join(lines))
 
 
-# --- outside -----------------------------------------------------------------------------
+# --- the parent --------------------------------------------------------------------------
 
 
 def per_task(variants: Sequence[str] = VARIANTS) -> dict[str, float]:

@@ -1,7 +1,7 @@
-"""A worker process with a thousand running tasks: ``python -m benchmarks.leases --pool gevent``.
+"""Measures a worker process with a thousand running tasks: ``python -m benchmarks.leases --pools gevent``.
 
-Leases last two seconds, and the idle process is measured for more than three leases: its threads, the store's commands,
-and whether any lease lapsed.
+Leases last two seconds. The idle process is watched for longer than three leases: its threads, its commands to the
+store, and whether a lease lapsed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Measures the bytes of a finished record in Redis: ``python -m benchmarks.memory --sizes 100000,1000000``.
 
-With a result of 115 bytes, with none (``null``), and what a bare ``SET key result EX`` of the same
-result takes: keys, and all that the server adds, included. The records are those that a claim and
-a settle leave behind; one is made that way, and the others have its length.
+It compares records with a result of 115 bytes, and with none (``null``), with a bare ``SET key result EX``
+of the same result. Keys, and all memory that the server adds, are included. The records are as long as one
+that a claim and a settle wrote.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Measures what reading the open intents costs among many finished ones: ``python -m benchmarks.opened``.
 
-A thousand open intents (500 in doubt, 300 with a lapsed lease, 200 that run) in a Redis and a PostgreSQL with a
-million finished ones (``--finished``). Each reading seven times, in turn; the slowest counts. Without the index, a
-listing reads every record: ``reindex`` is such a reading.
+A Redis and a PostgreSQL hold a thousand open intents (500 in doubt, 400 with a lapsed lease, 100 that run) and a
+million finished ones (``--finished``). Each reading runs seven times, in turn, and the slowest counts. Without the
+index, a listing reads every record, as ``reindex`` does.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.support.servers import PostgresServer, RedisServer
 FINISHED, OPEN, ROUNDS = 1_000_000, 1_000, 7
 
 MOST = 100.0
-"""Target: milliseconds for a reading. A ratio is to this."""
+"""Target: milliseconds for a reading. Ratios are relative to it."""
 
 
 def opened(n: int, now: int) -> Record:
@@ -74,7 +74,7 @@ def readings(app: Celery) -> dict[str, Callable[[], object]]:
 
 @contextlib.contextmanager
 def filled(finished: int) -> Iterator[dict[str, str]]:
-    """Two servers with records; their URLs by name."""
+    """Start and fill two servers, and give their URLs by name."""
     with (
         tempfile.TemporaryDirectory() as folder,
         RedisServer(Path(folder)) as server,

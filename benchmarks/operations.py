@@ -1,9 +1,8 @@
-"""What operators run, each in a process of its own through the command line's own code, and what
-others notice of it: used by ``benchmarks.growth``.
+"""Measures operators' commands, and how they slow another client: used by ``benchmarks.growth``.
 
-Others are a client that claims every 5 ms. On Redis the server's own account comes with it: how
-long each ``SCAN`` and ``MGET`` kept it from everybody else, and the commands that took more than
-5 ms (``SLOWLOG``, ``LATENCY``).
+Each runs in a separate process, through the code of the command line. The other client claims every 5 ms.
+On Redis, the server's own statistics are added: how long each ``SCAN`` and ``MGET`` blocked the server,
+and which commands took more than 5 ms (``SLOWLOG``, ``LATENCY``).
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ COMMANDS = {
     "overview": (),
     "purge": ("purge", "--yes"),
 }
-"""By name; the overview is the inbox', and no command."""
+"""Commands by name. The overview is a page of the inbox, and not a command."""
 
 NAMES = tuple(COMMANDS)
 
@@ -57,7 +56,7 @@ PATIENCE = 3600
 
 
 def run(name: str, kind: str, url: str, pid: int) -> dict[str, Any]:
-    """Run an operation in its own process, and return its measurements and ours."""
+    """Run an operation in its own process, and return the measurements of both processes."""
     seen: dict[str, Any] = {}
     watch = watched_redis(url, pid, seen) if kind == "redis" else contextlib.nullcontext()
     if name == "purge" and kind == "postgresql":
@@ -85,7 +84,7 @@ def expire_some(url: str) -> None:
 
 @contextlib.contextmanager
 def claiming(url: str, seen: dict[str, Any]) -> Iterator[None]:
-    """Measure the milliseconds of another client's claims meanwhile."""
+    """Measure the milliseconds of another client's claims while the block runs."""
     times: list[float] = []
     done = threading.Event()
     ledger = Ledger(open_store(url))
@@ -112,7 +111,7 @@ def claiming(url: str, seen: dict[str, Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def watched_redis(url: str, pid: int, seen: dict[str, Any]) -> Iterator[None]:
-    """Return the server's own statistics."""
+    """Collect the server's own statistics while the block runs."""
     import redis
 
     with redis.Redis.from_url(url) as client:
@@ -147,7 +146,7 @@ def watched_redis(url: str, pid: int, seen: dict[str, Any]) -> Iterator[None]:
 
 
 def waited_for_core(pid: int) -> float:
-    """Return the seconds for which a process waited for a CPU, which make its commands longer."""
+    """Return the seconds for which a process waited for a CPU. They are part of the time of its commands."""
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
 
 
@@ -195,7 +194,7 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def _app() -> Celery:
-    """Return the application of the records."""
+    """Return an application with the task of the records."""
     app = Celery("bench")
     app.conf.idem_store = os.environ[STORE]
 

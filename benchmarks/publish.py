@@ -1,8 +1,9 @@
 """Measures the caller's side: ``python -m benchmarks.publish``.
 
-A new intent through ``submit`` and ``apply_async``, against bare Celery's ``apply_async``, and through
-``submit_many``, ten thousand at once, against ``submit``; and a duplicate of a finished one through ``submit``, against
-one GET. Broker and store are servers of their own, and the broker counts its commands: a duplicate sends it none.
+It compares three things. A new intent through ``submit`` and ``apply_async`` is compared with bare Celery's
+``apply_async``. Ten thousand new intents through ``submit_many`` are compared with ``submit``. A duplicate of a
+finished intent through ``submit`` is compared with one GET. Broker and store are two servers. The broker counts its
+commands, because a duplicate must send none.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ DUPLICATE = 1.3
 """Target: a duplicate's cost over one GET."""
 
 MANY, SINGLE = 10_000, 500
-"""New intents of a round: at once, and one by one beside them."""
+"""New intents per round: in one call of ``submit_many``, and one by one."""
 
 TOGETHER = 0.2
-"""Target: what one of many costs over one by itself."""
+"""Target: the cost of one intent in ``submit_many`` over one in ``submit``."""
 
 
 def bare(key: str) -> None:

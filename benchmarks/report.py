@@ -14,13 +14,13 @@ class Row(NamedTuple):
     """One comparison.
 
     Attributes:
-        group: what is compared; the rows of a group have one base.
-        name: which variant.
-        ratio: to the base, the median of the rounds; None where it could not be measured.
-        low, high: the smallest and the largest round.
-        target: the target ratio; None without a target.
+        group: what is compared. The rows of a group have one base.
+        name: the variant.
+        ratio: the ratio to the base, the median of the rounds. None where it could not be measured.
+        low, high: the ratios of the smallest and the largest round.
+        target: the target ratio. None without a target.
         value: the measured amount, with its unit.
-        note: what else there is to say.
+        note: a remark.
     """
 
     group: str
@@ -46,7 +46,7 @@ def compared(
     The ratio is taken per round, so that a slower machine slows both sides.
 
     Args:
-        rounds: of each variant, what was measured in the first round, the second, …
+        rounds: for each variant, the values measured in the first round, the second, …
         base: the variant that the others are compared with.
     """
     rows = []
@@ -96,7 +96,7 @@ def write(rows: Sequence[Row], about: Mapping[str, Any], data: Path, picture: Pa
 
 
 def _worth_a_bar(group: str) -> bool:
-    """Medians and CPU: the wall clock and the 99th percentiles are in the table and the JSON."""
+    """Return whether the picture shows a group. Wall clock and 99th percentiles are only in the table and the JSON."""
     return "p99" not in group and "wall clock" not in group
 
 
@@ -108,17 +108,17 @@ STYLE = (
     "@media(prefers-color-scheme:dark){.t{fill:#f1f3f5}.n{fill:#ced4da}.b{fill:#5c636a}.i{fill:#91a7ff}"
     ".o{stroke:#f1f3f5}.g{stroke:#ffa94d}.r{stroke:#868e96}}"
 )
-"""b: bar, i: bar of ours, o: the rounds from the smallest to the largest, g: target, r: the base."""
+"""b: bar, i: bar of celery_idem, o: the rounds from the smallest to the largest, g: target, r: the base."""
 
 WIDTH, NAMES, BARS, LINE, HEAD = 850, 210, 520, 22, 34
-"""Pixels: of the picture, of the names on the left, of the longest bar, per row, per heading."""
+"""Pixels: width of the picture, of the names on the left, of the longest bar; height of a row, of a heading."""
 
 LONGEST = 3.2
-"""Ratio that the longest bar shows: beyond it a bar is cut, and the number beside it says the rest."""
+"""The ratio of the longest bar. A bar of a larger ratio is cut; the number beside it is not."""
 
 
 def drawn(rows: Sequence[Row]) -> str:
-    """The rows as bars in an SVG, in the reader's light or dark colours; the first of each group is the base."""
+    """Draw the rows as bars in an SVG, in the reader's light or dark colours. The first of each group is the base."""
     scale = BARS / LONGEST
     parts: list[str] = []
     y, group = 0, None

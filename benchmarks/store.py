@@ -1,7 +1,7 @@
 """Measures the ledger over a store: ``python -m benchmarks.store``.
 
-Claim and settle against two bare redis-py SETs, in turn in one process, with one thread and with eight; and the look-up
-of a finished intent against one GET.
+In one process, with one thread and with eight, it compares in turn: claim and settle with two bare SETs of redis-py,
+and the look-up of a finished intent with one GET.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.support.servers import RedisServer
 
 DAY = 86_400
 POLICY = Policy(lease=30_000_000, result_ttl=DAY * 1_000_000, failure_ttl=DAY * 1_000_000)
-RESULT = b'j"' + b"r" * 112 + b'"'  # 115 bytes of JSON behind one of serializer
+RESULT = b'j"' + b"r" * 112 + b'"'  # one byte for the serializer, and 114 bytes of JSON
 
 ROUNDS, COUNT = 9, 2000
 """Rounds and calls per round. A round's 99th percentile is its twentieth slowest call."""

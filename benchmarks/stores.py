@@ -1,8 +1,8 @@
 """Measures a record's cost in each store: ``python -m benchmarks.stores``.
 
-With a result of 115 bytes: claims and settles per second with one thread and with eight, a duplicate's look-ups per
-second, and bytes per finished record. The servers run on this machine, so there is no network. Also compares Valkey's
-own compare-and-set (``SET … IFEQ``) with the script.
+With a result of 115 bytes, it measures claims and settles per second with one thread and with eight, look-ups of a
+duplicate per second, and bytes per finished record. The servers run on this machine, so there is no network. It also
+compares Valkey's own compare-and-set (``SET … IFEQ``) with the script.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.support.servers import PostgresServer, RedisServer, ValkeyServer
 WINDOW, WINDOWS = (
     0.4,
     8,
-)  # seconds, and how many: the best one counts, because other programs only slow us down
+)  # seconds of a window, and number of windows. The best one counts: other programs only slow it down.
 RECORDS = 10_000
 
 
@@ -67,7 +67,7 @@ def memory(urls: list[str]) -> int:
 
 
 class Place(NamedTuple):
-    """A store, the bytes that it uses, and the processes of its server."""
+    """A store: a function for the bytes that it uses, and the pids of its server."""
 
     name: str
     url: str
@@ -83,7 +83,7 @@ class Place(NamedTuple):
 
 @contextlib.contextmanager
 def places(folder: Path) -> Iterator[list[Place]]:
-    """Open each store, empty."""
+    """Start each server with an empty store."""
     file = folder / "idem.db"
     with (
         RedisServer(folder / "redis") as one,

@@ -14,9 +14,9 @@ Call = Callable[[str], object]
 def timed(calls: Mapping[str, Call], threads: int, count: int, turn: int) -> dict[str, list[float]]:
     """Return the microseconds of each call: ``count`` calls of each kind, each with its own key.
 
-    The kinds alternate call by call, in every order: so none has the machine at a better time, and none
-    always meets a server that the one before has just kept awake (a GET in a tight loop took
-    half as long as the same GET after some microseconds of other work).
+    The kinds alternate call by call, in every order. So each has the same share of quiet moments of the machine,
+    and none always follows the same other kind. That matters: a GET in a tight loop took half as long as the same
+    GET after some microseconds of other work.
     """
     orders: Sequence[tuple[str, ...]] = list(itertools.permutations(calls))
     times: dict[str, list[float]] = {name: [] for name in calls}

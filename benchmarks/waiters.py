@@ -73,7 +73,7 @@ def main() -> None:
                     print(", ".join(f"{what} {value}" for what, value in rows[-1].items()), flush=True)
         finally:
             stage.worker.kill()
-            gc.collect()  # results say goodbye to their backend, so they must not outlive it
+            gc.collect()  # a result unsubscribes at its backend when it is collected, so that must still run
             stage.app.close()
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -1,11 +1,11 @@
 """Measures a worker's cost per no-op task over bare Celery: ``python -m benchmarks.worker --pool solo``.
 
-One worker per variant; the rounds of all variants are interleaved, so that a slower machine slows all of them. In a
-round a worker is stopped, its queue is filled, and it runs until the last result. Workers are restarted a few times,
-because the speed of processes of one program differs by one or two percent. CPU is the operating system's count for
-the worker and its children, which other load hardly changes. Broker and results are in one Redis; each guard has its
-own, whose statistics (bytes, round trips, commands) concern this guard alone. celery_idem runs twice: with the results
-in its store, which is the default, and with its store elsewhere.
+Each variant has one worker. The rounds of all variants are interleaved, so that a slower machine slows all of them.
+In a round, a worker is stopped, its queue is filled, and it runs until the last result. Workers are restarted a few
+times, because two processes of one program differ in speed by one or two percent. CPU is the operating system's count
+for the worker and its children, which other load hardly changes. Broker and results are in one Redis. Each guard has
+its own Redis, whose statistics (bytes, round trips, commands) concern this guard alone. celery_idem runs twice: with
+the results in its store, which is the default, and with a separate store.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ NAMES = {
 }
 
 READY_WITHIN, DONE_WITHIN = 120.0, 120.0
-"""Seconds: both take two or three on an idle machine."""
+"""Timeouts in seconds. Both take two or three seconds on an idle machine."""
 
 IDLE = 4.0
 """Seconds after which a Redis server has freed the buffers of idle clients (two are enough)."""
 
 STARTS, ROUNDS, COUNT = 7, 3, 400
-"""Starts, rounds per start, tasks per round. Single starts varied from 1.18 to 1.26 for the guard, medians of seven or
-more from 1.19 to 1.21."""
+"""Starts, rounds per start, tasks per round. The guard's ratio varied from 1.18 to 1.26 in single starts, and from 1.19
+to 1.21 in medians of seven or more."""
 
 TARGETS = {NAMES["idem"]: 0.95}
 """Targets for a worker's CPU, over bare Celery's."""
@@ -68,15 +68,15 @@ class Spent(NamedTuple):
 
 
 OURS = ("INFO", "CLIENT", "HELLO", "DBSIZE")
-"""Commands with which the benchmark itself looks at a server."""
+"""Commands that the benchmark itself sends to a server."""
 
 NO_TASKS = re.compile(r"^(?!.*bench\.noop).*idem(~|:\*|:$)")
-"""Commands with which a worker's main process looks at its store every second or two, whatever its tasks do: for what
-is overdue, for what has expired, for a server that has changed."""
+"""Commands that a worker's main process sends to its store every second or two, without any task: it looks for overdue
+intents, expired records and a changed server."""
 
 
 class Watch:
-    """Count the commands that clients sent, without those that scripts call: ``sent`` for tasks, and ``looks``."""
+    """Counts the commands of clients: ``sent`` for tasks, and ``looks``. Commands inside scripts do not count."""
 
     def __init__(self, url: str) -> None:
         self._client = redis.Redis.from_url(url, socket_timeout=None)
@@ -115,7 +115,7 @@ class Side:
         if together:
             environ["BENCH_RESULTS"] = self.store.url
         self.results = environ["BENCH_RESULTS"]
-        self.keys = 2 if together else 1  # for each task, where its result is
+        self.keys = 2 if together else 1  # keys per task in the server of the results
         options = ["--without-gossip", "--without-mingle", "--without-heartbeat", "-c", "1", "-l", "INFO"]
         self.worker = Program(
             [
@@ -156,7 +156,7 @@ class Side:
         self.publisher.stdin.write(f"{first} {count}\n")
         self.publisher.stdin.flush()
         while (line := self.publisher.stdout.readline()) != "done\n":
-            assert line, f"{self.variant}: publishing failed"  # anything else is a peer's own greeting
+            assert line, f"{self.variant}: publishing failed"  # another line is output of a peer's package
 
     def cpu(self) -> float:
         """Return the CPU microseconds of the worker and its living children."""
@@ -206,7 +206,7 @@ def one_round(side: Side, first: int, count: int, main: RedisServer, watched: bo
     """Run ``count`` tasks through one worker."""
     with redis.Redis.from_url(side.results) as results, redis.Redis.from_url(side.store.url) as kept:
         before = int(results.dbsize())
-        os.kill(side.worker.pid, signal.SIGSTOP)  # the queue fills while it sleeps
+        os.kill(side.worker.pid, signal.SIGSTOP)  # the worker must not run while its queue is filled
         publishing = Watch(side.store.url) if watched else None
         side.publish(first, count)
         if publishing:
@@ -229,7 +229,7 @@ def one_round(side: Side, first: int, count: int, main: RedisServer, watched: bo
             every=0.005,
         )
         wall, cpu = perf_counter() - began, side.cpu() - cpu
-        trips = reads(kept) - trips - 1 - (looks if side.keys > 1 else 0)  # our own questions
+        trips = reads(kept) - trips - 1 - (looks if side.keys > 1 else 0)  # without those of the benchmark
         if watch:
             watch.close()
             trips -= watch.looks
@@ -238,7 +238,7 @@ def one_round(side: Side, first: int, count: int, main: RedisServer, watched: bo
 
 
 def reads(kept: redis.Redis) -> int:
-    """Return the number of reads by the server."""
+    """Return how often the server has read from its connections."""
     return int(kept.info("stats")["total_reads_processed"])
 
 
@@ -264,7 +264,7 @@ def bytes_kept(made: Sequence[Side], first: int, count: int, main: RedisServer) 
 
 
 def quiet(store: RedisServer) -> None:
-    """Wait until the server has had no other command for half a second."""
+    """Wait until the server has received no other command for half a second."""
     with redis.Redis.from_url(store.url) as client:
         last = [0]
 
@@ -272,11 +272,11 @@ def quiet(store: RedisServer) -> None:
             before, last[0] = last[0], reads(client)
             return last[0] == before + 1
 
-        wait_for(unchanged, DONE_WITHIN, "the store to be left alone", every=0.5)
+        wait_for(unchanged, DONE_WITHIN, "the store to be idle", every=0.5)
 
 
 Found = tuple[dict[str, list[Spent]], dict[str, Spent], dict[str, float]]
-"""Costs of each variant's rounds; its server's counts of commands in one round; bytes kept."""
+"""For each variant: the costs of its rounds, the counts of its server in one round, and the bytes kept."""
 
 
 def measure(variants: Sequence[str], python: str, pool: str, starts: int, rounds: int, count: int) -> Found:
@@ -307,16 +307,16 @@ def measure_once(
         RedisServer(Path(folder) / "main") as main,
         sides(variants, python, pool, main) as made,
     ):
-        first = 10_000_000  # numbers as long as each other, so that no round has longer messages
+        first = 10_000_000  # all numbers have the same length, so that no round has longer messages
         for side in made:
             for warming in (20, 200):  # the first brings connections and scripts
                 counted[side.variant] = one_round(side, first, warming, main, watched=asked)
                 first += warming
-                quiet(side.store)  # a worker also looks at its store when it starts
+                quiet(side.store)  # a worker also sends commands to its store when it starts
         for _ in range(rounds):
             for side in order.sample(
                 made, len(made)
-            ):  # a varying order, so that none always follows the same other one
+            ):  # a varying order, so that no variant always follows the same other one
                 found[side.variant].append(one_round(side, first, count, main))
                 first += count
         if asked:
@@ -336,7 +336,7 @@ def rows(pool: str, starts: int, rounds: int, count: int, peers: bool) -> list[R
         assert ours.sent == 2, counts
         assert 2 <= ours.trips < 2.05, (
             counts
-        )  # a connection that the worker opens meanwhile is a few more in all
+        )  # a connection that the worker opens meanwhile adds a few round trips in all
     cpu = {NAMES.get(name, name): [one.cpu for one in spent] for name, spent in found.items()}
     wall = {NAMES.get(name, name): [one.wall for one in spent] for name, spent in found.items()}
     notes = {NAMES.get(name, name): _note(counted[name], kept[name]) for name in variants}

@@ -25,7 +25,7 @@ from example_project.orchestrator import Answer, dispatch
 
 # Seconds that the agent waits for a tool: shorter than the stalled answer in `faults`, so that it gives up.
 PATIENCE = 1.5
-MAX_CALLS = 6  # a limit as agent hosts have it; no goal here needs as many
+MAX_CALLS = 6  # agent hosts have such a limit; no goal here needs as many calls
 
 TASK = "billing.send_invoice"
 PARAMETERS = ("customer_id", "invoice_id", "cents", "currency", "note")

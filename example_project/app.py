@@ -50,7 +50,7 @@ app.conf.update(
     # The usual advice against lost tasks. It is also why tasks run twice.
     task_acks_late=True,
     task_reject_on_worker_lost=True,
-    # A message that waits behind another one in a worker would blur what the demo shows.
+    # A worker takes no message in advance, so that none waits behind another one during the demo.
     worker_prefetch_multiplier=1,
 )
 if BROKER_URL.startswith("redis"):

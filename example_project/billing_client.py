@@ -3,7 +3,7 @@
 - `NotReached`: no connection was made, so nothing happened.
 - `NoAnswer`: the request went out and no answer came back. It may have happened. This is the one that charges
   customers twice.
-- `Refused`: the service answered that it will not.
+- `Refused`: the service answered with an error status, so nothing happened.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from example_project import witness
 
-# Longer than the slowest answer that the simulator arranges (7 s), so that a slow answer is no timeout.
+# Longer than the slowest answer that the simulator causes (9 s), so that a slow answer is no timeout.
 TIMEOUT = 10.0
 # No proxy: the billing service of the example is always on loopback or in the same compose network.
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open

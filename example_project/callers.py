@@ -11,7 +11,7 @@ from typing import Any
 
 from example_project.processes import NotInTime
 
-ANSWER = 30.0  # seconds for the next word from a caller: more than an orchestrator's own patience
+ANSWER = 30.0  # seconds to wait for the next line of a caller: longer than an orchestrator itself waits
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Heard:
-    """What a caller got in the end."""
+    """The final answer that a caller received."""
 
     call: Call
     outcome: str  # see `orchestrator.Answer`
     answer: dict[str, Any] | None
-    calls: int = 1  # how often it had to call for that
+    calls: int = 1  # the number of calls that it made
 
 
 class Caller:
@@ -58,12 +58,12 @@ class Caller:
         self.process.stdin.flush()
 
     def hear(self) -> dict[str, Any]:
-        """The next thing it says. Raises `NotInTime`, also when it has ended."""
+        """Return its next line. Raises `NotInTime`, also when the process has ended."""
         try:
             line = self._lines.get(timeout=ANSWER)
         except queue.Empty:
-            raise NotInTime(f"no word from a caller within {ANSWER:g} s") from None
+            raise NotInTime(f"no answer from a caller within {ANSWER:g} s") from None
         if line is None:
-            raise NotInTime("a caller ended before it had said everything")
+            raise NotInTime("a caller ended before its last answer")
         said: dict[str, Any] = json.loads(line)
         return said

@@ -58,7 +58,7 @@ def lost_response(stage: Stage, say: Say) -> None:
 def _pursue(
     stage: Stage, agent: Caller, goals: list[dict[str, Any]], say: Say, shown: tuple[int, ...]
 ) -> None:
-    """Let the agent pursue its goals to the end, and note its answers and numbers of calls."""
+    """Let the agent pursue its goals to the end, and record its answers and numbers of calls."""
     agent.tell(goals)
     ended = 0
     while ended < len(goals):
@@ -130,7 +130,7 @@ def _ask_and_kill(stage: Stage, calls: list[Call], path: str) -> None:
 
 
 def killed_and_nobody_to_ask(stage: Stage, say: Say) -> None:
-    """The same with a task without `reconcile`: the callers must receive "in doubt"."""
+    """A worker child is killed as above, in a task without `reconcile`. The callers must receive "in doubt"."""
     calls = [
         Call("billing.send_reminder", {"customer_id": "dune", "invoice_id": f"doubt-{n}"}, "first")
         for n in range(2)

@@ -29,7 +29,8 @@ async def pursue(client: Client, number: int, goal: dict[str, Any], seed: str) -
     random_ = random.Random(f"{seed}-{number}")
     for count in range(1, MAX_CALLS + 1):
         args, kwargs = plan(goal, random_)
-        arguments = {**kwargs, **dict(zip(PARAMETERS, args, strict=False))}  # MCP has names only
+        # MCP passes all arguments by name.
+        arguments = {**kwargs, **dict(zip(PARAMETERS, args, strict=False))}
         tell(goal=number, says=f"calls {TOOL}({json.dumps(arguments)})")
         try:
             answer = await client.call_tool(TOOL, arguments, read_timeout_seconds=PATIENCE)

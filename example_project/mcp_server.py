@@ -27,7 +27,7 @@ async def list_tools(context: Any, params: Any) -> ListToolsResult:
 
 async def call_tool(context: Any, params: Any) -> CallToolResult:
     sent = await asyncio.to_thread(app.send_task, TASK, kwargs=params.arguments)
-    # Polling instead of waiting on a thread: nothing outlives a client that has left.
+    # Polls instead of waiting in a thread, so that nothing goes on waiting after the client has left.
     for _ in range(int(PATIENCE / 0.05)):
         if await asyncio.to_thread(sent.ready):
             text = json.dumps(sent.result, default=repr)

@@ -1,4 +1,4 @@
-"""Starts processes and always stops them: each in its own session, stopped by its id, with bounded waits."""
+"""Starts processes and always stops them. Each has its own session and is stopped by its id. All waits are bounded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ POLL = 0.05  # seconds between two checks of a condition
 
 
 class Interrupted(BaseException):
-    """Ctrl-C, SIGTERM or SIGHUP. Not an `Exception`, so nothing swallows it on the way to the clean-up."""
+    """Ctrl-C, SIGTERM or SIGHUP. Not an `Exception`, so that no `except Exception` catches it before the clean-up."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -52,7 +52,7 @@ class Processes:
         self._signum: int | None = None
 
     def __enter__(self) -> Processes:
-        """Turn SIGINT, SIGTERM, SIGHUP into `Interrupted`, but never between a fork and its note."""
+        """Turn SIGINT, SIGTERM and SIGHUP into `Interrupted`, but never before a started process is in `_running`."""
         for signum in SIGNALS:
             signal.signal(signum, self._on_signal)
         return self
@@ -83,7 +83,7 @@ class Processes:
     def start(
         self, command: Sequence[str], log: Path, env: dict[str, str], *, talk: bool = False
     ) -> subprocess.Popen[str]:
-        """Start one process in a session of its own: Ctrl-C reaches only us. `talk` gives it pipes."""
+        """Start one process in its own session, so that Ctrl-C reaches only this one. `talk` gives it pipes."""
         with self._hold(), log.open("ab") as errors:
             process = subprocess.Popen(
                 command,
@@ -102,13 +102,13 @@ class Processes:
         self._after.append(action)
 
     def check(self) -> None:
-        """Raise `Ended` when one of them has failed, with the end of its log."""
+        """Raise `Ended`, with the end of its log, if a process has failed."""
         for process, log in self._running.items():
             if process.poll():  # an agent that is done ends with 0
                 raise Ended(f"{log.stem} ended with status {process.returncode}:\n{_tail(log)}")
 
     def stop(self, processes: Sequence[subprocess.Popen[str]], grace: float) -> None:
-        """SIGINT to each of them, SIGKILL after `grace` seconds to what is left of its group.
+        """Send SIGINT to each of them, and after `grace` seconds SIGKILL to what is left of its process group.
 
         The launcher of the embedded Valkey stops its server only on SIGINT. A Celery worker takes it as a warm
         shutdown.
@@ -137,13 +137,13 @@ class Processes:
 
 
 def _kill_group(pid: int) -> None:
-    # The group is empty; macOS raises PermissionError for a group of zombies.
+    # The group may be empty. macOS raises PermissionError for a group of zombies.
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
 
 
 def _tail(log: Path) -> str:
-    # A traceback and what led to it; more would push the message off the screen.
+    # Enough for a traceback and the lines before it. More would scroll the message off the screen.
     return "\n".join(log.read_text(errors="replace").splitlines()[-15:])
 
 

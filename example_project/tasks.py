@@ -100,7 +100,7 @@ def invoice_and_email(
         cents=cents,
         note=note,
     )
-    letter = billing.get("/letters", invoice_id=invoice_id)  # only reads: may run again, needs no step
+    letter = billing.get("/letters", invoice_id=invoice_id)  # it only reads, so it needs no step
     email = self.step(
         "email",
         billing.post,

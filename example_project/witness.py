@@ -1,10 +1,10 @@
 """A journal of what happened in the worker processes, independent of records and answers.
 
-One JSON line per event is appended to the file named by `IDEM_DEMO_WITNESS`; without that variable nothing is
-written. Plain Celery and celery_idem keep the same journal, so both are measured by the same ruler.
+One JSON line per event is appended to the file named by `IDEM_DEMO_WITNESS`. Without that variable nothing is
+written. Plain Celery and celery_idem keep the same journal, so both are measured in the same way.
 
-Events: `ready` (a worker or caller can take work), `start` and `end` (one delivery of one message, seen by
-Celery's own signals around the task), `call` (a task is about to speak to the billing service).
+Events: `ready` (a worker or caller can take work), `start` and `end` (one delivery of one message, reported by
+Celery's signals around the task), `call` (a task is about to call the billing service).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _here = threading.local()  # `.delivery`: the current delivery of this thread
 
 
 def note(event: str, **fields: Any) -> None:
-    """Append one event. One `write` with O_APPEND does not mix with those of other processes."""
+    """Append one event. It is one `write` with O_APPEND, so it does not mix with events of other processes."""
     path = os.environ.get("IDEM_DEMO_WITNESS")
     if not path:
         return
@@ -39,7 +39,7 @@ def note(event: str, **fields: Any) -> None:
 
 
 def watch_worker() -> None:
-    """Note every delivery in this process and its children."""
+    """Record every delivery in this process and its children."""
     # weak=False: the receivers are local functions and would be collected at once.
     signals.worker_ready.connect(_ready, weak=False)
     signals.task_prerun.connect(_start, weak=False)

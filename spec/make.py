@@ -1,7 +1,7 @@
 """Writes `spec/vectors.json`: `python -m spec.make`. A test compares the file with what this makes.
 
-Values are written as JSON. What JSON has no form for is written as kombu's JSON does it,
-`{"__type__": "decimal", "__value__": "1.50"}`, with a few types more (`notation`).
+Values are written as JSON. A value that JSON cannot hold is written as kombu writes it,
+`{"__type__": "decimal", "__value__": "1.50"}`, with a few more types (`notation`).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Money:
 
 
 class Secret:
-    """As pydantic's `SecretStr`: its digest stands in the canonical form."""
+    """A secret like pydantic's `SecretStr`. The canonical form contains the digest of its value."""
 
     def __init__(self, value: str) -> None:
         self._value = value
@@ -68,7 +68,7 @@ class Secret:
 
 
 def nested(depth: int) -> Any:
-    """Return an empty list in lists: `depth` of them in all."""
+    """Return an empty list inside other lists, `depth` lists in all."""
     value: list[Any] = []
     for _ in range(depth - 1):
         value = [value]
@@ -174,7 +174,7 @@ REFUSED: list[tuple[str, Any]] = [
 
 
 def notation(value: Any) -> Any:
-    """Return the value as JSON, as a message carries it. The marks after `base64` are of this file only."""
+    """Return the value as JSON, as in a message. The marks int, timedelta, set, secret and ip are only used here."""
     if isinstance(value, Enum):
         return notation(value.value)
     if value is None or isinstance(value, (bool, str, float)):
@@ -221,11 +221,11 @@ def refused(value: Any) -> bool:
 
 
 def charge(customer: Any, invoice: Any = 1, cents: Any = 0, currency: Any = "EUR", note: str = "") -> None:
-    """Its key has two of the arguments, two more must match, and the note is free."""
+    """A task with two arguments in the key, two that must match, and a free note."""
 
 
 def anything(first: Any = None, **more: Any) -> None:
-    """All of its arguments are the intent."""
+    """A task whose intent is all of its arguments."""
 
 
 CHARGE: Mapping[str, Any] = MappingProxyType(
@@ -240,7 +240,7 @@ class Call:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
-    """Scope, occurrence, caller's key."""
+    """Scope, occurrence and caller's key."""
     run: Callable[..., None] = charge
     declared: Mapping[str, Any] = field(default_factory=lambda: CHARGE)
     namespace: str = "idem"
@@ -299,7 +299,7 @@ def parameters(run: Callable[..., Any]) -> list[list[Any]]:
 
 
 def call(given: Call) -> dict[str, Any]:
-    """Publish the call into memory, and return what the message says of it."""
+    """Publish the call to a broker in memory, and return it with its key, fingerprint and headers."""
     app = Celery("vectors", broker="memory://", backend="cache+memory://", set_as_current=False)
     app.conf.update(idem_store="memory://vectors", idem_namespace=given.namespace)
     task = app.task(base=IdempotentTask, shared=False, **{"name": "shop.charge", **given.declared})(given.run)
@@ -394,7 +394,7 @@ OPEN: list[tuple[str, dict[str, Any]]] = [
     ("a call that is too large", {"call": calls.Why.TOO_LARGE.packed}),
     ("published by recovery", {"recovery": Recovery(2, 60_000_000)}),
 ]
-"""What only a record without an outcome has."""
+"""Parts that only a record without an outcome has."""
 
 
 def plain(value: Any) -> Any:
@@ -414,7 +414,7 @@ def plain(value: Any) -> Any:
 
 
 def record(name: str, made: Record) -> dict[str, Any]:
-    """Return a record, and its parts; those that are empty are left out."""
+    """Return a record and its parts, without the empty ones."""
     said = {
         part: plain(value)
         for part, value in made._asdict().items()
@@ -426,7 +426,7 @@ def record(name: str, made: Record) -> dict[str, Any]:
             "place": made.place,
             "call": made.call.hex(),
         }
-    if made.outcome:  # its parts stand beside the others, as in the bytes
+    if made.outcome:  # its parts are listed beside those of the record, as in the bytes
         given = made.outcome
         part = "replaced_by" if given.replaced_by else "payload" if given.payload is not None else "missing"
         said[part] = plain(getattr(given, part))
@@ -455,7 +455,7 @@ def records() -> list[dict[str, Any]]:
 
 
 def sealed() -> list[dict[str, str]]:
-    """Return fields of records that are sealed, with keys of each length."""
+    """Return sealed fields of records, with seal keys of each length."""
     found = []
     for size in SIZES:
         seal_key = base64.b64encode(bytes(range(size))).decode()
@@ -487,7 +487,7 @@ def vectors() -> dict[str, Any]:
 
 
 def text() -> str:
-    """Return the file: ASCII, because normal forms cannot be seen, and a vector in a line."""
+    """Return the text of the file: one vector per line, in ASCII, because normal forms of a text look the same."""
     parts = []
     for name, value in vectors().items():
         lines = ",\n  ".join(map(json.dumps, value)) if isinstance(value, list) else ""

@@ -1,7 +1,7 @@
-"""Fixtures: servers for the session, an empty database for each test, workers that are always reaped.
+"""Fixtures: servers for the session, an empty database for each test, workers that are ended after it.
 
-A server that cannot be had here is a skip with the reason; with CELERY_IDEM_REQUIRE_SERVERS=1
-(REQUIRE_DOCKER=1 for the Docker engine) it is a failure, so that no CI passes by skipping.
+Where a server cannot be started, the test is skipped with the reason. With CELERY_IDEM_REQUIRE_SERVERS=1
+(REQUIRE_DOCKER=1 for the Docker engine) it fails instead, so that a CI run cannot pass by skipping.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import celery.app.builtins  # noqa: F401  # before SHARED is taken: every application has these tasks
+import celery.app.builtins  # noqa: F401  # before SHARED is computed: every application has these tasks
 import psutil
 import pytest
 import redis
 from celery._state import _on_app_finalizers
 from hypothesis import HealthCheck, settings
 
-import example_project.legacy  # noqa: F401  # a shared task by intention
+import example_project.legacy  # noqa: F401  # a shared task on purpose
 from celery_idem.engine import events
 from tests.support import shared
 from tests.support.effects import Effects, Gate
@@ -41,26 +41,26 @@ from tests.support.workers import CeleryWorker
 
 S = TypeVar("S", bound=Server)
 
-# How long an example takes is the machine's business. `make fuzz` asks for many more of them.
+# No deadline: how long an example takes depends on the machine. `make fuzz` runs many more examples.
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("fuzz", settings.get_profile("tests"), max_examples=50_000)
 settings.load_profile("tests")
 
-# What was started for a test and writes a log: shown when the test fails.
+# Functions that return the log of a process started for a test. The logs are shown when the test fails.
 LOGS = pytest.StashKey[list[Callable[[], str]]]()
 
 # The processes of a run when it was interrupted.
 INTERRUPTED: list[psutil.Process] = []
 
-# What Celery adds to every application of the process: `@app.task` puts each task there, of whatever application.
+# What Celery adds to every application of the process. `@app.task` of any application adds its task there too.
 SHARED = frozenset(_on_app_finalizers)
 
 
 def pytest_configure() -> None:
-    # A SIGTERM (a CI job that is cancelled) then ends like Ctrl-C, through the fixtures that
-    # stop the servers. Its default action would leave them running.
+    # A SIGTERM (a cancelled CI job) then ends the run like Ctrl-C, and the fixtures stop the servers.
+    # Its default action would leave them running.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # A shell that starts the run in the background has it ignore SIGINT, and so would every child.
+    # A shell starts a background process with SIGINT ignored, and every child would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Otherwise every process compiles what it imports anew, and pytest rewrites each test file.
     sys.dont_write_bytecode = False
@@ -70,12 +70,15 @@ def pytest_configure() -> None:
 def pytest_keyboard_interrupt() -> None:
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
-    )  # xdist interrupts its processes a second time, in the middle of their end
+    )  # xdist interrupts its processes a second time, while they are ending
     INTERRUPTED.extend(psutil.Process().children(recursive=True))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """The last net, of a run that was interrupted: xdist kills a process that does not end within ten seconds."""
+    """Kills what an interrupted run left, and ends the shared RabbitMQ.
+
+    xdist kills a process that does not end within ten seconds, before the fixtures of that process have ended.
+    """
     for process in INTERRUPTED:
         with contextlib.suppress(psutil.Error):
             process.kill()
@@ -113,11 +116,11 @@ LONGEST = (
         "security/test_rights",
     ),
 )
-"""Files that take longest, those first: `pytest --durations=0` says how long."""
+"""The test files that take longest, slowest first. `pytest --durations=0` shows how long they take."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of several processes each takes the next file: the longest come first, so that none ends late."""
+    """Puts the longest files first: each xdist process takes the next file, and none should end late."""
     if hasattr(config, "workerinput"):
         places = {Path(__file__).parent / f"{name}.py": place for place, name in enumerate(LONGEST)}
         items.sort(key=lambda item: places.get(item.path, len(places)))
@@ -129,13 +132,13 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def tasks_stay_with_their_application() -> Iterator[None]:
-    """Two tests may have a task of the same name, each in an application of its own."""
+    """Lets two tests have a task of the same name, each in its own application."""
     yield
     _on_app_finalizers.intersection_update(SHARED)
 
 
 def missing(reason: str, demand: str = "CELERY_IDEM_REQUIRE_SERVERS") -> NoReturn:
-    """Skip the test, or fail it where the environment variable `demand` is 1."""
+    """Skips the test, or fails it where the environment variable `demand` is 1."""
     if os.environ.get(demand) == "1":
         pytest.fail(f"{reason} ({demand}=1 makes this a failure)", pytrace=False)
     pytest.skip(reason)
@@ -143,7 +146,7 @@ def missing(reason: str, demand: str = "CELERY_IDEM_REQUIRE_SERVERS") -> NoRetur
 
 @contextlib.contextmanager
 def running(make: Callable[[], S]) -> Iterator[S]:
-    """Start the server that `make` returns, and end it whatever happens."""
+    """Starts the server that `make` returns, and always ends it."""
     try:
         server = make()
     except ServerMissingError as error:
@@ -152,15 +155,15 @@ def running(make: Callable[[], S]) -> Iterator[S]:
         try:
             yield server
         finally:
-            # An AsyncResult unsubscribes when it is collected. After its Redis has gone it would try to reach it
-            # for minutes, in whatever test then runs, with whatever lock that holds.
+            # An AsyncResult unsubscribes when it is collected. Once its Redis has ended, it would try to connect
+            # for minutes, in a later test and while holding a lock of that test.
             gc.collect()
 
 
 # -- one server of each kind for the session ------------------------------------------------------------
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """Shared: a test that kills or freezes its server takes `start_redis` instead."""
+    """Shared: a test that kills or freezes its server uses `start_redis` instead."""
     with running(lambda: RedisServer(tmp_path_factory.mktemp("redis"))) as server:
         yield server
 
@@ -174,7 +177,7 @@ def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeySe
 
 @pytest.fixture(scope="session")
 def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQServer]:
-    """Shared by all processes of a run: give queues names of their own, see `queue_name`, and do not break it."""
+    """Shared by all processes of a run: name queues with `queue_name`, and do not stop or break the server."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         try:
             yield shared.rabbitmq(tmp_path_factory.getbasetemp().parent / "rabbitmq")
@@ -195,7 +198,7 @@ def postgres() -> Iterator[PostgresServer]:
 # -- containers ---------------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def docker_engine() -> str:
-    """The version of the Docker engine that answers."""
+    """The version of the running Docker engine."""
     try:
         words = ["docker", "version", "--format", "{{.Server.Version}}"]
         return subprocess.run(words, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
@@ -205,7 +208,7 @@ def docker_engine() -> str:
 
 @pytest.fixture(scope="session")
 def docker_compose(docker_engine: str) -> list[str]:
-    """The words that call Compose: version 2 is a plugin of docker, version 1 a program of its own."""
+    """The command for Compose: version 2 is a plugin of docker, version 1 a separate program."""
     for words in (["docker", "compose"], ["docker-compose"]):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             subprocess.run([*words, "version"], capture_output=True, timeout=30, check=True)
@@ -242,13 +245,13 @@ def postgres_url(postgres: PostgresServer) -> str:
 
 @pytest.fixture
 def queue_name() -> str:
-    """A queue that no other test uses: RabbitMQ keeps messages between tests."""
+    """A queue name that no other test uses: RabbitMQ keeps messages between tests."""
     return f"test-{uuid.uuid4().hex}"
 
 
 @pytest.fixture
 def start_redis(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., RedisServer]]:
-    """`start_redis(appendonly=True)`: a Redis of the test's own, to kill and to freeze."""
+    """`start_redis(appendonly=True)`: a Redis for this test alone, to kill and to freeze."""
     yield from _starter(RedisServer, tmp_path, request)
 
 
@@ -284,20 +287,20 @@ def start_worker(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Cal
         return worker
 
     yield start
-    # The test is over: nothing that still runs is of interest, so no worker gets time to finish.
+    # The test is over, so no worker gets time to finish its tasks.
     for worker in workers:
         worker.kill()
 
 
 @pytest.fixture
 def effects(tmp_path: Path) -> Effects:
-    """The destination: `Effects(path)` with this one's `.path` in a worker is the same ledger."""
+    """The destination. A worker opens the same ledger with `Effects(path)`, given this one's `.path`."""
     return Effects(tmp_path / "effects.jsonl")
 
 
 @pytest.fixture
 def gate(tmp_path: Path) -> Gate:
-    """A closed gate: `Gate(path)` with this one's `.path` in a worker is the same gate."""
+    """A closed gate. A worker opens the same gate with `Gate(path)`, given this one's `.path`."""
     return Gate(tmp_path / "gate")
 
 
@@ -318,7 +321,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 # -- the runner without Celery --------------------------------------------------------------------------
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    """A runner over a store in memory, and every event."""
+    """A runner over a store in memory, with every event recorded."""
     made = Bench()
     stop = events.listen(made.events.append, here=True)
     yield made

@@ -1,4 +1,4 @@
-"""Slow readings: no caller waits for long, each gets what is known, and one reading runs at a time."""
+"""Slow readings: no caller waits long, each gets what is known so far, and one reading runs at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LONG, SHORT = 20.0, 0.01
 
 
 class Source:
-    """A reading that stops half way until it is let go."""
+    """A reading that stops half way until `go` is set."""
 
     def __init__(self) -> None:
         self.begun = 0
@@ -56,7 +56,7 @@ def test_nobody_waits_for_a_slow_one_and_everybody_sees_how_far_it_is(source: So
     background = Background(source, fresh=LONG, patience=SHORT)
     wait_for(lambda: background.look().unfinished == "half of 1", LONG, "the first half")
     assert background.look().whole is None
-    assert source.begun == 1  # however many look
+    assert source.begun == 1  # although several callers look
     source.go.set()
     wait_for(whole(background), LONG, "the whole")
     assert background.look().unfinished is None

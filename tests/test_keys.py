@@ -164,7 +164,7 @@ def test_an_unknown_name_lists_the_real_ones(option: str) -> None:
 
 @pytest.mark.parametrize("option", ["intent", "must_match", "secret"])
 def test_a_name_that_a_position_may_hide_is_refused(option: str) -> None:
-    """Behind a decorator without ``functools.wraps``, a positional ``cents`` was not compared."""
+    """Behind a decorator without ``functools.wraps``, a positional ``cents`` would not be compared."""
 
     def fun(*args: int, **kwargs: int) -> None: ...
 
@@ -261,8 +261,8 @@ def test_a_downstream_key_is_stable_and_fits_a_header() -> None:
 
 # --- scheme 1 ----------------------------------------------------------------------------------------
 
-# Digests of SCHEME 1. A change of any of them makes every intent that is on its way, or done, look new,
-# so it needs a new SCHEME: and then new values here.
+# Digests of SCHEME 1. If one of them changes, every intent that is open or done looks new.
+# Such a change needs a new SCHEME, and new values here.
 GOLDEN = {
     "null": (None, "9738159f340450301bfd24ce1d1fb7dd"),
     "true": (True, "e6acc5bba3f0feae9a1ece8c5c2134a2"),
@@ -305,7 +305,7 @@ def test_the_labels_and_fingerprints_of_scheme_1_never_change() -> None:
 
 
 def test_a_key_is_the_same_in_every_process() -> None:
-    """Sets and dictionaries are iterated in an order that differs from process to process."""
+    """The iteration order of a set differs from process to process."""
     program = "from tests.test_keys import key_for\nprint(key_for({'a', 'b', 'c', 'd', 'e', 'f'}))"
     found = set()
     for seed in ("1", "2"):

@@ -1,4 +1,7 @@
-"""The renewing thread: one for all claims, in batches, anew after a fork, and what a body learns from it."""
+"""The thread that renews leases: one for all claims of a store, in batches, restarted after a fork.
+
+A body learns from it when its lease is lost.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +27,13 @@ from celery_idem.testing import CrashingStore
 from tests.support.waiting import wait_for
 
 LEASE = MICROSECONDS
-"""A second: long beside a thread switch on a busy machine, short to wait for."""
+"""One second: much longer than a thread switch on a busy machine, and short to wait for."""
 
 SOON = 20.0
 
 
 class Counting(CrashingStore):
-    """Keeps the size of every batch of renewals, and calls ``during`` once, in the middle of one."""
+    """Records the size of every batch of renewals, and calls ``during`` once, in the middle of a batch."""
 
     def __init__(self) -> None:
         super().__init__(MemoryStore())
@@ -72,7 +75,7 @@ def threads() -> list[threading.Thread]:
 
 
 def test_no_thread_without_a_claim_and_one_for_all_of_a_store(ledger: Ledger) -> None:
-    before = threads()  # of earlier tests, and about to end
+    before = threads()  # these belong to earlier tests, and are about to end
     renewer = Renewer()
     assert not set(threads()) - set(before)
     other = Ledger(ledger.store, "another")
@@ -116,7 +119,7 @@ def test_claims_are_renewed_together_and_live_on(ledger: Ledger) -> None:
 
 
 def test_a_short_lease_after_a_long_one_is_not_missed(ledger: Ledger) -> None:
-    """The thread sleeps for the long one when the short one comes."""
+    """The thread is sleeping until the long lease is due when the short one is added."""
     renewer = Renewer()
     long, short = claimed(ledger, "long", 3600 * MICROSECONDS), claimed(ledger, "short")
     renewer.watch(long)
@@ -131,7 +134,7 @@ def test_a_short_lease_after_a_long_one_is_not_missed(ledger: Ledger) -> None:
 def test_a_short_lease_that_comes_in_the_middle_of_a_look_is_not_missed(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The thread has looked at what is watched, and goes to sleep for longer than the short one lives."""
+    """The thread has looked at the watched claims, and would sleep for longer than the short lease lasts."""
     renewer = Renewer()
     length = 3 * MICROSECONDS
     elapsed = clock.elapsed
@@ -181,7 +184,7 @@ def test_a_thread_without_claims_ends_and_the_next_claim_starts_another(
     renewer.watch(claim)
     (keeper,) = renewer._keepers.values()
     renewer.unwatch(claim)
-    for n in range(100):  # each meets the thread at another moment of its end
+    for n in range(100):  # each claim comes at another moment of the thread's end
         wait_for(lambda: keeper._thread is None, SOON, "the thread to end", every=0.0)
         claim = claimed(ledger, f"k{n}", 1)
         renewer.watch(claim)
@@ -201,7 +204,7 @@ def test_nothing_is_kept_of_a_store_that_is_no_more() -> None:
     renewer.watch(claim)
     renewer.unwatch(claim)
     del place, claim
-    wait_for(lambda: (gc.collect(), not renewer._keepers)[1], SOON, "it to be forgotten")
+    wait_for(lambda: (gc.collect(), not renewer._keepers)[1], SOON, "its thread to be dropped")
 
 
 def test_the_trust_in_a_lease_ends_while_the_machine_is_suspended(
@@ -238,7 +241,7 @@ def test_settling_while_it_is_renewed_keeps_the_outcome(ledger: Ledger) -> None:
     for n in range(30):
         claim = claimed(ledger, f"k{n}", MICROSECONDS // 10)
         renewer.watch(claim)
-        threading.Event().wait(0.01)  # into a renewal, with luck; the outcome must not depend on it
+        threading.Event().wait(0.01)  # a renewal may be under way now; the outcome must not depend on it
         assert isinstance(claim.settle(Outcome(True, b"j1"), 5.0), Done)
         renewer.unwatch(claim)
         entry = ledger.get(f"k{n}")
@@ -281,11 +284,11 @@ def test_a_body_learns_that_nobody_could_renew(ledger: Ledger) -> None:
     renewer.watch(claim)
     assert not claim.lost
     began = time.monotonic()
-    wait_for(lambda: claim.lost, SOON, "the body to be told")
+    wait_for(lambda: claim.lost, SOON, "the body to learn it")
     assert time.monotonic() - began < SOON
-    # Told before the lease is over for everybody else: in the store it still stands.
+    # No other worker has taken over, so the next renewal restores the claim.
     store.heal()
-    wait_for(lambda: not claim.lost, SOON, "the next renewal, because nobody took over")
+    wait_for(lambda: not claim.lost, SOON, "the next renewal, as no worker took over")
     renewer.unwatch(claim)
 
 
@@ -318,7 +321,7 @@ def test_a_forked_child_starts_a_thread_of_its_own(ledger: Ledger) -> None:
             parents = stamp_of(ledger, "parent")
             renewer.watch(mine)
             wait_for(lambda: stamp_of(ledger, "child") > began, SOON, "a renewal in the child")
-            assert stamp_of(ledger, "parent") == parents  # here the child's copy: not its to renew
+            assert stamp_of(ledger, "parent") == parents  # the child does not renew its parent's claim
             status = 0
         os._exit(status)
     try:

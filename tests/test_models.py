@@ -1,4 +1,4 @@
-"""Models as arguments: one message has one key for ever, and two actions never share one."""
+"""Models as arguments: one message always has the same key, and two actions never share one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, HttpUrl, RootModel, SecretByt
 from celery_idem import ALL_ARGUMENTS, IdempotentTask, IntentError
 from tests.test_signatures import passing
 
-pytest.importorskip("celery.utils.annotations", reason="Celery before 5.5 knows nothing of models")
+pytest.importorskip("celery.utils.annotations", reason="Celery supports models since 5.5")
 
 
 def an_app() -> Celery:
@@ -33,7 +33,7 @@ def a_task(
     fun: Callable[..., Any], intent: Any = ALL_ARGUMENTS, pydantic: bool = True, **options: Any
 ) -> Any:
     inside = inspect.unwrap(fun)
-    inside.__annotations__ = typing.get_type_hints(inside)  # Celery 5.5 reads no annotations that are text
+    inside.__annotations__ = typing.get_type_hints(inside)  # Celery 5.5 does not evaluate text annotations
     app = an_app()
     app.task(
         base=IdempotentTask, name="shop.place", intent=intent, shared=False, pydantic=pydantic, **options
@@ -123,7 +123,7 @@ def test_anywhere_else_it_stays_what_it_is(hint: Any) -> None:
         {"pears": {"amount": 1}, "apples": {"amount": 1}},
         {},
     ]
-    if hint == "Card":  # evaluated: then it is a model, for Celery as well
+    if hint == "Card":  # Celery evaluates the text too, so a dictionary becomes a model
         different = [d for d in different if "iban" not in d and "amount" in d]
     assert len({key(value) for value in different}) == len(different)
 
@@ -304,7 +304,7 @@ def test_a_secret_is_in_no_canonical_form() -> None:
     assert "hunter2" not in str(declaration.intent(declaration.bind(({"token": "hunter2"},), {})))
 
 
-# --- what is minted -----------------------------------------------------------------------------
+# --- values that the model generates ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ def test_a_model_as_a_factory_is_its_defaults() -> None:
 
 
 def test_a_model_as_a_default_is_the_same_in_every_process() -> None:
-    def make() -> Any:  # as each process does when it imports the module
+    def make() -> Any:  # each process does this when it imports the module
         def place(x: Traced = Traced(number=1)) -> None: ...  # noqa: B008
 
         return a_task(place).intent_key
@@ -437,7 +437,7 @@ def test_validators_that_mint_are_refused() -> None:
 
 
 def test_a_validator_that_breaks_is_refused_and_not_read_in_another_way() -> None:
-    """Data that are invalid by a database that is away would have another key when it is back."""
+    """If the arguments were read as they are while a database is down, their key would change when it is back."""
 
     class Asking(BaseModel):
         number: int

@@ -1,4 +1,4 @@
-"""A record of a newer format, as in the middle of an upgrade: this release runs nothing, and says why."""
+"""A record of a newer format, as during an upgrade: this release does not run the body, and reports why."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SAYS = (
 
 
 def newer(state: State = State.RUNNING) -> bytes:
-    """A record as a later release might write it: another number, and parts that this version does not know."""
+    """A record as a later release might write it: a higher version, and parts that this release does not know."""
     packed = bytearray(record.pack(Record(state, owner=b"twelve-bytes", fence=5)))
     packed[12] = record.VERSION + 1
     return bytes(packed) + b"something new"

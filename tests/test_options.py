@@ -1,4 +1,4 @@
-"""Where a task's options may stand, and what a class had before is never taken for one."""
+"""Where a task's options may be given. An attribute that a class already had is never read as an option."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ ELSEWHERE = [
     in_a_subclass,
 ]
 WARNED = {in_a_base, in_a_subclass}
-"""Classes that their author derived from ours for some tasks."""
+"""Classes that their author derived from IdempotentTask for some tasks: only these cause a warning."""
 
 Place = Callable[[str, Any], Any]
 
@@ -161,7 +161,7 @@ def test_beside_the_intent_both_names_are_settings(place: Place, name: str) -> N
 
 
 def settings_of_class(task: Any) -> Settings:
-    """Without opening the store: one of these settings names none that exists."""
+    """The settings of a task, without opening its store: not every value here fits the store."""
     from celery_idem.integration.declaring import settings_of as of_class
 
     return of_class(
@@ -191,7 +191,7 @@ def test_elsewhere_only_the_full_name_is_a_setting(place: Place, name: str) -> N
 
 
 def findings(app: Celery) -> dict[str, str]:
-    """What the doctor says of attributes that are no settings: the attribute, and what to write."""
+    """What the doctor reports about attributes that are not settings: the attribute, and what to write instead."""
     snapshot = doctor.gather(app, ask=False)
     found = [f for f in doctor.examine(snapshot, doctor.CHEAP) if f.code == "not-a-setting"]
     return {"." + f.where.rpartition(".")[2]: " ".join(f.change.split()[:2]) for f in found}
@@ -207,7 +207,7 @@ BEFORE: dict[str, Any] = {
     "durability": 3,
     "max_attempts": None,
 }
-"""What classes may well have had under these names: none of them is a value that the setting can have."""
+"""Values that a class may have had under these names. None of them is a valid value of the setting."""
 
 
 @pytest.mark.parametrize("place", ELSEWHERE)
@@ -265,7 +265,7 @@ def test_a_shared_base_and_the_task_itself() -> None:
     assert (found.lease, found.on_crash, found.max_attempts) == (50, "resume", 9)
     assert settings_of(declared(Impatient, app, name="b", lease=3)).lease == 3
     app.conf.task_annotations = {"c": {"idem_lease": 2}, "d": {"lease": 1}}
-    vars(app).pop("annotations", None)  # Celery keeps them
+    vars(app).pop("annotations", None)  # Celery caches them
     assert settings_of(declared(Impatient, app, name="c", lease=3)).lease == 2
     assert settings_of(declared(Impatient, app, name="d", idem_lease=3)).lease == 1
 
@@ -288,7 +288,7 @@ def test_for_all_tasks_a_setting_has_its_full_name() -> None:
 
 
 def test_an_intent_for_all_tasks_is_refused() -> None:
-    """It would replace each task's own, and Celery's nightly cleanup would be done once."""
+    """It would replace the intent of each task, and Celery's nightly cleanup would run only once."""
     for own in ({}, {"intent": ("order",)}):
         with pytest.raises(ConfigurationError, match="under the name of each task"):
             for_all_tasks({"intent": ALL_ARGUMENTS}, **own)
@@ -303,7 +303,7 @@ def test_what_is_said_of_one_task_wins_over_what_is_said_of_all() -> None:
 @pytest.mark.parametrize("place", BESIDE_THE_INTENT)
 def test_one_place_gives_a_setting_once(place: Place) -> None:
     class Twice(dict[str, Any]):
-        """Two options under one."""
+        """A dictionary with two names for one option."""
 
     def twice(**options: Any) -> Any:
         if place is in_the_decorator:

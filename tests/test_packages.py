@@ -1,4 +1,4 @@
-"""Each package names in ``__all__`` what the packages above it may import; what it does not name is its own."""
+"""Each package lists in ``__all__`` the modules that other packages may import. The others are private to it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("core", "engine", "integration", "operate")
 
 
 def imported(file: Path) -> set[tuple[str, str]]:
-    """(package, module) of every import of ours in a file."""
+    """(package, module) of every import of celery_idem in a file."""
     found = set()
     for node in ast.walk(parsed(file.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("celery_idem."):
@@ -38,11 +38,11 @@ def test_only_public_modules_are_imported_from_elsewhere(package: str) -> None:
         if where == package
     }
     assert outside - public == set()
-    assert public - outside == set(), "named, and nobody else needs it"
+    assert public - outside == set(), "named, and no other package imports it"
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:
-    """Also not inside a function, or for types only."""
+    """Imports inside a function and imports for types only count too."""
     grimp = pytest.importorskip("grimp")
     graph = grimp.build_graph("celery_idem", exclude_type_checking_imports=False)
     imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
@@ -73,7 +73,7 @@ def test_no_branch_reads_the_advice_of_a_receipt() -> None:
 
 
 def test_only_a_hold_touches_what_is_private_of_it() -> None:
-    """Of a hold and of what a body sees of it: in the package, the tests and the benchmarks."""
+    """No other file of the package, the tests and the benchmarks uses a private attribute of a hold or a claim."""
     claim = ROOT / "engine" / "claim.py"
     private = {
         node.attr
@@ -106,13 +106,13 @@ HOLDS = {
     "short",
     "idem_claim",
 }
-"""What a hold is called."""
+"""Names of variables that hold a claim."""
 
 TOP = ROOT.parent
 
 
 def test_no_branch_reads_text_for_people() -> None:
-    """Why an outcome has no payload, why an intent is in doubt, what a note says: a field beside it tells programs."""
+    """Some fields are text for people, for example the reason of a doubt. Programs read the field beside it."""
     texts = {"missing", "reason", "what", "evidence", "says"}
     parsing = {
         "startswith",

@@ -1,7 +1,7 @@
-"""The state machine against the two tables in its own docstring: neither can change without the other.
+"""The state machine agrees with the two tables in its docstring: neither can change without the other.
 
-The tables are parsed. Each row's condition has a predicate here, under the row's own words; then every
-combination of what a claim can meet is tried, and the first row that holds must say what came out.
+The tables are parsed. Each condition has a predicate here, found by the words of the condition. Every
+combination that a claim can meet is tried, and the first row that holds must give the result.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ from tests.support.records import (
 
 
 def tables() -> list[list[list[str]]]:
-    """The tables of the docstring: rows of stripped cells, without the heads."""
+    """The tables of the docstring: rows of stripped cells, without the header rows."""
     found: list[list[list[str]]] = []
     columns: list[tuple[int, int | None]] = []
     rules = 0
@@ -144,7 +144,7 @@ CONDITIONS: dict[str, Callable[[Meeting], bool]] = {
     "came too late, can ask": lambda met: met.late and met.asks,
     "came too late": lambda met: met.late,
 }
-"""Conditions by their words in the table. "First that holds": those above it need not be repeated."""
+"""Conditions by their words in the table. The first row that holds counts, so none repeats those above it."""
 
 
 def row_of(met: Meeting) -> int:
@@ -171,7 +171,7 @@ def test_every_claim_ends_as_its_row_says() -> None:
         decision_name, _, rest = CLAIM[row][2].partition(",")
         decision_name = decision_name.split()[0]
         states = states_in(rest)
-        if met.record is None:  # an absent one is created, and acquired by having been
+        if met.record is None:  # an absent record is created, and its creator holds the claim
             late = protocol.too_late(met.request)
             decision, new = (
                 protocol.absent(met.request, met.now) if late else (None, protocol.fresh(met.request))
@@ -189,7 +189,7 @@ def test_every_claim_ends_as_its_row_says() -> None:
 
 
 def test_what_counts_as_too_late() -> None:
-    """`late="run"` runs it, and a failure that may be repeated is no reason for doubt."""
+    """A message older than `result_ttl` is too late, unless `late="run"`. `failure_ttl` does not count."""
     met = Meeting(None, "none", "other", True, STAMP, "in_doubt", False, 0, "nobody")
     policy = met.request.policy._replace(result_ttl=10, failure_ttl=0)
     ages = {age: protocol.too_late(met.request._replace(age=age, policy=policy)) for age in (0, 1, 10, 11)}
@@ -227,7 +227,7 @@ def test_attempts_count_executions_and_crashes_those_without_a_word() -> None:
     assert (claimed(State.RELEASED).attempts, claimed(State.RELEASED).crashes) == (3, 0)
     assert (claimed(State.SCHEDULED).attempts, claimed(State.SCHEDULED).crashes) == (3, 0)
     assert (claimed(State.RUNNING).attempts, claimed(State.RUNNING).crashes) == (3, 1)
-    # A body that never ran is no attempt.
+    # A claim whose body never ran does not count as an attempt.
     assert (claimed(State.RUNNING, "carried").attempts, claimed(State.RUNNING, "carried").crashes) == (2, 0)
 
 
@@ -305,7 +305,7 @@ def test_standing_is_what_a_claim_would_be_told_and_nothing_where_it_would_act()
         if met.same_task and met.state is State.SCHEDULED:
             continue  # nor a task id
         if met.state is State.ACCEPTED:
-            continue  # it happens without them, see below
+            continue  # it happens without a caller, see the next test
         told = protocol.standing(met.record, STAMP, met.now, PRINT, met.request.policy)
         decision, new = protocol.claim(met.record, STAMP, met.now, met.request)
         if isinstance(decision, (Busy, protocol.Replay)):
@@ -337,7 +337,7 @@ def test_the_workers_of_the_broker_that_it_came_from_recover_first() -> None:
     overdue = LAPSED + protocol.GRACE
     assert isinstance(protocol.recover(record, STAMP, overdue, True, policy)[0], Publish)
     assert protocol.recover(record, STAMP, overdue, True, policy, elsewhere=True) == (None, None)
-    later = overdue + protocol.ELSEWHERE  # there are none any more
+    later = overdue + protocol.ELSEWHERE  # by then that broker counts as one without workers
     assert isinstance(protocol.recover(record, STAMP, later, True, policy, elsewhere=True)[0], Publish)
 
 
@@ -349,7 +349,7 @@ def test_what_recovery_gives_up_is_told_until_that_is_known() -> None:
     assert isinstance(tell, Tell)
     assert new is not None
     assert (tell.first, new.state, protocol.due(new)) == (True, State.IN_DOUBT, protocol.PUBLISHED_WAIT)
-    later = STAMP + protocol.PUBLISHED_WAIT  # the process that had to tell it may be dead
+    later = STAMP + protocol.PUBLISHED_WAIT  # the process that had to report it may be dead
     assert protocol.recover(new, STAMP, later - 1, True, policy) == (None, None)
     again, newer = protocol.recover(new, STAMP, later, False, policy)
     assert isinstance(again, Tell)
@@ -358,7 +358,7 @@ def test_what_recovery_gives_up_is_told_until_that_is_known() -> None:
     told = protocol.answered(newer, again.record)
     assert told is not None
     assert protocol.due(told) == protocol.NEVER
-    assert protocol.answered(newer, tell.record) is None  # another process has taken that over
+    assert protocol.answered(newer, tell.record) is None  # another process has taken over the report
 
 
 def test_a_question_whose_asker_died_is_published_again_and_not_for_ever() -> None:
@@ -376,7 +376,7 @@ def test_a_question_whose_asker_died_is_published_again_and_not_for_ever() -> No
         ask, asked = protocol.claim(taken, STAMP, STAMP, request)
         assert isinstance(ask, Ask)
         assert asked is not None
-        _, record = protocol.renew(asked._replace(lease=0), request.owner, LEASE)  # taken for dead, and alive
+        _, record = protocol.renew(asked._replace(lease=0), request.owner, LEASE)  # it was alive after all
         assert record is not None
         assert record == asked
     tell, given_up = protocol.recover(record, STAMP, now, True, request.policy)
@@ -403,8 +403,8 @@ def test_another_call_that_is_quicker_has_the_accepted_one_answered() -> None:
     record = record._replace(call=b"accepted", task_id="another", attempts=0)
     decision, _ = protocol.claim(record, STAMP, STAMP, a_request())
     assert isinstance(decision, Acquired)
-    assert decision.orphan == b""  # its own message brings the answer
-    record = record._replace(lease=0)  # the broker did not take that
+    assert decision.orphan == b""  # its own message will deliver the answer
+    record = record._replace(lease=0)  # the broker did not accept that message
     decision, new = protocol.claim(record, STAMP, STAMP, a_request())
     assert isinstance(decision, Acquired)
     assert new is not None
@@ -486,17 +486,17 @@ APPLY: dict[str, list[Callable[[Record], Result]]] = {
         lambda r: (None, protocol.forget(r, STAMP, LAPSED, True)),
     ],
 }
-"""Each transition by its name in the table, in each of its ways."""
+"""Each transition by its name in the table, with every variant of its arguments."""
 
 TO: dict[str, str] = {}
 FROM: dict[str, set[State]] = {}
-for row_name, row_from, row_to in TRANSITIONS:  # one may have several rows
+for row_name, row_from, row_to in TRANSITIONS:  # a transition may have several rows
     TO.setdefault(row_name, row_to)
     FROM.setdefault(row_name, set()).update(states_in(row_from))
 
 
 def reached_by(name: str, record: Record) -> set[State]:
-    """States written by a transition of this record, in all its ways."""
+    """The states that all variants of a transition write for this record."""
     return {new.state for new in (apply(record)[1] for apply in APPLY[name]) if new is not None}
 
 
@@ -518,9 +518,9 @@ def test_a_transition_goes_where_its_row_says_and_from_nowhere_else(name: str) -
         assert record is not None
         there = reached_by(name, record)
         if name == "exit" and state is State.IN_DOUBT:
-            there = set()  # said already: nothing to write
+            there = set()  # the record is in doubt already: nothing to write
         if name == "conclude" and state is State.RELEASED:
-            there = set()  # evidence counts against a person's "not happened", see below
+            there = set()  # tested by itself: evidence outweighs a person's "not happened"
         assert bool(there) == (state in FROM[name] and not said_already(name, state)), (state, there)
         if to.startswith("same"):
             assert there <= {state}
@@ -530,8 +530,8 @@ def test_a_transition_goes_where_its_row_says_and_from_nowhere_else(name: str) -
 
 
 def test_whether_a_transaction_settled_it_is_found_out_by_writing() -> None:
-    """Row "committed": where it did, nothing is written; where it did not, the record is written anew,
-    so that a commit still under way fails."""
+    """Row "committed": if the transaction settled the intent, nothing is written. If it did not, the record is
+    written again unchanged, so that a commit still under way fails."""
     assert (FROM["committed"], TO["committed"].split(":")[0]) == ({State.SUCCEEDED}, "nothing")
     for state in State:
         for owner in (OWN, OTHER):
@@ -550,7 +550,7 @@ def test_whether_a_transaction_settled_it_is_found_out_by_writing() -> None:
 
 
 def test_what_has_not_begun_is_cancelled_and_what_runs_is_asked_to_stop() -> None:
-    """Row "cancel": the answer never claims more than is known."""
+    """Row "cancel": the answer says only what is known."""
     for state in State:
         record = held(state, steps=STEPS, open_steps=("mail",))
         assert record is not None
@@ -563,7 +563,8 @@ def test_what_has_not_begun_is_cancelled_and_what_runs_is_asked_to_stop() -> Non
                 assert isinstance(decision, Done)
                 assert new == record._replace(notes=(ASKED_TO_STOP,))
                 assert protocol.stopping(new)
-                assert protocol.cancel(new, STAMP, now, ASKED_TO_STOP)[1] is None  # no second sign of life
+                # A second write would look like a sign of life.
+                assert protocol.cancel(new, STAMP, now, ASKED_TO_STOP)[1] is None
             else:
                 assert new is not None
                 assert new.outcome is not None
@@ -597,7 +598,7 @@ def test_a_write_that_changes_nothing_is_no_sign_of_life() -> None:
         new = protocol.rewritten(record, STAMP, STAMP + 30)
         assert new == record._replace(lease=70, recovery=Recovery(1, 40))
         late = protocol.rewritten(record, STAMP, STAMP + 300)
-        assert late == record._replace(lease=1, recovery=Recovery(1, 1))  # overdue, and not never
+        assert late == record._replace(lease=1, recovery=Recovery(1, 1))  # overdue, but not 0
     for record in (Record(State.IN_DOUBT), Record(State.SUCCEEDED, outcome=OUTCOME)):
         assert protocol.rewritten(record, STAMP, STAMP + 30) == record
     for held_by_another in (Record(State.RUNNING, lease=100), Record(State.IN_DOUBT, lease=100, asking=OWN)):
@@ -679,7 +680,7 @@ def test_a_stale_owner_is_refused(name: str, state: State) -> None:
     for apply in APPLY[name]:
         decision, new = apply(record)
         assert new is None
-        if not (name == "release" and state is State.RELEASED):  # nothing is held: that is what was wanted
+        if not (name == "release" and state is State.RELEASED):  # already released
             assert isinstance(decision, Refused)
 
 

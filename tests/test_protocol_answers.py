@@ -1,4 +1,4 @@
-"""The state machine: what a destination answers, and what a person decides."""
+"""The state machine: answers of a destination, and decisions of a person."""
 
 from __future__ import annotations
 

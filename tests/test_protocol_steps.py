@@ -25,7 +25,7 @@ def test_steps_run_once() -> None:
     decision, nothing = protocol.begin_step(ended, OWN, "charge", policy)
     assert decision == StepDone(b"j1")
     assert nothing is None
-    _, without = protocol.end_step(begun, OWN, "charge", None, LEASE)  # it proved that nothing happened
+    _, without = protocol.end_step(begun, OWN, "charge", None, LEASE)  # it is known that nothing happened
     assert without is not None
     assert (without.steps, without.open_steps) == ((), ())
 

@@ -1,4 +1,4 @@
-"""What the package shows, and what importing it costs."""
+"""The public names of the package, and what importing it loads."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ EXTRAS = [
     "gevent",
     "pytest",
 ]
-"""Top-level packages that only those who ask for them may pay for: drivers and extras."""
+"""Drivers and extras: top-level packages that importing celery_idem must not load."""
 
 
 def python(program: str, *words: str) -> str:
-    """Run a program in a fresh interpreter, outside of the repository, and return what it prints."""
+    """Runs a program in a new interpreter, outside of the repository, and returns what it prints."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT.parent)}
     done = subprocess.run(
         [sys.executable, *words, "-c", program],
         capture_output=True,
         text=True,
-        timeout=300,  # all modules, one after the other: 6 s alone
+        timeout=300,  # importing all modules takes 6 s on an idle machine
         env=environment,
         cwd=ROOT.parent.parent,
     )
@@ -94,7 +94,7 @@ def test_importing_it_loads_no_driver_and_no_extra() -> None:
 
 
 def test_it_imports_with_the_core_dependencies_alone() -> None:
-    """Every package that is not a core dependency refuses to be imported."""
+    """Here the packages of the extras cannot be imported."""
     program = f"""
 import sys
 class Missing:
@@ -115,7 +115,7 @@ print(pay(1), pay.apply((1,)).get(), celery_idem.Ledger.from_app(app).get(pay.in
 
 @pytest.mark.timeout(400)
 def test_every_module_imports_alone() -> None:
-    """No module needs another one of its room or above to be imported first; no room imports one above."""
+    """Each module imports without another module of its package or above, and no package imports one above it."""
     names = sorted(
         module.name
         for module in pkgutil.walk_packages([str(ROOT)], "celery_idem.")
@@ -155,7 +155,7 @@ def test_the_scripts_are_part_of_the_package() -> None:
 
 
 def test_it_knows_its_place_among_test_runners() -> None:
-    """`celery_idem.testing` needs no pytest: it can be used with any runner."""
+    """`celery_idem.testing` needs no pytest, so it works with any test runner."""
     program = """
 import sys
 sys.modules['pytest'] = None

@@ -1,4 +1,4 @@
-"""One execution after the other, without Celery: jobs made here, over a store in memory that a test can break."""
+"""The runner without Celery: fake jobs run one after the other, over a store in memory that a test can break."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_a_replaced_body_is_answered_by_its_replacement(bench: Bench) -> None:
 
 
 def crashed(bench: Bench, **options: Any) -> None:
-    """A worker that died in the body: its claim is all that is left."""
+    """Leaves the claim of a worker that died in the body."""
     job = FakeJob(**options)
     request = Request(owners.mint(), job.task_id, job.fingerprint, job.options.policy)
     decision, _ = bench.ledger.claim(KEY, request)
@@ -204,7 +204,7 @@ def test_whatever_else_it_answers_is_no_answer(bench: Bench, answer: Any) -> Non
     with pytest.raises(OutcomeUnknown):
         bench.runner.run(job)
     assert job.ran == 0
-    assert bench.run(ask=Happened("after all")) == "after all"  # asked again, by the next one
+    assert bench.run(ask=Happened("after all")) == "after all"  # the next execution asks again
 
 
 def test_what_the_destination_said_survives_a_record_that_got_lost_meanwhile(bench: Bench) -> None:
@@ -361,7 +361,7 @@ def test_an_outcome_is_what_the_protocol_stores(bench: Bench) -> None:
 
 
 def test_a_step_whose_error_was_swallowed_is_not_run_again_unasked(bench: Bench) -> None:
-    """The charge's reply was lost, the body went on to mail, and its worker died before the end."""
+    """The reply to the charge was lost, the body went on to the mail, and its worker died before the end."""
     charges: list[str] = []
 
     def charge() -> None:
@@ -377,7 +377,7 @@ def test_a_step_whose_error_was_swallowed_is_not_run_again_unasked(bench: Bench)
     request = Request(owners.mint(), "one", job.fingerprint, job.options.policy)
     _, first = bench.ledger.claim(KEY, request)
     assert first is not None
-    assert body(first) == "mailed"  # and here it dies
+    assert body(first) == "mailed"  # the worker dies here
     bench.clock.advance(2 * LEASE / MICROSECONDS)
     with pytest.raises(OutcomeUnknown, match="'charge'"):
         bench.run(body, on_crash="resume")
@@ -389,7 +389,7 @@ def test_a_step_whose_error_was_swallowed_is_not_run_again_unasked(bench: Bench)
 def test_a_record_full_of_steps_is_an_error_before_the_next_one(
     bench: Bench, most: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is written anew at each step: what has no end here costs its square in traffic."""
+    """Each step writes the whole record again, so unbounded steps would cost traffic that grows as their square."""
     monkeypatch.setattr(protocol, "MAX_STEPS", 20)
     done: list[int] = []
 

@@ -1,4 +1,4 @@
-"""One execution that is cut short: the store does not answer, or an interrupt comes at a bad moment."""
+"""Executions that are cut short: the store does not answer, or an interrupt comes at a bad moment."""
 
 from __future__ import annotations
 

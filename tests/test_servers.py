@@ -1,4 +1,4 @@
-"""The ground the other tests stand on: servers keep and lose data as they should, nothing is left running."""
+"""The helpers of the other tests: servers keep and lose data as they should, and nothing is left running."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.servers import ServerMissingError, _on_path
 from tests.support.waiting import wait_for
 from tests.support.workers import ROOT
 
-# A run inside of a test: without plugins that take seconds to import, or bring fixtures with the names of ours.
+# For a pytest run inside a test: no plugins that take seconds to import, or have fixtures with our names.
 NO_PLUGINS = [
     word
     for name in (
@@ -63,7 +63,7 @@ def test_a_missing_server_is_a_skip_or_where_demanded_a_failure(demand, outcome,
 @pytest.mark.redis
 @pytest.mark.parametrize("processes", [0, 1])
 def test_an_interrupted_run_leaves_no_server(redis_server, tmp_path, processes):
-    """SIGINT is given the same handler."""
+    """Tested with SIGTERM. SIGINT has the same handler."""
     (tmp_path / "test_it.py").write_text(
         "import time\n"
         "def test_it(start_redis, tmp_path):\n"
@@ -110,7 +110,7 @@ def test_kill_leaves_no_descendants(tmp_path):
 
 
 def test_descendants_of_a_dead_program_are_found(tmp_path):
-    """As after a test's own os.kill of a worker: its pool must not outlive the test."""
+    """A test may kill a worker with os.kill. The worker's pool must not outlive the test."""
     code = "import os, time; os.fork(); print('up', flush=True); time.sleep(60)"
     program = Program([sys.executable, "-c", code], log=tmp_path / "log")
     wait_for(lambda: program.log_text().count("up") == 2, message=program.log_tail)
@@ -170,7 +170,7 @@ def test_redis_frozen(start_redis):
 
 @pytest.mark.rabbitmq
 def test_rabbitmq_listens_on_loopback_alone(rabbitmq):
-    """Also to other nodes: only its own node's epmd knows it."""
+    """The port for other nodes listens on loopback only, too."""
     listening = [c for c in psutil.net_connections("inet") if c.status == "LISTEN"]
     [pid] = {c.pid for c in listening if c.laddr.port == rabbitmq.port}
     assert {c.laddr.ip for c in listening if c.pid == pid} == {"127.0.0.1"}

@@ -1,4 +1,4 @@
-"""``idem_*`` in app.conf and the same as task options: every way they get there, and every slip of the pen."""
+"""``idem_*`` in app.conf, and the same settings as task options: where they come from, and misspelt names."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_constant_in_capitals_beside_the_setting_is_nobodys_mistake() -> None:
     assert of_app(app.conf).lease == 12
 
 
-# --- slips of the pen -------------------------------------------------------------------------
+# --- misspelt names ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_the_table_has_a_slip_of_each_setting() -> None:
 
 @pytest.mark.parametrize("name", OTHER_THINGS.split())
 def test_another_thing_is_taken_for_no_slip(name: str) -> None:
-    """A far-fetched offer sends people the wrong way; the list of all names does not."""
+    """A far-fetched suggestion misleads. The error lists all names instead."""
     with pytest.raises(ConfigurationError, match=f"no setting idem_{name}. There are: idem_store, "):
         of_app({f"idem_{name}": 1})
 
@@ -308,7 +308,7 @@ def test_annotations_are_options() -> None:
     assert pay.idem_declaration.must_match == ("b",)
 
 
-# --- what becomes of them --------------------------------------------------------------------------
+# --- how settings are used -------------------------------------------------------------------------
 
 
 def test_the_policy_is_in_microseconds() -> None:
@@ -331,7 +331,7 @@ def test_the_store_is_the_redis_result_backend_unless_it_is_set() -> None:
 
 
 def test_the_result_backend_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CELERY_RESULT_BACKEND goes before the configuration, as it does for Celery itself."""
+    """CELERY_RESULT_BACKEND wins over the configuration, as in Celery itself."""
     monkeypatch.setenv("CELERY_RESULT_BACKEND", "redis://elsewhere/5")
     assert url_of(an_app()) == "redis://elsewhere:6379/5"
     assert url_of(an_app(result_backend="redis://host/3")) == "redis://elsewhere:6379/5"
@@ -342,7 +342,7 @@ def test_the_result_backend_may_come_from_the_environment(monkeypatch: pytest.Mo
 
 
 def test_the_result_backend_may_come_from_the_command_line(tmp_path: Path) -> None:
-    """`celery --result-backend`: seen from outside, in the store that does not answer."""
+    """`celery --result-backend` sets the store: the error message names the URL that did not answer."""
     (tmp_path / "from_outside.py").write_text(
         "from celery import Celery\napp = Celery('from_outside', backend='redis://127.0.0.1:2/1')\n"
     )

@@ -1,4 +1,4 @@
-"""The parameters that callers give, of bodies behind decorators: the key has to say what the body gets."""
+"""Bodies behind decorators: the key is computed from the arguments that the body receives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from celery_idem.core.signatures import Opaque, called
 from tests.support.decorators import for_tenant, passing, traced, with_named_session, with_session
 
 GOT: list[Any] = []
-"""The orders that bodies got."""
+"""The orders that bodies received."""
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +127,7 @@ CASES: dict[str, tuple[Any, list[Any]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_key_says_what_the_body_gets(case: str) -> None:
-    """Every spelling of order 1 is one action, and order 2 another: by what the body found in its hands."""
+    """All calls for order 1 share a key and run once. Calls for order 2 have another key."""
     fun, calls = CASES[case]
     task = a_task(fun)
     keys = set()
@@ -197,7 +197,7 @@ def test_a_body_of_a_class() -> None:
 
 @pytest.mark.parametrize("inside", [ship_in_session, passing(ship_in_session)], ids=["plain", "decorated"])
 def test_a_partial_as_the_body_of_a_class(inside: Any) -> None:
-    """With ``update_wrapper`` it says that it wraps the function whose first argument it fills in."""
+    """With ``update_wrapper``, the partial names as wrapped a function whose first argument it fills in."""
 
     class Ship(IdempotentTask):
         name = "shop.ship"
@@ -256,7 +256,7 @@ def test_names_that_nobody_gives_are_refused_and_the_real_ones_listed() -> None:
         a_task(with_session(ship_in_session), ("session",))
 
 
-# --- what is not trusted -----------------------------------------------------------------------
+# --- decorators that are refused ---------------------------------------------------------------
 
 
 def first_dropped(fn: Any) -> Any:
@@ -377,7 +377,7 @@ class Standing:
 
 
 class Proxy:
-    """As wrapt's: whatever is asked, the function inside answers, also of its class."""
+    """A proxy like wrapt's: all attributes, and the class, are those of the function inside."""
 
     def __init__(self, fn: Any) -> None:
         self._fn = fn
@@ -463,7 +463,7 @@ def test_signature_is_the_way_out(given: Any, bind: bool, where: str) -> None:
         task.apply(args, kwargs).get()
     assert GOT == [1, 2]
     assert task.intent_key(1) == task.intent_key(order=1, dry=True) != task.intent_key(2)
-    # Celery's own method of that name is unchanged:
+    # Celery's own method of that name is unchanged.
     assert task.signature((1,), immutable=True) == task.si(1)
 
 
@@ -511,7 +511,7 @@ def test_a_signature_that_is_none(wrong: Any) -> None:
         a_task(ship, signature=wrong)
 
 
-# --- who else reads the parameters ---------------------------------------------------------------
+# --- other users of the parameters ---------------------------------------------------------------
 
 
 def test_a_tool_offers_the_parameters_that_callers_give() -> None:

@@ -1,4 +1,4 @@
-"""Stored errors: what a replay raises is the error again, and no message to Celery or to the interpreter."""
+"""Stored errors: a replay raises the same error, but never one that Celery or the interpreter would act on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class OurIgnore(celery.exceptions.Ignore):
 
 
 class Prefixed(Exception):
-    """Its constructor adds to what it is given, as many do."""
+    """An exception whose constructor adds to its text, as many do."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"shop: {reason}")
@@ -66,7 +66,7 @@ class Counting(Exception):
 
 
 class Registered(Exception):
-    """Subclasses of it are noted, so a replay may not make one."""
+    """An exception that records its subclasses: a replay must not create one."""
 
     known: ClassVar[list[type]] = []
 
@@ -120,13 +120,13 @@ def test_what_celery_or_the_interpreter_would_act_on_is_raised_as_a_stand_in(err
             "BaseException",
             "object",
         }
-        # As it goes to the worker's main process, and as Celery's result backend names it to a caller.
+        # Celery pickles the error for the worker's main process, and its result backend stores the class name.
         sent = pickle.loads(pickle.dumps(found))  # noqa: S301  # as Celery does
         assert (type(sent), str(sent), sent.idem_replayed) == (type(found), str(found), True)
         assert type(found).__module__ not in sys.modules
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="groups came with 3.11")
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exception groups need 3.11")
 def test_a_group_keeps_its_members_and_what_is_special_in_it_is_a_stand_in() -> None:
     group_of, any_group_of = vars(builtins)["ExceptionGroup"], vars(builtins)["BaseExceptionGroup"]
     group = group_of("two", [ValueError("a"), group_of("inner", [MemoryError("b")])])
@@ -216,7 +216,7 @@ def test_an_error_that_cannot_be_looked_at_is_stored_all_the_same() -> None:
 
 def test_notes_do_not_grow(bench: Bench) -> None:
     if sys.version_info < (3, 11):
-        pytest.skip("notes came with 3.11")
+        pytest.skip("notes of exceptions need 3.11")
     lengths = []
     for _ in range(3):
         with pytest.raises(ValueError, match="no") as caught:

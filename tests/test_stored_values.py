@@ -1,4 +1,4 @@
-"""Stored results: whatever a body returns, its first caller and every later one get the same."""
+"""Stored results: the first caller and every later one get the same value."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.jobs import Bench, FakeJob
 MARK = {"__type__": "uuid", "__value__": {"hex": "00" * 16}}
 
 
-# --- what looks like kombu's own marks ------------------------------------------------------------
+# --- values that look like kombu's marks -----------------------------------------------------------
 
 imitations = st.recursive(
     st.none() | st.integers() | st.text(max_size=5),
@@ -70,7 +70,7 @@ def test_what_could_not_be_read_again_is_done_without_a_value(bench: Bench) -> N
         bench.run()
 
 
-# --- serializers of the application's own ------------------------------------------------------------
+# --- the application's own serializers ---------------------------------------------------------------
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_a_registered_serializer_is_used(shop_json: str, accepted: str) -> None:
     payload, shown = ours.kept({"a": (1, 2), **MARK})
     assert payload[:1] == b"n"
     assert shown == ours.decode(payload) == {"a": [1, 2], **MARK}
-    # A result that was written before the application changed its serializer, and the other way round.
+    # A result written before the application changed its serializer can be read after it, in both directions.
     assert ours._replace(accept=("json", shop_json)).decode(Codec().encode([1])) == [1]
     assert Codec(accept=("json", shop_json)).decode(payload) == shown
 
@@ -150,7 +150,7 @@ def test_one_that_is_registered_late_is_found() -> None:
 
 
 def test_a_stored_value_that_cannot_be_read_here_is_done(bench: Bench) -> None:
-    """And no StoreError, which would say that nothing was done."""
+    """The error is not a StoreError, which would say that nothing was done."""
     bench.ledger.codec = Codec("pickle", ("pickle",))
     bench.run(lambda claim: [1])
     bench.ledger.codec = Codec()
@@ -158,7 +158,7 @@ def test_a_stored_value_that_cannot_be_read_here_is_done(bench: Bench) -> None:
         bench.run()
 
 
-# --- nobody looks ------------------------------------------------------------------------------------
+# --- ignored results ---------------------------------------------------------------------------------
 
 
 def test_where_the_result_is_ignored_a_replay_is_quiet() -> None:
@@ -170,7 +170,7 @@ def test_where_the_result_is_ignored_a_replay_is_quiet() -> None:
     linked = pay.apply(("o1",), ignore_result=True, link=pay.s())
     assert isinstance(
         linked.result, ResultUnavailable
-    )  # what comes next would get another value than the first time
+    )  # the linked task would get another value than the first time
     with pytest.raises(ResultUnavailable):
         pay("o1")
     assert ran == ["o1"]
@@ -217,7 +217,7 @@ def test_steps_of_undecodable_names_do_not_meet(bench: Bench) -> None:
 
 @pytest.mark.parametrize("part", ["headers", "properties", "options"])
 def test_a_call_keeps_the_types_of_what_is_equal(part: str) -> None:
-    """Heads of calls come from a cache, and True == 1 == 1.0."""
+    """Packed headers, properties and options come from a cache, where True == 1 == 1.0."""
     for value in (True, 1, 1.0, False, 0, "1", [1], [True]):
         parts: dict[str, Any] = {"headers": {}, "properties": {}, "options": None} | {part: {"x": value}}
         call = calls.Call(

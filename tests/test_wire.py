@@ -1,4 +1,4 @@
-"""The wire format: its vectors are what this package makes, and producers in other languages agree with both."""
+"""The wire format: this package computes the vectors in `spec`, and producers in other languages agree with both."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_page_of_the_record_has_every_state_and_part() -> None:
 
 # --- random calls ----------------------------------------------------------------------------
 
-# Normal forms of a character that an older Unicode does not know may differ from one language to another.
+# Languages know different versions of Unicode, and may normalize newer characters differently.
 letters = st.characters(exclude_categories=["Cs"]).filter(lambda c: unicodedata.ucd_3_2_0.category(c) != "Cn")
 texts = st.text(letters, max_size=8)
 zones = st.integers(-14 * 60, 14 * 60).map(lambda minutes: timezone(timedelta(minutes=minutes)))
@@ -88,7 +88,7 @@ DECLARATION = declare(
 
 @pytest.fixture(scope="module", params=LANGUAGES)
 def answer(request: pytest.FixtureRequest) -> Iterator[Callable[[Any], str]]:
-    """What a producer says of a call: one process answers all of them."""
+    """The key and fingerprint that a producer computes for a call. One process answers all calls."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
     with subprocess.Popen([*words(request.param), "keys"], **pipes) as program:  # type: ignore[call-overload]
 
@@ -122,7 +122,7 @@ def test_a_call_has_one_key_in_every_language(
         "kwargs": {},
         **{name: value for name, value in own.items() if value is not None},
     }
-    received = kombu_json.loads(kombu_json.dumps(args))  # as a worker has them
+    received = kombu_json.loads(kombu_json.dumps(args))  # as a worker receives them
     try:
         arguments = DECLARATION.bind(received, {})
         key = DECLARATION.key("idem", arguments, scope, occurrence, caller_key)

@@ -25,8 +25,8 @@ IN_STORE = "(the store)"
     is_flag=False,
     flag_value=IN_STORE,
     metavar="[FILE]",
-    help="Say what changes for open and remembered intents since the last deployment: since its declarations, which "
-    "its workers noted in the store, or which --save wrote to FILE. Only this is looked at.",
+    help="Report only what changes for open and remembered intents since the last deployment. The declarations of that "
+    "deployment are read from the store, where its workers wrote them, or from FILE, which --save wrote.",
 )
 @click.option(
     "--save",
@@ -152,7 +152,7 @@ def shadow(screen: Screen, operator: Operator, clear: bool, yes: bool) -> None:
 def metrics(screen: Screen, operator: Operator, port: int, address: str, every: float, once: bool) -> None:
     """Serve metrics for Prometheus: counts of intents by state, and the workers' counts of events.
 
-    The workers' counts need the same PROMETHEUS_MULTIPROC_DIR for them and this command.
+    For the workers' counts, set the same PROMETHEUS_MULTIPROC_DIR for the workers and for this command.
     """
     from celery_idem.telemetry.prometheus import PATIENCE, exporter_registry
 

@@ -234,8 +234,8 @@ def cancel(
     """
     entry = operator.find(key)
     screen.confirm(
-        f"{entry.key} is {entry.state}. {operator.action(entry).line}\nIts callers will be told that it was cancelled; "
-        "or, if a worker runs it now, that worker is asked to stop. Go on?",
+        f"{entry.key} is {entry.state}. {operator.action(entry).line}\nIts callers will receive the error Cancelled. "
+        "If a worker runs it now, that worker is asked to stop. Go on?",
         yes,
     )
     seen = entry.record.fence if fence is None else fence
@@ -249,9 +249,8 @@ def cancel(
         return
     lease = now.record.lease / 1e6
     screen.line(
-        f"It runs on {now.record.place or 'a worker'}, which learns within {lease:g} s that it is to stop, if it "
-        "lives. Whether it stops, and whether it took effect before that, is not known yet: `idem show` tells how it "
-        "ends."
+        f"It runs on {now.record.place or 'a worker'}. If that is alive, it reads within {lease:g} s that it should "
+        "stop. Whether it stops, and whether it took effect before that, is not known yet: see `idem show` later."
     )
 
 
@@ -270,7 +269,8 @@ def decisions(
 ) -> None:
     """List who decided what, the latest first: people, and the destinations that were asked.
 
-    From the records: a decision is deleted with its record. With --json: one line per decision, in no order.
+    Decisions are read from the records, so a decision is deleted with its record. With --json: one line per decision,
+    in no order.
     """
     found = Reading(lambda tick: operator.select(which, tick), within, quiet=screen.as_json)
     wanted = (

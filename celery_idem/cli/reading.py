@@ -101,7 +101,7 @@ def filters(function: F) -> F:
             help="Only those unchanged for that long: 90 (seconds), 15m, 2h, 1d.",
         ),
         click.option(
-            "--reason", default="", metavar="TEXT", help="Only those whose reason of doubt has this text."
+            "--reason", default="", metavar="TEXT", help="Only those with this text in the reason of doubt."
         ),
         click.option("--scope", help="Only those of this scope."),
         click.option("--task", help="Only those of this task."),
@@ -111,7 +111,7 @@ def filters(function: F) -> F:
 
 
 def arguments_option(*sources: str) -> Callable[[F], F]:
-    """Return the option ``--arguments``. ``sources`` says where they are read from without it."""
+    """Return the option ``--arguments``. ``sources`` names the places where they are read without it."""
     return click.option(
         "--arguments",
         type=click.File("r"),

@@ -58,10 +58,10 @@ def as_typed() -> str:
     "--limit",
     type=click.IntRange(min=1),
     default=None,
-    help=f"At most that many, and of a page. Default: {LINES}, with --json all.",
+    help=f"At most that many on a page. Default: {LINES}, with --json all.",
 )
 @click.option(
-    "--page", type=click.IntRange(min=1), default=1, help="Which of the pages.  [default: the first]"
+    "--page", type=click.IntRange(min=1), default=1, help="The page to print.  [default: the first]"
 )
 @within_option
 def list_(
@@ -75,7 +75,7 @@ def list_(
 ) -> None:
     """List intents, the longest unchanged first. Exit status 1 if there is none.
 
-    With --json: one line per intent. In no order, if there is no --limit and the state is not an open one.
+    With --json: one line per intent, in no order if there is no --limit and the state is not an open one.
     """
     which = which._replace(suspect=suspect)
     found = Reading(lambda tick: operator.select(which, tick), within, quiet=screen.as_json)
@@ -209,7 +209,7 @@ _ADVICE = {
 @command("forget")
 @click.argument("keys", metavar="[KEY]...", nargs=-1)
 @click.option(
-    "--state", type=click.Choice(FORGETTABLE), help="Without KEY: all in this state that the filters leave."
+    "--state", type=click.Choice(FORGETTABLE), help="Without KEY: all in this state that match the filters."
 )
 @filters
 @click.option("--steps", is_flag=True, help="Forget finished steps too: they RUN AGAIN.")

@@ -18,7 +18,7 @@ from celery_idem.operate.retrying import retry as run_again
 
 @command("retry")
 @click.argument("keys", metavar="[KEY]...", nargs=-1)
-@click.option("--task", help="Without KEY: all that failed with this task.")
+@click.option("--task", help="Without KEY: all failed intents of this task.")
 @click.option(
     "--since", type=Time(), default=0.0, help="Only what failed since: 2026-11-28T14:03, or 2h, 1d."
 )

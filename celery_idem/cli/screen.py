@@ -114,7 +114,7 @@ class Screen:
             raise click.ClickException("Nothing was changed. (--yes answers the question.)") from None
 
     def confirm_number(self, question: str, number: int, yes: bool) -> None:
-        """As ``confirm``, for many intents at once: the operator types their number.
+        """Ask like ``confirm``, for many intents at once: the operator types their number.
 
         Raises:
             click.ClickException: see ``confirm``.
@@ -169,7 +169,10 @@ def idem(**_: Any) -> None:
 
 
 def command(name: str) -> Callable[[F], click.Command]:
-    """Make a function ``(screen, operator, **options)`` a command of the group, with ``--json`` and our errors."""
+    """Make a function ``(screen, operator, **options)`` a command of the group, with ``--json``.
+
+    An error of celery_idem becomes a message and exit status 1.
+    """
 
     def decorate(function: F) -> click.Command:
         @wraps(function)

@@ -20,12 +20,12 @@ WORDS = {
 
 
 @command("reseal")
-@click.option("--dry-run", is_flag=True, help="Count what would be sealed anew, and change nothing.")
+@click.option("--dry-run", is_flag=True, help="Count what would be sealed again, and change nothing.")
 @click.option(
     "--lost",
     is_flag=True,
-    help="Give up, for ever, what is sealed with keys that idem_seal_keys does not have. What was done stays done, "
-    "without its result.",
+    help="Give up for ever the values that are sealed with keys which idem_seal_keys does not have. An action that is "
+    "done stays done, without its result.",
 )
 @within_option
 @yes_option
@@ -34,7 +34,7 @@ def reseal(
 ) -> None:
     """Seal every record with the first of idem_seal_keys, while workers run.
 
-    For after a change of keys, and after keys were set for the first time. It may be stopped and run again.
+    Run it after keys were changed, or set for the first time. It may be stopped and run again.
     """
     if lost and not dry_run:
         screen.confirm(

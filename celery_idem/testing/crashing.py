@@ -1,4 +1,4 @@
-"""A store that fails at chosen points, for tests of what a crash leaves behind."""
+"""A store that fails at chosen points, to test the state that a crash leaves."""
 
 from __future__ import annotations
 

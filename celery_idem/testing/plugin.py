@@ -9,7 +9,7 @@ Fixtures:
 ``idem_effects``
     Counts effects. Your fake destination calls ``idem_effects.add("charge", customer)``.
 ``idem_app``
-    The application under test: the ``celery_app`` fixture, else Celery's current application. Override it.
+    The application under test: the ``celery_app`` fixture, or else Celery's current application. You may override it.
 
 ``pytest --idem-duplicate`` delivers every task twice in every test, and guarded tasks once more after a crash between
 effect and record. A test fails if a counted effect is repeated. Guarded tasks are duplicated wherever they run in the
@@ -106,7 +106,7 @@ def idem_effects() -> RepeatedEffects:
 
 
 def _point(app: Celery, url: Any) -> None:
-    """Make the application, which may be in use, open another store."""
+    """Make the application, which may already have opened a store, open another one."""
     from celery_idem.integration import wiring
 
     app.conf.idem_store = url or ""
@@ -175,7 +175,7 @@ def duplicate(app: Celery, clock: FakeClock) -> Callable[[], None]:
 def _deliver(task: Any, request: Any, args: Any, kwargs: Any, clock: FakeClock) -> Any:
     """Run a delivery whose worker dies after the effect, then one after the lease has lapsed, then a duplicate.
 
-    The caller receives the first one's result, whose outcome is written late, as the protocol allows.
+    The outcome of the first is written late, as the protocol allows. The caller receives the first one's result.
     """
     from celery_idem.core.errors import IdempotencyError
     from celery_idem.engine.runner import Runner

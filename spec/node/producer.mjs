@@ -1,5 +1,5 @@
 // Producer for celery_idem tasks in JavaScript, with Node's standard library. docs/reference/wire.md explains it.
-// What is hashed is the same in every language; main.mjs compares this with vectors.json.
+// Every language hashes the same text. main.mjs checks this with vectors.json.
 import { createHash, randomUUID } from "node:crypto";
 import { connect } from "node:net";
 
@@ -15,10 +15,10 @@ export function refuse(why) {
 
 const string = (text) => (/\p{Surrogate}/u.test(text) ? refuse("not valid Unicode") : JSON.stringify(text));
 
-function object(pairs) { // of a name and a canonical text
+function object(pairs) { // each pair: a name and a canonical text
   const texts = new Map(pairs);
   if (texts.size < pairs.length) refuse("two names are the same in normal form");
-  const names = [...texts.keys()].sort(); // by UTF-16, as RFC 8785 has it
+  const names = [...texts.keys()].sort(); // by UTF-16, as RFC 8785 says
   return `{${names.map((name) => `${string(name)}:${texts.get(name)}`).join(",")}}`;
 }
 
@@ -29,7 +29,7 @@ export function canonical(value, depth = 0) {
   if (typeof value === "string") return string(value.normalize("NFC"));
   if (typeof value === "bigint" || Number.isInteger(value)) return number(BigInt(value), 0);
   if (typeof value === "number") return Number.isFinite(value) ? String(value) : refuse("NaN or infinite");
-  const { __type__: type, __value__: inner } = value; // as kombu's JSON has a value that JSON has no form for
+  const { __type__: type, __value__: inner } = value; // kombu's notation for a value that JSON cannot hold
   if (type === "decimal") return decimal(inner);
   if (depth >= 64) refuse("nested more than 64 levels deep");
   if (Array.isArray(value)) return list(value.map((item) => canonical(item, depth + 1)));
@@ -40,7 +40,7 @@ export function canonical(value, depth = 0) {
   }));
 }
 
-function number(digits, power) { // digits × 10 ** power, unless it is a fraction that a double holds
+function number(digits, power) { // digits × 10 ** power, but not a fraction that a double holds exactly
   if (digits === 0n) return "0";
   for (; digits % 10n === 0n; digits /= 10n) power++;
   const whole = power < 0 || power > 15 ? null : Number(digits * 10n ** BigInt(power));
@@ -74,7 +74,7 @@ const TYPES = {
   uuid: ({ hex }) => tagged("$uuid", hex.replace(/^(.{8})(.{4})(.{4})(.{4})/, "$1-$2-$3-$4-")),
   bytes: (text) => tagged("$bytes", Buffer.from(text).toString("base64")),
   base64: (text) => tagged("$bytes", text),
-  // Messages have none of the following: only Python's arguments are of these types.
+  // The following types are never in a message. Only arguments in Python have them.
   ip: (text) => tagged("$ip", text),
   timedelta: (microseconds) => tagged("$timedelta", microseconds),
   secret: (value, depth) => tagged("$secret", sha256(canonical(value, depth)).toString("hex")),
@@ -133,7 +133,7 @@ export function headers(call, message) {
 
 // --- Celery's message on a Redis broker ------------------------------------------------------------
 
-function body(value) { // JSON without loss: an integer of any size with all of its digits
+function body(value) { // JSON in which an integer of any size keeps all its digits
   if (typeof value === "bigint" || Number.isInteger(value)) return String(BigInt(value));
   if (value === null || typeof value !== "object") return JSON.stringify(value);
   if (Array.isArray(value)) return list(value.map(body));

@@ -1,4 +1,4 @@
-// Reads what a store holds of an action. docs/explanation/record.md explains it.
+// Reads the record of an action from the bytes in a store. docs/explanation/record.md explains it.
 import { refuse } from "./producer.mjs";
 
 const STATES = [, "running", "scheduled", "released", "succeeded", "failed", "in_doubt", "cancelled", "accepted"];

@@ -7,7 +7,7 @@ require_relative "record"
 
 def parse(text) = large(JSON.parse(text, max_nesting: false))
 
-def large(value) # integers that other languages' JSON cannot read
+def large(value) # reads marked integers, which are too large for JSON in some languages
   case value
   when Array then value.map { |item| large(item) }
   when Hash then value["__type__"] == "int" ? value["__value__"].to_i : value.transform_values { |item| large(item) }
@@ -28,7 +28,7 @@ end
 
 def check(file)
   vectors = parse(File.read(file))
-  results = [] # a name, what was found, what is expected
+  results = [] # each: name, value found, value expected
   vectors["values"].each { |one| results << [one["name"], attempt { Producer.canonical(one["value"]) }, one["canonical"]] }
   vectors["refused"].each { |one| results << [one["name"], attempt { Producer.canonical(parse(one["json"])) }[0, 8], "refused:"] }
   vectors["calls"].each do |one|

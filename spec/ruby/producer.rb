@@ -1,5 +1,5 @@
 # Producer for celery_idem tasks in Ruby, with its standard library. docs/reference/wire.md explains it.
-# What is hashed is the same in every language; main.rb compares this with vectors.json.
+# Every language hashes the same text. main.rb checks this with vectors.json.
 require "digest"
 require "json"
 require "securerandom"
@@ -29,10 +29,10 @@ module Producer
     text.unicode_normalize(:nfc)
   end
 
-  def object(pairs) # of a name and a canonical text
+  def object(pairs) # each pair: a name and a canonical text
     texts = pairs.to_h
     refuse("two names are the same in normal form") if texts.size < pairs.size
-    names = texts.keys.sort_by { |name| name.encode("UTF-16BE").b } # as RFC 8785 has it
+    names = texts.keys.sort_by { |name| name.encode("UTF-16BE").b } # as RFC 8785 says
     "{#{names.map { |name| "#{string(name)}:#{texts[name]}" }.join(",")}}"
   end
 
@@ -46,7 +46,7 @@ module Producer
     when Integer then return number(value, 0)
     when Float then return float(value)
     end
-    # As kombu's JSON has a value that JSON has no form for.
+    # kombu's notation for a value that JSON cannot hold.
     type, inner = value.is_a?(Hash) && value.size == 2 ? value.values_at("__type__", "__value__") : nil
     return decimal(inner) if type == "decimal"
     refuse("nested more than 64 levels deep") if depth >= 64
@@ -59,7 +59,7 @@ module Producer
     end)
   end
 
-  def number(digits, power) # digits × 10 ** power, unless it is a fraction that a double holds
+  def number(digits, power) # digits × 10 ** power, but not a fraction that a double holds exactly
     return "0" if digits.zero?
 
     digits, power = digits / 10, power + 1 while (digits % 10).zero?

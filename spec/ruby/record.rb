@@ -1,4 +1,4 @@
-# Reads what a store holds of an action. docs/explanation/record.md explains it.
+# Reads the record of an action from the bytes in a store. docs/explanation/record.md explains it.
 class Record
   STATES = [nil, "running", "scheduled", "released", "succeeded", "failed", "in_doubt", "cancelled", "accepted"].freeze
 
@@ -8,7 +8,7 @@ class Record
     @rest = packed.b
   end
 
-  PARTS = [ # bit, name, what is there
+  PARTS = [ # bit, name, method that reads it
     [0, "lease", :time], [1, "task_id", :uuid], [2, "task_id", :text], [3, "fingerprint", :blob],
     [4, "steps", :steps], [5, "open_steps", :texts], [6, "asking", :token], [7, "reason", :text],
     [8, "notes", :notes], [9, "digests", :blob], [12, "noticed", :noticed], [13, "scope", :digest],

@@ -1,6 +1,6 @@
-"""An order and its call in one transaction, the shipment and its outcome in another. A process dies where it is told.
+"""A shop that writes order and call in one transaction, and shipment and outcome in another.
 
-A file called "point order" is the order to die there, once.
+A process kills itself at a point if a file called "point order" exists, and deletes the file first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sqlalchemy.pool import NullPool
 from celery_idem import IdempotentTask, Ledger
 
 OF_THE_PRODUCER = ("accepted", "placed", "published")
-"""Before its commit; after it, before the message; after the message, before that is noted."""
+"""Before the commit; after it, before the message; after the message, before the record says that it was sent."""
 
 OF_THE_WORKER = ("before", "written", "settled", "shipped", "never")
 
@@ -28,11 +28,11 @@ SHIPMENTS = sa.Table("shipments", TABLES, sa.Column("number", sa.Integer))
 
 
 class Shop:
-    """The application, its tables, and where to look for orders to die."""
+    """The application, its tables, and the folder with the files that make a process kill itself."""
 
     def __init__(self, url: str, broker: str, folder: Path) -> None:
         self.folder = folder
-        # A connection for each transaction: a forked child shares none.
+        # One connection for each transaction, so that a forked child shares none.
         self.engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"), poolclass=NullPool)
         TABLES.create_all(self.engine)
         self.app = Celery("chain", broker=broker, backend=broker, set_as_current=False)
@@ -78,7 +78,7 @@ class Shop:
             self.at("accepted", order)
 
     def place_in_a_child(self, order: int) -> int:
-        """Its exit code."""
+        """Places the order in a forked child, and returns the child's exit code."""
         child = os.fork()
         if child:
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

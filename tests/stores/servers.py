@@ -1,4 +1,4 @@
-"""Servers that only the store tests need: a pooler, sentinels, a cluster."""
+"""Servers that only the store tests need: a pooler, a standby, sentinels, a cluster."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.waiting import wait_for
 
 
 class PgBouncer(Server):
-    """pgbouncer in transaction mode: every transaction may get another of two server connections."""
+    """pgbouncer in transaction mode, with two server connections: each transaction may get either."""
 
     name = "pgbouncer"
 
@@ -38,7 +38,7 @@ class PgBouncer(Server):
         self._binary()
 
     def _binary(self) -> Path:
-        debian = Path("/usr/sbin/pgbouncer")  # not in everybody's PATH
+        debian = Path("/usr/sbin/pgbouncer")  # this folder is not in the PATH of every user
         return debian if debian.exists() else _on_path("pgbouncer", "pgbouncer")
 
     def _launch(self) -> Program:
@@ -91,7 +91,7 @@ class SentinelServer(RedisServer):
 
     def _launch(self) -> Program:
         settings = self.folder / "sentinel.conf"
-        if not settings.exists():  # it writes what it has learnt into it
+        if not settings.exists():  # the sentinel itself writes its state into this file
             settings.write_text(
                 f"port {self.port}\nbind 127.0.0.1\ndir {self.folder}\n"
                 f"sentinel monitor shop 127.0.0.1 {self._master.port} 2\n"
@@ -102,7 +102,7 @@ class SentinelServer(RedisServer):
 
 
 class Watched:
-    """A master, a replica, and three sentinels: two of which agree on a failover."""
+    """A master, a replica, and three sentinels, of which two must agree on a failover."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -110,7 +110,7 @@ class Watched:
 
     def __enter__(self) -> Watched:
         with contextlib.ExitStack() as stack:
-            # On disk: a master that comes back empty, and is made the master again, would empty the other.
+            # On disk: a master that restarts empty, and becomes the master again, would empty its replica.
             quick = ("--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1")
             self.master = stack.enter_context(
                 RedisServer(self._folder / "master", appendonly=True, options=quick)
@@ -136,12 +136,12 @@ class Watched:
         return f"{hosts}/0?master_name=shop"
 
     def master_port(self) -> int:
-        """Of the server that the sentinels call the master."""
+        """The port of the server that the sentinels consider the master."""
         with client(self.sentinels[0]) as sentinel:
             return int(sentinel.sentinel_get_master_addr_by_name("shop")[1])
 
     def story(self) -> list[str]:
-        """What the sentinels say they have decided."""
+        """The log lines of the sentinels about changed roles."""
         lines = [line for server in self.sentinels for line in server.program.log_text().splitlines()]
         return sorted(line for line in lines if "+switch-master" in line or "+convert-to-slave" in line)
 
@@ -156,7 +156,7 @@ class Watched:
 
 
 class Cluster:
-    """Masters that share the slots, and where wanted a replica for each."""
+    """Masters that share the slots, with `replicas` replicas each."""
 
     def __init__(self, folder: Path, size: int = 3, replicas: int = 0) -> None:
         self._folder = folder
@@ -194,13 +194,13 @@ class Cluster:
         return True
 
     def _manage(self, *words: str) -> None:
-        """What an operator does with redis-cli."""
+        """Runs `redis-cli --cluster`."""
         command = ["redis-cli", "--cluster", *words]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr
 
     def give_away(self, slots: range, source: RedisServer, target: RedisServer) -> None:
-        """Move slots without keys: at once, where `redis-cli --cluster reshard` takes a minute for thousands."""
+        """Moves slots without keys at once. `redis-cli --cluster reshard` takes a minute for thousands of slots."""
         with client(source) as giving, client(target) as taking:
             heir = taking.execute_command("CLUSTER MYID").decode()
             for one in (taking, giving):
@@ -210,7 +210,7 @@ class Cluster:
                     pipe.execute()
                 if one is taking:
                     one.execute_command("CLUSTER BUMPEPOCH")
-        wait_for(lambda: self._agreed(slots.start, target), 30, "every node to know of it")
+        wait_for(lambda: self._agreed(slots.start, target), 30, "every node to know the new owner")
 
     def _agreed(self, slot: int, owner: RedisServer) -> bool:
         for node in self.nodes:
@@ -221,7 +221,7 @@ class Cluster:
         return True
 
     def remove(self, node: RedisServer, heir: RedisServer) -> None:
-        """Move a master's slots to another one and take it out of the cluster; it goes on as a node of its own."""
+        """Moves a master's slots to another, and removes it from the cluster. It goes on running, alone."""
         with client(node) as going, client(heir) as staying:
             gone, left = [one.execute_command("CLUSTER MYID").decode() for one in (going, staying)]
         host = f"127.0.0.1:{heir.port}"
@@ -230,7 +230,7 @@ class Cluster:
         self._manage("del-node", host, gone)
 
     def move(self, slot: int, source: RedisServer, target: RedisServer, pause: Callable[[], None]) -> None:
-        """Move one slot as `redis-cli --cluster reshard` does; `pause` is called while it is half moved."""
+        """Moves one slot as `redis-cli --cluster reshard` does. Calls `pause` while it is half moved."""
         with client(source) as giving, client(target) as taking:
             ids = [one.execute_command("CLUSTER MYID") for one in (giving, taking)]
             source_id, target_id = [i.decode() if isinstance(i, bytes) else i for i in ids]
@@ -246,7 +246,7 @@ class Cluster:
 
 
 class ClusterServer(RedisServer):
-    """A node: besides its port it has one for the other nodes, which must be below 65536 too."""
+    """A node of a cluster, with a second free port for the other nodes: the default one may be in use."""
 
     name = "node"
 
@@ -260,7 +260,7 @@ def client(server: RedisServer) -> redis.Redis:
 
 
 def tls(folder: Path, host: str, *more: str) -> tuple[int, Path, tuple[str, ...]]:
-    """A port, a new certificate for `host`, and what a Redis is started with to serve it there."""
+    """A port, a new certificate for `host`, and the options with which a Redis serves TLS there."""
     key, certificate = folder / "key.pem", folder / "certificate.pem"
     words = [
         "openssl",

@@ -1,4 +1,4 @@
-"""A second value that is written and published together with a replacement: both, or the first alone, or neither."""
+"""A write that also stores and publishes a second value: both are written, or the first alone, or neither."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real servers whose clock is set: the lease of a dead worker, of one that lives, and what a person may decide."""
+"""Real servers whose clock is changed: leases of dead and live workers, and what a person may decide meanwhile."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ HOUR = 3600 * MICROSECONDS
 SOON = 30.0
 
 Clocked = tuple[Store, Callable[[int], None]]
-"""A store, and how to set its clock: microseconds off the server's own."""
+"""A store, and a function that sets its clock, in microseconds off the server's own clock."""
 
 
 def redis_clocked(url: str, monkeypatch: pytest.MonkeyPatch) -> Clocked:
-    """The scripts as they are, but for what TIME says in them."""
+    """A Redis store whose scripts read a shifted TIME, and are otherwise unchanged."""
     shimmed = rb"\1; t[1] = t[1] + (redis.call('GET', 'off') or 0)"
 
     def source(name: str) -> bytes:
@@ -122,11 +122,11 @@ def test_a_clock_that_is_set_back(clocked: Clocked) -> None:
         assert isinstance(claim(ledger, "shop.lives:1")[0], Busy)
         return isinstance(claim(ledger, "shop.dead:1")[0], Acquired)
 
-    wait_for(decided, SOON, "the lease of the dead one to be over")
+    wait_for(decided, SOON, "the dead worker's lease to lapse")
     wait_for(
         lambda: (entry := ledger.get("shop.resolved:1")) and entry.state == "lapsed",
         SOON,
-        "the same of another",
+        "the other dead worker's lease to lapse",
     )
     assert ledger.resolve("shop.resolved:1", NotHappened(), by="anna").state == "released"
 

@@ -1,4 +1,4 @@
-"""The conformance suite against stores that are wrong in one way each: it must notice."""
+"""The conformance suite fails for stores that are wrong, each in one way."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.stores import test_memory
 
 
 class Wrong(MemoryStore):
-    """Right so far."""
+    """The base of the wrong stores, which is itself right."""
 
     def __init__(self) -> None:
         super().__init__(FakeClock())
@@ -66,13 +66,13 @@ class Overwrites(Wrong):
 
 
 class LooksBeforeItWrites(Wrong):
-    """A race: another writer may come between the read and the write."""
+    """Has a race: another writer may write between the read and the write."""
 
     def create(self, key: str, value: bytes, ttl: int | None = None, due: int | None = None) -> Reply:
         held = self.read(key).stored
         if held is not None:
             return Reply(False, held, self._clock())
-        time.sleep(0.001)  # the network
+        time.sleep(0.001)  # as long as a network may take
         now = self._clock()
         return Reply(True, self._write(key, value, now, now, ttl), now)
 
@@ -94,7 +94,7 @@ class NeverExpires(Wrong):
 
 
 class RoundsDown(Wrong):
-    """To milliseconds, and what is less than one is for ever."""
+    """Rounds to milliseconds, and keeps for ever what should live for less than one."""
 
     def create(self, key: str, value: bytes, ttl: int | None = None, due: int | None = None) -> Reply:
         return super().create(key, value, None if ttl is None else (ttl // 1000 * 1000) or None)

@@ -1,4 +1,4 @@
-"""Copying records from one store to another: complete, repeatable, and never a step back."""
+"""Copies records from one store to another: completely, repeatably, and without overwriting newer ones."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_stopped_half_way_it_can_be_run_again(source: Ledger, target: Ledger) ->
 def test_what_moved_on_in_the_target_stays(source: Ledger, target: Ledger) -> None:
     held = claim(source, "a:taken over", lease=0)
     copy(source, target)
-    for _ in range(2):  # in doubt, resolved by a person, and run again over there
+    for _ in range(2):  # in the target it gets in doubt, is resolved by a person, and runs again
         target.claim("a:taken over", request())
     from celery_idem.core.model import NotHappened
 

@@ -1,4 +1,4 @@
-"""The index of what is open is a hint. However it is broken, the records count."""
+"""The index of open intents is a hint. If it is wrong or missing, the records count."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def claim(ledger: Ledger, name: str, policy: Policy = LIVE) -> Hold:
 
 
 def fill(ledger: Ledger) -> None:
-    """One intent in each state, and many that are finished."""
+    """Creates intents in several states, most of them finished."""
     for n in range(20):
         claim(ledger, f"done{n}").settle(Outcome(True, b"j1"), 0.0)
     claim(ledger, "failed").settle(Outcome(False, b"j1"), 0.0)
@@ -71,7 +71,7 @@ def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ledger]:
 
 
 def test_lists_of_what_is_open_read_nothing_else(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert seen(ledger) == WHAT_IS_OPEN  # the first listing builds the index, where it has to be
+    assert seen(ledger) == WHAT_IS_OPEN  # the first listing builds the index, if the store has to
 
     def scan(self: object, prefix: str) -> Iterator[object]:
         raise AssertionError("every record was read")
@@ -97,7 +97,7 @@ def test_an_intent_leaves_the_index_with_its_outcome(ledger: Ledger) -> None:
 
 
 def test_every_write_says_when_to_look(ledger: Ledger) -> None:
-    """What the writes left behind is what the rule says of each record: a rebuilt index is the same."""
+    """The index that the writes made equals one rebuilt from the records."""
     seen(ledger)
 
     def index() -> list[tuple[str, int]]:
@@ -117,7 +117,7 @@ def test_wrong_entries_are_corrected_when_they_are_met(ledger: Ledger) -> None:
         store.mark([Mark(f"idem:shop.pay:{name}", entry._stamp, due)])
     assert seen(ledger) == {key: state for key, state in WHAT_IS_OPEN.items() if key != "shop.pay:runs"}
     assert "idem:shop.pay:done1" not in [listed.key for listed in store.open("idem:")]
-    assert list(ledger.overdue()) == []  # the doubt was put behind again
+    assert list(ledger.overdue()) == []  # the doubt's entry has its right time again
     assert ledger.reindex() == len(WHAT_IS_OPEN)
     assert seen(ledger) == WHAT_IS_OPEN
 
@@ -135,7 +135,7 @@ def test_recovery_looks_at_what_is_overdue_the_oldest_first_and_no_further(
     ledger = Ledger(MemoryStore(clock))
     for n, lease in enumerate((40, 10, 30, 900)):
         claim(ledger, str(n), LIVE._replace(lease=lease * 1_000_000))
-    for n in range(50):  # people wait for them, once their callers are told
+    for n in range(50):  # once their callers are answered, only a person has to look at these
         claim(ledger, f"doubt{n}").doubt("unknown", 0.0)
     clock.advance(10)
     assert list(ledger.overdue()) == []  # within the grace
@@ -157,19 +157,19 @@ def test_shadow_records_are_in_no_index() -> None:
 
 
 def test_when_to_look() -> None:
-    """The rule, for each state."""
+    """The time to look at a record, for each state."""
     record = protocol.fresh(Request(owners.mint(), "t", Fingerprint(), LIVE._replace(lease=7)))
     assert protocol.due(record) == 7 + protocol.GRACE
     assert protocol.due(record, LIVE._replace(indexed=False)) is None
     _, doubtful = protocol.doubt(record, record.owner, "unknown")
     assert doubtful is not None
-    assert protocol.due(doubtful) == protocol.PUBLISHED_WAIT  # until then its caller was told
+    assert protocol.due(doubtful) == protocol.PUBLISHED_WAIT  # by then its caller was answered
     _, retried = protocol.doubt(record, record.owner, "unknown", retry=9)
     assert retried is not None
     assert protocol.due(retried) == protocol.PUBLISHED_WAIT + 9
     _, direct = protocol.doubt(record._replace(task_id=""), record.owner, "unknown")
     assert direct is not None
-    assert protocol.due(direct) == protocol.NEVER  # a direct call is told by what it raises
+    assert protocol.due(direct) == protocol.NEVER  # a direct call is answered by the error that it raises
     _, settled = protocol.settle(record, record, Outcome(True, b"j1"))
     _, released = protocol.release(record, record.owner)
     assert settled is not None
@@ -185,7 +185,7 @@ def test_when_to_look() -> None:
     assert stamp + 1 + due == now + 7 + protocol.GRACE
 
 
-# --- Redis, where the index is a key of its own -----------------------------------------------
+# --- Redis, where the index is a separate key --------------------------------------------------
 
 
 def deleted(client: redis.Redis) -> None:
@@ -207,9 +207,9 @@ def of_nonsense(client: redis.Redis) -> None:
         {
             "idem:shop.pay:none": 1,  # no record
             "idem:shop.pay:done1": 2,  # settled
-            "idem:shop.pay:list": 3,  # no record of ours
+            "idem:shop.pay:list": 3,  # not a record
             "other:shop.pay:a": 4,  # of another namespace
-            b"\xff\xfe": 5,  # no name
+            b"\xff\xfe": 5,  # not text
             "idem:shop.pay:runs": float("inf"),
             "idem:shop.pay:later": -5.5,
             "idem:shop.pay:doubt": 0,

@@ -1,4 +1,4 @@
-"""A server that has lost its latest writes: a replica that lagged is the master now, or an old file was loaded."""
+"""A server has lost its latest writes: a replica that lagged became the master, or an old file was loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory store: the conformance suite with a clock that the test moves, and with the real one."""
+"""The memory store: it passes the conformance suite, with a clock that the test moves."""
 
 from __future__ import annotations
 

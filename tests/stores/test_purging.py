@@ -1,4 +1,4 @@
-"""Workers delete expired rows, in small batches, beside other workers, and delete nothing else."""
+"""Workers delete expired rows and nothing else, in small batches, while other workers do the same."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def purgers() -> Iterator[list[Purger]]:
 
 
 def fill(store: Store, expired: int) -> set[str]:
-    """So many rows whose time is over, and some others; the names of those."""
+    """Creates `expired` expired rows, and some others, whose keys it returns."""
     for n in range(expired):
         store.create(f"gone-{n}", VALUE, 1)
     store.create("kept for an hour", VALUE, 3600 * MICROSECONDS)
@@ -65,14 +65,14 @@ def fill(store: Store, expired: int) -> set[str]:
 
 
 def keys(url: str) -> set[str]:
-    """What is in the table, expired or not."""
+    """The keys in the table, expired or not."""
     import sqlalchemy as sa
 
     engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
     try:
         with engine.connect() as connection:
             found = {key for (key,) in connection.exec_driver_sql("SELECT key FROM celery_idem")}
-            return {key for key in found if "~" not in key}  # what workers note about themselves
+            return {key for key in found if "~" not in key}  # a key with ~ is a worker's note about itself
     finally:
         engine.dispose()
 
@@ -82,12 +82,12 @@ def test_two_workers_delete_what_has_expired_and_nothing_else(url: str, purgers:
     left = fill(open_store(url), 230)
     assert len(keys(url)) == 232
     for _ in range(2):
-        store = open_store(url)  # a worker's own
+        store = open_store(url)  # each worker has its own
         purgers.append(Purger(lambda store=store: [store]))
         purgers[-1].start()
     wait_for(lambda: keys(url) == left, SOON, lambda: f"only {left} to be there, not {len(keys(url))} rows")
     open_store(url).create("later", VALUE, 1)
-    wait_for(lambda: keys(url) == left, SOON, "what expired later to go as well")
+    wait_for(lambda: keys(url) == left, SOON, "the later row to be deleted")
 
 
 @pytest.mark.postgres
@@ -98,9 +98,9 @@ def test_it_waits_for_nobody(postgres_url: str, purgers: list[Purger]) -> None:
         other.execute("SELECT 1 FROM celery_idem WHERE key = 'gone-7' FOR UPDATE")
         purgers.append(Purger(lambda: [store]))
         purgers[0].start()
-        wait_for(lambda: keys(postgres_url) == {*left, "gone-7"}, SOON, "all rows but the locked one to go")
+        wait_for(lambda: keys(postgres_url) == {*left, "gone-7"}, SOON, "all but the locked row to go")
         other.rollback()
-    wait_for(lambda: keys(postgres_url) == left, SOON, "that one to go")
+    wait_for(lambda: keys(postgres_url) == left, SOON, "the locked row to go")
 
 
 def test_a_store_that_fails_is_tried_again_and_a_backlog_is_not_done_in_one_go(purgers: list[Purger]) -> None:
@@ -125,7 +125,7 @@ def test_a_store_that_fails_is_tried_again_and_a_backlog_is_not_done_in_one_go(p
 def test_no_process_is_forked_in_the_middle_of_a_statement(
     purgers: list[Purger], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would inherit locks that no thread releases. A statement that hangs delays it only for a moment."""
+    """A child would inherit locks that no thread releases. A statement that hangs delays a fork only for a moment."""
     monkeypatch.setattr(looks, "FORK_WAITS", 0.2)
     within, go = threading.Event(), threading.Event()
 
@@ -142,11 +142,11 @@ def test_no_process_is_forked_in_the_middle_of_a_statement(
     assert forked(lambda: looks.FORKS.held_off.acquire(timeout=1)) == 0
     assert time.monotonic() - began >= 0.2
     go.set()
-    wait_for(lambda: forked(lambda: True) == 0, SOON, "forking as ever")
+    wait_for(lambda: forked(lambda: True) == 0, SOON, "forks to work again")
 
 
 def forked(check: Callable[[], bool]) -> int:
-    """The exit status of a child that checks something."""
+    """The exit status of a child that calls `check`."""
     child = os.fork()
     if child == 0:  # pragma: no cover
         os._exit(0 if check() else 1)
@@ -170,8 +170,8 @@ def test_a_store_that_expires_by_itself_has_no_thread(tmp_path: Path) -> None:
     before = set(threading.enumerate())
     purging.BESIDE.begin(SimpleNamespace(app=redis))
     purging.BESIDE.begin(SimpleNamespace(app=wrong))
-    assert not set(threading.enumerate()) - before  # a thread of an earlier test may just be ending
-    for _ in range(2):  # a worker that connects anew is ready twice
+    assert not set(threading.enumerate()) - before  # threads of earlier tests may still be ending
+    for _ in range(2):  # a worker that connects again to its broker gets ready twice
         purging.BESIDE.begin(SimpleNamespace(app=sqlite))
     (thread,) = set(threading.enumerate()) - before
     assert thread.name == "celery_idem purging"
@@ -183,7 +183,7 @@ def test_a_store_that_expires_by_itself_has_no_thread(tmp_path: Path) -> None:
 
 @pytest.mark.redis
 def test_a_real_worker(tmp_path: Path) -> None:
-    """As it is configured: within seconds of its start."""
+    """A worker deletes expired rows within seconds of its start, with the default times."""
     url = f"sqlite:///{tmp_path}/idem.db"
     left = fill(open_store(url), 10)
     with running(lambda: RedisServer(tmp_path / "redis")) as redis:

@@ -1,4 +1,4 @@
-"""The result backend's server as the store: all that Celery knows of how to connect to it holds for the store."""
+"""The result backend's server as the store: the store connects with all of Celery's settings for it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Provider(CredentialProvider):
 
 
 class Alike(RedisBackend):  # type: ignore[misc]
-    """A subclass that changes nothing about connections, as for another way to name keys."""
+    """A subclass that changes nothing about connections."""
 
 
 class Apart(RedisBackend):  # type: ignore[misc]
@@ -116,8 +116,8 @@ TAKEN: dict[str, tuple[Celery, dict[str, Any]]] = {
 }
 
 
-NEWER = pytest.mark.skipif(celery.VERSION < (5, 7), reason="this Celery's own backend does not do that")
-"""What a Celery's backend cannot do is no part of what is taken over."""
+NEWER = pytest.mark.skipif(celery.VERSION < (5, 7), reason="the backend of this Celery cannot do that")
+"""Marks options that the result backend of older versions of Celery does not have."""
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_behind_sentinels() -> None:
         (an_app("rpc://"), "is not a Redis"),
         pytest.param(an_app(Apart), "Apart", marks=NEWER),
         pytest.param(an_app(Pooled), "Pooled", marks=NEWER),
-        (an_app("rediss://host"), "cannot be opened"),  # which Celery refuses: ssl_cert_reqs is missing
+        (an_app("rediss://host"), "cannot be opened"),  # Celery refuses it: ssl_cert_reqs is missing
         (an_app("redis://:s3cret/x@host"), "Percent-encode"),
         (an_app("redis://:s3cret#x@host"), "Percent-encode"),
         (an_app("redis://:s3cret@host:x/0"), "the port in its URL is no number"),
@@ -211,7 +211,7 @@ def test_a_durability_of_its_own_is_a_store_of_its_own() -> None:
 
 @pytest.mark.redis
 def test_applications_with_other_prefixes_do_not_see_each_other(redis_url: str) -> None:
-    """As staging and production in one database; by both ways to name it."""
+    """For example staging and production in one database. The prefix may be a setting or in the URL."""
     apps = {
         name: an_app(redis_url, result_backend_transport_options={"global_keyprefix": name})
         for name in ("staging:", "production:")
@@ -237,7 +237,7 @@ def test_applications_with_other_prefixes_do_not_see_each_other(redis_url: str) 
 
 @pytest.fixture(scope="module")
 def encrypted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server with a self-signed certificate of another host: its address, and its database 0."""
+    """The URL of a server with a self-signed certificate for another host name."""
     folder = tmp_path_factory.mktemp("tls")
     port, certificate, options = tls(folder, "elsewhere")
     options += ("--tls-ca-cert-file", str(certificate))

@@ -1,4 +1,4 @@
-"""``settle_in``: rows and outcome commit together, wherever the process dies, and whichever process is late."""
+"""``settle_in``: rows and outcome commit together, wherever a process dies, and also when a late one wakes up."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from celery_idem.stores import sql_connections
 from tests.support.servers import PostgresServer
 from tests.support.waiting import wait_for
 
-LEASE = 0.3  # seconds: the second execution waits for it
+LEASE = 0.3  # seconds; short, because the second execution waits until it lapses
 
 ROWS = sa.Table("invoices", sa.MetaData(), sa.Column("customer", sa.String))
 
@@ -31,7 +31,7 @@ class Shop:
 
     def __init__(self, url: str, store: str = "") -> None:
         self.url = url
-        # A connection per transaction: nothing is shared with a forked child.
+        # One connection for each transaction, so that a forked child shares none.
         self.engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"), poolclass=NullPool)
         ROWS.metadata.create_all(self.engine)
         self.at: Callable[[str], None] = lambda point: None
@@ -84,7 +84,7 @@ def shop(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Shop]:
 
 
 def in_a_child(shop: Shop, at: Callable[[str], None], value: Any = None) -> int:
-    """Run the task in a forked process; its pid. Exit status 0: it gave ``value``, 3: LeaseLost."""
+    """Runs the task in a forked process, and returns its pid. Exit status 0: it returned ``value``, 3: LeaseLost."""
     child = os.fork()
     if child:
         return child
@@ -123,7 +123,7 @@ def test_killed_anywhere_it_happens_once(shop: Shop, point: str) -> None:
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     happened = point == "committed"
     assert len(shop.rows()) == happened
-    assert shop.call() == ANNA  # runs, or replays, without doubt and without a person
+    assert shop.call() == ANNA  # runs or replays; it is not in doubt, and no person has to decide
     assert shop.call() == ANNA
     assert shop.rows() == ["anna"]
 
@@ -138,7 +138,7 @@ def test_a_zombie_that_wakes_up_late_cannot_commit_a_second_time(shop: Shop, poi
         results: list[Any] = []
         other = threading.Thread(target=lambda: results.append(shop.call()), daemon=True)
         other.start()
-        # Where the zombie holds a lock, the other one waits for it; else it takes over and finishes.
+        # If the stopped process holds a lock, the other one waits for it. Else the other takes over and finishes.
         locked = point == "settled" or (point == "written" and "sqlite" in shop.url)
         if locked:
             other.join(3 * LEASE)
@@ -167,7 +167,7 @@ def test_a_rolled_back_transaction_settles_nothing(shop: Shop) -> None:
         shop.call()
     assert shop.rows() == []
     shop.at = lambda point: None
-    with pytest.raises(TimeoutError):  # an error is an outcome, as everywhere
+    with pytest.raises(TimeoutError):  # an error is an outcome too, and is replayed
         shop.call()
 
 
@@ -222,7 +222,7 @@ def test_a_transaction_that_nobody_commits_is_an_error_and_nothing_is_settled(sh
 def test_nobody_is_told_of_a_success_that_can_still_be_rolled_back(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A transaction that is open when the body returns is what the store waits for: its silence proves no commit."""
+    """The store waits for a transaction that is open when the body returns. A time-out does not prove a commit."""
     kept: list[sa.Connection] = []
 
     def leave_open(task: Any, customer: str) -> None:
@@ -248,14 +248,14 @@ def test_nobody_is_told_of_a_success_that_can_still_be_rolled_back(
 def test_a_renewed_lease_does_not_disturb_the_transaction(shop: Shop) -> None:
     def slow(point: str) -> None:
         if point == "begun":
-            threading.Event().wait(2 * LEASE)  # longer than the lease: it was renewed meanwhile
+            threading.Event().wait(2 * LEASE)  # longer than the lease, so it is renewed meanwhile
 
     shop.at = slow
     assert shop.call() == ANNA
     assert shop.rows() == ["anna"]
 
 
-# --- the connections that it knows ---------------------------------------------------------
+# --- supported connections -----------------------------------------------------------------
 
 
 def by_session(shop: Shop, task: Any, customer: str) -> None:
@@ -300,7 +300,7 @@ def by_django(shop: Shop, task: Any, customer: str) -> None:
 
 
 def django_connection(url: str) -> Any:
-    """Django's connection to the database, as ``django.db.connection`` would be."""
+    """A connection of Django to the database, like ``django.db.connection``."""
     import django
     import django.conf
     import django.db

@@ -44,7 +44,7 @@ class TestSqlite(StoreConformance):
 
 @pytest.fixture(scope="module")
 def database(postgres: PostgresServer) -> str:
-    """One for all of the suite, whose tests keep out of each other's way: making one takes a quarter second."""
+    """One database for the whole suite, because making one takes a quarter second. Its tests use different keys."""
     return postgres.create_database(f"conformance_{os.urandom(4).hex()}")
 
 
@@ -89,7 +89,7 @@ def opened(url: str, durability: str = "none") -> SqlStore:
 
 
 def by_hand(url: str, text: str) -> list[Any]:
-    """Run statements as a person would, with nothing of ours."""
+    """Runs statements with the driver alone, as a person would."""
     if url.startswith("sqlite"):
         with sqlite3.connect(url.removeprefix("sqlite:///")) as file:
             if ";" in text:
@@ -168,7 +168,7 @@ def test_what_operators_ask_for_has_an_index(url: str) -> None:
             statement = statement.replace(f":{name}", value)
         if store.dialect == "sqlite":
             plan = by_hand(url, f"EXPLAIN QUERY PLAN {statement}")
-        else:  # a table of one row is read whole, unless that is forbidden
+        else:  # PostgreSQL reads a table of one row without an index, unless that is switched off
             with psycopg.connect(url) as connection:
                 connection.execute("SET enable_seqscan = off")
                 plan = connection.execute(f"EXPLAIN {statement}").fetchall()  # type: ignore[call-overload]
@@ -233,7 +233,7 @@ def test_purge_in_batches(url: str) -> None:
 
 @pytest.mark.postgres
 def test_a_duplicate_waits_for_no_lock(postgres_url: str) -> None:
-    """As while a transaction with ``settle_in`` is open: others learn at once that it is in progress."""
+    """While a transaction with ``settle_in`` is open, a duplicate sees at once that the intent is in progress."""
     store = opened(postgres_url)
     created = store.create("a", MINE)
     with psycopg.connect(postgres_url) as other:
@@ -243,7 +243,7 @@ def test_a_duplicate_waits_for_no_lock(postgres_url: str) -> None:
         assert store.read("a").done
 
 
-# --- what a database can do to us --------------------------------------------------------------
+# --- faults of a database ----------------------------------------------------------------------
 
 
 @pytest.mark.postgres
@@ -272,7 +272,7 @@ def test_connections_that_the_server_closed_are_replaced(postgres_url: str) -> N
 
 
 class Interrupted(Exception):
-    """As Celery's soft time limit: it may come at any line."""
+    """Stands for Celery's soft time limit, which may be raised at any line."""
 
 
 @pytest.mark.postgres
@@ -300,7 +300,7 @@ def test_a_hanging_server_is_an_error_and_its_late_reply_is_nobodys(
             signal.setitimer(signal.ITIMER_REAL, 0.3)
             with pytest.raises(Interrupted):
                 store.read("a")
-        assert time.monotonic() - began < 20  # bounded, not measured
+        assert time.monotonic() - began < 20  # a bound, far above the time-out: the machine may be slow
     finally:
         signal.signal(signal.SIGALRM, before)
         signal.setitimer(signal.ITIMER_REAL, *left)
@@ -361,7 +361,7 @@ def test_a_clock_that_was_set_back_does_not_move_stamps_back(url: str) -> None:
     store = opened(url)
     store.create("a", MINE)
     later = store.read("a").now + 3600 * MICROSECONDS
-    by_hand(url, f"UPDATE celery_idem SET stamp = {later}")  # noqa: S608  # a number of our own
+    by_hand(url, f"UPDATE celery_idem SET stamp = {later}")  # noqa: S608  # a number made here
     reply = store.replace("a", Stored(MINE, later), MINE)
     assert reply.stored is not None
     assert reply.stored.stamp == later + 1

@@ -1,4 +1,4 @@
-"""PostgreSQL whose roles change, or that ends connections: the next call goes where a call can go."""
+"""PostgreSQL changes roles or ends connections: the next call uses a server and a connection that work."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CALLS = 24
 
 
 def switch(primary: PostgresServer, standby: Standby) -> None:
-    """As a managed service does it: the old primary takes no more writes, and keeps its connections."""
+    """Switches roles as a managed service does: the old primary takes no more writes, and keeps its connections."""
     with session(primary) as old, session(standby) as new:
         old.execute("ALTER SYSTEM SET default_transaction_read_only = on")
         old.execute("SELECT pg_reload_conf()")
@@ -53,7 +53,7 @@ def one(connection: psycopg.Connection[Any], statement: str) -> Any:
 
 
 def not_writable(url: str) -> str:
-    """What the doctor says of a server that only reads."""
+    """What the doctor reports about a server that only reads."""
     app = Celery("away", set_as_current=False)
     app.conf.idem_store = url
     (found,) = doctor.examine(doctor.gather(app), (doctor.stores.writing,))
@@ -61,7 +61,7 @@ def not_writable(url: str) -> str:
 
 
 def with_connections(url: str, many: int = 4) -> SqlStore:
-    """A store with several connections open: each would have to fail once, were they dropped one by one."""
+    """A store with several open connections. If it dropped them one by one, each would fail one call."""
     store = open_store(url)
     assert isinstance(store, SqlStore)
     assert store.create("before", MINE).done
@@ -90,7 +90,7 @@ def test_a_switchover_that_leaves_connections_alive_costs_no_claim() -> None:
             )
         (change,) = servers.changes(kept.read(noted, servers.NAME), run_of(infos(store)), 0.0)
         assert change.kind == "recovery", "a promotion begins another timeline"
-        primary.kill()  # a machine that does not come back is asked first, and does not matter
+        primary.kill()  # the store tries this dead server first, and then the other
         store.close()
         assert store.read("before").done
 
@@ -130,7 +130,7 @@ def test_behind_a_pooler_a_server_that_is_back_is_found_again(postgres: Postgres
 
 
 def test_a_transaction_left_open_that_the_server_ends_is_the_authors_alone(postgres_url: str) -> None:
-    """`settle_in` on a connection that sat idle in its transaction (25P03): nothing of it is there, ours goes on."""
+    """The server ends an idle transaction with `settle_in` (25P03): nothing of it stays, and the store works on."""
     store = with_connections(postgres_url)
     with psycopg.connect(postgres_url) as author:
         author.execute("SET idle_in_transaction_session_timeout = '50ms'")

@@ -1,4 +1,4 @@
-"""``submit_in``: an action is accepted with the author's rows or not at all, wherever the process dies."""
+"""``submit_in``: an action is accepted if and only if the author's rows commit, wherever the process dies."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def shop(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Shop]:
 
 
 def test_it_is_published_after_the_commit(shop: Shop) -> None:
-    assert shop.state() == ""  # a SQLite file is switched to write-ahead logging
+    assert shop.state() == ""  # opens the store, which switches a SQLite file to write-ahead logging
     with Session(shop.engine) as session, session.begin():
         receipt = shop.place(session)
         assert receipt.status == "accepted"
@@ -87,7 +87,7 @@ def test_it_is_published_after_the_commit(shop: Shop) -> None:
     assert (shop.state(), shop.messages()) == ("accepted", 1)
     entry = shop.entry()
     assert entry is not None
-    assert entry.retry_after > 5  # recovery has time again
+    assert entry.retry_after > 5  # it is published, so recovery waits again
     assert not list(recovering.recover(shop.app))
     assert shop.ship.submit(7).status == "in_progress"
 
@@ -188,7 +188,7 @@ def test_a_connection_that_stays_open_publishes_when_it_begins_again(shop: Shop)
 
 
 def test_it_is_published_from_every_engine_and_from_every_pool(shop: Shop) -> None:
-    """SQLAlchemy remembers the `id` of a pool that it has replaced, and another pool may get it."""
+    """SQLAlchemy remembers the `id` of a pool that it has replaced. Another pool may get the same `id`."""
     first, second = shop.engine, sa.create_engine(shop.engine.url, poolclass=NullPool)
     shop.state()
     by_connection(shop, lambda: None)
@@ -199,7 +199,7 @@ def test_it_is_published_from_every_engine_and_from_every_pool(shop: Shop) -> No
     with shop.engine.begin() as connection:
         shop.place(connection, 8)
     assert shop.messages() == 2
-    for order in range(9, 12):  # as a process that disposes of it after each fork
+    for order in range(9, 12):  # like a process that disposes of the engine after each fork
         shop.engine.dispose()
         with shop.engine.begin() as connection:
             shop.place(connection, order)
@@ -245,7 +245,7 @@ def test_a_store_that_cannot_tell_is_a_receipt(shop: Shop) -> None:
     assert (receipt.status, receipt.code) == ("not_run", "store_error")
     assert shop.ship.submit(7).status == "not_run"
     shop.app.conf.idem_on_store_error = "run"
-    shop.ship.__class__._guard_made = None  # type(…) is that of the proxy
+    shop.ship.__class__._guard_made = None  # type() would give the class of the proxy
     with Session(shop.engine) as session, session.begin():
         assert shop.ship.submit_in(session, 7).status == "not_run"
     assert shop.messages() == 0
@@ -305,7 +305,7 @@ def test_submit_on_commit(tmp_path: Path) -> None:
     django.close()
     assert [shop.state(n) for n in range(1, 7)] == ["", "", "", "accepted", "accepted", "accepted"]
     assert shop.messages() == 3
-    scoped = scoped_session(sessionmaker(shop.engine))  # as of Flask-SQLAlchemy
+    scoped = scoped_session(sessionmaker(shop.engine))  # as Flask-SQLAlchemy makes it
     shop.ship.submit_on_commit(scoped, 7)
     scoped.rollback()
     shop.ship.submit_on_commit(scoped, 8)

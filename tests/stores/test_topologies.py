@@ -1,4 +1,4 @@
-"""Redis behind Sentinel and in a cluster: the suite, and what happens under load while roles and slots move."""
+"""Redis behind Sentinel and in a cluster: the conformance suite, and roles and slots that move under load."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class TestCluster(StoreConformance):
 
 
 class Load:
-    """Threads that claim the same keys one after the other and settle what they won, until told to stop."""
+    """Threads that claim the same keys one after the other and settle those they won, until the block ends."""
 
     def __init__(
         self, url: str, key: Callable[[int], str], threads: int = 3, durability: str = "none"
@@ -121,7 +121,7 @@ class Load:
             store.close()
 
     def _insist(self, call: Callable[[], Reply], owner: bytes) -> Stored | None:
-        """Again until the store answers; what then holds our own owner is our own lost write."""
+        """Repeats the call until the store answers. A record with this owner was written by this thread."""
         while True:
             try:
                 reply = call()
@@ -169,7 +169,7 @@ def test_a_slot_moves_under_load_and_every_key_has_one_winner(cluster: Cluster) 
 
 
 def test_a_scan_while_slots_move_leaves_nothing_out(cluster: Cluster) -> None:
-    """A slot goes from a master that is still to come to the one that was read first."""
+    """A slot moves from a master that is not read yet to the one that was read first."""
     tag = uuid.uuid4().hex
     store = open_store(cluster.url)
     keys = {f"{tag}:{n}" for n in range(300)}
@@ -203,7 +203,7 @@ def test_a_scan_while_a_slot_is_half_moved(cluster: Cluster) -> None:
     opened: set[str] = set()
 
     def open_some() -> None:
-        """Of a slot that moves, a script may not write two keys: the record, and its entry in the index."""
+        """Opens intents while the slot moves. Then one script may not write both the record and its index entry."""
         for n in range(3):
             key = f"{{{tag}}}:open {len(opened)} {n}"
             held = store.create(key, MINE, None, 0).stored
@@ -256,7 +256,7 @@ def test_a_node_that_is_silent_keeps_no_other_from_renewing(
             change.key: reply is not None for change, reply in zip(changes, error.value.replies, strict=True)
         }
         assert answered == {key: store._owner(key).name != silent for key in olds}
-    assert asked[-1] == silent, "it comes last once it is known"
+    assert asked[-1] == silent, "a node known to be silent is asked last"
     assert len(asked) > 1
 
 
@@ -273,7 +273,7 @@ def test_the_doctor_asks_each_node(cluster: Cluster) -> None:
 
 
 def test_the_urls_first_node_leaves_the_cluster(tmp_path: Path) -> None:
-    """Its slots are moved away and it is removed, under load: no client asks it any more."""
+    """The node's slots are moved away and it is removed, under load. Clients go on with the other nodes."""
     with running(lambda: Cluster(tmp_path / "cluster")) as cluster:
         cluster.give_away(range(50, 5461), *cluster.nodes[:2])
         used = open_store(cluster.url)
@@ -329,11 +329,11 @@ def owns(node: RedisServer, slot: int) -> bool:
 def test_a_node_that_is_down_is_an_error_for_its_keys_only(tmp_path: Path) -> None:
     with running(lambda: Cluster(tmp_path / "cluster")) as cluster:
         for node in cluster.nodes:
-            with client(node) as one:  # the rest of a cluster may go on without
+            with client(node) as one:  # lets the cluster go on when a node is down
                 one.config_set("cluster-require-full-coverage", "no")
         store = open_store(cluster.url)
         assert all(store.create(str(n), MINE).done for n in range(30))
-        cluster.nodes[0].kill()  # the URL's own
+        cluster.nodes[0].kill()  # the node in the URL
         answered = 0
         for n in range(30):
             with contextlib.suppress(StoreError):
@@ -361,7 +361,7 @@ def test_a_failover_under_load_loses_nothing_that_was_to_be_durable(tmp_path: Pa
             wait_for(lambda: servers.master_port() == servers.replica.port, 30, "the failover")
             servers.master.restart()  # it comes back as a replica of the other
             load.wait_for(100)
-        assert load.errors > 0  # they did notice
+        assert load.errors > 0  # the threads noticed the failover
         twice = {key: winners for key, winners in load.winners.items() if len(winners) > 1}
         assert not twice, (len(load.winners), servers.story())
         assert role(servers.master) == "slave"
@@ -375,7 +375,7 @@ def test_a_failover_under_load_loses_nothing_that_was_to_be_durable(tmp_path: Pa
 def test_a_replica_that_missed_a_claim_is_promoted(
     start_redis: Callable[..., RedisServer], durability: str
 ) -> None:
-    """What asynchronous replication can lose, and who is told."""
+    """Asynchronous replication can lose a claim. With `replicas:1` the claim fails instead of being lost."""
     master = start_redis(options=("--repl-diskless-sync-delay", "0"))
     replica = start_redis(options=("--replicaof", "127.0.0.1", str(master.port)))
     wait_for(lambda: acknowledged(master), 30, "the replica's first acknowledgement")
@@ -387,17 +387,17 @@ def test_a_replica_that_missed_a_claim_is_promoted(
     if durability == "none":
         assert store.create("a", MINE).done
     else:
-        with pytest.raises(StoreError, match="0 of 1 replicas"):  # so its body does not run
+        with pytest.raises(StoreError, match="0 of 1 replicas"):  # so the body does not run
             store.create("a", MINE)
     master.kill()
     after = open_store(replica.url)
     assert after.read("before").done
-    assert after.create("a", MINE).done  # a second winner, where the first was told that it had won
+    assert after.create("a", MINE).done  # with durability "none" this is a second winner
 
 
 @pytest.mark.parametrize("durability", ["none", "replicas:1"])
 def test_a_failover_in_the_middle_of_a_claim_to_a_replica_that_lags(tmp_path: Path, durability: str) -> None:
-    """Without waiting, a claim is forgotten, and won again. With waiting, no caller was told that it had won it."""
+    """With "none", a won claim is lost, and won again. With `replicas:1`, the claim ends with an error instead."""
     with running(lambda: Watched(tmp_path / "watched")) as servers:
         wait_for(lambda: acknowledged(servers.master), 30, "the replica's first acknowledgement")
         store = open_store(f"{servers.url}&socket_timeout=20", durability)
@@ -405,7 +405,7 @@ def test_a_failover_in_the_middle_of_a_claim_to_a_replica_that_lags(tmp_path: Pa
         servers.replica.pause()
         told: list[Reply | StoreError] = []
         try:
-            with client(servers.master) as master:  # what it has not yet is never going to come
+            with client(servers.master) as master:  # so the replica gets nothing more when it resumes
                 master.execute_command("CLIENT", "KILL", "TYPE", "replica")
 
             def claim() -> None:
@@ -419,7 +419,7 @@ def test_a_failover_in_the_middle_of_a_claim_to_a_replica_that_lags(tmp_path: Pa
             with client(servers.master) as master:
                 wait_for(lambda: master.exists("a"), 10, "the claim to be written")
             if durability == "none":
-                claiming.join(10)  # it has its answer
+                claiming.join(10)  # wait for its answer
             servers.master.kill()
         finally:
             servers.replica.resume()
@@ -435,8 +435,8 @@ def test_a_failover_in_the_middle_of_a_claim_to_a_replica_that_lags(tmp_path: Pa
 
 
 def acknowledged(master: RedisServer) -> bool:
-    """Whether a replica has acknowledged what was written. One whose link has just come up gets no commands
-    before its first acknowledgement, which comes with the next beat of its clock, up to a second later."""
+    """Whether a replica has acknowledged a write. After its link comes up, a replica gets no commands before
+    its first acknowledgement, which it sends up to a second later."""
     with client(master) as one:
         one.incr("beat")
         return bool(one.execute_command("WAIT", 1, 5000) == 1)
@@ -449,19 +449,19 @@ def role(server: RedisServer) -> str:
 
 @pytest.mark.slow
 def test_a_master_that_only_slept_is_left_alone(tmp_path: Path) -> None:
-    """Its connections still exist when it wakes up, demoted: no client may write to it."""
+    """When a paused master resumes, it is demoted, and its connections still exist. No client may write to it."""
     with running(lambda: Watched(tmp_path / "watched")) as servers:
         store = open_store(f"{servers.url}&socket_timeout=0.5")
         assert store.create("a", MINE).done
         servers.master.pause()
         try:
             wait_for(lambda: servers.master_port() == servers.replica.port, 30, "the failover")
-            with contextlib.suppress(StoreError):  # the sleeper's silence
+            with contextlib.suppress(StoreError):  # the paused master does not answer
                 store.read("a")
             assert wait_for(lambda: written(store, "b"), 30)
         finally:
             servers.master.resume()
-        wait_for(lambda: role(servers.master) == "slave", 30, "the sleeper to learn that it is demoted")
+        wait_for(lambda: role(servers.master) == "slave", 30, "the paused master to be demoted")
         assert store.create("c", MINE).done
         with client(servers.replica) as promoted:
             assert promoted.exists("b", "c") == 2

@@ -1,4 +1,4 @@
-"""The page "write a store" is true: its store passes the suite, and is short."""
+"""The store on the page "write a store" passes the conformance suite, and is short."""
 
 from __future__ import annotations
 

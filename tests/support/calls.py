@@ -27,7 +27,7 @@ def key_of(declaration: Declaration, *args: Any, **kwargs: Any) -> str:
 
 
 def key_for(value: Any) -> str:
-    """Return the key of a call whose intent is `value`."""
+    """The key of a call whose intent is `value`."""
     return key_of(a_task(("customer_id",)), value)
 
 

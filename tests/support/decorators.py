@@ -1,4 +1,4 @@
-"""Decorators as users write them: what they add to, or take from, the parameters of a body."""
+"""Decorators as users write them: they add parameters to a body, or fill them in."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def with_session(fn: Any) -> Any:
 
 
 def with_named_session(fn: Any) -> Any:
-    """Fills in the parameter of this name."""
+    """Fills in the parameter `session` by name."""
 
     @functools.wraps(fn)
     def wrapper(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The destination of side effects, and a gate: both are files, so that every process sees the same."""
+"""The destination of side effects, and a gate. Both are files, so that all processes see the same state."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tests.support.waiting import wait_for
 class Effects:
     """A ledger that tasks in any process append to, and tests count.
 
-    One line for each effect, written with O_APPEND in one call and synced: what was added stays, also when
-    the process is killed at the next instruction, and two writers never mix their lines.
+    One line for each effect, written with O_APPEND in one call and synced. So an added effect stays even if the
+    process is killed at the next instruction, and two writers never mix their lines.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def add(self, intent: str, **details: object) -> None:
-        """Do the effect: one more `intent`, with `details` (JSON values) and the writer's pid."""
+        """Records one effect of `intent`, with `details` (JSON values) and the writer's pid."""
         line = json.dumps({"intent": intent, "pid": os.getpid(), **details}) + "\n"
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
@@ -41,15 +41,15 @@ class Effects:
         return [effect for effect in self.all() if effect["intent"] == intent]
 
     def count(self, intent: str | None = None) -> int:
-        """How often `intent` took effect; of all intents without a name."""
+        """How often `intent` took effect. Without a name, the number of all effects."""
         return len(self.all() if intent is None else self.of(intent))
 
     def counts(self) -> Counter[str]:
-        """Effects by intent: all ones is what we are here for."""
+        """The number of effects by intent. Each should be 1."""
         return Counter(str(effect["intent"]) for effect in self.all())
 
     def wait(self, intent: str, count: int = 1, timeout: float = 60.0) -> list[dict[str, object]]:
-        """Wait until `intent` took effect `count` times or more, and return these effects."""
+        """Waits until `intent` took effect `count` times or more, and returns these effects."""
         wait_for(
             lambda: self.count(intent) >= count, timeout, lambda: f"{count} × {intent!r} in {self.counts()}"
         )
@@ -70,5 +70,5 @@ class Gate:
         self.path.touch()
 
     def wait(self, timeout: float = 60.0) -> None:
-        """Return when the gate is open. Raises AssertionError after `timeout` seconds."""
+        """Waits until the gate is open. Raises AssertionError after `timeout` seconds."""
         wait_for(lambda: self.is_open, timeout, f"the gate {self.path}")

@@ -1,8 +1,8 @@
-"""Python programs as forks of one process that has imported Celery before: most of the CPU of a start is imports.
+"""Starts Python programs as forks of one process that has imported Celery: imports are most of the CPU of a start.
 
-`start(["-m", "celery", …], log=…, env=…, cwd=…)` is what `subprocess.Popen([sys.executable, "-m", "celery", …])` would
-be, in a session of its own: with that environment, that folder, and modules of its own except for those in `IMPORTED`.
-Nothing of this package is among these: each worker's main process makes the beginning of its owners itself.
+`start(["-m", "celery", …], log=…, env=…, cwd=…)` replaces `subprocess.Popen([sys.executable, "-m", "celery", …])`. The
+program runs in a new session, with that environment and folder. It imports all modules itself, except `IMPORTED`.
+These contain nothing of this package, because each worker's main process has to make its own owner prefix.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ IMPORTED = (
 )
 
 ADDRESS = "CELERY_IDEM_TESTS_FORKS"
-"""Environment variable: the socket of the process that forks. Programs that start others ask the same one."""
+"""Environment variable: the socket of the process that forks. Started programs use the same process."""
 
 NUMBER = struct.Struct("!i")
-"""What is answered: the program's pid, and later its exit status, as `subprocess` has it."""
+"""The format of both answers: the program's pid, and later its exit status, as `subprocess` gives it."""
 
 _starting = threading.Lock()
-_pipes: list[Any] = []  # the process ends when the one that started it does
+_pipes: list[Any] = []  # keeps stdin of the forking process open: it ends when its starter does
 
 
 class Fork:
-    """A started program, with what is used of `subprocess.Popen`."""
+    """A started program, with the part of the interface of `subprocess.Popen` that is used here."""
 
     def __init__(self, connection: socket.socket, pid: int) -> None:
         self.pid = pid
@@ -65,7 +65,7 @@ class Fork:
     def poll(self) -> int | None:
         if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
             said = self._connection.recv(NUMBER.size, socket.MSG_WAITALL)
-            # Without a word: the process that forks has ended, so nobody knows.
+            # No answer: the process that forks has ended, so the status is not known.
             self.returncode = NUMBER.unpack(said)[0] if said else -signal.SIGKILL
             self._connection.close()
         return self.returncode
@@ -82,9 +82,9 @@ class Fork:
 def start(
     words: Sequence[str], *, log: Path, errors: Path | None = None, env: Mapping[str, str], cwd: Path
 ) -> Fork:
-    """Run `python` with these words, of which the first is `-m` or a file.
+    """Runs `python` with these words, of which the first is `-m` or a file.
 
-    What it prints is appended to `log`, what it prints to stderr to `errors` where that is given.
+    Its output is appended to `log`. Its stderr is appended to `errors` if that is given.
     """
     order = {
         "words": list(words),
@@ -129,9 +129,9 @@ def _connect(address: str) -> socket.socket:
 
 # -- the process that forks ------------------------------------------------------------------------------
 def serve(address: str) -> dict[str, Any]:
-    """Fork for each order. Returns the order, in the fork; never in this process itself."""
+    """Forks for each order. Returns only in a fork, with its order; never in this process itself."""
     for name in IMPORTED:
-        with contextlib.suppress(ImportError):  # of another version of Celery
+        with contextlib.suppress(ImportError):  # not in this version of Celery
             importlib.import_module(name)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
@@ -141,7 +141,7 @@ def serve(address: str) -> dict[str, Any]:
     signal.set_wakeup_fd(waken.fileno())
     signal.signal(signal.SIGCHLD, lambda *_: None)
     running: dict[int, socket.socket] = {}
-    gc.freeze()  # the forks share it
+    gc.freeze()  # the forks share this memory
     os.write(1, b"ready\n")
     while True:
         ready, _, _ = select.select([0, wake, listener], [], [])
@@ -175,7 +175,7 @@ def serve(address: str) -> dict[str, Any]:
 
 
 def become(order: Mapping[str, Any]) -> None:
-    """Take on what a started program has of its own, and run it."""
+    """Sets up session, files, folder, environment and modules as for a new program, and runs it."""
     os.setsid()
     files = [os.open(os.devnull, os.O_RDONLY)]
     files += [os.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644) for name in order["out"]]

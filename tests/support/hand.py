@@ -1,4 +1,4 @@
-"""A worker in this process: takes messages from a broker in memory and traces them as Celery does."""
+"""A worker in this process: it takes messages from a broker in memory and runs them with Celery's tracer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from celery.app.trace import build_tracer
 
 
 def application(**conf: Any) -> Celery:
-    """Return an application with its own broker queue, result backend and store, all in memory."""
+    """An application with its own broker queue, result backend and store, all in memory."""
     app = Celery("hand", broker="memory://", backend="cache+memory://", set_as_current=False)
     own = {"task_default_queue": f"hand-{uuid.uuid4().hex}", "idem_store": f"memory://{uuid.uuid4().hex}"}
     app.conf.update({**own, **conf})
@@ -19,13 +19,13 @@ def application(**conf: Any) -> Celery:
 
 
 def take(app: Celery) -> Any:
-    """Return the next message, or None."""
+    """Takes the next message from the queue. None if there is none."""
     with app.connection_for_read() as connection:
         return connection.default_channel.basic_get(app.conf.task_default_queue)
 
 
 def deliver(app: Celery, message: Any, by: Celery | None = None) -> Any:
-    """Handle a message as a worker of `by` does: run the task, and publish its follow-ups."""
+    """Handles a message as a worker of `by` does: runs the task, and publishes its follow-ups."""
     worker = by or app
     args, kwargs, embedded = message.payload
     task = worker.tasks[message.headers["task"]]
@@ -41,7 +41,7 @@ def deliver(app: Celery, message: Any, by: Celery | None = None) -> Any:
     }
     trace = build_tracer(task.name, task, app=worker)
     before = _state.get_current_app()
-    worker.set_current()  # as in a worker: Celery's own tasks use the current one
+    worker.set_current()  # as a worker does: Celery's own tasks use the current application
     try:
         return trace(message.headers["id"], args, kwargs, request).retval
     finally:
@@ -49,7 +49,7 @@ def deliver(app: Celery, message: Any, by: Celery | None = None) -> Any:
 
 
 def drain(app: Celery, by: Celery | None = None) -> list[dict[str, Any]]:
-    """Deliver all messages, and return their headers in order."""
+    """Delivers all messages, and returns their headers in order."""
     seen = []
     while (message := take(app)) is not None:
         seen.append(dict(message.headers))

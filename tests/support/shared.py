@@ -1,6 +1,6 @@
-"""One RabbitMQ for all test processes of a run: the first that needs it starts it, pytest-xdist's controller ends it.
+"""One RabbitMQ for all test processes of a run, because it takes more CPU to start than any other server.
 
-Its start takes more of the machine than any other server's.
+The first process that needs it starts it. The controller of pytest-xdist ends it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import psutil
 from tests.support.servers import RabbitMQServer
 
 RUNNING = "running.json"
-"""Its port, and the id and start time of each process: an id may be another's by now."""
+"""The server's port, and the pid and start time of each process. The start time detects a reused pid."""
 
 
 def rabbitmq(folder: Path) -> RabbitMQServer:
-    """The server of this folder, which is running. No test may end or freeze it.
+    """The server of this folder, started if it does not run yet. No test may end or freeze it.
 
     Raises:
         ServerMissingError: it is not installed.
@@ -40,7 +40,7 @@ def rabbitmq(folder: Path) -> RabbitMQServer:
 
 
 def end(folder: Path) -> None:
-    """End the server of this folder, if one was started."""
+    """Ends the server of this folder, if one was started."""
     running = folder / RUNNING
     if not running.exists():
         return

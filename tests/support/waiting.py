@@ -8,10 +8,10 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# Seconds between the first two checks: short beside the waits, long beside a check.
+# Seconds between the first two checks: much shorter than a wait, much longer than a check.
 LOOK_EVERY = 0.02
 
-# What takes long is looked at less often, up to so many seconds apart.
+# The pause grows by this factor after each check, up to this many seconds.
 SLOWER, SLOWEST = 1.1, 0.1
 
 
@@ -21,11 +21,11 @@ def wait_for(
     message: str | Callable[[], str] = "the condition",
     every: float = LOOK_EVERY,
 ) -> T:
-    """Call `predicate` until what it returns is true, and return that.
+    """Calls `predicate` until its value is true, and returns the value. Raises AssertionError after `timeout` seconds.
 
-    `timeout` and `every` are seconds. `message` names what was waited for; as a function it is called only
-    when the time is up, so that it can show a log. Raises AssertionError then. An exception of the predicate
-    is not caught: one that means "not yet" has to be turned into a false value by the predicate itself.
+    `every` is the first pause between two calls, in seconds. `message` names the condition for the error. If it is a
+    function, it is called only then, so that it can show a log. Exceptions of `predicate` are not caught: where one
+    means "not yet", `predicate` has to catch it and return a false value.
     """
     deadline = time.monotonic() + timeout
     pause = every

@@ -1,4 +1,4 @@
-"""A real Celery worker in a process of its own."""
+"""A real Celery worker in a separate process."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _numbers = itertools.count(1)
 class CeleryWorker:
     """`python -m celery -A app worker …`, started and ready when the constructor returns.
 
-    `app` is what `-A` takes ("tests.apps.billing" or "module:app"); the repository and `folder` are on the
+    `app` is the argument of `-A` ("tests.apps.billing" or "module:app"). The repository and `folder` are on the
     worker's path. `env` is added to this process' environment. `options` are further words of the command
-    line, such as ("--max-tasks-per-child", "1"). The log, at level INFO or lower, is `folder/NAME.log`.
+    line, such as ("--max-tasks-per-child", "1"). The log is `folder/NAME.log`; its level must be INFO or lower.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class CeleryWorker:
         name: str | None = None,
         loglevel: str = "INFO",
     ) -> None:
-        # Processes of one run share a RabbitMQ, where a worker's own queue goes by its name.
+        # The processes of a run share one RabbitMQ, where a worker's own queue is named after the worker.
         self.name = name or f"worker{next(_numbers)}{os.environ.get('PYTEST_XDIST_WORKER', '')}"
         folder.mkdir(parents=True, exist_ok=True)
         command = [
@@ -56,7 +56,7 @@ class CeleryWorker:
             loglevel,
         ]
         command += ["--concurrency", str(concurrency), "--hostname", f"{self.name}@localhost"]
-        # Workers of a test do not talk to each other: looking for neighbours costs a second at the start.
+        # The workers of a test need not know each other, and searching for others costs a second at the start.
         command += ["--without-gossip", "--without-mingle", *options]
         path = os.pathsep.join([str(ROOT), str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **(env or {})}
@@ -65,7 +65,7 @@ class CeleryWorker:
             log=folder / f"{self.name}.log",
             env=environment,
             cwd=folder,
-            fork=pool not in ("gevent", "eventlet"),  # these patch what is imported afterwards
+            fork=pool not in ("gevent", "eventlet"),  # these must patch before anything is imported
         )
         try:
             self.program.wait_until_ready(lambda: " ready." in self.log_text(), READY_WITHIN)
@@ -86,24 +86,24 @@ class CeleryWorker:
         return self.program.exit_code
 
     def child_pids(self) -> list[int]:
-        """The processes of a prefork pool. Empty for the pools that have none."""
+        """The pids of a prefork pool. Empty for other pools."""
         return self.program.child_pids()
 
     def kill_child(self, pid: int | None = None) -> int:
-        """SIGKILL one process of the pool, as the kernel does when memory runs out, and return its pid.
+        """Sends SIGKILL to one process of the pool, as the kernel does when memory runs out, and returns its pid.
 
-        Without `pid` the pool must have just one; an effect has the pid of the process that did it.
+        Without `pid` the pool must have just one process. An effect contains the pid of the process that did it.
         """
         children = self.child_pids()
         if pid is None:
-            assert len(children) == 1, f"say which of {children}\n{self.log_tail()}"
+            assert len(children) == 1, f"give one of {children}\n{self.log_tail()}"
             pid = children[0]
         assert pid in children, f"{pid} is not among {children}\n{self.log_tail()}"
         os.kill(pid, signal.SIGKILL)
         return pid
 
     def stop(self, timeout: float = GRACE) -> None:
-        """Warm shutdown (SIGTERM): running tasks end first. SIGKILL after `timeout` seconds."""
+        """Warm shutdown (SIGTERM): running tasks end first. Sends SIGKILL after `timeout` seconds."""
         self.program.stop(timeout)
 
     def cold_stop(self, timeout: float = GRACE) -> None:
@@ -111,18 +111,18 @@ class CeleryWorker:
         self.program.stop(timeout, signal.SIGQUIT)
 
     def kill(self) -> None:
-        """SIGKILL for the worker and its pool."""
+        """Sends SIGKILL to the worker and its pool."""
         self.program.kill()
 
     def pause(self) -> None:
-        """Freeze worker and pool."""
+        """Freezes the worker and its pool."""
         self.program.pause()
 
     def resume(self) -> None:
         self.program.resume()
 
     def sent_back(self, task_id: str) -> bool:
-        """A delivery of this message waits outside of the worker."""
+        """Whether a delivery of this message waits outside of the worker."""
         lines = self.log_text().splitlines()
         return any(
             f"task_id={task_id}" in line and re.search(r" (waiting|store_error) ", line) for line in lines

@@ -1,6 +1,6 @@
 """The public names as a type checker sees them. Checked by mypy in `make check`, never run.
 
-A line with `type: ignore` must be an error: mypy complains about one that is not.
+A line with `type: ignore` must be an error: mypy reports an ignore that is not needed.
 """
 
 from __future__ import annotations

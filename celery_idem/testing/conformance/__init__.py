@@ -8,8 +8,8 @@ Subclass ``StoreConformance`` in a test module and open your store in ``make_sto
         def make_store(self):
             return MyStore("my://localhost")
 
-pytest collects the rest. The class uses no pytest itself: plain asserts, and
-``setup_method`` and ``teardown_method``, which other runners know too.
+pytest collects the tests. The class itself does not use pytest: it has plain asserts, and
+``setup_method`` and ``teardown_method``, which other test runners can call too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from celery_idem.testing.conformance.single import SingleValues
 
 
 class StoreConformance(SingleValues, Expiry, ManyValues, OpenKeys, Races, LostReplies):
-    """Tests for one kind of store. Each uses keys of its own, so the store need not be empty.
+    """Tests for one kind of store. Each uses its own keys, so the store need not be empty.
 
-    Override ``make_store``; and, where they do not fit, the attributes and ``wait_until``.
+    Override ``make_store``. Override the attributes and ``wait_until`` where they do not fit your store.
     """

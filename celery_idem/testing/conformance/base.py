@@ -58,13 +58,13 @@ class Suite:
     def make_store(self) -> Store:
         """Return a store that is open, or opens itself when it is used.
 
-        Every call must return another object on the same data. Other processes call this too, on a pickled copy of this
+        Every call must return a new object on the same data. Other processes call this too, on a pickled copy of this
         instance. So a fixture must only set simple values on it, such as a URL.
         """
         raise NotImplementedError
 
     def wait_until(self, store: Store, when: int) -> None:
-        """Return when the store's time is past ``when``, in microseconds. With your own clock, move it."""
+        """Wait until the store's time is past ``when``, in microseconds. A store with a fake clock moves it instead."""
         wait_for(lambda: store.read(self.key("nothing")).now > when, f"the store's time to pass {when}")
 
     def setup_method(self, *_: object) -> None:
@@ -101,7 +101,7 @@ def stamp_of(reply: Reply) -> int:
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
-    """Wait until the condition holds; ``what`` names it in the failure."""
+    """Wait until the condition holds. ``what`` names it in the error."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, f"waited {PATIENCE:g} s for {what}"

@@ -13,7 +13,7 @@ from celery_idem.testing.crashing import CrashingStore
 
 
 class LostReplies(Suite):
-    """The protocol finds out over this store what happened."""
+    """After a lost reply, the protocol finds out from the store what happened."""
 
     def test_a_claim_that_meets_its_own_lost_write_has_won(self) -> None:
         ledger, request = self._lost("after create")

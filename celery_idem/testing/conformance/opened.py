@@ -1,4 +1,4 @@
-"""Tests of the index of what is open: ``due``, ``open`` and ``mark``."""
+"""Tests of the index of open keys: ``due``, ``open`` and ``mark``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class OpenKeys(Suite):
     """The index follows the writes, and can be corrected. It is complete from ``indexed`` on."""
 
     def listed(self, prefix: str = "", before: int | None = None) -> list[tuple[str, int, Stored | None]]:
-        """Return what the index has, with short keys, after building it of nothing where it is missing."""
+        """Return the entries of the index, with short keys. A missing index is first marked as complete."""
         try:
             found = list(self.store.open(self.key(prefix), before))
         except NoIndexError:
@@ -28,7 +28,7 @@ class OpenKeys(Suite):
         self.store.create(self.key("settled"), MINE)
         first = self.store.create(self.key("a"), MINE + b"1", None, HOUR)
         assert self.listed() == [("a", stamp_of(first) + HOUR, first.stored)]
-        again = self.store.create(self.key("a"), YOURS, None, 0)  # it is there: nothing changes
+        again = self.store.create(self.key("a"), YOURS, None, 0)  # the key exists: nothing changes
         assert not again.done
         second = self.store.replace(self.key("a"), held_by(first), MINE + b"2", None, 2 * HOUR)
         assert self.listed() == [("a", stamp_of(second) + 2 * HOUR, second.stored)]
@@ -108,5 +108,5 @@ class OpenKeys(Suite):
         self.store.mark([Mark(self.key("a"), 0, None)])
         assert self.listed() == []
         assert self.store.create(self.key("a"), MINE, None, HOUR).done
-        self.store.mark([Mark(self.key("a"), 0, None)])  # it was written since
+        self.store.mark([Mark(self.key("a"), 0, None)])  # refused: the key was written since
         assert self.names() == ["a"]
