@@ -45,8 +45,9 @@ IMPORTED = (
 
 VARIANTS = ("bare", "floor", "idem", "apart")
 
-PATIENCE = 600
-"""Timeout in seconds. Under valgrind Python is fifty times as slow: half a minute on an idle machine."""
+PATIENCE = 1200
+"""Timeout in seconds. Under valgrind Python is fifty times as slow: half a minute on an idle machine, and
+ten on one that is busy with twenty other processes."""
 
 
 class ValgrindMissingError(Exception):

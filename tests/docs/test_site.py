@@ -126,7 +126,7 @@ def may_be_wide(page: str) -> bool:
     return bool(re.search(r"<(?:table|pre|img)\b", article)) or max(map(len, words)) > LONGEST_WORD
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(700)  # a busy machine takes ten times as long as an idle one
 def test_no_page_is_wider_than_a_phone(site: Path, address: str, browser: Any) -> None:
     """No page is wider than 390 pixels or loads anything from another server."""
     wide(browser, 390)
@@ -149,7 +149,7 @@ def test_no_page_is_wider_than_a_phone(site: Path, address: str, browser: Any) -
     assert foreign == set()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(700)  # a busy machine takes ten times as long as an idle one
 def test_no_title_in_the_menu_wraps(site: Path, address: str, browser: Any) -> None:
     """All titles in the menu fit in one line. A longer heading needs a short title in `docs/_site.py`."""
     wide(browser, 1280)

@@ -156,7 +156,7 @@ for policy in POLICIES:
 @app.task(base=IdempotentTask, bind=True, name="retried.early", intent=("intent",))
 def retried(self: IdempotentTask, intent: str, policy: str, at: str = "", how: str = "") -> str:
     if first(intent, "retry"):
-        raise self.retry(countdown=1)
+        raise self.retry(countdown=5)
     return effect(self, intent, at, how)
 
 

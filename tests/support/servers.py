@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 # Seconds. Redis needs a tenth of a second, RabbitMQ five to ten seconds, on two cores with other work.
-READY_WITHIN = 60.0
+READY_WITHIN = 180.0
 
 # Below the range from which Linux (32768 and up) and macOS (49152 and up) give ports to outgoing connections. While
 # a server is down between kill and restart, another program's outgoing connection could take a port from that range.
