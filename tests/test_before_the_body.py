@@ -111,8 +111,10 @@ def test_an_interrupt_before_the_body_is_passed_on_and_nothing_is_in_doubt(
 
 
 def test_in_shadow_it_stops_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RENEWER, "watch", Once(FAILURES[0], RENEWER.watch))
+    once = Once(FAILURES[0], RENEWER.watch)
+    monkeypatch.setattr(RENEWER, "watch", once)
     assert ShadowRunner(bench.ledger).run(FakeJob()) == "done"
+    assert once.calls == 1
 
 
 # --- after the body ----------------------------------------------------------------------------

@@ -283,9 +283,7 @@ def test_a_body_learns_that_nobody_could_renew(ledger: Ledger) -> None:
     store.crash("before replace_many", times=10_000)
     renewer.watch(claim)
     assert not claim.lost
-    began = time.monotonic()
     wait_for(lambda: claim.lost, SOON, "the body to learn it")
-    assert time.monotonic() - began < SOON
     # No other worker has taken over, so the next renewal restores the claim.
     store.heal()
     wait_for(lambda: not claim.lost, SOON, "the next renewal, as no worker took over")

@@ -75,7 +75,7 @@ def test_a_value_that_cannot_be_stored_is_done(bench: Bench) -> None:
         bench.run()
 
 
-def test_a_duplicate_comes_back_and_may_wait_in_place(bench: Bench) -> None:
+def test_a_duplicate_comes_back(bench: Bench) -> None:
     def meanwhile(claim: Hold) -> str:
         duplicate = FakeJob("other", task_id="two")
         with pytest.raises(Left):

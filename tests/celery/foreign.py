@@ -19,7 +19,7 @@ from tests.support.effects import Effects
 
 def make(broker: str, backend: str, folder: str, queue: str, conf: Mapping[str, Any]) -> Celery:
     app = Celery("foreign", broker=broker, backend=backend, set_as_current=False)
-    app.conf.update(task_default_queue=queue, broker_connection_retry_on_startup=True, idem_lease=60, **conf)
+    app.conf.update(task_default_queue=queue, broker_connection_retry_on_startup=True, idem_lease=600, **conf)
     effects = Effects(Path(folder) / "effects.jsonl")
 
     class Counting(Request):

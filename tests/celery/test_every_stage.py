@@ -132,6 +132,8 @@ def test_a_failing_member_fails_its_chord_each_time(stage: Stage, name: str) -> 
         result = chord([stage.declined.s(name), stage.pay.s(name, 5)])(stage.plain.s())
         with pytest.raises(Exception, match="stolen"):
             result.get(timeout=SOON)
+        # The chord fails with its first member, so the other one may run later.
+        wait_for(lambda: stage.effects.count(name) >= 2, message="the effects of both members")
     assert stage.effects.count(name) == 2  # one of each task
 
 

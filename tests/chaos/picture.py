@@ -45,7 +45,7 @@ def picture(run: Run) -> str:
         f"seed {run.plan.seed}" + (f", {bad} violations" if bad else ""),
     )
     for kind in run.plan.kinds:
-        for broker in ("",) if kind.endswith("store") else run.plan.brokers:
+        for broker in ("",) if kind.endswith(("store", "host")) else run.plan.brokers:
             faults = [
                 (fault["began"] - run.start, fault["ended"] - run.start)
                 for fault in run.faults

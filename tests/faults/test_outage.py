@@ -50,7 +50,8 @@ def test_all_are_published_oldest_first_at_a_bounded_rate_and_run_once(
         start_worker("tests.faults.outage:app", env=env)
     client = redis.Redis.from_url(store.url)
     wait_for(lambda: client.llen("effects") >= CALLS, PATIENCE)
-    wait_for(lambda: redis.Redis.from_url(broker.url).llen("outage") == 0, PATIENCE)
+    queue = redis.Redis.from_url(broker.url)
+    wait_for(lambda: not queue.llen("outage") and not queue.hlen("unacked"), PATIENCE)
     effects = [int(one) for one in client.lrange("effects", 0, -1)]
     assert sorted(effects) == list(range(CALLS))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -31,8 +32,13 @@ PROMISES = {
     "mcp": ("celery_idem.adapters.mcp",),
     "prometheus": ("celery_idem.telemetry.prometheus", "prometheus_client"),
     "otel": ("celery_idem.telemetry.otel", "opentelemetry"),
+    "agents": ("celery_idem.adapters.agents", "pydantic"),
+    "seal": ("celery_idem.core.sealing", "cryptography.hazmat.primitives.ciphers.aead"),
 }
 """The modules that can be imported with one extra alone."""
+
+DEVELOPERS = {"demo", "test", "docs", "dev"}
+"""Extras that no application needs."""
 
 
 def run(*words: str | Path, cwd: Path | None = None) -> str:
@@ -146,6 +152,11 @@ for url in ("sqlite:///x.db", "postgresql://u@h/d"):
     assert said.count("pip install 'celery_idem[sql]'") == 2
     foreign = {"sqlalchemy", "rich", "starlette", "mcp", "prometheus-client", "django", "pydantic"}
     assert wanted & {*foreign, "opentelemetry-api"} == set()
+
+
+def test_every_extra_is_promised(asked: list[str]) -> None:
+    extras = {word for line in asked for word in re.findall(r"extra == ['\"](\w+)['\"]", line)}
+    assert extras - DEVELOPERS == PROMISES.keys()
 
 
 @pytest.mark.parametrize("extra", PROMISES)
