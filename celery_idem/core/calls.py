@@ -78,31 +78,32 @@ class Call(NamedTuple):
         return bool(self.content_type and routed and not self.hidden)
 
 
-def pack(call: Call) -> bytes:
+def pack(call: Call, alike: bool = False) -> bytes:
     """Return a call as bytes.
+
+    Args:
+        alike: most calls of this producer differ only in the id and the body, so the head comes from a cache. True is
+            equal to 1 there: not for values of the author.
 
     Raises:
         TypeError, ValueError: kombu's JSON has no form for a header's value.
     """
     task_id, headers, properties, *rest, options, body = call
-    given = options or {}
-    names = tuple(headers), tuple(properties), None if options is None else tuple(given)
-    try:
-        head = _head(names, *headers.values(), *properties.values(), *given.values(), *rest)
-    except TypeError:  # a list or a mapping inside cannot be a key of the cache
+    if alike:
+        try:
+            given = None if options is None else tuple(options.items())
+            head = _head(tuple(headers.items()), tuple(properties.items()), given, *rest)
+        except TypeError:  # a list or a mapping inside cannot be a key of the cache
+            alike = False
+    if not alike:
         head = _encoded((headers, properties, *rest, options))
     named = task_id.encode("utf-8", "surrogatepass")
     return b"".join((b"\x01", _LENGTH.pack(len(named)), named, head, b"\n", body))
 
 
-# Most calls of one producer differ only in the id and the body. ``typed`` tells True from 1, which are equal.
-@lru_cache(maxsize=256, typed=True)
-def _head(names: Any, *values: Any) -> bytes:
-    left = iter(values)
-    headers, properties, options = (
-        one if one is None else dict(zip(one, left, strict=False)) for one in names
-    )
-    return _encoded((headers, properties, *left, options))
+@lru_cache(maxsize=256)
+def _head(headers: Any, properties: Any, options: Any, *rest: Any) -> bytes:
+    return _encoded((dict(headers), dict(properties), *rest, options if options is None else dict(options)))
 
 
 def _encoded(parts: Any) -> bytes:

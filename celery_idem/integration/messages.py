@@ -51,6 +51,9 @@ _HEADERS = (
 _CELERYS = frozenset({"lang", "task", "id", "argsrepr", "kwargsrepr", *_HEADERS})
 """All of Celery's own headers."""
 
+_WORDS = frozenset((str, bool))
+"""Types of options that a cache tells apart. With numbers it would not: True is equal to 1."""
+
 CARRIED = "idem-carried"
 """Header of a message that is published again: owners of its earlier claims whose reply was lost."""
 
@@ -84,17 +87,17 @@ def of_delivery(app: Celery, guard: Guarding, request: Context, args: Any, kwarg
     if not guard.settings.keep_call:
         return Why.OFF.packed
     try:
-        return _kept_as(guard, key, _of_delivery(app, guard, request, args, kwargs))
+        return _of_delivery(app, guard, request, args, kwargs, key)
     except Exception as error:  # of any serializer
         events.diagnose(logging.DEBUG, "%s: its call is not kept", key, error=error)
         return Why.UNWRITABLE.packed
 
 
-def _of_delivery(app: Celery, guard: Guarding, request: Context, args: Any, kwargs: Any) -> Call:
+def _of_delivery(app: Celery, guard: Guarding, request: Context, args: Any, kwargs: Any, key: str) -> bytes:
     known = vars(request)
     task_id = request.id or ""
     properties = request.properties or {}
-    headers = _kept(known, request.headers or {}, task_id)
+    headers, alike = _kept(known, request.headers or {}, task_id)
     info = request.delivery_info or {}
     kept = {name: properties[name] for name in filter(properties.get, _PROPERTIES)}
     if request.reply_to:
@@ -111,7 +114,7 @@ def _of_delivery(app: Celery, guard: Guarding, request: Context, args: Any, kwar
         content_type = "" if request.is_eager or request.called_directly else written
     if isinstance(body, str):
         body = body.encode()
-    return Call(
+    call = Call(
         task_id,
         headers,
         kept,
@@ -124,10 +127,11 @@ def _of_delivery(app: Celery, guard: Guarding, request: Context, args: Any, kwar
         None,
         body,
     )
+    return _kept_as(guard, key, call, alike)
 
 
-def _kept(known: Mapping[str, Any], others: Mapping[str, Any], task_id: str) -> dict[str, Any]:
-    """Return the headers to keep.
+def _kept(known: Mapping[str, Any], others: Mapping[str, Any], task_id: str) -> tuple[dict[str, Any], bool]:
+    """Return the headers to keep, and whether none of them is the author's.
 
     Args:
         known: Celery's headers, among other things.
@@ -138,13 +142,14 @@ def _kept(known: Mapping[str, Any], others: Mapping[str, Any], task_id: str) -> 
         del headers["timelimit"]
     if headers.get("root_id") == task_id:
         del headers["root_id"]
-    if not _OURS.issuperset(others):
-        headers.update((name, value) for name, value in others.items() if name not in _OURS)
-    return headers
+    if _OURS.issuperset(others):
+        return headers, True
+    headers.update((name, value) for name, value in others.items() if name not in _OURS)
+    return headers, False
 
 
-def _kept_as(guard: Guarding, key: str, call: Call) -> bytes:
-    packed, seal = calls.pack(call), guard.ledger.codec.seal
+def _kept_as(guard: Guarding, key: str, call: Call, alike: bool) -> bytes:
+    packed, seal = calls.pack(call, alike), guard.ledger.codec.seal
     if len(packed) > guard.settings.max_call_bytes:
         return Why.TOO_LARGE.packed
     return packed if seal is None else seal.close(packed, key)
@@ -229,9 +234,10 @@ def of_message(
             args, kwargs, canvas = *publishing.without_secrets(task.guard.declaration, args, kwargs), {}
         content_type, encoding, written = dumps((args, kwargs, canvas), serializer=serializer)
         others = {name: value for name, value in headers.items() if name not in _CELERYS}
+        celerys, alike = _kept({**headers, "compression": compression}, others, headers["id"])
         call = Call(
             headers["id"],
-            _kept({**headers, "compression": compression}, others, headers["id"]),
+            celerys,
             {n: v for n, v in kept.items() if v},
             content_type,
             encoding,
@@ -242,7 +248,7 @@ def of_message(
             None,
             str_to_bytes(written),
         )
-        return _kept_as(task.guard, headers[KEY], call)
+        return _kept_as(task.guard, headers[KEY], call, alike)
     except Exception as error:
         events.diagnose(logging.DEBUG, "%s: the call of its retry is not kept", task.name, error=error)
         return Why.UNWRITABLE.packed
@@ -335,9 +341,8 @@ def of_submission(
             kept = {name: value for name, value in kept.items() if name not in links}
         content_type, encoding, body = dumps((args, kwargs, {}), serializer=serializer)
         body = str_to_bytes(body)
-        return _kept_as(
-            task.guard, key, Call(task_id, {}, {}, content_type, encoding, "", "", "", hidden, kept, body)
-        )
+        call = Call(task_id, {}, {}, content_type, encoding, "", "", "", hidden, kept, body)
+        return _kept_as(task.guard, key, call, _WORDS.issuperset(map(type, kept.values())))
     except Exception as error:  # of any serializer
         events.diagnose(logging.DEBUG, "%s: its call is not kept", task_id, error=error)
         return Why.UNWRITABLE.packed

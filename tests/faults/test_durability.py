@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -22,7 +23,8 @@ def test_fsync_waits_for_the_disk(start_valkey: Callable[..., ValkeyServer]) -> 
     assert created.stored is not None
     assert store.replace("k", created.stored, VALUE + b"2").done
     # A killed process loses nothing that the kernel has, so only the counts of the server show that the store waited.
-    assert b"cmdstat_waitaof:calls=2," in store.execute("INFO", "commandstats")
+    counts = dict(re.findall(rb"cmdstat_(\w+):calls=(\d+)", store.execute("INFO", "commandstats")))
+    assert int(counts[b"waitaof"]) >= 2
     server.kill()
     server.restart()
     reply = store.read("k")
