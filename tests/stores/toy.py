@@ -77,7 +77,7 @@ class DirectoryStore(Store):
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
-        """Hold the lock, at most five seconds in coming; gives the time."""
+        """Hold the lock, after at most five seconds of waiting, and give the time."""
         deadline = time.monotonic() + 5
         with (self.folder / "lock").open("w") as lock:  # a lock of our own: threads must not share one
             while True:
