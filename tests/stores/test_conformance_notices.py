@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import pytest
 
 from celery_idem.core.errors import StoreError
 from celery_idem.core.model import Stored
-from celery_idem.stores.base import Change, Creation, Reply, Store
+from celery_idem.stores.base import KEEP, Change, Creation, Listed, Mark, Reply, Store
 from celery_idem.stores.memory import MemoryStore
 from celery_idem.testing import FakeClock
 from tests.stores import test_memory
@@ -37,7 +38,7 @@ class IgnoresTheStamp(Wrong):
         self, key: str, old: Stored, value: bytes, ttl: int | None = None, due: int | None = None
     ) -> Reply:
         held = self.read(key).stored
-        return super().replace(key, Stored(old.value, held.stamp if held else 0), value, ttl)
+        return super().replace(key, Stored(old.value, held.stamp if held else 0), value, ttl, due)
 
 
 class ComparesEverything(Wrong):
@@ -90,14 +91,14 @@ class KeepsTheFirstTimeToLive(Wrong):
 
 class NeverExpires(Wrong):
     def create(self, key: str, value: bytes, ttl: int | None = None, due: int | None = None) -> Reply:
-        return super().create(key, value)
+        return super().create(key, value, None, due)
 
 
 class RoundsDown(Wrong):
     """Rounds to milliseconds, and keeps for ever what should live for less than one."""
 
     def create(self, key: str, value: bytes, ttl: int | None = None, due: int | None = None) -> Reply:
-        return super().create(key, value, None if ttl is None else (ttl // 1000 * 1000) or None)
+        return super().create(key, value, None if ttl is None else (ttl // 1000 * 1000) or None, due)
 
 
 class StampsWithTheClockAlone(Wrong):
@@ -144,6 +145,72 @@ class MixesUpCreations(Wrong):
         return super().create_many(items)[::-1]
 
 
+class RenewsWhatShouldBeKept(Wrong):
+    def _write(self, key: str, value: bytes, stamp: int, now: int, ttl: int | None) -> Stored:
+        return super()._write(key, value, stamp, now, 60_000_000 if ttl == KEEP else ttl)
+
+
+class KeepsWhatIsReplacedForNoTime(Wrong):
+    def replace(
+        self, key: str, old: Stored, value: bytes, ttl: int | None = None, due: int | None = None
+    ) -> Reply:
+        return super().replace(key, old, value, ttl or None, due)
+
+
+class KeepsWhatIsCreatedForNoTime(Wrong):
+    def create(self, key: str, value: bytes, ttl: int | None = None, due: int | None = None) -> Reply:
+        return super().create(key, value, ttl or None, due)
+
+
+# --- the index of what is open ------------------------------------------------------------------
+
+
+class ListsNothing(Wrong):
+    def _list(self, key: str, stored: Stored, due: int | None) -> Stored:
+        return stored
+
+
+class ListsTheDeleted(Wrong):
+    def _list(self, key: str, stored: Stored, due: int | None) -> Stored:
+        return stored if due is None else super()._list(key, stored, due)
+
+
+class ListsNothingLate(Wrong):
+    def _list(self, key: str, stored: Stored, due: int | None) -> Stored:
+        return super()._list(key, stored, due and max(0, due))
+
+
+class LatestFirst(Wrong):
+    def open(self, prefix: str, before: int | None = None) -> Iterator[Listed]:
+        return reversed(list(super().open(prefix, before)))
+
+
+class OnePage(Wrong):
+    def open(self, prefix: str, before: int | None = None) -> Iterator[Listed]:
+        return islice(super().open(prefix, before), 1000)
+
+
+class OpensAllPrefixes(Wrong):
+    def open(self, prefix: str, before: int | None = None) -> Iterator[Listed]:
+        return super().open("", before)
+
+
+class ListsNothingOfMany(Wrong):
+    def replace_many(self, changes: Sequence[Change]) -> list[Reply]:
+        return super().replace_many([change._replace(due=None) for change in changes])
+
+
+class CorrectsWhatWasWrittenSince(Wrong):
+    def mark(self, marks: Sequence[Mark]) -> None:
+        for mark in marks:
+            self._list(mark.key, self.read(mark.key).stored or Stored(b"", 0), mark.due)
+
+
+class CorrectsOnlyWhatIsThere(Wrong):
+    def mark(self, marks: Sequence[Mark]) -> None:
+        super().mark([mark for mark in marks if self.read(mark.key).stored is not None])
+
+
 NOTICED_BY = {
     IgnoresTheOwner: "test_replace_of_another_owner_is_refused",
     IgnoresTheStamp: "test_replace_of_an_older_stamp_is_refused",
@@ -162,6 +229,18 @@ NOTICED_BY = {
     PurgesTheLiving: "test_purge_deletes_what_has_expired_and_nothing_else",
     MixesUpCreations: "test_create_many_answers_each_in_order",
     MixesUpReplies: "test_replace_many_answers_each_in_order",
+    RenewsWhatShouldBeKept: "test_what_is_left_of_a_time_to_live_can_be_kept",
+    KeepsWhatIsReplacedForNoTime: "test_a_time_to_live_of_zero_deletes",
+    KeepsWhatIsCreatedForNoTime: "test_create_with_a_time_to_live_of_zero_leaves_nothing",
+    ListsNothing: "test_a_write_with_a_time_to_look_is_open_and_one_without_is_not",
+    ListsTheDeleted: "test_what_is_deleted_is_not_open",
+    ListsNothingLate: "test_a_time_to_look_may_lie_in_the_past",
+    LatestFirst: "test_the_earliest_comes_first",
+    OnePage: "test_more_than_a_page_even_of_one_time",
+    OpensAllPrefixes: "test_only_keys_with_the_prefix",
+    ListsNothingOfMany: "test_replace_many_writes_times_to_look",
+    CorrectsWhatWasWrittenSince: "test_an_entry_is_corrected_only_if_its_key_was_not_written_since",
+    CorrectsOnlyWhatIsThere: "test_an_entry_without_a_value_can_be_taken_out",
 }
 
 
