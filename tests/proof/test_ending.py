@@ -29,13 +29,16 @@ KEY = "shop.charge:0123456789abcdef0123456789abcdef"
 STORED = f"idem:{KEY}"
 FORGETFUL = Policy(lease=60_000_000, result_ttl=0, failure_ttl=0, on_crash="rerun")
 
+PATIENCE = 600.0
+"""Seconds for an ending to reach the store: no pause of the machine is as long. The test itself waits for nothing."""
+
 ENDINGS: dict[str, tuple[Callable[[Hold], object], State | None]] = {
-    "settled": (lambda hold: hold.settle(Outcome(True, b"j1"), 1.0), None),
-    "failed": (lambda hold: hold.settle(Outcome(False, b"j1"), 1.0), None),
+    "settled": (lambda hold: hold.settle(Outcome(True, b"j1"), PATIENCE), None),
+    "failed": (lambda hold: hold.settle(Outcome(False, b"j1"), PATIENCE), None),
     "released": (lambda hold: hold.release(1.0), None),
-    "scheduled": (lambda hold: hold.schedule(60.0, 1.0), State.SCHEDULED),
-    "in doubt": (lambda hold: hold.doubt("why", 1.0), State.IN_DOUBT),
-    "exited": (lambda hold: hold.exit("why", 1.0), State.RUNNING),
+    "scheduled": (lambda hold: hold.schedule(60.0, PATIENCE), State.SCHEDULED),
+    "in doubt": (lambda hold: hold.doubt("why", PATIENCE), State.IN_DOUBT),
+    "exited": (lambda hold: hold.exit("why", PATIENCE), State.RUNNING),
 }
 """How a claim may end, and the state of its record afterwards. None: the record is deleted, as it is kept for 0 s."""
 
