@@ -33,11 +33,15 @@ def switch(primary: PostgresServer, standby: Standby) -> None:
     with session(primary) as old, session(standby) as new:
         old.execute("ALTER SYSTEM SET default_transaction_read_only = on")
         old.execute("SELECT pg_reload_conf()")
-        wait_for(lambda: one(old, "SHOW transaction_read_only") == "on", 10, "the old primary to only read")
-        behind = f"SELECT pg_last_wal_replay_lsn() < '{one(old, 'SELECT pg_current_wal_lsn()')}'"
-        wait_for(lambda: not one(new, behind), 10, "the standby to have everything")
+        wait_for(lambda: one(old, "SHOW transaction_read_only") == "on", 30, "the old primary to only read")
+        catch_up(old, new)
         new.execute("SELECT pg_promote()")
-        wait_for(lambda: not one(new, "SELECT pg_is_in_recovery()"), 10, "the promotion")
+        wait_for(lambda: not one(new, "SELECT pg_is_in_recovery()"), 30, "the promotion")
+
+
+def catch_up(primary: psycopg.Connection[Any], standby: psycopg.Connection[Any]) -> None:
+    behind = f"SELECT pg_last_wal_replay_lsn() < '{one(primary, 'SELECT pg_current_wal_lsn()')}'"
+    wait_for(lambda: not one(standby, behind), 30, "the standby to have everything")
 
 
 @contextlib.contextmanager
@@ -78,6 +82,10 @@ def test_a_switchover_that_leaves_connections_alive_costs_no_claim() -> None:
         assert str(primary.port) in store.url
         noted = Ledger(store)
         servers.note(noted, run_of(infos(store)))
+        with session(primary) as first, session(standby) as second:
+            catch_up(
+                first, second
+            )  # until it has the table, the doctor says that this store cannot be used at all
         assert "standby" in not_writable(standby.url)
         switch(primary, standby)
         assert "default_transaction_read_only" in not_writable(primary.url)
