@@ -14,9 +14,12 @@ from kombu import Connection
 from pydantic import BaseModel, Field, SecretStr
 
 import celery_idem
-from celery_idem import IdempotencyError, IdempotentTask, Ledger
+from celery_idem import ConfigurationError, IdempotencyError, IdempotentTask, Ledger
 from celery_idem.adapters.tools import tool_of
+from celery_idem.core import calls
+from celery_idem.core.calls import Call
 from celery_idem.operate.operators import read_arguments
+from tests.support import hand
 
 DONE: list[Any] = []
 
@@ -49,6 +52,66 @@ def published(app: Celery) -> int:
     with Connection(app.conf.broker_url) as connection:
         queue = connection.SimpleQueue(app.conf.task_default_queue)
         return int(queue.qsize())
+
+
+def test_the_name_of_all_other_keywords_is_no_argument(app: Celery) -> None:
+    def pay(order: int, **details: Any) -> None: ...
+
+    app.finalize()
+    for option in ("intent", "must_match", "secret"):
+        options = {"intent": ("order",), option: ("details",)}
+        with pytest.raises(ConfigurationError, match=rf"{option}= names \*\*details"):
+            app.task(base=IdempotentTask, name="shop.wide", shared=False, **options)(pay)
+    app.task(base=IdempotentTask, name="shop.one", shared=False, intent=("order",), must_match="cents")(pay)
+    assert app.tasks["shop.one"].idem_declaration.must_match == ("cents",)
+
+
+def kept(app: Celery, **options: Any) -> Call:
+    """Publish a call, deliver it, and return the call that its record holds while the body runs."""
+    found: list[Any] = []
+
+    @app.task(base=IdempotentTask, name="shop.look", intent=("order",), bind=True, shared=False)
+    def look(self: Any, order: int) -> None:
+        entry = Ledger.from_app(app).get(self.claim.key)
+        assert entry is not None
+        found.append(calls.unpack(entry.record.call))
+
+    look.apply_async((1,), **options)
+    hand.drain(app)
+    (call,) = found
+    assert isinstance(call, Call)
+    return call
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_kept_call_knows_its_place_in_its_group(app: Celery, index: int) -> None:
+    headers = kept(app, group_id="g1", group_index=index).headers
+    assert (headers["group"], headers["group_index"]) == ("g1", index)
+
+
+def test_a_kept_call_is_shown_as_its_author_said(app: Celery) -> None:
+    assert kept(app, argsrepr="('***',)").headers["argsrepr"] == "('***',)"
+
+
+def test_a_kept_call_of_no_group_has_nothing_of_it(app: Celery) -> None:
+    assert kept(app).headers.keys().isdisjoint({"group", "group_index", "argsrepr", "kwargsrepr"})
+
+
+def test_a_task_id_may_be_a_uuid(app: Celery) -> None:
+    given = uuid.uuid4()
+    result = app.tasks["shop.charge"].apply_async(("a",), task_id=given)
+    assert len(hand.drain(app)) == 1
+    assert (DONE, result.get(timeout=5)) == ([("a", 5)], 5)
+    entry = Ledger.from_app(app).get(app.tasks["shop.charge"].intent_key("a"))
+    assert entry is not None
+    assert entry.record.task_id == str(given)
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe{", b'{"key": "k", "args": ["\xe9"]}', b"[" * 100_000])
+def test_a_file_of_arguments_is_utf_8(line: bytes) -> None:
+    with pytest.raises(IdempotencyError, match="Line 1 is not"):
+        read_arguments([line])
+    assert read_arguments([b'\xef\xbb\xbf{"key": "k", "args": [1]}'])["k"].args == (1,)
 
 
 NO_ARGS: list[Any] = [
@@ -128,9 +191,9 @@ def test_a_foreign_message(app: Celery, args: Any) -> None:
 
 def test_a_file_of_arguments(app: Celery) -> None:
     with pytest.raises(IdempotencyError, match=r"Line 1 .*args must be a list or tuple"):
-        read_arguments(iter([json.dumps({"key": "k", "args": {"customer": 1}})]))
+        read_arguments([json.dumps({"key": "k", "args": {"customer": 1}}).encode()])
     with pytest.raises(IdempotencyError, match=r"Line 1 .*kwargs must be a dictionary"):
-        read_arguments(iter([json.dumps({"key": "k", "kwargs": ["customer"]})]))
+        read_arguments([json.dumps({"key": "k", "kwargs": ["customer"]}).encode()])
 
 
 class Order(BaseModel):

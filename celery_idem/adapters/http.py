@@ -154,7 +154,7 @@ class _Problem(Exception):
         self.body = {**body, **more}
 
     def response(self) -> Response:
-        return JSONResponse(self.body, self.status, self.headers, media_type=PROBLEM)
+        return _Json(self.body, self.status, self.headers, media_type=PROBLEM)
 
 
 async def _http_problem(request: Request, error: Exception) -> Response:
@@ -209,13 +209,13 @@ class _Endpoints:
             ) from None
         if receipt is None:
             raise _Problem(404, "not_found", "Nothing is known of that intent.")
-        return JSONResponse(receipt.to_dict(), headers={"Cache-Control": "no-store"})
+        return _Json(receipt.to_dict(), headers={"Cache-Control": "no-store"})
 
     async def document(self, request: Request) -> Response:
         """GET /openapi.json"""
         await self._scope(request)
         base = str(request.scope.get("root_path", "")) or "/"
-        return JSONResponse({**self.openapi, "servers": [{"url": base}]})
+        return _Json({**self.openapi, "servers": [{"url": base}]})
 
     async def _scope(self, request: Request) -> str | None:
         scope = self.authenticate(request)
@@ -244,6 +244,16 @@ class _Endpoints:
         except ClientDisconnect:
             raise _Problem(400, "invalid", "The request ended early.") from None
         return b"".join(parts)
+
+
+class _Json(JSONResponse):
+    """JSON in UTF-8. A text with half of a surrogate pair, as in a cut emoji, has no form there, and is ASCII."""
+
+    def render(self, content: Any) -> bytes:
+        try:
+            return super().render(content)
+        except UnicodeEncodeError:
+            return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
 
 
 def _bearer(token: str | Mapping[str, str]) -> Authenticate:
@@ -297,9 +307,9 @@ def _response(receipt: Receipt, request: Request) -> Response:
         body = {"key": receipt.key, "result": plain(receipt.result)}
         if receipt.reason:
             body["not_kept"] = receipt.reason
-        return JSONResponse(body, headers=headers)
+        return _Json(body, headers=headers)
     if receipt.status == "accepted":
-        return JSONResponse(receipt.to_dict(), 202, headers)
+        return _Json(receipt.to_dict(), 202, headers)
     kind: str = receipt.status
     if receipt.status == "not_run":
         kind = "partly_done" if receipt.code == "partly_done" else "nothing_done"

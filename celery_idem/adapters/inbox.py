@@ -36,7 +36,7 @@ from celery_idem.core.errors import ConfigurationError, IdempotencyError, StoreE
 from celery_idem.core.model import Happened, NotHappened
 from celery_idem.engine.entries import WAITING, Entry
 from celery_idem.operate.background import Background, Latest
-from celery_idem.operate.bulk import Decided, Decision, Line, decide, decide_all, no_number
+from celery_idem.operate.bulk import Decided, Decision, Line, decide, decide_all, strict_json
 from celery_idem.operate.operators import Action, Operator
 
 with needs("The inbox needs Starlette, Jinja2 and itsdangerous", "inbox"):
@@ -520,8 +520,8 @@ def _answer(form: Mapping[str, str]) -> tuple[Happened | NotHappened, str]:
     if not form.get("result", "").strip():
         return NotHappened(), "Give the result that every caller receives, as JSON. For no value write null."
     try:
-        return Happened(json.loads(form["result"], parse_constant=no_number)), ""
-    except (ValueError, RecursionError):  # the second: nested too deep
+        return Happened(strict_json(form["result"])), ""
+    except ValueError:
         return NotHappened(), 'The result is not JSON. Text needs quotes: "inv_7". No value is null.'
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import json
 import socket
 from collections import Counter
 from heapq import nlargest
@@ -13,10 +12,10 @@ from typing import BinaryIO
 import click
 
 from celery_idem.cli.reading import LINES, NOT_ALL, Progress, Reading, filters, within_option
-from celery_idem.cli.screen import Screen, command, printable, summary, yes_option
+from celery_idem.cli.screen import SHOWN, Screen, command, printable, summary, yes_option
 from celery_idem.core.errors import StoreError
 from celery_idem.core.model import Happened, NotHappened
-from celery_idem.operate.bulk import Decided, Decision, Line, decide_all, read_decisions
+from celery_idem.operate.bulk import Decided, Decision, Line, decide_all, read_decisions, strict_json
 from celery_idem.operate.operators import Operator, Which, iso
 
 SAMPLES = 20
@@ -118,11 +117,12 @@ def resolve(
     answer: Happened | NotHappened = NotHappened()
     if happened is not None:
         try:
-            answer = Happened(json.loads(happened))
-        except ValueError:
+            answer = Happened(strict_json(happened))
+        except ValueError as error:
+            shown = happened[:SHOWN]
             raise click.UsageError(
-                f"--happened takes JSON, and {happened} is not. Text needs its own quotes: "
-                f"--happened '\"{happened}\"'. For no value give null."
+                f"--happened takes JSON, and {shown} is not ({error}). Text needs its own quotes: "
+                f"--happened '\"{shown}\"'. For no value give null."
             ) from None
     entries = [operator.find(key) for key in dict.fromkeys(keys)]
     which = (

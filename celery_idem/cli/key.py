@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from celery_idem.cli.screen import Screen, command
+from celery_idem.cli.screen import SHOWN, Screen, command
 from celery_idem.core import protocol
 from celery_idem.core.errors import IdempotencyError
 from celery_idem.core.keys import Declaration, label
@@ -88,13 +88,16 @@ def key(
 def _call(text: str) -> tuple[list[Any], dict[str, Any]]:
     try:
         form = json.loads(text)
-    except ValueError as error:
-        raise click.UsageError(f"A call is JSON, and {text} is not: {error}.") from None
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise click.UsageError(f"A call is JSON, and {text[:SHOWN]} is not: {why}.") from None
     if isinstance(form, list):
         return form, {}
     if isinstance(form, dict):
         return [], form
-    raise click.UsageError(f"A call is a JSON object of keyword arguments, or a list; {text} is neither.")
+    raise click.UsageError(
+        f"A call is a JSON object of keyword arguments, or a list; {text[:SHOWN]} is neither."
+    )
 
 
 def _nth(values: tuple[str, ...], n: int) -> str | None:

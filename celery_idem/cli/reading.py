@@ -114,7 +114,7 @@ def arguments_option(*sources: str) -> Callable[[F], F]:
     """Return the option ``--arguments``. ``sources`` names the places where they are read without it."""
     return click.option(
         "--arguments",
-        type=click.File("r"),
+        type=click.File("rb"),
         help='Arguments of the calls, as JSON lines {"key": …, "args": […], "kwargs": {…}}; "-" for standard input. '
         f"Without it they are read from {' or from '.join(sources)} (with result_extended=True).",
     )

@@ -187,7 +187,8 @@ def advice(entry: Entry) -> str:
         return (
             "It is not known whether it took effect. Check the destination, then record what you saw:\n"
             f"  {this} --happened RESULT --evidence '…'    every caller gets RESULT (JSON)\n"
-            f"  {this} --not-happened --evidence '…'       the next delivery runs it; with --run at once"
+            f"  {this} --not-happened --evidence '…'       the next delivery runs it; with --run at once, if its call "
+            "is kept"
         )
     return _ADVICE[entry.state].format(idem=as_typed(), key=key)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import click
 
@@ -35,7 +35,7 @@ def retry(
     keys: tuple[str, ...],
     task: str | None,
     since: float,
-    arguments: TextIO | None,
+    arguments: BinaryIO | None,
     dry_run: bool,
     by: str,
     yes: bool,
@@ -49,7 +49,7 @@ def retry(
         raise click.UsageError("Give KEY, or several, or --task, and not both.")
     if task and task not in operator.tasks():
         raise IdempotencyError(operator.no_task(task))
-    given = {} if arguments is None else read_arguments(iter(arguments))
+    given = {} if arguments is None else read_arguments(arguments)
     said = Labels(*(label(name, labels[name]) for name in Labels._fields))
     found = map(operator.find, keys) if keys else operator.list("failed", task)
     entries = sorted((e for e in found if e.changed_at >= since), key=lambda entry: entry.changed_at)

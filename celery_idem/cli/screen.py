@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -52,6 +53,10 @@ PIPE_WIDTH = 200
 """Columns when the output is not a terminal: whole lines, for grep."""
 
 
+SHOWN = 200
+"""Characters of a wrong value that an error repeats: a line or two."""
+
+
 class Screen:
     """One command's output. ``as_json``: write only JSON to standard output."""
 
@@ -91,6 +96,8 @@ class Screen:
         """Print one JSON document on one line."""
         # JSON needs no escape for some control characters, and a terminal obeys them.
         text = json.dumps(value, ensure_ascii=False, default=str)
+        if not _fits(text):
+            text = json.dumps(value, default=str)
         click.echo(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
     def answer(self, value: Any, text: str) -> None:
@@ -140,6 +147,21 @@ class Screen:
         return answer
 
 
+def _fits(text: str) -> bool:
+    """Whether standard output can show every character: not half of a surrogate pair, and not what Latin-1 has not."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _escape_what_does_not_fit() -> None:
+    """Let standard output show an escape for such a character, instead of failing. Standard error does so anyway."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def printable(text: str) -> str:
     """Return the text with visible control characters: text from a record must not send commands to the terminal."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
@@ -179,6 +201,7 @@ def command(name: str) -> Callable[[F], click.Command]:
         def run(ctx: click.Context, as_json: bool, **options: Any) -> None:
             app = ctx.obj.app
             screen = Screen(as_json, getattr(ctx.obj, "no_color", False))
+            _escape_what_does_not_fit()
             try:
                 if not as_json:
                     _ = screen.console  # fails before anything is changed if rich is missing

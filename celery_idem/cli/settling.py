@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import islice
-from typing import TextIO
+from typing import BinaryIO
 
 import click
 
@@ -38,7 +38,7 @@ def reconcile(
     operator: Operator,
     which: Which,
     limit: int | None,
-    arguments: TextIO | None,
+    arguments: BinaryIO | None,
     without_arguments: bool,
     dry_run: bool,
     yes: bool,
@@ -49,7 +49,7 @@ def reconcile(
     what is still in doubt. Asking counts as a change: --older-than 10m leaves out what was asked in the last ten
     minutes.
     """
-    known = {} if arguments is None else read_arguments(iter(arguments))
+    known = {} if arguments is None else read_arguments(arguments)
     if not dry_run:
         screen.confirm(
             "Every intent in doubt whose task has reconcile= is asked about. What happened is settled with the "

@@ -611,11 +611,16 @@ def _names(
             f"{task}: {option}= must be parameter names, not {type(given).__name__}."
         ) from None
     parameters = signature.parameters
-    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    open_ended = next((n for n, p in parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
     real = [n for n, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     rest = next((n for n, p in parameters.items() if p.kind is inspect.Parameter.VAR_POSITIONAL), None)
     for name in names:
-        if not isinstance(name, str) or (name not in real and not open_ended):
+        if name == open_ended:
+            raise ConfigurationError(
+                f"{task}: {option}= names **{name}, which takes every argument that has no parameter of its own. Name "
+                "the arguments that callers give, or write them as parameters."
+            )
+        if not isinstance(name, str) or (name not in real and open_ended is None):
             raise ConfigurationError(
                 f"{task}: {option}= names {name!r}, which is not a parameter. It has: {', '.join(real) or 'none'}."
             )

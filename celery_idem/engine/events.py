@@ -15,6 +15,7 @@ import contextlib
 import logging
 import os
 import socket
+import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
 from logging import CRITICAL, DEBUG, ERROR, INFO, WARNING
@@ -193,7 +194,7 @@ def emit(
         }
         shown = " ".join(_shown(name, value) for name, value in {**details, **place}.items() if value != "")
         with contextlib.suppress(Exception):  # of an application's own filter; handlers catch their errors
-            _logger.log(level, _MESSAGES[kind], key, shown, extra=extra, exc_info=cause)
+            _logger.log(level, _MESSAGES[kind], key, shown, extra=extra, exc_info=cause and _writable(cause))
     if _here or _listeners:
         event = Event(kind, key, details)
         for listener in _here:
@@ -204,6 +205,15 @@ def emit(
         wanted = [listener for listener, wants in _listeners if wants(event)]
         if wanted:
             _dispatcher.dispatch(event, wanted)
+
+
+def _writable(cause: BaseException) -> BaseException | None:
+    """Return the exception, or None if its traceback has half of a surrogate pair: a file would lose the whole line."""
+    try:
+        "".join(traceback.format_exception(cause)).encode()
+    except UnicodeEncodeError:
+        return None
+    return cause
 
 
 def _shown(name: str, value: object) -> str:

@@ -776,8 +776,8 @@ def _read(key: str, stored: Stored) -> Record:
 
 def _taken_up(key: str, fence: int | None, record: Record) -> IdempotencyError:
     return IdempotencyError(
-        f"{key} was taken up again since you looked at it (fence {fence} then, {record.fence} now). Nothing was "
-        "written. Look again: `idem show`, and the destination.",
+        f"{key} has changed since you looked at it: a call took it up again, or somebody decided (fence {fence} then, "
+        f"{record.fence} now). Nothing was written. Look again: `idem show`, and the destination.",
         key,
     )
 

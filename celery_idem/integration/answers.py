@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from celery._state import get_current_task
 from celery.app.task import Task
 from celery.states import PENDING, STARTED, SUCCESS
 
@@ -23,20 +24,37 @@ ANSWERED = "idem_answered"
 FIRST = "idem_first"
 """Attribute of a request whose task id has no earlier result that Celery would have to keep."""
 
+DONE = "idem_done"
+"""Attribute of a request whose body has written SUCCESS itself. Celery keeps that result, whatever is written later."""
+
 STARTING = "idem_starting"
 """Attribute of a request: the meta of STARTED, which Celery wanted to write before the claim."""
 
 _TWIN = "_idem_twin"
 
+_WRITING = (
+    "set", "_set", "_set_with_state", "store_result", "_store_result", "mark_as_done", "encode", "encode_result",
+)  # fmt: skip
+"""Methods of a backend that write a result. Where a program has replaced one of them, it has to be called."""
+
 
 def answering(task: Task) -> Any:
     """Return the application's result backend as ``aware`` makes it, if the task uses it.
 
-    None for other backends than Celery's own for Redis, and for subclasses of those. Use the result only to encode
-    bytes, because each thread has its own backend.
+    None for other backends than Celery's own for Redis, for subclasses of those, and for patched ones. Use the
+    result only to encode bytes, because each thread has its own backend.
     """
     backend = aware(task.app.backend)
-    return backend if task.backend is backend and type(backend) in _classes.values() else None
+    known = task.backend is backend and type(backend) in _classes.values() and not _is_patched(backend)
+    return backend if known else None
+
+
+def _is_patched(backend: Any) -> bool:
+    """Whether a program has put its own function in the place of a method that writes, in the object or the class."""
+    if not vars(backend).keys().isdisjoint(_WRITING):
+        return True
+    methods = (getattr(type(backend), name, None) for name in _WRITING)
+    return any(one and one.__module__.partition(".")[0] not in ("celery", "celery_idem") for one in methods)
 
 
 def announcement(backend: Any, request: Context, value: Any, state: str = SUCCESS) -> Announcement | None:
@@ -99,6 +117,13 @@ def _left_to_the_claim(backend: Any, request: Any, state: str) -> bool:
         return False
 
 
+def _note_done(task_id: str) -> None:
+    """Note that a body writes the SUCCESS of its own task id through ``self.backend``."""
+    task = get_current_task()
+    if task is not None and task.request.id == task_id:
+        setattr(task.request, DONE, True)
+
+
 def _seen_as(cls: type[Any], backend: Any) -> Any:
     """Return an instance of another class that shares the backend's state."""
     other = object.__new__(cls)
@@ -135,6 +160,8 @@ def _aware_class(cls: Any) -> type[Any]:
             request: Any = None,
             **kwargs: Any,
         ) -> Any:
+            if request is None and state == SUCCESS:
+                _note_done(task_id)
             if getattr(request, "id", None) == task_id and _left_to_the_claim(self, request, state):
                 vars(request)[STARTING] = result
                 return result

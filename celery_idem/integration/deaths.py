@@ -78,7 +78,8 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         # The pool process publishes the message again with its serializer, and keeps its body in the record.
         self._request_dict["properties"] = {
             **self._request_dict["properties"],
-            "content_type": self._content_type,
+            # Celery has decoded a message of its first protocol, and then keeps no content type.
+            "content_type": self._content_type or message.content_type,
             BODY: self._body,
             ENCODING: self._content_encoding,
         }
@@ -122,7 +123,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
     def _withdraw(self) -> None:
         guard = self.task.guard
         key, _ = guard.identify(self._context, self.args, self.kwargs)
-        _DEATHS_NOTED.call(lambda: guard.ledger.revoked(key, self.id, guard.options.policy), PATIENCE)
+        _DEATHS_NOTED.call(lambda: guard.ledger.revoked(key, str(self.id), guard.options.policy), PATIENCE)
 
     # --- the decision -----------------------------------------------------------------
 
@@ -156,7 +157,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
 
         def died() -> Verdict | None:
             try:
-                verdict: Verdict | None = guard.ledger.died(key, prefix, self.id, policy, again)[0]
+                verdict: Verdict | None = guard.ledger.died(key, prefix, str(self.id), policy, again)[0]
             except Exception as error:
                 events.diagnose(logging.WARNING, "the death of a process could not be recorded: %s", error)
                 return protocol.died_unseen(policy)
@@ -170,7 +171,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         events.emit(
             "died",
             key,
-            task_id=self.id,
+            task_id=str(self.id),
             process=self.worker_pid,
             why=type(error).__name__,
             then=type(verdict).__name__,
@@ -179,7 +180,7 @@ class IdempotentRequest(Request):  # type: ignore[misc]
         if isinstance(verdict, InDoubt):
             describe = declaring.options_of(type(self.task)).describe
             said = describing.said(guard.declaration, describe, self.args, self.kwargs, context.headers or {})
-            events.emit("in_doubt", key, task_id=self.id, reason=verdict.reason, action=said.line)
+            events.emit("in_doubt", key, task_id=str(self.id), reason=verdict.reason, action=said.line)
         if redelivered or self._already_revoked or verdict is None:
             return False
         return self._carry_out(verdict, key, again)

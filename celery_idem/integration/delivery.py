@@ -56,7 +56,7 @@ from celery_idem.engine.runner import Job, Options, Runner, Why
 from celery_idem.engine.shadow import ShadowRunner
 from celery_idem.engine.steps import run_step
 from celery_idem.integration import answers, declaring, describing, messages, placing, republishing
-from celery_idem.integration.answers import STARTING
+from celery_idem.integration.answers import DONE, STARTING
 from celery_idem.integration.guarded import GuardedTask
 from celery_idem.integration.messages import CARRIED
 from celery_idem.integration.settings import LONGEST, Settings
@@ -334,7 +334,7 @@ class Delivery(Job):
             carried = _unhex(headers[CARRIED])
         else:
             again = (request.delivery_info or {}).get("redelivered")
-        super().__init__(key, request.id or "", fingerprint, guard.options, carried)
+        super().__init__(key, str(request.id or ""), fingerprint, guard.options, carried)
         labels = None
         if not keys.IDENTITY.isdisjoint(headers):
             given = {name: keys.label(name, headers.get(header)) for name, header in keys.LABELS.items()}
@@ -397,7 +397,7 @@ class Delivery(Job):
         if self.outer is not None or not placing.is_outermost(type(self.task)):
             return None
         # The body wrote its state itself, and Celery keeps that one.
-        if getattr(self.request, "idem_said", ("",))[0] == SUCCESS:
+        if DONE in vars(self.request):
             return None
         return answers.announcement(backend, self.request, value)
 

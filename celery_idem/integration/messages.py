@@ -46,9 +46,12 @@ _HEADERS = (
     "shadow", "eta", "expires", "group", "group_index", "retries", "timelimit", "root_id", "parent_id", "origin",
     "ignore_result", "replaced_task_nesting", "stamped_headers", "stamps", "compression",
 )  # fmt: skip
-"""Celery's own headers that a record keeps, because they cannot be derived. They are kept unless they are None or 0."""
+"""Celery's own headers that a record keeps, because they cannot be derived. They are kept unless they are None or 0,
+which is what a message without them has. The 0 of a chord's first member is kept: Celery orders the results by it."""
 
-_CELERYS = frozenset({"lang", "task", "id", "argsrepr", "kwargsrepr", *_HEADERS})
+REPRS = ("argsrepr", "kwargsrepr")
+
+_CELERYS = frozenset({"lang", "task", "id", *REPRS, *_HEADERS})
 """All of Celery's own headers."""
 
 _WORDS = frozenset((str, bool))
@@ -56,6 +59,9 @@ _WORDS = frozenset((str, bool))
 
 CARRIED = "idem-carried"
 """Header of a message that is published again: owners of its earlier claims whose reply was lost."""
+
+SHOWN = "idem-shown"
+"""Header of a call whose author said how to show its arguments, with ``argsrepr`` or ``kwargsrepr``."""
 
 _OURS = frozenset({KEY, MESSAGE, ACCEPTED_AT, PUBLISHED, "idem-waits", CARRIED})
 """Our own headers that a record does not keep: they can be derived, or belong to one delivery."""
@@ -95,7 +101,7 @@ def of_delivery(app: Celery, guard: Guarding, request: Context, args: Any, kwarg
 
 def _of_delivery(app: Celery, guard: Guarding, request: Context, args: Any, kwargs: Any, key: str) -> bytes:
     known = vars(request)
-    task_id = request.id or ""
+    task_id = str(request.id or "")
     properties = request.properties or {}
     headers, alike = _kept(known, request.headers or {}, task_id)
     info = request.delivery_info or {}
@@ -138,6 +144,8 @@ def _kept(known: Mapping[str, Any], others: Mapping[str, Any], task_id: str) -> 
         others: the author's headers, and ours.
     """
     headers = {name: known[name] for name in filter(known.get, _HEADERS)}
+    if known.get("group_index") == 0:
+        headers["group_index"] = 0
     if headers.get("timelimit") == _NO_LIMITS:
         del headers["timelimit"]
     if headers.get("root_id") == task_id:
@@ -145,6 +153,8 @@ def _kept(known: Mapping[str, Any], others: Mapping[str, Any], task_id: str) -> 
     if _OURS.issuperset(others):
         return headers, True
     headers.update((name, value) for name, value in others.items() if name not in _OURS)
+    if SHOWN in others:
+        headers.update((name, known[name]) for name in filter(known.get, REPRS))
     return headers, False
 
 
@@ -234,9 +244,10 @@ def of_message(
             args, kwargs, canvas = *publishing.without_secrets(task.guard.declaration, args, kwargs), {}
         content_type, encoding, written = dumps((args, kwargs, canvas), serializer=serializer)
         others = {name: value for name, value in headers.items() if name not in _CELERYS}
-        celerys, alike = _kept({**headers, "compression": compression}, others, headers["id"])
+        task_id = str(headers["id"])
+        celerys, alike = _kept({**headers, "compression": compression}, others, task_id)
         call = Call(
-            headers["id"],
+            task_id,
             celerys,
             {n: v for n, v in kept.items() if v},
             content_type,

@@ -20,6 +20,7 @@ from celery._state import _task_stack
 from celery.app.task import Context
 from celery.canvas import Signature
 from celery.exceptions import Ignore, Retry
+from celery.states import SUCCESS
 from celery.utils import uuid
 from celery.utils.imports import symbol_by_name
 
@@ -516,6 +517,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         held = next(self._held(), None)
         if held is not None and task_id in (None, held.request.id):
             held.request.idem_said = (state, meta)
+            if state == SUCCESS:
+                setattr(held.request, answers.DONE, True)
 
     subtask_from_request = signature_from_request
 
@@ -629,11 +632,13 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         keys.check_call(self.name, args, kwargs)
         if not self.guard.settings.shadow:  # shadow mode refuses no call
             publishing.check_labels(self.name, options)
+        # A copy, because beat gives the same object at every tick.
+        headers = dict(options.get("headers") or {})
+        if "argsrepr" in options or "kwargsrepr" in options:
+            headers[messages.SHOWN] = True
         if declaration.secret:
             options = {**publishing.shown(declaration, args or (), kwargs or {}), **options}
         same = options.pop(retrying.SAME_INTENT, False)
-        # A copy, because beat gives the same object at every tick.
-        headers = dict(options.get("headers") or {})
         if not (same and KEY in headers):
             try:
                 arguments = declaration.bind(args, kwargs)
@@ -768,7 +773,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         """Run a call in shadow mode that has no key. A guard would refuse it."""
         key = f"{self.name}:{UNKEYED}"
         events.emit("shadow", key, task_id=request.id, would="refuse", why=type(error).__name__)
-        asked = Request(owners.mint(), request.id or "", NO_FINGERPRINT, guard.options.policy)
+        asked = Request(owners.mint(), str(request.id or ""), NO_FINGERPRINT, guard.options.policy)
         delivery = Delivery(guard, self, request, args, kwargs, key, NO_FINGERPRINT)
         return delivery.body(guard.ledger.unwritten(key, asked))
 

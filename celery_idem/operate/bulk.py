@@ -99,18 +99,13 @@ def read_decisions(lines: Iterable[bytes], by: str, evidence: str) -> Iterator[L
             if first != number:
                 raise ValueError(f"line {first} decides about the same intent")
             yield Line(number, decision)
-        except (ValueError, IdempotencyError, RecursionError) as error:  # the last: nested too deep
-            yield Line(number, None, str(error) or "it is nested too deep")
+        except (ValueError, IdempotencyError) as error:
+            yield Line(number, None, str(error))
 
 
 def _decision(line: bytes, by: str, evidence: str) -> Decision:
     try:
-        form: Any = json.loads(
-            line.decode("utf-8-sig"),
-            parse_constant=no_number,
-            parse_float=_finite,
-            object_pairs_hook=_each_once,
-        )
+        form = strict_json(line.decode("utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"it is not JSON: {error}") from None
     if not isinstance(form, dict):
@@ -217,7 +212,19 @@ def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         pool.shutdown(cancel_futures=True)
 
 
-def no_number(name: str) -> Any:
+def strict_json(text: str) -> Any:
+    """Return the value of a JSON text. What is settled with it cannot be changed, so nothing in it is guessed.
+
+    Raises:
+        ValueError: it is no JSON; or a number has no JSON form; or a field is given twice; or it is nested too deep.
+    """
+    try:
+        return json.loads(text, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_each_once)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _no_number(name: str) -> Any:
     raise ValueError(f"JSON has no {name}")
 
 

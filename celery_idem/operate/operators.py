@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -606,7 +606,7 @@ def check_key(key: str) -> None:
         raise IdempotencyError(f"{key!a} is not valid text, so no intent has that key. Copy it again.")
 
 
-def read_arguments(lines: Iterator[str]) -> dict[str, Arguments]:
+def read_arguments(lines: Iterable[bytes]) -> dict[str, Arguments]:
     """Return arguments by key from JSON lines ``{"key": …, "args": […], "kwargs": {…}}``.
 
     Raises:
@@ -617,15 +617,16 @@ def read_arguments(lines: Iterator[str]) -> dict[str, Arguments]:
         if not line.strip():
             continue
         try:
-            form: Any = json.loads(line)
+            form: Any = json.loads(line.decode("utf-8-sig"))
             if not isinstance(form, dict) or "key" not in form:
                 raise ValueError('it is not an object with a "key"')
             args, kwargs = form.get("args"), form.get("kwargs")
             keys.check_call(str(form["key"]), args, kwargs)
             known[str(form["key"])] = Arguments(tuple(args or ()), dict(kwargs or {}))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
+            why = "it is nested too deep" if isinstance(error, RecursionError) else error
             raise IdempotencyError(
-                f'Line {number} is not {{"key": …, "args": […], "kwargs": {{…}}}}: {error}.'
+                f'Line {number} is not {{"key": …, "args": […], "kwargs": {{…}}}}: {why}.'
             ) from None
     return known
 

@@ -22,7 +22,8 @@ if KEYS[3] then
   else
     call('SETEX', KEYS[3], ARGV[5], ARGV[4])
   end
-  call('PUBLISH', KEYS[3], ARGV[4])
+  -- pcall: who waits for it looks at the value too, and what is written must not be left without its record.
+  redis.pcall('PUBLISH', KEYS[3], ARGV[4])
 end
 local value = struct.pack('>I8', now) .. ARGV[1]
 local written

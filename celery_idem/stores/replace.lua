@@ -23,7 +23,8 @@ if KEYS[3] then
   else
     call('SETEX', KEYS[3], ARGV[6], ARGV[5])
   end
-  call('PUBLISH', KEYS[3], ARGV[5])
+  -- pcall: who waits for it looks at the value too, and what is written must not be left without its record.
+  redis.pcall('PUBLISH', KEYS[3], ARGV[5])
 end
 local stamp = math.max(now, struct.unpack('>I8', old) + 1)
 local value = struct.pack('>I8', stamp) .. ARGV[2]

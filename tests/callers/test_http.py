@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from celery import Celery
+from starlette.testclient import TestClient
 
 from celery_idem import ConfigurationError, IdempotentTask
 from celery_idem.adapters.http import door
@@ -229,7 +230,6 @@ def test_document(client: httpx.Client) -> None:
 
 def test_servers_away(redis: RedisServer, folder: Path, name: str) -> None:
     """Without the broker a call is accepted. Without the store it is refused, and calling again is safe."""
-    from starlette.testclient import TestClient
 
     away = f"redis://127.0.0.1:{free_port()}/0"
     app = shops.make(away, folder, result_backend=redis.url, **shops.NO_BROKER)
@@ -302,3 +302,25 @@ def test_fuzzed_against_its_own_document(http_url: str, tmp_path: Path, done: Ef
 def test_worker_is_there(worker: CeleryWorker) -> None:
     """The worker is alive after the requests of the fuzzer."""
     assert worker.alive
+
+
+def test_half_a_surrogate_pair_is_answered(redis_url: str) -> None:
+    """UTF-8 has no form for half of a cut emoji, and the action is done all the same."""
+    app = Celery("cut", broker="memory://", backend="cache+memory://", set_as_current=False)
+    app.conf.idem_store = redis_url
+
+    @app.task(base=IdempotentTask, name="cut.say", intent=("n",), shared=False)
+    def say(n: int) -> str:
+        if n > 1:
+            raise ValueError("cut \ud83d")
+        return "cut \ud83d"
+
+    say.apply((1,))
+    say.apply((2,))
+    headers = {"Authorization": "Bearer t"}
+    with TestClient(door(app, ["cut.say"], token="t", wait=1), headers=headers) as client:
+        done, failed = (client.post("/tasks/cut.say", json={"n": n}) for n in (1, 2))
+        looked = client.get(f"/intents/{say.intent_key(1)}")
+    assert (done.status_code, done.json()["result"]) == (200, "cut \ud83d")
+    assert (failed.status_code, looked.status_code) == (500, 200)
+    assert failed.json()["type"].endswith("failed"), ascii(failed.text)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import redis as redis_py
-from celery import Celery, group
+from celery import Celery, Task, group
 from celery.app.trace import build_tracer
 from celery.backends import base
 from celery.backends.cache import CacheBackend
@@ -298,6 +298,48 @@ def test_a_task_with_a_backend_of_its_own_has_no_answer_elsewhere(shop: Callable
     build_tracer("shop.own", there.app.tasks["shop.own"], app=there.app)("a1", (1,), {}, request)
     assert own["backend"].get_state("a1") == "SUCCESS"
     assert not there.client.exists(there.app.backend.get_key_for_task("a1"))
+
+
+WAYS: dict[str, Callable[[Any], Any]] = {
+    "the backend": lambda self: self.backend.store_result(self.request.id, "the body's", "SUCCESS"),
+    "then another state": lambda self: (
+        self.update_state(state="SUCCESS", meta="the body's"),
+        self.update_state(state="PROGRESS", meta="too late"),
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_success_that_the_body_wrote_stays(shop: Callable[..., Shop], way: Callable[[Any], Any]) -> None:
+    there = shop()
+    for kind in (Task, IdempotentTask):
+        options = {} if kind is Task else {"intent": ("n",)}
+
+        @there.app.task(base=kind, name="shop.said", shared=False, bind=True, **options)
+        def said(self: Any, n: int) -> str:
+            way(self)
+            return "returned"
+
+        request = {"id": kind.__name__, "task": "shop.said", "headers": {}, "delivery_info": {}}
+        trace = build_tracer("shop.said", there.app.tasks["shop.said"], app=there.app)
+        trace(kind.__name__, (1,), {}, {**request, "called_directly": False})
+        assert there.app.AsyncResult(kind.__name__).result == "the body's"
+        there.app.tasks.pop("shop.said")
+
+
+@pytest.mark.parametrize("name", ["set", "_set", "store_result", "encode"])
+def test_a_method_that_a_program_replaced_is_called(shop: Callable[..., Shop], name: str) -> None:
+    there, called = shop(), []
+    before = getattr(there.app.backend, name)
+
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        called.append(args)
+        return before(*args, **kwargs)
+
+    setattr(there.app.backend, name, replaced)
+    task_id = there.run("o1", "paid")
+    assert called
+    assert there.app.AsyncResult(task_id).result == "paid"
 
 
 def test_a_hook_before_the_claim_sees_started(shop: Callable[..., Shop]) -> None:

@@ -46,3 +46,9 @@ def test_the_readme_is_among_them() -> None:
     """The README and its blocks are found. Otherwise the test above could run nothing."""
     assert PAGES[0].name == "README.md"
     assert len(list(blocks(PAGES[0]))) >= 7
+
+
+def test_no_page_has_two_versions_of_a_text() -> None:
+    for page in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]:
+        marks = [line for line in page.read_text().splitlines() if line.startswith(("<<<<<<< ", ">>>>>>> "))]
+        assert marks == [], page

@@ -180,7 +180,7 @@ def test_what_list_prints_is_a_file_once_a_decision_is_added(
     file = decisions(tmp_path, *({**row, "not_happened": True, "evidence": "not there"} for row in listed))
     done = idem("resolve", "--from", "-", "--yes", input=Path(file).read_text())
     assert "1 settled, 1 refused" in done.stdout
-    assert "taken up again since you looked" in done.stdout
+    assert "changed since you looked" in done.stdout
     assert (state(ledger, "a"), state(ledger, "b")) == ("released", "in_doubt")
 
 

@@ -283,7 +283,7 @@ def test_old_evidence_says_nothing_of_a_later_attempt(idem: Idem, ledger: Ledger
     words = ("resolve", key("a"), "--not-happened", "--evidence", "nothing there", "--yes")
     refused = idem(*words, "--fence", str(seen))
     assert refused.exit_code == 1
-    assert "taken up again since you looked" in refused.output
+    assert "changed since you looked" in refused.output
     assert idem(*words).exit_code == 0
 
 
@@ -305,6 +305,28 @@ def test_nothing_is_changed_without_a_yes(idem: Idem, ledger: Ledger) -> None:
             refused = idem(*words, input=answer)
             assert refused.exit_code == 1
             assert "Nothing was changed" in refused.output
+    entry = ledger.get(key("a"))
+    assert entry is not None
+    assert entry.state == "in_doubt"
+
+
+def test_half_a_surrogate_pair_is_shown(idem: Idem, ledger: Ledger) -> None:
+    """A text may have one: half of a cut emoji, or a file name that is not UTF-8."""
+    succeeded(ledger, key("a"), "cut \ud83d")
+    for words in (["list"], ["show", key("a")]):
+        for more in ([], ["--json"]):
+            shown = idem(*words, *more)
+            assert shown.exit_code == 0, shown.output
+    assert json.loads(idem("show", key("a"), "--json").output)["result"].isascii() is False
+    assert "cut \\ud83d" in idem("show", key("a")).output
+
+
+@pytest.mark.parametrize("result", ["NaN", "1e999", '{"a": 1, "a": 2}', "[" * 100_000])
+def test_resolve_takes_only_what_json_can_say(idem: Idem, ledger: Ledger, result: str) -> None:
+    in_doubt(ledger, key("a"))
+    refused = idem("resolve", key("a"), "--happened", result, "--evidence", "x", "--yes")
+    assert (refused.exit_code, "takes JSON" in refused.output) == (2, True)
+    assert len(refused.output) < 1500
     entry = ledger.get(key("a"))
     assert entry is not None
     assert entry.state == "in_doubt"
@@ -362,7 +384,7 @@ def test_forget_is_about_the_attempt_that_was_seen(
     monkeypatch.setattr("celery_idem.cli.screen.Screen.confirm", confirm)
     refused = idem("forget", key("a"))
     assert refused.exit_code == 1
-    assert "taken up again since you looked" in refused.output
+    assert "changed since you looked" in refused.output
     entry = ledger.get(key("a"))
     assert entry is not None
     assert entry.state == "running"

@@ -190,7 +190,7 @@ def test_a_decision_is_about_the_attempt_that_the_page_showed(client: TestClient
     in_doubt(ledger, key("a"))  # claimed again, and in doubt again
     form = {"key": key("a"), "decision": "not_happened", "evidence": "not there"}
     late = post(client, "/resolve", **form, fence=seen)
-    assert "taken up again since you looked" in late.text
+    assert "changed since you looked" in late.text
     assert state(ledger, "a") == "in_doubt"
     again = re.search(r'name="fence" value="(\d+)"', late.text)
     assert again is not None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from celery_idem.engine import events
 from tests.operators import logged
 from tests.operators.conftest import use_store
 from tests.support.servers import RedisServer
@@ -150,3 +153,21 @@ def test_sentry_gets_what_failed_once_for_each_intent(seen: Seen) -> None:
     )
     expected = [f":declined {n}" for n in range(8)] + [f":ordinary {n}" for n in range(2)]
     assert texts == Counter(expected + [f"in_doubt:no answer about {n}" for n in range(8)])
+
+
+def test_a_file_loses_no_line_to_half_a_surrogate_pair(tmp_path: Path) -> None:
+    log = tmp_path / "worker.log"
+    handler = logging.FileHandler(log, encoding="utf-8")
+    logger = logging.getLogger("celery_idem")
+    logger.addHandler(handler)
+    try:
+        for text in ("cut \ud83d", "whole"):
+            details = {"task_id": "t1", "reason": text, "action": text}
+            events.emit("in_doubt", "shop.pay:1", cause=TimeoutError(text), **details)
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+    lines = [line for line in log.read_text().splitlines() if "in_doubt shop.pay:1" in line]
+    assert len(lines) == 2
+    assert "cut \\ud83d" in lines[0]
+    assert "TimeoutError: whole" in log.read_text()

@@ -125,3 +125,17 @@ def test_a_store_behind_sentinels_is_nowhere_in_particular() -> None:
     assert not store.is_at({"host": "localhost", "port": 6379, "db": 0}), (
         "the addresses are those of sentinels"
     )
+
+
+def test_who_may_not_publish_writes_both(redis_url: str, client: redis.Redis) -> None:
+    client.execute_command(
+        "ACL", "SETUSER", "quiet", "reset", "on", ">s3cret", "+@all", "~*", "resetchannels"
+    )
+    store = open_store(redis_url.replace("redis://", "redis://quiet:s3cret@"))
+    assert isinstance(store, RedisStore)
+    for change in (Change("k", standing(store), NEW), Creation("other", OLD)):
+        client.delete(TOLD.key)
+        reply, told = store.announce(change, TOLD)
+        assert (reply.done, told) == (True, True)
+        assert client.get(TOLD.key) == b"paid"
+        assert store.read(change.key).stored == reply.stored

@@ -187,6 +187,13 @@ def time_limits(s: Snapshot) -> Iterator[Finding]:
             )
 
 
+def _left(settings: Settings) -> str:
+    """Return what becomes of a running action whose message is gone, after "what it was running"."""
+    if settings.recover and settings.keep_call:
+        return "waits for its lease to end, and is then published again from its record"
+    return "stays lapsed until the call is made again"
+
+
 def acknowledgement(s: Snapshot) -> Iterator[Finding]:
     twice = [t.name for t in s.tasks if t.acks_late and not t.guarded and not t.name.startswith("celery.")]
     if twice:
@@ -203,7 +210,7 @@ def acknowledgement(s: Snapshot) -> Iterator[Finding]:
                 "acks-early",
                 task.name,
                 "Its message is acknowledged as soon as a worker has it. When the whole worker dies it is not "
-                "delivered again: what it was running stays lapsed until the call is made again.",
+                f"delivered again: what it was running {_left(task.settings)}.",
                 "Set task_acks_late = True and task_reject_on_worker_lost = True: the guard makes redelivery safe.",
             )
         elif not task.reject_on_worker_lost:

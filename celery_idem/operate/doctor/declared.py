@@ -155,7 +155,7 @@ def read_file(path: str) -> dict[str, Json]:
         found = json.loads(Path(path).read_text("utf-8"))
         if not isinstance(found, dict) or any("intent" not in one for one in found.values()):
             raise ValueError("it has another form")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigurationError(f"{path} is no file of `idem doctor --save`: {error}") from None
     return found
 
