@@ -11,11 +11,13 @@ import pytest
 from celery import Celery
 from celery.app.task import Context
 from celery.exceptions import Ignore, Reject
+from celery.worker.strategy import proto1_to_proto2
 from kombu import Exchange, Queue, binding
 from kombu.common import Broadcast
 
 from celery_idem import IdempotentTask, InProgress, Ledger, StoreError
-from celery_idem.integration import delivery
+from celery_idem.core import calls
+from celery_idem.integration import delivery, messages
 from celery_idem.integration.deaths import IdempotentRequest
 from celery_idem.integration.delivery import Delivery, Waiting
 from celery_idem.integration.republishing import to_its_queue
@@ -115,6 +117,24 @@ def test_it_keeps_what_it_was_published_with(app: Celery, how: str) -> None:
         assert again.properties[name] == first.properties[name]
     for name in ("id", "expires", "timelimit", "ignore_result", "x-mine", "idem-key", "root_id"):
         assert again.headers[name] == first.headers[name], name
+
+
+def test_a_call_of_the_first_protocol_is_kept_with_its_serializer() -> None:
+    """JSON, which is the default, could not write these arguments."""
+    app = make(task_protocol=1)
+    task, what = app.tasks["shop.pay"], {"a", "b"}
+    task.apply_async((what,), serializer="pickle")
+    message = taken(app)
+    body, headers, decoded, utc = proto1_to_proto2(message, message.payload)
+    parent = IdempotentRequest(
+        message, app=app, task=task, body=body, headers=headers, decoded=decoded, utc=utc
+    )
+    request = Context(parent.request_dict, called_directly=False)
+    key = task.guard.identify(request, (what,), {})[0]
+    kept = calls.unpack(messages.of_delivery(app, task.guard, request, (what,), {}, key))
+    assert kept.content_type == "application/x-python-serialize"
+    assert messages.arguments(app, kept)[0] == (what,)
+    app.close()
 
 
 def test_what_the_author_asks_for_in_a_retry_counts(app: Celery) -> None:
