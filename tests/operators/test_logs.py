@@ -155,11 +155,14 @@ def test_sentry_gets_what_failed_once_for_each_intent(seen: Seen) -> None:
     assert texts == Counter(expected + [f"in_doubt:no answer about {n}" for n in range(8)])
 
 
-def test_a_file_loses_no_line_to_half_a_surrogate_pair(tmp_path: Path) -> None:
+def test_a_file_loses_no_line_to_half_a_surrogate_pair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = tmp_path / "worker.log"
     handler = logging.FileHandler(log, encoding="utf-8")
     logger = logging.getLogger("celery_idem")
     logger.addHandler(handler)
+    monkeypatch.setattr(logger, "propagate", False)  # xdist cannot send what pytest would capture
     try:
         for text in ("cut \ud83d", "whole"):
             details = {"task_id": "t1", "reason": text, "action": text}
