@@ -213,12 +213,15 @@ class Cluster:
         wait_for(lambda: self._agreed(slots.start, target), 30, "every node to know the new owner")
 
     def _agreed(self, slot: int, owner: RedisServer) -> bool:
+        """Whether every node knows the slot's owner, and all nodes the same owners of all slots."""
+        maps = set()
         for node in self.nodes:
             with client(node) as one:
                 ranges = one.execute_command("CLUSTER SLOTS")
             if not any(r[0] <= slot <= r[1] and r[2][1] == owner.port for r in ranges):
                 return False
-        return True
+            maps.add(tuple(sorted((r[0], r[1], r[2][1]) for r in ranges)))
+        return len(maps) == 1
 
     def remove(self, node: RedisServer, heir: RedisServer) -> None:
         """Moves a master's slots to another, and removes it from the cluster. It goes on running, alone."""
