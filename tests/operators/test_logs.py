@@ -120,9 +120,8 @@ def test_the_log_says_which_task_and_where(seen: Seen) -> None:
     ]
     said = Counter(re.sub(r"^.*?\] (\w+) .*$", r"\1", line) for line in ours)
     waits = [line.partition("[task_id=")[2].split()[0] for line in ours if "] waiting " in line]
-    assert (
-        0 < len(waits) == len(set(waits)) <= 6
-    )  # once for each call that waits; a call that comes late does not
+    # Once for each call that waits. How many do depends on the machine: any call may meet its first one under way.
+    assert 0 < len(waits) == len(set(waits))
     assert said["replayed"] == 6 + 16 + 2 + 60 + 5
     assert (said["mismatch"], said["in_doubt"], said["still_in_doubt"]) == (5, 8, 16)
     ids = {task_id for _, _, task_id, _ in seen.calls}
