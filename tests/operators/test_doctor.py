@@ -126,6 +126,15 @@ def test_each_fault_is_named_with_the_setting_to_change(code: str) -> None:
     assert set(found) <= {code, "retention-result", "hard-limit", "lease-visibility"}
 
 
+@pytest.mark.parametrize(("recovers", "left"), [(True, "published again"), (False, "stays lapsed")])
+def test_what_becomes_of_a_call_whose_message_is_gone(recovers: bool, left: str) -> None:
+    app = an_app(conf={"task_acks_late": False, "idem_recover": recovers})
+    found = {
+        finding.code: finding.wrong for finding in doctor.examine(doctor.gather(app, ask=False), doctor.CHEAP)
+    }
+    assert left in found["acks-early"]
+
+
 def test_a_publisher_that_waits_for_rabbitmq_is_left_alone() -> None:
     conf = {"broker_url": "amqp://localhost:1//", "broker_transport_options": {"confirm_publish": True}}
     assert codes(an_app(conf=conf)) == {}
