@@ -160,6 +160,7 @@ def calm() -> None:
     from celery_idem.engine import lease
     from celery_idem.integration import deaths, purging, recovering
 
+    # An hour is longer than any run.
     recovering.EVERY = purging.EVERY = deaths.REAP_EVERY = 3600.0
     lease.SHORTEST_SLEEP = lease.LONGEST_SLEEP = 3600.0
 

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +205,11 @@ def rows() -> list[Row]:
         found = per_task()
     except ValgrindMissingError as error:
         return [Row(group, "celery_idem", note=str(error))]
+    return compared_to_bare(group, found)
+
+
+def compared_to_bare(group: str, found: Mapping[str, float]) -> list[Row]:
+    """Return a row for each variant's instructions per task, with the ratio to bare Celery's."""
     names = {
         "bare": "bare Celery",
         "floor": "floor: SET NX GET, SET",

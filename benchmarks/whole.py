@@ -23,7 +23,7 @@ from pathlib import Path
 
 import redis
 
-from benchmarks.instructions import PATIENCE, ValgrindMissingError, instructions, valgrind
+from benchmarks.instructions import PATIENCE, ValgrindMissingError, compared_to_bare, instructions, valgrind
 from benchmarks.report import Row, show
 from tests.support.processes import Program
 from tests.support.servers import RabbitMQServer, RedisServer, Server
@@ -32,7 +32,7 @@ from tests.support.waiting import wait_for
 FEW, MANY = 100, 600
 """Tasks of the two runs. Work that a worker does by the clock is a larger part of a shorter run."""
 
-VARIANTS = {"bare": "bare Celery", "idem": "celery_idem"}
+VARIANTS = ("bare", "idem")
 
 STOPS_WITHIN = 120.0
 """Timeout in seconds for a warm shutdown, which takes a second or two without valgrind."""
@@ -107,7 +107,7 @@ def rows(broker: str) -> list[Row]:
     try:
         valgrind()
     except ValgrindMissingError as error:
-        return [Row(group, VARIANTS["idem"], note=str(error))]
+        return [Row(group, "celery_idem", note=str(error))]
     with ThreadPoolExecutor(2) as pool:
         runs = {
             (variant, tasks): pool.submit(run, variant, broker, tasks)
@@ -118,10 +118,7 @@ def rows(broker: str) -> list[Row]:
         variant: (runs[variant, MANY].result() - runs[variant, FEW].result()) / (MANY - FEW)
         for variant in VARIANTS
     }
-    return [
-        Row(group, VARIANTS[variant], round(number / found["bare"], 3), value=f"{number / 1e3:,.0f} thousand")
-        for variant, number in found.items()
-    ]
+    return compared_to_bare(group, found)
 
 
 def main() -> None:

@@ -231,7 +231,6 @@ def test_document(client: httpx.Client) -> None:
 
 def test_servers_away(redis: RedisServer, folder: Path, name: str) -> None:
     """Without the broker a call is accepted. Without the store it is refused, and calling again is safe."""
-
     away = f"redis://127.0.0.1:{free_port()}/0"
     app = shops.make(away, folder, result_backend=redis.url, **shops.NO_BROKER)
     headers = {"authorization": "Bearer x", "prefer": "wait=0"}
