@@ -451,6 +451,7 @@ APPLY: dict[str, list[Callable[[Record], Result]]] = {
         lambda r: protocol.settle(r, r._replace(owner=OWN), OUTCOME),
         lambda r: protocol.settle(r, r._replace(owner=OWN), ERROR),
     ],
+    "told": [lambda r: (None, protocol.told(r))],
     "committed": [committed],
     "schedule": [
         lambda r: protocol.schedule(r, OWN, 5),
@@ -516,6 +517,8 @@ def test_a_transition_goes_where_its_row_says_and_from_nowhere_else(name: str) -
         asking = OWN if asked else b""
         record = held(state, asking=asking)
         assert record is not None
+        if state.settled:
+            record = record._replace(recovery=Recovery(0, LEASE), call=b"call")
         there = reached_by(name, record)
         if name == "exit" and state is State.IN_DOUBT:
             there = set()  # the record is in doubt already: nothing to write

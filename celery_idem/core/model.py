@@ -212,7 +212,7 @@ class Noticed(NamedTuple):
 
 
 class Recovery(NamedTuple):
-    """What recovery has done for an open record since it was last claimed.
+    """What recovery has done for an open record since it was last claimed, or for a settled one whose answer is owed.
 
     Attributes:
         tries: how many times it published the record's call.
@@ -342,10 +342,16 @@ class Accepted(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """Return this outcome and run nothing. ``own``: it is the outcome of the same task id (a redelivery)."""
+    """Return this outcome and run nothing.
+
+    Attributes:
+        own: it is the outcome of the same task id (a redelivery).
+        owed: this answer is owed to the caller, and the record says so until it is given.
+    """
 
     outcome: Outcome
     own: bool = True
+    owed: bool = False
 
 
 class Busy(NamedTuple):

@@ -52,9 +52,11 @@ accept        absent, RELEASED               ACCEPTED                           
 sent          ACCEPTED                       same, with another time to look at it       (12)
 recover       RUNNING, SCHEDULED, ACCEPTED   same, lease over; not taken: IN_DOUBT         (11)
 recover       IN_DOUBT, asked or given up    same, question over                           (11)
+recover       SUCCEEDED, FAILED, CANCELLED   same: its answer is owed, or is not any more  (11)
 answered      IN_DOUBT                       same, and recovery leaves it to a person      (11)
 revoked       ACCEPTED, SCHEDULED            RELEASED                                    (11)
 settle        RUNNING, IN_DOUBT, absent      SUCCEEDED or FAILED
+told          SUCCEEDED, FAILED, CANCELLED   same, and no answer is owed any more          (11)
 committed     SUCCEEDED                      nothing: a transaction has settled it         (9)
 schedule      RUNNING, IN_DOUBT              SCHEDULED until the retry's ETA and a grace (5); CANCELLED: asked to stop
 release       RUNNING, IN_DOUBT              RELEASED (finished steps stay)              (5); CANCELLED: asked to stop
@@ -137,7 +139,7 @@ times by then, so perhaps no worker reads this store."""
 PUBLISHED_WAIT = 20_000_000
 """Microseconds until recovery publishes a call for the second time. The third time comes after four times as long, and
 so on: the queue may just be long, and each message makes it longer. Recovery also waits this long until it looks
-whether the caller of an intent in doubt has an answer."""
+whether the caller has an answer, of an intent in doubt, or of a settled one whose answer is owed."""
 
 ELSEWHERE = 60_000_000
 """Microseconds that a call from another broker is left to the workers of that broker. After that, it has no workers, or
@@ -233,10 +235,12 @@ def due(record: Record, policy: Policy | None = None) -> int | None:
     """Return when recovery looks at an open record, in microseconds after its stamp; None: it is not in the index.
 
     Recovery looks when the hold is over. A record in doubt which no worker asks about waits for a person: it is in the
-    index, behind everything that recovery looks for.
+    index, behind everything that recovery looks for. A settled record is in it while its answer is owed.
     """
     state = record.state
-    if record.outcome is not None or (policy is not None and not policy.indexed) or state is _RELEASED:
+    if (record.outcome is not None and record.recovery is None) or state is _RELEASED:
+        return None
+    if policy is not None and not policy.indexed:
         return None
     if state is _IN_DOUBT and not record.asking and record.recovery is None:
         return NEVER
@@ -446,7 +450,8 @@ def claim(record: Record, stamp: int, now: int, request: Request) -> tuple[Decis
     if record.outcome is not None:
         if not final(record) and now >= stamp + request.policy.failure_ttl:
             return _acquire(replace(record, outcome=None), now, request)
-        return Replay(record.outcome, record.task_id == request.task_id), _varied(record, request)
+        own = record.task_id == request.task_id
+        return Replay(record.outcome, own, own and record.recovery is not None), _varied(record, request)
     remaining = left(record, stamp, now)
     if record.state is State.RUNNING:
         if record.owner == request.owner:
@@ -645,13 +650,14 @@ def _ask(record: Record, now: int, request: Request) -> tuple[Ask, Record]:
 
 
 def conclude(
-    record: Record, now: int, request: Request, answer: Outcome | None, reason: str
+    record: Record, now: int, request: Request, answer: Outcome | None, reason: str, owed: bool = False
 ) -> tuple[Decision, Record | None]:
     """Decide on an intent by the destination's answer.
 
     Args:
         answer: the outcome, if the effect happened; None if it did not, or if that is unknown.
         reason: why it is unknown; "" if the effect did not happen.
+        owed: as for ``settle``.
 
     Returns:
         As ``claim``. If another worker has taken over the question, or the owner has ended meanwhile, the answer
@@ -662,10 +668,10 @@ def conclude(
     if answer is not None and record.state in (State.IN_DOUBT, State.RELEASED):
         # Evidence that it happened counts, whichever worker asked, and even if a person decided that it did not.
         note = Note(now, "reconcile", "happened", "", resolution=Resolution.HAPPENED)
-        new = _settled(_noted(record, note), answer)
+        new = _settled(_noted(record, note), answer, owed and record.task_id == request.task_id)
         if not request.task_id:  # an operator asked, so the action's own caller has no answer yet
             new = replace(new, call=record.call)
-        return Replay(answer), new
+        return Replay(answer, owed=new.recovery is not None), new
     if record.state is not State.IN_DOUBT or record.asking != request.owner:
         if record.state is State.RUNNING and record.owner == request.owner:
             return Acquired(record), None
@@ -685,8 +691,12 @@ def conclude(
     return _acquire(record, now, request)
 
 
-def _settled(record: Record, outcome: Outcome) -> Record:
-    """Return the settled record: only what a replay, a late owner, or the attempt after a failure needs."""
+def _settled(record: Record, outcome: Outcome, owed: bool = False) -> Record:
+    """Return the settled record: only what a replay, a late owner, or the attempt after a failure needs.
+
+    Args:
+        owed: Celery has still to answer the caller. The call stays until it has.
+    """
     state = State.CANCELLED if outcome.cancelled else _SUCCEEDED if outcome.succeeded else _FAILED
     return Record(
         state=state,
@@ -700,18 +710,19 @@ def _settled(record: Record, outcome: Outcome) -> Record:
         notes=record.notes,
         digests=record.digests,
         scope=record.scope,
-        call=_for_people(record.call) if record.notes else b"",
+        call=record.call if owed else _for_people(record) if record.notes else b"",
         place=record.place if record.notes else "",  # an operator may look for both attempts
+        recovery=Recovery(0, PUBLISHED_WAIT) if owed else None,
         outcome=outcome,
     )
 
 
-def _for_people(call: bytes) -> bytes:
+def _for_people(record: Record) -> bytes:
     """Return the call to keep beside the outcome of a contested or decided intent, for people.
 
     A large call is dropped, because there may be many after an outage.
     """
-    return call if len(call) <= MAX_LATE else b""
+    return record.call if record.notes and len(record.call) <= MAX_LATE else b""
 
 
 def _let_run(record: Record, now: int) -> Record:
@@ -758,6 +769,7 @@ def settle(
     suspect: bool = False,
     stamp: int = 0,
     now: int = 0,
+    owed: bool = False,
 ) -> tuple[Done | Refused, Record | None]:
     """Record how the body ended. If that is refused, note the suspected second effect in the record that is there.
 
@@ -766,10 +778,12 @@ def settle(
         held: the record as this execution last wrote it.
         suspect: note a refusal. False: a refusal undoes the body's effects (a transaction).
         stamp: the store's time when ``record`` was written.
+        owed: Celery answers the caller after this write, and if its process dies before that, only recovery can see
+            to it. ``told`` says that it has answered.
     """
     record = restored(record, held)
     if _holds(record, held.owner):
-        new = _settled(record, outcome)
+        new = _settled(record, outcome, owed)
         return Done(new), new
     if record.owner == held.owner and record.outcome == outcome:
         return Done(record), None
@@ -798,7 +812,7 @@ def _suspected(record: Record, held: Record, outcome: Outcome, stamp: int, now: 
         stamp,
     )
     new = _noted(record, Note(now, by, "ended late", "the effect may have happened twice", late=late))
-    new = replace(new, call=new.call or _for_people(held.call))
+    new = replace(new, call=new.call or _for_people(replace(new, call=held.call)))
     if record.state is State.SCHEDULED:
         new = replace(new, lease=min(record.lease, max(0, left(record, stamp, now))))
     return new
@@ -854,11 +868,15 @@ def schedule(
     return Refused(record), None
 
 
-def release(record: Record, owner: bytes) -> tuple[Done | Refused, Record | None]:
-    """Release an intent, after a body without an effect (but finished steps). Any caller may claim it again."""
+def release(record: Record, owner: bytes, owed: bool = False) -> tuple[Done | Refused, Record | None]:
+    """Release an intent, after a body without an effect (but finished steps). Any caller may claim it again.
+
+    Args:
+        owed: if that cancels it, the answer is owed, as for ``settle``.
+    """
     if _holds(record, owner):
         if stopping(record):
-            new = _cancelled(record)
+            new = _cancelled(record, owed)
             return Done(new), new
         new = replace(record, state=State.RELEASED, owner=NO_OWNER, lease=0, asking=b"", reason="")
         return Done(new), new
@@ -1016,7 +1034,8 @@ def recover(
     An overdue call is published again, and its delivery decides what becomes of it, as any other delivery. There is
     one exception. An action that had begun is given up, in doubt, after ``max_attempts`` publications that no worker
     took, or after which no worker received an answer of the destination. The caller of what is in doubt is told, again
-    and again, until ``answered``.
+    and again, until ``answered``. If the answer of a settled intent is owed, its call is published too: the delivery
+    finds the outcome, and Celery answers with that.
 
     Args:
         publishable: the record holds its whole call, and the author has not set ``recover=False``.
@@ -1027,18 +1046,22 @@ def recover(
         What to do once the record is written, and that record (None: nothing to write).
     """
     given_up = record.state is State.IN_DOUBT and not record.asking
-    if record.outcome is not None or record.state is State.RELEASED or (given_up and record.recovery is None):
+    settled = record.outcome is not None
+    if record.state is State.RELEASED or ((given_up or settled) and record.recovery is None):
         return None, None
     tries = 0 if record.recovery is None else record.recovery.tries
     if _waited(record, stamp, now) < _wait(record) + (ELSEWHERE if elsewhere else 0):
-        return None, noticed(record, stamp, now)
+        return None, None if settled else noticed(record, stamp, now)
+    if settled and not (publishable and tries < policy.max_attempts):
+        return None, told(record)
     if record.recovery is None and record.state is State.RUNNING:
         record = _with_past(record, stamp)
-    ended = replace(record, lease=0)  # this write gives the record a new stamp, which is no sign of life
+    # This write gives the record a new stamp, which is no sign of life.
+    ended = record if settled else replace(record, lease=0)
     if not (publishable or given_up):
         return None, replace(ended, recovery=Recovery(0, NEVER))
     has_begun = record.state is not State.ACCEPTED
-    first = has_begun and not given_up and tries >= policy.max_attempts
+    first = has_begun and not (given_up or settled) and tries >= policy.max_attempts
     if first:
         _, ended = _put_in_doubt(record, (NOT_ASKED if record.asking else NOT_TAKEN).format(tries))
         tries = 0
@@ -1163,9 +1186,15 @@ def resolve(
 
 
 def told(record: Record) -> Record | None:
-    """Drop the call of a decided intent, because its caller has an answer. A short one is kept for people."""
-    kept = _for_people(record.call)
-    return replace(record, call=kept) if record.outcome is not None and record.call != kept else None
+    """Drop the call of a settled intent, because its caller has an answer. A short one is kept for people.
+
+    Returns:
+        The record to write; None: nothing.
+    """
+    if record.outcome is None:
+        return None
+    new = replace(record, call=_for_people(record), recovery=None)
+    return None if new == record else new
 
 
 def rewritten(record: Record, stamp: int, now: int) -> Record | None:
@@ -1215,7 +1244,7 @@ def cancel(
     return Done(new), new
 
 
-def _cancelled(record: Record) -> Record:
+def _cancelled(record: Record, owed: bool = False) -> Record:
     """Return the record of a cancelled intent. Its outcome says which steps are done, and which are unknown."""
     note = next(note for note in reversed(record.notes) if note.resolution is Resolution.CANCELLED)
     says = f"cancelled by {note.by}" + (f": {note.evidence}" if note.evidence else "")
@@ -1223,7 +1252,7 @@ def _cancelled(record: Record) -> Record:
         says += f"; done before: {_named(step.name for step in record.steps)}"
     if record.open_steps:
         says += f"; begun before, and not known how it ended: {_named(record.open_steps)}"
-    return _settled(record, Outcome(False, None, says, cancelled=True))
+    return _settled(record, Outcome(False, None, says, cancelled=True), owed)
 
 
 def _named(steps: Iterable[str]) -> str:

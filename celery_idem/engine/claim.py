@@ -38,7 +38,7 @@ from celery_idem.core.model import (
 from celery_idem.core.record import pack
 from celery_idem.engine import clock, events
 from celery_idem.engine.compare_and_set import Decide, Replace, change
-from celery_idem.stores.base import Announcement, Change, Reply, Store, elsewhere
+from celery_idem.stores.base import KEEP, Announcement, Change, Reply, Store, elsewhere
 
 PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
 """Seconds between tries to write to a store that does not answer; the last one repeats."""
@@ -252,12 +252,15 @@ class Hold:
 
     # --- the ends of a hold -----------------------------------------------------------
 
-    def settle(self, outcome: Outcome, patience: float, also: Announcement | None = None) -> Done | Refused:
+    def settle(
+        self, outcome: Outcome, patience: float, also: Announcement | None = None, owed: bool = False
+    ) -> Done | Refused:
         """Write how the body ended. ``Refused``: another execution took over, and the record has a note of this end.
 
         Args:
             patience: seconds to keep trying while the store does not answer.
             also: what to write and publish in the same step. ``announced`` says whether that was done.
+            owed: the answer is owed until ``closing`` is written (see ``protocol.settle``).
 
         Raises:
             StoreError: the store did not answer for that long. The record stays as it is.
@@ -267,11 +270,20 @@ class Hold:
             outcome = outcome._replace(trace=events.spans[-1]())
         return self._end(
             lambda record, stamp, now: protocol.settle(
-                self._known(record, stamp), held, outcome, True, stamp, now
+                self._known(record, stamp), held, outcome, True, stamp, now, owed
             ),
             patience,
             also,
         )
+
+    @property
+    def closing(self) -> Change | None:
+        """The write that says that the caller of the settled intent has its answer; None: no answer is owed."""
+        stored, record = self._seen
+        if record.outcome is None or record.recovery is None or stored is None:
+            return None
+        new = protocol.told(record)
+        return None if new is None else Change(self._name, stored, pack(new), KEEP, None)
 
     def schedule(self, delay: float, patience: float, task_id: str = "", call: bytes = b"") -> Done | Refused:
         """Keep the intent for its retry, for ``delay`` seconds.
@@ -313,21 +325,26 @@ class Hold:
             patience,
         )
 
-    def release(self, patience: float) -> Done | Refused:
-        """Write that nothing happened, so that any caller may claim the intent again. An absent record stays absent."""
+    def release(self, patience: float, owed: bool = False) -> Done | Refused:
+        """Write that nothing happened, so that any caller may claim the intent again. An absent record stays absent.
+
+        Args:
+            owed: if a person has cancelled it, the answer is owed, as for ``settle``.
+        """
 
         def decide(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
             if record is None:
                 return Refused(None), None
-            return protocol.release(self._known(record, stamp), self.owner)
+            return protocol.release(self._known(record, stamp), self.owner, owed)
 
         return self._end(decide, patience)
 
-    def settle_within(self, inside: Store, outcome: Outcome, value: Any) -> None:
+    def settle_within(self, inside: Store, outcome: Outcome, value: Any, owed: bool = False) -> None:
         """Write the outcome in the author's own transaction (``Store.inside``). The author commits it.
 
         Args:
             value: what every caller will get.
+            owed: as for ``settle``.
 
         Raises:
             LeaseLost: another execution took over, so the transaction must roll back.
@@ -338,7 +355,9 @@ class Hold:
             outcome = outcome._replace(trace=events.spans[-1]())
 
         def settle(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
-            return (Refused(None), None) if record is None else protocol.settle(record, held, outcome)
+            if record is None:
+                return Refused(None), None
+            return protocol.settle(record, held, outcome, owed=owed)
 
         self._enter(PENDING)
         stored, record = self._seen
@@ -375,12 +394,15 @@ class Hold:
 
     # --- questions and steps ----------------------------------------------------------
 
-    def conclude(self, answer: Outcome | None, reason: str) -> tuple[Decision, Hold | None]:
+    def conclude(
+        self, answer: Outcome | None, reason: str, owed: bool = False
+    ) -> tuple[Decision, Hold | None]:
         """Write the destination's answer to this hold's question.
 
         Args:
             answer: the outcome, if the effect happened; None if it did not, or if that is unknown.
             reason: why it is unknown; "" otherwise.
+            owed: as for ``settle``.
 
         Returns:
             The decision, and with ``Acquired`` the hold under which the body may run.
@@ -389,7 +411,7 @@ class Hold:
 
         def decide(record: Record | None, stamp: int, now: int) -> tuple[Decision, Record | None]:
             # The first time, the record is this hold's own guess, and the store has not told the time (now is 0).
-            return protocol.conclude(record or held, now or stamp, self._request, answer, reason)
+            return protocol.conclude(record or held, now or stamp, self._request, answer, reason, owed)
 
         decision: Decision = self._write(decide)
         if not isinstance(decision, Acquired):

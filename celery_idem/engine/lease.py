@@ -5,6 +5,8 @@ renews the lease, early enough to survive one failed renewal. It looks every six
 leases that are older than that. So each lease is first renewed before it is a third old. When the process dies, the
 renewals end and the lease lapses. So this must not run in another process, which could outlive the body.
 
+The same thread writes, many in one round trip, that callers have their answers (``close``).
+
 A store that hangs delays only the renewals of its own records. A thread starts with the first hold in its store, and
 ends after a while without holds. A forked child does not inherit it, and starts its own.
 """
@@ -16,6 +18,7 @@ import math
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,7 +27,7 @@ from celery_idem.core.errors import StoreError
 from celery_idem.core.model import MICROSECONDS
 from celery_idem.engine import clock, events
 from celery_idem.engine.claim import Hold
-from celery_idem.stores.base import PartlyError, Reply, Store
+from celery_idem.stores.base import Change, PartlyError, Reply, Store
 
 LOOKS_PER_LEASE = 6
 """Looks per lease. The first renewal is at a third of the lease, which leaves time for two more tries."""
@@ -34,6 +37,13 @@ LONGEST_SLEEP = 5.0
 
 SHORTEST_SLEEP = 0.01
 """The shortest time between looks, in seconds, so that a tiny lease does not cause a busy loop."""
+
+CLOSED_AT_ONCE = 100
+"""Number of answers that wake the thread before its next look, so that a busy process keeps no long list of them. One
+more round trip for a hundred tasks costs nothing."""
+
+CLOSING_KEPT = 10_000
+"""Answers that wait to be noted while the store hangs: about 10 MB. The oldest are then left to recovery."""
 
 IDLE_LOOKS = 12
 """Number of looks without holds after which a thread ends: a minute. Starting a thread takes 0.1 ms."""
@@ -106,6 +116,7 @@ class _Keeper:
     def __init__(self, collected: weakref.ref[Store]) -> None:
         self.collected = collected  # kept, because otherwise its callback is not called
         self.watched: dict[int, _Watched] = {}
+        self.closing: deque[Change] = deque(maxlen=CLOSING_KEPT)
         self._renewals = Renewals()
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
@@ -117,6 +128,13 @@ class _Keeper:
         if self._thread is None:
             self._start()
         if one.every < self._sleep:
+            self._wake.set()
+
+    def close(self, change: Change) -> None:
+        self.closing.append(change)
+        if self._thread is None:
+            self._start()
+        if len(self.closing) >= CLOSED_AT_ONCE:
             self._wake.set()
 
     def _start(self) -> None:
@@ -134,7 +152,9 @@ class _Keeper:
             self._sleep = math.inf  # a hold that is added after the next line wakes this thread
             watched = list(self.watched.values())
             self._sleep = min((one.every for one in watched), default=LONGEST_SLEEP)
-            idle = 0 if watched else idle + 1
+            idle = 0 if watched or self.closing else idle + 1
+            if self.closing:
+                self._close()
             self._renew([one.hold for one in watched if began - one.hold.written_at >= one.every])
             self._wake.wait(max(0.0, began + self._sleep - clock.elapsed()))
 
@@ -142,9 +162,15 @@ class _Keeper:
         """Note that the thread has ended, unless a hold was added meanwhile."""
         with self._starting:
             thread, self._thread = self._thread, None
-            if self.watched:
+            if self.watched or self.closing:
                 self._thread = thread
             return self._thread is None
+
+    def _close(self) -> None:
+        store = self.collected()
+        changes = [self.closing.popleft() for _ in range(len(self.closing))]
+        if store is not None:
+            write_closing(store, changes)
 
     def _renew(self, due: list[Hold]) -> None:
         if not due:
@@ -156,6 +182,14 @@ class _Keeper:
             events.emit("store_error", due[0].key, error=str(error), while_="renewing", leases=len(due))
         except Exception as error:
             events.diagnose(logging.ERROR, "renewing %d leases failed; trying again", len(due), error=error)
+
+
+def write_closing(store: Store, changes: Sequence[Change]) -> None:
+    """Write that callers have their answers. What cannot be written is left to recovery, which looks for them."""
+    try:
+        store.replace_many(changes)
+    except Exception as error:
+        events.diagnose(logging.DEBUG, "%d answers are not noted: %s", len(changes), error)
 
 
 class Renewer:
@@ -186,6 +220,10 @@ class Renewer:
         keeper = self._keepers.get(id(hold.store))
         if keeper is not None:
             keeper.watched.pop(id(hold), None)
+
+    def close(self, store: Store, closing: Change) -> None:
+        """Write at the next look, with others, that a caller has its answer (see ``Hold.closing``)."""
+        (self._keepers.get(id(store)) or self._keep(store)).close(closing)
 
 
 RENEWER = Renewer()

@@ -517,6 +517,10 @@ class Ledger:
             IdempotencyError: the broker did not take the message. The outcome stays.
         """
         publish()
+        self.told(key, policy)
+
+    def told(self, key: str, policy: Policy) -> None:
+        """Note that the caller of a settled intent has its answer."""
         self._write(key, protocol.told, policy)
 
     def cancel(self, key: str, *, by: str, evidence: str = "", fence: int | None = None) -> Entry:

@@ -53,7 +53,7 @@ from celery_idem.engine.bounded import Bounded, TooLateError
 from celery_idem.engine.claim import Hold, doubt_message, lease_lost
 from celery_idem.engine.lease import RENEWER
 from celery_idem.engine.ledger import Ledger
-from celery_idem.stores.base import Announcement
+from celery_idem.stores.base import Announcement, Change, Store
 
 T = TypeVar("T")
 
@@ -198,12 +198,28 @@ class Job(ABC):
     def announced(self) -> None:
         """Note that the announcement was written and published."""
 
+    def owed(self, also: Announcement | None = None) -> bool:
+        """Return whether the answer is given after the outcome is written, and no redelivery would give it.
+
+        Args:
+            also: what is written together with the outcome.
+        """
+        return False
+
+    def owing(self, store: Store, closing: Change) -> None:
+        """Write ``closing`` to the store when the caller has its answer."""
+
     def shown(self) -> str:
         """Return which action it is, for people. It never raises."""
         return ""
 
-    def replaying(self, own: bool) -> None:
-        """Note that the answer is that of an earlier execution; ``own``: of one with the same task id."""
+    def replaying(self, own: bool, owed: bool = False) -> None:
+        """Note that the answer is that of an earlier execution.
+
+        Args:
+            own: of one with the same task id.
+            owed: the record says that the answer is owed. It must say no more when the caller has it.
+        """
 
     def answer(self, error: T) -> T:
         """Return an error that answers this call. Nothing has failed now, and an event has said why."""
@@ -355,7 +371,7 @@ class Runner:
         """Return the stored value, or raise the stored exception."""
         key, codec, outcome = job.key, self.ledger.codec, replay.outcome
         what, why = "was not stored", outcome.missing
-        job.replaying(replay.own)
+        job.replaying(replay.own, replay.owed)
         if outcome.cancelled:
             raise job.answer(cancelled(key, outcome))
         if outcome.succeeded and outcome.payload is not None:
@@ -460,7 +476,7 @@ class Runner:
         events.emit("asked", job.key, task_id=job.task_id, answer=type(answer).__name__)
         outcome = self.ledger.outcome_of(answer.result, job.key) if isinstance(answer, Happened) else None
         unknown = answer.reason or "the destination could not tell" if isinstance(answer, Unknown) else ""
-        decision, running = hold.conclude(outcome, unknown)
+        decision, running = hold.conclude(outcome, unknown, outcome is not None and job.owed())
         return (decision._replace(first=first) if isinstance(decision, InDoubt) else decision), running
 
     def bounded(self, ask: Callable[[], Answer], timeout: float) -> Answer:
@@ -521,7 +537,11 @@ class Runner:
                 raise
             # The value's own code has failed twice. An interruption would have come only once.
             outcome, shown = Outcome(True, None, f"encoding it raised {type(error).__name__}"), value
-        self._settle(job, hold, outcome, patience, job.announcement(shown) if returned else None)
+        if returned:
+            also = job.announcement(shown)
+            self._settle(job, hold, outcome, patience, also, job.owed(also))
+        else:
+            self._settle(job, hold, outcome, patience)
         return shown
 
     # --- in the author's own transaction (rule 9) -----------------------------------------
@@ -566,6 +586,7 @@ class Runner:
         if done.record.outcome is None:
             return False
         events.emit("settled", job.key, task_id=job.task_id, succeeded=True)
+        self._owe(job, hold)
         if error is not None:
             if exits or job.kind_of(error) in SIGNALS:
                 raise error
@@ -576,14 +597,23 @@ class Runner:
         assert hold.promised is not None
         return hold.promised[1]
 
-    def _settle_error(self, job: Job, hold: Hold, error: BaseException, patience: float) -> None:
-        self._settle(job, hold, Outcome(False, self.ledger.codec.encode_error(error, job.key)), patience)
+    def _settle_error(
+        self, job: Job, hold: Hold, error: BaseException, patience: float, owed: bool = False
+    ) -> None:
+        outcome = Outcome(False, self.ledger.codec.encode_error(error, job.key))
+        self._settle(job, hold, outcome, patience, None, owed)
 
     def _settle(
-        self, job: Job, hold: Hold, outcome: Outcome, patience: float, also: Announcement | None = None
+        self,
+        job: Job,
+        hold: Hold,
+        outcome: Outcome,
+        patience: float,
+        also: Announcement | None = None,
+        owed: bool = False,
     ) -> None:
         try:
-            done = hold.settle(outcome, patience, also)
+            done = hold.settle(outcome, patience, also, owed)
         except StoreError as error:
             # Rule 7, after the body: this caller gets the outcome, which is known here. The record stays RUNNING and
             # lapses, and the intent is in doubt for every other caller.
@@ -593,7 +623,14 @@ class Runner:
             raise self._alarm(job, hold, done)
         if hold.announced:
             job.announced()
+        if owed:
+            self._owe(job, hold)
         events.emit("settled", job.key, task_id=job.task_id, succeeded=outcome.succeeded)
+
+    def _owe(self, job: Job, hold: Hold) -> None:
+        closing = hold.closing
+        if closing is not None:
+            job.owing(hold.store, closing)
 
     def _alarm(self, job: Job, hold: Hold, refused: Refused) -> LeaseLost:
         """Emit the alarm that another execution took over while this body ran: there may be two effects (rule 4)."""
@@ -644,7 +681,8 @@ class Runner:
             _despite_interruption(lambda p, last: self._settle_error(job, hold, failure, p), patience)
             raise error
         if ending is State.FAILED:
-            _despite_interruption(lambda p, last: self._settle_error(job, hold, error, p), patience)
+            owed = job.owed()
+            _despite_interruption(lambda p, last: self._settle_error(job, hold, error, p, owed), patience)
             raise error
         reason = f"the body was interrupted by {', '.join(type(cause).__name__ for cause in causes)}"
         done: Done | Refused | None = None
@@ -655,7 +693,7 @@ class Runner:
                 if not _is_cancelled(done):
                     events.emit("scheduled", job.key, task_id=job.task_id)
             elif ending is State.RELEASED:
-                done = hold.release(patience)
+                done = hold.release(patience, job.owed())
                 if not _is_cancelled(done):
                     events.emit("released", job.key, task_id=job.task_id, why=type(error).__name__)
             elif kind is Raised.EXIT:
@@ -674,6 +712,7 @@ class Runner:
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(silence))
         if done is not None and _is_cancelled(done):
             events.emit("settled", job.key, task_id=job.task_id, succeeded=False)
+            self._owe(job, hold)
             if ending is State.RELEASED:  # otherwise the published retry gets this answer
                 raise cancelled(job.key, done.record.outcome) from error
         if ending is not State.IN_DOUBT or kind in (Raised.EXIT, Raised.DOUBTFUL_RETRY):

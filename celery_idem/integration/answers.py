@@ -7,11 +7,12 @@ Celery's read protects an earlier success; here the fence has decided already th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from celery._state import get_current_task
 from celery.app.task import Task
-from celery.states import PENDING, STARTED, SUCCESS
+from celery.backends.base import DisabledBackend
+from celery.states import PENDING, READY_STATES, STARTED, SUCCESS
 
 from celery_idem.stores.base import Announcement
 
@@ -31,6 +32,36 @@ STARTING = "idem_starting"
 """Attribute of a request: the meta of STARTED, which Celery wanted to write before the claim."""
 
 _TWIN = "_idem_twin"
+
+
+class Kind(NamedTuple):
+    """What a result backend does with answers.
+
+    Attributes:
+        stores: it keeps results, or sends them.
+        tells: another process can read there whether a task has its result.
+        repeats: a task that finishes a second time does no harm to its chord.
+    """
+
+    stores: bool
+    tells: bool
+    repeats: bool
+
+    def has_answer(self, backend: Any, request: Context, stored: bool) -> bool:
+        """Whether a caller is known to have its answer. Celery writes the result after links, and before the chord."""
+        if not (self.tells and stored) or request.chord:
+            return False
+        return bool(backend.get_state(request.id) in READY_STATES)
+
+
+def kind_of(backend: Any) -> Kind:
+    """Return what a result backend does. Its class says so, and is known without importing other backends."""
+    modules = {cls.__module__ for cls in type(backend).__mro__}
+    stores = not isinstance(backend, DisabledBackend)
+    # Redis keeps a set of a chord's results. Others count, and a result that is counted twice ends the chord too early.
+    counts = bool(getattr(backend, "implements_incr", False)) and "celery.backends.redis" not in modules
+    return Kind(stores, stores and "celery.backends.rpc" not in modules, not counts)
+
 
 _WRITING = (
     "set", "_set", "_set_with_state", "store_result", "_store_result", "mark_as_done", "encode", "encode_result",

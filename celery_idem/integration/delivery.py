@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from copy import deepcopy
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from celery.app.task import Context
@@ -26,7 +27,7 @@ from celery.states import FAILURE, PROPAGATE_STATES, STARTED, SUCCESS
 from celery.utils.imports import symbol_by_name
 from celery.utils.time import maybe_iso8601
 
-from celery_idem.core import keys
+from celery_idem.core import calls, keys
 from celery_idem.core.digests import Digester
 from celery_idem.core.errors import (
     ConfigurationError,
@@ -51,17 +52,18 @@ from celery_idem.core.model import (
 )
 from celery_idem.engine import events
 from celery_idem.engine.claim import Hold, Retries
+from celery_idem.engine.lease import RENEWER, write_closing
 from celery_idem.engine.ledger import Ledger
 from celery_idem.engine.runner import Job, Options, Runner, Why
 from celery_idem.engine.shadow import ShadowRunner
 from celery_idem.engine.steps import run_step
 from celery_idem.integration import answers, declaring, describing, messages, placing, republishing
-from celery_idem.integration.answers import DONE, STARTING
+from celery_idem.integration.answers import DONE, STARTING, Kind
 from celery_idem.integration.guarded import GuardedTask
 from celery_idem.integration.messages import CARRIED
 from celery_idem.integration.settings import LONGEST, Settings
 from celery_idem.integration.wiring import is_backends, ledger_of
-from celery_idem.stores.base import Announcement
+from celery_idem.stores.base import Announcement, Change, Store
 
 T = TypeVar("T")
 
@@ -124,6 +126,9 @@ class Guard(NamedTuple):
     answers: Any = None
     """The result backend, if the store is its database, so that the write of an outcome can contain the result."""
 
+    kind: Kind = Kind(False, False, False)
+    """What the result backend does with answers."""
+
     broker: str = ""
     """The broker of the task's messages (see ``calls.Call``)."""
 
@@ -157,6 +162,7 @@ class Guard(NamedTuple):
             answers=answers.answering(task)
             if ledger.store.announces and is_backends(ledger.store, task.app)
             else None,
+            kind=answers.kind_of(task.backend),
             broker=messages.broker_of(task.app),
             unusable=ledger.codec.unusable(),
         )
@@ -384,9 +390,7 @@ class Delivery(Job):
         request = self.request
         if request.called_directly or request.callbacks or request.chain or request.chord:
             return False
-        # As Celery's get_actual_ignore_result, which 5.4 does not have: the request goes before the class.
-        given = vars(request).get("ignore_result")
-        return bool(self.task.ignore_result if given is None else given)
+        return not self._stored
 
     def announcement(self, value: Any) -> Announcement | None:
         backend = self.guard.answers
@@ -404,10 +408,44 @@ class Delivery(Job):
     def announced(self) -> None:
         vars(self.request)[answers.ANSWERED] = True
 
-    def replaying(self, own: bool) -> None:
+    def owed(self, also: Announcement | None = None) -> bool:
+        request, guard = self.request, self.guard
+        if also is not None and request.chord is None:
+            return False
+        # A call in a body has the request of the message, but is not its answer. Late, the message itself comes again.
+        if self.in_place or self.outer is not None or self.task.acks_late:
+            return False
+        if not guard.settings.recover or calls.missing(self.call) is not None or not self.call:
+            return False
+        if request.chord is not None and not guard.kind.repeats:
+            return False
+        stored = guard.kind.stores and self._stored
+        return bool(stored or request.callbacks or request.errbacks or request.chain or request.chord)
+
+    def owing(self, store: Store, closing: Change) -> None:
+        # What recovery can find out itself may be noted later.
+        later = self.guard.kind.tells and self._stored and not self.request.chord
+        note = RENEWER.close if later else (lambda store, closing: write_closing(store, [closing]))
+        vars(self.request)[placing.OWED] = partial(note, store, closing)
+
+    @property
+    def _stored(self) -> bool:
+        """Whether Celery stores the result. As its get_actual_ignore_result, which 5.4 does not have."""
+        given = vars(self.request).get("ignore_result")  # it goes before the class
+        return not (self.task.ignore_result if given is None else given)
+
+    def replaying(self, own: bool, owed: bool = False) -> None:
         self.request.idem_replayed = True
+        if owed:
+            vars(self.request)[placing.OWED] = self._told
         if not own and not (self.request.delivery_info or {}).get("redelivered"):
             vars(self.request)[answers.FIRST] = True
+
+    def _told(self) -> None:
+        try:
+            self.guard.ledger.told(self.key, self.options.policy)
+        except StoreError as error:  # recovery looks again
+            events.diagnose(logging.DEBUG, "%s: its answer is not noted: %s", self.key, error)
 
     def answer(self, error: T) -> T:
         vars(self.request)[placing.ANSWER] = type(error)

@@ -5,7 +5,8 @@ ours. (Flask's documented pattern opens its application context in ``__call__`` 
 no method of a base class. It is put into the task's own class when that is bound. A ``__call__`` of the bases then runs
 inside the guard, around the body. A class without an intent is not changed.
 
-``run`` is wrapped too, in the net. A delivery that calls ``run`` without a claim has bypassed the guard: ``__call__``
+``after_return`` is wrapped, because Celery calls it when a task's caller has its answer. ``run`` is wrapped too, in the
+net. A delivery that calls ``run`` without a claim has bypassed the guard: ``__call__``
 was replaced later, or a tracer calls ``run``. The net sends it through the guard.
 """
 
@@ -33,7 +34,10 @@ _CELERYS = frozenset({"celery.app.task", "celery.app.trace"})
 
 _NOTHING: Any = object()
 
-_PLACED = ("__call__", "run", "throws")
+OWED = "idem_owed"
+"""Attribute of a request whose answer is owed: a function to call when Celery has given it."""
+
+_PLACED = ("__call__", "run", "throws", "after_return")
 """Attributes that are put into a guarded task's class."""
 
 
@@ -48,6 +52,7 @@ def put_on(cls: type[Any], guard: Callable[..., Any]) -> None:
     setattr(cls, "__call__", guard)  # noqa: B010  # mypy takes an assignment for a mistake
     cls.run = net
     cls.throws = _Throws(beneath(cls, "throws"))
+    cls.after_return = _after_return(beneath(cls, "after_return"))
 
 
 def take_off(cls: type[Any]) -> None:
@@ -148,6 +153,21 @@ def _net(found: Any) -> Callable[..., Any]:
             signature = signature.replace(parameters=[myself, *signature.parameters.values()])
             setattr(run, "__signature__", signature)  # noqa: B010  # mypy knows only functools' attributes
     return run
+
+
+def _after_return(found: Any) -> Callable[..., None]:
+    """Return the ``after_return`` of a guarded task. Celery calls it when links, result and chord are done."""
+    own = None if found is Task.after_return else found
+
+    def after_return(self: Any, *args: Any) -> None:
+        stack = self.request_stack.stack
+        owed = vars(stack[-1]).pop(OWED, None) if stack else None  # the author's code may call this method
+        if owed is not None:
+            owed()
+        if own is not None:
+            _bound(own, self)(*args)
+
+    return after_return
 
 
 def _opened(stack: list[Any]) -> int:

@@ -21,7 +21,7 @@ from celery_idem.core.model import Publish, Record, Tell
 from celery_idem.engine import events, runner
 from celery_idem.engine.entries import Entry
 from celery_idem.engine.ledger import Ledger
-from celery_idem.integration import messages
+from celery_idem.integration import answers, messages
 from celery_idem.integration.guarded import GuardedTask, guarded_task, guarded_tasks
 from celery_idem.integration.looks import FORKS, Beside, Looks
 
@@ -133,6 +133,9 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
     if taken is None or call is None:
         why = why_not(app, entry.key, entry.record, guard.settings.recover)
         return Found(entry, False, why) if why else None
+    if entry.record.outcome is not None and _has_answer(app, task, entry.key, call):
+        ledger.told(entry.key, guard.options.policy)
+        return None
     if messages.expired(app, call):  # some brokers drop such a message, and then no worker tells the caller
         ledger.revoked(entry.key, call.task_id, guard.options.policy)
         if not task.ignore_result:
@@ -152,6 +155,16 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
     tries = taken.record.recovery.tries if taken.record.recovery else 0
     events.emit("recovered", entry.key, task_id=call.task_id, tries=tries, state=entry.state)
     return Found(entry, True)
+
+
+def _has_answer(app: Celery, task: GuardedTask, key: str, call: Call) -> bool:
+    """Whether the caller of a settled intent has its answer, though its worker did not live to say so."""
+    try:
+        request = messages.request_of(app, key, call)
+        return answers.kind_of(task.backend).has_answer(task.backend, request, not request.ignore_result)
+    except Exception as error:  # of any serializer, or of any result backend
+        events.diagnose(logging.WARNING, "recovery: %s: is its caller answered? %s", key, error)
+        return False
 
 
 ITS_OWN_FIRST = "it came from another broker, whose workers come first"

@@ -895,7 +895,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         inside = ledger.store.inside(connection)
         settlement = Settlement()
         yield settlement
-        claim.settle_within(inside, *ledger.encode(settlement.result, claim.key))
+        owed = next(self._held()).owed()
+        claim.settle_within(inside, *ledger.encode(settlement.result, claim.key), owed)
 
 
 def _asked(cls: type[Any], app: Celery) -> bool:

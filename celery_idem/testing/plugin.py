@@ -184,7 +184,7 @@ def _deliver(task: Any, request: Any, args: Any, kwargs: Any, clock: FakeClock) 
     class DiesBeforeTheRecord(Runner):
         held: Any = None
 
-        def _settle(self, job: Any, hold: Any, outcome: Any, patience: float, also: Any = None) -> None:
+        def _settle(self, job: Any, hold: Any, outcome: Any, *more: Any) -> None:
             self.held = (hold, outcome)
 
     guard = task.guard

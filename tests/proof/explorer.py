@@ -37,7 +37,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -77,7 +77,7 @@ from celery_idem.engine.entries import Entry
 from celery_idem.engine.ledger import Ledger
 from celery_idem.engine.runner import Job, Options, Runner, Why
 from celery_idem.engine.steps import run_step
-from celery_idem.stores.base import Reply
+from celery_idem.stores.base import Announcement, Change, Reply, Store
 from celery_idem.stores.memory import MemoryStore
 from tests.proof import standing
 from tests.proof.standing import Outlook, Standing, due_in, part
@@ -391,6 +391,17 @@ class ModelJob(Job):
             self.due = message.published / 1e6
         if world.scenario.recoverers:
             self.call = message.call
+        self.told: Callable[[], object] | None = None
+
+    def owed(self, also: Announcement | None = None) -> bool:
+        return bool(self.world.scenario.recoverers and self.world.scenario.early)
+
+    def owing(self, store: Store, closing: Change) -> None:
+        self.told = partial(store.replace, *closing)
+
+    def replaying(self, own: bool, owed: bool = False) -> None:
+        if owed:
+            self.told = partial(self.world.ledger.told, KEY, self.world.options.policy)
 
     def orphaned(self, call: bytes) -> None:
         self.world.publish(call, (*self.actor.name, 3))
@@ -787,7 +798,12 @@ class World:
         except Exit:
             self.died(actor)
             return
+        if self.scenario.recoverers and self.scenario.early:
+            self.pause(Point("answer"))  # the worker may die before it answers
         self.told.add(message.task_id)
+        if job.told is not None:
+            with contextlib.suppress(StoreError):
+                job.told()
 
     def ended(self, actor: Actor, job: ModelJob, message: Message) -> None:
         """Run a delivery until its caller receives an answer. If it ends in another way, that is raised."""
@@ -808,8 +824,6 @@ class World:
             self.check_refusal(actor)
             self.excused = True
         except OutcomeUnknown:
-            if self.scenario.recoverers and self.scenario.early:
-                self.pause(Point("answer"))  # the worker may die before it answers
             if self.closing and not self.excused and not self.asked_to_stop:
                 self.broken("in doubt for ever without a crash or an ambiguous end")
         else:
@@ -1229,6 +1243,8 @@ class World:
             return
         if record.state in HOLDS_CALL or record.asking:
             self.broken(f"recovery left it {record.state.name}")
+        if record.outcome is not None and record.recovery is not None:
+            self.broken("an answer is owed for ever")
         if self.begun - self.told:
             self.broken(f"left without an answer: {self.begun - self.told}")
 

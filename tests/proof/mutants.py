@@ -207,11 +207,13 @@ def conclude_forgets_max_attempts(
 # --- rule 4: only the owner may write -------------------------------------------------
 
 
-def anybody_settles(record: Record | None, held: Record, outcome: Any, *where: Any) -> Any:
+def anybody_settles(
+    record: Record | None, held: Record, outcome: Any, *where: Any, owed: bool = False
+) -> Any:
     if record is not None and record.outcome is None:
         new = protocol._settled(record, outcome)
         return Done(new), new
-    return _settle(record, held, outcome, *where)
+    return _settle(record, held, outcome, *where, owed=owed)
 
 
 def settled_twice(record: Record | None, held: Record, outcome: Any, *where: Any) -> Any:
@@ -229,7 +231,7 @@ def settled_is_held(record: Record, owner: bytes) -> bool:
     return record.owner == owner
 
 
-def anybody_releases(record: Record, owner: bytes) -> Any:
+def anybody_releases(record: Record, owner: bytes, owed: bool = False) -> Any:
     if record.outcome is not None:
         return Refused(record), None
     new = record._replace(state=State.RELEASED, owner=NO_OWNER, lease=0, asking=b"", reason="")
@@ -458,6 +460,14 @@ def told_or_not(record: Record, reason: str) -> Any:
     return decision, new._replace(recovery=None)
 
 
+def no_answer_is_owed(record: Record, outcome: Any, owed: bool = False) -> Any:
+    return _settled(record, outcome)
+
+
+def an_owed_answer_is_nobodys(record: Record, policy: Any = None) -> Any:
+    return _due(record, policy) if record.outcome is None else None
+
+
 def two_recoverers_write_the_same(*given: Any) -> Any:
     return _recover(*given[:5])
 
@@ -498,6 +508,7 @@ def too_late_runs(request: Request, now: int) -> Any:
 
 _recover = protocol.recover
 _due = protocol.due
+_settled = protocol._settled
 _put_in_doubt = protocol._put_in_doubt
 _schedule = protocol.schedule
 _accept = protocol.accept
@@ -650,6 +661,9 @@ MUTANTS = (
     Mutant("11: a question is nobody's", "recovery: askers die", {"due": a_question_is_nobodys}),
     Mutant("11: a doubt is told or not", "recovery: dies twice", {"_put_in_doubt": told_or_not}),
     Mutant("11: nor by the living", "recovery: an ambiguous end", {"_put_in_doubt": told_or_not}),
+    Mutant("11: no answer is owed", "recovery: crash", {"_settled": no_answer_is_owed}),
+    Mutant("11: nor that of a question", "recovery: reconcile", {"_settled": no_answer_is_owed}),
+    Mutant("11: an owed answer is nobody's", "recovery: rerun", {"due": an_owed_answer_is_nobodys}),
     Mutant("11: given up in silence", "recovery: given up", {"recover": given_up_in_silence}),
     Mutant(
         "11: a renewal is no sign of life", "recovery: renewals", {"_alive": lambda record, lease: record}
