@@ -1,0 +1,169 @@
+"""The answer of a settled intent is owed until Celery has given it: by the backend, to links, a chain, a chord.
+
+Every process of the worker is killed between the settlement and Celery's answer. The message was acknowledged before
+the body, so no redelivery comes.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery, chain, chord
+from celery.result import AsyncResult
+
+from celery_idem.engine.ledger import Ledger
+from celery_idem.stores import open_store
+from tests.support.effects import Effects
+from tests.support.servers import RedisServer
+from tests.support.waiting import wait_for
+from tests.support.workers import CeleryWorker
+
+WITHIN = 60.0  # seconds; on a quiet machine it takes five
+
+
+class Stage:
+    """A producer that has none of the tasks, and workers."""
+
+    def __init__(self, folder: Path, redis: RedisServer, results: int) -> None:
+        self.folder = folder
+        folder.mkdir()
+        self.effects = Effects(folder / "effects.jsonl")
+        self.ledger = Ledger(open_store(redis.url_for(1)))
+        self.app = Celery(
+            "producer", broker=redis.url_for(0), backend=redis.url_for(results), set_as_current=False
+        )
+        self.app.conf.task_default_queue = f"owing-{uuid.uuid4().hex}"
+        self.environment = {
+            "OWED_FOLDER": str(folder),
+            "OWED_BROKER": redis.url_for(0),
+            "OWED_BACKEND": redis.url_for(results),
+            "OWED_STORE": redis.url_for(1),
+            "OWED_QUEUE": self.app.conf.task_default_queue,
+        }
+        self.workers: list[CeleryWorker] = []
+
+    def start(self, **options: Any) -> CeleryWorker:
+        worker = CeleryWorker("tests.faults.owing", self.folder, env=self.environment, **options)
+        self.workers.append(worker)
+        return worker
+
+    def signature(self, task: str, intent: str, at: str = "", **more: Any) -> Any:
+        kwargs = {"intent": intent, **({"at": at} if at else {}), **more}
+        return self.app.signature(task, kwargs=kwargs, immutable=True)
+
+    def wait_stopped(self, *intents: str) -> None:
+        for intent in intents:
+            wait_for((self.folder / f"stopped-{intent}").exists, WITHIN, f"{intent} to be settled")
+
+    def owed(self) -> list[str]:
+        """The settled intents whose answer is owed, and those whose records hold a call."""
+        return [
+            entry.key
+            for entry in self.ledger.list()
+            if entry.record.outcome is not None and (entry.record.recovery is not None or entry.record.call)
+        ]
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+        with self.app.connection_for_write() as connection:
+            connection.default_channel.client.flushall()
+        self.ledger.store.close()
+        self.app.close()
+
+
+@pytest.fixture
+def stage(tmp_path: Path, own_redis: RedisServer) -> Iterator[Callable[[int], Stage]]:
+    stages: list[Stage] = []
+
+    def make(results: int) -> Stage:
+        stages.append(Stage(tmp_path / "stage", own_redis, results))
+        return stages[-1]
+
+    yield make
+    for one in stages:
+        one.close()
+
+
+RESULTS = {"elsewhere": 2, "in the store's database": 1}
+
+
+@pytest.mark.parametrize("results", RESULTS.values(), ids=RESULTS)
+def test_a_worker_is_killed_before_celery_answers(stage: Callable[[int], Stage], results: int) -> None:
+    scene = stage(results)
+    first = scene.start(concurrency=10)
+    follow = {name: scene.signature("follow", f"after {name}") for name in ("linked", "quiet", "failed")}
+    answers: dict[str, AsyncResult] = {
+        "linked": scene.signature("early", "linked", "settled").apply_async(link=follow["linked"]),
+        "failed": scene.signature("early", "failed", "settled", fails=True).apply_async(
+            link_error=follow["failed"]
+        ),
+        "after chain": chain(
+            scene.signature("early", "head", "settled"), scene.signature("follow", "after chain")
+        ).apply_async(),
+        "after chord": chord(
+            [scene.signature("early", f"part {n}", "settled") for n in range(2)],
+            scene.signature("follow", "after chord"),
+        ).apply_async(),
+        "reported": scene.signature("reported", "reported", "settled").apply_async(
+            link=scene.signature("follow", "after reported")
+        ),
+    }
+    scene.signature("quiet", "quiet", "settled").apply_async(link=follow["quiet"])
+    stopping = ["linked", "failed", "head", "part 0", "part 1", "reported", "quiet"]
+    if results == RESULTS["elsewhere"]:
+        answers["plain"] = scene.signature("early", "plain", "settled").apply_async()
+        stopping.append("plain")
+    scene.wait_stopped(*stopping)
+    first.kill()
+    assert {name: answer.state for name, answer in answers.items()} == dict.fromkeys(answers, "PENDING")
+    assert len(scene.owed()) == len(stopping)
+    scene.start(concurrency=2)
+    ends = {name: answer.get(timeout=WITHIN, propagate=False) for name, answer in answers.items()}
+    assert isinstance(ends.pop("failed"), ValueError)
+    assert ends == {name: name if name.startswith("after") else f"done: {name}" for name in ends}
+    after = [*(f"after {name}" for name in (*follow, "reported")), "after chain", "after chord"]
+    for intent in after:
+        scene.effects.wait(intent, timeout=WITHIN)
+    wait_for(lambda: not scene.owed(), WITHIN, "the calls to be dropped")
+    once = [*stopping, *after, "reported is SUCCESS"]
+    assert scene.effects.counts() == dict.fromkeys(once, 1)
+
+
+def test_a_worker_is_killed_before_it_notes_that_celery_has_answered(stage: Callable[[int], Stage]) -> None:
+    """Recovery looks whether the caller has its answer, and publishes nothing."""
+    scene = stage(RESULTS["elsewhere"])
+    first = scene.start(concurrency=4)
+    calls = [
+        scene.signature("early", "plain", "answered").apply_async(),
+        scene.signature("early", "linked", "answered").apply_async(link=scene.signature("follow", "after")),
+        scene.signature("early", "failed", "answered", fails=True).apply_async(),
+    ]
+    scene.wait_stopped("plain", "linked", "failed")
+    scene.effects.wait("after")
+    first.kill()
+    assert [call.state for call in calls] == ["SUCCESS", "SUCCESS", "FAILURE"]
+    assert len(scene.owed()) == len(calls)
+    second = scene.start()
+    wait_for(lambda: not scene.owed(), WITHIN, "recovery to see that the callers have their answers")
+    assert "received" not in second.log_text()
+    assert scene.effects.counts() == dict.fromkeys(("plain", "linked", "failed", "after"), 1)
+
+
+def test_nothing_is_owed_for_long_when_nothing_breaks(stage: Callable[[int], Stage]) -> None:
+    scene = stage(RESULTS["elsewhere"])
+    worker = scene.start(concurrency=2)
+    number = 250  # more than are noted at once
+    calls = [scene.signature("early", f"n{n}").apply_async() for n in range(number)]
+    parts = chord(
+        [scene.signature("early", f"part {n}") for n in range(3)], scene.signature("follow", "after")
+    ).apply_async()
+    for call in (*calls, parts):
+        call.get(timeout=WITHIN)
+    wait_for(lambda: not scene.owed(), WITHIN, "the calls to be dropped")
+    assert worker.log_text().count("received") == number + 3 + 1
+    assert list(scene.ledger.list("open")) == []
