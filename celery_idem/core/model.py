@@ -444,7 +444,7 @@ class Publish(NamedTuple):
 
 
 class Tell(NamedTuple):
-    """Tell the caller that the intent is in doubt, once ``record`` is written.
+    """Tell the caller the outcome, or that the intent is in doubt, once ``record`` is written.
 
     Attributes:
         first: recovery itself has given the intent up, so no process has told the caller before.

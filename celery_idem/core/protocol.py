@@ -54,6 +54,7 @@ recover       RUNNING, SCHEDULED, ACCEPTED   same, lease over; not taken: IN_DOU
 recover       IN_DOUBT, asked or given up    same, question over                           (11)
 recover       SUCCEEDED, FAILED, CANCELLED   same: its answer is owed, or is not any more  (11)
 answered      IN_DOUBT                       same, and recovery leaves it to a person      (11)
+answered      SUCCEEDED, FAILED, CANCELLED   as told                                       (11)
 revoked       ACCEPTED, SCHEDULED            RELEASED                                    (11)
 settle        RUNNING, IN_DOUBT, absent      SUCCEEDED or FAILED
 told          SUCCEEDED, FAILED, CANCELLED   same, and no answer is owed any more          (11)
@@ -144,6 +145,10 @@ whether the caller has an answer, of an intent in doubt, or of a settled one who
 ELSEWHERE = 60_000_000
 """Microseconds that a call from another broker is left to the workers of that broker. After that, it has no workers, or
 it has another address now."""
+
+REBUILT_FOR = 60_000_000
+"""Microseconds after its settlement for which an owed answer is put into an index that is rebuilt. Most settled records
+still say that an answer is owed, long after it was given: only their entry in the index was taken out."""
 
 LONGEST_WAIT = 3_600_000_000
 """The longest time between two publications, in microseconds."""
@@ -246,6 +251,13 @@ def due(record: Record, policy: Policy | None = None) -> int | None:
         return NEVER
     mark = record.noticed
     return _wait(record) if mark is None else _wait(record) + mark.at - mark.stamp
+
+
+def due_again(record: Record, stamp: int, now: int, policy: Policy | None = None) -> int | None:
+    """As ``due``, for an index that is built from the records."""
+    if record.outcome is not None and now - stamp > REBUILT_FOR:
+        return None
+    return due(record, policy)
 
 
 def _wait(record: Record) -> int:
@@ -650,7 +662,7 @@ def _ask(record: Record, now: int, request: Request) -> tuple[Ask, Record]:
 
 
 def conclude(
-    record: Record, now: int, request: Request, answer: Outcome | None, reason: str, owed: bool = False
+    record: Record, now: int, request: Request, answer: Outcome | None, reason: str, owed: bytes | None = None
 ) -> tuple[Decision, Record | None]:
     """Decide on an intent by the destination's answer.
 
@@ -668,7 +680,7 @@ def conclude(
     if answer is not None and record.state in (State.IN_DOUBT, State.RELEASED):
         # Evidence that it happened counts, whichever worker asked, and even if a person decided that it did not.
         note = Note(now, "reconcile", "happened", "", resolution=Resolution.HAPPENED)
-        new = _settled(_noted(record, note), answer, owed and record.task_id == request.task_id)
+        new = _settled(_noted(record, note), answer, owed if record.task_id == request.task_id else None)
         if not request.task_id:  # an operator asked, so the action's own caller has no answer yet
             new = replace(new, call=record.call)
         return Replay(answer, owed=new.recovery is not None), new
@@ -691,11 +703,11 @@ def conclude(
     return _acquire(record, now, request)
 
 
-def _settled(record: Record, outcome: Outcome, owed: bool = False) -> Record:
+def _settled(record: Record, outcome: Outcome, owed: bytes | None = None) -> Record:
     """Return the settled record: only what a replay, a late owner, or the attempt after a failure needs.
 
     Args:
-        owed: Celery has still to answer the caller. The call stays until it has.
+        owed: as for ``settle``.
     """
     state = State.CANCELLED if outcome.cancelled else _SUCCEEDED if outcome.succeeded else _FAILED
     return Record(
@@ -710,11 +722,14 @@ def _settled(record: Record, outcome: Outcome, owed: bool = False) -> Record:
         notes=record.notes,
         digests=record.digests,
         scope=record.scope,
-        call=record.call if owed else _for_people(record) if record.notes else b"",
+        call=owed or (_for_people(record) if record.notes else b""),
         place=record.place if record.notes else "",  # an operator may look for both attempts
-        recovery=Recovery(0, PUBLISHED_WAIT) if owed else None,
+        recovery=None if owed is None else ANSWER_OWED,
         outcome=outcome,
     )
+
+
+ANSWER_OWED = Recovery(0, PUBLISHED_WAIT)
 
 
 def _for_people(record: Record) -> bytes:
@@ -769,7 +784,7 @@ def settle(
     suspect: bool = False,
     stamp: int = 0,
     now: int = 0,
-    owed: bool = False,
+    owed: bytes | None = None,
 ) -> tuple[Done | Refused, Record | None]:
     """Record how the body ended. If that is refused, note the suspected second effect in the record that is there.
 
@@ -778,8 +793,9 @@ def settle(
         held: the record as this execution last wrote it.
         suspect: note a refusal. False: a refusal undoes the body's effects (a transaction).
         stamp: the store's time when ``record`` was written.
-        owed: Celery answers the caller after this write, and if its process dies before that, only recovery can see
-            to it. ``told`` says that it has answered.
+        owed: not None: Celery answers the caller after this write. If its process dies before that, only recovery can
+            see to it, by what is kept here: the packed call, to be published again; or b"", if the result is the whole
+            answer. ``told`` says that it was given.
     """
     record = restored(record, held)
     if _holds(record, held.owner):
@@ -868,11 +884,11 @@ def schedule(
     return Refused(record), None
 
 
-def release(record: Record, owner: bytes, owed: bool = False) -> tuple[Done | Refused, Record | None]:
+def release(record: Record, owner: bytes, owed: bytes | None = None) -> tuple[Done | Refused, Record | None]:
     """Release an intent, after a body without an effect (but finished steps). Any caller may claim it again.
 
     Args:
-        owed: if that cancels it, the answer is owed, as for ``settle``.
+        owed: for an intent that this cancels, as for ``settle``.
     """
     if _holds(record, owner):
         if stopping(record):
@@ -1034,8 +1050,8 @@ def recover(
     An overdue call is published again, and its delivery decides what becomes of it, as any other delivery. There is
     one exception. An action that had begun is given up, in doubt, after ``max_attempts`` publications that no worker
     took, or after which no worker received an answer of the destination. The caller of what is in doubt is told, again
-    and again, until ``answered``. If the answer of a settled intent is owed, its call is published too: the delivery
-    finds the outcome, and Celery answers with that.
+    and again, until ``answered``. So is the caller of a settled intent to whom an answer is owed; or, if its record
+    has the call, that is published: the delivery finds the outcome, and Celery does all that comes after it.
 
     Args:
         publishable: the record holds its whole call, and the author has not set ``recover=False``.
@@ -1052,13 +1068,13 @@ def recover(
     tries = 0 if record.recovery is None else record.recovery.tries
     if _waited(record, stamp, now) < _wait(record) + (ELSEWHERE if elsewhere else 0):
         return None, None if settled else noticed(record, stamp, now)
-    if settled and not (publishable and tries < policy.max_attempts):
+    if settled and publishable and tries >= policy.max_attempts:
         return None, told(record)
     if record.recovery is None and record.state is State.RUNNING:
         record = _with_past(record, stamp)
     # This write gives the record a new stamp, which is no sign of life.
     ended = record if settled else replace(record, lease=0)
-    if not (publishable or given_up):
+    if not (publishable or given_up or settled):
         return None, replace(ended, recovery=Recovery(0, NEVER))
     has_begun = record.state is not State.ACCEPTED
     first = has_begun and not (given_up or settled) and tries >= policy.max_attempts
@@ -1067,15 +1083,17 @@ def recover(
         tries = 0
     pause = min(PUBLISHED_WAIT << 2 * min(tries, 8), LONGEST_WAIT)  # after eight tries it is past the longest
     new = replace(ended, recovery=Recovery(min(tries + 1, MAX_CRASHES), pause + jitter))
-    return Tell(new, first) if first or given_up else Publish(new), new
+    return Tell(new, first) if first or given_up or not publishable else Publish(new), new
 
 
 def answered(record: Record, taken: Record) -> Record | None:
-    """Leave an intent in doubt to a person: its caller has an answer, so recovery need not look again.
+    """Note that a caller has its answer, so that recovery need not look again. What is in doubt is left to a person.
 
     Args:
         taken: the record as recovery wrote it.
     """
+    if record.outcome is not None:
+        return told(record)
     same = record.state is State.IN_DOUBT and not record.asking and record.recovery == taken.recovery
     return replace(record, recovery=None) if same else None
 
@@ -1244,7 +1262,7 @@ def cancel(
     return Done(new), new
 
 
-def _cancelled(record: Record, owed: bool = False) -> Record:
+def _cancelled(record: Record, owed: bytes | None = None) -> Record:
     """Return the record of a cancelled intent. Its outcome says which steps are done, and which are unknown."""
     note = next(note for note in reversed(record.notes) if note.resolution is Resolution.CANCELLED)
     says = f"cancelled by {note.by}" + (f": {note.evidence}" if note.evidence else "")

@@ -38,7 +38,7 @@ from celery_idem.core.model import (
 from celery_idem.core.record import pack
 from celery_idem.engine import clock, events
 from celery_idem.engine.compare_and_set import Decide, Replace, change
-from celery_idem.stores.base import KEEP, Announcement, Change, Reply, Store, elsewhere
+from celery_idem.stores.base import Announcement, Change, Mark, Reply, Store, elsewhere
 
 PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
 """Seconds between tries to write to a store that does not answer; the last one repeats."""
@@ -253,14 +253,14 @@ class Hold:
     # --- the ends of a hold -----------------------------------------------------------
 
     def settle(
-        self, outcome: Outcome, patience: float, also: Announcement | None = None, owed: bool = False
+        self, outcome: Outcome, patience: float, also: Announcement | None = None, owed: bytes | None = None
     ) -> Done | Refused:
         """Write how the body ended. ``Refused``: another execution took over, and the record has a note of this end.
 
         Args:
             patience: seconds to keep trying while the store does not answer.
             also: what to write and publish in the same step. ``announced`` says whether that was done.
-            owed: the answer is owed until ``closing`` is written (see ``protocol.settle``).
+            owed: see ``protocol.settle``.
 
         Raises:
             StoreError: the store did not answer for that long. The record stays as it is.
@@ -277,13 +277,20 @@ class Hold:
         )
 
     @property
-    def closing(self) -> Change | None:
-        """The write that says that the caller of the settled intent has its answer; None: no answer is owed."""
-        stored, record = self._seen
-        if record.outcome is None or record.recovery is None or stored is None:
-            return None
-        new = protocol.told(record)
-        return None if new is None else Change(self._name, stored, pack(new), KEEP, None)
+    def owes(self) -> bool:
+        """Whether the record says that the answer is owed."""
+        record = self._seen[1]
+        return record.outcome is not None and record.recovery is not None
+
+    def told(self) -> None:
+        """Write that the caller of the settled intent has its answer."""
+        self._write(lambda record, stamp, now: (None, None if record is None else protocol.told(record)))
+
+    @property
+    def closing(self) -> Mark:
+        """What takes the settled record out of the index, once its caller has the answer."""
+        stored = self._seen[0]
+        return Mark(self._name, 0 if stored is None else stored.stamp, None)
 
     def schedule(self, delay: float, patience: float, task_id: str = "", call: bytes = b"") -> Done | Refused:
         """Keep the intent for its retry, for ``delay`` seconds.
@@ -325,11 +332,11 @@ class Hold:
             patience,
         )
 
-    def release(self, patience: float, owed: bool = False) -> Done | Refused:
+    def release(self, patience: float, owed: bytes | None = None) -> Done | Refused:
         """Write that nothing happened, so that any caller may claim the intent again. An absent record stays absent.
 
         Args:
-            owed: if a person has cancelled it, the answer is owed, as for ``settle``.
+            owed: see ``protocol.release``.
         """
 
         def decide(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
@@ -339,7 +346,7 @@ class Hold:
 
         return self._end(decide, patience)
 
-    def settle_within(self, inside: Store, outcome: Outcome, value: Any, owed: bool = False) -> None:
+    def settle_within(self, inside: Store, outcome: Outcome, value: Any, owed: bytes | None = None) -> None:
         """Write the outcome in the author's own transaction (``Store.inside``). The author commits it.
 
         Args:
@@ -395,7 +402,7 @@ class Hold:
     # --- questions and steps ----------------------------------------------------------
 
     def conclude(
-        self, answer: Outcome | None, reason: str, owed: bool = False
+        self, answer: Outcome | None, reason: str, owed: bytes | None = None
     ) -> tuple[Decision, Hold | None]:
         """Write the destination's answer to this hold's question.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from celery_idem.core import protocol
 from celery_idem.core.errors import StoreError
-from celery_idem.core.model import Policy, Record, Refused, State, Stored
+from celery_idem.core.model import Policy, Publish, Record, Refused, State, Stored, Tell
 from celery_idem.core.record import pack, unpack
 from celery_idem.engine import clock
 from celery_idem.stores.base import KEEP, Reply, Store
@@ -87,7 +87,7 @@ def change(
             continue
         value = pack(new)
         ttl = 0 if new is DELETED else protocol.ttl(new, policy) if policy is not None else None
-        if ttl and stored is not None and isinstance(decision, Refused):
+        if ttl and stored is not None and isinstance(decision, (Refused, Publish, Tell)):
             ttl = KEEP  # this write only notes something
         due = protocol.due(new, policy)
         before = clock.elapsed()

@@ -5,7 +5,8 @@ renews the lease, early enough to survive one failed renewal. It looks every six
 leases that are older than that. So each lease is first renewed before it is a third old. When the process dies, the
 renewals end and the lease lapses. So this must not run in another process, which could outlive the body.
 
-The same thread writes, many in one round trip, that callers have their answers (``close``).
+The same thread takes settled records out of the index when their callers have the answer, many in one round trip
+(``close``).
 
 A store that hangs delays only the renewals of its own records. A thread starts with the first hold in its store, and
 ends after a while without holds. A forked child does not inherit it, and starts its own.
@@ -27,7 +28,7 @@ from celery_idem.core.errors import StoreError
 from celery_idem.core.model import MICROSECONDS
 from celery_idem.engine import clock, events
 from celery_idem.engine.claim import Hold
-from celery_idem.stores.base import Change, PartlyError, Reply, Store
+from celery_idem.stores.base import Mark, PartlyError, Reply, Store
 
 LOOKS_PER_LEASE = 6
 """Looks per lease. The first renewal is at a third of the lease, which leaves time for two more tries."""
@@ -43,7 +44,7 @@ CLOSED_AT_ONCE = 100
 more round trip for a hundred tasks costs nothing."""
 
 CLOSING_KEPT = 10_000
-"""Answers that wait to be noted while the store hangs: about 10 MB. The oldest are then left to recovery."""
+"""Answers that wait to be noted while the store hangs: about 2 MB. The oldest are then left to recovery."""
 
 IDLE_LOOKS = 12
 """Number of looks without holds after which a thread ends: a minute. Starting a thread takes 0.1 ms."""
@@ -116,7 +117,7 @@ class _Keeper:
     def __init__(self, collected: weakref.ref[Store]) -> None:
         self.collected = collected  # kept, because otherwise its callback is not called
         self.watched: dict[int, _Watched] = {}
-        self.closing: deque[Change] = deque(maxlen=CLOSING_KEPT)
+        self.closing: deque[Mark] = deque(maxlen=CLOSING_KEPT)
         self._renewals = Renewals()
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
@@ -130,8 +131,8 @@ class _Keeper:
         if one.every < self._sleep:
             self._wake.set()
 
-    def close(self, change: Change) -> None:
-        self.closing.append(change)
+    def close(self, mark: Mark) -> None:
+        self.closing.append(mark)
         if self._thread is None:
             self._start()
         if len(self.closing) >= CLOSED_AT_ONCE:
@@ -168,9 +169,13 @@ class _Keeper:
 
     def _close(self) -> None:
         store = self.collected()
-        changes = [self.closing.popleft() for _ in range(len(self.closing))]
-        if store is not None:
-            write_closing(store, changes)
+        marks = [self.closing.popleft() for _ in range(len(self.closing))]
+        if store is None:
+            return
+        try:
+            store.mark(marks)
+        except Exception as error:  # recovery looks whether their callers have the answer
+            events.diagnose(logging.DEBUG, "%d answers are not noted: %s", len(marks), error)
 
     def _renew(self, due: list[Hold]) -> None:
         if not due:
@@ -182,14 +187,6 @@ class _Keeper:
             events.emit("store_error", due[0].key, error=str(error), while_="renewing", leases=len(due))
         except Exception as error:
             events.diagnose(logging.ERROR, "renewing %d leases failed; trying again", len(due), error=error)
-
-
-def write_closing(store: Store, changes: Sequence[Change]) -> None:
-    """Write that callers have their answers. What cannot be written is left to recovery, which looks for them."""
-    try:
-        store.replace_many(changes)
-    except Exception as error:
-        events.diagnose(logging.DEBUG, "%d answers are not noted: %s", len(changes), error)
 
 
 class Renewer:
@@ -221,9 +218,9 @@ class Renewer:
         if keeper is not None:
             keeper.watched.pop(id(hold), None)
 
-    def close(self, store: Store, closing: Change) -> None:
-        """Write at the next look, with others, that a caller has its answer (see ``Hold.closing``)."""
-        (self._keepers.get(id(store)) or self._keep(store)).close(closing)
+    def close(self, hold: Hold) -> None:
+        """Take a settled record out of the index at the next look, with others: its caller has the answer."""
+        (self._keepers.get(id(hold.store)) or self._keep(hold.store)).close(hold.closing)
 
 
 RENEWER = Renewer()

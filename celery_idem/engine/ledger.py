@@ -366,7 +366,8 @@ class Ledger:
         Raises:
             StoreError: the store did not answer, or does not let this user write.
         """
-        return sum(1 for _ in self._rebuilt(self._prefix, 0, tick or _nothing, strict=True))
+        now = self.store.read(self._prefix).now
+        return sum(1 for _ in self._rebuilt(self._prefix, now, tick or _nothing, strict=True))
 
     def _open(self, prefix: str, now: int, tick: Callable[[], object]) -> Iterator[Entry]:
         """Return open intents, the earliest due first. A missing index is rebuilt, and they come in no order."""
@@ -412,7 +413,7 @@ class Ledger:
         for name, stored in self.store.scan(self._prefix):
             tick()
             entry = self._entry(name, stored, now)
-            due = None if entry is None else protocol.due(entry.record)
+            due = None if entry is None else protocol.due_again(entry.record, stored.stamp, now)
             if entry is not None and due is not None:
                 writes = writes and self._mark([Mark(name, stored.stamp, due)], strict)
                 if name.startswith(prefix):
@@ -729,9 +730,9 @@ class Ledger:
             events.emit("in_doubt", key, task_id=taken.record.task_id, reason=taken.record.reason)
         return taken
 
-    def answered(self, key: str, taken: Tell) -> None:
-        """Note that the caller of an intent in doubt, which ``recover`` returned, has an answer."""
-        self._write(key, lambda record: protocol.answered(record, taken.record))
+    def answered(self, key: str, taken: Tell | Publish, policy: Policy) -> None:
+        """Note that the caller of an intent, which ``recover`` returned, has an answer."""
+        self._write(key, lambda record: protocol.answered(record, taken.record), policy)
 
     def not_published(self, key: str, taken: Publish) -> None:
         """Note that the broker did not take the call of an intent that ``recover`` has taken."""

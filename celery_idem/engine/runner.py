@@ -48,12 +48,13 @@ from celery_idem.core.model import (
     Stored,
     Unknown,
 )
+from celery_idem.core.results import Codec
 from celery_idem.engine import events, owners
 from celery_idem.engine.bounded import Bounded, TooLateError
 from celery_idem.engine.claim import Hold, doubt_message, lease_lost
 from celery_idem.engine.lease import RENEWER
 from celery_idem.engine.ledger import Ledger
-from celery_idem.stores.base import Announcement, Change, Store
+from celery_idem.stores.base import Announcement
 
 T = TypeVar("T")
 
@@ -198,16 +199,19 @@ class Job(ABC):
     def announced(self) -> None:
         """Note that the announcement was written and published."""
 
-    def owed(self, also: Announcement | None = None) -> bool:
-        """Return whether the answer is given after the outcome is written, and no redelivery would give it.
+    def owed(self, also: Announcement | None = None) -> bytes | None:
+        """Return what recovery needs if this process dies after the outcome is written, and before the caller has it.
 
         Args:
             also: what is written together with the outcome.
-        """
-        return False
 
-    def owing(self, store: Store, closing: Change) -> None:
-        """Write ``closing`` to the store when the caller has its answer."""
+        Returns:
+            See ``protocol.settle``. None: recovery is not needed.
+        """
+        return None
+
+    def owing(self, hold: Hold) -> None:
+        """Note that the answer is owed, by a record that this hold has settled, until the caller has it."""
 
     def shown(self) -> str:
         """Return which action it is, for people. It never raises."""
@@ -218,7 +222,7 @@ class Job(ABC):
 
         Args:
             own: of one with the same task id.
-            owed: the record says that the answer is owed. It must say no more when the caller has it.
+            owed: the record says that the answer is owed.
         """
 
     def answer(self, error: T) -> T:
@@ -369,36 +373,11 @@ class Runner:
 
     def _replayed(self, job: Job, replay: Replay) -> Any:
         """Return the stored value, or raise the stored exception."""
-        key, codec, outcome = job.key, self.ledger.codec, replay.outcome
-        what, why = "was not stored", outcome.missing
         job.replaying(replay.own, replay.owed)
-        if outcome.cancelled:
-            raise job.answer(cancelled(key, outcome))
-        if outcome.succeeded and outcome.payload is not None:
-            try:
-                return codec.decode(outcome.payload, key)
-            except StoreError as unread:  # the action is done
-                what, why = "cannot be read here", str(unread)
-        if outcome.succeeded and job.ignores_result:
-            return None
-        if outcome.payload is None or outcome.succeeded:
-            raise job.answer(
-                ResultUnavailable(
-                    f"{key} is done and will not be done again, but its result {what}: {why.removesuffix('.')}.",
-                    key,
-                    why,
-                )
-            )
-        error = codec.decode_error(outcome.payload, key)
-        if sys.version_info >= (3, 11):  # without the note, its traceback in the log looks like a new failure
-            note = (
-                f"Nothing was run now: this is how {key} ended earlier. After a bug that is mended, "
-                f"`celery -A proj idem forget '{key}'` lets it run again."
-            )
-            with contextlib.suppress(Exception):  # not add_note, which may run the class's own code, or fail
-                own = object.__getattribute__(error, "__dict__")
-                own["__notes__"] = [*own.get("__notes__", ()), note]
-        raise job.answer(error)
+        value, error = answer_of(self.ledger.codec, job.key, replay.outcome, job.ignores_result)
+        if error is not None:
+            raise job.answer(error)
+        return value
 
     def _lapse(self, job: Job, busy: Busy) -> bool:
         """End the hold of a dead process of this worker, instead of waiting for its lease. Return whether it did.
@@ -476,7 +455,7 @@ class Runner:
         events.emit("asked", job.key, task_id=job.task_id, answer=type(answer).__name__)
         outcome = self.ledger.outcome_of(answer.result, job.key) if isinstance(answer, Happened) else None
         unknown = answer.reason or "the destination could not tell" if isinstance(answer, Unknown) else ""
-        decision, running = hold.conclude(outcome, unknown, outcome is not None and job.owed())
+        decision, running = hold.conclude(outcome, unknown, job.owed() if outcome is not None else None)
         return (decision._replace(first=first) if isinstance(decision, InDoubt) else decision), running
 
     def bounded(self, ask: Callable[[], Answer], timeout: float) -> Answer:
@@ -586,7 +565,8 @@ class Runner:
         if done.record.outcome is None:
             return False
         events.emit("settled", job.key, task_id=job.task_id, succeeded=True)
-        self._owe(job, hold)
+        if hold.owes:
+            job.owing(hold)
         if error is not None:
             if exits or job.kind_of(error) in SIGNALS:
                 raise error
@@ -598,7 +578,7 @@ class Runner:
         return hold.promised[1]
 
     def _settle_error(
-        self, job: Job, hold: Hold, error: BaseException, patience: float, owed: bool = False
+        self, job: Job, hold: Hold, error: BaseException, patience: float, owed: bytes | None = None
     ) -> None:
         outcome = Outcome(False, self.ledger.codec.encode_error(error, job.key))
         self._settle(job, hold, outcome, patience, None, owed)
@@ -610,7 +590,7 @@ class Runner:
         outcome: Outcome,
         patience: float,
         also: Announcement | None = None,
-        owed: bool = False,
+        owed: bytes | None = None,
     ) -> None:
         try:
             done = hold.settle(outcome, patience, also, owed)
@@ -623,14 +603,9 @@ class Runner:
             raise self._alarm(job, hold, done)
         if hold.announced:
             job.announced()
-        if owed:
-            self._owe(job, hold)
+        if owed is not None and hold.owes:
+            job.owing(hold)
         events.emit("settled", job.key, task_id=job.task_id, succeeded=outcome.succeeded)
-
-    def _owe(self, job: Job, hold: Hold) -> None:
-        closing = hold.closing
-        if closing is not None:
-            job.owing(hold.store, closing)
 
     def _alarm(self, job: Job, hold: Hold, refused: Refused) -> LeaseLost:
         """Emit the alarm that another execution took over while this body ran: there may be two effects (rule 4)."""
@@ -712,7 +687,8 @@ class Runner:
             events.emit("unsettled", job.key, task_id=job.task_id, error=str(silence))
         if done is not None and _is_cancelled(done):
             events.emit("settled", job.key, task_id=job.task_id, succeeded=False)
-            self._owe(job, hold)
+            if hold.owes:
+                job.owing(hold)
             if ending is State.RELEASED:  # otherwise the published retry gets this answer
                 raise cancelled(job.key, done.record.outcome) from error
         if ending is not State.IN_DOUBT or kind in (Raised.EXIT, Raised.DOUBTFUL_RETRY):
@@ -787,3 +763,39 @@ def mismatch(key: str, differs: tuple[str, ...]) -> FingerprintMismatch:
         key,
         differs,
     )
+
+
+def answer_of(
+    codec: Codec, key: str, outcome: Outcome, ignored: bool = False
+) -> tuple[Any, Exception | None]:
+    """Return what an outcome means for a caller: its value, and the exception to raise instead (None: none).
+
+    Args:
+        ignored: the value goes nowhere, so it does not matter whether it can be read.
+    """
+    what, why = "was not stored", outcome.missing
+    if outcome.cancelled:
+        return None, cancelled(key, outcome)
+    if outcome.succeeded and outcome.payload is not None:
+        try:
+            return codec.decode(outcome.payload, key), None
+        except StoreError as unread:  # the action is done
+            what, why = "cannot be read here", str(unread)
+    if outcome.succeeded and ignored:
+        return None, None
+    if outcome.payload is None or outcome.succeeded:
+        return None, ResultUnavailable(
+            f"{key} is done and will not be done again, but its result {what}: {why.removesuffix('.')}.",
+            key,
+            why,
+        )
+    error = codec.decode_error(outcome.payload, key)
+    if sys.version_info >= (3, 11):  # without the note, its traceback in the log looks like a new failure
+        note = (
+            f"Nothing was run now: this is how {key} ended earlier. After a bug that is mended, "
+            f"`celery -A proj idem forget '{key}'` lets it run again."
+        )
+        with contextlib.suppress(Exception):  # not add_note, which may run the class's own code, or fail
+            own = object.__getattribute__(error, "__dict__")
+            own["__notes__"] = [*own.get("__notes__", ()), note]
+    return None, error

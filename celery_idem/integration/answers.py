@@ -54,8 +54,14 @@ class Kind(NamedTuple):
         return bool(backend.get_state(request.id) in READY_STATES)
 
 
-def kind_of(backend: Any) -> Kind:
-    """Return what a result backend does. Its class says so, and is known without importing other backends."""
+def kind_of(task: Any) -> Kind:
+    """Return what a task's result backend does. Its class says so, and is known without importing other backends."""
+    try:
+        backend = task.backend
+    except (
+        Exception
+    ):  # its driver is missing, or its settings are wrong: Celery reports that to whoever needs it
+        return Kind(False, False, False)
     modules = {cls.__module__ for cls in type(backend).__mro__}
     stores = not isinstance(backend, DisabledBackend)
     # Redis keeps a set of a chord's results. Others count, and a result that is counted twice ends the chord too early.

@@ -52,7 +52,7 @@ from celery_idem.core.model import (
 )
 from celery_idem.engine import events
 from celery_idem.engine.claim import Hold, Retries
-from celery_idem.engine.lease import RENEWER, write_closing
+from celery_idem.engine.lease import RENEWER
 from celery_idem.engine.ledger import Ledger
 from celery_idem.engine.runner import Job, Options, Runner, Why
 from celery_idem.engine.shadow import ShadowRunner
@@ -63,7 +63,7 @@ from celery_idem.integration.guarded import GuardedTask
 from celery_idem.integration.messages import CARRIED
 from celery_idem.integration.settings import LONGEST, Settings
 from celery_idem.integration.wiring import is_backends, ledger_of
-from celery_idem.stores.base import Announcement, Change, Store
+from celery_idem.stores.base import Announcement
 
 T = TypeVar("T")
 
@@ -162,7 +162,7 @@ class Guard(NamedTuple):
             answers=answers.answering(task)
             if ledger.store.announces and is_backends(ledger.store, task.app)
             else None,
-            kind=answers.kind_of(task.backend),
+            kind=answers.kind_of(task),
             broker=messages.broker_of(task.app),
             unusable=ledger.codec.unusable(),
         )
@@ -408,25 +408,26 @@ class Delivery(Job):
     def announced(self) -> None:
         vars(self.request)[answers.ANSWERED] = True
 
-    def owed(self, also: Announcement | None = None) -> bool:
+    def owed(self, also: Announcement | None = None) -> bytes | None:
         request, guard = self.request, self.guard
         if also is not None and request.chord is None:
-            return False
+            return None
         # A call in a body has the request of the message, but is not its answer. Late, the message itself comes again.
-        if self.in_place or self.outer is not None or self.task.acks_late:
-            return False
-        if not guard.settings.recover or calls.missing(self.call) is not None or not self.call:
-            return False
-        if request.chord is not None and not guard.kind.repeats:
-            return False
+        if self.in_place or self.outer is not None or self.task.acks_late or not guard.settings.recover:
+            return None
         stored = guard.kind.stores and self._stored
-        return bool(stored or request.callbacks or request.errbacks or request.chain or request.chord)
+        if not (request.callbacks or request.errbacks or request.chain or request.chord):
+            if not stored:
+                return None
+            if guard.kind.tells:
+                return b""
+        if request.chord is not None and not guard.kind.repeats:
+            return None
+        return self.call if self.call and calls.missing(self.call) is None else b"" if stored else None
 
-    def owing(self, store: Store, closing: Change) -> None:
-        # What recovery can find out itself may be noted later.
-        later = self.guard.kind.tells and self._stored and not self.request.chord
-        note = RENEWER.close if later else (lambda store, closing: write_closing(store, [closing]))
-        vars(self.request)[placing.OWED] = partial(note, store, closing)
+    def owing(self, hold: Hold) -> None:
+        plain = not hold.record.call
+        placing.owe(self.task_id, partial(RENEWER.close if plain else self._told, hold))
 
     @property
     def _stored(self) -> bool:
@@ -437,13 +438,16 @@ class Delivery(Job):
     def replaying(self, own: bool, owed: bool = False) -> None:
         self.request.idem_replayed = True
         if owed:
-            vars(self.request)[placing.OWED] = self._told
+            placing.owe(self.task_id, partial(self._told, None))
         if not own and not (self.request.delivery_info or {}).get("redelivered"):
             vars(self.request)[answers.FIRST] = True
 
-    def _told(self) -> None:
+    def _told(self, hold: Hold | None) -> None:
         try:
-            self.guard.ledger.told(self.key, self.options.policy)
+            if hold is None:
+                self.guard.ledger.told(self.key, self.options.policy)
+            else:
+                hold.told()
         except StoreError as error:  # recovery looks again
             events.diagnose(logging.DEBUG, "%s: its answer is not noted: %s", self.key, error)
 

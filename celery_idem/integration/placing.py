@@ -34,8 +34,11 @@ _CELERYS = frozenset({"celery.app.task", "celery.app.trace"})
 
 _NOTHING: Any = object()
 
-OWED = "idem_owed"
-"""Attribute of a request whose answer is owed: a function to call when Celery has given it."""
+_owed: dict[str, Callable[[], object]] = {}
+"""What to call when Celery has given the answer of a task id. By id, because looking up the request takes longer."""
+
+OWED_KEPT = 10_000
+"""More answers than a process gives at once. If there are more, Celery could not give some, and recovery will."""
 
 _PLACED = ("__call__", "run", "throws", "after_return")
 """Attributes that are put into a guarded task's class."""
@@ -155,17 +158,24 @@ def _net(found: Any) -> Callable[..., Any]:
     return run
 
 
+def owe(task_id: str, given: Callable[[], object]) -> None:
+    """Call ``given`` when Celery has given the answer of a task: links, result and chord are done."""
+    if len(_owed) >= OWED_KEPT:
+        _owed.clear()
+    _owed[task_id] = given
+
+
 def _after_return(found: Any) -> Callable[..., None]:
-    """Return the ``after_return`` of a guarded task. Celery calls it when links, result and chord are done."""
+    """Return the ``after_return`` of a guarded task. Celery calls it when a task's caller has its answer."""
     own = None if found is Task.after_return else found
 
-    def after_return(self: Any, *args: Any) -> None:
-        stack = self.request_stack.stack
-        owed = vars(stack[-1]).pop(OWED, None) if stack else None  # the author's code may call this method
-        if owed is not None:
-            owed()
+    def after_return(
+        self: Any, status: Any, retval: Any, task_id: Any, args: Any, kwargs: Any, einfo: Any
+    ) -> None:
+        if task_id in _owed:
+            _owed.pop(task_id)()
         if own is not None:
-            _bound(own, self)(*args)
+            _bound(own, self)(status, retval, task_id, args, kwargs, einfo)
 
     return after_return
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from celery.app.task import Context
 from celery.states import READY_STATES
@@ -108,8 +108,9 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
     if dry_run:
         can = publishable(entry.record)
         then = entry.overdue(can, guard.options.policy, elsewhere(entry.record))
+        told = TOLD if entry.record.outcome is None else ANSWERED
         why = (
-            TOLD
+            told
             if isinstance(then, Tell)
             else why_not(app, entry.key, entry.record, guard.settings.recover) or ITS_OWN_FIRST
         )
@@ -125,17 +126,17 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
         try:
             _tell(app, task, entry.key, taken, call)
         except Exception as error:  # of any result backend; recovery tries again later
-            why = f"its caller could not be told that it is in doubt ({type(error).__name__}: {error})"
+            why = f"its caller could not be told ({type(error).__name__}: {error})"
             events.diagnose(logging.WARNING, "recovery: %s: %s", entry.key, why)
             return Found(entry, False, why)
-        ledger.answered(entry.key, taken)
-        return Found(entry, False, TOLD)
+        ledger.answered(entry.key, taken, guard.options.policy)
+        return Found(entry, False, TOLD if taken.record.outcome is None else ANSWERED)
     if taken is None or call is None:
         why = why_not(app, entry.key, entry.record, guard.settings.recover)
         return Found(entry, False, why) if why else None
     if entry.record.outcome is not None and _has_answer(app, task, entry.key, call):
-        ledger.told(entry.key, guard.options.policy)
-        return None
+        ledger.answered(entry.key, taken, guard.options.policy)
+        return Found(entry, False, ANSWERED)
     if messages.expired(app, call):  # some brokers drop such a message, and then no worker tells the caller
         ledger.revoked(entry.key, call.task_id, guard.options.policy)
         if not task.ignore_result:
@@ -161,7 +162,7 @@ def _has_answer(app: Celery, task: GuardedTask, key: str, call: Call) -> bool:
     """Whether the caller of a settled intent has its answer, though its worker did not live to say so."""
     try:
         request = messages.request_of(app, key, call)
-        return answers.kind_of(task.backend).has_answer(task.backend, request, not request.ignore_result)
+        return answers.kind_of(task).has_answer(task.backend, request, not request.ignore_result)
     except Exception as error:  # of any serializer, or of any result backend
         events.diagnose(logging.WARNING, "recovery: %s: is its caller answered? %s", key, error)
         return False
@@ -169,13 +170,14 @@ def _has_answer(app: Celery, task: GuardedTask, key: str, call: Call) -> bool:
 
 ITS_OWN_FIRST = "it came from another broker, whose workers come first"
 TOLD = "it is in doubt, and its caller is told"
+ANSWERED = "it is settled, and its caller has the answer now"
 
 
 def _tell(app: Celery, task: GuardedTask, key: str, taken: Tell, call: Call | None) -> None:
-    """Tell the caller, and its chain, chord and errbacks, that the intent is in doubt. No delivery will.
+    """Tell the caller, and its chain, chord and errbacks, the outcome, or that the intent is in doubt.
 
-    If Celery keeps no result, it is unknown whether they were told before. They are then told once, by ``taken.first``,
-    so that no errback is called twice.
+    No delivery will. If Celery keeps no result, it is unknown whether they were told before. They are then told once,
+    by ``taken.first``, so that no errback is called twice.
     """
     record = taken.record
     try:
@@ -190,8 +192,14 @@ def _tell(app: Celery, task: GuardedTask, key: str, taken: Tell, call: Call | No
         known = stored = False
     if known or not (stored or taken.first):
         return
-    unknown = runner.in_doubt(key, record.reason)
-    task.backend.mark_as_failure(record.task_id, unknown, request=request, store_result=stored)
+    value: Any = None
+    why: Exception | None = runner.in_doubt(key, record.reason)
+    if record.outcome is not None:
+        value, why = runner.answer_of(task.guard.ledger.codec, key, record.outcome)
+    if why is None:
+        task.backend.mark_as_done(record.task_id, value, request=request, store_result=stored)
+    else:
+        task.backend.mark_as_failure(record.task_id, why, request=request, store_result=stored)
 
 
 def why_not(app: Celery, key: str, record: Record, recover: bool = True) -> str:

@@ -14,6 +14,7 @@ import math
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
@@ -64,6 +65,9 @@ INDEX = "~open"
 PAGE = 1000
 """Entries of the index per call: at about 80 bytes each, 80 kB."""
 
+MARKS = 100
+"""Corrections of the index per call: the server does nothing else for 0.2 ms."""
+
 OPEN_FIRST = 32
 """Open records in the first MGET of a page: 2 MB at most, with calls of ``max_call_bytes``. Then as many as make
 ``SCAN_BYTES``."""
@@ -113,7 +117,14 @@ REPLACE = _Script("replace.lua", 6)
 ANNOUNCE = _Script("replace.lua", 9, keys=3)
 ANNOUNCE_NEW = _Script("create.lua", 8, keys=3)
 READ = _Script("read.lua", 1, writes=False, keys=1)
-MARK = _Script("mark.lua", 4, writes=False)
+
+
+@cache  # at most MARKS of them
+def marking(number: int) -> _Script:
+    """Return the script that corrects so many entries."""
+    return _Script("mark.lua", 1 + 3 * number, writes=False, keys=1 + number)
+
+
 GET = b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n"
 
 
@@ -391,10 +402,25 @@ class RedisStore(Store):
         self.execute(b"ZREM", index, name)
 
     def mark(self, marks: Sequence[Mark]) -> None:
+        by_namespace: dict[str, list[Mark]] = {}
+        for mark in marks:
+            by_namespace.setdefault(mark.key.partition(":")[0], []).append(mark)
+        for some in by_namespace.values():
+            index = self._index(some[0].key)
+            for first in range(0, len(some), MARKS):
+                page = some[first : first + MARKS]
+                self._run(marking(len(page)), page[0].key, self._marks(index, page))
+
+    def _marks(self, index: bytes, marks: Sequence[Mark]) -> tuple[int | bytes, ...]:
+        """Return the words of ``marking``, each after its length."""
+        keys: list[int | bytes] = [len(index), index]
+        values: list[int | bytes] = []
         for key, stamp, due in marks:
-            name, index = (self.prefix + key).encode(), self._index(key)
+            name = (self.prefix + key).encode()
             was, look = _STAMP.pack(stamp) if stamp else b"", b"" if due is None else b"%d" % due
-            self._run(MARK, key, (len(name), name, len(index), index, len(was), was, len(look), look))
+            keys += (len(name), name)
+            values += (len(was), was, len(look), look)
+        return (*keys, *values)
 
     def indexed(self, prefix: str) -> None:
         self.execute(b"ZADD", self._index(prefix), b"-inf", COMPLETE)

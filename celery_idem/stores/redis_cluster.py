@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 
 from celery_idem.core.errors import ConfigurationError, StoreError
 from celery_idem.core.model import Stored
-from celery_idem.stores.base import Change, Listed, NoIndexError, Reply, Store
-from celery_idem.stores.redis import PAGE, REPLACE, RedisStore, _held, _Script, whole
+from celery_idem.stores.base import Change, Listed, Mark, NoIndexError, Reply, Store
+from celery_idem.stores.redis import PAGE, REPLACE, RedisStore, _held, _Script, marking, whole
 
 SCHEMES = ("redis-cluster", "rediss-cluster")
 
@@ -138,6 +138,21 @@ class ClusterStore(RedisStore):
             self._check_durable(answers[-1])
         # After an error (unknown script, moved slot) _one_of_many tries that replacement alone.
         return [self._one_of_many(*one) for one in zip(changes, answers, strict=False)]
+
+    def mark(self, marks: Sequence[Mark]) -> None:
+        """Use one round trip per node. What a node refuses, because a slot moves, is tried alone."""
+        by_node: dict[str, tuple[Any, list[Mark]]] = {}
+        self._client()
+        for mark in marks:
+            node = self._owner(self.prefix + mark.key)
+            by_node.setdefault(node.name, (node, []))[1].append(mark)
+        script = marking(1)
+        for node, some in by_node.values():
+            words = [self._marks(self._index(mark.key), [mark])[1::2] for mark in some]
+            answers = self._at(node, [("EVALSHA", script.sha, script.keys, *each) for each in words])
+            for mark, answer in zip(some, answers, strict=False):
+                if isinstance(answer, Exception):
+                    super().mark([mark])
 
     def scan(self, prefix: str) -> Iterator[tuple[str, Stored]]:
         """Scan every master. If slots moved meanwhile, scan all of them again.

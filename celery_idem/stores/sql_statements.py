@@ -153,6 +153,12 @@ _MARK = """
 UPDATE celery_idem SET due = stamp + :due WHERE key = :key AND stamp = :stamp RETURNING key
 """
 
+_MARK_POSTGRESQL = """
+UPDATE celery_idem AS there SET due = there.stamp + given.due
+FROM unnest(CAST(:keys AS text[]), CAST(:stamps AS bigint[]), CAST(:dues AS bigint[])) AS given (key, stamp, due)
+WHERE there.key = given.key AND there.stamp = given.stamp RETURNING there.key
+"""
+
 _PURGE = """
 DELETE FROM celery_idem WHERE key IN (
   SELECT key FROM celery_idem WHERE expires <= {now} ORDER BY expires LIMIT :limit
@@ -192,7 +198,7 @@ class Statements(NamedTuple):
     replace_many: str  # as create_many
     scan: str
     open: str
-    mark: str
+    mark: str  # of many, except for SQLite
     purge: str
     place: str
 
@@ -213,7 +219,7 @@ def statements(dialect: str, paramstyle: str) -> Statements:
         _REPLACE_MANY_POSTGRESQL if postgresql else "",
         _SCAN,
         _OPEN,
-        _MARK,
+        _MARK_POSTGRESQL if postgresql else _MARK,
         _PURGE_POSTGRESQL if postgresql else _PURGE,
         _PLACE[dialect],
     )
@@ -308,8 +314,12 @@ class SqlPrimitives(Store):
             at, after = rows[-1][3], rows[-1][0]
 
     def mark(self, marks: Sequence[Mark]) -> None:
-        for mark in marks:
-            self._rows(self._sql.mark, mark._asdict())
+        if self.dialect == "sqlite":
+            for mark in marks:
+                self._rows(self._sql.mark, mark._asdict())
+        elif marks:
+            keys, stamps, dues = map(list, zip(*marks, strict=True))
+            self._rows(self._sql.mark, {"keys": keys, "stamps": stamps, "dues": dues})
 
     def purge(self, limit: int) -> int:
         return self._count(self._sql.purge, {"limit": limit})

@@ -17,7 +17,10 @@ from tests.support.effects import Effects, Gate
 FOLDER = Path(os.environ.get("OWED_FOLDER", "."))
 EFFECTS = Effects(FOLDER / "effects.jsonl")
 
-protocol.PUBLISHED_WAIT, protocol.JITTER = 2_000_000, 1 << 16  # microseconds; the default is too long for a test
+protocol.PUBLISHED_WAIT, protocol.JITTER = (
+    2_000_000,
+    1 << 16,
+)  # microseconds; the default is too long for a test
 
 app = Celery(
     "owing",
@@ -42,13 +45,13 @@ def stop(intent: str) -> None:
 _owing = delivery.Delivery.owing
 
 
-def owing(self: delivery.Delivery, store: Any, closing: Any) -> None:
-    _owing(self, store, closing)
+def owing(self: delivery.Delivery, hold: Any) -> None:
+    _owing(self, hold)
     at, intent = self.kwargs.get("at"), self.kwargs["intent"]
     if at == "settled":
         stop(intent)
     elif at == "answered":
-        vars(self.request)[placing.OWED] = partial(stop, intent)
+        placing.owe(self.task_id, partial(stop, intent))
 
 
 delivery.Delivery.owing = owing  # type: ignore[method-assign]
@@ -68,7 +71,9 @@ app.task(base=IdempotentTask, bind=True, name="quiet", intent=("intent",), ignor
 class Reports(IdempotentTask):
     """An author's base class, with a hook that does not call ours."""
 
-    def after_return(self, status: Any, retval: Any, task_id: Any, args: Any, kwargs: Any, einfo: Any) -> None:
+    def after_return(
+        self, status: Any, retval: Any, task_id: Any, args: Any, kwargs: Any, einfo: Any
+    ) -> None:
         EFFECTS.add(f"{kwargs['intent']} is {status}")
 
 

@@ -60,11 +60,13 @@ class Stage:
             wait_for((self.folder / f"stopped-{intent}").exists, WITHIN, f"{intent} to be settled")
 
     def owed(self) -> list[str]:
-        """The settled intents whose answer is owed, and those whose records hold a call."""
+        """The settled intents in the index, and those whose records hold a call."""
+        self.ledger.store.indexed("idem:")  # a worker's recovery would do so
+        listed = {one.key for one in self.ledger.store.open("idem:")}
         return [
             entry.key
             for entry in self.ledger.list()
-            if entry.record.outcome is not None and (entry.record.recovery is not None or entry.record.call)
+            if entry.record.outcome is not None and (f"idem:{entry.key}" in listed or entry.record.call)
         ]
 
     def close(self) -> None:

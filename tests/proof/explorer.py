@@ -77,7 +77,7 @@ from celery_idem.engine.entries import Entry
 from celery_idem.engine.ledger import Ledger
 from celery_idem.engine.runner import Job, Options, Runner, Why
 from celery_idem.engine.steps import run_step
-from celery_idem.stores.base import Announcement, Change, Reply, Store
+from celery_idem.stores.base import Announcement, Reply
 from celery_idem.stores.memory import MemoryStore
 from tests.proof import standing
 from tests.proof.standing import Outlook, Standing, due_in, part
@@ -175,6 +175,7 @@ class Scenario:
         rollbacks: commits that fail (``on_crash="transaction"``).
         patience: seconds for which the worker tries to write an outcome.
         hops: how often a message may be published again before it waits for the end of the schedule.
+        links: more than a result comes after the outcome, so that recovery has to publish the call.
         recoverers: processes that run recovery, once each. With them records hold their calls, and at the end
             of the schedule recovery runs until nothing is overdue.
         submitters: callers that have their call accepted before they publish it.
@@ -214,6 +215,7 @@ class Scenario:
     patience: float = 1.0
     hops: int = 2
     recoverers: int = 0
+    links: bool = False
     submitters: int = 0
     early: bool = False
     losses: int = 0
@@ -393,11 +395,13 @@ class ModelJob(Job):
             self.call = message.call
         self.told: Callable[[], object] | None = None
 
-    def owed(self, also: Announcement | None = None) -> bool:
-        return bool(self.world.scenario.recoverers and self.world.scenario.early)
+    def owed(self, also: Announcement | None = None) -> bytes | None:
+        if not (self.world.scenario.recoverers and self.world.scenario.early):
+            return None
+        return self.call if self.world.scenario.links else b""
 
-    def owing(self, store: Store, closing: Change) -> None:
-        self.told = partial(store.replace, *closing)
+    def owing(self, hold: Hold) -> None:
+        self.told = hold.told if hold.record.call else partial(hold.store.mark, [hold.closing])
 
     def replaying(self, own: bool, owed: bool = False) -> None:
         if owed:
@@ -1052,7 +1056,7 @@ class World:
         if isinstance(taken, Tell):
             self.told.add(record.task_id)
             with contextlib.suppress(StoreError):
-                self.ledger.answered(KEY, taken)
+                self.ledger.answered(KEY, taken, self.options.policy)
             return
         which = (record.task_id, record.fence, record.recovery)
         if which in self.published:
@@ -1243,8 +1247,6 @@ class World:
             return
         if record.state in HOLDS_CALL or record.asking:
             self.broken(f"recovery left it {record.state.name}")
-        if record.outcome is not None and record.recovery is not None:
-            self.broken("an answer is owed for ever")
         if self.begun - self.told:
             self.broken(f"left without an answer: {self.begun - self.told}")
 

@@ -207,9 +207,7 @@ def conclude_forgets_max_attempts(
 # --- rule 4: only the owner may write -------------------------------------------------
 
 
-def anybody_settles(
-    record: Record | None, held: Record, outcome: Any, *where: Any, owed: bool = False
-) -> Any:
+def anybody_settles(record: Record | None, held: Record, outcome: Any, *where: Any, owed: Any = None) -> Any:
     if record is not None and record.outcome is None:
         new = protocol._settled(record, outcome)
         return Done(new), new
@@ -231,7 +229,7 @@ def settled_is_held(record: Record, owner: bytes) -> bool:
     return record.owner == owner
 
 
-def anybody_releases(record: Record, owner: bytes, owed: bool = False) -> Any:
+def anybody_releases(record: Record, owner: bytes, owed: Any = None) -> Any:
     if record.outcome is not None:
         return Refused(record), None
     new = record._replace(state=State.RELEASED, owner=NO_OWNER, lease=0, asking=b"", reason="")
@@ -413,7 +411,7 @@ def an_inquiry_takes_the_jobs_place(self: Any, job: Any) -> Any:
 
 
 def evidence_on_another_attempt_counts(
-    record: Record, stamp: int, now: int, outcome: Any, note: Any, fence: Any = None, owed: bool = False
+    record: Record, stamp: int, now: int, outcome: Any, note: Any, fence: Any = None, owed: Any = None
 ) -> Any:
     return _resolve(record, stamp, now, outcome, note, None, owed)
 
@@ -460,7 +458,7 @@ def told_or_not(record: Record, reason: str) -> Any:
     return decision, new._replace(recovery=None)
 
 
-def no_answer_is_owed(record: Record, outcome: Any, owed: bool = False) -> Any:
+def no_answer_is_owed(record: Record, outcome: Any, owed: Any = None) -> Any:
     return _settled(record, outcome)
 
 

@@ -123,6 +123,7 @@ CI = (
         "recovery: crash, called again",
         recoverers=1,
         early=True,
+        links=True,
         crashes=1,
         jump=2.1,
         hops=1,
@@ -133,6 +134,7 @@ CI = (
         "recovery: resume",
         recoverers=1,
         early=True,
+        links=True,
         crashes=1,
         jump=2.1,
         on_crash="resume",
@@ -140,7 +142,14 @@ CI = (
         actors=1,
     ),
     Scenario(
-        "recovery: reconcile", recoverers=1, early=True, crashes=1, jump=2.1, reconcile="truth", actors=1
+        "recovery: reconcile",
+        recoverers=1,
+        early=True,
+        links=True,
+        crashes=1,
+        jump=2.1,
+        reconcile="truth",
+        actors=1,
     ),
     Scenario(
         "recovery: askers die", recoverers=1, early=True, crashes=2, jump=2.1, reconcile="truth", actors=1
@@ -159,6 +168,7 @@ CI = (
         "recovery: an ambiguous end",
         recoverers=1,
         early=True,
+        links=True,
         crashes=1,
         jump=2.1,
         endings=("ambiguous_after",),
@@ -182,7 +192,15 @@ CI = (
     Scenario("recovery: the clock steps", recoverers=1, backs=1, early=True, crashes=1, jump=2.1, actors=1),
     Scenario("accepted", recoverers=1, submitters=2, losses=1, unsent=1, jump=2.1, actors=0, hops=1),
     Scenario(
-        "accepted: crash", recoverers=2, submitters=1, crashes=1, early=True, jump=2.1, actors=0, hops=1
+        "accepted: crash",
+        recoverers=2,
+        submitters=1,
+        crashes=1,
+        early=True,
+        links=True,
+        jump=2.1,
+        actors=0,
+        hops=1,
     ),
     Scenario("accepted: called meanwhile", recoverers=0, submitters=1, jump=2.1, actors=1, hops=1),
     Scenario("accepted: silent store", recoverers=1, submitters=1, late=1, jump=2.1, actors=0, hops=1),

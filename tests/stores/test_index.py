@@ -143,7 +143,7 @@ def test_recovery_looks_at_what_is_overdue_the_oldest_first_and_no_further(
     for n in range(50):
         taken = ledger.recover(f"shop.pay:doubt{n}", lambda _: False, LIVE)
         assert isinstance(taken, Tell)
-        ledger.answered(f"shop.pay:doubt{n}", taken)
+        ledger.answered(f"shop.pay:doubt{n}", taken, LIVE)
     assert [entry.key for entry in ledger.overdue()] == ["shop.pay:1", "shop.pay:2", "shop.pay:0"]
     assert [entry.key for entry in ledger.overdue(2)] == ["shop.pay:1", "shop.pay:2"]
 
