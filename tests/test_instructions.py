@@ -16,8 +16,8 @@ from tests.conftest import missing
 from tests.support.servers import ServerMissingError
 
 # The cost that the guard adds to bare Celery with a separate store, divided by the cost that the floor adds.
-# Measured without hiredis: 0.90 (0.62 before the record held the call and the index of open intents existed, 0.83 before
-# an answer was owed), and about a quarter more when the record is read back once more. With hiredis it is a few
+# Measured without hiredis: 0.90 (0.62 before the record held the call and the index of open intents existed, 0.83
+# before an answer was owed), and about a quarter more when the record is read back once more. With hiredis it is a few
 # hundredths higher, because hiredis saves the floor more.
 MOST = 0.96 if importlib.util.find_spec("hiredis") else 0.92
 
