@@ -361,6 +361,48 @@ def test_what_recovery_gives_up_is_told_until_that_is_known() -> None:
     assert protocol.answered(newer, tell.record) is None  # another process has taken over the report
 
 
+def test_an_owed_answer_is_given_until_that_is_known() -> None:
+    policy = a_request().policy
+    mine = held(State.RUNNING, owner=OWN, call=b"its call")
+    assert mine is not None
+    settled = protocol.settle(mine, mine, OUTCOME)[1]
+    assert settled is not None
+    assert protocol.due(settled) is None  # nothing is owed
+    for owed, publishable in ((b"", False), (b"its call", True)):
+        record = protocol.settle(mine, mine, OUTCOME, owed=owed)[1]
+        assert record is not None
+        assert (record.call, protocol.due(record)) == (owed, protocol.PUBLISHED_WAIT)
+        assert protocol.recover(record, STAMP, STAMP + protocol.PUBLISHED_WAIT - 1, publishable, policy) == (
+            None,
+            None,
+        )
+        then, new = protocol.recover(record, STAMP, STAMP + protocol.PUBLISHED_WAIT, publishable, policy)
+        assert isinstance(then, Publish if publishable else Tell)
+        assert new is not None
+        assert new._replace(recovery=None) == record._replace(recovery=None)
+        assert protocol.answered(new, then.record) == protocol.told(record) == settled
+    # The fourth publication would come after about half an hour.
+    record = record._replace(recovery=Recovery(policy.max_attempts, 0))
+    assert protocol.recover(record, STAMP, STAMP, True, policy) == (None, settled)
+    # The record of a contested intent keeps a short call for people.
+    noted = protocol.settle(mine._replace(notes=(NOTE,)), mine, OUTCOME, owed=b"its call")[1]
+    assert noted is not None
+    told = protocol.told(noted)
+    assert told is not None
+    assert (told.call, told.recovery) == (b"its call", None)
+
+
+def test_an_index_that_is_rebuilt_has_only_the_latest_owed_answers() -> None:
+    """A settled record says that its answer is owed long after it was given."""
+    mine = held(State.RUNNING, owner=OWN)
+    assert mine is not None
+    owed = protocol.settle(mine, mine, OUTCOME, owed=b"")[1]
+    assert owed is not None
+    assert protocol.due_again(owed, STAMP, STAMP + protocol.REBUILT_FOR) == protocol.PUBLISHED_WAIT
+    assert protocol.due_again(owed, STAMP, STAMP + protocol.REBUILT_FOR + 1) is None
+    assert protocol.due_again(mine, STAMP, STAMP + protocol.REBUILT_FOR + 1) == protocol.due(mine)
+
+
 def test_a_question_whose_asker_died_is_published_again_and_not_for_ever() -> None:
     record = held(State.IN_DOUBT, asking=b"asker -01...", lease=LEASE)
     assert record is not None

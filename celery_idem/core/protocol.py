@@ -724,12 +724,9 @@ def _settled(record: Record, outcome: Outcome, owed: bytes | None = None) -> Rec
         scope=record.scope,
         call=owed or (_for_people(record) if record.notes else b""),
         place=record.place if record.notes else "",  # an operator may look for both attempts
-        recovery=None if owed is None else ANSWER_OWED,
+        recovery=None if owed is None else Recovery(0, PUBLISHED_WAIT),
         outcome=outcome,
     )
-
-
-ANSWER_OWED = Recovery(0, PUBLISHED_WAIT)
 
 
 def _for_people(record: Record) -> bytes:

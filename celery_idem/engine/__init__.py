@@ -4,4 +4,4 @@ Never here: Celery, and rules.
 """
 
 # Modules that the packages above may import; the others are this package's own.
-__all__ = ["bounded", "claim", "entries", "events", "ledger", "owners", "runner", "shadow", "steps"]
+__all__ = ["bounded", "claim", "entries", "events", "lease", "ledger", "owners", "runner", "shadow", "steps"]

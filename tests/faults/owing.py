@@ -7,11 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from celery import Celery
+import sqlalchemy
+from celery import Celery, current_task
 
-from celery_idem import IdempotentTask
+from celery_idem import Happened, IdempotentTask
 from celery_idem.core import protocol
-from celery_idem.integration import delivery, placing
+from celery_idem.integration import placing
 from tests.support.effects import Effects, Gate
 
 FOLDER = Path(os.environ.get("OWED_FOLDER", "."))
@@ -42,19 +43,21 @@ def stop(intent: str) -> None:
     Gate(FOLDER / "never").wait(120)
 
 
-_owing = delivery.Delivery.owing
+_owe = placing.owe
 
 
-def owing(self: delivery.Delivery, hold: Any) -> None:
-    _owing(self, hold)
-    at, intent = self.kwargs.get("at"), self.kwargs["intent"]
+def owe(task_id: str, given: Any) -> None:
+    """Stop when the outcome is settled, or when Celery has answered."""
+    kwargs = current_task.request.kwargs
+    at, intent = kwargs.get("at"), kwargs["intent"]
+    if (FOLDER / f"stopped-{intent}").exists():  # only the first time
+        at = None
     if at == "settled":
         stop(intent)
-    elif at == "answered":
-        placing.owe(self.task_id, partial(stop, intent))
+    _owe(task_id, partial(stop, intent) if at == "answered" else given)
 
 
-delivery.Delivery.owing = owing  # type: ignore[method-assign]
+placing.owe = owe
 
 
 def act(self: IdempotentTask, intent: str, at: str = "", fails: bool = False) -> str:
@@ -78,6 +81,31 @@ class Reports(IdempotentTask):
 
 
 app.task(base=Reports, bind=True, name="reported", intent=("intent",))(act)
+
+
+@app.task(base=IdempotentTask, bind=True, name="committed", intent=("intent",))
+def committed(self: IdempotentTask, intent: str, at: str = "") -> None:
+    engine = sqlalchemy.create_engine(app.conf.idem_store)
+    with engine.begin() as connection, self.settle_in(connection) as outcome:
+        EFFECTS.add(intent)
+        outcome.result = f"done: {intent}"
+
+
+def found(_task: Any, intent: str, at: str = "") -> Happened:
+    return Happened(f"done: {intent}")
+
+
+@app.task(
+    base=IdempotentTask,
+    bind=True,
+    name="asked",
+    intent=("intent",),
+    ambiguous_errors=(OSError,),
+    reconcile=found,
+)
+def asked(self: IdempotentTask, intent: str, at: str = "") -> None:
+    EFFECTS.add(intent)
+    raise OSError("the destination did not answer")
 
 
 @app.task(name="follow")

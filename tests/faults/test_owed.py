@@ -28,11 +28,12 @@ WITHIN = 60.0  # seconds; on a quiet machine it takes five
 class Stage:
     """A producer that has none of the tasks, and workers."""
 
-    def __init__(self, folder: Path, redis: RedisServer, results: int) -> None:
+    def __init__(self, folder: Path, redis: RedisServer, results: int, store: str) -> None:
         self.folder = folder
         folder.mkdir()
         self.effects = Effects(folder / "effects.jsonl")
-        self.ledger = Ledger(open_store(redis.url_for(1)))
+        store = store.format(redis=redis.url_for(1), folder=folder)
+        self.ledger = Ledger(open_store(store))
         self.app = Celery(
             "producer", broker=redis.url_for(0), backend=redis.url_for(results), set_as_current=False
         )
@@ -41,7 +42,7 @@ class Stage:
             "OWED_FOLDER": str(folder),
             "OWED_BROKER": redis.url_for(0),
             "OWED_BACKEND": redis.url_for(results),
-            "OWED_STORE": redis.url_for(1),
+            "OWED_STORE": store,
             "OWED_QUEUE": self.app.conf.task_default_queue,
         }
         self.workers: list[CeleryWorker] = []
@@ -60,13 +61,14 @@ class Stage:
             wait_for((self.folder / f"stopped-{intent}").exists, WITHIN, f"{intent} to be settled")
 
     def owed(self) -> list[str]:
-        """The settled intents in the index, and those whose records hold a call."""
+        """The settled intents in the index, and those whose records hold a call (and not for people)."""
         self.ledger.store.indexed("idem:")  # a worker's recovery would do so
         listed = {one.key for one in self.ledger.store.open("idem:")}
         return [
             entry.key
             for entry in self.ledger.list()
-            if entry.record.outcome is not None and (f"idem:{entry.key}" in listed or entry.record.call)
+            if entry.record.outcome is not None
+            and (f"idem:{entry.key}" in listed or (entry.record.call and not entry.record.notes))
         ]
 
     def close(self) -> None:
@@ -79,11 +81,11 @@ class Stage:
 
 
 @pytest.fixture
-def stage(tmp_path: Path, own_redis: RedisServer) -> Iterator[Callable[[int], Stage]]:
+def stage(tmp_path: Path, own_redis: RedisServer) -> Iterator[Callable[..., Stage]]:
     stages: list[Stage] = []
 
-    def make(results: int) -> Stage:
-        stages.append(Stage(tmp_path / "stage", own_redis, results))
+    def make(results: int, store: str = "{redis}") -> Stage:
+        stages.append(Stage(tmp_path / "stage", own_redis, results, store))
         return stages[-1]
 
     yield make
@@ -91,13 +93,20 @@ def stage(tmp_path: Path, own_redis: RedisServer) -> Iterator[Callable[[int], St
         one.close()
 
 
-RESULTS = {"elsewhere": 2, "in the store's database": 1}
+ELSEWHERE, TOGETHER = 2, 1  # databases of the results; the store is in 1
+PLACES = {
+    "elsewhere": (ELSEWHERE, "{redis}"),
+    "in the store's database": (TOGETHER, "{redis}"),
+    "SQLite": (ELSEWHERE, "sqlite:///{folder}/store.db"),
+}
 
 
-@pytest.mark.parametrize("results", RESULTS.values(), ids=RESULTS)
-def test_a_worker_is_killed_before_celery_answers(stage: Callable[[int], Stage], results: int) -> None:
-    scene = stage(results)
-    first = scene.start(concurrency=10)
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+def test_a_worker_is_killed_before_celery_answers(
+    stage: Callable[..., Stage], place: tuple[int, str]
+) -> None:
+    scene = stage(*place)
+    first = scene.start(concurrency=12)
     follow = {name: scene.signature("follow", f"after {name}") for name in ("linked", "quiet", "failed")}
     answers: dict[str, AsyncResult] = {
         "linked": scene.signature("early", "linked", "settled").apply_async(link=follow["linked"]),
@@ -117,9 +126,14 @@ def test_a_worker_is_killed_before_celery_answers(stage: Callable[[int], Stage],
     }
     scene.signature("quiet", "quiet", "settled").apply_async(link=follow["quiet"])
     stopping = ["linked", "failed", "head", "part 0", "part 1", "reported", "quiet"]
-    if results == RESULTS["elsewhere"]:
-        answers["plain"] = scene.signature("early", "plain", "settled").apply_async()
-        stopping.append("plain")
+    plain = {"asked": "asked"}
+    if place[0] == ELSEWHERE:
+        plain["plain"] = "early"
+    if place[1].startswith("sqlite"):
+        plain["committed"] = "committed"
+    for name, task in plain.items():
+        answers[name] = scene.signature(task, name, "settled").apply_async()
+        stopping.append(name)
     scene.wait_stopped(*stopping)
     first.kill()
     assert {name: answer.state for name, answer in answers.items()} == dict.fromkeys(answers, "PENDING")
@@ -136,9 +150,9 @@ def test_a_worker_is_killed_before_celery_answers(stage: Callable[[int], Stage],
     assert scene.effects.counts() == dict.fromkeys(once, 1)
 
 
-def test_a_worker_is_killed_before_it_notes_that_celery_has_answered(stage: Callable[[int], Stage]) -> None:
+def test_a_worker_is_killed_before_it_notes_that_celery_has_answered(stage: Callable[..., Stage]) -> None:
     """Recovery looks whether the caller has its answer, and publishes nothing."""
-    scene = stage(RESULTS["elsewhere"])
+    scene = stage(ELSEWHERE)
     first = scene.start(concurrency=4)
     calls = [
         scene.signature("early", "plain", "answered").apply_async(),
@@ -156,8 +170,8 @@ def test_a_worker_is_killed_before_it_notes_that_celery_has_answered(stage: Call
     assert scene.effects.counts() == dict.fromkeys(("plain", "linked", "failed", "after"), 1)
 
 
-def test_nothing_is_owed_for_long_when_nothing_breaks(stage: Callable[[int], Stage]) -> None:
-    scene = stage(RESULTS["elsewhere"])
+def test_nothing_is_owed_for_long_when_nothing_breaks(stage: Callable[..., Stage]) -> None:
+    scene = stage(ELSEWHERE)
     worker = scene.start(concurrency=2)
     number = 250  # more than are noted at once
     calls = [scene.signature("early", f"n{n}").apply_async() for n in range(number)]

@@ -185,6 +185,16 @@ def test_when_to_look() -> None:
     assert stamp + 1 + due == now + 7 + protocol.GRACE
 
 
+def test_a_rebuilt_index_has_no_settled_intents_of_long_ago() -> None:
+    clock = FakeClock()
+    ledger = Ledger(MemoryStore(clock))
+    claim(ledger, "before").settle(Outcome(True, b"j1"), 0.0, owed=b"")
+    clock.advance(2 * protocol.REBUILT_FOR / 1e6)
+    claim(ledger, "now").settle(Outcome(True, b"j1"), 0.0, owed=b"")
+    assert seen(ledger) == {}  # they are not open, though recovery looks at them
+    assert ledger.reindex() == 1
+
+
 # --- Redis, where the index is a separate key --------------------------------------------------
 
 
