@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import subprocess
 import sys
@@ -314,7 +313,7 @@ def test_annotations_are_options() -> None:
 def test_the_policy_is_in_microseconds() -> None:
     chosen = Settings(lease=1.5, result_ttl=2, failure_ttl=3, on_crash="resume", max_attempts=4)
     assert chosen.policy(asks=True) == Policy(1_500_000, 2_000_000, 3_000_000, "resume", True, 4)
-    assert dataclasses.replace(chosen, failure_ttl=None).policy(asks=False).failure_ttl == 2_000_000
+    assert chosen.but(failure_ttl=None).policy(asks=False).failure_ttl == 2_000_000
 
 
 def url_of(app: Celery, store: str = "") -> str:
@@ -384,6 +383,14 @@ def test_a_ledger_knows_the_applications_namespace_and_serializers() -> None:
     assert set(Ledger.from_app(app).codec.accept) == {"json"}
 
 
-def test_names_are_the_fields() -> None:
-    assert tuple(field.name for field in dataclasses.fields(Settings)) == NAMES
+def test_every_setting_has_a_default_and_nothing_changes_it() -> None:
     assert settings.PREFIX == "idem_"
+    chosen = Settings(lease=1.5)
+    assert vars(chosen) == {**settings.DEFAULTS, "lease": 1.5}
+    assert len({chosen, Settings(lease=1.5), Settings()}) == 2
+    assert chosen.but(audit=False) == Settings(lease=1.5, audit=False) != chosen
+    assert chosen != "lease"
+    with pytest.raises(AttributeError, match="cannot be changed: lease"):
+        chosen.lease = 2.0
+    with pytest.raises(TypeError, match="no setting leese"):
+        Settings(leese=2.0)

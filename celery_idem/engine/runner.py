@@ -12,7 +12,6 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar
 
@@ -108,15 +107,9 @@ class Options(NamedTuple):
     no_effect_errors: tuple[type[BaseException], ...] = ()
 
 
-@dataclass
 class Job(ABC):
     """One execution of one intent."""
 
-    key: str
-    task_id: str
-    fingerprint: Fingerprint
-    options: Options
-    carried: tuple[bytes, ...] = ()
     digests: bytes = b""
     scope: bytes = b""
     call: bytes = b""
@@ -132,6 +125,20 @@ class Job(ABC):
     waited = 0
     entered = False
     """Set by ``body`` just before the author's code. Until then, nothing ran."""
+
+    def __init__(
+        self,
+        key: str,
+        task_id: str,
+        fingerprint: Fingerprint,
+        options: Options,
+        carried: tuple[bytes, ...] = (),
+    ) -> None:
+        self.key = key
+        self.task_id = task_id
+        self.fingerprint = fingerprint
+        self.options = options
+        self.carried = carried
 
     @abstractmethod
     def body(self, hold: Hold) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import replace
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +112,7 @@ def settings_of(cls: type[Any], app: Celery) -> Settings:
     Raises:
         ConfigurationError: a setting of the application is wrong.
     """
-    return replace(of_app(app.conf), **options_of(cls).given)
+    return of_app(app.conf).but(**options_of(cls).given)
 
 
 def options_of(cls: type[Any]) -> options.Options:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 from celery_idem.core.errors import ConfigurationError
 from celery_idem.core.model import MICROSECONDS, OnCrash, OnLate, Policy
@@ -24,9 +23,11 @@ OnStoreError = Literal["retry", "raise", "run"]
 _DURABILITY = re.compile(r"none|fsync|replicas:[1-9][0-9]?")
 
 
-@dataclass(frozen=True)
 class Settings:
-    """What an application, or one task, has chosen.
+    """What an application, or one task, has chosen. A value: it cannot be changed, and its ``repr`` shows no secret.
+
+    Not a dataclass, because generating the methods for so many fields takes a hundredth of the time in which Celery is
+    imported. Not a named tuple, because error trackers show each item of a tuple, and two of these are secret.
 
     Attributes:
         store: URL of the store; "" for the Redis result backend.
@@ -68,7 +69,7 @@ class Settings:
             store can read them, and secret values are left out of the call (see docs/how-to/sealing.md).
     """
 
-    store: str = field(default="", repr=False)  # error trackers keep the repr of local variables
+    store: str = ""
     namespace: str = "idem"
     lease: float = 30.0
     result_ttl: float = 86_400.0
@@ -81,7 +82,7 @@ class Settings:
     durability: str = "none"
     shadow: bool = False
     audit: bool = True
-    audit_key: str = field(default="", repr=False)
+    audit_key: str = ""
     settle_patience: float = 30.0
     reconcile_timeout: float = 10.0
     scope: Callable[[], Any] | str | None = None
@@ -90,7 +91,31 @@ class Settings:
     accept_on_publish: bool = False
     recover: bool = True
     late: OnLate = "in_doubt"
-    seal_keys: Sequence[str] = field(default=(), repr=False)
+    seal_keys: Sequence[str] = ()
+
+    def __init__(self, **given: Any) -> None:
+        unknown = given.keys() - DEFAULTS.keys()
+        if unknown:
+            raise TypeError(f"There is no setting {min(unknown)}.")
+        vars(self).update({**DEFAULTS, **given})
+
+    def but(self, **given: Any) -> Settings:
+        """Return the same settings, except those that are given."""
+        return Settings(**{**vars(self), **given})
+
+    def __eq__(self, other: object) -> bool:
+        return vars(self) == vars(other) if isinstance(other, Settings) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(vars(self).values()))
+
+    def __repr__(self) -> str:
+        # Error trackers keep the repr of local variables.
+        shown = (f"{name}={value!r}" for name, value in vars(self).items() if name not in _HIDDEN)
+        return f"Settings({', '.join(shown)})"
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"Settings cannot be changed: {name}")
 
     def policy(self, asks: bool) -> Policy:
         """Return the settings that the protocol needs. ``asks``: the task has a ``reconcile``."""
@@ -107,7 +132,12 @@ class Settings:
         )
 
 
-NAMES = tuple(field.name for field in fields(Settings))
+NAMES = tuple(Settings.__annotations__)
+
+DEFAULTS: Mapping[str, Any] = {name: vars(Settings)[name] for name in NAMES}
+
+_HIDDEN = ("store", "audit_key", "seal_keys")
+"""Settings whose values no text shows: the URL of a store may have a password."""
 
 _ONE_OF: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("shadow", "audit", "keep_call", "accept_on_publish", "recover"), (True, False)),
@@ -188,7 +218,7 @@ def hint(name: str, others: tuple[str, ...] = ()) -> str:
 def not_allowed(name: str, value: Any) -> str:
     """Return why a setting cannot have a value, and what it can be; empty if the value is fine."""
     allowed = _allowed(name, value)
-    shown = "this value" if name in ("store", "audit_key", "seal_keys") else repr(value)
+    shown = "this value" if name in _HIDDEN else repr(value)
     return allowed and f"cannot be {shown}: {allowed}"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import logging
 import re
-from dataclasses import fields
 
 import pytest
 
@@ -14,7 +13,7 @@ from celery_idem.core import errors
 from celery_idem.core.model import State
 from celery_idem.engine import events
 from celery_idem.integration.options import WORDS
-from celery_idem.integration.settings import Settings
+from celery_idem.integration.settings import DEFAULTS, NAMES
 from celery_idem.stores import schemes
 from tests.docs.page import ROOT
 
@@ -35,17 +34,17 @@ SETTINGS = {row[0].strip("`"): row[1] for row in rows("settings.md") if row[0].s
 
 
 def test_every_setting_is_there_and_no_other() -> None:
-    assert list(SETTINGS) == [f"idem_{field.name}" for field in fields(Settings)]
+    assert list(SETTINGS) == [f"idem_{name}" for name in NAMES]
 
 
-@pytest.mark.parametrize("field", fields(Settings), ids=lambda field: field.name)
-def test_its_default_is_the_true_one(field) -> None:
-    said = SETTINGS[f"idem_{field.name}"]
+@pytest.mark.parametrize("name", NAMES)
+def test_its_default_is_the_true_one(name: str) -> None:
+    said, default = SETTINGS[f"idem_{name}"], DEFAULTS[name]
     literal = re.fullmatch(r"`([^`]+)`", said)
     if literal:
-        assert ast.literal_eval(literal[1]) == field.default
+        assert ast.literal_eval(literal[1]) == default
     else:  # in words: "the result backend, …", "as `idem_result_ttl`"
-        assert field.default in ("", None)
+        assert default in ("", None)
 
 
 def test_every_option_of_a_task_is_there() -> None:
