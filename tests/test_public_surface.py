@@ -69,8 +69,8 @@ def test_what_the_design_promises_is_there() -> None:
 
 def test_nothing_else_is_public_but_modules() -> None:
     modules = {module.name for module in pkgutil.iter_modules([str(ROOT)])}
-    found = {name for name in vars(celery_idem) if not name.startswith(("_", "@"))}  # @: pytest's
-    assert found - modules - {"annotations"} == set(celery_idem.__all__)
+    found = {name for name in dir(celery_idem) if not name.startswith(("_", "@"))}  # @: pytest's
+    assert found - modules - {"annotations", "TYPE_CHECKING"} == set(celery_idem.__all__)
 
 
 def test_help_shows_what_is_public() -> None:
@@ -80,9 +80,26 @@ def test_help_shows_what_is_public() -> None:
     classes = set(re.findall(r"^    class (\w+)", sections["CLASSES"], re.MULTILINE))
     functions = set(re.findall(r"^    (?:async )?(\w+)\(", sections["FUNCTIONS"], re.MULTILINE))
     data = set(re.findall(r"^    (\w+) = ", sections["DATA"], re.MULTILINE)) - {"__all__"}
-    assert classes | functions | data == set(celery_idem.__all__)
+    # pydoc shows the module's own hooks too.
+    assert classes | functions | data == {*celery_idem.__all__, "__dir__", "__getattr__"}
     private = re.findall(r"(?<![\w.'])_[a-z]\w*", text)
     assert private == []
+
+
+def test_names_that_are_imported_late_are_there() -> None:
+    program = """
+import celery_idem
+assert 'submit' not in vars(celery_idem) and 'submit' in dir(celery_idem)
+assert celery_idem.submit is celery_idem.submit
+from celery_idem import *
+from celery_idem.integration.receipts import Receipt as known
+assert Receipt is celery_idem.Receipt is known
+try:
+    celery_idem.sumbit
+except AttributeError as error:
+    print(error)
+"""
+    assert python(program).strip() == "module 'celery_idem' has no attribute 'sumbit'"
 
 
 def test_importing_it_loads_no_driver_and_no_extra() -> None:

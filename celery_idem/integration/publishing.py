@@ -13,7 +13,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, MutableMapping
-from datetime import timezone
+from datetime import datetime, timedelta, timezone
 from itertools import zip_longest
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from celery import signals
 from celery._state import _task_stack
 from celery.canvas import Signature, _chain, chunks, group, xmap, xstarmap
-from celery.utils.time import maybe_iso8601
+from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu.utils.imports import symbol_by_name
 
 from celery_idem.core import keys
@@ -124,6 +124,28 @@ def check_labels(task: str, options: Mapping[str, Any]) -> None:
             near = difflib.get_close_matches(name, keys.LABELS, n=1, cutoff=_ALIKE)
             if near:
                 raise TypeError(f"{task}: there is no option {name}=. Did you mean {near[0]}=?")
+
+
+def first_due(app: Celery, options: Mapping[str, Any]) -> int:
+    """Return when a call is first due, in seconds since 1970, by this machine's clock."""
+    if options.get("countdown") or options.get("eta"):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # Celery reports it
+            at = due_at(app, options)
+            if at is not None:
+                return int(at.timestamp())
+    return int(time.time())
+
+
+def due_at(app: Celery, options: Mapping[str, Any]) -> datetime | None:
+    """Return when a call is due: its ETA, or its countdown from now; None: at once."""
+    eta = options.get("eta")
+    if options.get("countdown"):
+        now: datetime = app.now()
+        return now + timedelta(seconds=float(options["countdown"]))
+    if isinstance(eta, str):
+        eta = maybe_iso8601(eta)
+    aware: datetime | None = maybe_make_aware(eta, app.timezone) if eta else None
+    return aware
 
 
 # --- just before a message is published ------------------------------------------------

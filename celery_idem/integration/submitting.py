@@ -7,16 +7,13 @@ the broker does not take the message, or loses it, recovery publishes it from th
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import cached_property, partial
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from celery.utils import uuid
-from celery.utils.time import maybe_iso8601, maybe_make_aware
 
 from celery_idem.core import calls, keys, protocol
 from celery_idem.core.errors import ConfigurationError, StoreError
@@ -36,7 +33,7 @@ from celery_idem.core.model import (
 from celery_idem.engine import events, owners
 from celery_idem.engine.entries import Entry
 from celery_idem.engine.ledger import Ledger
-from celery_idem.integration import messages, templates
+from celery_idem.integration import messages, publishing, templates
 from celery_idem.integration.awaiting import in_thread, warn_on_loop
 from celery_idem.integration.guarded import GuardedTask
 from celery_idem.integration.looking import PLAIN_POLICY, Look, from_celery, from_record
@@ -118,7 +115,7 @@ def submit(
         return submit_task(task, args or (), kwargs or {}, scope, occurrence, idempotency_key, options)
     scope = in_scope(app.conf.get("idem_scope"), scope)
     own = keys.labelled({"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key})
-    headers = {**(options.pop("headers", None) or {}), **own, PUBLISHED: first_due(app, options)}
+    headers = {**(options.pop("headers", None) or {}), **own, PUBLISHED: publishing.first_due(app, options)}
     result = app.send_task(name, args=args, kwargs=kwargs, headers=headers, **options)
     return accepted("", result.id, Look(app, None, NO_FINGERPRINT, PLAIN_POLICY, published=True))
 
@@ -218,7 +215,7 @@ class Submission:
         self.task, self.args, self.kwargs, self.own = task, tuple(args), dict(kwargs), own
         self.task_id = str(options.get("task_id") or uuid())
         self.options = {**options, "task_id": self.task_id}
-        due = _due(app, options)
+        due = publishing.due_at(app, options)
         expires = options.get("expires", task.expires)
         if expires is not None and isinstance(expires, Real):  # the second is slow
             expires = app.now() + timedelta(seconds=float(expires))
@@ -316,7 +313,7 @@ class Submission:
         return {
             **self._given(entry),
             **{keys.LABELS[name]: value for name, value in self.own.items() if value is not None},
-            PUBLISHED: first_due(self.task.app, self.options),
+            PUBLISHED: publishing.first_due(self.task.app, self.options),
             KEY: self.key,
         }
 
@@ -410,28 +407,6 @@ def stored_answer(call: Submission) -> Receipt | None:
     except StoreError:
         return None
     return None if entry is None else from_record(entry, call.key, "", call.source)
-
-
-def first_due(app: Celery, options: Mapping[str, Any]) -> int:
-    """Return when a call is first due, in seconds since 1970, by this machine's clock."""
-    if options.get("countdown") or options.get("eta"):
-        with suppress(TypeError, ValueError, OverflowError):  # Celery reports it
-            due = _due(app, options)
-            if due is not None:
-                return int(due.timestamp())
-    return int(time.time())
-
-
-def _due(app: Celery, options: Mapping[str, Any]) -> datetime | None:
-    """Return when a call is due: its ETA, or its countdown from now; None: at once."""
-    eta = options.get("eta")
-    if options.get("countdown"):
-        now: datetime = app.now()
-        return now + timedelta(seconds=float(options["countdown"]))
-    if isinstance(eta, str):
-        eta = maybe_iso8601(eta)
-    aware: datetime | None = maybe_make_aware(eta, app.timezone) if eta else None
-    return aware
 
 
 def _written(time: Any) -> Any:

@@ -32,27 +32,27 @@ from celery_idem.engine.claim import Claim, Hold
 from celery_idem.integration import (
     answers,
     declaring,
-    many,
     messages,
-    outbox,
     placing,
     publishing,
     republishing,
     retrying,
-    submitting,
 )
-from celery_idem.integration.awaiting import in_thread, warn_on_loop
 from celery_idem.integration.delivery import EAGER, HELD, PROPAGATES, Delivery, Guard, Replaced, as_headers
 from celery_idem.integration.guarded import guarded_task
 from celery_idem.integration.options import declares
 from celery_idem.integration.publishing import LOOPS
-from celery_idem.integration.receipts import Receipt
 from celery_idem.integration.transactions import warn_if_open
 
 if TYPE_CHECKING:
     from celery import Celery
     from celery.result import AsyncResult, EagerResult
 
+    from celery_idem.integration.many import Call
+    from celery_idem.integration.receipts import Receipt
+
+# The methods that submit import what they need: ``submitting``, ``many``, ``outbox``, ``awaiting``. That, and what it
+# uses, is a tenth of the package's import, and most programs never submit.
 
 _OF_APPLY = ("link", "link_error", "task_id", "retries", "throw", "logfile", "loglevel", "headers")
 """The parameters of Celery's ``apply`` after ``args`` and ``kwargs``."""
@@ -240,9 +240,12 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             kombu.exceptions.OperationalError: the broker did not take the message, and recovery could not publish it
                 later (the record does not hold the whole call, or ``recover=False``). The call is not accepted.
         """
+        from celery_idem.integration.awaiting import warn_on_loop
+        from celery_idem.integration.submitting import submit_task
+
         options = self._options_of("submit", kwargs)
         warn_on_loop(f"submit() of {self.name}", "await task.asubmit()")
-        return submitting.submit_task(self, args, kwargs, scope, occurrence, idempotency_key, options)
+        return submit_task(self, args, kwargs, scope, occurrence, idempotency_key, options)
 
     async def asubmit(
         self,
@@ -257,11 +260,13 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         If it is cancelled while it waits for a thread, it has done nothing. If it is cancelled later, the submit goes
         on in its thread: the call is accepted and published once. Call again unchanged to get its receipt.
         """
+        from celery_idem.integration.awaiting import in_thread
+
         own = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
         return await in_thread("submit", partial(self.submit, *args, **own, **kwargs))
 
     def submit_many(
-        self, calls: Iterable[many.Call], *, scope: str | None = None, **options: Any
+        self, calls: Iterable[Call], *, scope: str | None = None, **options: Any
     ) -> list[Receipt]:
         """Submit many calls, with one write per hundred. Return their receipts in order.
 
@@ -279,8 +284,10 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             scope: as for ``submit``, for all calls without a scope.
             options: options of ``apply_async`` for all calls.
         """
+        from celery_idem.integration.many import submit_calls
+
         self._declared("submit_many")
-        return many.submit_calls(self, calls, scope, options)
+        return submit_calls(self, calls, scope, options)
 
     def submit_in(
         self,
@@ -313,6 +320,8 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             StoreError: as ``submit``. Errors of the connection are its driver's.
             TypeError, IntentError: as ``submit``.
         """
+        from celery_idem.integration import outbox
+
         own = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
         options = self._options_of("submit_in", kwargs)
         return outbox.submit_in(self, connection, args, kwargs, own, options)
@@ -339,14 +348,18 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             ConfigurationError: another kind of connection.
             TypeError, IntentError: as ``submit``.
         """
+        from celery_idem.integration import outbox
+
         own = {"scope": scope, "occurrence": occurrence, "idempotency_key": idempotency_key}
         options = self._options_of("submit_on_commit", kwargs)
         outbox.submit_on_commit(self, connection, args, kwargs, own, options)
 
     def _options_of(self, method: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Remove the options of ``apply_async`` from a submit's named arguments, and return them."""
+        from celery_idem.integration.submitting import options_among
+
         self._refuse_clash(method, *keys.LABELS)
-        return submitting.options_among(kwargs, self._declared(method).signature)
+        return options_among(kwargs, self._declared(method).signature)
 
     def _refuse_clash(self, method: str, *names: str) -> None:
         for name in self._declared(method).signature.parameters:
@@ -404,7 +417,9 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
             if not same:
                 warn_if_open(self.name)
             if not decided and self._accepts:
-                standing = submitting.accept_published(self, args, kwargs, options, its_own_id)
+                from celery_idem.integration.submitting import accept_published
+
+                standing = accept_published(self, args, kwargs, options, its_own_id)
                 if standing is not None:
                     return self.AsyncResult(standing)
             if same and hasattr(self.request_stack.top, "idem_claim") and not self.app.conf.task_always_eager:
@@ -648,7 +663,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
                 arguments = None
             headers = self._identified(headers, given, message, same)
             if not same:
-                headers[PUBLISHED] = submitting.first_due(self.app, options)
+                headers[PUBLISHED] = publishing.first_due(self.app, options)
             if arguments is not None:
                 try:
                     headers[KEY] = keys.key_of(declaration, self.guard.ledger.namespace, arguments, headers)
