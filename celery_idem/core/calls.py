@@ -3,9 +3,9 @@
 A packed call begins with a byte for its kind. In a call in clear follow two bytes with the length of the task id, the
 task id, one line of kombu's JSON about the message, and the message's body as it was on the wire. Nothing here reads
 the body, because only Celery knows its serializer.
-"""
 
-from __future__ import annotations
+Without ``from __future__ import annotations``, as in ``model``: a named tuple would compile its fields' types.
+"""
 
 import json
 import struct

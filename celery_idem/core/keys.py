@@ -633,13 +633,13 @@ def _names(
     return names
 
 
-_KEY = re.compile(rf"(?P<task>.+):[0-9a-f]{{{DIGEST}}}\Z", re.DOTALL)
+_HEX = frozenset("0123456789abcdef")
 
 
 def task_of(key: str) -> str | None:
     """Return the task's name in an idempotency key, or None if it is not one."""
-    match = _KEY.match(key)
-    return match["task"] if match else None
+    task, _, digest = key.rpartition(":")
+    return task if task and len(digest) == DIGEST and _HEX.issuperset(digest) else None
 
 
 def downstream_key(key: str, name: str) -> str:

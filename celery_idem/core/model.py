@@ -323,6 +323,12 @@ class Request(NamedTuple):
 # --- decisions: a closed set ---------------------------------------------------------
 
 
+class _WithRecord(NamedTuple):
+    """The fields of a decision that has only the record to write, or the one that is written."""
+
+    record: Record
+
+
 class Acquired(NamedTuple):
     """Run the body: this execution owns the intent.
 
@@ -335,10 +341,10 @@ class Acquired(NamedTuple):
     orphan: bytes = b""
 
 
-class Accepted(NamedTuple):
+class Accepted(_WithRecord):
     """The call is accepted: it will happen. Publish it; if that fails, recovery does."""
 
-    record: Record
+    __slots__ = ()
 
 
 class Replay(NamedTuple):
@@ -398,10 +404,10 @@ class Mismatch(NamedTuple):
 Decision = Acquired | Replay | Busy | Ask | InDoubt | Mismatch
 
 
-class Done(NamedTuple):
+class Done(_WithRecord):
     """The owner's write is stored, now or earlier."""
 
-    record: Record
+    __slots__ = ()
 
 
 class Refused(NamedTuple):
@@ -416,10 +422,10 @@ class StepDone(NamedTuple):
     payload: bytes
 
 
-class StepOpen(NamedTuple):
+class StepOpen(_WithRecord):
     """The step began in an earlier attempt and never ended."""
 
-    record: Record
+    __slots__ = ()
 
 
 class StepsFull(NamedTuple):
@@ -437,10 +443,10 @@ class StepsFull(NamedTuple):
 StepDecision = Done | Refused | StepDone | StepOpen | StepsFull
 
 
-class Publish(NamedTuple):
+class Publish(_WithRecord):
     """Publish the record's call again, once ``record`` is written: it says that this process took the call."""
 
-    record: Record
+    __slots__ = ()
 
 
 class Tell(NamedTuple):

@@ -128,11 +128,12 @@ def _name(fun: FunctionType) -> str:
 # --- what a decorator passes on ----------------------------------------------------------
 
 
-class _Source(NamedTuple):
+class _Source:
     """The source of a decorator's wrapper, and its calls of the wrapped function."""
 
-    node: ast.FunctionDef | ast.AsyncFunctionDef
-    calls: list[ast.Call]
+    def __init__(self, node: ast.FunctionDef | ast.AsyncFunctionDef, calls: list[ast.Call]) -> None:
+        self.node = node
+        self.calls = calls
 
 
 def _source(fun: FunctionType, wrapped: Any) -> _Source:

@@ -21,7 +21,6 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from celery_idem.core import protocol
 from celery_idem.core.errors import StoreError
@@ -98,11 +97,14 @@ class Renewals:
         self._stepped = by
 
 
-class _Watched(NamedTuple):
+class _Watched:
     """A hold whose body runs, and the seconds between looks at it."""
 
-    hold: Hold
-    every: float
+    __slots__ = ("every", "hold")
+
+    def __init__(self, hold: Hold, every: float) -> None:
+        self.hold = hold
+        self.every = every
 
 
 class _Keeper:

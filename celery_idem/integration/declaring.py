@@ -14,7 +14,7 @@ from celery_idem.core import keys
 from celery_idem.core.errors import ConfigurationError
 from celery_idem.core.pydantic_models import Reader
 from celery_idem.core.signatures import Called, Opaque, called
-from celery_idem.integration import describing, options, placing
+from celery_idem.integration import options, placing
 from celery_idem.integration.settings import Settings, of_app
 
 if TYPE_CHECKING:
@@ -74,8 +74,12 @@ def _declaration_of(cls: type[Any], app: Celery, asked: bool, in_code: bool) -> 
         renamed=known.renamed,
         aliases=vars(cls).get("aliases", ()),  # not inherited, because a name belongs to one task
     )
-    described = describing.checked(cls.name, _describe(cls), declaration)
-    setattr(cls, options.KEPT, options_of(cls)._replace(describe=described))
+    describe = _describe(cls)
+    if describe is not None:
+        from celery_idem.integration import describing  # imported late: few tasks have describe=
+
+        described = describing.checked(cls.name, describe, declaration)
+        setattr(cls, options.KEPT, options_of(cls)._replace(describe=described))
     return declaration
 
 

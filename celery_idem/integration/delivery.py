@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from copy import deepcopy
 from datetime import datetime, timezone
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded, TaskError
@@ -55,13 +55,12 @@ from celery_idem.engine.claim import Hold, Retries
 from celery_idem.engine.lease import RENEWER
 from celery_idem.engine.ledger import Ledger
 from celery_idem.engine.runner import Job, Options, Runner, Why
-from celery_idem.engine.shadow import ShadowRunner
 from celery_idem.engine.steps import run_step
-from celery_idem.integration import answers, declaring, describing, messages, placing, republishing
-from celery_idem.integration.answers import DONE, STARTING, Kind
+from celery_idem.integration import answers, declaring, messages, placing, republishing
+from celery_idem.integration.answers import DONE, STARTING
 from celery_idem.integration.guarded import GuardedTask
 from celery_idem.integration.messages import CARRIED
-from celery_idem.integration.settings import LONGEST, Settings
+from celery_idem.integration.settings import LONGEST
 from celery_idem.integration.wiring import is_backends, ledger_of
 from celery_idem.stores.base import Announcement
 
@@ -109,63 +108,42 @@ DOUBTFUL = {Raised.AMBIGUOUS, Raised.TIME_LIMIT, Raised.EXIT}
 _GROUP: Any = getattr(builtins, "ExceptionGroup", ())  # since Python 3.11
 
 
-class Guard(NamedTuple):
-    """What the executions of one task share."""
+class Guard:
+    """What the executions of one task share.
 
-    declaration: keys.Declaration
-    settings: Settings
-    ledger: Ledger
-    runner: Runner
-    options: Options
-    ambiguous: tuple[type[BaseException], ...]
-    ask: Callable[..., Answer] | None
-    digester: Digester | None
-    around: Callable[..., Any] | None
-    net: Any
-    body: Callable[..., Any]
-    answers: Any = None
-    """The result backend, if the store is its database, so that the write of an outcome can contain the result."""
+    Attributes:
+        ask: asks the destination; None without a ``reconcile``.
+        answers: the result backend, if the store is its database, so that the write of an outcome can contain the
+            result.
+        kind: what the result backend does with answers.
+        broker: the broker of the task's messages (see ``calls.Call``).
+        unusable: why results could not be read again, when this guard was made; "" if they can.
+    """
 
-    kind: Kind = Kind(False, False, False)
-    """What the result backend does with answers."""
-
-    broker: str = ""
-    """The broker of the task's messages (see ``calls.Call``)."""
-
-    unusable: str = ""
-    """Why results could not be read again, when this guard was made; "" if they can."""
-
-    @classmethod
-    def of(cls, task: GuardedTask, declaration: keys.Declaration) -> Guard:
-        settings = declaring.settings_of(type(task), task.app)
-        ask = _ask_of(task)
-        ledger = ledger_of(task.app, settings)
-        net, body = placing.body(task)
-        return cls(
-            declaration=declaration,
-            settings=settings,
-            ledger=ledger,
-            runner=ShadowRunner(ledger) if settings.shadow else Runner(ledger),
-            options=Options(
-                policy=settings.policy(asks=ask is not None),
-                on_store_error=settings.on_store_error,
-                patience=settings.settle_patience,
-                ask_timeout=settings.reconcile_timeout,
-                no_effect_errors=tuple(task.no_effect_errors),
-            ),
-            ambiguous=(*task.ambiguous_errors, OutcomeUnknown, InProgress, StoreError, LeaseLost),
-            ask=ask,
-            digester=Digester(declaration, ledger.namespace, settings.audit_key) if settings.audit else None,
-            around=placing.around(task),
-            net=net,
-            body=body,
-            answers=answers.answering(task)
-            if ledger.store.announces and is_backends(ledger.store, task.app)
-            else None,
-            kind=answers.kind_of(task),
-            broker=messages.broker_of(task.app),
-            unusable=ledger.codec.unusable(),
+    def __init__(self, task: GuardedTask, declaration: keys.Declaration) -> None:
+        self.declaration = declaration
+        self.settings = settings = declaring.settings_of(type(task), task.app)
+        self.ledger = ledger = ledger_of(task.app, settings)
+        self.runner = _shadow_runner(ledger) if settings.shadow else Runner(ledger)
+        self.ask = _ask_of(task)
+        self.options = Options(
+            policy=settings.policy(asks=self.ask is not None),
+            on_store_error=settings.on_store_error,
+            patience=settings.settle_patience,
+            ask_timeout=settings.reconcile_timeout,
+            no_effect_errors=tuple(task.no_effect_errors),
         )
+        self.ambiguous = (*task.ambiguous_errors, OutcomeUnknown, InProgress, StoreError, LeaseLost)
+        self.digester = (
+            Digester(declaration, ledger.namespace, settings.audit_key) if settings.audit else None
+        )
+        self.around = placing.around(task)
+        self.net, self.body = placing.body(task)
+        shared = ledger.store.announces and is_backends(ledger.store, task.app)
+        self.answers = answers.answering(task) if shared else None
+        self.kind = answers.kind_of(task)
+        self.broker = messages.broker_of(task.app)
+        self.unusable = ledger.codec.unusable()
 
     def check_serializer(self) -> None:
         """Check before a body runs. Raises ``ConfigurationError``: its result could not be read again."""
@@ -248,6 +226,12 @@ class Guard(NamedTuple):
             return bool(causes) and all(self.kind_of(cause) is Raised.NO_EFFECT for cause in causes)
 
         return run_step(claim, self.ledger.codec, name, run, bounded, options.patience, no_effect)
+
+
+def _shadow_runner(ledger: Ledger) -> Runner:
+    from celery_idem.engine.shadow import ShadowRunner  # imported late: only shadow mode needs it
+
+    return ShadowRunner(ledger)
 
 
 def _ask_of(task: GuardedTask) -> Callable[..., Answer] | None:
@@ -369,6 +353,8 @@ class Delivery(Job):
         messages.answer(self.task.app, self.key, call)
 
     def shown(self) -> str:
+        from celery_idem.integration import describing  # imported late: only a doubt is described
+
         describe = declaring.options_of(type(self.task)).describe
         headers = self.request.headers or {}
         return describing.said(self.guard.declaration, describe, self.args, self.kwargs, headers).line

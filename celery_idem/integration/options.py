@@ -35,9 +35,9 @@ OWN = "idem_declaration"
 KEPT = "_idem_options"
 """The attribute of a guarded task's class with its ``Options``."""
 
-_CELERYS_OWN = frozenset(dir(Task))
-"""Names that every Celery task has. From ``dir``, because ``hasattr(Task, "app")`` would bind the root class to the
-current app, and Celery annotates no task below a bound class."""
+_CELERYS_OWN = frozenset(dir(Task)).union(name for name, _ in Task.from_config)
+"""Names that every Celery task has; ``bind`` sets those of ``from_config``. From ``dir``, because ``hasattr(Task,
+"app")`` would bind the root class to the current app, and Celery annotates no task below a bound class."""
 
 _ALIKE = 0.85
 """Similarity (1: equal) from which a task's attribute counts as a misspelt option."""

@@ -33,14 +33,23 @@ queues, but a fanout goes through channels that are not queues."""
 DELAYED = "celery_delayed_delivery"
 """End of the name of the exchange from which a message with a native delay comes."""
 
-DELAY = re.compile(r"(?:[01]\.){28}")
-"""What a native delay adds in front of the routing key."""
+DELAY = r"(?:[01]\.){28}"
+"""Pattern of what a native delay adds in front of the routing key."""
 
 KEPT = ("delivery_mode", "MessageGroupId")
 """Message properties that Celery does not copy: RabbitMQ's persistence, and the group of an SQS FIFO queue. Without
 ``MessageDeduplicationId``, because SQS would drop the second message."""
 
-X_DEATH = re.compile(r"x-(?:death|(?:first|last)-death-(?:exchange|queue|reason))")
+X_DEATH = frozenset(
+    (
+        "x-death",
+        *(
+            f"x-{which}-death-{what}"
+            for which in ("first", "last")
+            for what in ("exchange", "queue", "reason")
+        ),
+    )
+)
 """RabbitMQ's history of a dead-lettered message. RabbitMQ takes a message with this history for a cycle. Celery removes
 it since 5.7."""
 
@@ -61,7 +70,7 @@ def restore(options: dict[str, Any], request: Context, ignore_result: bool, give
     options.update({name: value for name, value in was.items() if value is not None and name not in given})
     options.pop("redelivered", None)  # a fact of the old delivery
     headers = options.get("headers") or {}
-    options["headers"] = {name: headers[name] for name in headers if not X_DEATH.fullmatch(name)}
+    options["headers"] = {name: headers[name] for name in headers if name not in X_DEATH}
 
 
 class _Silent:
@@ -141,7 +150,7 @@ def _source(consumed: Mapping[str, Queue], exchange: str, routing_key: str) -> Q
     If several queues are bound in the same way, each got a copy, and any of them will do.
     """
     if exchange.endswith(DELAYED):
-        exchange, routing_key = "", DELAY.sub("", routing_key)
+        exchange, routing_key = "", re.sub(DELAY, "", routing_key)
     bound = [
         (queue, binding.exchange, binding.routing_key)
         for queue in consumed.values()

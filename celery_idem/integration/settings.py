@@ -20,7 +20,7 @@ PREFIX = "idem_"
 OnDuplicate = Literal["wait", "raise"]
 OnStoreError = Literal["retry", "raise", "run"]
 
-_DURABILITY = re.compile(r"none|fsync|replicas:[1-9][0-9]?")
+_DURABILITY = r"none|fsync|replicas:[1-9][0-9]?"
 
 
 class Settings:
@@ -243,7 +243,7 @@ def _allowed(name: str, value: Any) -> str:
             else f"use a number from 1 to {most}"
         )
     if name == "durability":
-        fits = isinstance(value, str) and _DURABILITY.fullmatch(value) is not None
+        fits = isinstance(value, str) and re.fullmatch(_DURABILITY, value) is not None
         return "" if fits else 'use "none", "fsync" or "replicas:N"'
     if name == "namespace":
         fits = isinstance(value, str) and value != "" and not {":", "~"} & set(value)

@@ -192,7 +192,7 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
         cls = type(self)
         guard = cls._guard_made
         if guard is None:  # in a local variable, because another thread may bind the task again
-            guard = cls._guard_made = Guard.of(self, self._declared("a guard"))
+            guard = cls._guard_made = Guard(self, self._declared("a guard"))
         return guard
 
     def intent_key(

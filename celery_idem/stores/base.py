@@ -6,9 +6,9 @@ grow, so the stamp is also the version. ``celery_idem.testing.StoreConformance``
 The *index of what is open* has the keys of open records, by the time at which a worker or a person has to look at them.
 A write gives this time with ``due``, and the index changes in the same step. The index is a hint: entries may be wrong
 or missing, and the record decides.
-"""
 
-from __future__ import annotations
+Without ``from __future__ import annotations``, as in ``core.model``: named tuples would compile their fields' types.
+"""
 
 import os
 import weakref
@@ -243,7 +243,7 @@ class Store(ABC):
                 replies.append(error)
         return replies
 
-    def inside(self, connection: Any, first: bool = False) -> Store:
+    def inside(self, connection: Any, first: bool = False) -> "Store":
         """Return the same records, read and written in the transaction of the author's connection.
 
         Args:
