@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
+import importlib.util
 import json
 import os
+import pickle
 import pkgutil
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import celery_idem
+from celery_idem import Happened, NotHappened, Unknown
 
 ROOT = Path(celery_idem.__file__).parent
 
@@ -34,6 +39,33 @@ EXTRAS = [
     "pytest",
 ]
 """Drivers and extras: top-level packages that importing celery_idem must not load."""
+
+
+RARE = [
+    *("asyncio", "difflib"),
+    *("celery_idem.operate", "celery_idem.telemetry", "celery_idem.cli", "celery_idem.adapters"),
+    *("celery_idem.engine.shadow", "celery_idem.stores.redis", "celery_idem.stores.sql"),
+    *(
+        f"celery_idem.integration.{name}"
+        for name in (
+            "announcements",
+            "awaiting",
+            "confirming",
+            "deaths",
+            "describing",
+            "looking",
+            "looks",
+            "many",
+            "outbox",
+            "purging",
+            "receipts",
+            "recovering",
+            "submitting",
+            "templates",
+        )
+    ),
+]
+"""Modules that only a worker, a submit or a rare path needs. They are imported where they are used first."""
 
 
 def python(program: str, *words: str) -> str:
@@ -102,6 +134,29 @@ except AttributeError as error:
     assert python(program).strip() == "module 'celery_idem' has no attribute 'sumbit'"
 
 
+def test_declaring_a_task_loads_nothing_that_few_programs_use() -> None:
+    """Every program pays for what is loaded here. It also makes no dataclass: one takes as long as three modules."""
+    program = """
+import json, sys
+from dataclasses import is_dataclass
+from celery import Celery
+from celery_idem import IdempotentTask
+app = Celery('shop')
+@app.task(base=IdempotentTask, intent=('order',))
+def ship(order):
+    pass
+app.finalize()
+ours = {name: module for name, module in sys.modules.items() if name.split('.')[0] == 'celery_idem'}
+made = [name for module in ours.values() for name, one in vars(module).items() if is_dataclass(one)]
+print(json.dumps([list(sys.modules), made]))
+"""
+    loaded, made = json.loads(python(program))
+    assert made == []
+    assert [name for name in RARE if name in loaded] == []
+    missing = [name for name in RARE if importlib.util.find_spec(name) is None]
+    assert missing == [], "no such modules"
+
+
 def test_importing_it_loads_no_driver_and_no_extra() -> None:
     loaded = set(json.loads(python("import celery_idem, sys, json; print(json.dumps(list(sys.modules)))")))
     bare = set(
@@ -151,6 +206,40 @@ for name in sorted({names!r}, key=height):
 print('ok')
 """
     assert python(program, "-W", "error::ImportWarning").strip() == "ok"
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (Happened({"id": 7}), "Happened(result={'id': 7})"),
+        (Happened(), "Happened(result=None)"),
+        (NotHappened(), "NotHappened()"),
+        (Unknown("no route"), "Unknown(reason='no route')"),
+    ],
+)
+def test_an_answer_is_a_value(answer: Any, text: str) -> None:
+    assert repr(answer) == text
+    assert answer
+    for copied in (copy.copy(answer), copy.deepcopy(answer), pickle.loads(pickle.dumps(answer))):  # noqa: S301
+        assert copied == answer
+        assert type(copied) is type(answer)
+    assert answer not in (None, "", Happened(7), Unknown("none"))
+    with pytest.raises(AttributeError, match="cannot be changed"):
+        answer.result = 8
+    with pytest.raises(AttributeError, match="cannot be changed"):
+        del answer.result
+
+
+def test_answers_can_be_matched_and_hashed() -> None:
+    match Happened(7):
+        case Happened(result):
+            assert result == 7
+    assert {Happened(7), Happened(7), Unknown(), Unknown(""), NotHappened()} == {
+        Happened(7),
+        Unknown(),
+        NotHappened(),
+    }
+    assert Happened() != Unknown()
 
 
 def test_it_is_typed() -> None:
