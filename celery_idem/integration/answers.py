@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from celery._state import get_current_task
 from celery.app.task import Task
-from celery.backends.base import DisabledBackend
 from celery.states import PENDING, READY_STATES, STARTED, SUCCESS
 
 from celery_idem.stores.base import Announcement
@@ -56,11 +55,12 @@ class Kind(NamedTuple):
 
 def kind_of(task: Any) -> Kind:
     """Return what a task's result backend does. Its class says so, and is known without importing other backends."""
+    # Imported late: Celery loads it with its first backend.
+    from celery.backends.base import DisabledBackend
+
     try:
         backend = task.backend
-    except (
-        Exception
-    ):  # its driver is missing, or its settings are wrong: Celery reports that to whoever needs it
+    except Exception:  # its driver is missing, or its settings are wrong: Celery reports that to whoever needs it
         return Kind(False, False, False)
     modules = {cls.__module__ for cls in type(backend).__mro__}
     stores = not isinstance(backend, DisabledBackend)
