@@ -28,7 +28,7 @@ _logger = logging.getLogger("celery_idem")
 _diagnostics = logging.getLogger("celery_idem.diagnostics")
 
 
-class Kind(NamedTuple):
+class Kind:
     """One kind of event.
 
     Attributes:
@@ -38,10 +38,17 @@ class Kind(NamedTuple):
         says: what happened, for the log.
     """
 
-    level: int
-    fields: Mapping[str, type]
-    optional: Mapping[str, type] = {}
-    says: str = ""
+    def __init__(
+        self,
+        level: int,
+        fields: Mapping[str, type],
+        optional: Mapping[str, type] | None = None,
+        says: str = "",
+    ) -> None:
+        self.level = level
+        self.fields = fields
+        self.optional = optional or {}
+        self.says = says
 
 
 _TASK = {"task_id": str}
