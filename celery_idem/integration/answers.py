@@ -58,9 +58,10 @@ def kind_of(task: Any) -> Kind:
     # Imported late: Celery loads it with its first backend.
     from celery.backends.base import DisabledBackend
 
+    # Without a driver, or with wrong settings, Celery reports that to the program that needs the backend.
     try:
         backend = task.backend
-    except Exception:  # its driver is missing, or its settings are wrong: Celery reports that to whoever needs it
+    except Exception:
         return Kind(False, False, False)
     modules = {cls.__module__ for cls in type(backend).__mro__}
     stores = not isinstance(backend, DisabledBackend)

@@ -27,7 +27,7 @@ class Settings:
     """What an application, or one task, has chosen. A value: it cannot be changed, and its ``repr`` shows no secret.
 
     Not a dataclass, because generating the methods for so many fields takes a hundredth of the time in which Celery is
-    imported. Not a named tuple, because error trackers show each item of a tuple, and two of these are secret.
+    imported. Not a named tuple, because error trackers show each item of a tuple, and three of these are secret.
 
     Attributes:
         store: URL of the store; "" for the Redis result backend.
