@@ -29,8 +29,10 @@ from celery_idem.core import protocol
 from celery_idem.core.errors import IdempotencyError, LeaseLost
 from celery_idem.core.model import (
     Acquired,
+    Again,
     Ask,
     Busy,
+    Coming,
     Done,
     Fingerprint,
     Happened,
@@ -110,6 +112,8 @@ def told(decision: Any) -> Any:
         return (type(decision).__name__, plain(decision.record))
     if isinstance(decision, Replay):
         return decision
+    if isinstance(decision, (Again, Coming)):  # they say nothing else
+        return (type(decision).__name__,)
     return (type(decision).__name__, *(plain(x) if isinstance(x, Record) else x for x in decision))
 
 
