@@ -242,10 +242,10 @@ def due(record: Record, policy: Policy | None = None) -> int | None:
     Recovery looks when the hold is over. A record in doubt which no worker asks about waits for a person: it is in the
     index, behind everything that recovery looks for. A settled record is in it while its answer is owed.
     """
+    if record.outcome is not None:
+        return None if record.recovery is None else record.recovery.wait
     state = record.state
-    if (record.outcome is not None and record.recovery is None) or state is _RELEASED:
-        return None
-    if policy is not None and not policy.indexed:
+    if (policy is not None and not policy.indexed) or state is _RELEASED:
         return None
     if state is _IN_DOUBT and not record.asking and record.recovery is None:
         return NEVER

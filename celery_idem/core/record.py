@@ -64,6 +64,7 @@ _SCOPE = 1 << 13
 _REPLACED_BY = 1 << 14  # instead of _MISSING
 _OPEN = 1 << 15  # call, place and recovery; before the outcome
 _RECOVERY = struct.Struct(">BQ")
+_NEITHER = bytes(2 * _LENGTH.size)  # an empty place and an empty call
 
 _RESOLUTIONS = frozenset(Resolution)
 """Values instead of ``Would`` in a note of a decision."""
@@ -147,7 +148,10 @@ def pack(record: Record) -> bytes:
     if scope:
         parts |= _SCOPE
         tail.append(scope)
-    if call or place or recovery is not None:
+    if outcome is not None and recovery is not None and not (call or place):  # an answer is owed
+        parts |= _OPEN
+        tail.append(_RECOVERY.pack(*recovery) + _NEITHER)
+    elif call or place or recovery is not None:
         parts |= _OPEN
         tail += (_RECOVERY.pack(*recovery or (0, 0)), _text(place), _blob(call))
     if outcome is not None:

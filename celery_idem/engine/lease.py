@@ -135,10 +135,10 @@ class _Keeper:
 
     def close(self, mark: Mark) -> None:
         self.closing.append(mark)
-        if self._thread is None:
-            self._start()
         if len(self.closing) >= CLOSED_AT_ONCE:
             self._wake.set()
+        if self._thread is None:
+            self._start()
 
     def _start(self) -> None:
         with self._starting:
@@ -222,7 +222,11 @@ class Renewer:
 
     def close(self, hold: Hold) -> None:
         """Take a settled record out of the index at the next look, with others: its caller has the answer."""
-        (self._keepers.get(id(hold.store)) or self._keep(hold.store)).close(hold.closing)
+        store = hold.store
+        keeper = self._keepers.get(id(store))
+        if keeper is None:
+            keeper = self._keep(store)
+        keeper.close(hold.closing)
 
 
 RENEWER = Renewer()

@@ -610,7 +610,7 @@ class Runner:
             raise self._alarm(job, hold, done)
         if hold.announced:
             job.announced()
-        if owed is not None and hold.owes:
+        if done.record.recovery is not None:
             job.owing(hold)
         events.emit("settled", job.key, task_id=job.task_id, succeeded=outcome.succeeded)
 

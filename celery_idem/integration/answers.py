@@ -30,7 +30,8 @@ DONE = "idem_done"
 STARTING = "idem_starting"
 """Attribute of a request: the meta of STARTED, which Celery wanted to write before the claim."""
 
-_TWIN = "_idem_twin"
+TWIN = "_idem_twin"
+"""Attribute of a backend: what ``aware`` returns for it."""
 
 
 class Kind(NamedTuple):
@@ -127,14 +128,14 @@ def aware(backend: Any) -> Any:
     task id of a duplicate, which has not run. The twin shares all state with the backend, and is an instance of its
     class. Backends other than Celery's own for Redis are returned unchanged.
     """
-    twin = vars(backend).get(_TWIN)
+    twin = vars(backend).get(TWIN)
     if twin is None:
         cls = type(backend)
         if cls.__module__ == "celery.backends.redis" and cls.__name__ in ("RedisBackend", "SentinelBackend"):
             twin = _seen_as(_aware_class(cls), backend)
         else:
             twin = backend
-        vars(backend)[_TWIN] = twin
+        vars(backend)[TWIN] = twin
     return twin
 
 

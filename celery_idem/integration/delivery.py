@@ -399,21 +399,20 @@ class Delivery(Job):
         if also is not None and request.chord is None:
             return None
         # A call in a body has the request of the message, but is not its answer. Late, the message itself comes again.
-        if self.in_place or self.outer is not None or self.task.acks_late or not guard.settings.recover:
+        if self.outer is not None or self.in_place or self.task.acks_late or not guard.settings.recover:
             return None
-        stored = guard.kind.stores and self._stored
+        kind = guard.kind
+        stored = kind.stores and self._stored
         if not (request.callbacks or request.errbacks or request.chain or request.chord):
-            if not stored:
-                return None
-            if guard.kind.tells:
-                return b""
-        if request.chord is not None and not guard.kind.repeats:
+            if kind.tells or not stored:
+                return b"" if stored else None
+        elif request.chord and not kind.repeats:
             return None
         return self.call if self.call and calls.missing(self.call) is None else b"" if stored else None
 
     def owing(self, hold: Hold) -> None:
-        plain = not hold.record.call
-        placing.owe(self.task_id, partial(RENEWER.close if plain else self._told, hold))
+        note = self._told if hold.record.call else RENEWER.close
+        placing.owe(self.task_id, partial(note, hold))
 
     @property
     def _stored(self) -> bool:

@@ -174,9 +174,9 @@ class IdempotentTask(Task):  # type: ignore[misc,unused-ignore]  # Celery's Task
     def backend(self) -> Any:
         """As Celery's. A guarded task gets the application's backend in a form that skips results already written."""
         backend = Task.backend.fget(self)
-        return (
-            backend if self.idem_declaration is None or self._backend is not None else answers.aware(backend)
-        )
+        if self.idem_declaration is None or self._backend is not None:
+            return backend
+        return vars(backend).get(answers.TWIN) or answers.aware(backend)
 
     @backend.setter
     def backend(self, backend: Any) -> None:
