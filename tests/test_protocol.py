@@ -31,6 +31,7 @@ from celery_idem.core.model import (
     Record,
     Recovery,
     Refused,
+    Replay,
     Request,
     State,
     Stored,
@@ -392,15 +393,47 @@ def test_an_owed_answer_is_given_until_that_is_known() -> None:
     assert (told.call, told.recovery) == (b"its call", None)
 
 
-def test_an_index_that_is_rebuilt_has_only_the_latest_owed_answers() -> None:
-    """A settled record says that its answer is owed long after it was given."""
+def test_an_index_that_is_rebuilt_has_no_answers_that_may_be_given() -> None:
+    """Without a call, a settled record says that its answer is owed long after it was given."""
     mine = held(State.RUNNING, owner=OWN)
     assert mine is not None
-    owed = protocol.settle(mine, mine, OUTCOME, owed=b"")[1]
-    assert owed is not None
-    assert protocol.due_again(owed, STAMP, STAMP + protocol.REBUILT_FOR) == protocol.PUBLISHED_WAIT
-    assert protocol.due_again(owed, STAMP, STAMP + protocol.REBUILT_FOR + 1) is None
-    assert protocol.due_again(mine, STAMP, STAMP + protocol.REBUILT_FOR + 1) == protocol.due(mine)
+    for owed, due in ((b"", None), (b"its call", protocol.PUBLISHED_WAIT)):
+        record = protocol.settle(mine, mine, OUTCOME, owed=owed)[1]
+        assert record is not None
+        assert protocol.due_again(record) == due
+        told = protocol.told(record)
+        assert told is not None
+        assert protocol.due_again(told) is None
+    assert protocol.due_again(mine) == protocol.due(mine)
+
+
+def test_a_failure_that_may_run_again_is_never_published_for_its_answer() -> None:
+    """By the time that the delivery comes, it might run the body."""
+    mine = held(State.RUNNING, owner=OWN, steps=STEPS)
+    assert mine is not None
+    record = protocol.settle(mine, mine, ERROR, owed=b"its call")[1]
+    assert record is not None
+    then, _ = protocol.recover(record, STAMP, STAMP + protocol.PUBLISHED_WAIT, True, a_request().policy)
+    assert isinstance(then, Tell)
+
+
+def test_the_answer_of_a_person_is_owed_too() -> None:
+    call = {"call": b"its call", "task_id": "task"}
+    doubt, retry = held(State.IN_DOUBT, **call), held(State.SCHEDULED, lease=LEASE, **call)
+    assert doubt is not None
+    assert retry is not None
+    happened = protocol.resolve(doubt, STAMP, STAMP, OUTCOME, NOTE, None, True)[1]
+    assert happened is not None
+    assert (happened.call, protocol.due(happened)) == (b"its call", protocol.PUBLISHED_WAIT)
+    cancelled = protocol.cancel(retry, STAMP, STAMP, ASKED_TO_STOP)[1]
+    assert cancelled is not None  # its retry tells the caller, and may be lost
+    assert (cancelled.call, protocol.due(cancelled)) == (b"its call", LEASE + protocol.PUBLISHED_WAIT)
+    stopped = held(State.RUNNING, owner=OTHER, lease=0, notes=(ASKED_TO_STOP,), **call)
+    assert stopped is not None
+    replay, new = protocol.claim(stopped, STAMP, LAPSED, a_request(on_crash="transaction"))
+    assert isinstance(replay, Replay)
+    assert new is not None
+    assert (replay.owed, new.state, protocol.due(new)) == (True, State.CANCELLED, protocol.PUBLISHED_WAIT)
 
 
 def test_a_question_whose_asker_died_is_published_again_and_not_for_ever() -> None:

@@ -146,10 +146,6 @@ ELSEWHERE = 60_000_000
 """Microseconds that a call from another broker is left to the workers of that broker. After that, it has no workers, or
 it has another address now."""
 
-REBUILT_FOR = 60_000_000
-"""Microseconds after its settlement for which an owed answer is put into an index that is rebuilt. Most settled records
-still say that an answer is owed, long after it was given: only their entry in the index was taken out."""
-
 LONGEST_WAIT = 3_600_000_000
 """The longest time between two publications, in microseconds."""
 
@@ -253,11 +249,13 @@ def due(record: Record, policy: Policy | None = None) -> int | None:
     return _wait(record) if mark is None else _wait(record) + mark.at - mark.stamp
 
 
-def due_again(record: Record, stamp: int, now: int, policy: Policy | None = None) -> int | None:
-    """As ``due``, for an index that is built from the records."""
-    if record.outcome is not None and now - stamp > REBUILT_FOR:
-        return None
-    return due(record, policy)
+def due_again(record: Record) -> int | None:
+    """As ``due``, for an index that is built from the records.
+
+    A settled record without a call says that its answer is owed long after it was given, because only its entry in the
+    index was taken out then.
+    """
+    return None if record.outcome is not None and not record.call else due(record)
 
 
 def _wait(record: Record) -> int:
@@ -266,6 +264,11 @@ def _wait(record: Record) -> int:
     if record.recovery is not None and not asked:
         return record.recovery.wait
     return record.lease if record.state is _ACCEPTED else record.lease + GRACE
+
+
+def outlives(outcome: Outcome, policy: Policy) -> bool:
+    """Whether an outcome is kept until recovery has looked whether its answer is owed."""
+    return (policy.result_ttl if outcome.succeeded else policy.failure_ttl) >= 2 * PUBLISHED_WAIT
 
 
 def final(record: Record) -> bool:
@@ -567,9 +570,7 @@ def _take_up_again(record: Record, now: int, request: Request) -> tuple[Decision
     The owner is a new one, so that a second copy of the message, with the old owner, cannot take it up too.
     """
     if stopping(record):
-        new = _cancelled(record)
-        assert new.outcome is not None
-        return Replay(new.outcome), new
+        return _stopped(record, request)
     _, new = _acquire(record, now, request)
     new = replace(new, attempts=record.attempts)
     return Acquired(new), new
@@ -583,9 +584,7 @@ def _claim_lapsed(record: Record, stamp: int, now: int, request: Request) -> tup
         record = _with_past(record, stamp)
     record = _one_more_crash(record)
     if stopping(record) and request.policy.on_crash == "transaction":
-        new = _cancelled(record)
-        assert new.outcome is not None
-        return Replay(new.outcome), new
+        return _stopped(record, request)
     decision: Ask | InDoubt | Acquired
     if request.policy.asks:
         decision, new = _ask(replace(record, reason=CRASHED), now, request)
@@ -680,9 +679,11 @@ def conclude(
     if answer is not None and record.state in (State.IN_DOUBT, State.RELEASED):
         # Evidence that it happened counts, whichever worker asked, and even if a person decided that it did not.
         note = Note(now, "reconcile", "happened", "", resolution=Resolution.HAPPENED)
-        new = _settled(_noted(record, note), answer, owed if record.task_id == request.task_id else None)
         if not request.task_id:  # an operator asked, so the action's own caller has no answer yet
-            new = replace(new, call=record.call)
+            owed = record.call or None
+        elif request.task_id != record.task_id:
+            owed = None
+        new = _settled(_noted(record, note), answer, owed)
         return Replay(answer, owed=new.recovery is not None), new
     if record.state is not State.IN_DOUBT or record.asking != request.owner:
         if record.state is State.RUNNING and record.owner == request.owner:
@@ -695,9 +696,7 @@ def conclude(
     record = _noted(record, Note(now, "reconcile", "did not happen", "", resolution=Resolution.NOT_HAPPENED))
     record = replace(record, open_steps=())
     if stopping(record):
-        new = _cancelled(record)
-        assert new.outcome is not None
-        return Replay(new.outcome), new
+        return _stopped(record, request)
     if record.crashes >= request.policy.max_attempts:
         return _put_in_doubt(record, TOO_MANY.format(record.crashes))
     return _acquire(record, now, request)
@@ -1060,6 +1059,8 @@ def recover(
     """
     given_up = record.state is State.IN_DOUBT and not record.asking
     settled = record.outcome is not None
+    # By the time that its delivery comes, a failure that is not final may run again.
+    publishable = publishable and (not settled or final(record))
     if record.state is State.RELEASED or ((given_up or settled) and record.recovery is None):
         return None, None
     tries = 0 if record.recovery is None else record.recovery.tries
@@ -1183,7 +1184,7 @@ def resolve(
 
     Args:
         fence: fence of the record that the person looked at; None: decide about the record that is there.
-        owed: keep any call of what happened. Its publication answers the caller (see ``told``).
+        owed: for what happened, keep the call. Its delivery answers the caller, as recovery's would.
     """
     looked_at_another = fence is not None and fence != record.fence
     open_question = record.state is State.IN_DOUBT or lapsed(record, stamp, now)
@@ -1194,9 +1195,7 @@ def resolve(
     if outcome is None:
         new = _let_run(record, now)
         return Done(new), new
-    new = replace(_settled(record, outcome), owner=NO_OWNER)
-    if owed:
-        new = replace(new, call=record.call)
+    new = replace(_settled(record, outcome, record.call if owed else None), owner=NO_OWNER)
     return Done(new), new
 
 
@@ -1250,6 +1249,10 @@ def cancel(
     if record.state in (State.ACCEPTED, State.SCHEDULED, State.RELEASED):
         ahead = max(0, left(record, stamp, now))  # a pending retry has to find this record
         new = replace(_cancelled(_noted(record, note)), lease=ahead)
+        if (
+            record.state is State.SCHEDULED and record.call
+        ):  # its retry tells its caller, unless the broker loses it
+            new = replace(new, call=record.call, recovery=Recovery(0, ahead + PUBLISHED_WAIT))
         return Done(new), new
     if record.state is not State.RUNNING or lapsed(record, stamp, now):
         return Refused(record), None
@@ -1268,6 +1271,14 @@ def _cancelled(record: Record, owed: bytes | None = None) -> Record:
     if record.open_steps:
         says += f"; begun before, and not known how it ended: {_named(record.open_steps)}"
     return _settled(record, Outcome(False, None, says, cancelled=True), owed)
+
+
+def _stopped(record: Record, request: Request) -> tuple[Replay, Record]:
+    """Cancel an intent instead of running it, because a person asked the attempt before to stop."""
+    owed = request.task_id != "" and request.task_id == record.task_id
+    new = _cancelled(record, record.call if owed else None)
+    assert new.outcome is not None
+    return Replay(new.outcome, owed=owed), new
 
 
 def _named(steps: Iterable[str]) -> str:

@@ -38,7 +38,7 @@ from celery_idem.core.model import (
 from celery_idem.core.record import pack
 from celery_idem.engine import clock, events
 from celery_idem.engine.compare_and_set import Decide, Replace, change
-from celery_idem.stores.base import Announcement, Change, Mark, Reply, Store, elsewhere
+from celery_idem.stores.base import KEEP, Announcement, Change, Mark, Reply, Store, elsewhere
 
 PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
 """Seconds between tries to write to a store that does not answer; the last one repeats."""
@@ -152,6 +152,7 @@ class Hold:
         step_running: name of the step whose function runs now.
         step_unrecorded: the store did not answer when a step began or ended.
         announced: the last write of the record also wrote and published a second value.
+        owed: the intent is settled, and its answer is owed: renewals keep recovery from it.
     """
 
     # Class attributes, because few executions change them.
@@ -162,6 +163,7 @@ class Hold:
     step_running = ""
     step_unrecorded = False
     announced = False
+    owed = False
     _phase = HELD
     _taken_over = False
     _offered: tuple[Record, float]
@@ -268,6 +270,8 @@ class Hold:
         held = self._seen[1]
         if events.spans:
             outcome = outcome._replace(trace=events.spans[-1]())
+        if owed is not None and not protocol.outlives(outcome, self.policy):
+            owed = None
         return self._end(
             lambda record, stamp, now: protocol.settle(
                 self._known(record, stamp), held, outcome, True, stamp, now, owed
@@ -284,6 +288,7 @@ class Hold:
 
     def told(self) -> None:
         """Write that the caller of the settled intent has its answer."""
+        self.owed = False
         self._write(lambda record, stamp, now: (None, None if record is None else protocol.told(record)))
 
     @property
@@ -364,7 +369,8 @@ class Hold:
         def settle(record: Record | None, stamp: int, now: int) -> tuple[Done | Refused, Record | None]:
             if record is None:
                 return Refused(None), None
-            return protocol.settle(record, held, outcome, owed=owed)
+            kept = owed if protocol.outlives(outcome, self.policy) else None
+            return protocol.settle(record, held, outcome, owed=kept)
 
         self._enter(PENDING)
         stored, record = self._seen
@@ -466,11 +472,11 @@ class Hold:
         Many holds are renewed in one call of the store. Each hold then takes its own reply, with ``renewed``.
         """
         stored, record = self._seen
-        if stored is None or self._taken_over or self._phase is ENDING:
+        if stored is None or self._taken_over or (self._phase is ENDING and not self.owed):
             return None
         self._offered = record, clock.elapsed()
-        ttl, due = protocol.ttl(record, self.policy), protocol.due(record, self.policy)
-        return Change(self._name, stored, pack(record), ttl, due)
+        ttl = KEEP if self.owed else protocol.ttl(record, self.policy)
+        return Change(self._name, stored, pack(record), ttl, protocol.due(record, self.policy))
 
     def renewed(self, reply: Reply) -> None:
         """Take the store's reply to ``renewal``.

@@ -6,7 +6,7 @@ leases that are older than that. So each lease is first renewed before it is a t
 renewals end and the lease lapses. So this must not run in another process, which could outlive the body.
 
 The same thread takes settled records out of the index when their callers have the answer, many in one round trip
-(``close``).
+(``close``), and keeps those fresh whose callers do not have it yet (``owe``).
 
 A store that hangs delays only the renewals of its own records. A thread starts with the first hold in its store, and
 ends after a while without holds. A forked child does not inherit it, and starts its own.
@@ -44,6 +44,9 @@ more round trip for a hundred tasks costs nothing."""
 
 CLOSING_KEPT = 10_000
 """Answers that wait to be noted while the store hangs: about 2 MB. The oldest are then left to recovery."""
+
+LOOKS_PER_WAIT = 4
+"""Looks in the time after which recovery acts on an answer that is owed: three of them may fail."""
 
 IDLE_LOOKS = 12
 """Number of looks without holds after which a thread ends: a minute. Starting a thread takes 0.1 ms."""
@@ -119,10 +122,13 @@ class _Keeper:
     def __init__(self, collected: weakref.ref[Store]) -> None:
         self.collected = collected  # kept, because otherwise its callback is not called
         self.watched: dict[int, _Watched] = {}
+        self.owed: dict[int, _Watched] = {}
+        self.given: deque[Hold] = deque(maxlen=CLOSING_KEPT)
         self.closing: deque[Mark] = deque(maxlen=CLOSING_KEPT)
         self._renewals = Renewals()
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
+        self._flushing = threading.Lock()
         self._sleep = math.inf
         self._wake = threading.Event()
 
@@ -140,6 +146,13 @@ class _Keeper:
         if self._thread is None:
             self._start()
 
+    def owe(self, one: _Watched) -> None:
+        self.owed[id(one.hold)] = one
+        if self._thread is None:
+            self._start()
+        if one.every < self._sleep:
+            self._wake.set()
+
     def _start(self) -> None:
         with self._starting:
             if self._thread is None:
@@ -153,11 +166,11 @@ class _Keeper:
             began = clock.elapsed()
             self._wake.clear()
             self._sleep = math.inf  # a hold that is added after the next line wakes this thread
-            watched = list(self.watched.values())
+            watched = [*list(self.watched.values()), *list(self.owed.values())]
             self._sleep = min((one.every for one in watched), default=LONGEST_SLEEP)
-            idle = 0 if watched or self.closing else idle + 1
-            if self.closing:
-                self._close()
+            idle = 0 if watched or self.closing or self.given else idle + 1
+            if self.closing or self.given:
+                self.flush()
             self._renew([one.hold for one in watched if began - one.hold.written_at >= one.every])
             self._wake.wait(max(0.0, began + self._sleep - clock.elapsed()))
 
@@ -165,19 +178,31 @@ class _Keeper:
         """Note that the thread has ended, unless a hold was added meanwhile."""
         with self._starting:
             thread, self._thread = self._thread, None
-            if self.watched or self.closing:
+            if self.watched or self.closing or self.owed or self.given:
                 self._thread = thread
             return self._thread is None
 
-    def _close(self) -> None:
-        store = self.collected()
-        marks = [self.closing.popleft() for _ in range(len(self.closing))]
-        if store is None:
-            return
+    def flush(self) -> None:
+        """Note which answers were given. A process that ends waits here for the thread, if that does so now."""
+        with self._flushing:
+            for _ in range(len(self.given)):
+                self.tell(self.given.popleft())
+            marks = [self.closing.popleft() for _ in range(len(self.closing))]
+            store = self.collected()
+            if store is None or not marks:
+                return
+            try:
+                store.mark(marks)
+            except Exception as error:  # recovery looks whether their callers have the answer
+                events.diagnose(logging.DEBUG, "%d answers are not noted: %s", len(marks), error)
+
+    def tell(self, hold: Hold) -> None:
+        self.owed.pop(id(hold), None)
         try:
-            store.mark(marks)
-        except Exception as error:  # recovery looks whether their callers have the answer
-            events.diagnose(logging.DEBUG, "%d answers are not noted: %s", len(marks), error)
+            hold.told()
+        except StoreError as error:  # at the next look
+            self.given.append(hold)
+            events.diagnose(logging.DEBUG, "%s: its answer is not noted: %s", hold.key, error)
 
     def _renew(self, due: list[Hold]) -> None:
         if not due:
@@ -220,13 +245,29 @@ class Renewer:
         if keeper is not None:
             keeper.watched.pop(id(hold), None)
 
-    def close(self, hold: Hold) -> None:
+    def close(self, store: Store, closing: Mark) -> None:
         """Take a settled record out of the index at the next look, with others: its caller has the answer."""
-        store = hold.store
         keeper = self._keepers.get(id(store))
         if keeper is None:
             keeper = self._keep(store)
-        keeper.close(hold.closing)
+        keeper.close(closing)
+
+    def owe(self, hold: Hold) -> None:
+        """Keep recovery from a settled record while Celery answers, until ``given``."""
+        hold.owed = True
+        keeper = self._keepers.get(id(hold.store)) or self._keep(hold.store)
+        keeper.owe(
+            _Watched(hold, max(SHORTEST_SLEEP, protocol.PUBLISHED_WAIT / MICROSECONDS / LOOKS_PER_WAIT))
+        )
+
+    def given(self, hold: Hold) -> None:
+        """Write that Celery has answered."""
+        (self._keepers.get(id(hold.store)) or self._keep(hold.store)).tell(hold)
+
+    def flush(self) -> None:
+        """Write what waits for the next look: the process ends."""
+        for keeper in list(self._keepers.values()):
+            keeper.flush()
 
 
 RENEWER = Renewer()

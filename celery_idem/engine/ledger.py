@@ -366,8 +366,7 @@ class Ledger:
         Raises:
             StoreError: the store did not answer, or does not let this user write.
         """
-        now = self.store.read(self._prefix).now
-        return sum(1 for _ in self._rebuilt(self._prefix, now, tick or _nothing, strict=True))
+        return sum(1 for _ in self._rebuilt(self._prefix, 0, tick or _nothing, strict=True))
 
     def _open(self, prefix: str, now: int, tick: Callable[[], object]) -> Iterator[Entry]:
         """Return open intents, the earliest due first. A missing index is rebuilt, and they come in no order."""
@@ -413,7 +412,7 @@ class Ledger:
         for name, stored in self.store.scan(self._prefix):
             tick()
             entry = self._entry(name, stored, now)
-            due = None if entry is None else protocol.due_again(entry.record, stored.stamp, now)
+            due = None if entry is None else protocol.due_again(entry.record)
             if entry is not None and due is not None:
                 writes = writes and self._mark([Mark(name, stored.stamp, due)], strict)
                 if name.startswith(prefix):
@@ -487,7 +486,7 @@ class Ledger:
             if done.record is None:
                 raise self._no_intent(key)
             if outcome is not None and done.record.outcome == outcome and tell is not None and not dry_run:
-                self.tell(key, tell, policy)  # it was decided before, and interrupted before this
+                tell()  # it was decided before, and interrupted before this
             if fence not in (None, done.record.fence):
                 raise _taken_up(key, fence, done.record)
             mark = done.record.noticed
@@ -508,17 +507,8 @@ class Ledger:
         if not dry_run:
             events.emit("resolved", key, by=by, what=what)
             if tell is not None:
-                self.tell(key, tell, policy)
+                tell()
         return Entry(key, done.record, reply.stored.stamp, reply.stored.stamp)
-
-    def tell(self, key: str, publish: Callable[[], object], policy: Policy) -> None:
-        """Publish the call of an intent that a person decided, so that its caller gets the outcome. Then drop the call.
-
-        Raises:
-            IdempotencyError: the broker did not take the message. The outcome stays.
-        """
-        publish()
-        self.told(key, policy)
 
     def told(self, key: str, policy: Policy) -> None:
         """Note that the caller of a settled intent has its answer."""

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from celery._state import get_current_task
 from celery.app.task import Task
-from celery.states import PENDING, READY_STATES, STARTED, SUCCESS
+from celery.states import PENDING, PROPAGATE_STATES, STARTED, SUCCESS
 
+from celery_idem.core.model import Outcome
 from celery_idem.stores.base import Announcement
 
 if TYPE_CHECKING:
@@ -40,18 +41,30 @@ class Kind(NamedTuple):
     Attributes:
         stores: it keeps results, or sends them.
         tells: another process can read there whether a task has its result.
-        repeats: a task that finishes a second time does no harm to its chord.
+        repeats: a task that finishes a second time does no harm to its chord: the backend looks which parts are there,
+            and does not count them.
     """
 
     stores: bool
     tells: bool
     repeats: bool
 
-    def has_answer(self, backend: Any, request: Context, stored: bool) -> bool:
-        """Whether a caller is known to have its answer. Celery writes the result after links, and before the chord."""
-        if not (self.tells and stored) or request.chord:
+    def has_answer(self, backend: Any, request: Context, outcome: Outcome) -> bool:
+        """Whether a caller is known to have the answer of this outcome, and all that comes after it.
+
+        Celery writes a success after links and the next message of a chain, and before the part of a chord. It writes a
+        failure before errbacks and the rest of a chain.
+        """
+        if not self.tells or request.ignore_result or request.chord:
             return False
-        return bool(backend.get_state(request.id) in READY_STATES)
+        more = request.errbacks or request.chain
+        return is_answered(backend, request.id, outcome) and (outcome.succeeded or not more)
+
+
+def is_answered(backend: Any, task_id: str, outcome: Outcome) -> bool:
+    """Whether the result of a task is that of this outcome, as far as its state tells."""
+    state = backend.get_state(task_id)
+    return bool(state == SUCCESS if outcome.succeeded else state in PROPAGATE_STATES)
 
 
 def kind_of(task: Any) -> Kind:
@@ -66,9 +79,11 @@ def kind_of(task: Any) -> Kind:
         return Kind(False, False, False)
     modules = {cls.__module__ for cls in type(backend).__mro__}
     stores = not isinstance(backend, DisabledBackend)
-    # Redis keeps a set of a chord's results. Others count, and a result that is counted twice ends the chord too early.
-    counts = bool(getattr(backend, "implements_incr", False)) and "celery.backends.redis" not in modules
-    return Kind(stores, stores and "celery.backends.rpc" not in modules, not counts)
+    part = getattr(type(backend), "on_chord_part_return", None)
+    home = getattr(part, "__module__", "")
+    polls = home == "celery.backends.base" and not getattr(backend, "implements_incr", False)
+    sorts = home == "celery.backends.redis" and bool(getattr(backend, "_chord_zset", False))
+    return Kind(stores, stores and "celery.backends.rpc" not in modules, polls or sorts)
 
 
 _WRITING = (

@@ -299,9 +299,10 @@ def _look_often(sender: Any = None, **_: Any) -> None:
 
 
 signals.worker_ready.connect(_look_often)
-for beside in (purging.BESIDE, recovering.BESIDE):
-    signals.worker_ready.connect(beside.begin)
-    signals.worker_shutdown.connect(beside.end)
+for name, beside in (("purging", purging.BESIDE), ("recovering", recovering.BESIDE)):
+    # With an id of its own: before 5.7, Celery takes the methods of two objects of one class for one receiver.
+    signals.worker_ready.connect(beside.begin, dispatch_uid=f"celery_idem {name} begins")
+    signals.worker_shutdown.connect(beside.end, dispatch_uid=f"celery_idem {name} ends")
 
 
 def _unwrapped(exc_info: Any) -> BaseException:

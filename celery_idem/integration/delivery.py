@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from copy import deepcopy
 from datetime import datetime, timezone
-from functools import partial
 from typing import Any, TypeVar
 
 from celery.app.task import Context
@@ -52,11 +51,10 @@ from celery_idem.core.model import (
 )
 from celery_idem.engine import events
 from celery_idem.engine.claim import Hold, Retries
-from celery_idem.engine.lease import RENEWER
 from celery_idem.engine.ledger import Ledger
 from celery_idem.engine.runner import Job, Options, Runner, Why
 from celery_idem.engine.steps import run_step
-from celery_idem.integration import answers, declaring, messages, placing, republishing
+from celery_idem.integration import answers, declaring, messages, owing, placing, republishing
 from celery_idem.integration.answers import DONE, STARTING
 from celery_idem.integration.guarded import GuardedTask
 from celery_idem.integration.messages import CARRIED
@@ -411,8 +409,7 @@ class Delivery(Job):
         return self.call if self.call and calls.missing(self.call) is None else b"" if stored else None
 
     def owing(self, hold: Hold) -> None:
-        note = self._told if hold.record.call else RENEWER.close
-        placing.owe(self.task_id, partial(note, hold))
+        (owing.owe_more if hold.record.call else owing.owe_result)(self.task_id, hold)
 
     @property
     def _stored(self) -> bool:
@@ -423,18 +420,9 @@ class Delivery(Job):
     def replaying(self, own: bool, owed: bool = False) -> None:
         self.request.idem_replayed = True
         if owed:
-            placing.owe(self.task_id, partial(self._told, None))
+            owing.owe_replay(self.task_id, self.guard.ledger, self.key, self.options.policy)
         if not own and not (self.request.delivery_info or {}).get("redelivered"):
             vars(self.request)[answers.FIRST] = True
-
-    def _told(self, hold: Hold | None) -> None:
-        try:
-            if hold is None:
-                self.guard.ledger.told(self.key, self.options.policy)
-            else:
-                hold.told()
-        except StoreError as error:  # recovery looks again
-            events.diagnose(logging.DEBUG, "%s: its answer is not noted: %s", self.key, error)
 
     def answer(self, error: T) -> T:
         vars(self.request)[placing.ANSWER] = type(error)

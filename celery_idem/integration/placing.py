@@ -20,6 +20,8 @@ from typing import Any
 
 from celery import Task
 
+from celery_idem.integration import owing
+
 KEPT = "_idem_kept"
 """The class attribute with the methods that ours replaced, by name. It counts in the class's own namespace only."""
 
@@ -33,12 +35,6 @@ _CELERYS = frozenset({"celery.app.task", "celery.app.trace"})
 """Modules of Celery's own ``Task.__call__``; a worker uses the second. Another library may have replaced it."""
 
 _NOTHING: Any = object()
-
-_owed: dict[str, Callable[[], object]] = {}
-"""What to call when Celery has given the answer of a task id. By id, because looking up the request takes longer."""
-
-OWED_KEPT = 10_000
-"""More answers than a process gives at once. If there are more, Celery could not give some, and recovery will."""
 
 _PLACED = ("__call__", "run", "throws", "after_return")
 """Attributes that are put into a guarded task's class."""
@@ -158,13 +154,6 @@ def _net(found: Any) -> Callable[..., Any]:
     return run
 
 
-def owe(task_id: str, given: Callable[[], object]) -> None:
-    """Call ``given`` when Celery has given the answer of a task: links, result and chord are done."""
-    if len(_owed) >= OWED_KEPT:
-        _owed.clear()
-    _owed[task_id] = given
-
-
 def _after_return(found: Any) -> Callable[..., None]:
     """Return the ``after_return`` of a guarded task. Celery calls it when a task's caller has its answer."""
     own = None if found is Task.after_return else found
@@ -172,8 +161,8 @@ def _after_return(found: Any) -> Callable[..., None]:
     def after_return(
         self: Any, status: Any, retval: Any, task_id: Any, args: Any, kwargs: Any, einfo: Any
     ) -> None:
-        if task_id in _owed:
-            _owed.pop(task_id)()
+        if task_id in owing.RESULTS:
+            owing.answered(task_id)
         if own is not None:
             _bound(own, self)(status, retval, task_id, args, kwargs, einfo)
 

@@ -17,7 +17,7 @@ from celery.states import READY_STATES
 
 from celery_idem.core.calls import Call
 from celery_idem.core.errors import StoreError
-from celery_idem.core.model import Publish, Record, Tell
+from celery_idem.core.model import Outcome, Publish, Record, Tell
 from celery_idem.engine import events, runner
 from celery_idem.engine.entries import Entry
 from celery_idem.engine.ledger import Ledger
@@ -134,7 +134,8 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
     if taken is None or call is None:
         why = why_not(app, entry.key, entry.record, guard.settings.recover)
         return Found(entry, False, why) if why else None
-    if entry.record.outcome is not None and _has_answer(app, task, entry.key, call):
+    outcome = taken.record.outcome
+    if outcome is not None and _has_answer(app, task, entry.key, call, outcome):
         ledger.answered(entry.key, taken, guard.options.policy)
         return Found(entry, False, ANSWERED)
     if messages.expired(app, call):  # some brokers drop such a message, and then no worker tells the caller
@@ -158,11 +159,11 @@ def _recover(app: Celery, ledger: Ledger, entry: Entry, dry_run: bool) -> Found 
     return Found(entry, True)
 
 
-def _has_answer(app: Celery, task: GuardedTask, key: str, call: Call) -> bool:
+def _has_answer(app: Celery, task: GuardedTask, key: str, call: Call, outcome: Outcome) -> bool:
     """Whether the caller of a settled intent has its answer, though its worker did not live to say so."""
     try:
         request = messages.request_of(app, key, call)
-        return answers.kind_of(task).has_answer(task.backend, request, not request.ignore_result)
+        return answers.kind_of(task).has_answer(task.backend, request, outcome)
     except Exception as error:  # of any serializer, or of any result backend
         events.diagnose(logging.WARNING, "recovery: %s: is its caller answered? %s", key, error)
         return False
@@ -170,7 +171,7 @@ def _has_answer(app: Celery, task: GuardedTask, key: str, call: Call) -> bool:
 
 ITS_OWN_FIRST = "it came from another broker, whose workers come first"
 TOLD = "it is in doubt, and its caller is told"
-ANSWERED = "it is settled, and its caller has the answer now"
+ANSWERED = "it is settled, and its caller gets the answer, if it has none"
 
 
 def _tell(app: Celery, task: GuardedTask, key: str, taken: Tell, call: Call | None) -> None:
@@ -187,7 +188,10 @@ def _tell(app: Celery, task: GuardedTask, key: str, taken: Tell, call: Call | No
         request = Context(id=record.task_id)
     stored = not request.ignore_result or bool(task.store_errors_even_if_ignored)
     try:
-        known = task.backend.get_state(record.task_id) in READY_STATES
+        if record.outcome is None:
+            known = task.backend.get_state(record.task_id) in READY_STATES
+        else:
+            known = answers.is_answered(task.backend, record.task_id, record.outcome)
     except NotImplementedError:  # there is no result backend
         known = stored = False
     if known or not (stored or taken.first):

@@ -74,7 +74,7 @@ def copy(
         if ttl is not None and ttl <= 0:
             outcome = "expired"
         else:
-            due = protocol.due_again(record, stored.stamp, now)
+            due = protocol.due_again(record)
             outcome = "written" if _write(target, stored_key, pack(record), ttl, due) else "there"
         counts = counts._replace(seen=counts.seen + 1, **{outcome: getattr(counts, outcome) + 1})
         if counts.seen % EVERY == 0:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy
 from celery import Celery, current_task
+from celery.backends.base import Backend
 
 from celery_idem import Happened, IdempotentTask
 from celery_idem.core import protocol
-from celery_idem.integration import placing
+from celery_idem.integration import owing
 from tests.support.effects import Effects, Gate
 
 FOLDER = Path(os.environ.get("OWED_FOLDER", "."))
@@ -31,7 +31,7 @@ app = Celery(
 )
 app.conf.update(
     idem_store=os.environ.get("OWED_STORE", "memory://owing"),
-    idem_lease=1.0,
+    idem_lease=float(os.environ.get("OWED_LEASE", "1")),
     task_default_queue=os.environ.get("OWED_QUEUE", "owing"),
     broker_connection_retry_on_startup=True,
 )
@@ -43,21 +43,28 @@ def stop(intent: str) -> None:
     Gate(FOLDER / "never").wait(120)
 
 
-_owe = placing.owe
-
-
-def owe(task_id: str, given: Any) -> None:
-    """Stop when the outcome is settled, or when Celery has answered."""
+def at(point: str) -> None:
+    """Stop if the call of this task says so, the first time."""
     kwargs = current_task.request.kwargs
-    at, intent = kwargs.get("at"), kwargs["intent"]
-    if (FOLDER / f"stopped-{intent}").exists():  # only the first time
-        at = None
-    if at == "settled":
-        stop(intent)
-    _owe(task_id, partial(stop, intent) if at == "answered" else given)
+    if kwargs.get("at") == point and not (FOLDER / f"stopped-{kwargs['intent']}").exists():
+        stop(kwargs["intent"])
 
 
-placing.owe = owe
+def stopping(place: Any, name: str, point: str) -> None:
+    real = getattr(place, name)
+
+    def stops_first(*args: Any, **kwargs: Any) -> Any:
+        at(point)
+        return real(*args, **kwargs)
+
+    setattr(place, name, stops_first)
+
+
+for name in ("owe_result", "owe_more", "owe_replay"):
+    stopping(owing, name, "settled")
+for name in ("answered", "_over"):
+    stopping(owing, name, "answered")
+stopping(Backend, "_call_task_errbacks", "failure stored")
 
 
 def act(self: IdempotentTask, intent: str, at: str = "", fails: bool = False) -> str:
@@ -106,6 +113,16 @@ def found(_task: Any, intent: str, at: str = "") -> Happened:
 def asked(self: IdempotentTask, intent: str, at: str = "") -> None:
     EFFECTS.add(intent)
     raise OSError("the destination did not answer")
+
+
+class Slow(IdempotentTask):
+    """An author's base class, which takes long after the result is stored."""
+
+    def on_success(self, retval: Any, task_id: str, args: Any, kwargs: Any) -> None:
+        Gate(FOLDER / f"gate-{kwargs['intent']}").wait(120)
+
+
+app.task(base=Slow, bind=True, name="slow", intent=("intent",), ignore_result=True)(act)
 
 
 @app.task(name="follow")

@@ -17,7 +17,7 @@ from celery.result import AsyncResult
 
 from celery_idem.engine.ledger import Ledger
 from celery_idem.stores import open_store
-from tests.support.effects import Effects
+from tests.support.effects import Effects, Gate
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_for
 from tests.support.workers import CeleryWorker
@@ -126,6 +126,12 @@ def test_a_worker_is_killed_before_celery_answers(
     }
     scene.signature("quiet", "quiet", "settled").apply_async(link=follow["quiet"])
     stopping = ["linked", "failed", "head", "part 0", "part 1", "reported", "quiet"]
+    # Celery stores a failure before it calls errbacks, and before it fails the rest of a chain.
+    follow["half"] = scene.signature("follow", "after half")
+    answers["half"] = scene.signature("early", "half", "failure stored", fails=True).apply_async(
+        link_error=follow["half"]
+    )
+    stopping.append("half")
     plain = {"asked": "asked"}
     if place[0] == ELSEWHERE:
         plain["plain"] = "early"
@@ -136,11 +142,12 @@ def test_a_worker_is_killed_before_celery_answers(
         stopping.append(name)
     scene.wait_stopped(*stopping)
     first.kill()
-    assert {name: answer.state for name, answer in answers.items()} == dict.fromkeys(answers, "PENDING")
+    states = {name: answer.state for name, answer in answers.items()}
+    assert states == {**dict.fromkeys(answers, "PENDING"), "half": "FAILURE"}
     assert len(scene.owed()) == len(stopping)
     scene.start(concurrency=2)
     ends = {name: answer.get(timeout=WITHIN, propagate=False) for name, answer in answers.items()}
-    assert isinstance(ends.pop("failed"), ValueError)
+    assert {type(ends.pop(name)) for name in ("failed", "half")} == {ValueError}
     assert ends == {name: name if name.startswith("after") else f"done: {name}" for name in ends}
     after = [*(f"after {name}" for name in (*follow, "reported")), "after chain", "after chord"]
     for intent in after:
@@ -168,6 +175,41 @@ def test_a_worker_is_killed_before_it_notes_that_celery_has_answered(stage: Call
     wait_for(lambda: not scene.owed(), WITHIN, "recovery to see that the callers have their answers")
     assert "received" not in second.log_text()
     assert scene.effects.counts() == dict.fromkeys(("plain", "linked", "failed", "after"), 1)
+
+
+def test_a_live_worker_takes_long_to_answer(stage: Callable[..., Stage]) -> None:
+    """Recovery leaves an answer to the process that is giving it, however long that takes."""
+    scene = stage(ELSEWHERE)
+    worker = scene.start()
+    scene.signature("slow", "slow").apply_async(link=scene.signature("follow", "after"))
+    (before,) = wait_for(lambda: list(scene.ledger.list("succeeded")), WITHIN, "the outcome")
+    wait_for(  # the worker of these tests lets recovery look after two seconds
+        lambda: [one for one in scene.ledger.list() if one.changed_at > before.changed_at + 3 * 2],
+        WITHIN,
+        "the record to be kept fresh",
+    )
+    Gate(scene.folder / "gate-slow").open()
+    wait_for(lambda: not scene.owed(), WITHIN, "the call to be dropped")
+    assert worker.log_text().count("received") == 2
+    assert scene.effects.counts() == {"slow": 1, "after": 1}
+
+
+@pytest.mark.parametrize("options", [(), ("--max-tasks-per-child", "1")], ids=["warm", "child by child"])
+def test_a_process_notes_the_answers_that_it_gave_before_it_ends(
+    stage: Callable[..., Stage], options: tuple[str, ...]
+) -> None:
+    scene = stage(ELSEWHERE)
+    scene.environment["OWED_LEASE"] = "30"  # then it notes them every five seconds
+    worker = scene.start(options=options)
+    calls = [scene.signature("early", f"n{n}").apply_async() for n in range(4)]
+    for call in calls:
+        call.get(timeout=WITHIN)
+        call.forget()
+    if not options:
+        worker.stop()
+    wait_for(lambda: not scene.owed(), WITHIN if options else 0.0, "the answers to be noted")
+    known = [AsyncResult(call.id, app=scene.app).state for call in calls]
+    assert known == ["PENDING"] * 4  # nobody stores again what its caller forgot
 
 
 def test_nothing_is_owed_for_long_when_nothing_breaks(stage: Callable[..., Stage]) -> None:

@@ -185,14 +185,21 @@ def test_when_to_look() -> None:
     assert stamp + 1 + due == now + 7 + protocol.GRACE
 
 
-def test_a_rebuilt_index_has_no_settled_intents_of_long_ago() -> None:
-    clock = FakeClock()
-    ledger = Ledger(MemoryStore(clock))
-    claim(ledger, "before").settle(Outcome(True, b"j1"), 0.0, owed=b"")
-    clock.advance(2 * protocol.REBUILT_FOR / 1e6)
-    claim(ledger, "now").settle(Outcome(True, b"j1"), 0.0, owed=b"")
+def test_a_rebuilt_index_has_only_the_settled_intents_whose_call_is_kept() -> None:
+    ledger = Ledger(MemoryStore(FakeClock()))
+    claim(ledger, "plain").settle(Outcome(True, b"j1"), 0.0, owed=b"")
+    claim(ledger, "linked").settle(Outcome(True, b"j1"), 0.0, owed=b"its call")
     assert seen(ledger) == {}  # they are not open, though recovery looks at them
     assert ledger.reindex() == 1
+
+
+def test_an_outcome_that_is_kept_for_a_moment_is_not_owed() -> None:
+    ledger = Ledger(MemoryStore(FakeClock()))
+    brief = LIVE._replace(result_ttl=2 * protocol.PUBLISHED_WAIT - 1)
+    for name, policy, owes in (("long", LIVE, True), ("brief", brief, False)):
+        hold = claim(ledger, name, policy)
+        hold.settle(Outcome(True, b"j1"), 0.0, owed=b"its call")
+        assert (hold.record.recovery is not None, hold.record.call) == (owes, b"its call" if owes else b"")
 
 
 # --- Redis, where the index is a separate key --------------------------------------------------
