@@ -427,13 +427,52 @@ def test_the_answer_of_a_person_is_owed_too() -> None:
     assert (happened.call, protocol.due(happened)) == (b"its call", protocol.PUBLISHED_WAIT)
     cancelled = protocol.cancel(retry, STAMP, STAMP, ASKED_TO_STOP)[1]
     assert cancelled is not None  # its retry tells the caller, and may be lost
-    assert (cancelled.call, protocol.due(cancelled)) == (b"its call", LEASE + protocol.PUBLISHED_WAIT)
+    assert (cancelled.call, protocol.due(cancelled)) == (b"its call", LEASE + protocol.LONGEST_WAIT)
     stopped = held(State.RUNNING, owner=OTHER, lease=0, notes=(ASKED_TO_STOP,), **call)
     assert stopped is not None
     replay, new = protocol.claim(stopped, STAMP, LAPSED, a_request(on_crash="transaction"))
     assert isinstance(replay, Replay)
     assert new is not None
     assert (replay.owed, new.state, protocol.due(new)) == (True, State.CANCELLED, protocol.PUBLISHED_WAIT)
+
+
+def test_what_a_person_decided_is_published_again_only_if_its_message_is_lost() -> None:
+    """Each message of it calls links again, so recovery does not hurry."""
+    doubt = held(State.IN_DOUBT, call=b"its call")
+    assert doubt is not None
+    happened = protocol.resolve(doubt, STAMP, STAMP, OUTCOME, NOTE, None, True)[1]
+    assert happened is not None
+    sent = protocol.published(happened)
+    assert sent is not None
+    assert protocol.due(sent) == protocol.LONGEST_WAIT
+    policy = a_request().policy
+    for record in (happened, sent):
+        then, new = protocol.recover(record, STAMP, STAMP + protocol.LONGEST_WAIT, True, policy)
+        assert isinstance(then, Publish)
+        assert new is not None
+        wait = protocol.due(new)
+        assert wait is not None
+        assert wait >= protocol.LONGEST_WAIT
+    told = protocol.told(sent)
+    assert told is not None
+    assert protocol.published(told) is None
+
+
+def test_a_debt_that_was_paid_does_not_come_back_with_another_write() -> None:
+    """Only its entry in the index was taken out then."""
+    mine = held(State.RUNNING, owner=OWN, digests=b"\1\2" + bytes(8))
+    assert mine is not None
+    for owed, still in ((b"", False), (b"its call", True)):
+        record = protocol.settle(mine, mine, OUTCOME, owed=owed)[1]
+        assert record is not None
+        for late in (0, 1):
+            now = STAMP + protocol.PUBLISHED_WAIT + late
+            sealed = protocol.rewritten(record, STAMP, now)
+            request = a_request()._replace(digests=b"\1\2" + b"another!")
+            _, varied = protocol.claim(record, STAMP, now, request)
+            for new in (sealed, varied):
+                assert new is not None
+                assert (new.recovery is not None) == (still or not late)
 
 
 def test_a_question_whose_asker_died_is_published_again_and_not_for_ever() -> None:

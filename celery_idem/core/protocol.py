@@ -466,7 +466,8 @@ def claim(record: Record, stamp: int, now: int, request: Request) -> tuple[Decis
         if not final(record) and now >= stamp + request.policy.failure_ttl:
             return _acquire(replace(record, outcome=None), now, request)
         own = record.task_id == request.task_id
-        return Replay(record.outcome, own, own and record.recovery is not None), _varied(record, request)
+        varied = _varied(_given(record, stamp, now), request)
+        return Replay(record.outcome, own, own and record.recovery is not None), varied
     remaining = left(record, stamp, now)
     if record.state is State.RUNNING:
         if record.owner == request.owner:
@@ -534,6 +535,15 @@ def _varied(record: Record, request: Request) -> Record | None:
     """
     marked = digests.marked(record.digests, request.digests)
     return None if marked == record.digests else replace(record, digests=marked)
+
+
+def _given(record: Record, stamp: int, now: int) -> Record:
+    """Return a settled record that is written again, without a debt that was paid.
+
+    Without a call, only the entry in the index was taken out then. After that time, another write must not put it back.
+    """
+    paid = record.recovery is not None and not record.call and now - stamp > record.recovery.wait
+    return replace(record, recovery=None) if paid else record
 
 
 def shadowed(record: Record, note: Note, request: Request) -> Record:
@@ -861,7 +871,7 @@ def schedule(
     """
     if _holds(record, owner):
         if stopping(record):
-            new = replace(_cancelled(record), lease=delay)
+            new = _cancelled_ahead(replace(record, call=call or record.call), delay)
             return Done(new), new
         new = replace(
             record,
@@ -1079,7 +1089,11 @@ def recover(
     if first:
         _, ended = _put_in_doubt(record, (NOT_ASKED if record.asking else NOT_TAKEN).format(tries))
         tries = 0
-    pause = min(PUBLISHED_WAIT << 2 * min(tries, 8), LONGEST_WAIT)  # after eight tries it is past the longest
+    # After eight tries it is past the longest. A settled intent waits that long at once: the queue may be long, and
+    # each message of it calls links again.
+    pause = (
+        LONGEST_WAIT if settled and publishable else min(PUBLISHED_WAIT << 2 * min(tries, 8), LONGEST_WAIT)
+    )
     new = replace(ended, recovery=Recovery(min(tries + 1, MAX_CRASHES), pause + jitter))
     return Tell(new, first) if first or given_up or not publishable else Publish(new), new
 
@@ -1199,6 +1213,13 @@ def resolve(
     return Done(new), new
 
 
+def published(record: Record) -> Record | None:
+    """Note that the call of a decided intent was published, so that recovery does so only if its message is lost."""
+    if record.outcome is None or record.recovery is None:
+        return None
+    return replace(record, recovery=Recovery(record.recovery.tries, LONGEST_WAIT))
+
+
 def told(record: Record) -> Record | None:
     """Drop the call of a settled intent, because its caller has an answer. A short one is kept for people.
 
@@ -1219,6 +1240,7 @@ def rewritten(record: Record, stamp: int, now: int) -> Record | None:
     if record.state is State.RUNNING or record.asking:
         return None
     waited = _waited(record, stamp, now)
+    record = record if record.outcome is None else _given(record, stamp, now)
     if record.recovery is not None:
         record = replace(
             record, recovery=record.recovery._replace(wait=max(1, record.recovery.wait - waited))
@@ -1248,11 +1270,9 @@ def cancel(
         return Refused(record), None
     if record.state in (State.ACCEPTED, State.SCHEDULED, State.RELEASED):
         ahead = max(0, left(record, stamp, now))  # a pending retry has to find this record
-        new = replace(_cancelled(_noted(record, note)), lease=ahead)
-        if (
-            record.state is State.SCHEDULED and record.call
-        ):  # its retry tells its caller, unless the broker loses it
-            new = replace(new, call=record.call, recovery=Recovery(0, ahead + PUBLISHED_WAIT))
+        new = _cancelled_ahead(_noted(record, note), ahead)
+        if record.state is State.ACCEPTED and not record.lease:  # no message of it was sent
+            new = replace(new, recovery=new.recovery and Recovery(0, PUBLISHED_WAIT))
         return Done(new), new
     if record.state is not State.RUNNING or lapsed(record, stamp, now):
         return Refused(record), None
@@ -1271,6 +1291,18 @@ def _cancelled(record: Record, owed: bytes | None = None) -> Record:
     if record.open_steps:
         says += f"; begun before, and not known how it ended: {_named(record.open_steps)}"
     return _settled(record, Outcome(False, None, says, cancelled=True), owed)
+
+
+def _cancelled_ahead(record: Record, ahead: int) -> Record:
+    """Return the record of a cancelled intent whose message is under way: it tells the caller, unless it is lost.
+
+    Args:
+        ahead: microseconds until the message may come.
+    """
+    if not record.call or record.state is State.RELEASED:
+        return replace(_cancelled(record), lease=ahead)
+    new = _cancelled(record, record.call)
+    return replace(new, lease=ahead, recovery=Recovery(0, ahead + LONGEST_WAIT))
 
 
 def _stopped(record: Record, request: Request) -> tuple[Replay, Record]:

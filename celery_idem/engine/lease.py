@@ -186,7 +186,8 @@ class _Keeper:
         """Note which answers were given. A process that ends waits here for the thread, if that does so now."""
         with self._flushing:
             for _ in range(len(self.given)):
-                self.tell(self.given.popleft())
+                if not self.tell(self.given.popleft()):
+                    return  # the store does not answer
             marks = [self.closing.popleft() for _ in range(len(self.closing))]
             store = self.collected()
             if store is None or not marks:
@@ -196,13 +197,15 @@ class _Keeper:
             except Exception as error:  # recovery looks whether their callers have the answer
                 events.diagnose(logging.DEBUG, "%d answers are not noted: %s", len(marks), error)
 
-    def tell(self, hold: Hold) -> None:
+    def tell(self, hold: Hold) -> bool:
         self.owed.pop(id(hold), None)
         try:
             hold.told()
-        except StoreError as error:  # at the next look
-            self.given.append(hold)
+        except StoreError as error:
+            self.given.append(hold)  # at the next look
             events.diagnose(logging.DEBUG, "%s: its answer is not noted: %s", hold.key, error)
+            return False
+        return True
 
     def _renew(self, due: list[Hold]) -> None:
         if not due:

@@ -485,8 +485,9 @@ class Ledger:
         if isinstance(done, Refused):
             if done.record is None:
                 raise self._no_intent(key)
-            if outcome is not None and done.record.outcome == outcome and tell is not None and not dry_run:
-                tell()  # it was decided before, and interrupted before this
+            repeated = outcome is not None and done.record.outcome == outcome and not dry_run
+            if repeated and tell is not None and done.record.recovery is not None:
+                self.tell(key, tell, policy)  # it was decided before, and perhaps interrupted before this
             if fence not in (None, done.record.fence):
                 raise _taken_up(key, fence, done.record)
             mark = done.record.noticed
@@ -507,8 +508,17 @@ class Ledger:
         if not dry_run:
             events.emit("resolved", key, by=by, what=what)
             if tell is not None:
-                tell()
+                self.tell(key, tell, policy)
         return Entry(key, done.record, reply.stored.stamp, reply.stored.stamp)
+
+    def tell(self, key: str, publish: Callable[[], object], policy: Policy) -> None:
+        """Publish the call of an intent that a person decided, so that its caller gets the outcome.
+
+        Raises:
+            IdempotencyError: the broker did not take the message. The outcome stays, and recovery publishes it later.
+        """
+        publish()
+        self._write(key, protocol.published, policy)
 
     def told(self, key: str, policy: Policy) -> None:
         """Note that the caller of a settled intent has its answer."""

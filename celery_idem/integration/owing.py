@@ -32,8 +32,9 @@ RESULTS: dict[str, tuple[Store, Mark]] = {}
 KEPT = 10_000
 """More results than a process writes at once. If there are more, Celery could not write some, and recovery will."""
 
-_more: dict[str, Callable[[], object]] = {}
-"""What to do when Celery is done with the answers that are more than a result, by task id."""
+_more: dict[str, list[Callable[[], object]]] = {}
+"""What to do when Celery is done with the answers that are more than a result, by task id. There may be two deliveries
+of one task id at once."""
 
 
 def owe_result(task_id: str, hold: Hold) -> None:
@@ -61,7 +62,7 @@ def owe_replay(task_id: str, ledger: Ledger, key: str, policy: Policy) -> None:
 
 def _at_the_end(task_id: str, then: Callable[[], object]) -> None:
     _listen()
-    _more[task_id] = then
+    _more.setdefault(task_id, []).append(then)
 
 
 @lru_cache(
@@ -73,9 +74,12 @@ def _listen() -> None:
 
 def _over(task_id: Any = None, **_: Any) -> None:
     """``task_postrun``: Celery sends it at the end of every delivery, however it ends."""
-    then = _more.pop(task_id, None)
-    if then is None:
+    waiting = _more.get(task_id)
+    if not waiting:
         return
+    then = waiting.pop(0)
+    if not waiting:
+        _more.pop(task_id, None)
     try:
         then()
     except StoreError as error:  # recovery looks again

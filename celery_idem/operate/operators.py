@@ -383,7 +383,7 @@ class Operator:
             publish = messages.publisher(self.app, entry.key, entry.record.call)
             if publish is not None:
                 try:
-                    publish()
+                    guard.ledger.tell(entry.key, publish, guard.options.policy)
                 except messages.BrokerError as error:
                     return Asked("happened", f"the destination says it happened. {error}")
             return Asked("happened", "the destination says it happened: settled for every caller")

@@ -154,9 +154,13 @@ UPDATE celery_idem SET due = stamp + :due WHERE key = :key AND stamp = :stamp RE
 """
 
 _MARK_POSTGRESQL = """
-UPDATE celery_idem AS there SET due = there.stamp + given.due
-FROM unnest(CAST(:keys AS text[]), CAST(:stamps AS bigint[]), CAST(:dues AS bigint[])) AS given (key, stamp, due)
-WHERE there.key = given.key AND there.stamp = given.stamp RETURNING there.key
+WITH mine AS MATERIALIZED (
+  SELECT given.key, given.stamp + given.due AS at
+  FROM unnest(CAST(:keys AS text[]), CAST(:stamps AS bigint[]), CAST(:dues AS bigint[])) AS given (key, stamp, due)
+  JOIN celery_idem AS there ON there.key = given.key AND there.stamp = given.stamp
+  FOR UPDATE OF there SKIP LOCKED
+)
+UPDATE celery_idem AS there SET due = mine.at FROM mine WHERE there.key = mine.key RETURNING there.key
 """
 
 _PURGE = """
