@@ -561,8 +561,8 @@ def publisher(app: Celery, key: str, packed: bytes) -> Callable[[], object] | No
             publish(app, key, call)
         except Exception as error:  # of any driver
             raise BrokerError(
-                f"{key} is decided, and the broker did not take its call ({type(error).__name__}): decide it again, "
-                "the same way.",
+                f"{key} is decided, and the broker did not take its call ({type(error).__name__}). A worker's recovery "
+                "publishes it when the broker is back; so does the same decision once more.",
                 key,
             ) from error
 
