@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from celery_idem.core.errors import StoreError
 from celery_idem.core.model import MICROSECONDS, Acquired, Done, Fingerprint, Outcome, Policy, Request
 from celery_idem.engine import clock, events, lease, owners
 from celery_idem.engine.claim import Hold
@@ -338,3 +339,22 @@ def test_owners_differ_per_execution_and_name_their_process() -> None:
     assert {len(owner) for owner in minted} == {12}
     assert {owner[:7] for owner in minted} == {owners.prefix(os.getpid())}
     assert owners.prefix(os.getpid()).startswith(owners.prefix(None))
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [(StoreError("away"), 1), (StoreError("no record", "a:key"), 0), (ValueError("a bug"), 0)],
+)
+def test_an_answer_that_cannot_be_noted_does_not_end_the_thread(error: Exception, again: int) -> None:
+    """It also renews leases."""
+
+    class Answered:
+        key = "a:key"
+
+        def told(self) -> None:
+            raise error
+
+    keeper = lease._Keeper(lambda: None)  # type: ignore[arg-type]
+    keeper.given.append(Answered())  # type: ignore[arg-type]
+    keeper.flush()
+    assert len(keeper.given) == again

@@ -538,12 +538,13 @@ def _varied(record: Record, request: Request) -> Record | None:
 
 
 def _given(record: Record, stamp: int, now: int) -> Record:
-    """Return a settled record that is written again, without a debt that was paid.
+    """Return a settled record that is written again. If its answer was given, it says so.
 
-    Without a call, only the entry in the index was taken out then. After that time, another write must not put it back.
+    Without a call, only the entry in the index was taken out when the answer was given. After the time at which
+    recovery looks, another write must not put it back.
     """
-    paid = record.recovery is not None and not record.call and now - stamp > record.recovery.wait
-    return replace(record, recovery=None) if paid else record
+    given = record.recovery is not None and not record.call and now - stamp > record.recovery.wait
+    return replace(record, recovery=None) if given else record
 
 
 def shadowed(record: Record, note: Note, request: Request) -> Record:

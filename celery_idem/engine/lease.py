@@ -198,13 +198,17 @@ class _Keeper:
                 events.diagnose(logging.DEBUG, "%d answers are not noted: %s", len(marks), error)
 
     def tell(self, hold: Hold) -> bool:
+        """Write that an answer was given. False: the store does not answer."""
         self.owed.pop(id(hold), None)
         try:
             hold.told()
         except StoreError as error:
-            self.given.append(hold)  # at the next look
             events.diagnose(logging.DEBUG, "%s: its answer is not noted: %s", hold.key, error)
-            return False
+            if not error.key:  # the store is away; try again at the next look
+                self.given.append(hold)
+                return False
+        except Exception as error:  # the thread must go on, because it renews leases
+            events.diagnose(logging.ERROR, "%s: its answer is not noted", hold.key, error=error)
         return True
 
     def _renew(self, due: list[Hold]) -> None:

@@ -5,8 +5,9 @@ If the result is the whole answer, the task's ``after_return`` says that it was 
 written the result. Then the entry in the index is taken out, with others. If it is not called, recovery looks at the
 result.
 
-Recovery cannot see whether links were called, or the part of a chord was counted. So such a debt is kept fresh while
-its delivery lasts, and ends with it: what Celery has not done by then it did not do for a reason other than a kill.
+Recovery cannot see whether links were called, or the part of a chord was counted. So the record of such an intent is
+renewed while its delivery lasts, and the answer counts as given when that ends: what Celery has not done by then, it
+did not do for a reason other than a kill.
 """
 
 from __future__ import annotations
@@ -65,9 +66,8 @@ def _at_the_end(task_id: str, then: Callable[[], object]) -> None:
     _more.setdefault(task_id, []).append(then)
 
 
-@lru_cache(
-    maxsize=1
-)  # once, and only in processes that need it, because each task takes longer with a receiver
+# Once, and only in processes that need it, because each task takes longer with a receiver.
+@lru_cache(maxsize=1)
 def _listen() -> None:
     signals.task_postrun.connect(_over)
 

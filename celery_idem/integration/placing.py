@@ -6,8 +6,8 @@ no method of a base class. It is put into the task's own class when that is boun
 inside the guard, around the body. A class without an intent is not changed.
 
 ``after_return`` is wrapped, because Celery calls it when a task's caller has its answer. ``run`` is wrapped too, in the
-net. A delivery that calls ``run`` without a claim has bypassed the guard: ``__call__``
-was replaced later, or a tracer calls ``run``. The net sends it through the guard.
+net. A delivery that calls ``run`` without a claim has bypassed the guard: ``__call__`` was replaced later, or a tracer
+calls ``run``. The net sends it through the guard.
 """
 
 from __future__ import annotations
